@@ -1,0 +1,63 @@
+"""The errors that callers of the agent tell apart.
+
+::
+
+    NodeAgentError
+    ├── InvalidArgument        a field of the request is malformed
+    ├── NotFound               the named object does not exist
+    ├── AlreadyExists          another object holds the name
+    ├── FailedPrecondition     the object is in a state that forbids the request
+    ├── PermissionDenied       policy or credentials forbid the request
+    ├── ResourceExhausted      a bound of ours, or a disk, is full
+    ├── Unavailable            a peer cannot be reached now; try again
+    │   └── RegistryUnavailable
+    ├── Unsupported            this kernel or this build cannot do it
+    └── DataLoss               content does not match its digest
+
+A text says what was asked, on which object and why it failed: ``container "abc": not running``.
+`TimeoutError` and `OSError` keep their own types; ``cri.status`` gives every class its gRPC code.
+"""
+
+
+class NodeAgentError(Exception):
+    """Base of everything that the agent reports to its caller on purpose."""
+
+
+class InvalidArgument(NodeAgentError):
+    """A field of the request is malformed; the text names the field."""
+
+
+class NotFound(NodeAgentError):
+    """The named object does not exist."""
+
+
+class AlreadyExists(NodeAgentError):
+    """Another object holds the name."""
+
+
+class FailedPrecondition(NodeAgentError):
+    """The object is in a state that forbids the request."""
+
+
+class PermissionDenied(NodeAgentError):
+    """Policy or credentials forbid the request."""
+
+
+class ResourceExhausted(NodeAgentError):
+    """A bound of the agent, or a disk, is full."""
+
+
+class Unavailable(NodeAgentError):
+    """A peer cannot be reached now; the same request may succeed later."""
+
+
+class RegistryUnavailable(Unavailable):
+    """A registry cannot be reached; the kubelet looks for this name at the start of the text."""
+
+
+class Unsupported(NodeAgentError):
+    """This kernel, or this build, cannot do what was asked."""
+
+
+class DataLoss(NodeAgentError):
+    """Content does not match its digest."""
