@@ -36,9 +36,13 @@ class Store:
         db.execute("PRAGMA synchronous = NORMAL")
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
-            raise RuntimeError(f"{path}: schema {version} is newer than this agent's {SCHEMA_VERSION}")
+            raise RuntimeError(
+                f"{path}: schema {version} is newer than this agent's {SCHEMA_VERSION}"
+            )
         for kind in KINDS:
-            db.execute(f"CREATE TABLE IF NOT EXISTS {_table(kind)} (key TEXT PRIMARY KEY, body BLOB NOT NULL)")
+            db.execute(
+                f"CREATE TABLE IF NOT EXISTS {_table(kind)} (key TEXT PRIMARY KEY, body BLOB NOT NULL)"
+            )
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         return cls(db)
 
@@ -65,7 +69,8 @@ class Store:
     def put(self, record: Record) -> None:
         """Insert or replace."""
         self._db.execute(
-            f"INSERT OR REPLACE INTO {_table(type(record))} VALUES (?, ?)", (record.key, msgspec.json.encode(record))
+            f"INSERT OR REPLACE INTO {_table(type(record))} VALUES (?, ?)",
+            (record.key, msgspec.json.encode(record)),
         )
 
     def delete(self, kind: type[Record], key: str) -> None:

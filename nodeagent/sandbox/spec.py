@@ -1,0 +1,197 @@
+"""The plan of a pod and of its containers, as the agent hands it to a supervisor.
+
+Everything is decided by the agent before the supervisor sees it: a plan is JSON of plain values, without a reference
+to the CRI or to the store, so that it can be printed when a step of it fails. A text that may hold bytes of any kind
+(arguments, environment, paths) is UTF-8 with surrogate escapes. Standard library only: supervisors import this.
+"""
+
+from typing import Literal, NotRequired, TypedDict
+
+PidMode = Literal["container", "pod", "node", "target"]
+Propagation = Literal["private", "slave", "shared"]
+
+
+class IdMap(TypedDict):
+    """One line of a ``uid_map``."""
+
+    inside: int
+    outside: int
+    length: int
+
+
+class PodPlan(TypedDict):
+    """What a supervisor needs to know when it is forked: enough for a warm slot that has no pod yet.
+
+    directory: `pods/<id>` of the state directory, which exists; namespaces that are not listed are the node's.
+    """
+
+    id: str
+    directory: str
+    namespaces: list[Literal["net", "ipc", "uts", "user"]]
+    uid_map: NotRequired[list[IdMap]]
+    gid_map: NotRequired[list[IdMap]]
+
+
+class PodSettings(TypedDict):
+    """What makes a slot a pod. hostname is None where the UTS namespace is the node's.
+
+    sysctls: dotted names, all of them of namespaces that the pod owns. shm_bytes is None with the node's IPC.
+    pid: "pod" starts the little init that owns the shared PID namespace.
+    """
+
+    hostname: str | None
+    sysctls: dict[str, str]
+    shm_bytes: int | None
+    pid: Literal["container", "pod", "node"]
+
+
+class Mount(TypedDict):
+    """One step of the mount plan, executed in order; `target` is a path inside the root file system.
+
+    kind "bind": `source` is a host path, opened before the root is entered, links followed on the host.
+    kind "fs": a new file system of type `source` (proc, sysfs, tmpfs, devpts, mqueue, cgroup2, cgroup) with `data`.
+    attributes: "ro", "nosuid", "nodev", "noexec", "strictatime", "relatime", "noatime", "nosymfollow".
+    recursive: the attributes hold for all mounts below, too (recursive read-only); binds always take the whole tree.
+    lower: for kind "image", the layer directories, uppermost first, and sub_path below them.
+    """
+
+    kind: Literal["bind", "fs", "image"]
+    target: str
+    source: str
+    attributes: list[str]
+    propagation: Propagation
+    recursive: bool
+    data: dict[str, str]
+    lower: NotRequired[list[str]]
+    sub_path: NotRequired[str]
+    uid_map: NotRequired[list[IdMap]]
+    gid_map: NotRequired[list[IdMap]]
+
+
+class Rootfs(TypedDict):
+    """An overlay: shared layer directories, uppermost first, below the container's own upper directory."""
+
+    lower: list[str]
+    upper: str
+    work: str
+    readonly: bool
+
+
+class Device(TypedDict):
+    """A node to make in the container's /dev (or to bind in a user namespace)."""
+
+    path: str
+    type: Literal["c", "b", "p"]
+    major: int
+    minor: int
+    mode: int
+    uid: int
+    gid: int
+
+
+class UserRequest(TypedDict):
+    """Who the process shall be; resolved against /etc/passwd and /etc/group of the root file system.
+
+    uid and username: at most one is set; neither means root. gid None means the user's primary group.
+    merge_groups: add the groups that the image's /etc/group gives the user.
+    """
+
+    uid: int | None
+    username: str
+    gid: int | None
+    groupname: str
+    groups: list[int]
+    merge_groups: bool
+
+
+class Identity(TypedDict):
+    """Who the process really is."""
+
+    uid: int
+    gid: int
+    groups: list[int]
+    home: str
+
+
+class Capabilities(TypedDict):
+    """Bit masks, bit n = capability number n."""
+
+    bounding: int
+    permitted: int
+    effective: int
+    inheritable: int
+    ambient: int
+
+
+class Rlimit(TypedDict):
+    """resource: a name of getrlimit(2) without RLIMIT_; -1 is infinity."""
+
+    resource: str
+    soft: int
+    hard: int
+
+
+class ProcessPlan(TypedDict):
+    """What the container's first process, and every exec of it, gets besides its arguments.
+
+    seccomp: a compiled filter (array of struct sock_filter), base64; "" is unconfined. seccomp_flags: of seccomp(2).
+    """
+
+    env: list[str]
+    cwd: str
+    user: UserRequest
+    capabilities: Capabilities
+    no_new_privs: bool
+    seccomp: str
+    seccomp_flags: int
+    apparmor: str
+    selinux: str
+    rlimits: list[Rlimit]
+    oom_score_adj: int | None
+    umask: int
+
+
+class ContainerPlan(TypedDict):
+    """A container, from its root file system to its first program.
+
+    pid "target" joins the PID namespace of the container `pid_target` of the same pod.
+    log_path: absolute host path, or "" for no log. masked and readonly paths: of the container, absent ones skipped.
+    cgroup_namespace: False only for containers that shall see the node's cgroups.
+    """
+
+    id: str
+    argv: list[str]
+    process: ProcessPlan
+    rootfs: Rootfs
+    mounts: list[Mount]
+    devices: list[Device]
+    masked_paths: list[str]
+    readonly_paths: list[str]
+    pid: PidMode
+    pid_target: str
+    cgroup_namespace: bool
+    privileged: bool
+    tty: bool
+    stdin: bool
+    stdin_once: bool
+    log_path: str
+
+
+class ExecPlan(TypedDict):
+    """A further process in a running container; everything else is as in the container's ProcessPlan.
+
+    timeout_ms: the whole tree is killed then; 0 is never.
+    """
+
+    container: str
+    argv: list[str]
+    tty: bool
+    timeout_ms: int
+
+
+class Exit(TypedDict):
+    """How a container, or an exec, ended. code: 0-255, 128 + n for signal n; oom: the kernel's OOM killer ended it."""
+
+    code: int
+    at: int
+    oom: bool
