@@ -4,7 +4,13 @@ Facts are stored, state is derived. A record is replaced, never changed: a trans
 writes it, and only then is it published.
 """
 
+from __future__ import annotations
+
+from typing import Literal
+
 import msgspec
+
+from nodeagent.errors import FailedPrecondition
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -13,6 +19,318 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def key(self) -> str:
         raise NotImplementedError
+
+
+# --- what pods and containers are asked to be ----------------------------------------------------------------------
+#
+# The CRI's messages in the agent's own shape: validated, enums as words, absent messages as None or empty.
+
+Namespace = Literal["pod", "container", "node", "target"]
+Labels = dict[str, str]
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of what a caller configures."""
+
+
+class IdMapping(Config, frozen=True, kw_only=True):
+    inside: int
+    outside: int
+    length: int
+
+
+class UserNamespace(Config, frozen=True, kw_only=True):
+    """mode "pod" has exactly one mapping of uids and of gids, "node" none."""
+
+    mode: Literal["pod", "node"]
+    uids: tuple[IdMapping, ...] = ()
+    gids: tuple[IdMapping, ...] = ()
+
+
+class Namespaces(Config, frozen=True, kw_only=True):
+    """target: the container whose PID namespace is joined, where pid is "target"."""
+
+    network: Literal["pod", "node"] = "pod"
+    pid: Namespace = "container"
+    ipc: Literal["pod", "node"] = "pod"
+    target: str = ""
+    user: UserNamespace | None = None
+
+
+class Profile(Config, frozen=True, kw_only=True):
+    """A seccomp or AppArmor profile; ref: absolute path of a seccomp JSON, or a loaded AppArmor profile."""
+
+    kind: Literal["default", "unconfined", "localhost"]
+    ref: str = ""
+
+
+class SELinux(Config, frozen=True, kw_only=True):
+    user: str = ""
+    role: str = ""
+    type: str = ""
+    level: str = ""
+
+
+class Resources(Config, frozen=True, kw_only=True):
+    """Limits as the CRI means them: 0 is not set, -1 without limit. swap is memory + swap, as in cgroup v1."""
+
+    cpu_period_usec: int = 0
+    cpu_quota_usec: int = 0
+    cpu_shares: int = 0
+    memory_limit_bytes: int = 0
+    memory_swap_limit_bytes: int = 0
+    cpuset_cpus: str = ""
+    cpuset_mems: str = ""
+    oom_score_adj: int = 0
+    hugepage_limits: dict[str, int] = {}
+    unified: dict[str, str] = {}
+
+
+class PortMapping(Config, frozen=True, kw_only=True):
+    protocol: Literal["tcp", "udp", "sctp"]
+    container_port: int
+    host_port: int
+    host_ip: str = ""
+
+
+class DNS(Config, frozen=True, kw_only=True):
+    servers: tuple[str, ...] = ()
+    searches: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+class SandboxConfig(Config, frozen=True, kw_only=True):
+    """A PodSandboxConfig. dns is None where the caller gave none: the node's resolv.conf is used."""
+
+    name: str
+    uid: str
+    namespace: str
+    attempt: int = 0
+    hostname: str = ""
+    log_directory: str = ""
+    dns: DNS | None = None
+    port_mappings: tuple[PortMapping, ...] = ()
+    labels: Labels = {}
+    annotations: Labels = {}
+    cgroup_parent: str = ""
+    namespaces: Namespaces = Namespaces()
+    sysctls: dict[str, str] = {}
+    privileged: bool = False
+    readonly_rootfs: bool = False
+    run_as_user: int | None = None
+    run_as_group: int | None = None
+    supplemental_groups: tuple[int, ...] = ()
+    groups_policy: Literal["merge", "strict"] = "merge"
+    seccomp: Profile | None = None
+    apparmor: Profile | None = None
+    selinux: SELinux | None = None
+    overhead: Resources | None = None
+    resources: Resources | None = None
+
+
+class MountConfig(Config, frozen=True, kw_only=True):
+    """image: for an image volume, what PullImage returned; then host_path is empty. options: noexec, nodev, nosuid."""
+
+    container_path: str
+    host_path: str = ""
+    readonly: bool = False
+    recursive_read_only: bool = False
+    selinux_relabel: bool = False
+    propagation: Literal["private", "slave", "shared"] = "private"
+    uids: tuple[IdMapping, ...] = ()
+    gids: tuple[IdMapping, ...] = ()
+    image: str = ""
+    image_user_specified: str = ""
+    image_sub_path: str = ""
+    options: tuple[str, ...] = ()
+
+
+class DeviceConfig(Config, frozen=True, kw_only=True):
+    """permissions: any of r, w, m."""
+
+    container_path: str
+    host_path: str
+    permissions: str
+
+
+class CapabilityChange(Config, frozen=True, kw_only=True):
+    """Names without CAP_, or ALL."""
+
+    add: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+    add_ambient: tuple[str, ...] = ()
+
+
+class ContainerConfig(Config, frozen=True, kw_only=True):
+    """A ContainerConfig with its security context. envs: names, and values as bytes of any kind.
+
+    image: what the caller asked for, in this order of trust: image (usually the id), then what the user specified.
+    """
+
+    name: str
+    attempt: int = 0
+    image: str
+    image_user_specified: str = ""
+    image_annotations: Labels = {}
+    image_runtime_handler: str = ""
+    command: tuple[str, ...] = ()
+    args: tuple[str, ...] = ()
+    working_dir: str = ""
+    envs: tuple[tuple[str, bytes], ...] = ()
+    mounts: tuple[MountConfig, ...] = ()
+    devices: tuple[DeviceConfig, ...] = ()
+    cdi_devices: tuple[str, ...] = ()
+    labels: Labels = {}
+    annotations: Labels = {}
+    log_path: str = ""
+    stdin: bool = False
+    stdin_once: bool = False
+    tty: bool = False
+    stop_signal: int = 0
+    resources: Resources = Resources()
+    namespaces: Namespaces = Namespaces()
+    privileged: bool = False
+    readonly_rootfs: bool = False
+    no_new_privs: bool = False
+    capabilities: CapabilityChange = CapabilityChange()
+    run_as_user: int | None = None
+    run_as_username: str = ""
+    run_as_group: int | None = None
+    supplemental_groups: tuple[int, ...] = ()
+    groups_policy: Literal["merge", "strict"] = "merge"
+    masked_paths: tuple[str, ...] = ()
+    readonly_paths: tuple[str, ...] = ()
+    seccomp: Profile | None = None
+    apparmor: Profile | None = None
+    selinux: SELinux | None = None
+
+
+# --- pods and containers --------------------------------------------------------------------------------------------
+
+
+class Sandbox(Record, frozen=True, kw_only=True):
+    """A pod sandbox.
+
+    ::
+
+        (intention) ── ready_at ──► READY ── stopped_at ──► NOTREADY ── removed from the store
+
+    A record without ready_at is a RunPodSandbox under way, or one that a crash cut off: nobody sees it, and the next
+    start undoes it. addresses: empty on the node's network. Times are ns since the epoch.
+    """
+
+    id: str
+    config: SandboxConfig
+    runtime_handler: str = ""
+    cgroup_parent: str
+    boot_id: str
+    created_at: int
+    ready_at: int = 0
+    stopped_at: int = 0
+    addresses: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return self.id
+
+    @property
+    def ready(self) -> bool:
+        return self.ready_at > 0 and self.stopped_at == 0
+
+
+class MountStatus(Config, frozen=True, kw_only=True):
+    """A mount as ContainerStatus reports it: what was asked, and the digest behind an image volume."""
+
+    config: MountConfig
+    image_ref: str = ""
+
+
+class Container(Record, frozen=True, kw_only=True):
+    """A container.
+
+    ::
+
+        (intention) ── created_at ──► CREATED ── started_at ──► RUNNING ── finished_at ──► EXITED
+                                         └───────── finished_at (StartError) ──────────────┘
+
+    image_ref: the repo digest, else the id. stop_signal: the effective one. identity: what the first process got.
+    """
+
+    id: str
+    sandbox_id: str
+    config: ContainerConfig
+    image_id: str
+    image_ref: str
+    image_name: str
+    mounts: tuple[MountStatus, ...] = ()
+    cgroup_path: str
+    log_path: str = ""
+    resources: Resources
+    stop_signal: int
+    pid: int = 0
+    uid: int = 0
+    gid: int = 0
+    groups: tuple[int, ...] = ()
+    created_at: int = 0
+    started_at: int = 0
+    finished_at: int = 0
+    exit_code: int = 0
+    reason: str = ""
+    message: str = ""
+
+    @property
+    def key(self) -> str:
+        return self.id
+
+    @property
+    def state(self) -> ContainerState:
+        if self.finished_at:
+            return "exited"
+        return "running" if self.started_at else "created"
+
+
+ContainerState = Literal["created", "running", "exited"]
+
+
+def started(container: Container, at: int) -> Container:
+    """CREATED → RUNNING; any other state refuses."""
+    if container.state != "created":
+        raise FailedPrecondition(f'container "{container.id}": is {container.state}, not created')
+    return msgspec.structs.replace(container, started_at=at)
+
+
+def exited(container: Container, code: int, at: int, *, oom: bool) -> Container:
+    """RUNNING → EXITED; a second end changes nothing."""
+    if container.state == "exited":
+        return container
+    if container.state == "created":
+        raise FailedPrecondition(f'container "{container.id}": was never started')
+    reason = "OOMKilled" if oom else "Completed" if code == 0 else "Error"
+    return msgspec.structs.replace(
+        container, finished_at=max(at, container.started_at), exit_code=code, reason=reason
+    )
+
+
+def start_failed(container: Container, message: str, at: int) -> Container:
+    """CREATED → EXITED with reason StartError: the program could not be executed."""
+    if container.state != "created":
+        raise FailedPrecondition(f'container "{container.id}": is {container.state}, not created')
+    return msgspec.structs.replace(
+        container, finished_at=at, exit_code=128, reason="StartError", message=message
+    )
+
+
+def lost(container: Container, at: int) -> Container:
+    """Not EXITED → EXITED with an unknown code: its end was seen by nobody (a reboot)."""
+    if container.state == "exited":
+        return container
+    return msgspec.structs.replace(
+        container,
+        finished_at=at,
+        exit_code=255,
+        reason="Unknown",
+        message="its end was not observed",
+    )
 
 
 # --- images -----------------------------------------------------------------------------------------------------
@@ -96,4 +414,4 @@ class HostPort(Record, frozen=True, kw_only=True):
         return f"{self.protocol}/{self.host_ip}/{self.host_port}"
 
 
-KINDS: tuple[type[Record], ...] = (Image, Layer, Lease, HostPort)
+KINDS: tuple[type[Record], ...] = (Image, Layer, Lease, HostPort, Sandbox, Container)
