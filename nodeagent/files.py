@@ -114,21 +114,17 @@ class _Removal:
 
     def _remove(self, directory: int, name: str, path: str, depth: int) -> None:
         try:
-            os.unlink(name, dir_fd=directory)
+            self._remove_any(directory, name, path, depth)
         except FileNotFoundError:
             pass
-        except IsADirectoryError:
-            self._attempt_directory(directory, name, path, depth)
         except OSError as error:
-            self._note(error, path)
+            self.obstacle = self.obstacle or _error(error.errno or errno.EIO, path)
 
-    def _attempt_directory(self, directory: int, name: str, path: str, depth: int) -> None:
+    def _remove_any(self, directory: int, name: str, path: str, depth: int) -> None:
         try:
+            os.unlink(name, dir_fd=directory)
+        except IsADirectoryError:
             self._remove_directory(directory, name, path, depth)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            self._note(error, path)
 
     def _remove_directory(self, directory: int, name: str, path: str, depth: int) -> None:
         # A mount point fails here with EBUSY, before anything that is mounted on it is touched.
@@ -160,10 +156,6 @@ class _Removal:
         moved = f".removed-{os.urandom(8).hex()}"
         os.rename(name, moved, src_dir_fd=directory, dst_dir_fd=self.top)
         self.moved.append(moved)
-
-    def _note(self, error: OSError, path: str) -> None:
-        if self.obstacle is None:
-            self.obstacle = _error(error.errno or errno.EIO, path)
 
 
 def _rmdir_if_empty(directory: int, name: str) -> bool:
