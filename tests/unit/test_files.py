@@ -181,9 +181,11 @@ def test_a_directory_swapped_for_a_link_is_not_followed(tmp_path: Path) -> None:
     swapper = threading.Thread(target=swap)
     swapper.start()
     try:
-        for _ in range(200):
-            with contextlib.suppress(OSError):  # only what is outside counts here
-                (tree / "victim" / "below").mkdir(parents=True, exist_ok=True)
+        for _ in range(100):
+            with contextlib.suppress(OSError):
+                (tree / "new" / "below").mkdir(parents=True)
+                os.rename(tree / "new", tree / "victim")
+            with contextlib.suppress(OSError):
                 remove_tree(str(tree))
     finally:
         stop.set()
