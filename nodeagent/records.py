@@ -82,6 +82,7 @@ class Resources(Config, frozen=True, kw_only=True):
     cpuset_cpus: str = ""
     cpuset_mems: str = ""
     oom_score_adj: int = 0
+    pids_limit: int = 0
     hugepage_limits: dict[str, int] = {}
     unified: dict[str, str] = {}
 
