@@ -1,0 +1,108 @@
+# Every target does its own set-up; `make help` lists them. Run as root on Debian or Ubuntu.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+TOOLS := .tools/bin
+PEER := .tools/peer
+GO_MINOR := $(shell go env GOVERSION 2>/dev/null | sed -n 's/^go1\.\([0-9]*\).*/\1/p')
+HAVE_GO := $(shell test "$(GO_MINOR)" -ge 26 2>/dev/null && echo yes)
+
+# Debian packages: what the agent needs, and what the tests need besides.
+PACKAGES := libseccomp2
+TEST_PACKAGES := gcc libc6-dev iproute2 nftables procps tmux
+# Those whose installation would start a service or replace another package are only unpacked.
+DEBIAN := .cache/debian
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup test-setup tools peer guest demo test lint proto lock bench bench-peer clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# ---- set-up ----
+
+# Installs those of the packages $(1) that are missing.
+define install
+@missing=$$(for name in $(1); do dpkg-query -W -f '$${Status}' $$name 2>/dev/null | grep -q ' installed' || echo $$name; done); \
+test -z "$$missing" || { apt-get -qq update && \
+  DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 -qq install -y --no-install-recommends $$missing; }
+endef
+
+setup: $(READY) | $(DEBIAN)/busybox-static ## Make .venv with the locked dependencies and the command nodeagent
+
+$(READY): requirements.txt requirements-dev.txt pyproject.toml | $(PYTHON)
+	$(call install,$(PACKAGES))
+	$(PYTHON) -m pip install --quiet --require-hashes -r requirements-dev.txt
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# The newest Python that really runs; a version manager's shim may be there without its Python.
+$(PYTHON):
+	@python=$$(for name in python3.13 python3.12 python3.11 python3; do \
+	  "$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$$name" && break; done); \
+	test -n "$$python" || { echo "Python 3.11 or newer is needed" >&2; exit 1; }; \
+	"$$python" -c 'import ensurepip, venv' 2>/dev/null || { apt-get -qq update && apt-get -qq install -y \
+	  "$$("$$python" -c 'import sys; print("python3.%d-venv" % sys.version_info[1])')"; }; \
+	"$$python" -m venv $(VENV)
+
+$(DEBIAN)/%:
+	@mkdir -p $@.new
+	@cd $@.new && get() { apt-get -qq -o APT::Sandbox::User=root download $*; } && { get || { apt-get -qq update && get; }; }
+	@dpkg-deb -x $@.new/$*_*.deb $@.new && rm $@.new/$*_*.deb && mv $@.new $@
+
+test-setup: setup | $(DEBIAN)/busybox $(DEBIAN)/docker-registry $(DEBIAN)/nginx
+	$(call install,$(TEST_PACKAGES))
+
+tools: $(TOOLS)/crictl $(TOOLS)/critest ## Build crictl and critest (Go >= 1.26)
+
+$(TOOLS)/crictl $(TOOLS)/critest &: tests/tools/go.mod tests/tools/go.sum
+	@test -n "$(HAVE_GO)" || { echo "Go 1.26 or newer is needed to build crictl and critest" >&2; exit 1; }
+	cd tests/tools && go build -trimpath -ldflags '-s -w' -o ../../$(TOOLS)/crictl sigs.k8s.io/cri-tools/cmd/crictl
+	cd tests/tools && go test -c -trimpath -ldflags '-s -w' -o ../../$(TOOLS)/critest sigs.k8s.io/cri-tools/cmd/critest
+
+# ---- the project ----
+
+demo: setup ## Run a pod with two containers on an agent of its own
+	@$(PYTHON) deploy/demo.py
+
+test: test-setup lint ## Lint, types, layers and all tests
+	$(PYTHON) -m pytest
+
+# Without Go the tests that need the real clients are skipped, except in CI.
+ifneq ($(HAVE_GO)$(CI),)
+test: tools
+endif
+
+lint: setup ## Check style, types, layers and generated code
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && $(call protoc,"$$fresh") && \
+	diff -r --exclude='__*' nodeagent/api "$$fresh/nodeagent/api" && echo "nodeagent/api is what protos/ generates"
+
+# Generates into the tree $(1).
+protoc = $(PYTHON) -m grpc_tools.protoc -Inodeagent/api=protos \
+	  --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) protos/runtime.proto
+
+proto: setup ## Generate nodeagent/api from protos/
+	$(call protoc,.)
+
+COMPILE := CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe \
+	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options --annotation-style=line
+
+lock: setup ## Pin the newest dependencies that pyproject.toml allows
+	$(COMPILE) --upgrade -o requirements.txt pyproject.toml
+	$(COMPILE) --upgrade --extra dev -c requirements.txt -o requirements-dev.txt pyproject.toml
+
+bench: setup ## Measure pods on an agent of its own
+	$(PYTHON) bench/pods.py
+
+bench-peer: test-setup peer ## Measure the same on containerd and runc, in turns
+	$(PYTHON) bench/pods.py --peer
+
+clean: ## Remove what was built, not the caches
+	rm -rf $(VENV) .tools build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	find . -name __pycache__ -prune -exec rm -rf {} +
