@@ -7,6 +7,7 @@
     ├── NotFound               the named object does not exist
     ├── AlreadyExists          another object holds the name
     ├── FailedPrecondition     the object is in a state that forbids the request
+    │   └── StartError         the program of a container could not be executed
     ├── PermissionDenied       policy or credentials forbid the request
     ├── ResourceExhausted      a bound of ours, or a disk, is full
     ├── Unavailable            a peer cannot be reached now; try again
@@ -37,6 +38,10 @@ class AlreadyExists(NodeAgentError):
 
 class FailedPrecondition(NodeAgentError):
     """The object is in a state that forbids the request."""
+
+
+class StartError(FailedPrecondition):
+    """The program of a container could not be executed; the text names it and tells why."""
 
 
 class PermissionDenied(NodeAgentError):

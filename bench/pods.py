@@ -1,0 +1,149 @@
+"""Times pod starts, teardown and exec over a CRI socket, and what the runtime weighs with 20 pods.
+
+    python -m bench.pods [--pods 100] [--peer]
+
+An agent is started under a temporary root. With --peer, containerd and runc run beside it, and the same client takes
+turns between the two sockets, so that both see the same machine; the last column is the ratio of the medians.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from bench.cri import Client
+from tests.images import BUSYBOX
+from tests.node import RunningAgent
+from tests.registry import running_registry
+
+IDLE_SECONDS = 0.1
+DENSITY_PODS = 20
+HOT, IDLE = "pod start, hot", "pod start, after 100 ms idle"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pods", type=int, default=100, help="starts of each kind (default 100)")
+    parser.add_argument("--peer", action="store_true", help="beside containerd and runc")
+    options = parser.parse_args()
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="na-bench-")))
+        registry = stack.enter_context(running_registry(root / "registry"))
+        image = f"{registry}/{BUSYBOX}"
+        agent = stack.enter_context(running_agent(root / "agent", registry))
+        clients = [Client("nodeagent", agent.endpoint, image, root / "logs")]
+        if options.peer:
+            from bench.peer import running_peer
+
+            socket = stack.enter_context(running_peer(root / "peer", registry))
+            clients.append(Client("containerd+runc", f"unix://{socket}", image, root / "logs"))
+        for client in clients:
+            stack.callback(client.close)
+            client.pull()
+        measure(clients, options.pods)
+        print_times(clients)
+        print_density(clients[0], agent)
+
+
+def measure(clients: list[Client], pods: int) -> None:
+    """Rounds of each kind, every client one after the other in each round."""
+    for client in clients:
+        client.remove_pod(*client.start_pod("warm-up"))
+        client.times.clear()
+    for number in range(pods):
+        for client in clients:
+            pod = client.start_pod(HOT)
+            client.exec_true(pod[1])
+            client.remove_pod(*pod)
+        progress(number + 1, 2 * pods)
+    for number in range(pods):
+        for client in clients:
+            time.sleep(IDLE_SECONDS)
+            client.remove_pod(*client.start_pod(IDLE))
+        progress(pods + number + 1, 2 * pods)
+
+
+def print_times(clients: list[Client]) -> None:
+    first = clients[0]
+    print(f"\nload average {os.getloadavg()[0]:.1f}; ms, p50 / p99 of {len(first.times[HOT])}")
+    print(f"{'':40}" + "".join(f"{client.name:>20}" for client in clients))
+    for label in first.times:
+        cells = [
+            f"{statistics.median(client.times[label]):9.1f} /{percentile(client.times[label], 99):8.1f}"
+            for client in clients
+        ]
+        print(f"{label:40}" + "".join(f"{cell:>20}" for cell in cells) + ratio(label, clients))
+
+
+def ratio(label: str, clients: list[Client]) -> str:
+    medians = [statistics.median(client.times[label]) for client in clients]
+    return f"{medians[1] / medians[0]:8.1f} ×" if len(medians) > 1 else ""
+
+
+def print_density(client: Client, agent: RunningAgent) -> None:
+    pods = [client.start_pod("density") for _ in range(DENSITY_PODS)]
+    supervisors = [pss_kib(pid) for pid in processes_named("na-supervisor", agent.root)]
+    print(f"\nwith {DENSITY_PODS} pods:")
+    print(f"  PSS of a supervisor, median   {statistics.median(supervisors) / 1024:.2f} MiB")
+    print(f"  RSS of the agent              {rss_kib(agent.pid) / 1024:.1f} MiB")
+    for pod in pods:
+        client.remove_pod(*pod)
+
+
+@contextmanager
+def running_agent(root: Path, registry: str) -> Iterator[RunningAgent]:
+    agent = RunningAgent(root)
+    agent.trust(registry)
+    agent.start()
+    try:
+        yield agent
+        agent.remove_pods()
+    finally:
+        agent.stop()
+
+
+def percentile(values: list[float], percent: int) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+
+
+def processes_named(name: str, root: Path) -> list[int]:
+    """Pids by the name that ps shows; those of other agents on this machine are left out by their cgroup."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                if (entry / "comm").read_text().startswith(name[:15]):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def pss_kib(pid: int) -> int:
+    return field(Path(f"/proc/{pid}/smaps_rollup"), "Pss:")
+
+
+def rss_kib(pid: int) -> int:
+    return field(Path(f"/proc/{pid}/status"), "VmRSS:")
+
+
+def field(path: Path, name: str) -> int:
+    for line in path.read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1])
+    raise LookupError(f"{path}: no {name}")
+
+
+def progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{done}/{total}", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""CreateContainer, StartContainer, StopContainer, RemoveContainer and their kin: what they mean, without the wire.
+
+A container record without `created_at` is an intention: it is written before the cgroup, the directory or the process
+exists, and goes after they are gone.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import msgspec
+
+from nodeagent import records
+from nodeagent.cgroups.manager import Cgroup, Cgroups
+from nodeagent.errors import AlreadyExists, FailedPrecondition, NodeAgentError, NotFound, StartError
+from nodeagent.images.catalog import Images
+from nodeagent.lifecycle import execs, process
+from nodeagent.lifecycle.flights import Flights
+from nodeagent.lifecycle.handover import handover
+from nodeagent.lifecycle.plan import Planner
+from nodeagent.lifecycle.registry import Registry
+from nodeagent.lifecycle.supervision import Supervision
+from nodeagent.lifecycle.trash import Trash
+from nodeagent.records import Container, ContainerConfig, Image, Resources, Sandbox
+from nodeagent.sandbox.client import Supervisor
+
+log = logging.getLogger(__name__)
+
+KILL_PATIENCE_SECONDS = 10.0
+
+
+class Containers:
+    """The verbs of a container. All take an id or a unique prefix of it."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        supervision: Supervision,
+        images: Images,
+        cgroups: Cgroups,
+        planner: Planner,
+        trash: Trash,
+        *,
+        directory: Path,
+    ) -> None:
+        self._registry = registry
+        self._supervision = supervision
+        self._images = images
+        self._cgroups = cgroups
+        self._planner = planner
+        self._trash = trash
+        self._directory = directory
+        self._groups: dict[str, Cgroup] = {}
+        self._flights = Flights(lambda container_id: container_id in registry.containers)
+
+    def get(self, name: str) -> Container:
+        """Raises NotFound."""
+        return self._registry.container(name)
+
+    def list(self) -> list[Container]:
+        return self._registry.visible_containers()
+
+    def of(self, sandbox_id: str) -> list[Container]:
+        """The containers of a pod, oldest first."""
+        return [c for c in self._registry.members(sandbox_id) if c.created_at]
+
+    def group(self, container: Container) -> Cgroup:
+        """The container's cgroup, which exists from its creation to its end."""
+        group = self._groups.get(container.id)
+        if group is None:
+            group = self._groups[container.id] = self._cgroups.open_existing(container.cgroup_path)
+        return group
+
+    # --- create ---
+
+    async def create(self, sandbox_name: str, config: ContainerConfig) -> str:
+        """Prepare everything up to the program, which `start` executes; returns the id.
+
+        A retry with the same name and attempt joins a call that its caller gave up.
+        """
+        sandbox = self._registry.sandbox(sandbox_name)
+        key = (sandbox.id, config.name, config.attempt)
+        what = f'container "{config.name}" of pod sandbox "{sandbox.id}"'
+        return await self._flights.join(key, what, lambda: self._create(sandbox, config))
+
+    async def _create(self, sandbox: Sandbox, config: ContainerConfig) -> str:
+        pod = self._registry.pods.get(sandbox.id)
+        if pod is None:
+            raise FailedPrecondition(f'pod sandbox "{sandbox.id}": is stopped')
+        self._refuse_twin(sandbox, config)
+        with pod.creation(sandbox.id) as supervisor:
+            image = self._image(config)
+            container = self._intention(sandbox, config, image)
+            async with AsyncExitStack() as undo:
+                self._registry.save(container)
+                undo.callback(self._registry.forget, container)
+                await self._make(sandbox, container, image, supervisor, undo)
+                undo.pop_all()
+        return container.id
+
+    async def _make(
+        self,
+        sandbox: Sandbox,
+        container: Container,
+        image: Image,
+        supervisor: Supervisor,
+        undo: AsyncExitStack,
+    ) -> None:
+        plan = self._planner.plan(sandbox, container, image, self._directory / container.id)
+        self._images.hold(image.id, container.id)
+        undo.callback(self._images.release, container.id)
+        undo.callback(self._trash.take, self._directory / container.id)
+        for name in ("upper", "work"):
+            (self._directory / container.id / name).mkdir(mode=0o755, parents=True)
+        group = self._cgroups.create(container.cgroup_path, resources=container.resources)
+        undo.push_async_callback(self._remove_group, container)
+        self._groups[container.id] = group
+        group.set_devices(self._planner.device_rules(container))
+        undo.push_async_callback(supervisor.remove, container.id)
+        with handover(group) as fds:
+            made = await supervisor.create(plan, fds)
+        for warning in made.warnings:
+            log.warning('container "%s": %s', container.id, warning)
+        identity = made.identity
+        self._registry.save(
+            msgspec.structs.replace(
+                container,
+                created_at=time.time_ns(),
+                pid=made.pid,
+                uid=identity["uid"],
+                gid=identity["gid"],
+                groups=tuple(identity["groups"]),
+            ),
+            event="created",
+        )
+
+    def _intention(self, sandbox: Sandbox, config: ContainerConfig, image: Image) -> Container:
+        container_id = secrets.token_hex(32)
+        log_path = ""
+        if sandbox.config.log_directory and config.log_path:
+            log_path = f"{sandbox.config.log_directory}/{config.log_path}"
+        return Container(
+            id=container_id,
+            sandbox_id=sandbox.id,
+            config=config,
+            image_id=image.id,
+            image_ref=image.repo_digests[0] if image.repo_digests else image.id,
+            image_name=config.image_user_specified or config.image,
+            mounts=self._planner.mount_statuses(config),
+            cgroup_path=self._cgroups.container_path(sandbox.cgroup_parent, container_id),
+            log_path=log_path,
+            resources=config.resources,
+            stop_signal=process.stop_signal(config, image.config),
+        )
+
+    def _image(self, config: ContainerConfig) -> Image:
+        image = self._images.find(config.image)
+        if image is None:
+            raise NotFound(f'image "{config.image}": not on this node; pull it first')
+        return image
+
+    def _refuse_twin(self, sandbox: Sandbox, config: ContainerConfig) -> None:
+        for other in self._registry.members(sandbox.id):
+            if (other.config.name, other.config.attempt) == (config.name, config.attempt):
+                raise AlreadyExists(
+                    f'container "{config.name}": attempt {config.attempt} in pod sandbox '
+                    f'"{sandbox.id}" is {other.id}; remove it first, or use another attempt'
+                )
+
+    # --- start ---
+
+    async def start(self, name: str) -> None:
+        """Execute the program. Raises StartError, with the container EXITED, when it cannot be."""
+        container_id = self._registry.container(name).id
+        async with self._registry.lock(container_id):
+            container = self._registry.container(container_id)
+            if container.state != "created":
+                raise FailedPrecondition(f'container "{name}": is {container.state}, not created')
+            try:
+                at = await self._supervisor(container).start(container_id)
+            except StartError as error:
+                failed = records.start_failed(container, str(error), time.time_ns())
+                self._supervision.ended_as(failed)
+                raise
+            self._supervision.started(container, at)
+
+    # --- stop ---
+
+    async def stop(self, name: str, timeout_s: float) -> None:
+        """Signal the container, and kill it after `timeout_s`. Success when it is gone or not running.
+
+        The supervisor keeps the earliest deadline that anybody asked for, and keeps it without us.
+        """
+        try:
+            container = self._registry.container(name)
+        except NotFound:
+            return
+        if container.state != "running":
+            return
+        await self._supervisor(container).stop(
+            container.id, container.stop_signal, round(timeout_s * 1000)
+        )
+        try:
+            async with asyncio.timeout(timeout_s + KILL_PATIENCE_SECONDS):
+                await self._supervision.ended(container.id)
+        except TimeoutError:
+            raise TimeoutError(self._why_alive(container)) from None
+
+    def _why_alive(self, container: Container) -> str:
+        stuck = [
+            f"{pid} in {where}"
+            for pid in self.group(container).processes()
+            if (where := _uninterruptible(pid))
+        ]
+        text = f'container "{container.id}": still running after SIGKILL'
+        return f"{text}; uninterruptible: {', '.join(stuck)}" if stuck else text
+
+    async def stop_all(self, sandbox_id: str) -> None:
+        """Kill every container of a pod, all at once; raises when one of them would not end."""
+        running = [c for c in self._registry.members(sandbox_id) if c.state == "running"]
+        results = await asyncio.gather(
+            *(self.stop(container.id, 0) for container in running), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    # --- remove ---
+
+    async def remove(self, name: str) -> None:
+        """Kill the container if it runs, and forget it. Idempotent."""
+        try:
+            container = self._registry.container(name)
+        except NotFound:
+            return
+        await self.stop(container.id, 0)
+        async with self._registry.lock(container.id):
+            if container.id in self._registry.containers:
+                await self.clear(self._registry.containers[container.id])
+
+    async def clear(self, container: Container) -> None:
+        """Remove what a container that does not run has made, finished or not, then its record."""
+        pod = self._registry.pods.get(container.sandbox_id)
+        if pod is not None and pod.supervisor is not None:
+            await pod.supervisor.remove(container.id)
+        await self._remove_group(container)
+        self._trash.take(self._directory / container.id)
+        self._images.release(container.id)
+        self._registry.forget(container)
+
+    async def _remove_group(self, container: Container) -> None:
+        group = self._groups.pop(container.id, None)
+        if group is None:
+            group = self._cgroups.open_existing(container.cgroup_path)
+        await asyncio.to_thread(group.remove)
+
+    # --- running containers ---
+
+    async def update(self, name: str, resources: Resources) -> None:
+        """Put new limits in force, all or none, and remember them; 0 and empty leave a limit as it is."""
+        container_id = self._registry.container(name).id
+        async with self._registry.lock(container_id):
+            container = self._registry.container(container_id)
+            if container.state == "exited":
+                raise FailedPrecondition(f'container "{name}": is exited')
+            self.group(container).apply(resources)
+            merged = _merge(container.resources, resources)
+            self._registry.save(msgspec.structs.replace(container, resources=merged))
+
+    async def exec_sync(
+        self, name: str, argv: tuple[str, ...], timeout_s: float
+    ) -> execs.ExecResult:
+        """Run a command in a running container to its end; see `execs.exec_sync`."""
+        container = self._running(name)
+        return await execs.exec_sync(
+            self._supervisor(container), self.group(container), container.id, argv, timeout_s
+        )
+
+    async def reopen_log(self, name: str) -> None:
+        """After this the log file exists anew, and no byte goes to the old one."""
+        container = self._running(name)
+        await self._supervisor(container).reopen_log(container.id)
+
+    def _running(self, name: str) -> Container:
+        container = self._registry.container(name)
+        if container.state != "running":
+            raise FailedPrecondition(f'container "{name}": is {container.state}, not running')
+        return container
+
+    def _supervisor(self, container: Container) -> Supervisor:
+        pod = self._registry.pods.get(container.sandbox_id)
+        if pod is None or pod.supervisor is None:
+            raise FailedPrecondition(f'container "{container.id}": its pod is stopped')
+        return pod.supervisor
+
+    async def close(self) -> None:
+        """Undo what is under way."""
+        await self._flights.close()
+
+
+def _merge(old: Resources, new: Resources) -> Resources:
+    changes = {name: value for name in Resources.__struct_fields__ if (value := getattr(new, name))}
+    for name in ("unified", "hugepage_limits"):
+        if name in changes:
+            changes[name] = {**getattr(old, name), **changes[name]}
+    return msgspec.structs.replace(old, **changes)
+
+
+def _uninterruptible(pid: int) -> str:
+    """The kernel function a process in state D sleeps in, or ""."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
+        return Path(f"/proc/{pid}/wchan").read_text() if state == "D" else ""
+    except OSError:
+        return ""

@@ -1,0 +1,58 @@
+"""Creations that outlive their callers.
+
+A create whose caller gave up goes on; the retry, which comes with the same key, joins it or gets its result. Nothing
+is made twice, and nothing is left that nobody asks for again (the "name is reserved" loops of a busy node).
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Hashable
+from typing import Any
+
+from nodeagent.errors import Unavailable
+
+
+class Flights:
+    """At most one creation a key; each makes an object and returns its id.
+
+    exists: tells whether an id that reached no caller is still there for a retry to get.
+    """
+
+    def __init__(self, exists: Callable[[str], bool]) -> None:
+        self._exists = exists
+        self._tasks: dict[Hashable, asyncio.Task[str]] = {}
+
+    async def join(
+        self, key: Hashable, what: str, make: Callable[[], Coroutine[Any, Any, str]]
+    ) -> str:
+        """The id that the creation under `key` makes; a cancelled caller leaves it running."""
+        self._drop_unclaimed()
+        task = self._tasks.get(key)
+        if task is None:
+            task = asyncio.create_task(make())
+            task.add_done_callback(lambda done: self._landed(key, done))
+            self._tasks[key] = task
+        try:
+            result = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise Unavailable(f"{what}: cut off, its pod is being stopped") from None
+            raise
+        self._tasks.pop(key, None)
+        return result
+
+    def _landed(self, key: Hashable, task: asyncio.Task[str]) -> None:
+        failed = task.cancelled() or task.exception() is not None
+        if failed and self._tasks.get(key) is task:
+            del self._tasks[key]
+
+    def _drop_unclaimed(self) -> None:
+        for key, task in list(self._tasks.items()):
+            if task.done() and not self._exists(task.result()):
+                del self._tasks[key]
+
+    async def close(self) -> None:
+        """Cancel what is under way; each undoes itself."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,59 @@
+"""The files that a pod's containers find under /etc: hosts, hostname and resolv.conf.
+
+They live in the pod's directory and are bound into every container that does not bring its own.
+"""
+
+import socket
+from pathlib import Path
+
+from nodeagent.files import write_atomic
+from nodeagent.records import DNS, SandboxConfig
+
+HOSTS_HEAD = """\
+127.0.0.1\tlocalhost
+::1\tlocalhost ip6-localhost ip6-loopback
+fe00::0\tip6-localnet
+ff00::0\tip6-mcastprefix
+ff02::1\tip6-allnodes
+ff02::2\tip6-allrouters
+"""
+NAMES = ("hosts", "hostname", "resolv.conf")
+
+
+def write(directory: Path, config: SandboxConfig, addresses: tuple[str, ...]) -> None:
+    """Write all three; a pod on the node's network sees the node's hosts."""
+    name = hostname(config)
+    on_node = config.namespaces.network == "node"
+    texts = {
+        "hosts": _node_file("/etc/hosts", HOSTS_HEAD) if on_node else hosts(name, addresses),
+        "hostname": f"{name}\n",
+        "resolv.conf": resolv_conf(config.dns) or _node_file("/etc/resolv.conf", ""),
+    }
+    for file, text in texts.items():
+        write_atomic(directory / file, text.encode(), sync=False)
+
+
+def hostname(config: SandboxConfig) -> str:
+    """The pod's own name, or the node's where the pod has none."""
+    return config.hostname or socket.gethostname()
+
+
+def hosts(name: str, addresses: tuple[str, ...]) -> str:
+    return HOSTS_HEAD + "".join(f"{address}\t{name}\n" for address in addresses)
+
+
+def resolv_conf(dns: DNS | None) -> str:
+    """resolv.conf(5) of a DNS configuration; empty where there is none, which means the node's."""
+    if dns is None or not (dns.servers or dns.searches or dns.options):
+        return ""
+    lines = [f"search {' '.join(dns.searches)}"] if dns.searches else []
+    lines += [f"nameserver {server}" for server in dns.servers]
+    lines += [f"options {' '.join(dns.options)}"] if dns.options else []
+    return "\n".join(lines) + "\n"
+
+
+def _node_file(path: str, fallback: str) -> str:
+    try:
+        return Path(path).read_text(errors="surrogateescape")
+    except OSError:
+        return fallback

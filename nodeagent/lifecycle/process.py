@@ -1,0 +1,104 @@
+"""What a container's process gets: the image's wishes and the caller's, merged. Pure.
+
+Every rule that an image's config and a container's config share is decided here, once, at creation.
+"""
+
+import signal
+
+from nodeagent.errors import InvalidArgument
+from nodeagent.linux import capabilities
+from nodeagent.records import CapabilityChange, ContainerConfig, ImageConfig
+from nodeagent.sandbox.spec import Capabilities, UserRequest
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+DEFAULT_CAPABILITIES = (
+    "CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP "
+    "NET_BIND_SERVICE SYS_CHROOT KILL AUDIT_WRITE"
+).split()
+
+
+def arguments(config: ContainerConfig, image: ImageConfig) -> list[str]:
+    """command replaces the image's entrypoint and, with it, its cmd; args replaces the cmd."""
+    entrypoint = config.command or image.entrypoint
+    args = config.args or (() if config.command else image.cmd)
+    if not entrypoint and not args:
+        raise InvalidArgument(
+            f'container "{config.name}": neither it nor image "{config.image}" names a command'
+        )
+    return [*entrypoint, *args]
+
+
+def environment(config: ContainerConfig, image: ImageConfig, hostname: str) -> list[str]:
+    """``NAME=value`` in the order of first mention; the caller wins over the image, it over us."""
+    merged = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
+    if config.tty:
+        merged["TERM"] = "xterm"
+    for entry in image.env:
+        name, _, value = entry.partition("=")
+        merged[name] = value
+    for name, raw in config.envs:
+        merged[name] = raw.decode("utf-8", "surrogateescape")
+    return [f"{name}={value}" for name, value in merged.items()]
+
+
+def user(config: ContainerConfig, image: ImageConfig) -> UserRequest:
+    """The caller's user, else the image's ``user[:group]``, names or numbers, else root."""
+    request = UserRequest(
+        uid=config.run_as_user,
+        username=config.run_as_username,
+        gid=config.run_as_group,
+        groupname="",
+        groups=list(config.supplemental_groups),
+        merge_groups=config.groups_policy == "merge",
+    )
+    if config.run_as_user is not None or config.run_as_username:
+        return request
+    name, _, group = image.user.partition(":")
+    request["uid"] = int(name) if name.isdecimal() else None
+    request["username"] = "" if name.isdecimal() else name
+    if config.run_as_group is None:
+        request["gid"] = int(group) if group.isdecimal() else None
+        request["groupname"] = "" if group.isdecimal() else group
+    return request
+
+
+def stop_signal(config: ContainerConfig, image: ImageConfig) -> int:
+    """The caller's, else the image's STOPSIGNAL (name or number), else SIGTERM."""
+    if config.stop_signal:
+        return config.stop_signal
+    text = image.stop_signal.upper().removeprefix("SIG")
+    if not text:
+        return signal.SIGTERM
+    if text.isdecimal() and 1 <= int(text) <= signal.SIGRTMAX:
+        return int(text)
+    if text.startswith(("RTMIN+", "RTMAX-")) and text[6:].isdecimal():
+        offset = int(text[6:])
+        number = signal.SIGRTMIN + offset if text[3] == "I" else signal.SIGRTMAX - offset
+        if signal.SIGRTMIN <= number <= signal.SIGRTMAX:
+            return number
+    try:
+        return signal.Signals[f"SIG{text}"]
+    except KeyError:
+        raise InvalidArgument(
+            f'image "{config.image}": stop signal "{image.stop_signal}" is unknown'
+        ) from None
+
+
+def capability_sets(change: CapabilityChange, *, privileged: bool) -> Capabilities:
+    """ALL first, then single additions, then drops; ambient additions are in all five sets."""
+    if privileged:
+        mask = capabilities.mask(capabilities.known())
+        return _sets(mask, ambient=0)
+    known = set(capabilities.known())
+    names = known if "ALL" in change.add else set(DEFAULT_CAPABILITIES)
+    if "ALL" in change.drop:
+        names = set()
+    ambient = known if "ALL" in change.add_ambient else set(change.add_ambient)
+    names = (names | set(change.add) | ambient) - set(change.drop) - {"ALL"}
+    return _sets(capabilities.mask(names), ambient=capabilities.mask(ambient & names))
+
+
+def _sets(mask: int, *, ambient: int) -> Capabilities:
+    return Capabilities(
+        bounding=mask, permitted=mask, effective=mask, inheritable=ambient, ambient=ambient
+    )

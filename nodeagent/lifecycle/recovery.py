@@ -1,0 +1,110 @@
+"""What an agent does before it serves: take over what runs, finish or undo what was cut off.
+
+The truth comes from supervisors, exit records and the kernel; the store says what there should be. After a reboot
+nothing can run: pods are stopped, containers ended unseen, leases and directories go.
+"""
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+
+import msgspec
+
+from nodeagent import records
+from nodeagent.errors import NodeAgentError
+from nodeagent.images.catalog import Images
+from nodeagent.lifecycle.containers import Containers
+from nodeagent.lifecycle.registry import Registry
+from nodeagent.lifecycle.slots import dismantle
+from nodeagent.lifecycle.supervision import Supervision
+from nodeagent.lifecycle.trash import Trash
+from nodeagent.net.network import Network
+from nodeagent.records import Sandbox
+from nodeagent.sandbox.client import Launcher, Supervisor
+
+log = logging.getLogger(__name__)
+
+
+def boot_id() -> str:
+    """The kernel's name for this boot: records of another one describe processes that cannot exist."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+class Recovery:
+    """Run once, before the first request."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        supervision: Supervision,
+        containers: Containers,
+        network: Network,
+        images: Images,
+        launcher: Launcher,
+        trash: Trash,
+        *,
+        pods_directory: Path,
+        containers_directory: Path,
+    ) -> None:
+        self._registry = registry
+        self._supervision = supervision
+        self._containers = containers
+        self._network = network
+        self._images = images
+        self._launcher = launcher
+        self._trash = trash
+        self._pods_directory = pods_directory
+        self._containers_directory = containers_directory
+
+    async def run(self, boot: str) -> None:
+        for sandbox in list(self._registry.sandboxes.values()):
+            if sandbox.boot_id != boot:
+                self._rebooted(sandbox)
+        for container in self._registry.containers.values():
+            self._images.hold(container.image_id, container.id)
+        ready = [s for s in self._registry.sandboxes.values() if s.ready]
+        await asyncio.gather(*(self._adopt(sandbox) for sandbox in ready))
+        await self._undo_intentions()
+        await self._dismantle_strangers()
+        await self._network.recover(self._registry.pods.keys())
+
+    async def _adopt(self, sandbox: Sandbox) -> None:
+        try:
+            await self._supervision.adopt(sandbox.id)
+        except (NodeAgentError, OSError) as error:
+            log.error('pod sandbox "%s": cannot be taken over: %s', sandbox.id, error)
+            self._rebooted(sandbox)
+
+    def _rebooted(self, sandbox: Sandbox) -> None:
+        """Nothing of this pod can run any more: write that down."""
+        now = time.time_ns()
+        for container in self._registry.members(sandbox.id):
+            if container.created_at:
+                self._registry.save(records.lost(container, now))
+        if sandbox.ready:
+            self._registry.save(msgspec.structs.replace(sandbox, stopped_at=now))
+
+    async def _undo_intentions(self) -> None:
+        for container in list(self._registry.containers.values()):
+            if not container.created_at:
+                await self._containers.clear(container)
+        for sandbox in list(self._registry.sandboxes.values()):
+            if not sandbox.ready_at:
+                self._registry.forget(sandbox)
+
+    async def _dismantle_strangers(self) -> None:
+        """Remove pods without a record, which were slots or cut off, and directories without an owner."""
+        for directory in self._pods_directory.iterdir():
+            if directory.name not in self._registry.pods:
+                await self._dismantle(directory)
+        for directory in self._containers_directory.iterdir():
+            if directory.name not in self._registry.containers:
+                self._trash.take(directory)
+
+    async def _dismantle(self, directory: Path) -> None:
+        try:
+            supervisor = await Supervisor.connect(directory, directory.name)
+        except (OSError, NodeAgentError):
+            supervisor = await self._launcher.successor(directory.name, directory)
+        await dismantle(directory.name, directory, supervisor, self._network)

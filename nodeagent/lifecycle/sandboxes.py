@@ -1,0 +1,208 @@
+"""RunPodSandbox, StopPodSandbox, RemovePodSandbox: what they mean, without the wire.
+
+Everything that a pod makes outside the store hangs on its id: supervisor, directory, lease, cgroup. A sandbox record
+without `ready_at` is the intention to make them; the record goes when all of them are gone.
+"""
+
+import asyncio
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import msgspec
+
+from nodeagent.errors import AlreadyExists, InvalidArgument, NotFound
+from nodeagent.lifecycle import podfiles
+from nodeagent.lifecycle.containers import Containers
+from nodeagent.lifecycle.flights import Flights
+from nodeagent.lifecycle.registry import Pod, Registry
+from nodeagent.lifecycle.slots import Slot, Slots, dismantle
+from nodeagent.lifecycle.supervision import Supervision
+from nodeagent.net.network import Network
+from nodeagent.net.network import PortMapping as Publication
+from nodeagent.records import Resources, Sandbox, SandboxConfig
+from nodeagent.sandbox.spec import PodSettings
+
+DEFAULT_SHM_BYTES = 64 << 20
+
+
+class Sandboxes:
+    """The verbs of a pod sandbox. All take an id or a unique prefix of it."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        slots: Slots,
+        network: Network,
+        containers: Containers,
+        supervision: Supervision,
+        *,
+        directory: Path,
+        cgroup_parent: str,
+        boot_id: str,
+        handlers: frozenset[str],
+    ) -> None:
+        self._registry = registry
+        self._slots = slots
+        self._network = network
+        self._containers = containers
+        self._supervision = supervision
+        self._directory = directory
+        self._cgroup_parent = cgroup_parent
+        self._boot_id = boot_id
+        self._handlers = handlers
+        self._flights = Flights(lambda sandbox_id: sandbox_id in registry.sandboxes)
+
+    def get(self, name: str) -> Sandbox:
+        """Raises NotFound."""
+        return self._registry.sandbox(name)
+
+    def list(self) -> list[Sandbox]:
+        return self._registry.visible_sandboxes()
+
+    # --- run ---
+
+    async def run(self, config: SandboxConfig, runtime_handler: str = "") -> str:
+        """Make a pod and return its id; it is READY, with its addresses, when this returns.
+
+        A retry with the same uid, name, namespace and attempt joins a call that its caller gave up.
+        """
+        if runtime_handler not in self._handlers:
+            raise InvalidArgument(
+                f'runtime handler "{runtime_handler}": not configured, there are '
+                + ", ".join(f'"{name}"' for name in sorted(self._handlers))
+            )
+        key = _identity(config)
+        what = f'pod sandbox "{config.namespace}/{config.name}"'
+        return await self._flights.join(key, what, lambda: self._run(config, runtime_handler))
+
+    async def _run(self, config: SandboxConfig, runtime_handler: str) -> str:
+        self._refuse_twin(config)
+        slot = await self._slots.take(config.namespaces)
+        sandbox = Sandbox(
+            id=slot.id,
+            config=config,
+            runtime_handler=runtime_handler,
+            cgroup_parent=config.cgroup_parent or f"{self._cgroup_parent}/{slot.id}",
+            boot_id=self._boot_id,
+            created_at=time.time_ns(),
+            addresses=tuple(address.partition("/")[0] for address in slot.addresses),
+        )
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(self._slots.discard, slot)
+            self._registry.save(sandbox)
+            undo.callback(self._registry.forget, sandbox)
+            await self._settle(slot, sandbox)
+            self._registry.pods[slot.id] = Pod(slot.supervisor)
+            self._registry.save(
+                msgspec.structs.replace(sandbox, ready_at=time.time_ns()), event="created"
+            )
+            undo.pop_all()
+        self._supervision.watch(slot.id, slot.supervisor)
+        return slot.id
+
+    async def _settle(self, slot: Slot, sandbox: Sandbox) -> None:
+        config = sandbox.config
+        podfiles.write(slot.directory, config, sandbox.addresses)
+        await slot.supervisor.configure(_settings(config))
+        mappings = [m for m in config.port_mappings if m.host_port]
+        if mappings and config.namespaces.network == "pod":
+            await self._network.publish(
+                slot.id,
+                [
+                    Publication(
+                        protocol=m.protocol,
+                        host_ip=m.host_ip,
+                        host_port=m.host_port,
+                        container_port=m.container_port,
+                    )
+                    for m in mappings
+                ],
+            )
+
+    def _refuse_twin(self, config: SandboxConfig) -> None:
+        for other in self._registry.sandboxes.values():
+            if _identity(other.config) == _identity(config):
+                raise AlreadyExists(
+                    f'pod sandbox "{config.namespace}/{config.name}": attempt {config.attempt} of '
+                    f'uid "{config.uid}" is {other.id}; remove it first, or use another attempt'
+                )
+
+    # --- stop and remove ---
+
+    async def stop(self, name: str) -> None:
+        """End every process of the pod and give its network back. Success when it is gone already."""
+        try:
+            sandbox = self._registry.sandbox(name)
+        except NotFound:
+            return
+        pod = self._registry.pods.get(sandbox.id)
+        if pod is None:
+            return
+        async with pod.lock:
+            await self._stop(sandbox, pod)
+
+    async def _stop(self, sandbox: Sandbox, pod: Pod) -> None:
+        pod.closing = True
+        for task in tuple(pod.creating):
+            task.cancel()
+        await asyncio.gather(*pod.creating, return_exceptions=True)
+        await self._containers.stop_all(sandbox.id)
+        await self._network.detach(sandbox.id)
+        if pod.supervisor is not None:
+            await pod.supervisor.shutdown()
+            pod.supervisor = None
+        current = self._registry.sandboxes[sandbox.id]
+        if not current.stopped_at:
+            self._registry.save(
+                msgspec.structs.replace(current, stopped_at=time.time_ns()), event="stopped"
+            )
+
+    async def remove(self, name: str) -> None:
+        """Stop the pod if need be, remove its containers, and forget it. Idempotent."""
+        try:
+            sandbox = self._registry.sandbox(name)
+        except NotFound:
+            return
+        await self.stop(sandbox.id)
+        for container in self._registry.members(sandbox.id):
+            await self._containers.remove(container.id)
+        await dismantle(sandbox.id, self._directory / sandbox.id, None, self._network)
+        await self._containers.remove_pod_group(sandbox)
+        self._registry.forget(sandbox)
+
+    # --- update ---
+
+    async def update_resources(
+        self, name: str, overhead: Resources | None, resources: Resources | None
+    ) -> None:
+        """Enforce the pod's limits on its cgroup and remember them."""
+        sandbox = self._registry.sandbox(name)
+        await self._containers.limit_pod(sandbox, overhead, resources)
+        self._registry.save(
+            msgspec.structs.replace(
+                sandbox,
+                config=msgspec.structs.replace(
+                    sandbox.config, overhead=overhead, resources=resources
+                ),
+            )
+        )
+
+    async def close(self) -> None:
+        """Undo what is under way."""
+        await self._flights.close()
+
+
+def _identity(config: SandboxConfig) -> tuple[str, str, str, int]:
+    return config.uid, config.namespace, config.name, config.attempt
+
+
+def _settings(config: SandboxConfig) -> PodSettings:
+    namespaces = config.namespaces
+    on_node = namespaces.network == "node"
+    return PodSettings(
+        hostname=None if on_node else podfiles.hostname(config),
+        sysctls=config.sysctls,
+        shm_bytes=None if namespaces.ipc == "node" else DEFAULT_SHM_BYTES,
+        pid="pod" if namespaces.pid == "pod" else "container",
+    )

@@ -1,0 +1,122 @@
+"""Keeps every pod connected to a living supervisor, and its records in step with what the supervisor saw.
+
+A supervisor that died is replaced by a successor, which the launcher hands the log pipes and the pids it kept; the
+containers notice nothing. What ended in between is read from exit records; only what nobody saw is unknown.
+"""
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+
+from nodeagent import records
+from nodeagent.errors import NodeAgentError
+from nodeagent.lifecycle.registry import Pod, Registry
+from nodeagent.records import Container
+from nodeagent.sandbox.client import Launcher, Supervisor
+from nodeagent.sandbox.spec import Exit
+
+log = logging.getLogger(__name__)
+
+
+class Supervision:
+    """Watches supervisors, replaces dead ones, and writes the ends of containers into their records."""
+
+    def __init__(self, registry: Registry, launcher: Launcher, directory: Path) -> None:
+        self._registry = registry
+        self._launcher = launcher
+        self._directory = directory
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._ends: dict[str, asyncio.Event] = {}
+        self._early: dict[str, Exit] = {}
+
+    def watch(self, sandbox_id: str, supervisor: Supervisor) -> None:
+        """Note the ends of the pod's containers from now on, and replace its supervisor if it dies."""
+        supervisor.on_exit = self._exited
+        self._watches[sandbox_id] = asyncio.create_task(self._succeed(sandbox_id, supervisor))
+
+    def unwatch(self, sandbox_id: str) -> None:
+        """The supervisor is about to end on purpose."""
+        task = self._watches.pop(sandbox_id, None)
+        if task is not None:
+            task.cancel()
+
+    async def adopt(self, sandbox_id: str) -> None:
+        """Take a pod over from the agent before us."""
+        try:
+            supervisor = await Supervisor.connect(self._directory / sandbox_id, sandbox_id)
+        except (OSError, NodeAgentError):
+            log.warning(
+                'pod sandbox "%s": its supervisor is gone, starting a successor', sandbox_id
+            )
+            supervisor = await self._successor(sandbox_id)
+        self._registry.pods[sandbox_id] = Pod(supervisor)
+        self.watch(sandbox_id, supervisor)
+        await self._reconcile(sandbox_id, supervisor)
+
+    async def ended(self, container_id: str) -> None:
+        """Return once the container's record says that it is not running."""
+        container = self._registry.containers.get(container_id)
+        if container is not None and container.state == "running":
+            await self._ends.setdefault(container_id, asyncio.Event()).wait()
+
+    async def close(self) -> None:
+        tasks = list(self._watches.values())
+        for sandbox_id in list(self._watches):
+            self.unwatch(sandbox_id)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- starts and ends ---
+
+    def started(self, container: Container, at: int) -> None:
+        """Publish that a container runs, and at once its end where the news of that came first."""
+        self._registry.save(records.started(container, at), event="started")
+        end = self._early.pop(container.id, None)
+        if end is not None:
+            self._exited(container.id, end)
+
+    def ended_as(self, container: Container) -> None:
+        """Publish that a container has ended, and wake who waits for it."""
+        self._registry.save(container, event="stopped")
+        event = self._ends.pop(container.id, None)
+        if event is not None:
+            event.set()
+
+    def _exited(self, container_id: str, end: Exit) -> None:
+        container = self._registry.containers.get(container_id)
+        if container is None or container.state == "exited":
+            return
+        if container.state == "created":
+            self._early[container_id] = end
+        else:
+            self.ended_as(records.exited(container, end["code"], end["at"], oom=end["oom"]))
+
+    # --- succession ---
+
+    async def _succeed(self, sandbox_id: str, supervisor: Supervisor) -> None:
+        await supervisor.lost.wait()
+        pod = self._registry.pods.get(sandbox_id)
+        if pod is None or pod.closing:
+            return
+        log.warning('pod sandbox "%s": its supervisor died, starting a successor', sandbox_id)
+        pod.supervisor = await self._successor(sandbox_id)
+        self.watch(sandbox_id, pod.supervisor)
+        await self._reconcile(sandbox_id, pod.supervisor)
+
+    async def _successor(self, sandbox_id: str) -> Supervisor:
+        return await self._launcher.successor(sandbox_id, self._directory / sandbox_id)
+
+    async def _reconcile(self, sandbox_id: str, supervisor: Supervisor) -> None:
+        """Bring the records to what the supervisor knows; a container that it does not know has ended unseen."""
+        known = {state.id: state for state in await supervisor.state()}
+        for container in self._registry.members(sandbox_id):
+            if not container.created_at or container.state == "exited":
+                continue
+            state = known.get(container.id)
+            if state is None:
+                self.ended_as(records.lost(container, time.time_ns()))
+                continue
+            if state.started_at and container.state == "created":
+                self.started(container, state.started_at)
+            if state.exit is not None:
+                self._exited(container.id, state.exit)

@@ -1,0 +1,134 @@
+"""An agent of its own for a test: under a temporary root, with names of its own, gone without a trace."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import grpc
+
+from nodeagent.api import runtime_pb2 as pb
+from nodeagent.api import runtime_pb2_grpc as rpc
+
+START_SECONDS = 20.0
+
+
+class RunningAgent:
+    """`nodeagent serve` as a child process. `kill` and `start` again is a crash and a recovery."""
+
+    def __init__(self, root: Path, *, config: str = "", options: Sequence[str] = ()) -> None:
+        self.root = root
+        self.socket = root / "cri.sock"
+        self.certs = root / "certs.d"
+        self.metrics = f"127.0.0.1:{free_port()}"
+        self.log = root / "agent.log"
+        self._config = root / "config.toml"
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: grpc.Channel | None = None
+        root.mkdir(parents=True, exist_ok=True)
+        self.certs.mkdir(exist_ok=True)
+        self._config.write_text(config)
+
+    @property
+    def endpoint(self) -> str:
+        return f"unix://{self.socket}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def runtime(self) -> rpc.RuntimeServiceStub:
+        assert self._channel is not None
+        return rpc.RuntimeServiceStub(self._channel)
+
+    @property
+    def images(self) -> rpc.ImageServiceStub:
+        assert self._channel is not None
+        return rpc.ImageServiceStub(self._channel)
+
+    def trust(self, registry: str, *names: str) -> None:
+        """Send pulls from the named registries (and from itself) to one that speaks plain HTTP."""
+        for name in (registry, *names):
+            directory = self.certs / name
+            directory.mkdir(exist_ok=True)
+            text = f'[host."http://{registry}"]\ncapabilities = ["pull", "resolve"]\n'
+            (directory / "hosts.toml").write_text(text)
+
+    def command(self, verb: str, *arguments: str) -> list[str]:
+        """A `nodeagent` command line for this root."""
+        places = [
+            "--config",
+            self._config,
+            "--root",
+            self.root / "lib",
+            "--state",
+            self.root / "run",
+        ]
+        return [sys.executable, "-m", "nodeagent", verb, *map(str, places), *arguments]
+
+    def start(self) -> None:
+        """Return once it answers."""
+        arguments = ["--listen", self.endpoint, "--metrics", self.metrics]
+        arguments += ["--certs-dir", str(self.certs), *self._options]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self.command("serve", *arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        self._channel = grpc.insecure_channel(self.endpoint)
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout=START_SECONDS)
+            self.runtime.Version(pb.VersionRequest(), timeout=START_SECONDS)
+        except Exception:
+            self.stop()
+            raise RuntimeError(f"the agent did not start:\n{self.log.read_text()}") from None
+
+    def stop(self) -> int:
+        """SIGTERM, and its exit code."""
+        return self._end(signal.SIGTERM)
+
+    def kill(self) -> int:
+        return self._end(signal.SIGKILL)
+
+    def restart(self) -> None:
+        """As if it crashed."""
+        self.kill()
+        self.start()
+
+    def remove_pods(self) -> None:
+        """Remove every pod that is left, so that `stop` leaves nothing."""
+        for sandbox in self.runtime.ListPodSandbox(pb.ListPodSandboxRequest()).items:
+            self.runtime.RemovePodSandbox(pb.RemovePodSandboxRequest(pod_sandbox_id=sandbox.id))
+
+    def _end(self, number: int) -> int:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._process is None:
+            return 0
+        os.kill(self._process.pid, number)
+        code = self._process.wait(timeout=START_SECONDS)
+        self._process = None
+        return code
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for(what: str, condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Poll until a condition holds; a test that waits longer fails with `what`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds:g} s: {what}")
+        time.sleep(0.02)
