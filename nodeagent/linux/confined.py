@@ -1,0 +1,95 @@
+"""Paths below a root directory that somebody else fills.
+
+Nothing here can lead out of the root, whatever links, ".." or renames are in the way, and while others change the
+tree: a path is walked once, to a descriptor, and all further work is done on the descriptor. Absolute links and ".."
+mean what they would mean to a process whose root directory it is. Links of procfs to open files are not followed.
+"""
+
+import errno
+import os
+import stat
+
+from nodeagent.linux import syscalls
+
+_INSIDE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
+_MAX_LINKS = 40  # as in path_resolution(7)
+
+
+def open_path(root: int, path: str, flags: int = os.O_PATH, *, follow: bool = True) -> int:
+    """Open what `path` names inside `root`; without `follow`, no link may occur anywhere in it."""
+    resolve = _INSIDE if follow else _INSIDE | syscalls.RESOLVE_NO_SYMLINKS
+    return syscalls.openat2(root, path, flags, resolve=resolve)
+
+
+def make_path(root: int, path: str, *, directory: bool, follow: bool = True) -> int:
+    """Open (O_PATH) a directory, or a file, inside `root`; whatever part of the path is missing is made.
+
+    A link to nothing is followed, and what it points to is made. New directories have mode 755, files are empty.
+    """
+    try:
+        return open_path(root, path, follow=follow)
+    except FileNotFoundError:
+        return _Walk(root, path, _MAX_LINKS if follow else 0).run(directory)
+
+
+class _Walk:
+    """One component after the other; `trail` holds the directories from the root to the current one."""
+
+    def __init__(self, root: int, path: str, links: int) -> None:
+        self.path = path
+        self.links = links
+        self.trail = [os.dup(root)]
+        self.pending = _components(path)
+
+    def run(self, directory: bool) -> int:
+        try:
+            while self.pending:
+                name = self.pending.pop()
+                if name == "..":
+                    self._go_up_to(max(len(self.trail) - 1, 1))
+                else:
+                    self._go_down(name, directory or bool(self.pending))
+            return self.trail.pop()
+        finally:
+            self._go_up_to(0)
+
+    def _go_down(self, name: str, directory: bool) -> None:
+        step = _open_or_make(self.trail[-1], name, directory)
+        self.trail.append(step)
+        if stat.S_ISLNK(os.fstat(step).st_mode):
+            self._follow(os.readlink("", dir_fd=step))
+
+    def _follow(self, link: str) -> None:
+        self.links -= 1
+        if self.links < 0:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), self.path)
+        self._go_up_to(1 if link.startswith("/") else len(self.trail) - 1)
+        self.pending += _components(link)
+
+    def _go_up_to(self, depth: int) -> None:
+        while len(self.trail) > depth:
+            os.close(self.trail.pop())
+
+
+def _components(path: str) -> list[str]:
+    """The names in a path, last first."""
+    return [name for name in reversed(path.split("/")) if name not in ("", ".")]
+
+
+def _open_or_make(directory: int, name: str, as_directory: bool) -> int:
+    flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(name, flags, dir_fd=directory)
+    except FileNotFoundError:
+        _make(directory, name, as_directory)
+        return os.open(name, flags, dir_fd=directory)
+
+
+def _make(directory: int, name: str, as_directory: bool) -> None:
+    try:
+        if as_directory:
+            os.mkdir(name, 0o755, dir_fd=directory)
+        else:
+            os.mknod(name, stat.S_IFREG | 0o644, dir_fd=directory)
+    except FileExistsError:
+        pass  # somebody else was faster; what it is now is looked at next
