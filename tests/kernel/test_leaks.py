@@ -1,0 +1,50 @@
+"""The check for leaks finds what a run can leave, and nothing when there is nothing."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import leaks
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> leaks.Machine:
+    return leaks.Machine(os.environ[leaks.VARIABLE], tmp_path)
+
+
+@pytest.fixture
+def orphan() -> Iterator[int]:
+    """A process whose parent is gone."""
+    started = subprocess.run(
+        ["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"], capture_output=True, check=True
+    )
+    pid = int(started.stdout)
+    yield pid
+    os.kill(pid, 9)
+
+
+def test_nothing_is_left_of_nothing(machine: leaks.Machine) -> None:
+    assert machine.left() == []
+
+
+def test_finds_a_process_without_parent(machine: leaks.Machine, orphan: int) -> None:
+    assert machine.left(patience=0.1) == [f"process {orphan}: sleep 60"]
+
+
+def test_finds_a_mount(machine: leaks.Machine, tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path], check=True)
+    try:
+        (line,) = machine.left(patience=0.1)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert line.startswith("mount ")
+    assert str(tmp_path) in line
+
+
+def test_finds_a_namespace_that_is_held_open(machine: leaks.Machine) -> None:
+    with open("/proc/self/ns/net", "rb") as namespace:
+        (line,) = machine.left(patience=0.1)
+        assert line.startswith(f"descriptor {namespace.fileno()} of net:[")
