@@ -1,20 +1,16 @@
 """The agent's process: one node, its sockets, and the signals that end it."""
 
 import asyncio
-import fcntl
 import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
-from pathlib import Path
+from contextlib import AsyncExitStack
 
-from nodeagent import files
+from nodeagent import control
 from nodeagent.config import Config
 from nodeagent.cri.server import Server
-from nodeagent.errors import AlreadyExists
-from nodeagent.lifecycle.node import open_node
+from nodeagent.lifecycle.node import only_agent, open_node
 from nodeagent.metrics.server import MetricsServer
 
 log = logging.getLogger(__name__)
@@ -27,29 +23,15 @@ async def serve(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
-        stack.enter_context(only_agent(Path(config.root)))
+        stack.enter_context(only_agent(config))
         node = await stack.enter_async_context(open_node(config))
+        await stack.enter_async_context(control.serve(config, node.images))
         metrics = await stack.enter_async_context(MetricsServer.open(node, config.metrics))
         await stack.enter_async_context(Server.open(node, config.listen, observe=metrics.observe))
         log.info("serving CRI v1 on %s", config.listen)
         notify("READY=1")
         await stop.wait()
         notify("STOPPING=1")
-
-
-@contextmanager
-def only_agent(root: Path) -> Iterator[None]:
-    """Hold the lock of a root directory: two agents on one would undo each other's work."""
-    files.ensure_directory(root, mode=0o711)
-    lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AlreadyExists(f"{root}: another agent runs on this root directory") from None
-        yield
-    finally:
-        os.close(lock)
 
 
 def notify(state: str) -> None:

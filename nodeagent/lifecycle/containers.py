@@ -14,8 +14,9 @@ from pathlib import Path
 import msgspec
 
 from nodeagent import records
-from nodeagent.cgroups.manager import Cgroup, Cgroups
-from nodeagent.errors import AlreadyExists, FailedPrecondition, NodeAgentError, NotFound, StartError
+from nodeagent.cgroups.group import Cgroup
+from nodeagent.cgroups.manager import Cgroups
+from nodeagent.errors import AlreadyExists, FailedPrecondition, NotFound, StartError
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle import execs, process
 from nodeagent.lifecycle.flights import Flights
@@ -115,9 +116,11 @@ class Containers:
         undo.callback(self._trash.take, self._directory / container.id)
         for name in ("upper", "work"):
             (self._directory / container.id / name).mkdir(mode=0o755, parents=True)
-        group = self._cgroups.create(container.cgroup_path, resources=container.resources)
+        group = self._cgroups.create(container.cgroup_path, container.resources)
         undo.push_async_callback(self._remove_group, container)
         self._groups[container.id] = group
+        if sandbox.config.resources and not sandbox.config.cgroup_parent:
+            self.limit_pod(sandbox, sandbox.config.overhead, sandbox.config.resources)
         group.set_devices(self._planner.device_rules(container))
         undo.push_async_callback(supervisor.remove, container.id)
         with handover(group) as fds:
@@ -251,10 +254,24 @@ class Containers:
         self._images.release(container.id)
         self._registry.forget(container)
 
+    def limit_pod(
+        self, sandbox: Sandbox, overhead: Resources | None, resources: Resources | None
+    ) -> None:
+        """Enforce a pod's own limits on the cgroup above its containers, which is made with the first of them."""
+        wanted = total(resources or Resources(), overhead or Resources())
+        try:
+            group = self._cgroups.open_existing(sandbox.cgroup_parent)
+        except NotFound:
+            return
+        group.apply(wanted)
+
     async def _remove_group(self, container: Container) -> None:
         group = self._groups.pop(container.id, None)
         if group is None:
-            group = self._cgroups.open_existing(container.cgroup_path)
+            try:
+                group = self._cgroups.open_existing(container.cgroup_path)
+            except NotFound:
+                return
         await asyncio.to_thread(group.remove)
 
     # --- running containers ---
@@ -307,6 +324,16 @@ def _merge(old: Resources, new: Resources) -> Resources:
         if name in changes:
             changes[name] = {**getattr(old, name), **changes[name]}
     return msgspec.structs.replace(old, **changes)
+
+
+def total(resources: Resources, overhead: Resources) -> Resources:
+    """What a pod may use: its containers' sum and the overhead, where the containers have a limit."""
+    added = {
+        name: getattr(resources, name) + max(0, getattr(overhead, name))
+        for name in ("cpu_quota_usec", "cpu_shares", "memory_limit_bytes")
+        if getattr(resources, name) > 0
+    }
+    return msgspec.structs.replace(resources, **added)
 
 
 def _uninterruptible(pid: int) -> str:

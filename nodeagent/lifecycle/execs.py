@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from nodeagent.cgroups.manager import Cgroup
+from nodeagent.cgroups.group import Cgroup
 from nodeagent.lifecycle.handover import handover
 from nodeagent.sandbox.client import ExecIO, Supervisor
 from nodeagent.sandbox.spec import ExecPlan

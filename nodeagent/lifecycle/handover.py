@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from nodeagent.cgroups.manager import Cgroup
+from nodeagent.cgroups.group import Cgroup
 from nodeagent.sandbox.client import CgroupFds
 
 

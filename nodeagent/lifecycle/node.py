@@ -3,10 +3,11 @@
 `open_node` gives it when the agent may serve: what ran before is taken over, what was cut off is undone.
 """
 
+import fcntl
 import hashlib
-import logging
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from nodeagent import files
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
-from nodeagent.errors import FailedPrecondition
+from nodeagent.errors import AlreadyExists
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle.containers import Containers
 from nodeagent.lifecycle.events import Events
@@ -31,14 +32,45 @@ from nodeagent.net.network import Network
 from nodeagent.sandbox.client import Launcher
 from nodeagent.store import Store
 
-log = logging.getLogger(__name__)
-
 HANDLERS = frozenset({""})
 
 
 def instance_of(root: Path) -> str:
     """Eight hex digits that tell this agent's links, tables and cgroups from those of others on the machine."""
     return hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
+
+
+@contextmanager
+def only_agent(config: Config) -> Iterator[None]:
+    """Hold the lock of a root directory: two agents on one would undo each other's work."""
+    root = Path(config.root)
+    files.ensure_directory(root, mode=0o711)
+    lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyExists(f"{root}: another agent runs on this root directory") from None
+        yield
+    finally:
+        os.close(lock)
+
+
+@asynccontextmanager
+async def open_images(config: Config) -> AsyncIterator[tuple[Store, Images]]:
+    """The store and the images of a root directory, which `only_agent` must hold."""
+    root = Path(config.root)
+    store = Store.open(root / "state.db")
+    try:
+        images = await Images.open(
+            root=root, store=store, hosts_dir=Path(config.certs_dir), pinned=config.images.pinned
+        )
+        try:
+            yield store, images
+        finally:
+            await images.close()
+    finally:
+        store.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,14 +128,9 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
     for directory in (root, state, pods, layers):
         files.ensure_directory(directory, mode=0o711)
     async with AsyncExitStack() as stack:
-        store = Store.open(root / "state.db")
-        stack.callback(store.close)
+        store, images = await stack.enter_async_context(open_images(config))
         mounts.make_private_mount(pods)
         cgroups = Cgroups.open(driver=config.cgroup.driver, default_parent=f"/nodeagent-{instance}")
-        images = await Images.open(
-            root=root, store=store, hosts_dir=Path(config.certs_dir), pinned=config.images.pinned
-        )
-        stack.push_async_callback(images.close)
         network = await Network.start(config=config.network, store=store, instance=instance)
         own_group = cgroups.instance_group()
         launcher = await Launcher.start(state, join_fds=own_group.join_fds())

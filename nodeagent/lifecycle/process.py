@@ -12,9 +12,21 @@ from nodeagent.sandbox.spec import Capabilities, UserRequest
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DEFAULT_CAPABILITIES = (
-    "CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP "
-    "NET_BIND_SERVICE SYS_CHROOT KILL AUDIT_WRITE"
-).split()
+    "AUDIT_WRITE",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "MKNOD",
+    "NET_BIND_SERVICE",
+    "NET_RAW",
+    "SETFCAP",
+    "SETGID",
+    "SETPCAP",
+    "SETUID",
+    "SYS_CHROOT",
+)
 
 
 def arguments(config: ContainerConfig, image: ImageConfig) -> list[str]:
@@ -85,17 +97,26 @@ def stop_signal(config: ContainerConfig, image: ImageConfig) -> int:
 
 
 def capability_sets(change: CapabilityChange, *, privileged: bool) -> Capabilities:
-    """ALL first, then single additions, then drops; ambient additions are in all five sets."""
+    """ALL first, then single additions, then drops; ambient additions are in all five sets.
+
+    ALL is what this agent has to give: a node may have taken some from it.
+    """
     if privileged:
-        mask = capabilities.mask(capabilities.known())
-        return _sets(mask, ambient=0)
-    known = set(capabilities.known())
-    names = known if "ALL" in change.add else set(DEFAULT_CAPABILITIES)
+        return _sets(capabilities.available(), ambient=0)
+    everything = capabilities.available()
+    effective = everything if "ALL" in change.add else capabilities.mask(DEFAULT_CAPABILITIES)
     if "ALL" in change.drop:
-        names = set()
-    ambient = known if "ALL" in change.add_ambient else set(change.add_ambient)
-    names = (names | set(change.add) | ambient) - set(change.drop) - {"ALL"}
-    return _sets(capabilities.mask(names), ambient=capabilities.mask(ambient & names))
+        effective = 0
+    ambient = _mask(change.add_ambient) | (everything if "ALL" in change.add_ambient else 0)
+    effective = (effective | _mask(change.add) | ambient) & ~_mask(change.drop)
+    return _sets(effective, ambient=ambient & effective)
+
+
+def _mask(names: tuple[str, ...]) -> int:
+    try:
+        return capabilities.mask(name for name in names if name != "ALL")
+    except ValueError as error:
+        raise InvalidArgument(f"capabilities: {error}") from None
 
 
 def _sets(mask: int, *, ambient: int) -> Capabilities:

@@ -168,7 +168,6 @@ class Sandboxes:
         for container in self._registry.members(sandbox.id):
             await self._containers.remove(container.id)
         await dismantle(sandbox.id, self._directory / sandbox.id, None, self._network)
-        await self._containers.remove_pod_group(sandbox)
         self._registry.forget(sandbox)
 
     # --- update ---
@@ -178,7 +177,7 @@ class Sandboxes:
     ) -> None:
         """Enforce the pod's limits on its cgroup and remember them."""
         sandbox = self._registry.sandbox(name)
-        await self._containers.limit_pod(sandbox, overhead, resources)
+        self._containers.limit_pod(sandbox, overhead, resources)
         self._registry.save(
             msgspec.structs.replace(
                 sandbox,

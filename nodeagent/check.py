@@ -1,0 +1,165 @@
+"""`nodeagent check`: what the kernel and the machine offer, and what is lost where they do not."""
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nodeagent.cgroups.manager import Cgroups
+from nodeagent.config import Config
+from nodeagent.errors import NodeAgentError
+from nodeagent.linux import capabilities, syscalls
+
+NETLINK_NETFILTER = 12
+OLDEST_KERNEL = (5, 15)
+# without it limits above our own cannot be given
+SYS_RESOURCE = 1 << capabilities.NAMES.index("SYS_RESOURCE")
+V2_CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feature:
+    """needed: the agent does not work without it. loss: what is lost otherwise."""
+
+    name: str
+    present: bool
+    needed: bool
+    detail: str = ""
+    loss: str = ""
+
+    def __str__(self) -> str:
+        answer = "yes" if self.present else "NO" if self.needed else "no"
+        remark = self.detail if self.present else self.loss
+        return f"{answer:4}{self.name:34}{remark}".rstrip()
+
+
+def features(config: Config) -> list[Feature]:
+    """Every feature, needed ones first."""
+    return [*_needed(), *_cgroups(), *_optional(config)]
+
+
+def _needed() -> list[Feature]:
+    release = os.uname().release
+    return [
+        _feature("root", lambda: os.geteuid() == 0, "namespaces and mounts need it", needed=True),
+        _feature(
+            f"Linux {OLDEST_KERNEL[0]}.{OLDEST_KERNEL[1]} or newer",
+            lambda: kernel_version(release) >= OLDEST_KERNEL,
+            f"this is {release}",
+            needed=True,
+            detail=release,
+        ),
+        _feature("openat2, open_tree, mount_setattr", _has_mount_api, "no rootfs", needed=True),
+        _feature("overlayfs", lambda: _has_filesystem("overlay"), "no rootfs", needed=True),
+    ]
+
+
+def _cgroups() -> list[Feature]:
+    try:
+        cgroups = Cgroups.open(driver="cgroupfs", default_parent="/nodeagent")
+    except NodeAgentError as error:
+        return [Feature(name="cgroups", present=False, needed=True, loss=str(error))]
+    kind = Feature(name="cgroups", present=True, needed=True, detail=cgroups.hierarchy)
+    aliases = {"io": {"io", "blkio"}}
+    names = (*V2_CONTROLLERS, "hugetlb")
+    return [kind] + [
+        Feature(
+            name=f"cgroup controller {name}",
+            present=bool(aliases.get(name, {name}) & cgroups.controllers),
+            needed=False,
+            loss=f"limits and statistics of {name}",
+        )
+        for name in names
+    ]
+
+
+def _optional(config: Config) -> list[Feature]:
+    return [
+        _feature("seccomp filters", _has_seccomp, "containers run unconfined or not at all"),
+        _feature("user namespaces", _has_user_namespaces, "pods with a user namespace"),
+        _feature("nf_tables", _has_nftables, "host ports and masquerade"),
+        _feature(
+            "AppArmor",
+            lambda: _read("/sys/module/apparmor/parameters/enabled").startswith("Y"),
+            "AppArmor profiles",
+        ),
+        _feature("SELinux", lambda: Path("/sys/fs/selinux/enforce").exists(), "SELinux labels"),
+        _feature(
+            "pressure stall information",
+            lambda: Path("/proc/pressure/cpu").exists(),
+            "PSI in statistics",
+        ),
+        _feature(
+            "CAP_SYS_RESOURCE",
+            lambda: bool(capabilities.available() & SYS_RESOURCE),
+            "a lower oom_score_adj, and limits above the agent's own",
+        ),
+        _feature(
+            "registry hosts",
+            lambda: Path(config.certs_dir).is_dir(),
+            f"{config.certs_dir} is absent: every registry is asked over HTTPS, directly",
+            detail=config.certs_dir,
+        ),
+    ]
+
+
+def _feature(
+    name: str, probe: Callable[[], bool], loss: str, *, needed: bool = False, detail: str = ""
+) -> Feature:
+    try:
+        present = probe()
+    except OSError as error:
+        present, loss = False, f"{loss} ({error.strerror})"
+    return Feature(name=name, present=present, needed=needed, detail=detail, loss=loss)
+
+
+def kernel_version(release: str) -> tuple[int, int]:
+    major, minor, *_ = release.split(".")
+    return int(major), int("".join(c for c in minor if c.isdigit()))
+
+
+def _has_mount_api() -> bool:
+    root = syscalls.openat2(syscalls.AT_FDCWD, "/", os.O_PATH, resolve=0)
+    try:
+        tree = syscalls.open_tree(root, "", syscalls.OPEN_TREE_CLONE | syscalls.AT_EMPTY_PATH)
+        try:
+            syscalls.mount_setattr(
+                tree, "", syscalls.AT_EMPTY_PATH, attr_set=syscalls.MOUNT_ATTR_NOSUID
+            )
+        finally:
+            os.close(tree)
+    finally:
+        os.close(root)
+    return True
+
+
+def _has_filesystem(name: str) -> bool:
+    context = syscalls.fsopen(name)
+    os.close(context)
+    return True
+
+
+def _has_seccomp() -> bool:
+    return "errno" in _read("/proc/sys/kernel/seccomp/actions_avail").split()
+
+
+def _has_user_namespaces() -> bool:
+    return int(_read("/proc/sys/user/max_user_namespaces") or 0) > 0
+
+
+def _has_nftables() -> bool:
+    """Asks for the generation of the rule set (NFT_MSG_GETGEN)."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as netlink:
+        netlink.settimeout(1)
+        get_generation = (10 << 8) | 16
+        header = (20).to_bytes(4, "little") + get_generation.to_bytes(2, "little")
+        netlink.send(header + (1).to_bytes(2, "little") + bytes(8) + bytes(4))
+        return int.from_bytes(netlink.recv(4096)[4:6], "little") != 2  # NLMSG_ERROR
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,108 @@
+"""The command line: serve, check, config, image load, image ls, version."""
+
+import argparse
+import asyncio
+import logging
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from nodeagent import check, config, control
+from nodeagent.config import Config
+from nodeagent.errors import NodeAgentError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0; 1 with the reason on stderr; 2 for a wrong command line."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.DEBUG if options.debug else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    try:
+        return int(options.run(options))
+    except (NodeAgentError, OSError) as error:
+        print(f"nodeagent: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nodeagent", description="The container runtime of a node."
+    )
+    parser.add_argument("--debug", action="store_true", help="log more")
+    verbs = parser.add_subparsers(required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--config", type=Path, metavar="FILE", help=f"default: {config.DEFAULT_PATH}"
+    )
+    common.add_argument("--root", metavar="DIR", help="what stays over a reboot")
+    common.add_argument("--state", metavar="DIR", help="what does not")
+
+    serve = verbs.add_parser("serve", parents=[common], help="serve the CRI")
+    serve.add_argument("--listen", metavar="unix:///PATH", help="the CRI socket")
+    serve.add_argument("--metrics", metavar="ADDR:PORT", help="Prometheus metrics over HTTP")
+    serve.add_argument("--streaming", metavar="ADDR:PORT", help="exec, attach and port-forward")
+    serve.add_argument("--certs-dir", metavar="DIR", help="registry hosts: DIR/<host>/hosts.toml")
+    serve.set_defaults(run=_serve)
+
+    verb = verbs.add_parser("check", parents=[common], help="what this machine offers")
+    verb.set_defaults(run=_check)
+    verb = verbs.add_parser("config", parents=[common], help="print the effective configuration")
+    verb.set_defaults(run=_config)
+    images = verbs.add_parser("image", help="load and list images").add_subparsers(required=True)
+    load = images.add_parser("load", parents=[common], help="load an OCI layout or docker archive")
+    load.add_argument("file", metavar="FILE|-", help="a tar file, or - for standard input")
+    load.set_defaults(run=_load)
+    images.add_parser("ls", parents=[common], help="list images").set_defaults(run=_list)
+    verbs.add_parser("version", help="print the version").set_defaults(run=_version)
+    return parser
+
+
+def _configuration(options: argparse.Namespace) -> Config:
+    overrides: dict[str, object] = {
+        name: value
+        for name in ("root", "state", "listen", "metrics", "certs_dir")
+        if (value := getattr(options, name, None)) is not None
+    }
+    if getattr(options, "streaming", None) is not None:
+        overrides["streaming"] = {"address": options.streaming}
+    return config.load(options.config, overrides)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from nodeagent.agent import (
+        serve,
+    )  # gRPC takes 0.1 s to import, which the other verbs need not wait
+
+    asyncio.run(serve(_configuration(options)))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    features = check.features(_configuration(options))
+    for feature in features:
+        print(feature)
+    return 0 if all(feature.present for feature in features if feature.needed) else 1
+
+
+def _config(options: argparse.Namespace) -> int:
+    print(config.dumps(_configuration(options)), end="")
+    return 0
+
+
+def _load(options: argparse.Namespace) -> int:
+    for name in asyncio.run(control.load(_configuration(options), options.file)):
+        print(f"loaded {name}")
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    for line in control.list_images(_configuration(options)):
+        print(line)
+    return 0
+
+
+def _version(_: argparse.Namespace) -> int:
+    print(version("nodeagent"))
+    return 0
