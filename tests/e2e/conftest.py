@@ -1,0 +1,64 @@
+"""A real agent on this machine, with a registry beside it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from nodeagent.api import runtime_pb2 as pb
+from tests import images
+from tests.cri import Cri
+from tests.node import RunningAgent
+from tests.registry import Registry
+
+UPSTREAM = ("docker.io", "registry.k8s.io", "gcr.io", "quay.io", "public.ecr.aws")
+
+
+@contextmanager
+def running_agent(
+    factory: pytest.TempPathFactory, registry: Registry, config: str = ""
+) -> Iterator[RunningAgent]:
+    running = RunningAgent(factory.mktemp("agent"), config=config)
+    running.trust(registry.host, *UPSTREAM)
+    running.start()
+    try:
+        yield running
+        running.remove_pods()
+    finally:
+        code = running.stop()
+    assert code == 0, running.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def agent(tmp_path_factory: pytest.TempPathFactory, registry: Registry) -> Iterator[RunningAgent]:
+    """One agent for all tests that do not need their own; every pod of theirs is removed at the end."""
+    with running_agent(tmp_path_factory, registry) as running:
+        yield running
+
+
+@pytest.fixture
+def own_agent(
+    tmp_path_factory: pytest.TempPathFactory, registry: Registry
+) -> Iterator[RunningAgent]:
+    """An agent for a test that kills it."""
+    with running_agent(tmp_path_factory, registry) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def cri(agent: RunningAgent, registry: Registry) -> Cri:
+    return client(agent, registry)
+
+
+@pytest.fixture
+def own_cri(own_agent: RunningAgent, registry: Registry) -> Cri:
+    return client(own_agent, registry)
+
+
+def client(agent: RunningAgent, registry: Registry) -> Cri:
+    """With the busybox image pulled."""
+    busybox = images.busybox()
+    reference = f"{registry.host}/{busybox.repository}:{busybox.tags[0]}"
+    request = pb.PullImageRequest(image=pb.ImageSpec(image=reference))
+    agent.images.PullImage(request, timeout=60)
+    return Cri(agent, reference, agent.root / "logs")

@@ -1,0 +1,116 @@
+"""Logs as the kubelet reads them, and commands in running containers."""
+
+import re
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+from nodeagent.api import runtime_pb2 as pb
+from tests.cri import Cri
+from tests.node import wait_for
+
+LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}(Z|[+-]\d\d:\d\d) (stdout|stderr) [PF] .*")
+
+
+def test_log_lines(cri: Cri) -> None:
+    container = cri.run("sh", "-c", "echo out; echo err >&2; printf unterminated")
+    container.ended()
+    lines = container.log.read_text().splitlines()
+    assert all(LINE.fullmatch(line) for line in lines)
+    assert sorted(line.split(" ", 1)[1] for line in lines) == [
+        "stderr F err",
+        "stdout F out",
+        "stdout F unterminated",
+    ]
+    assert container.status.log_path == str(container.log)
+    assert container.log.stat().st_mode & 0o777 == 0o640
+    container.pod.remove()
+
+
+def test_long_lines_are_split(cri: Cri) -> None:
+    container = cri.run("sh", "-c", "head -c 40000 /dev/zero | tr '\\0' x; echo")
+    container.ended()
+    tags = [line.split(" ", 3)[2] for line in container.log.read_text().splitlines()]
+    assert tags[-1] == "F"
+    assert set(tags[:-1]) == {"P"}
+    assert container.output.replace("\n", "") == "x" * 40000
+    container.pod.remove()
+
+
+def test_rotation_loses_nothing(cri: Cri) -> None:
+    container = cri.run("sh", "-c", "i=0; while [ $i -lt 2000 ]; do echo $i; i=$((i+1)); done; sleep 1")
+    rotated = container.log.with_suffix(".old")
+    wait_for("output", lambda: container.log.stat().st_size > 0)
+    container.log.rename(rotated)
+    request = pb.ReopenContainerLogRequest(container_id=container.id)
+    cri.agent.runtime.ReopenContainerLog(request)
+    size = rotated.stat().st_size
+    assert container.log.exists()
+    container.ended()
+    assert rotated.stat().st_size == size
+    texts = [path.read_text().splitlines() for path in (rotated, container.log)]
+    numbers = [int(line.split(" ", 3)[3]) for text in texts for line in text]
+    assert numbers == list(range(2000))
+    container.pod.remove()
+
+
+def test_exec_sync(cri: Cri) -> None:
+    container = cri.run()
+    answer = container.exec("sh", "-c", "echo out; echo err >&2; exit 5")
+    assert (answer.stdout, answer.stderr, answer.exit_code) == (b"out\n", b"err\n", 5)
+    container.pod.remove()
+
+
+def test_exec_timeout_kills_the_tree(cri: Cri) -> None:
+    container = cri.run()
+    begin = time.monotonic()
+    with pytest.raises(grpc.RpcError) as caught:
+        container.exec("sh", "-c", "sleep 777 & sleep 777", timeout=1)
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert time.monotonic() - begin < 5
+    assert "777" not in container.shell("ps")
+    container.pod.remove()
+
+
+def test_background_child_does_not_hold_the_exec(cri: Cri) -> None:
+    container = cri.run()
+    begin = time.monotonic()
+    answer = container.exec("sh", "-c", "sleep 5 & echo done", timeout=10)
+    assert answer.stdout == b"done\n"
+    assert time.monotonic() - begin < 3
+    container.pod.remove()
+
+
+def test_exec_output_is_bounded(cri: Cri) -> None:
+    container = cri.run()
+    answer = container.exec("sh", "-c", "head -c 20000000 /dev/zero; exit 4", timeout=30)
+    assert answer.exit_code == 4
+    assert 0 < len(answer.stdout) <= 16 << 20
+    container.pod.remove()
+
+
+def test_exec_of_a_missing_program(cri: Cri) -> None:
+    container = cri.run()
+    with pytest.raises(grpc.RpcError) as caught:
+        container.exec("/nope")
+    assert "/nope" in caught.value.details()
+    container.pod.remove()
+
+
+def test_exec_in_an_ended_container(cri: Cri) -> None:
+    container = cri.run("true")
+    container.ended()
+    with pytest.raises(grpc.RpcError) as caught:
+        container.exec("true")
+    assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    container.pod.remove()
+
+
+def test_a_full_disk_does_not_stop_the_container(cri: Cri) -> None:
+    pod = cri.pod(log_directory="/dev")  # /dev/full answers every write with ENOSPC
+    container = pod.run("sh", "-c", "seq 100000; exit 9", log_path="full")
+    assert container.ended().exit_code == 9
+    pod.remove()
+    assert Path("/dev/full").is_char_device()

@@ -1,0 +1,111 @@
+"""The agent dies; nothing else does."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from nodeagent.api import runtime_pb2 as pb
+from tests.cri import EXITED, RUNNING, Cri
+from tests.node import RunningAgent, wait_for
+
+
+def test_containers_never_notice(own_agent: RunningAgent, own_cri: Cri) -> None:
+    script = "i=0; while :; do echo $i; i=$((i+1)); sleep 0.01; done"
+    container = own_cri.run("sh", "-c", script, labels={"a": "b"})
+    pod, pid = container.pod, container.exec("sh", "-c", "echo $PPID").stdout
+    before, ip = container.status, pod.ip
+    own_agent.restart()
+    after = container.status
+    assert (after.state, after.started_at) == (RUNNING, before.started_at)
+    assert dict(after.labels) == {"a": "b"}
+    assert pod.status.state == pb.SANDBOX_READY
+    assert pod.ip == ip
+    assert container.exec("sh", "-c", "echo $PPID").stdout == pid
+    container.stop()
+    numbers = [int(line) for line in container.output.splitlines()]
+    assert numbers == list(range(len(numbers)))
+
+
+def test_exit_code_while_no_agent_runs(own_agent: RunningAgent, own_cri: Cri) -> None:
+    container = own_cri.run("sh", "-c", "sleep 0.5; echo last words; exit 42")
+    own_agent.kill()
+    time.sleep(1)
+    own_agent.start()
+    status = container.status
+    assert (status.state, status.exit_code, status.reason) == (EXITED, 42, "Error")
+    assert container.output == "last words"
+
+
+def test_an_orderly_stop_leaves_pods_running(own_agent: RunningAgent, own_cri: Cri) -> None:
+    container = own_cri.run()
+    assert own_agent.stop() == 0
+    own_agent.start()
+    assert container.status.state == RUNNING
+    assert container.shell("echo works") == "works"
+
+
+def test_kill_deadline_outlives_the_agent(own_agent: RunningAgent, own_cri: Cri) -> None:
+    container = own_cri.run("sh", "-c", "trap '' TERM; while :; do sleep 0.05; done")
+    request = pb.StopContainerRequest(container_id=container.id, timeout=1)
+    call = own_agent.runtime.StopContainer.future(request)
+    time.sleep(0.2)
+    own_agent.kill()
+    call.cancel()
+    time.sleep(1.5)
+    own_agent.start()
+    assert container.status.state == EXITED
+    assert container.status.exit_code == 137
+
+
+def test_a_killed_supervisor_is_succeeded(own_agent: RunningAgent, own_cri: Cri) -> None:
+    script = "i=0; while [ $i -lt 300 ]; do echo $i; i=$((i+1)); sleep 0.01; done; exit 6"
+    container = own_cri.run("sh", "-c", script)
+    os.kill(supervisor_of(own_agent, container.pod.id), signal.SIGKILL)
+    status = container.ended(seconds=20)
+    assert (status.exit_code, status.reason) == (6, "Error")
+    assert container.output.splitlines() == [str(n) for n in range(300)]
+
+
+def test_nothing_is_left_without_pods(own_agent: RunningAgent, own_cri: Cri) -> None:
+    own_cri.run().pod.remove()
+    root = str(own_agent.root)
+    assert own_agent.stop() == 0
+    wait_for("no process", lambda: not processes_below(root))
+    assert root not in Path("/proc/self/mounts").read_text()
+    own_agent.start()
+
+
+def supervisor_of(agent: RunningAgent, pod_id: str) -> int:
+    """The process that listens on the pod's socket, by the inode of it."""
+    path = str(agent.root / "run/pods" / pod_id / "supervisor.sock")
+    for line in Path("/proc/net/unix").read_text().splitlines():
+        fields = line.split()
+        if len(fields) == 8 and fields[7] == path and fields[3] == "00010000":
+            return holder(f"socket:[{fields[6]}]")
+    raise LookupError(path)
+
+
+def holder(link: str) -> int:
+    """The youngest process that has a file open: the launcher opened it, the supervisor has it from there."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                if any(os.readlink(fd) == link for fd in (entry / "fd").iterdir()):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return max(found)
+
+
+def processes_below(root: str) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                if root.encode() in (entry / "cmdline").read_bytes():
+                    found.append(entry.name)
+            except OSError:
+                continue
+    return found
