@@ -1,0 +1,271 @@
+"""One cgroup: its limits, its processes, what it uses. The same object for cgroup v1, hybrid and v2."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Protocol, TypeVar
+
+from nodeagent.cgroups import limits, parse, paths, tree, v1, v2
+from nodeagent.cgroups.control import ControlFiles
+from nodeagent.cgroups.descriptors import JoinFds, WatchFds, open_group_file, open_join_fds
+from nodeagent.cgroups.devices import Rule
+from nodeagent.cgroups.hierarchy import Hierarchy, Layout
+from nodeagent.cgroups.parse import Pressure
+from nodeagent.cgroups.stats import (
+    CgroupStats,
+    CpuStats,
+    HugetlbStats,
+    IoStats,
+    MemoryStats,
+    PidsStats,
+    PressureStats,
+)
+from nodeagent.cgroups.tracking import LegacyTracker, Tracker, UnifiedTracker
+from nodeagent.errors import NotFound
+from nodeagent.records import Resources
+
+_FREEZE_TIMEOUT_S = 2.0
+_REMOVE_TIMEOUT_S = 2.0
+
+_T = TypeVar("_T")
+
+
+class Version(Protocol):
+    """What the modules `v1` and `v2` have in common."""
+
+    OOM_EVENTS: str
+
+    def apply(self, files: ControlFiles, wanted: Resources) -> None: ...
+    def resources(self, files: ControlFiles, page_sizes: Sequence[str]) -> Resources: ...
+    def set_devices(self, files: ControlFiles, rules: Sequence[Rule] | None) -> None: ...
+    def cpu(self, files: ControlFiles) -> CpuStats | None: ...
+    def memory(self, files: ControlFiles) -> MemoryStats | None: ...
+    def pids(self, files: ControlFiles) -> PidsStats | None: ...
+    def io(self, files: ControlFiles) -> tuple[IoStats, ...]: ...
+    def hugetlb(
+        self, files: ControlFiles, page_sizes: Sequence[str]
+    ) -> tuple[HugetlbStats, ...]: ...
+
+
+class Cgroup:
+    """The group `path`, in all hierarchies of the machine.
+
+    Methods block for less than a millisecond, but for `freeze`, `remove`, and `apply` where memory has to be reclaimed.
+    `stats` keeps about 20 files open until `close`.
+    """
+
+    def __init__(self, layout: Layout, path: str, page_sizes: Sequence[str] = ()) -> None:
+        self.path = path
+        self._layout = layout
+        self._page_sizes = page_sizes
+        self._version: Version = v1 if layout.legacy else v2
+        self._own = layout.hierarchies
+        self._tracking = layout.hierarchies[0]
+        self._tracker = _tracker(layout, path)
+        self._files = ControlFiles(_directories(layout, path))
+        self._pressure = ControlFiles({"": self._tracking.directory(path)})
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"Cgroup({self.path!r})"
+
+    def exists(self) -> bool:
+        return os.path.isdir(self._tracking.directory(self.path))
+
+    # --- limits ---
+
+    def apply(self, resources: Resources) -> None:
+        """Put `resources` in force; when this fails, the limits are those from before. What is not set stays as it is.
+
+        Raises InvalidArgument for nonsense, FailedPrecondition for what the present use forbids (a memory limit
+        below it), Unsupported for what this kernel lacks (not where no limit is asked for), NotFound without the group.
+        """
+        limits.check(resources)
+        self._version.apply(self._files, resources)
+
+    def resources(self) -> Resources:
+        """The limits in force; -1 is none. On v2 cpu_shares is what gives the weight that is in force."""
+        return self._version.resources(self._files, self._page_sizes)
+
+    def set_devices(self, rules: Sequence[Rule] | None) -> None:
+        """Allow the use of devices by `rules` alone; None allows all that the groups above allow."""
+        self._require_own()
+        self._version.set_devices(self._files, rules)
+
+    # --- processes ---
+
+    def join_fds(self) -> JoinFds:
+        """Raises NotFound."""
+        return open_join_fds(self._layout, dict.fromkeys(self._layout.hierarchies, self.path))
+
+    def watch_fds(self) -> WatchFds:
+        """Raises NotFound."""
+        with ExitStack() as undo:
+            unified = self._layout.unified is not None
+            complete = self._layout.hierarchies[-1]  # exec groups of v1 are in the first one only
+            tracking = self._tracking.directory(self.path)
+            oom = self._files.path(self._version.OOM_EVENTS)
+            fds = WatchFds(
+                oom=open_group_file(undo, oom, os.O_RDONLY) if oom else None,
+                procs=open_group_file(
+                    undo, f"{complete.directory(self.path)}/cgroup.procs", os.O_RDONLY
+                ),
+                kill=open_group_file(undo, f"{tracking}/cgroup.kill", os.O_WRONLY)
+                if unified
+                else None,
+                events=open_group_file(undo, f"{tracking}/cgroup.events", os.O_RDONLY)
+                if unified
+                else None,
+            )
+            undo.pop_all()
+            return fds
+
+    def processes(self) -> list[int]:
+        """Of the group and of those below it, as far as this PID namespace sees them."""
+        return self._tracker.processes()
+
+    def populated(self) -> bool:
+        return self._tracker.populated()
+
+    def kill(self) -> None:
+        """Send SIGKILL to all processes, those of execs included. Does not wait for their end."""
+        self._require_own()
+        self._tracker.kill()
+
+    def freeze(self, timeout_s: float = _FREEZE_TIMEOUT_S) -> None:
+        """Stop all processes where they are. Raises TimeoutError, and lets them run on."""
+        self._require_own()
+        self._tracker.freeze(timeout_s)
+
+    def thaw(self) -> None:
+        self._require_own()
+        self._tracker.thaw()
+
+    def child(self, name: str) -> "ExecGroup":
+        """Make a group for one exec, which can be told apart and killed alone. Raises AlreadyExists."""
+        child = ExecGroup(self._layout, self.path, paths.check_name(name))
+        tree.make(self._tracking.mount, child.path)
+        return child
+
+    # --- accounting ---
+
+    def stats(self) -> CgroupStats:
+        """Raises NotFound; what a single controller cannot tell is missing, and fails nothing else."""
+        with self._lock:
+            cpu = _part(None, self._version.cpu, self._files)
+            if cpu is None and not self.exists():
+                raise NotFound(f'cgroup "{self.path}": does not exist')
+            return CgroupStats(
+                at_ns=time.time_ns(),
+                cpu=cpu,
+                memory=_part(None, self._version.memory, self._files),
+                pids=_part(None, self._version.pids, self._files),
+                io=_part((), self._version.io, self._files),
+                hugetlb=_part((), self._version.hugetlb, self._files, self._page_sizes),
+                pressure=PressureStats(
+                    cpu=_part(None, _sample_pressure, self._pressure, "cpu.pressure"),
+                    memory=_part(None, _sample_pressure, self._pressure, "memory.pressure"),
+                    io=_part(None, _sample_pressure, self._pressure, "io.pressure"),
+                ),
+            )
+
+    def close(self) -> None:
+        """Close the files that `stats` keeps; the next one opens them again."""
+        with self._lock:
+            self._files.close()
+            self._pressure.close()
+
+    # --- life ---
+
+    def make(self) -> None:
+        """Make it in every hierarchy, or in none. Raises AlreadyExists."""
+        with ExitStack() as undo:
+            for hierarchy in self._own:
+                tree.make(hierarchy.mount, self.path)
+                undo.callback(self._remove_from, hierarchy, time.monotonic())
+                if "cpuset" in hierarchy.controllers and self._version is v1:
+                    v1.fill_cpuset(hierarchy.mount, self.path)
+            if self._version is v2:
+                wanted = v2.CONTROLLERS & self._layout.controllers
+                v2.enable(self._tracking.mount, self.path, wanted)
+            undo.pop_all()
+
+    def remove(self, timeout_s: float = _REMOVE_TIMEOUT_S) -> None:
+        """Remove the group, those below it, and parents that were made for it and are empty. May be repeated.
+
+        Kills nothing; waits up to `timeout_s` for processes that are ending. Raises FailedPrecondition where some stay,
+        and for a group that this agent did not make.
+        """
+        self.close()
+        deadline = time.monotonic() + timeout_s
+        for hierarchy in self._own:
+            self._remove_from(hierarchy, deadline)
+
+    def _remove_from(self, hierarchy: Hierarchy, deadline: float) -> None:
+        tree.remove(hierarchy.mount, self.path, deadline)
+        tree.remove_empty_parents(hierarchy.mount, self.path)
+
+    def _require_own(self) -> None:
+        tree.require_group(self._tracking.mount, self.path)
+
+
+class ExecGroup:
+    """The processes of one exec: in a group of their own in the first hierarchy, in the container's in all others.
+
+    It has no limits of its own, those of the container hold.
+    """
+
+    def __init__(self, layout: Layout, container: str, name: str) -> None:
+        self.path = f"{container}/{name}"
+        self._layout = layout
+        self._container = container
+        self._mount = layout.hierarchies[0].mount
+        self._tracker = _tracker(layout, self.path)
+
+    def join_fds(self) -> JoinFds:
+        first, *others = self._layout.hierarchies
+        return open_join_fds(
+            self._layout, {first: self.path} | dict.fromkeys(others, self._container)
+        )
+
+    def processes(self) -> list[int]:
+        return self._tracker.processes()
+
+    def populated(self) -> bool:
+        return self._tracker.populated()
+
+    def kill(self) -> None:
+        tree.require_group(self._mount, self.path)
+        self._tracker.kill()
+
+    def remove(self, timeout_s: float = _REMOVE_TIMEOUT_S) -> None:
+        tree.remove(self._mount, self.path, time.monotonic() + timeout_s)
+
+
+def _tracker(layout: Layout, path: str) -> Tracker:
+    hierarchy = layout.hierarchies[0]
+    if layout.unified:
+        return UnifiedTracker(hierarchy.directory(path))
+    return LegacyTracker(hierarchy.directory(path), freezer="freezer" in hierarchy.controllers)
+
+
+def _directories(layout: Layout, path: str) -> dict[str, str]:
+    """Where the files of each controller are; "" is for all of them."""
+    if layout.unified and not layout.legacy:
+        return {"": layout.unified.directory(path)}
+    return {name: h.directory(path) for h in layout.legacy for name in h.controllers}
+
+
+def _part(missing: _T, read: Callable[..., _T], *arguments: object) -> _T:
+    """A part of the statistics, or `missing` where the kernel's text is not as expected."""
+    try:
+        return read(*arguments)
+    except (ValueError, KeyError):
+        return missing
+
+
+def _sample_pressure(files: ControlFiles, name: str) -> Pressure | None:
+    data = files.sample(name)
+    return None if data is None else parse.pressure(data)

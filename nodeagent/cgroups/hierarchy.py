@@ -1,0 +1,122 @@
+"""Which cgroup hierarchies are mounted, and what each of them controls (cgroups(7)).
+
+Three forms exist: "v2" has one tree for everything; "v1" has a tree per controller, or set of controllers, and a named
+one that controls nothing; "hybrid" is v1 with an additional cgroup2 that only keeps track of processes.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+V1_CONTROLLERS = frozenset(
+    {"blkio", "cpu", "cpuacct", "cpuset", "debug", "devices", "freezer", "hugetlb", "memory"}
+    | {"misc", "net_cls", "net_prio", "perf_event", "pids", "rdma"}
+)
+_CGROUP2_FLAGS = frozenset(
+    {"nsdelegate", "favordynmods", "memory_localevents", "memory_recursiveprot"}
+    | {"memory_hugetlb_accounting", "pids_localevents"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerMount:
+    """A mount that shows a container its own groups, inside a cgroup namespace.
+
+    name: directory below the container's /sys/fs/cgroup, "" for that directory itself; `links` point to it.
+    """
+
+    name: str
+    type: Literal["cgroup", "cgroup2"]
+    options: str
+    links: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Hierarchy:
+    """One tree, at the mount point `mount`. `options`: the data that mounts the same tree again."""
+
+    mount: str
+    controllers: frozenset[str]
+    options: str
+
+    def directory(self, path: str) -> str:
+        return self.mount + path
+
+    def container_mount(self) -> ContainerMount:
+        name = os.path.basename(self.mount)
+        links = tuple(sorted(self.controllers - {name})) if "," in name else ()
+        return ContainerMount(name, "cgroup", self.options, links)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The hierarchies of a machine. `unified` is None on v1, `legacy` is empty on v2."""
+
+    unified: Hierarchy | None
+    legacy: tuple[Hierarchy, ...]
+
+    @property
+    def kind(self) -> Literal["v1", "hybrid", "v2"]:
+        if not self.legacy:
+            return "v2"
+        return "hybrid" if self.unified else "v1"
+
+    @cached_property
+    def hierarchies(self) -> tuple[Hierarchy, ...]:
+        """All of them; the first is the one that tells which processes a group has."""
+        if self.unified:
+            return (self.unified, *self.legacy)
+        return tuple(sorted(self.legacy, key=lambda h: "freezer" not in h.controllers))
+
+    @cached_property
+    def controllers(self) -> frozenset[str]:
+        """What limits and accounts; the cgroup2 of a hybrid does neither."""
+        if self.unified and not self.legacy:
+            return self.unified.controllers
+        return frozenset().union(*(h.controllers for h in self.legacy))
+
+    def mounts(self) -> tuple[ContainerMount, ...]:
+        """On v2 the one tree; otherwise the v1 trees, each in a directory of a tmpfs."""
+        if self.unified and not self.legacy:
+            return (ContainerMount("", "cgroup2", self.unified.options),)
+        return tuple(h.container_mount() for h in self.legacy)
+
+
+def detect(root: str, mountinfo: str) -> Layout:
+    """The hierarchies mounted at `root`, or directly below it, by the text of /proc/PID/mountinfo.
+
+    Of a tree that is mounted twice the first is taken.
+    """
+    unified: Hierarchy | None = None
+    legacy: dict[str, Hierarchy] = {}
+    for line in mountinfo.splitlines():
+        mount, kind, options = _fields(line)
+        if mount != root and os.path.dirname(mount) != root:
+            continue
+        if kind == "cgroup2" and unified is None:
+            unified = _unified(mount, options)
+        elif kind == "cgroup":
+            hierarchy = _legacy(mount, options)
+            legacy.setdefault(hierarchy.options, hierarchy)
+    return Layout(unified, tuple(legacy.values()))
+
+
+def _fields(line: str) -> tuple[str, str, list[str]]:
+    """Mount point, type and superblock options of a line; proc_pid_mountinfo(5)."""
+    head, _, tail = line.partition(" - ")
+    kind, _, options = tail.split(" ", 2)
+    return head.split(" ", 5)[4], kind, options.split(",")
+
+
+def _unified(mount: str, options: list[str]) -> Hierarchy:
+    with open(f"{mount}/cgroup.controllers", encoding="ascii") as file:
+        controllers = frozenset(file.read().split())
+    return Hierarchy(mount, controllers, ",".join(o for o in options if o in _CGROUP2_FLAGS))
+
+
+def _legacy(mount: str, options: list[str]) -> Hierarchy:
+    controllers = [option for option in options if option in V1_CONTROLLERS]
+    names = [option for option in options if option.startswith("name=")]
+    data = ",".join(controllers + names if controllers else ["none", *names])
+    return Hierarchy(mount, frozenset(controllers), data)

@@ -1,0 +1,109 @@
+"""The cgroups of a machine: where containers' groups are, making them, finding them again."""
+
+import os
+from typing import Literal
+
+from nodeagent.cgroups import hierarchy, limits, paths, tree
+from nodeagent.cgroups.group import Cgroup
+from nodeagent.cgroups.hierarchy import ContainerMount, Layout
+from nodeagent.errors import NotFound, Unsupported
+from nodeagent.records import Resources
+
+Driver = Literal["cgroupfs", "systemd"]
+
+HUGEPAGES = "/sys/kernel/mm/hugepages"
+
+
+class Cgroups:
+    """`default_parent`: of containers that come without one. `layout`: as `hierarchy.detect` finds it."""
+
+    def __init__(self, layout: Layout, *, driver: Driver, default_parent: str) -> None:
+        self.driver: Driver = driver
+        self._layout = layout
+        self._default_parent = default_parent
+        self._page_sizes = _page_sizes() if "hugetlb" in layout.controllers else ()
+
+    @classmethod
+    def open(
+        cls, *, driver: Driver, default_parent: str, root: str = "/sys/fs/cgroup"
+    ) -> "Cgroups":
+        """Raises Unsupported where no cgroup hierarchy is mounted at `root`."""
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            layout = hierarchy.detect(root, file.read())
+        if not layout.hierarchies:
+            raise Unsupported(f"{root}: no cgroup hierarchy is mounted there")
+        return cls(layout, driver=driver, default_parent=default_parent)
+
+    @property
+    def hierarchy(self) -> Literal["v1", "hybrid", "v2"]:
+        return self._layout.kind
+
+    @property
+    def controllers(self) -> frozenset[str]:
+        """By their kernel names: io is blkio on v1, and cpuacct and devices are controllers of v1 alone."""
+        return self._layout.controllers
+
+    def mounts(self) -> tuple[ContainerMount, ...]:
+        """What shows a container its own groups."""
+        return self._layout.mounts()
+
+    def container_path(self, parent: str, container_id: str) -> str:
+        """The path of a container's group below `parent`, or below the default parent if that is empty.
+
+        Raises InvalidArgument for a parent that is not an absolute, clean path or, with systemd, not a slice.
+        """
+        where = paths.scope if self.driver == "systemd" else paths.container
+        return where(parent or self._default_parent, container_id)
+
+    def create(self, path: str, resources: Resources | None = None) -> Cgroup:
+        """Make a group with its limits, and the groups above it that are missing, or nothing.
+
+        Raises AlreadyExists, and as `Cgroup.apply`.
+        """
+        limits.check(resources or Resources())
+        group = self._group(path)
+        group.make()
+        try:
+            if resources:
+                group.apply(resources)
+        except BaseException:
+            group.remove()
+            raise
+        return group
+
+    def open_existing(self, path: str) -> Cgroup:
+        """A group that is there, whoever made it; limits and accounting can be used in any case. Raises NotFound."""
+        group = self._group(path)
+        if not group.exists():
+            raise NotFound(f'cgroup "{path}": does not exist')
+        return group
+
+    def instance_group(self, path: str) -> Cgroup:
+        """A group for processes of the agent itself: made, or found again.
+
+        Raises FailedPrecondition for one that others made.
+        """
+        group = self._group(path)
+        if group.exists():
+            tree.require_group(self._layout.hierarchies[0].mount, group.path)
+            return group
+        group.make()
+        return group
+
+    def _group(self, path: str) -> Cgroup:
+        return Cgroup(self._layout, paths.check(path), self._page_sizes)
+
+
+def _page_sizes() -> tuple[str, ...]:
+    """Sizes of huge pages as the hugetlb controller names them; the directories are named hugepages-2048kB."""
+    try:
+        names = os.listdir(HUGEPAGES)
+    except FileNotFoundError:
+        return ()
+    return tuple(_page_size(int(name[len("hugepages-") : -len("kB")])) for name in sorted(names))
+
+
+def _page_size(kib: int) -> str:
+    if kib >= 1 << 20:
+        return f"{kib >> 20}GB"
+    return f"{kib >> 10}MB" if kib >= 1 << 10 else f"{kib}KB"

@@ -1,0 +1,160 @@
+"""The processes of a group: who they are, killing all of them, freezing them.
+
+cgroup2 does each of these by one write that covers the groups below as well, also in a hybrid, where it controls
+nothing else. Plain v1 has the freezer, and signals.
+"""
+
+import errno
+import os
+import select
+import signal
+import time
+from typing import Protocol
+
+from nodeagent.cgroups import tree
+from nodeagent.errors import Unsupported
+
+_POLL_S = 0.001
+
+
+class Tracker(Protocol):
+    """All verbs hold for the group and for those below it; one that has gone has no processes."""
+
+    def processes(self) -> list[int]: ...
+
+    def populated(self) -> bool:
+        """Whether there is a process; a zombie is none."""
+        ...
+
+    def kill(self) -> None:
+        """Send SIGKILL to every process, and to those that they make meanwhile. Does not wait for their end."""
+        ...
+
+    def freeze(self, timeout_s: float) -> None:
+        """Stop all processes; on TimeoutError they run as before."""
+        ...
+
+    def thaw(self) -> None: ...
+
+
+class UnifiedTracker:
+    """By the cgroup2 directory of the group."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+
+    def processes(self) -> list[int]:
+        return _processes(self._directory)
+
+    def populated(self) -> bool:
+        return "populated 1" in _read(self._directory, "cgroup.events").splitlines()
+
+    def kill(self) -> None:
+        _write(self._directory, "cgroup.kill", "1")
+
+    def freeze(self, timeout_s: float) -> None:
+        _write(self._directory, "cgroup.freeze", "1")
+        try:
+            self._wait_frozen(time.monotonic() + timeout_s)
+        except TimeoutError:
+            self.thaw()
+            raise
+
+    def _wait_frozen(self, deadline: float) -> None:
+        """A change of cgroup.events is reported as an urgent condition of the open file."""
+        with open(f"{self._directory}/cgroup.events", encoding="ascii") as events:
+            changed = select.poll()
+            changed.register(events, select.POLLPRI)
+            while "frozen 1" not in events.read().splitlines():
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    raise TimeoutError(f"{self._directory}: not frozen in time")
+                changed.poll(remaining * 1000)
+                events.seek(0)
+
+    def thaw(self) -> None:
+        _write(self._directory, "cgroup.freeze", "0")
+
+
+class LegacyTracker:
+    """By the v1 directory of the group; `freezer` tells whether it is one of the freezer's hierarchy."""
+
+    def __init__(self, directory: str, *, freezer: bool) -> None:
+        self._directory = directory
+        self._freezer = freezer
+
+    def processes(self) -> list[int]:
+        return _processes(self._directory)
+
+    def populated(self) -> bool:
+        return any(
+            _read(directory, "cgroup.procs") for directory in tree.bottom_up(self._directory)
+        )
+
+    def kill(self) -> None:
+        """Frozen processes cannot fork away from their signal."""
+        if self._freezer:
+            self._set_state("FROZEN")
+        try:
+            seen: set[int] = set()
+            while new := set(self.processes()) - seen:
+                for pid in new:
+                    _kill(pid)
+                seen |= new
+        finally:
+            if self._freezer:
+                self.thaw()
+
+    def freeze(self, timeout_s: float) -> None:
+        """A process that forks while it is being frozen delays the rest until FROZEN is written again."""
+        if not self._freezer:
+            raise Unsupported("freeze: the freezer is not mounted")
+        deadline = time.monotonic() + timeout_s
+        self._set_state("FROZEN")
+        while (state := _read(self._directory, "freezer.state").strip()) not in ("FROZEN", ""):
+            if time.monotonic() >= deadline:
+                self.thaw()
+                raise TimeoutError(f"{self._directory}: {state}, not frozen in time")
+            time.sleep(_POLL_S)
+            self._set_state("FROZEN")
+
+    def thaw(self) -> None:
+        if self._freezer:
+            self._set_state("THAWED")
+
+    def _set_state(self, state: str) -> None:
+        _write(self._directory, "freezer.state", state)
+
+
+def _processes(directory: str) -> list[int]:
+    """A process that is not visible from this PID namespace is shown as 0."""
+    texts = [_read(group, "cgroup.procs") for group in tree.bottom_up(directory)]
+    return sorted({int(pid) for text in texts for pid in text.split()} - {0})
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def _read(directory: str, name: str) -> str:
+    """Empty for a group that has gone, and for the processes of a threaded group, which its domain lists."""
+    try:
+        with open(f"{directory}/{name}", encoding="ascii") as file:
+            return file.read()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
+            return ""
+        raise
+
+
+def _write(directory: str, name: str, value: str) -> None:
+    """A group that has gone needs no writing."""
+    try:
+        with open(f"{directory}/{name}", "w", encoding="ascii") as file:
+            file.write(value)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise
