@@ -166,6 +166,7 @@ class ContainerConfig(Config, frozen=True, kw_only=True):
     """A ContainerConfig with its security context. envs: names, and values as bytes of any kind.
 
     image: what the caller asked for, in this order of trust: image (usually the id), then what the user specified.
+    masked_paths, readonly_paths: None is the agent's own choice, empty is none.
     """
 
     name: str
@@ -199,8 +200,8 @@ class ContainerConfig(Config, frozen=True, kw_only=True):
     run_as_group: int | None = None
     supplemental_groups: tuple[int, ...] = ()
     groups_policy: Literal["merge", "strict"] = "merge"
-    masked_paths: tuple[str, ...] = ()
-    readonly_paths: tuple[str, ...] = ()
+    masked_paths: tuple[str, ...] | None = None
+    readonly_paths: tuple[str, ...] | None = None
     seccomp: Profile | None = None
     apparmor: Profile | None = None
     selinux: SELinux | None = None

@@ -21,7 +21,7 @@ from nodeagent.images.catalog import Images
 from nodeagent.lifecycle import execs, process
 from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.handover import handover
-from nodeagent.lifecycle.plan import Planner
+from nodeagent.lifecycle.plan import Planner, reference
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.lifecycle.supervision import Supervision
 from nodeagent.lifecycle.trash import Trash
@@ -150,7 +150,7 @@ class Containers:
             sandbox_id=sandbox.id,
             config=config,
             image_id=image.id,
-            image_ref=image.repo_digests[0] if image.repo_digests else image.id,
+            image_ref=reference(image),
             image_name=config.image_user_specified or config.image,
             mounts=self._planner.mount_statuses(config),
             cgroup_path=self._cgroups.container_path(sandbox.cgroup_parent, container_id),

@@ -1,23 +1,139 @@
-"""From what was asked to what a supervisor executes: the plan of a container. Pure but for the seccomp cache.
+"""From what was asked to what a supervisor executes: the plan of a container.
 
-The plan is complete: nothing in it is looked up again, so that it can be printed, stored and tested without root.
+The plan is complete: nothing in it is looked up again, so that it can be printed, kept and tested without root.
 """
 
 import base64
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from nodeagent.cgroups.manager import CgroupMount
-from nodeagent.config import Rlimits
-from nodeagent.errors import InvalidArgument
-from nodeagent.lifecycle import podfiles, process
-from nodeagent.lifecycle.slots import id_map
-from nodeagent.records import ContainerConfig, Image, MountConfig, Profile, Sandbox
-from nodeagent.sandbox import rootfs, seccomp_profile
-from nodeagent.sandbox.spec import (
-    ContainerPlan,
-    Mount,
-    ProcessPlan,
-    Rlimit,
-    Rootfs,
-)
+from nodeagent.cgroups.devices import Rule
+from nodeagent.cgroups.manager import Cgroups
+from nodeagent.config import Config
+from nodeagent.errors import InvalidArgument, NotFound
+from nodeagent.images.catalog import Images
+from nodeagent.lifecycle import devices, filesystems, podfiles, process
+from nodeagent.lifecycle.profiles import Profiles
+from nodeagent.lifecycle.registry import Registry
+from nodeagent.records import Container, ContainerConfig, Image, MountStatus, Sandbox
+from nodeagent.sandbox.spec import ContainerPlan, ProcessPlan, Rlimit, Rootfs
+
+UMASK = 0o022
+
+
+class Planner:
+    """Knows the node; makes plans of requests."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        images: Images,
+        cgroups: Cgroups,
+        profiles: Profiles,
+        config: Config,
+        *,
+        pods: Path,
+    ) -> None:
+        self._registry = registry
+        self._images = images
+        self._profiles = profiles
+        self._pods = pods
+        self._rlimits = [
+            Rlimit(resource=name, soft=soft, hard=hard)
+            for name, soft, hard in config.rlimits.pairs()
+        ]
+        self._hierarchies = {
+            mount.name: mount.options.split(",") if mount.type == "cgroup" else []
+            for mount in cgroups.mounts()
+        }
+
+    def plan(
+        self, sandbox: Sandbox, container: Container, image: Image, directory: Path
+    ) -> ContainerPlan:
+        """directory: the container's own, with `upper` and `work`. Raises InvalidArgument, NotFound, Unsupported."""
+        config = container.config
+        open_paths = config.privileged
+        masked = filesystems.MASKED_PATHS if config.masked_paths is None else config.masked_paths
+        readonly = (
+            filesystems.READONLY_PATHS if config.readonly_paths is None else config.readonly_paths
+        )
+        return ContainerPlan(
+            id=container.id,
+            argv=process.arguments(config, image.config),
+            process=self._process(sandbox, config, image),
+            rootfs=Rootfs(
+                lower=[str(layer) for layer in self._images.lower_dirs(image)],
+                upper=str(directory / "upper"),
+                work=str(directory / "work"),
+                readonly=config.readonly_rootfs,
+            ),
+            mounts=filesystems.container_mounts(
+                sandbox, config, self._pods / sandbox.id, self._hierarchies, self._volume_layers
+            ),
+            devices=devices.container_devices(config),
+            masked_paths=[] if open_paths else list(masked),
+            readonly_paths=[] if open_paths else list(readonly),
+            pid=config.namespaces.pid,
+            pid_target=self._pid_target(sandbox, config),
+            cgroup_namespace=True,
+            privileged=config.privileged,
+            tty=config.tty,
+            stdin=config.stdin,
+            stdin_once=config.stdin_once,
+            log_path=container.log_path,
+        )
+
+    def _process(self, sandbox: Sandbox, config: ContainerConfig, image: Image) -> ProcessPlan:
+        capabilities = process.capability_sets(config.capabilities, privileged=config.privileged)
+        program = self._profiles.seccomp(config, capabilities["bounding"])
+        return ProcessPlan(
+            env=process.environment(config, image.config, podfiles.hostname(sandbox.config)),
+            cwd=config.working_dir or image.config.working_dir or "/",
+            user=process.user(config, image.config),
+            capabilities=capabilities,
+            no_new_privs=config.no_new_privs,
+            seccomp=base64.b64encode(program.code).decode(),
+            seccomp_flags=program.flags,
+            apparmor=self._profiles.apparmor(config),
+            selinux=self._profiles.selinux(config),
+            rlimits=self._rlimits,
+            oom_score_adj=config.resources.oom_score_adj,
+            umask=UMASK,
+        )
+
+    def device_rules(self, container: Container) -> list[Rule] | None:
+        """What the container's cgroup shall allow."""
+        return devices.rules(container.config)
+
+    def mount_statuses(self, config: ContainerConfig) -> tuple[MountStatus, ...]:
+        """What was asked to be mounted, with the digest behind each image volume."""
+        return tuple(
+            MountStatus(
+                config=mount, image_ref=reference(self._volume(mount.image)) if mount.image else ""
+            )
+            for mount in config.mounts
+        )
+
+    def _volume_layers(self, name: str) -> Sequence[Path]:
+        return self._images.lower_dirs(self._volume(name))
+
+    def _volume(self, name: str) -> Image:
+        image = self._images.find(name)
+        if image is None:
+            raise NotFound(f'image volume "{name}": not on this node; pull it first')
+        return image
+
+    def _pid_target(self, sandbox: Sandbox, config: ContainerConfig) -> str:
+        if config.namespaces.pid != "target":
+            return ""
+        target = self._registry.container(config.namespaces.target)
+        if target.sandbox_id != sandbox.id:
+            raise InvalidArgument(f'target container "{target.id}": in another pod')
+        if target.state == "exited":
+            raise InvalidArgument(f'target container "{target.id}": has ended')
+        return target.id
+
+
+def reference(image: Image) -> str:
+    """The repo digest of an image, or the id of one that has none."""
+    return image.repo_digests[0] if image.repo_digests else image.id

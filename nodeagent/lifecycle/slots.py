@@ -15,9 +15,10 @@ from pathlib import Path
 from nodeagent import files
 from nodeagent.errors import NodeAgentError
 from nodeagent.net.network import Network
-from nodeagent.records import IdMapping, Namespaces
+from nodeagent.lifecycle.filesystems import id_map
+from nodeagent.records import Namespaces
 from nodeagent.sandbox.client import Launcher, Supervisor
-from nodeagent.sandbox.spec import IdMap, PodPlan
+from nodeagent.sandbox.spec import PodPlan
 
 log = logging.getLogger(__name__)
 
@@ -143,5 +144,3 @@ def _plan(pod_id: str, directory: Path, namespaces: Namespaces) -> PodPlan:
     return plan
 
 
-def id_map(mapping: IdMapping) -> IdMap:
-    return IdMap(inside=mapping.inside, outside=mapping.outside, length=mapping.length)

@@ -1,0 +1,80 @@
+"""The device nodes of a container, and the rules of its cgroup that belong to them.
+
+The nodes are read from the node's /dev when the container is planned; a directory stands for all devices below it.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+
+from nodeagent.cgroups.devices import DEFAULT_RULES, Rule
+from nodeagent.errors import InvalidArgument, NotFound
+from nodeagent.records import ContainerConfig, DeviceConfig
+from nodeagent.sandbox import rootfs
+from nodeagent.sandbox.spec import Device
+
+# of the node itself, which every container has of its own
+_OWN = frozenset(("/dev/pts", "/dev/shm", "/dev/mqueue", "/dev/fd", "/dev/console", "/dev/ptmx"))
+
+
+def container_devices(config: ContainerConfig) -> list[Device]:
+    """The usual ones, those asked for, and all of the node's for a privileged container."""
+    by_path = {device["path"]: device for device in rootfs.DEFAULT_DEVICES}
+    if config.privileged:
+        by_path |= {device["path"]: device for device in _below("/dev", "/dev")}
+    for wanted in config.devices:
+        by_path |= {device["path"]: device for device in _wanted(wanted)}
+    return list(by_path.values())
+
+
+def rules(config: ContainerConfig) -> list[Rule] | None:
+    """What the cgroup allows; None, everything, for a privileged container."""
+    if config.privileged:
+        return None
+    return [*DEFAULT_RULES, *(rule for wanted in config.devices for rule in _rules(wanted))]
+
+
+def _rules(wanted: DeviceConfig) -> Iterator[Rule]:
+    for device in _wanted(wanted):
+        if device["type"] != "p":
+            yield Rule(device["type"], device["major"], device["minor"], wanted.permissions)
+
+
+def _wanted(wanted: DeviceConfig) -> list[Device]:
+    try:
+        host_path = os.path.realpath(wanted.host_path)
+        if os.path.isdir(host_path):
+            return list(_below(host_path, wanted.container_path))
+        device = _device(host_path, wanted.container_path)
+    except FileNotFoundError:
+        raise NotFound(f'device "{wanted.host_path}": not on this node') from None
+    if device is None:
+        raise InvalidArgument(f'device "{wanted.host_path}": not a device')
+    return [device]
+
+
+def _below(directory: str, container_path: str) -> Iterator[Device]:
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.path in _OWN or entry.is_symlink():
+                continue
+            inside = f"{container_path}/{entry.name}"
+            if entry.is_dir():
+                yield from _below(entry.path, inside)
+            elif (device := _device(entry.path, inside)) is not None:
+                yield device
+
+
+def _device(host_path: str, container_path: str) -> Device | None:
+    status = os.lstat(host_path)
+    if stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
+        return Device(
+            path=container_path,
+            type="c" if stat.S_ISCHR(status.st_mode) else "b",
+            major=os.major(status.st_rdev),
+            minor=os.minor(status.st_rdev),
+            mode=stat.S_IMODE(status.st_mode),
+            uid=status.st_uid,
+            gid=status.st_gid,
+        )
+    return None
