@@ -62,15 +62,20 @@ $(TOOLS)/crictl $(TOOLS)/critest &: tests/tools/go.mod tests/tools/go.sum
 	cd tests/tools && go build -trimpath -ldflags '-s -w' -o ../../$(TOOLS)/crictl sigs.k8s.io/cri-tools/cmd/crictl
 	cd tests/tools && go test -c -trimpath -ldflags '-s -w' -o ../../$(TOOLS)/critest sigs.k8s.io/cri-tools/cmd/critest
 
+guest: setup ## Unpack the kernel of the tests' cgroup v2 machine (x86-64)
+	$(call install,e2fsprogs kmod)
+	$(PYTHON) -m tests.guest --setup uml
+
 # ---- the project ----
 
 demo: setup ## Run a pod with two containers on an agent of its own
 	@$(PYTHON) deploy/demo.py
 
+# Without the guest's kernel, or without Go, the tests that need them are skipped, except in CI.
 test: test-setup lint ## Lint, types, layers and all tests
+	@$(MAKE) --no-print-directory guest || test -z "$(CI)"
 	$(PYTHON) -m pytest
 
-# Without Go the tests that need the real clients are skipped, except in CI.
 ifneq ($(HAVE_GO)$(CI),)
 test: tools
 endif

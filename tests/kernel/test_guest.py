@@ -1,0 +1,28 @@
+"""The same contract and kernel tests on a machine of its own, whose kernel has cgroup v2 alone."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.guest import machine, setup
+
+PROJECT = Path(__file__).parents[2]
+SUITES = ["tests/contract", "tests/kernel"]
+SECONDS = 600
+
+
+@pytest.fixture
+def guest() -> machine.Guest:
+    if not setup.is_prepared("uml"):
+        message = "the guest's kernel is not there: `make guest` unpacks it"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    return machine.Guest(kernel="uml", timeout_seconds=SECONDS)
+
+
+@pytest.mark.guest
+@pytest.mark.timeout(SECONDS + 30)
+def test_suites_pass_on_cgroup_v2(guest: machine.Guest) -> None:
+    pytest_command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not guest"]
+    assert machine.run(guest, [*pytest_command, *SUITES], PROJECT, {}) == 0
