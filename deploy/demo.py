@@ -46,7 +46,7 @@ def main() -> None:
         with step("build an OCI image of the static busybox"):
             archive = build_image(root)
         with step("load it: nodeagent image load"):
-            run("image", root, "load", archive)
+            run("image load", root, archive)
         with agent(root) as channel:
             Demo(channel, root).run()
     with step("nothing is left: no process, mount, link, cgroup"):
@@ -173,7 +173,7 @@ def agent(root: Path) -> Iterator[grpc.Channel]:
 def command(verb: str, root: Path, *arguments: object) -> list[str]:
     nodeagent = Path(sys.executable).with_name("nodeagent")
     places = ["--root", f"{root}/lib", "--state", f"{root}/run"]
-    return [str(nodeagent), verb, *map(str, arguments), *places]
+    return [str(nodeagent), *verb.split(), *map(str, arguments), *places]
 
 
 def run(verb: str, root: Path, *arguments: object) -> None:

@@ -135,7 +135,9 @@ class Container:
 
     def ended(self, seconds: float = 10) -> pb.ContainerStatus:
         """Its status once it is EXITED."""
-        wait_for(f"end of {self.config.metadata.name}", lambda: self.status.state == EXITED, seconds)
+        wait_for(
+            f"end of {self.config.metadata.name}", lambda: self.status.state == EXITED, seconds
+        )
         return self.status
 
 
@@ -151,5 +153,3 @@ def pod_options(**fields: Any) -> pb.LinuxPodSandboxConfig:
             namespace_options=pb.NamespaceOption(**fields)
         )
     )
-
-

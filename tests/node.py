@@ -71,7 +71,7 @@ class RunningAgent:
             "--state",
             self.root / "run",
         ]
-        return [sys.executable, "-m", "nodeagent", verb, *map(str, places), *arguments]
+        return [sys.executable, "-m", "nodeagent", *verb.split(), *map(str, places), *arguments]
 
     def start(self) -> None:
         """Return once it answers."""

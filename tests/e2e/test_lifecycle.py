@@ -61,7 +61,9 @@ def test_removal_kills(cri: Cri) -> None:
 )
 def test_exit_codes(cri: Cri, script: str, code: int, reason: str) -> None:
     pod = cri.pod(linux=pod_options(pid=pb.POD))
-    status = pod.run("sh", "-c", script, linux=options(namespace_options=pb.NamespaceOption(pid=pb.POD))).ended()
+    status = pod.run(
+        "sh", "-c", script, linux=options(namespace_options=pb.NamespaceOption(pid=pb.POD))
+    ).ended()
     assert (status.exit_code, status.reason) == (code, reason)
     assert status.started_at <= status.finished_at
     pod.remove()
@@ -153,7 +155,9 @@ def test_image_config_is_merged(cri: Cri) -> None:
 
 
 def test_environment_of_bytes(cri: Cri) -> None:
-    container = cri.run("sh", "-c", 'printf %s "$A"', envs=[pb.KeyValue(key="A", value=b"\xff\xfe")])
+    container = cri.run(
+        "sh", "-c", 'printf %s "$A"', envs=[pb.KeyValue(key="A", value=b"\xff\xfe")]
+    )
     container.ended()
     assert container.log.read_bytes().endswith(b" stdout F \xff\xfe\n")
     container.pod.remove()
@@ -161,7 +165,9 @@ def test_environment_of_bytes(cri: Cri) -> None:
 
 def test_two_containers_share_the_pod(cri: Cri) -> None:
     pod = cri.pod()
-    server = pod.run("sh", "-c", "echo hello > /index.html; exec httpd -f -p 8080 -h /", name="server")
+    server = pod.run(
+        "sh", "-c", "echo hello > /index.html; exec httpd -f -p 8080 -h /", name="server"
+    )
     client = pod.run(*SLEEP, name="client")
     assert client.shell("until wget -q -O - http://127.0.0.1:8080/; do sleep 0.05; done") == "hello"
     assert client.shell("hostname") == server.shell("hostname") == pod.config.hostname

@@ -40,7 +40,9 @@ def test_long_lines_are_split(cri: Cri) -> None:
 
 
 def test_rotation_loses_nothing(cri: Cri) -> None:
-    container = cri.run("sh", "-c", "i=0; while [ $i -lt 2000 ]; do echo $i; i=$((i+1)); done; sleep 1")
+    container = cri.run(
+        "sh", "-c", "i=0; while [ $i -lt 2000 ]; do echo $i; i=$((i+1)); done; sleep 1"
+    )
     rotated = container.log.with_suffix(".old")
     wait_for("output", lambda: container.log.stat().st_size > 0)
     container.log.rename(rotated)

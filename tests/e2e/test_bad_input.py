@@ -1,0 +1,133 @@
+"""Malformed requests get a code and a text that names the object, and leave nothing behind."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+
+from nodeagent.api import runtime_pb2 as pb
+from tests.cri import Cri, Pod, options
+
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
+NOT_FOUND = grpc.StatusCode.NOT_FOUND
+
+
+@pytest.fixture
+def pod(cri: Cri) -> Pod:
+    return cri.pod()
+
+
+def refused(code: grpc.StatusCode, text: str, call: Callable[[], object]) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    assert caught.value.code() == code, caught.value.details()
+    assert text in caught.value.details()
+
+
+def test_unknown_ids(cri: Cri) -> None:
+    runtime = cri.agent.runtime
+    refused(
+        NOT_FOUND,
+        "nope",
+        lambda: runtime.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id="nope")),
+    )
+    refused(
+        NOT_FOUND,
+        "nope",
+        lambda: runtime.ContainerStatus(pb.ContainerStatusRequest(container_id="nope")),
+    )
+    refused(
+        NOT_FOUND,
+        "nope",
+        lambda: runtime.StartContainer(pb.StartContainerRequest(container_id="nope")),
+    )
+    refused(
+        NOT_FOUND,
+        "nope",
+        lambda: runtime.ContainerStats(pb.ContainerStatsRequest(container_id="nope")),
+    )
+    refused(
+        NOT_FOUND,
+        "nope",
+        lambda: runtime.ExecSync(pb.ExecSyncRequest(container_id="nope", cmd=["true"])),
+    )
+    runtime.StopContainer(pb.StopContainerRequest(container_id="nope"))
+    runtime.RemoveContainer(pb.RemoveContainerRequest(container_id="nope"))
+    runtime.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id="nope"))
+    runtime.RemovePodSandbox(pb.RemovePodSandboxRequest(pod_sandbox_id="nope"))
+
+
+def test_missing_image(pod: Pod) -> None:
+    image = pb.ImageSpec(image="registry.invalid/none:1")
+    refused(NOT_FOUND, "registry.invalid/none:1", lambda: pod.container(image=image))
+
+
+def test_missing_host_path(pod: Pod) -> None:
+    mount = pb.Mount(container_path="/data", host_path="/no/such/path")
+    refused(NOT_FOUND, "/no/such/path", lambda: pod.container(mounts=[mount]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"mounts": [pb.Mount(container_path="relative", host_path="/tmp")]}, "container_path"),
+        ({"mounts": [pb.Mount(container_path="/a/../b", host_path="/tmp")]}, "container_path"),
+        ({"envs": [pb.KeyValue(key="A=B", value=b"")]}, "envs[0].key"),
+        ({"envs": [pb.KeyValue(key="A", value=b"\0")]}, "envs[0].value"),
+        ({"log_path": "../../etc/cron.d/x"}, "log_path"),
+        ({"working_dir": "relative"}, "working_dir"),
+        ({"linux": options(run_as_group=pb.Int64Value(value=1))}, "run_as_group"),
+        ({"linux": options(privileged=True)}, "privileged"),
+        ({"linux": options(run_as_user=pb.Int64Value(value=-1))}, "run_as_user"),
+        (
+            {"linux": options(capabilities=pb.Capability(add_capabilities=["NO_SUCH"]))},
+            "add_capabilities",
+        ),
+        ({"linux": options(run_as_username="nobody-knows-me")}, "nobody-knows-me"),
+    ],
+)
+def test_malformed_containers(pod: Pod, fields: dict[str, object], text: str) -> None:
+    refused(INVALID, text, lambda: pod.container(**fields))
+    request = pb.ListContainersRequest(filter=pb.ContainerFilter(pod_sandbox_id=pod.id))
+    assert not pod.cri.agent.runtime.ListContainers(request).containers
+    pod.remove()
+
+
+def test_malformed_pods(cri: Cri) -> None:
+    refused(INVALID, "metadata", lambda: cri.agent.runtime.RunPodSandbox(pb.RunPodSandboxRequest()))
+    refused(INVALID, "hostname", lambda: cri.pod(hostname="no/slash"))
+    refused(
+        INVALID,
+        "cgroup_parent",
+        lambda: cri.pod(linux=pb.LinuxPodSandboxConfig(cgroup_parent="a/../b")),
+    )
+    refused(INVALID, "log_directory", lambda: cri.pod(log_directory="relative"))
+
+
+def test_unknown_runtime_handler(cri: Cri) -> None:
+    config = pb.PodSandboxConfig(
+        metadata=pb.PodSandboxMetadata(name="handler", uid="handler", namespace="test")
+    )
+    request = pb.RunPodSandboxRequest(config=config, runtime_handler="kata")
+    refused(INVALID, "kata", lambda: cri.agent.runtime.RunPodSandbox(request))
+
+
+def test_failures_leave_nothing(cri: Cri) -> None:
+    pod = cri.pod()
+    mount = pb.Mount(container_path="/data", host_path="/no/such/path")
+    root = cri.agent.root / "lib"
+    before = sorted(path.name for path in (root / "containers").iterdir())
+    groups = set(cgroups_of(pod.id))
+    for _ in range(3):
+        refused(NOT_FOUND, "/no/such/path", lambda: pod.container(mounts=[mount]))
+    assert sorted(path.name for path in (root / "containers").iterdir()) == before
+    assert set(cgroups_of(pod.id)) == groups
+    pod.remove()
+    time.sleep(0.1)
+    assert not list(cgroups_of(pod.id))
+
+
+def cgroups_of(pod_id: str) -> list[Path]:
+    return [path for path in Path("/sys/fs/cgroup").glob(f"**/{pod_id}*") if path.is_dir()]

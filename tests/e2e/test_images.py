@@ -1,0 +1,108 @@
+"""Images over the CRI, from a real registry, and from a file."""
+
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+
+from nodeagent.api import runtime_pb2 as pb
+from tests import images
+from tests.node import RunningAgent
+from tests.registry import PASSWORD, USERNAME, Registry
+
+
+def pull(agent: RunningAgent, reference: str, **auth: str) -> str:
+    request = pb.PullImageRequest(
+        image=pb.ImageSpec(image=reference), auth=pb.AuthConfig(**auth) if auth else None
+    )
+    return str(agent.images.PullImage(request, timeout=60).image_ref)
+
+
+def status(agent: RunningAgent, reference: str) -> pb.ImageStatusResponse:
+    request = pb.ImageStatusRequest(image=pb.ImageSpec(image=reference))
+    return agent.images.ImageStatus(request, timeout=10)
+
+
+def remove(agent: RunningAgent, reference: str) -> None:
+    agent.images.RemoveImage(pb.RemoveImageRequest(image=pb.ImageSpec(image=reference)))
+
+
+def test_one_image_by_every_name(agent: RunningAgent, registry: Registry) -> None:
+    reference = f"{registry.host}/k8s-staging-cri-tools/test-image-1"
+    image_id = pull(agent, reference)
+    image = status(agent, reference).image
+    assert image.id == image_id
+    assert list(image.repo_tags) == [f"{reference}:latest"]
+    assert image.size > 0
+    for name in (image_id, f"{reference}:latest", image.repo_digests[0]):
+        assert status(agent, name).image.id == image_id
+    remove(agent, image_id)
+    assert not status(agent, reference).HasField("image")
+    remove(agent, image_id)
+
+
+def test_mirror(agent: RunningAgent) -> None:
+    image_id = pull(agent, "registry.k8s.io/pause:3.9")
+    assert status(agent, "registry.k8s.io/pause:3.9").image.id == image_id
+    remove(agent, image_id)
+
+
+def test_unknown_image(agent: RunningAgent, registry: Registry) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        pull(agent, f"{registry.host}/no/such:image")
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    assert "no/such" in caught.value.details()
+
+
+def test_registry_that_is_down(agent: RunningAgent) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        pull(agent, "127.0.0.1:1/some/image:1")
+    assert caught.value.details().startswith("RegistryUnavailable")
+
+
+def test_credentials(agent: RunningAgent, private_registry: Registry) -> None:
+    agent.trust(private_registry.host)
+    reference = f"{private_registry.host}/library/busybox:1"
+    for auth in ({}, {"username": USERNAME, "password": "wrong"}):
+        with pytest.raises(grpc.RpcError) as caught:
+            pull(agent, reference, **auth)
+        assert PASSWORD not in caught.value.details()
+    assert pull(agent, reference, username=USERNAME, password=PASSWORD)
+    remove(agent, reference)
+
+
+def test_two_pulls_fetch_once(agent: RunningAgent, registry: Registry) -> None:
+    reference = f"{registry.host}/bench/pull:1"
+    with ThreadPoolExecutor() as pool:
+        ids = set(pool.map(lambda _: pull(agent, reference), range(4)))
+    assert len(ids) == 1
+    remove(agent, reference)
+
+
+def test_load_into_a_running_agent(agent: RunningAgent, tmp_path: Path) -> None:
+    archive = tmp_path / "image.tar"
+    images.write_archive(images.pause(), archive)
+    done = subprocess.run(
+        agent.command("image load", str(archive)), capture_output=True, text=True, check=True
+    )
+    name = f"{images.pause().repository}:{images.pause().tags[0]}"
+    assert name in done.stdout
+    assert status(agent, name).image.id
+    listing = subprocess.run(agent.command("image ls"), capture_output=True, text=True, check=True)
+    assert name in listing.stdout
+    remove(agent, name)
+
+
+def test_images_survive_a_crash(own_agent: RunningAgent, registry: Registry) -> None:
+    image_id = pull(own_agent, f"{registry.host}/k8s-staging-cri-tools/test-image-2")
+    own_agent.restart()
+    assert status(own_agent, image_id).image.id == image_id
+
+
+def test_file_system_usage(agent: RunningAgent) -> None:
+    usage = agent.images.ImageFsInfo(pb.ImageFsInfoRequest()).image_filesystems[0]
+    assert Path(usage.fs_id.mountpoint).is_dir()
+    assert usage.HasField("used_bytes")
+    assert usage.timestamp > 0

@@ -1,0 +1,141 @@
+"""Limits in force, statistics that are true, metrics that Prometheus can read."""
+
+import time
+import urllib.request
+
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from nodeagent.api import runtime_pb2 as pb
+from tests.cri import Container, Cri, options
+from tests.node import wait_for
+
+LIMITS = pb.LinuxContainerResources(
+    cpu_period=100_000, cpu_quota=50_000, cpu_shares=512, memory_limit_in_bytes=64 << 20
+)
+MEMORY_LIMIT = (
+    "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null"
+)
+CPU_LIMIT = "cat /sys/fs/cgroup/cpu.max /sys/fs/cgroup/cpu/cpu.cfs_quota_us 2>/dev/null"
+
+
+def limited(cri: Cri, *command: str) -> Container:
+    return cri.run(*command, linux=pb.LinuxContainerConfig(resources=LIMITS))
+
+
+def test_limits_are_in_force(cri: Cri) -> None:
+    container = limited(cri)
+    assert container.shell(MEMORY_LIMIT) == str(64 << 20)
+    assert container.shell(CPU_LIMIT).split()[0] == "50000"
+    assert container.status.resources.linux.memory_limit_in_bytes == 64 << 20
+    container.pod.remove()
+
+
+def test_update(cri: Cri) -> None:
+    container = limited(cri)
+    update = pb.LinuxContainerResources(memory_limit_in_bytes=96 << 20, cpu_quota=75_000)
+    request = pb.UpdateContainerResourcesRequest(container_id=container.id, linux=update)
+    cri.agent.runtime.UpdateContainerResources(request)
+    assert container.shell(MEMORY_LIMIT) == str(96 << 20)
+    assert container.shell(CPU_LIMIT).split()[0] == "75000"
+    resources = container.status.resources.linux
+    assert (resources.memory_limit_in_bytes, resources.cpu_quota) == (96 << 20, 75_000)
+    assert resources.cpu_shares == 512
+    container.pod.remove()
+
+
+def test_update_is_all_or_nothing(cri: Cri) -> None:
+    container = limited(cri)
+    nonsense = pb.LinuxContainerResources(cpu_quota=80_000, cpuset_cpus="999")
+    request = pb.UpdateContainerResourcesRequest(container_id=container.id, linux=nonsense)
+    with pytest.raises(grpc.RpcError):
+        cri.agent.runtime.UpdateContainerResources(request)
+    assert container.shell(CPU_LIMIT).split()[0] == "50000"
+    assert container.status.resources.linux.cpu_quota == 50_000
+    container.pod.remove()
+
+
+def test_statistics(cri: Cri) -> None:
+    container = limited(
+        cri, "sh", "-c", "dd if=/dev/zero of=/file bs=1M count=8; while :; do :; done"
+    )
+    runtime = cri.agent.runtime
+    request = pb.ContainerStatsRequest(container_id=container.id)
+    first = runtime.ContainerStats(request).stats
+    assert first.attributes.id == container.id
+    assert first.attributes.metadata.name == "main"
+    time.sleep(1.2)
+    second = runtime.ContainerStats(request).stats
+    burnt = second.cpu.usage_core_nano_seconds.value - first.cpu.usage_core_nano_seconds.value
+    elapsed = second.cpu.timestamp - first.cpu.timestamp
+    assert 0.2 < burnt / elapsed < 0.8, "half a CPU is allowed"
+    assert second.cpu.usage_nano_cores.value > 0
+    assert 0 < second.memory.working_set_bytes.value <= 64 << 20
+    assert second.memory.available_bytes.value > 0
+    assert second.writable_layer.fs_id.mountpoint
+    pod = runtime.PodSandboxStats(pb.PodSandboxStatsRequest(pod_sandbox_id=container.pod.id)).stats
+    assert pod.linux.network.default_interface.name == "eth0"
+    assert pod.linux.process.process_count.value >= 1
+    assert [c.attributes.id for c in pod.linux.containers] == [container.id]
+    everyone = runtime.ListContainerStats(pb.ListContainerStatsRequest()).stats
+    assert container.id in {stats.attributes.id for stats in everyone}
+    container.pod.remove()
+
+
+def test_written_bytes_are_counted(cri: Cri) -> None:
+    container = cri.pod().container(
+        "sh", "-c", "dd if=/dev/zero of=/file bs=1M count=8; sleep 1000"
+    )
+    container.start()
+    wait_for("the file", lambda: container.exec("test", "-s", "/file").exit_code == 0)
+    request = pb.ContainerStatsRequest(container_id=container.id)
+    layer = cri.agent.runtime.ContainerStats(request).stats.writable_layer
+    assert layer.used_bytes.value >= 1 << 20
+    assert layer.inodes_used.value >= 1
+    container.pod.remove()
+
+
+def test_metrics(cri: Cri) -> None:
+    container = limited(cri)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://{cri.agent.metrics}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    name = container.pod.config.metadata.name
+    samples = [
+        sample
+        for family in families.values()
+        for sample in family.samples
+        if sample.labels.get("pod") == name and sample.labels.get("container") == "main"
+    ]
+    measured = {sample.name for sample in samples}
+    for part in ("cpu", "memory", "pids"):
+        assert any(part in metric for metric in measured), measured
+    assert all(sample.labels["namespace"] == "test" for sample in samples)
+    container.pod.remove()
+
+
+def test_pids_and_capabilities(cri: Cri) -> None:
+    container = cri.run()
+    default = container.shell("grep CapEff /proc/self/status").split()[1]
+    assert default == "00000000a80425fb"
+    container.pod.remove()
+    drop = pb.Capability(drop_capabilities=["ALL"], add_capabilities=["NET_RAW"])
+    container = cri.run(linux=options(capabilities=drop))
+    assert container.shell("grep CapEff /proc/self/status").split()[1] == f"{1 << 13:016x}"
+    container.pod.remove()
+
+
+def test_default_confinement(cri: Cri) -> None:
+    profile = pb.SecurityProfile(profile_type=pb.SecurityProfile.RuntimeDefault)
+    container = cri.run(linux=options(no_new_privs=True, seccomp=profile))
+    status = container.shell("cat /proc/self/status")
+    assert "NoNewPrivs:\t1" in status
+    assert "Seccomp:\t2" in status
+    container.pod.remove()
+    container = cri.run()
+    assert container.shell("cat /proc/kcore | head -c 1 | wc -c") == "0"
+    assert container.exec("sh", "-c", "echo 1 > /proc/sys/kernel/printk").exit_code != 0
+    assert container.exec("sh", "-c", "echo x > /sys/kernel/x").exit_code != 0
+    container.pod.remove()
