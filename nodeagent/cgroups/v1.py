@@ -25,6 +25,7 @@ MEMORY_USAGE = "memory.usage_in_bytes"
 MEMORY_MAX_USAGE = "memory.max_usage_in_bytes"
 MEMORY_KERNEL_USAGE = "memory.kmem.usage_in_bytes"
 MEMORY_FAILURES = "memory.failcnt"
+MEMORY_SWAP_FAILURES = "memory.memsw.failcnt"
 MEMORY_STAT = "memory.stat"
 MEMORY_OOM = "memory.oom_control"
 PIDS_LIMIT = "pids.max"
@@ -235,9 +236,14 @@ def memory(files: ControlFiles) -> MemoryStats | None:
         swap_limit_bytes=None if both == UNLIMITED else both - limit,
         page_faults=int(stat.get(b"total_pgfault", 0)),
         major_page_faults=int(stat.get(b"total_pgmajfault", 0)),
-        failures=int(files.sample(MEMORY_FAILURES) or 0),
+        failures=_failures(files),
         oom_kills=oom_kills(files.sample(MEMORY_OOM) or b""),
     )
+
+
+def _failures(files: ControlFiles) -> int:
+    """Of either limit: with both at the same value, that of memory and swap is the one that is hit."""
+    return int(files.sample(MEMORY_FAILURES) or 0) + int(files.sample(MEMORY_SWAP_FAILURES) or 0)
 
 
 def oom_kills(data: bytes) -> int:

@@ -1,0 +1,91 @@
+"""Cgroups of the running kernel: one run for each form that it can be used as.
+
+A hybrid also serves as plain v1, by leaving its cgroup2 alone. All groups are below ``/na-test-PID``.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nodeagent.cgroups import hierarchy, tree
+from nodeagent.cgroups.descriptors import JoinFds
+from nodeagent.cgroups.group import Cgroup, ExecGroup
+from nodeagent.cgroups.hierarchy import Layout
+from nodeagent.cgroups.manager import Cgroups
+
+ROOT = "/sys/fs/cgroup"
+TOP = f"/na-test-{os.getpid()}"
+LAYOUT = hierarchy.detect(ROOT, Path("/proc/self/mountinfo").read_text())
+
+_LAYOUTS = {"v2": LAYOUT}
+if LAYOUT.legacy:
+    _LAYOUTS = {"v1": replace(LAYOUT, unified=None)}
+    if LAYOUT.unified:
+        _LAYOUTS["hybrid"] = LAYOUT
+
+Spawn = Callable[[Cgroup | ExecGroup, str], subprocess.Popen[bytes]]
+
+
+@pytest.fixture(params=sorted(_LAYOUTS))
+def layout(request: pytest.FixtureRequest) -> Iterator[Layout]:
+    """Whatever a test leaves below TOP is a failure, and removed."""
+    layout = _LAYOUTS[request.param]
+    yield layout
+    left = [h for h in LAYOUT.hierarchies if os.path.isdir(h.directory(TOP))]
+    for h in left:
+        for directory in tree.bottom_up(h.directory(TOP)):
+            os.rmdir(directory)
+    assert not left, f"{TOP} is left in {left}"
+
+
+@pytest.fixture
+def cgroups(layout: Layout) -> Cgroups:
+    return Cgroups(layout, driver="cgroupfs", default_parent=f"{TOP}/default")
+
+
+@pytest.fixture
+def group(cgroups: Cgroups) -> Iterator[Cgroup]:
+    """A group without limits; what is in it is killed at the end."""
+    group = cgroups.create(f"{TOP}/group")
+    yield group
+    if group.exists():
+        group.kill()
+    group.remove()
+
+
+@pytest.fixture
+def spawn() -> Iterator[Spawn]:
+    """Runs Python code in a group; the process says "ready" on its standard output where the code prints it."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def run(group: Cgroup | ExecGroup, code: str) -> subprocess.Popen[bytes]:
+        fds = group.join_fds()
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", join(fds) + code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[fd for fd in (fds.directory, *fds.tasks) if fd is not None],
+            )
+        finally:
+            fds.close()
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def join(fds: JoinFds) -> str:
+    """Code with which a process joins; a supervisor's child has CLONE_INTO_CGROUP for the directory."""
+    code = "import os\n"
+    if fds.directory is not None:
+        code += f"os.write(os.open('cgroup.procs', os.O_WRONLY, dir_fd={fds.directory}), b'0')\n"
+    return code + f"for tasks in {fds.tasks}: os.write(tasks, b'0')\n"

@@ -1,0 +1,207 @@
+"""Making, finding and removing groups."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from nodeagent.cgroups import tree
+from nodeagent.cgroups.group import Cgroup
+from nodeagent.cgroups.hierarchy import Layout
+from nodeagent.cgroups.manager import Cgroups
+from nodeagent.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unsupported,
+)
+from nodeagent.records import Resources
+from tests.contract.cgroups.conftest import LAYOUT, ROOT, TOP, Spawn
+
+
+def directories(layout: Layout, path: str) -> list[str]:
+    return [h.directory(path) for h in layout.hierarchies if os.path.isdir(h.directory(path))]
+
+
+@contextmanager
+def foreign(layout: Layout, path: str) -> Iterator[None]:
+    """A group of somebody else, in all hierarchies."""
+    for hierarchy in layout.hierarchies:
+        os.mkdir(hierarchy.directory(path))
+    try:
+        yield
+    finally:
+        for hierarchy in layout.hierarchies:
+            os.rmdir(hierarchy.directory(path))
+
+
+def test_the_machine_is_understood() -> None:
+    cgroups = Cgroups.open(driver="cgroupfs", default_parent="/x")
+    assert cgroups.hierarchy == LAYOUT.kind
+    assert {"cpu", "memory", "pids"} <= cgroups.controllers
+    assert cgroups.mounts()
+    with pytest.raises(Unsupported, match="/nowhere"):
+        Cgroups.open(driver="cgroupfs", default_parent="/x", root="/nowhere")
+
+
+def test_a_container_goes_below_its_parent(cgroups: Cgroups) -> None:
+    assert cgroups.container_path("/kubepods/pod1", "abc") == "/kubepods/pod1/abc"
+    assert cgroups.container_path("", "abc") == f"{TOP}/default/abc"
+    with pytest.raises(InvalidArgument):
+        cgroups.container_path("/a/../..", "abc")
+
+
+def test_made_and_removed_with_its_parents(cgroups: Cgroups, layout: Layout) -> None:
+    group = cgroups.create(f"{TOP}/a/b/c")
+    assert len(directories(layout, f"{TOP}/a/b/c")) == len(layout.hierarchies)
+    group.remove()
+    assert directories(layout, TOP) == []
+    group.remove()
+
+
+def test_parents_stay_while_they_are_needed(cgroups: Cgroups, layout: Layout) -> None:
+    first, second = cgroups.create(f"{TOP}/a/one"), cgroups.create(f"{TOP}/a/two")
+    first.remove()
+    assert second.exists()
+    second.remove()
+    assert directories(layout, TOP) == []
+
+
+def test_parents_of_others_stay(cgroups: Cgroups, layout: Layout) -> None:
+    with foreign(layout, TOP):
+        group = cgroups.create(f"{TOP}/group")
+        group.remove()
+        assert len(directories(layout, TOP)) == len(layout.hierarchies)
+
+
+def test_groups_of_others_are_never_touched(cgroups: Cgroups, layout: Layout) -> None:
+    with foreign(layout, TOP):
+        group = cgroups.open_existing(TOP)
+        for forbidden in (group.remove, group.kill, group.freeze, lambda: group.set_devices(None)):
+            with pytest.raises(FailedPrecondition, match="not made by this agent"):
+                forbidden()
+        with pytest.raises(FailedPrecondition, match="not made by this agent"):
+            cgroups.instance_group(TOP)
+        assert len(directories(layout, TOP)) == len(layout.hierarchies)
+
+
+def test_nor_are_parents_that_were_made(cgroups: Cgroups) -> None:
+    group = cgroups.create(f"{TOP}/shared/group")
+    shared = cgroups.open_existing(f"{TOP}/shared")
+    with pytest.raises(FailedPrecondition, match="not made by this agent"):
+        shared.kill()
+    with pytest.raises(FailedPrecondition, match="not made by this agent"):
+        shared.remove()
+    group.remove()
+
+
+@pytest.mark.parametrize("path", ["/", "", "relative", f"{TOP}/.."])
+def test_the_root_is_out_of_reach(cgroups: Cgroups, path: str) -> None:
+    with pytest.raises(InvalidArgument):
+        cgroups.create(path)
+    with pytest.raises(InvalidArgument):
+        cgroups.open_existing(path)
+
+
+def test_a_taken_path(cgroups: Cgroups, group: Cgroup) -> None:
+    with pytest.raises(AlreadyExists, match="group"):
+        cgroups.create(group.path)
+    assert group.exists()
+
+
+def test_a_taken_path_in_the_last_hierarchy_undoes_the_others(
+    cgroups: Cgroups, layout: Layout
+) -> None:
+    last = layout.hierarchies[-1].directory(TOP)
+    os.mkdir(last)
+    try:
+        with pytest.raises(AlreadyExists):
+            cgroups.create(TOP)
+        assert directories(layout, TOP) == [last]
+    finally:
+        os.rmdir(last)
+
+
+def test_a_control_file_is_no_parent(cgroups: Cgroups) -> None:
+    with pytest.raises(InvalidArgument, match="control file"):
+        cgroups.create("/cgroup.procs/group")
+
+
+@pytest.mark.parametrize(
+    ("resources", "error"),
+    [
+        (Resources(memory_limit_bytes=2, memory_swap_limit_bytes=1), InvalidArgument),
+        (Resources(memory_limit_bytes=64 << 20, hugepage_limits={"3MB": 1}), Unsupported),
+    ],
+)
+def test_limits_that_fail_leave_nothing(
+    cgroups: Cgroups, layout: Layout, resources: Resources, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        cgroups.create(f"{TOP}/a/group", resources)
+    assert directories(layout, TOP) == []
+
+
+def test_found_again_after_a_restart(cgroups: Cgroups, layout: Layout) -> None:
+    cgroups.create(f"{TOP}/a/group", Resources(pids_limit=7))
+    later = Cgroups(layout, driver="cgroupfs", default_parent="/x")
+    group = later.open_existing(f"{TOP}/a/group")
+    assert group.resources().pids_limit == 7
+    group.remove()
+    assert directories(layout, TOP) == []
+    with pytest.raises(NotFound, match="group"):
+        later.open_existing(f"{TOP}/a/group")
+
+
+def test_an_instance_group_is_made_once(cgroups: Cgroups) -> None:
+    group = cgroups.instance_group(f"{TOP}/agent")
+    again = cgroups.instance_group(f"{TOP}/agent")
+    assert again.exists()
+    again.remove()
+    assert not group.exists()
+
+
+def test_groups_that_a_container_made_are_removed(group: Cgroup, layout: Layout) -> None:
+    for hierarchy in layout.hierarchies:
+        os.makedirs(hierarchy.directory(f"{group.path}/inner/most"))
+    group.remove()
+    assert directories(layout, group.path) == []
+
+
+def test_a_group_with_processes_stays(group: Cgroup, spawn: Spawn) -> None:
+    process = spawn(group, "print('ready', flush=True); input()")
+    assert process.stdout
+    process.stdout.readline()
+    with pytest.raises(FailedPrecondition, match=str(process.pid)):
+        group.remove(timeout_s=0)
+    assert group.exists()
+    assert process.poll() is None
+
+
+def test_removal_waits_for_the_killed(group: Cgroup, spawn: Spawn) -> None:
+    for _ in range(5):
+        process = spawn(group, "x = bytearray(20 << 20); print('ready', flush=True); input()")
+        assert process.stdout
+        process.stdout.readline()
+    group.kill()
+    group.remove()
+    assert not group.exists()
+
+
+def test_a_group_partly_removed_by_others(cgroups: Cgroups, layout: Layout) -> None:
+    """As a kubelet does at the end of a pod, which may know fewer hierarchies."""
+    group = cgroups.create(f"{TOP}/pod/group")
+    os.rmdir(layout.hierarchies[0].directory(group.path))
+    group.remove()
+    assert directories(layout, TOP) == []
+
+
+def test_marks_survive_in_the_kernel(cgroups: Cgroups, layout: Layout) -> None:
+    group = cgroups.create(f"{TOP}/pod/group")
+    for hierarchy in layout.hierarchies:
+        assert tree.kind(hierarchy.directory(group.path)) == tree.GROUP
+        assert tree.kind(hierarchy.directory(TOP)) == tree.PARENT
+    assert tree.kind(ROOT) is None
+    group.remove()

@@ -1,0 +1,186 @@
+"""Joining, watching, killing and freezing; groups of execs."""
+
+import os
+import select
+import subprocess
+import time
+
+import pytest
+
+from nodeagent.cgroups.group import Cgroup
+from nodeagent.cgroups.hierarchy import Layout
+from nodeagent.errors import AlreadyExists, InvalidArgument, NotFound
+from nodeagent.records import Resources
+from tests.contract.cgroups.conftest import LAYOUT, Spawn
+
+WAIT = "print('ready', flush=True); input()"
+BUSY = "print('ready', flush=True)\nwhile True: pass"
+FORKS = """
+import os
+print('ready', flush=True)
+while True:
+    if not os.fork(): os._exit(0) if os.fork() else None
+    try: os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError: pass
+"""
+
+
+def ready(process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+    assert process.stdout
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+def groups_of(pid: int) -> dict[str, str]:
+    """Path of a process in each hierarchy, by its controllers."""
+    with open(f"/proc/{pid}/cgroup", encoding="utf-8") as file:
+        fields = [line.rstrip("\n").split(":", 2) for line in file]
+    return {controllers: path for _, controllers, path in fields}
+
+
+def eventually_empty(group: Cgroup) -> bool:
+    deadline = time.monotonic() + 5
+    while group.populated() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return not group.populated()
+
+
+def test_join_enters_every_hierarchy(group: Cgroup, layout: Layout, spawn: Spawn) -> None:
+    assert not group.populated()
+    process = ready(spawn(group, WAIT))
+    inside = [path for path in groups_of(process.pid).values() if path == group.path]
+    assert len(inside) == len(layout.hierarchies)
+    assert group.processes() == [process.pid]
+    assert group.populated()
+
+
+def test_clone_into_cgroup_takes_the_directory(group: Cgroup) -> None:
+    fds = group.join_fds()
+    try:
+        assert (fds.directory is None) == (not LAYOUT.unified or not fds_unified(group))
+        assert not any(os.get_inheritable(fd) for fd in (*fds.tasks, fds.directory) if fd)
+    finally:
+        fds.close()
+
+
+def fds_unified(group: Cgroup) -> bool:
+    return group._layout.unified is not None
+
+
+def test_watch(group: Cgroup, spawn: Spawn) -> None:
+    watch = group.watch_fds()
+    try:
+        process = ready(spawn(group, WAIT))
+        assert os.pread(watch.procs, 4096, 0) == b"%d\n" % process.pid
+        if watch.kill is None or watch.events is None:
+            assert (watch.kill, watch.events) == (None, None)
+            return
+        poll = select.poll()
+        poll.register(watch.events, select.POLLPRI)
+        assert b"populated 1" in os.pread(watch.events, 4096, 0)
+        os.write(watch.kill, b"1")
+        assert process.wait(5) == -9
+        assert poll.poll(5000)
+        assert b"populated 0" in os.pread(watch.events, 4096, 0)
+    finally:
+        watch.close()
+
+
+@pytest.mark.parametrize("code", [WAIT, BUSY, FORKS], ids=["wait", "busy", "forks"])
+def test_kill(group: Cgroup, spawn: Spawn, code: str) -> None:
+    group.apply(Resources(pids_limit=50))
+    first, second = ready(spawn(group, WAIT)), ready(spawn(group, code))
+    group.kill()
+    assert (first.wait(5), second.wait(5)) == (-9, -9)
+    assert eventually_empty(group)
+    assert group.processes() == []
+
+
+def test_kill_reaches_groups_below(group: Cgroup, spawn: Spawn) -> None:
+    inner = group.child("inner")
+    process = ready(spawn(inner, WAIT))
+    assert group.processes() == [process.pid]
+    assert group.populated()
+    group.kill()
+    assert process.wait(5) == -9
+
+
+def test_kill_of_a_group_without_processes(group: Cgroup) -> None:
+    group.kill()
+    group.remove()
+    group.kill()
+    assert group.processes() == []
+    assert not group.populated()
+
+
+def test_freeze_and_thaw(group: Cgroup, spawn: Spawn) -> None:
+    process = ready(spawn(group, BUSY))
+    group.freeze()
+    before = cpu_usage(group)
+    time.sleep(0.05)
+    assert cpu_usage(group) - before < 5_000_000
+    group.thaw()
+    deadline = time.monotonic() + 5
+    while cpu_usage(group) - before < 10_000_000:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert process.poll() is None
+
+
+def test_the_frozen_can_be_killed(group: Cgroup, spawn: Spawn) -> None:
+    process = ready(spawn(group, BUSY))
+    group.freeze()
+    group.kill()
+    assert process.wait(5) == -9
+
+
+def cpu_usage(group: Cgroup) -> int:
+    cpu = group.stats().cpu
+    assert cpu
+    return cpu.usage_ns
+
+
+# --- execs ---
+
+
+def test_an_exec_counts_for_its_container(group: Cgroup, spawn: Spawn) -> None:
+    group.apply(Resources(pids_limit=2))
+    container = ready(spawn(group, WAIT))
+    exec_group = group.child("exec-1")
+    process = ready(spawn(exec_group, WAIT))
+    pids = group.stats().pids
+    assert pids
+    assert (pids.current, pids.limit) == (2, 2)
+    assert group.processes() == sorted([container.pid, process.pid])
+    assert exec_group.processes() == [process.pid]
+    refused = spawn(exec_group, "print('never')")
+    assert refused.wait(5) != 0 or refused.communicate()[0] == b"never\n"
+
+
+def test_an_exec_is_killed_alone(group: Cgroup, spawn: Spawn) -> None:
+    container = ready(spawn(group, WAIT))
+    exec_group = group.child("exec-1")
+    process = ready(spawn(exec_group, f"import os; os.fork()\n{WAIT}"))
+    exec_group.kill()
+    assert process.wait(5) == -9
+    exec_group.remove()
+    assert container.poll() is None
+    assert group.processes() == [container.pid]
+    exec_group.remove()
+
+
+def test_names_of_execs(group: Cgroup) -> None:
+    group.child("exec-1")
+    with pytest.raises(AlreadyExists):
+        group.child("exec-1")
+    for name in ("", "..", "a/b", "a\n"):
+        with pytest.raises(InvalidArgument):
+            group.child(name)
+
+
+def test_a_group_that_has_gone(group: Cgroup) -> None:
+    group.remove()
+    with pytest.raises(NotFound):
+        group.join_fds()
+    with pytest.raises(NotFound):
+        group.watch_fds()
