@@ -1,0 +1,154 @@
+"""What every call goes through: errors become status codes, each is measured, and one line is logged.
+
+A call that changes something is finished even if its client goes away. The log names objects, never contents: a request
+may hold passwords and environments.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.message import Message
+
+from nodeagent.cri import status
+
+log = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 5.0
+
+# Lists are given as the bytes they go out as.
+Reply: TypeAlias = Message | bytes
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Observe: TypeAlias = Callable[[str, str, float], None]
+"""Called at the end of each call: method, name of the status code, seconds."""
+
+CHANGING = frozenset(
+    {
+        "RunPodSandbox",
+        "StopPodSandbox",
+        "RemovePodSandbox",
+        "UpdatePodSandboxResources",
+        "CreateContainer",
+        "StartContainer",
+        "StopContainer",
+        "RemoveContainer",
+        "UpdateContainerResources",
+        "ReopenContainerLog",
+        "UpdateRuntimeConfig",
+        "RemoveImage",
+    }
+)
+
+
+class Calls:
+    """Wraps the methods of a service for gRPC."""
+
+    def __init__(self, observe: Observe) -> None:
+        self._observe = observe
+        self._changing: set[asyncio.Task[Reply]] = set()
+
+    def unary(
+        self, method: str, behaviour: Callable[[Any], Coroutine[Any, Any, Reply]]
+    ) -> Callable[[Message, Context], Awaitable[Reply]]:
+        changing = method in CHANGING
+
+        async def handle(request: Message, context: Context) -> Reply:
+            async with self._guarded(method, request, context):
+                reply = behaviour(request)
+                return await (self._finish(reply) if changing else reply)
+
+        return handle
+
+    def stream(
+        self, method: str, behaviour: Callable[[Any], AsyncGenerator[Reply, None]]
+    ) -> Callable[[Message, Context], Awaitable[None]]:
+        async def handle(request: Message, context: Context) -> None:
+            async with (
+                self._guarded(method, request, context),
+                aclosing(behaviour(request)) as replies,
+            ):
+                async for reply in replies:
+                    await context.write(reply)
+
+        return handle
+
+    @asynccontextmanager
+    async def _guarded(
+        self, method: str, request: Message, context: Context
+    ) -> AsyncGenerator[None, None]:
+        call = _Call(method, request, self._observe)
+        try:
+            yield
+        except asyncio.CancelledError:
+            call.end(grpc.StatusCode.CANCELLED, logging.INFO, "the client went away")
+            raise
+        except Exception as error:
+            code, details = status.code_of(error), status.details_of(error)
+            defect = None if status.is_expected(error) else error
+            call.end(code, logging.ERROR if defect else logging.INFO, details, defect)
+            await context.abort(code, details)
+        else:
+            level = logging.INFO if method in CHANGING else logging.DEBUG
+            call.end(grpc.StatusCode.OK, level)
+
+    async def _finish(self, change: Coroutine[Any, Any, Reply]) -> Reply:
+        task = asyncio.create_task(change)
+        self._changing.add(task)
+        task.add_done_callback(self._changing.discard)
+        return await asyncio.shield(task)
+
+    async def drain(self) -> None:
+        """Wait for changes whose clients are gone; those that take too long are cancelled and undo themselves."""
+        if not self._changing:
+            return
+        _, late = await asyncio.wait(self._changing, timeout=DRAIN_SECONDS)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+
+
+class _Call:
+    """One call, from its arrival to its line in the log."""
+
+    def __init__(self, method: str, request: Message, observe: Observe) -> None:
+        self._method = method
+        self._request = request
+        self._observe = observe
+        self._began = time.perf_counter()
+
+    def end(
+        self,
+        code: grpc.StatusCode,
+        level: int,
+        details: str = "",
+        defect: Exception | None = None,
+    ) -> None:
+        seconds = time.perf_counter() - self._began
+        self._observe(self._method, code.name, seconds)
+        if not log.isEnabledFor(level):
+            return
+        line = f"rpc={self._method} code={code.name} ms={seconds * 1000:.1f}"
+        line += "".join(f" {key}={json.dumps(value)}" for key, value in _objects(self._request))
+        if details:
+            line += f" error={json.dumps(details)}"
+        log.log(level, "%s", line, exc_info=defect)
+
+
+def _objects(request: Any) -> list[tuple[str, str]]:
+    """What a request is about: ids and names only."""
+    fields = request.DESCRIPTOR.fields_by_name
+    found = [
+        (key.removesuffix("_id"), getattr(request, key))
+        for key in ("pod_sandbox_id", "container_id")
+        if key in fields
+    ]
+    if "config" in fields:
+        found.append(("name", request.config.metadata.name))
+    if "image" in fields:
+        found.append(("image", request.image.image))
+    return found

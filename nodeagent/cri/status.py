@@ -1,0 +1,53 @@
+"""Errors to gRPC status: one table, for every RPC.
+
+The kubelet reads codes and texts: NotFound is success for a stop, DeadlineExceeded is a probe's timeout, and the reason
+of a failed pull is found at the start of the text, but only with code Unknown.
+"""
+
+import errno
+
+import grpc
+
+from nodeagent import errors
+
+MAX_DETAILS = 2_000  # of a text: it travels in a header, percent-encoded, and peers bound those
+
+# The first class that an error is an instance of decides; `TimeoutError` is an `OSError`, so it comes first.
+_CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
+    (errors.InvalidArgument, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.NotFound, grpc.StatusCode.NOT_FOUND),
+    (errors.AlreadyExists, grpc.StatusCode.ALREADY_EXISTS),
+    (errors.FailedPrecondition, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.PermissionDenied, grpc.StatusCode.PERMISSION_DENIED),
+    (errors.ResourceExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.RegistryUnavailable, grpc.StatusCode.UNKNOWN),
+    (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
+    (errors.Unsupported, grpc.StatusCode.UNIMPLEMENTED),
+    (errors.DataLoss, grpc.StatusCode.DATA_LOSS),
+    (TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
+)
+_FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
+_REGISTRY_UNAVAILABLE = errors.RegistryUnavailable.__name__
+
+
+def code_of(error: Exception) -> grpc.StatusCode:
+    for kind, code in _CODES:
+        if isinstance(error, kind):
+            return code
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return grpc.StatusCode.RESOURCE_EXHAUSTED
+    return grpc.StatusCode.INTERNAL
+
+
+def is_expected(error: Exception) -> bool:
+    """Whether the agent reports it on purpose; anything else is a defect, or a failure of the machine."""
+    return isinstance(error, errors.NodeAgentError | TimeoutError)
+
+
+def details_of(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, errors.RegistryUnavailable) and not text.startswith(_REGISTRY_UNAVAILABLE):
+        text = f"{_REGISTRY_UNAVAILABLE}: {text}"
+    if not isinstance(error, errors.NodeAgentError | OSError):
+        text = f"internal error: {type(error).__name__}: {text}"
+    return (text or type(error).__name__)[:MAX_DETAILS]

@@ -1,0 +1,128 @@
+"""ContainerConfig to `ContainerConfig` of the records: every field is mapped or refused by its name."""
+
+import re
+from collections.abc import Sequence
+
+from nodeagent.api import runtime_pb2 as pb
+from nodeagent.cri import signals, validate
+from nodeagent.cri import translate_security as security
+from nodeagent.cri.translate_mounts import mounts
+from nodeagent.cri.translate_namespaces import container_namespaces
+from nodeagent.cri.translate_resources import resources
+from nodeagent.errors import Unsupported
+from nodeagent.records import ContainerConfig, DeviceConfig, SandboxConfig
+
+# vendor/class=device, as the Container Device Interface names them.
+_CDI_NAME = re.compile(r"[A-Za-z][\w.-]*/[A-Za-z][\w.-]*=[\w.:-]+")
+_PERMISSIONS = re.compile(r"(?!.*(.).*\1)[rwm]{1,3}")
+_USERNAME_BYTES = 256
+
+
+def container_config(message: pb.ContainerConfig, pod: SandboxConfig) -> ContainerConfig:
+    """pod: the config that the container's sandbox was made with."""
+    if message.HasField("windows"):
+        raise Unsupported("config.windows: this is a Linux node")
+    context = message.linux.security_context
+    field = "config.linux.security_context"
+    if context.privileged and not pod.privileged:
+        validate.refuse(f"{field}.privileged", "the pod is not privileged")
+    user, username = _user(context, field)
+    has_context = message.linux.HasField("security_context")
+    return ContainerConfig(
+        name=validate.name(message.metadata.name, "config.metadata.name"),
+        attempt=message.metadata.attempt,
+        image=validate.given(message.image.image, "config.image.image"),
+        image_user_specified=validate.text(
+            message.image.user_specified_image, "config.image.user_specified_image"
+        ),
+        image_annotations=validate.metadata(message.image.annotations, "config.image.annotations"),
+        image_runtime_handler=validate.text(
+            message.image.runtime_handler, "config.image.runtime_handler"
+        ),
+        command=validate.strings(message.command, "config.command"),
+        args=validate.strings(message.args, "config.args"),
+        working_dir=validate.optional_path(message.working_dir, "config.working_dir"),
+        envs=_envs(message.envs),
+        mounts=mounts(message.mounts),
+        devices=_devices(message.devices),
+        cdi_devices=_cdi_devices(message.CDI_devices),
+        labels=validate.metadata(message.labels, "config.labels"),
+        annotations=validate.metadata(message.annotations, "config.annotations"),
+        log_path=validate.relative_path(message.log_path, "config.log_path"),
+        stdin=message.stdin,
+        stdin_once=message.stdin_once,
+        tty=message.tty,
+        stop_signal=validate.word(message.stop_signal, signals.NUMBERS, "config.stop_signal"),
+        resources=resources(message.linux.resources, "config.linux.resources"),
+        namespaces=container_namespaces(
+            context.namespace_options, pod, f"{field}.namespace_options"
+        ),
+        privileged=context.privileged,
+        readonly_rootfs=context.readonly_rootfs,
+        no_new_privs=context.no_new_privs,
+        capabilities=security.capability_change(context.capabilities, f"{field}.capabilities"),
+        run_as_user=user,
+        run_as_username=username,
+        run_as_group=security.group_id(context, field, has_user=user is not None or bool(username)),
+        supplemental_groups=security.groups(context, field),
+        groups_policy=security.groups_policy(context, field),
+        masked_paths=(
+            validate.paths(context.masked_paths, f"{field}.masked_paths") if has_context else None
+        ),
+        readonly_paths=(
+            validate.paths(context.readonly_paths, f"{field}.readonly_paths")
+            if has_context
+            else None
+        ),
+        seccomp=security.seccomp(context, field),
+        apparmor=security.apparmor(context, field),
+        selinux=security.selinux(context, field),
+    )
+
+
+def _user(context: pb.LinuxContainerSecurityContext, field: str) -> tuple[int | None, str]:
+    user = security.user_id(context, field)
+    where = f"{field}.run_as_username"
+    username = validate.text(context.run_as_username, where, max_bytes=_USERNAME_BYTES)
+    if ":" in username:
+        validate.refuse(where, "has a colon in it")
+    if username and user is not None:
+        validate.refuse(where, "run_as_user is given as well")
+    return user, username
+
+
+def _envs(messages: Sequence[pb.KeyValue]) -> tuple[tuple[str, bytes], ...]:
+    validate.bounded(messages, "config.envs")
+    for index, message in enumerate(messages):
+        field = f"config.envs[{index}]"
+        if not message.key or "=" in message.key:
+            validate.refuse(f"{field}.key", f'"{message.key}" is not the name of a variable')
+        validate.string(message.key, f"{field}.key")
+        if b"\0" in message.value:
+            validate.refuse(f"{field}.value", "has a NUL in it")
+    return tuple((message.key, message.value) for message in messages)
+
+
+def _devices(messages: Sequence[pb.Device]) -> tuple[DeviceConfig, ...]:
+    field = "config.devices"
+    validate.bounded(messages, field)
+    return tuple(_device(message, f"{field}[{index}]") for index, message in enumerate(messages))
+
+
+def _device(message: pb.Device, field: str) -> DeviceConfig:
+    return DeviceConfig(
+        container_path=validate.path(message.container_path, f"{field}.container_path"),
+        host_path=validate.path(message.host_path, f"{field}.host_path"),
+        permissions=validate.matching(
+            message.permissions, _PERMISSIONS, f"{field}.permissions", "some of r, w and m"
+        ),
+    )
+
+
+def _cdi_devices(messages: Sequence[pb.CDIDevice]) -> tuple[str, ...]:
+    field = "config.CDI_devices"
+    validate.bounded(messages, field)
+    return tuple(
+        validate.matching(message.name, _CDI_NAME, f"{field}[{index}].name", "vendor/class=device")
+        for index, message in enumerate(messages)
+    )

@@ -1,0 +1,101 @@
+"""Mount to `MountConfig`, and what ContainerStatus says about mounts."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from nodeagent.api import runtime_pb2 as pb
+from nodeagent.cri import validate
+from nodeagent.cri.translate_namespaces import id_mappings, mapping_messages
+from nodeagent.records import MountConfig, MountStatus
+
+_OPTIONS = ("noexec", "nodev", "nosuid")
+
+_PROPAGATION: dict[int, Literal["private", "slave", "shared"]] = {
+    pb.PROPAGATION_PRIVATE: "private",
+    pb.PROPAGATION_HOST_TO_CONTAINER: "slave",
+    pb.PROPAGATION_BIDIRECTIONAL: "shared",
+}
+_PROPAGATION_VALUE = {word: pb.MountPropagation.Name(n) for n, word in _PROPAGATION.items()}
+
+
+def mounts(messages: Sequence[pb.Mount]) -> tuple[MountConfig, ...]:
+    validate.bounded(messages, "config.mounts")
+    return tuple(_mount(m, f"config.mounts[{index}]") for index, m in enumerate(messages))
+
+
+def _mount(message: pb.Mount, field: str) -> MountConfig:
+    mount = MountConfig(
+        container_path=validate.path(message.container_path, f"{field}.container_path"),
+        host_path=validate.optional_path(message.host_path, f"{field}.host_path"),
+        readonly=message.readonly,
+        recursive_read_only=message.recursive_read_only,
+        selinux_relabel=message.selinux_relabel,
+        propagation=validate.word(message.propagation, _PROPAGATION, f"{field}.propagation"),
+        uids=id_mappings(message.uidMappings, f"{field}.uidMappings"),
+        gids=id_mappings(message.gidMappings, f"{field}.gidMappings"),
+        image=validate.text(message.image.image, f"{field}.image.image"),
+        image_user_specified=validate.text(
+            message.image.user_specified_image, f"{field}.image.user_specified_image"
+        ),
+        image_sub_path=validate.relative_path(message.image_sub_path, f"{field}.image_sub_path"),
+        options=_options(message.mount_options, f"{field}.mount_options"),
+    )
+    _check_source(mount, field, is_image=message.HasField("image"))
+    _check_together(mount, field)
+    return mount
+
+
+def _options(values: Sequence[str], field: str) -> tuple[str, ...]:
+    validate.bounded(values, field)
+    for index, value in enumerate(values):
+        validate.one_of(value, _OPTIONS, f"{field}[{index}]")
+    return tuple(dict.fromkeys(values))
+
+
+def _check_source(mount: MountConfig, field: str, *, is_image: bool) -> None:
+    if not is_image:
+        if not mount.host_path:
+            validate.refuse(f"{field}.host_path", "is required without an image")
+        if mount.image_sub_path:
+            validate.refuse(f"{field}.image_sub_path", "needs an image")
+        return
+    if mount.host_path:
+        validate.refuse(f"{field}.image", "a mount has a host_path or an image, not both")
+    validate.given(mount.image, f"{field}.image.image")
+    if not mount.readonly:
+        validate.refuse(f"{field}.readonly", "an image can only be mounted read-only")
+    if mount.propagation != "private":
+        validate.refuse(f"{field}.propagation", "an image can only be mounted private")
+
+
+def _check_together(mount: MountConfig, field: str) -> None:
+    if mount.container_path == "/":
+        validate.refuse(f"{field}.container_path", "the root file system cannot be covered")
+    if bool(mount.uids) != bool(mount.gids):
+        missing = "gidMappings" if mount.uids else "uidMappings"
+        validate.refuse(f"{field}.{missing}", "user and group mappings go together")
+    if mount.recursive_read_only and not mount.readonly:
+        validate.refuse(f"{field}.recursive_read_only", "needs readonly")
+    if mount.recursive_read_only and mount.propagation != "private":
+        validate.refuse(f"{field}.recursive_read_only", "needs PROPAGATION_PRIVATE")
+
+
+def mount_message(status: MountStatus) -> pb.Mount:
+    mount = status.config
+    message = pb.Mount(
+        container_path=mount.container_path,
+        host_path=mount.host_path,
+        readonly=mount.readonly,
+        recursive_read_only=mount.recursive_read_only,
+        selinux_relabel=mount.selinux_relabel,
+        propagation=_PROPAGATION_VALUE[mount.propagation],
+        uidMappings=mapping_messages(mount.uids),
+        gidMappings=mapping_messages(mount.gids),
+        image_sub_path=mount.image_sub_path,
+        mount_options=mount.options,
+    )
+    if mount.image:
+        message.image.image = mount.image
+        message.image.user_specified_image = mount.image_user_specified
+        message.image.image_ref = status.image_ref
+    return message

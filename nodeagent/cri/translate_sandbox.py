@@ -1,0 +1,153 @@
+"""PodSandboxConfig to `SandboxConfig`: every field is mapped or refused by its name."""
+
+import ipaddress
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from nodeagent.api import runtime_pb2 as pb
+from nodeagent.cri import translate_security as security
+from nodeagent.cri import validate
+from nodeagent.cri.translate_namespaces import pod_namespaces
+from nodeagent.cri.translate_resources import resources
+from nodeagent.errors import Unsupported
+from nodeagent.records import DNS, Namespaces, PortMapping, SandboxConfig
+
+_HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+_HOSTNAME_BYTES = 64  # HOST_NAME_MAX
+_SYSCTL = re.compile(r"[a-z0-9_-]+(\.[A-Za-z0-9_-]+)+")
+_WORD = re.compile(r"\S+")
+_MAX_SYSCTLS = 256
+
+# ipc_namespaces(7), uts_namespaces(7): what of the kernel's namespaces is set through sysctl.
+_IPC_SYSCTL = re.compile(
+    r"kernel\.(auto_msgmni|msgmax|msgmnb|msgmni|sem|shmall|shmmax|shmmni|shm_rmid_forced)"
+)
+
+_PROTOCOLS: dict[int, Literal["tcp", "udp", "sctp"]] = {
+    pb.TCP: "tcp",
+    pb.UDP: "udp",
+    pb.SCTP: "sctp",
+}
+
+
+def sandbox_config(message: pb.PodSandboxConfig) -> SandboxConfig:
+    if message.HasField("windows"):
+        raise Unsupported("config.windows: this is a Linux node")
+    linux, context = message.linux, message.linux.security_context
+    field = "config.linux.security_context"
+    user = security.user_id(context, field)
+    namespaces = pod_namespaces(context.namespace_options, f"{field}.namespace_options")
+    return SandboxConfig(
+        name=validate.name(message.metadata.name, "config.metadata.name"),
+        uid=validate.name(message.metadata.uid, "config.metadata.uid"),
+        namespace=validate.name(message.metadata.namespace, "config.metadata.namespace"),
+        attempt=message.metadata.attempt,
+        hostname=_hostname(message.hostname, namespaces),
+        log_directory=validate.optional_path(message.log_directory, "config.log_directory"),
+        dns=_dns(message.dns_config) if message.HasField("dns_config") else None,
+        port_mappings=_port_mappings(message.port_mappings),
+        labels=validate.metadata(message.labels, "config.labels"),
+        annotations=validate.metadata(message.annotations, "config.annotations"),
+        cgroup_parent=validate.optional_path(linux.cgroup_parent, "config.linux.cgroup_parent"),
+        namespaces=namespaces,
+        sysctls=_sysctls(linux, namespaces),
+        privileged=context.privileged,
+        readonly_rootfs=context.readonly_rootfs,
+        run_as_user=user,
+        run_as_group=security.group_id(context, field, has_user=user is not None),
+        supplemental_groups=security.groups(context, field),
+        groups_policy=security.groups_policy(context, field),
+        seccomp=security.seccomp(context, field),
+        apparmor=security.apparmor(context, field),
+        selinux=security.selinux(context, field),
+        overhead=(
+            resources(linux.overhead, "config.linux.overhead")
+            if linux.HasField("overhead")
+            else None
+        ),
+        resources=(
+            resources(linux.resources, "config.linux.resources")
+            if linux.HasField("resources")
+            else None
+        ),
+    )
+
+
+def _hostname(value: str, namespaces: Namespaces) -> str:
+    if not value:
+        return ""
+    if namespaces.network == "node":
+        validate.refuse("config.hostname", "a pod on the node's network has the node's hostname")
+    if len(value.encode()) > _HOSTNAME_BYTES:
+        validate.refuse("config.hostname", f"is longer than {_HOSTNAME_BYTES} bytes")
+    return validate.matching(value, _HOSTNAME, "config.hostname", "a hostname")
+
+
+def _dns(message: pb.DNSConfig) -> DNS:
+    for index, server in enumerate(message.servers):
+        try:
+            ipaddress.ip_address(server)
+        except ValueError:
+            validate.refuse(f"config.dns_config.servers[{index}]", f'"{server}" is no IP address')
+    return DNS(
+        servers=_words(message.servers, "config.dns_config.servers"),
+        searches=_words(message.searches, "config.dns_config.searches"),
+        options=_words(message.options, "config.dns_config.options"),
+    )
+
+
+def _words(values: Sequence[str], field: str) -> tuple[str, ...]:
+    """Parts of a line of resolv.conf(5): nothing that would begin another part or line."""
+    for index, value in enumerate(validate.bounded(values, field)):
+        validate.text(value, f"{field}[{index}]")
+        validate.matching(value, _WORD, f"{field}[{index}]", "one word")
+    return tuple(values)
+
+
+def _port_mappings(messages: Sequence[pb.PortMapping]) -> tuple[PortMapping, ...]:
+    """All of them; host port 0 is a mapping that is not published."""
+    field = "config.port_mappings"
+    validate.bounded(messages, field)
+    return tuple(_port_mapping(m, f"{field}[{index}]") for index, m in enumerate(messages))
+
+
+def _port_mapping(message: pb.PortMapping, field: str) -> PortMapping:
+    if message.host_ip:
+        try:
+            ipaddress.ip_address(message.host_ip)
+        except ValueError:
+            validate.refuse(f"{field}.host_ip", f'"{message.host_ip}" is no IP address')
+    return PortMapping(
+        protocol=validate.word(message.protocol, _PROTOCOLS, f"{field}.protocol"),
+        container_port=validate.number(
+            message.container_port, f"{field}.container_port", 1 if message.host_port else 0, 65_535
+        ),
+        host_port=validate.number(message.host_port, f"{field}.host_port", 0, 65_535),
+        host_ip=message.host_ip,
+    )
+
+
+def _sysctls(linux: pb.LinuxPodSandboxConfig, namespaces: Namespaces) -> dict[str, str]:
+    """Only those of namespaces that the pod has of its own: any other would change the node."""
+    field = "config.linux.sysctls"
+    if len(linux.sysctls) > _MAX_SYSCTLS:
+        validate.refuse(field, f"has more than {_MAX_SYSCTLS} entries")
+    for name, value in linux.sysctls.items():
+        validate.matching(name, _SYSCTL, field, "the name of a sysctl, with dots")
+        validate.text(value, f'{field}["{name}"]')
+        owner = _owner(name, namespaces)
+        if owner is None:
+            validate.refuse(f'{field}["{name}"]', "is of the whole node, not of a namespace")
+        if owner == "node":
+            validate.refuse(f'{field}["{name}"]', "is of a namespace that the pod has not got")
+    return dict(linux.sysctls)
+
+
+def _owner(name: str, namespaces: Namespaces) -> Literal["pod", "node"] | None:
+    """Whose namespace a sysctl belongs to; None for those without namespace."""
+    if name.startswith("net.") or name == "kernel.domainname":
+        return namespaces.network
+    if name.startswith("fs.mqueue.") or _IPC_SYSCTL.fullmatch(name):
+        return namespaces.ipc
+    return None
