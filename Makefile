@@ -66,6 +66,17 @@ guest: setup ## Unpack the kernel of the tests' cgroup v2 machine (x86-64)
 	$(call install,e2fsprogs kmod)
 	$(PYTHON) -m tests.guest --setup uml
 
+peer: $(PEER)/.ready
+$(PEER)/.ready: bench/peer/go.mod bench/peer/go.sum
+	@test -n "$(HAVE_GO)" || { echo "Go 1.26 or newer is needed to build containerd and runc" >&2; exit 1; }
+	$(call install,gcc libc6-dev libseccomp-dev pkg-config nftables iproute2)
+	cd bench/peer && go build -trimpath -tags no_btrfs,no_devmapper,no_zfs -ldflags -s -o ../../$(PEER)/ \
+	  github.com/containerd/containerd/v2/cmd/containerd github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2
+	cd bench/peer && go build -trimpath -tags seccomp -ldflags -s -o ../../$(PEER)/ github.com/opencontainers/runc
+	cd bench/peer && go build -trimpath -ldflags -s -o ../../$(PEER)/ \
+	  $(addprefix github.com/containernetworking/plugins/plugins/,main/bridge main/loopback ipam/host-local meta/portmap)
+	@touch $@
+
 # ---- the project ----
 
 demo: setup ## Run a pod with two containers on an agent of its own
@@ -103,10 +114,10 @@ lock: setup ## Pin the newest dependencies that pyproject.toml allows
 	$(COMPILE) --upgrade --extra dev -c requirements.txt -o requirements-dev.txt pyproject.toml
 
 bench: setup ## Measure pods on an agent of its own
-	$(PYTHON) bench/pods.py
+	$(PYTHON) -m bench.pods
 
 bench-peer: test-setup peer ## Measure the same on containerd and runc, in turns
-	$(PYTHON) bench/pods.py --peer
+	$(PYTHON) -m bench.pods --peer
 
 clean: ## Remove what was built, not the caches
 	rm -rf $(VENV) .tools build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from bench.cri import Client
-from tests.images import BUSYBOX
+from tests import images
 from tests.node import RunningAgent
 from tests.registry import running_registry
 
@@ -34,14 +34,16 @@ def main() -> None:
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="na-bench-")))
         registry = stack.enter_context(running_registry(root / "registry"))
-        image = f"{registry}/{BUSYBOX}"
-        agent = stack.enter_context(running_agent(root / "agent", registry))
+        busybox = images.busybox()
+        registry.push(busybox)
+        image = f"{registry.host}/{busybox.repository}:{busybox.tags[0]}"
+        agent = stack.enter_context(running_agent(root / "agent", registry.host))
         clients = [Client("nodeagent", agent.endpoint, image, root / "logs")]
         if options.peer:
             from bench.peer import running_peer
 
-            socket = stack.enter_context(running_peer(root / "peer", registry))
-            clients.append(Client("containerd+runc", f"unix://{socket}", image, root / "logs"))
+            address = stack.enter_context(running_peer(root / "peer", registry))
+            clients.append(Client("containerd+runc", address, image, root / "logs"))
         for client in clients:
             stack.callback(client.close)
             client.pull()

@@ -19,7 +19,7 @@ log: {{level: info}}
 storage:
   filesystem: {{rootdirectory: "{storage}"}}
   delete: {{enabled: true}}
-http: {{addr: "127.0.0.1:0", secret: "none"}}
+http: {{addr: "{address}", secret: "none"}}
 """
 AUTH = """auth:
   htpasswd: {{realm: registry, path: "{path}"}}
@@ -33,6 +33,7 @@ class Registry:
     """A running registry. `host` is what stands before the first slash of a reference."""
 
     host: str
+    storage: Path
     authenticated: bool = False
     _present: set[tuple[str, str]] = field(default_factory=set)
 
@@ -94,22 +95,31 @@ class Registry:
 
 
 @contextmanager
-def running(folder: Path, *, authenticated: bool = False) -> Iterator[Registry]:
+def running_registry(folder: Path, *, authenticated: bool = False) -> Iterator[Registry]:
     """A registry that keeps what it is given below `folder`, on a port that the kernel chose."""
-    config, log = folder / "registry.yml", folder / "registry.log"
-    text = CONFIG.format(storage=folder / "storage")
-    if authenticated:
-        (folder / "htpasswd").write_text(HTPASSWD)
-        text += AUTH.format(path=folder / "htpasswd")
-    config.write_text(text)
-    program = images.debian_program("docker-registry", "docker-registry")
+    folder.mkdir(parents=True, exist_ok=True)
+    storage, log = folder / "storage", folder / "registry.log"
+    command = registry_command(folder, "127.0.0.1:0", storage, authenticated=authenticated)
     with log.open("wb") as output:
-        process = subprocess.Popen([program, "serve", config], stdout=output, stderr=output)
+        process = subprocess.Popen(command, stdout=output, stderr=output)
     try:
-        yield Registry(_address(process, log), authenticated)
+        yield Registry(_address(process, log), storage, authenticated)
     finally:
         process.kill()
         process.wait()
+
+
+def registry_command(
+    folder: Path, address: str, storage: Path, *, authenticated: bool = False
+) -> list[str]:
+    """How to start a registry, with its configuration in `folder`."""
+    text = CONFIG.format(storage=storage, address=address)
+    if authenticated:
+        (folder / "htpasswd").write_text(HTPASSWD)
+        text += AUTH.format(path=folder / "htpasswd")
+    (folder / "registry.yml").write_text(text)
+    program = images.debian_program("docker-registry", "docker-registry")
+    return [str(program), "serve", str(folder / "registry.yml")]
 
 
 def fill(registry: Registry, wanted: Iterable[images.Image]) -> None:

@@ -19,7 +19,7 @@ def test_layers_are_what_they_were_before() -> None:
 
 
 def test_asks_for_a_password(private_registry: Registry) -> None:
-    stranger = Registry(private_registry.host)
+    stranger = Registry(private_registry.host, private_registry.storage)
     with pytest.raises(OSError, match="401"):
         stranger.request("GET", "/v2/")
     assert private_registry.request("GET", "/v2/").status == 200
