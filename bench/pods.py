@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from bench.containerd import running_containerd
 from bench.cri import Client
 from tests import images
 from tests.node import RunningAgent
@@ -40,9 +41,7 @@ def main() -> None:
         agent = stack.enter_context(running_agent(root / "agent", registry.host))
         clients = [Client("nodeagent", agent.endpoint, image, root / "logs")]
         if options.peer:
-            from bench.peer import running_peer
-
-            address = stack.enter_context(running_peer(root / "peer", registry))
+            address = stack.enter_context(running_containerd(root / "peer", registry))
             clients.append(Client("containerd+runc", address, image, root / "logs"))
         for client in clients:
             stack.callback(client.close)

@@ -1,6 +1,6 @@
 """containerd and runc with the CNI bridge, for comparison: started on the side, and gone without a trace.
 
-    python -m bench.peer      runs it until it is interrupted, and prints the address of its socket
+    python -m bench.containerd      runs it until it is interrupted, and prints the address of its socket
 
 It lives in mount, network and PID namespaces of its own, so everything but its cgroups goes with its first process.
 """
@@ -77,7 +77,7 @@ mount -t tmpfs none /run && mount -t tmpfs none /var/lib && ip link set lo up ||
 
 
 @contextmanager
-def running_peer(root: Path, registry: Registry) -> Iterator[str]:
+def running_containerd(root: Path, registry: Registry) -> Iterator[str]:
     """The address of its CRI socket. What it pulls must be in `registry`; its pause image is pushed there."""
     registry.push(images.pause())
     before = _cgroups()
@@ -134,7 +134,10 @@ def main() -> None:
         root = Path(folder)
         with running_registry(root / "registry") as registry:
             registry.push(images.busybox())
-            with running_peer(root / "peer", registry) as address, suppress(KeyboardInterrupt):
+            with (
+                running_containerd(root / "peer", registry) as address,
+                suppress(KeyboardInterrupt),
+            ):
                 print(f"{address} (an image to run: {registry.host}/library/busybox)", flush=True)
                 time.sleep(float("inf"))
 
