@@ -11,7 +11,7 @@ from nodeagent.cgroups import limits, parse, paths, tree, v1, v2
 from nodeagent.cgroups.control import ControlFiles
 from nodeagent.cgroups.descriptors import JoinFds, WatchFds, open_group_file, open_join_fds
 from nodeagent.cgroups.devices import Rule
-from nodeagent.cgroups.hierarchy import Hierarchy, Layout
+from nodeagent.cgroups.hierarchy import Layout
 from nodeagent.cgroups.parse import Pressure
 from nodeagent.cgroups.stats import (
     CgroupStats,
@@ -37,7 +37,7 @@ class Version(Protocol):
 
     OOM_EVENTS: str
 
-    def apply(self, files: ControlFiles, wanted: Resources) -> None: ...
+    def apply(self, files: ControlFiles, wanted: Resources, now: Resources) -> None: ...
     def resources(self, files: ControlFiles, page_sizes: Sequence[str]) -> Resources: ...
     def set_devices(self, files: ControlFiles, rules: Sequence[Rule] | None) -> None: ...
     def cpu(self, files: ControlFiles) -> CpuStats | None: ...
@@ -83,7 +83,8 @@ class Cgroup:
         below it), Unsupported for what this kernel lacks (not where no limit is asked for), NotFound without the group.
         """
         limits.check(resources)
-        self._version.apply(self._files, resources)
+        now = self._version.resources(self._files, ())
+        self._version.apply(self._files, resources, now)
 
     def resources(self) -> Resources:
         """The limits in force; -1 is none. On v2 cpu_shares is what gives the weight that is in force."""
@@ -179,17 +180,20 @@ class Cgroup:
 
     # --- life ---
 
-    def make(self) -> None:
-        """Make it in every hierarchy, or in none. Raises AlreadyExists."""
+    def make(self, resources: Resources) -> None:
+        """Make it in every hierarchy and with its limits, or not at all. Raises AlreadyExists, and as `apply`."""
+        limits.check(resources)
         with ExitStack() as undo:
             for hierarchy in self._own:
+                undo.callback(tree.remove_empty_parents, hierarchy.mount, self.path)
                 tree.make(hierarchy.mount, self.path)
-                undo.callback(self._remove_from, hierarchy, time.monotonic())
+                undo.callback(tree.remove, hierarchy.mount, self.path, time.monotonic())
                 if "cpuset" in hierarchy.controllers and self._version is v1:
                     v1.fill_cpuset(hierarchy.mount, self.path)
             if self._version is v2:
                 wanted = v2.CONTROLLERS & self._layout.controllers
                 v2.enable(self._tracking.mount, self.path, wanted)
+            self._version.apply(self._files, resources, limits.NEW)
             undo.pop_all()
 
     def remove(self, timeout_s: float = _REMOVE_TIMEOUT_S) -> None:
@@ -201,11 +205,8 @@ class Cgroup:
         self.close()
         deadline = time.monotonic() + timeout_s
         for hierarchy in self._own:
-            self._remove_from(hierarchy, deadline)
-
-    def _remove_from(self, hierarchy: Hierarchy, deadline: float) -> None:
-        tree.remove(hierarchy.mount, self.path, deadline)
-        tree.remove_empty_parents(hierarchy.mount, self.path)
+            tree.remove(hierarchy.mount, self.path, deadline)
+            tree.remove_empty_parents(hierarchy.mount, self.path)
 
     def _require_own(self) -> None:
         tree.require_group(self._tracking.mount, self.path)

@@ -12,6 +12,16 @@ from nodeagent.records import Resources
 MIN_PERIOD_USEC, MAX_PERIOD_USEC = 1_000, 1_000_000
 MIN_QUOTA_USEC = 1_000
 
+NOTHING = Resources()
+
+# What a group has that was just made, as far as it matters for what is written to it.
+NEW = Resources(
+    cpu_period_usec=100_000,
+    cpu_quota_usec=UNLIMITED,
+    memory_limit_bytes=UNLIMITED,
+    memory_swap_limit_bytes=UNLIMITED,
+)
+
 _PAGE_SIZE = re.compile(r"[1-9][0-9]{0,3}(KB|MB|GB)")
 _UNIFIED_KEY = re.compile(r"[a-z0-9_]+(\.[A-Za-z0-9_]+)+")
 _MAX_UNIFIED_VALUE = 4096

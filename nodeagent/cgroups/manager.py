@@ -55,20 +55,13 @@ class Cgroups:
         where = paths.scope if self.driver == "systemd" else paths.container
         return where(parent or self._default_parent, container_id)
 
-    def create(self, path: str, resources: Resources | None = None) -> Cgroup:
+    def create(self, path: str, resources: Resources = limits.NOTHING) -> Cgroup:
         """Make a group with its limits, and the groups above it that are missing, or nothing.
 
         Raises AlreadyExists, and as `Cgroup.apply`.
         """
-        limits.check(resources or Resources())
         group = self._group(path)
-        group.make()
-        try:
-            if resources:
-                group.apply(resources)
-        except BaseException:
-            group.remove()
-            raise
+        group.make(resources)
         return group
 
     def open_existing(self, path: str) -> Cgroup:
@@ -87,7 +80,7 @@ class Cgroups:
         if group.exists():
             tree.require_group(self._layout.hierarchies[0].mount, group.path)
             return group
-        group.make()
+        group.make(limits.NOTHING)
         return group
 
     def _group(self, path: str) -> Cgroup:

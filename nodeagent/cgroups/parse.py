@@ -69,20 +69,16 @@ def device_number(text: bytes) -> tuple[int, int]:
 
 def pressure(data: bytes) -> Pressure:
     """A PSI file. Before Linux 5.13 cpu.pressure had no line ``full``."""
-    found = dict(_pressure_line(line) for line in data.splitlines())
-    if b"some" not in found:
-        raise ValueError(f"not a pressure file: {data[:200]!r}")
-    return Pressure(found[b"some"], found.get(b"full", NO_PRESSURE))
+    words = data.replace(b"=", b" ").split()
+    full = _pressure_line(b"full", words[9:]) if len(words) > 9 else NO_PRESSURE
+    return Pressure(_pressure_line(b"some", words[:9]), full)
 
 
-def _pressure_line(line: bytes) -> tuple[bytes, PressureLine]:
-    which, avg10, avg60, avg300, total = line.split()
-    return which, PressureLine(
-        float(avg10.removeprefix(b"avg10=")),
-        float(avg60.removeprefix(b"avg60=")),
-        float(avg300.removeprefix(b"avg300=")),
-        int(total.removeprefix(b"total=")),
-    )
+def _pressure_line(name: bytes, words: list[bytes]) -> PressureLine:
+    """``NAME avg10 0.00 avg60 0.00 avg300 0.00 total 0``."""
+    if len(words) != 9 or words[0] != name:
+        raise ValueError(f"not a line of a pressure file: {words!r}")
+    return PressureLine(float(words[2]), float(words[4]), float(words[6]), int(words[8]))
 
 
 def number_list(text: str) -> frozenset[int]:

@@ -26,8 +26,7 @@ def make(mount: str, path: str) -> None:
     """Make the group `path`, and its parents as needed. Raises AlreadyExists."""
     for _ in range(_ATTEMPTS):
         try:
-            os.mkdir(mount + path, 0o755)
-            os.setxattr(mount + path, MARK, GROUP)
+            _make_marked(mount + path, GROUP)
             return
         except FileNotFoundError:
             _make_parents(mount, path)
@@ -41,10 +40,18 @@ def make(mount: str, path: str) -> None:
 def _make_parents(mount: str, path: str) -> None:
     for parent in ancestors(path):
         try:
-            os.mkdir(mount + parent, 0o755)
-            os.setxattr(mount + parent, MARK, PARENT)
+            _make_marked(mount + parent, PARENT)
         except (FileExistsError, FileNotFoundError):
             continue
+
+
+def _make_marked(directory: str, kind: bytes) -> None:
+    os.mkdir(directory, 0o755)
+    try:
+        os.setxattr(directory, MARK, kind)
+    except BaseException:
+        os.rmdir(directory)
+        raise
 
 
 def ancestors(path: str) -> list[str]:
@@ -90,6 +97,8 @@ def remove(mount: str, path: str, deadline: float) -> None:
     Raises FailedPrecondition where some stay, and for a group that others made.
     """
     require_group(mount, path)
+    if _rmdir(mount + path):
+        return
     pause = _FIRST_PAUSE_S
     while busy := [directory for directory in bottom_up(mount + path) if not _rmdir(directory)]:
         if time.monotonic() >= deadline:

@@ -50,13 +50,13 @@ _NO_LIMIT = ("-1", "max")
 # --- limits --------------------------------------------------------------------------------------------------------
 
 
-def apply(files: ControlFiles, wanted: Resources) -> None:
-    """Put `wanted` in force, wholly or not at all."""
-    files.write(plan(wanted, resources(files, ()), files))
+def apply(files: ControlFiles, wanted: Resources, now: Resources) -> None:
+    """Put `wanted` in force, wholly or not at all. `now`: the limits in force."""
+    files.write(plan(wanted, now, files))
 
 
 def plan(wanted: Resources, now: Resources, files: ControlFiles) -> list[Setting]:
-    """What to write, in an order in which each step is valid. `now`: the limits in force."""
+    """What to write, in an order in which each step is valid."""
     if wanted.unified:
         raise Unsupported(f"unified: {', '.join(sorted(wanted.unified))}: needs cgroup v2")
     settings = [*_cpu(wanted, now), *_memory(wanted, now, files), *_hugepages(wanted, files)]

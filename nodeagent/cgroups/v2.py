@@ -49,15 +49,15 @@ _KERNEL_PARTS = (b"kernel_stack", b"pagetables", b"percpu", b"sock", b"slab")
 # --- limits --------------------------------------------------------------------------------------------------------
 
 
-def apply(files: ControlFiles, wanted: Resources) -> None:
-    """Put `wanted` in force, wholly or not at all."""
-    settings = plan(wanted, resources(files, ()), files)
+def apply(files: ControlFiles, wanted: Resources, now: Resources) -> None:
+    """Put `wanted` in force, wholly or not at all. `now`: the limits in force."""
+    settings = plan(wanted, now, files)
     _make_room(files, dict(settings).get(MEMORY_MAX, "max"))
     files.write(settings)
 
 
 def plan(wanted: Resources, now: Resources, files: ControlFiles) -> list[Setting]:
-    """What to write. `now`: the limits in force. A unified value wins over one that is derived from a field."""
+    """What to write. A unified value wins over one that is derived from a field."""
     values = dict(_derived(wanted, now, files)) | wanted.unified
     return [
         (name, line)
