@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import tempfile
 import time
@@ -139,7 +140,7 @@ def main() -> None:
                 suppress(KeyboardInterrupt),
             ):
                 print(f"{address} (an image to run: {registry.host}/library/busybox)", flush=True)
-                time.sleep(float("inf"))
+                signal.pause()
 
 
 if __name__ == "__main__":
