@@ -75,24 +75,23 @@ def names(capabilities: int) -> list[str]:
 @functools.cache
 def last() -> int:
     """The highest capability that the running kernel knows."""
-    with open("/proc/sys/kernel/cap_last_cap") as file:
-        return int(file.read())
+    number = 0
+    while _is_known(number + 1):
+        number += 1
+    return number
+
+
+def _is_known(number: int) -> bool:
+    try:
+        syscalls.prctl(syscalls.PR_CAPBSET_READ, number)
+    except OSError:
+        return False
+    return True
 
 
 def known() -> int:
     """All capabilities of the running kernel."""
     return (1 << last() + 1) - 1
-
-
-def available() -> int:
-    """What the caller may hand on: what is both in its permitted and in its bounding set."""
-    _, permitted, _ = syscalls.capget()
-    bounding = (
-        1 << number
-        for number in range(last() + 1)
-        if syscalls.prctl(syscalls.PR_CAPBSET_READ, number)
-    )
-    return permitted & sum(bounding)
 
 
 def drop_bounding(keep: int) -> None:

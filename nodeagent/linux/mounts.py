@@ -50,7 +50,7 @@ def make_filesystem(
     """A detached mount of a new file system; a key of `data` with the value "" is a flag."""
     context = syscalls.fsopen(kind)
     try:
-        for key, value in (data or {}).items():
+        for key, value in {"source": kind, **(data or {})}.items():
             _configure(context, key, value)
         syscalls.fsconfig(context, syscalls.FSCONFIG_CMD_CREATE)
         return syscalls.fsmount(context, attribute_mask(attributes))

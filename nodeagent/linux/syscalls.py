@@ -257,9 +257,9 @@ def sethostname(name: str) -> None:
     _sethostname(name, encoded, len(encoded))
 
 
-def join_session_keyring(name: str) -> None:
-    """keyctl(KEYCTL_JOIN_SESSION_KEYRING): join, or make, the keyring of that name."""
-    _keyctl(name, _KEYCTL_JOIN_SESSION_KEYRING, name.encode())
+def join_session_keyring() -> None:
+    """keyctl(2), KEYCTL_JOIN_SESSION_KEYRING: a new, anonymous one."""
+    _keyctl(None, _KEYCTL_JOIN_SESSION_KEYRING, None)
 
 
 # ---- privilege ----

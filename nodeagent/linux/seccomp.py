@@ -1,0 +1,33 @@
+"""Installing a compiled seccomp filter on the calling process (seccomp(2)).
+
+`nodeagent.linux.libseccomp` makes one.
+"""
+
+import ctypes
+
+from nodeagent.linux import syscalls
+
+FLAG_TSYNC = 1 << 0
+FLAG_LOG = 1 << 1
+FLAG_SPEC_ALLOW = 1 << 2
+
+_INSTRUCTION_BYTES = 8  # sizeof(struct sock_filter)
+_MAX_INSTRUCTIONS = 4096  # BPF_MAXINSNS
+
+
+class _Program(ctypes.Structure):
+    """struct sock_fprog."""
+
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+
+
+def install(program: bytes, flags: int) -> None:
+    """Filter all further system calls; `program` is an array of struct sock_filter.
+
+    Needs no_new_privs or SYS_ADMIN. Raises `ValueError` where `program` can't be one.
+    """
+    count, rest = divmod(len(program), _INSTRUCTION_BYTES)
+    if rest or not 0 < count <= _MAX_INSTRUCTIONS:
+        raise ValueError(f"seccomp filter of {len(program)} bytes: not 1 to 4096 instructions")
+    argument = _Program(count, program)
+    syscalls.seccomp(syscalls.SECCOMP_SET_MODE_FILTER, flags, ctypes.addressof(argument))

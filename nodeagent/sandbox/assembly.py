@@ -1,0 +1,252 @@
+"""Execution of a mount plan: the root file system of a container, ready to be entered.
+
+Runs in the container's first process, in a mount namespace that is still a copy of the node's. All host paths are
+opened before anything of the container is looked at. From then on the container's tree is touched only through
+`nodeagent.linux.confined`, one walk for each path, and through the descriptors that come of it; a mount is made
+detached and attached when it is complete. Descriptors are left open: all of them are closed at once before execve.
+"""
+
+import os
+import stat
+from typing import NamedTuple
+
+from nodeagent.errors import FailedPrecondition, InvalidArgument, NodeAgentError, NotFound
+from nodeagent.linux import confined, mounts, syscalls
+from nodeagent.sandbox import rootfs
+from nodeagent.sandbox.spec import ContainerPlan, Device, Mount
+
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_DEVICE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}
+
+# On these, what is mounted must land where the path says: a link would move it away from its masks.
+_UNLINKED_TARGETS = frozenset(("proc", "sysfs"))
+
+
+class Source(NamedTuple):
+    """What a step of the plan mounts, as far as it comes from the node: a detached tree, or layer directories."""
+
+    tree: int = -1
+    layers: tuple[int, ...] = ()
+
+
+class Scratch(NamedTuple):
+    """A small file system of ours that no path of the container leads to.
+
+    It has room for mount points, and what masks are made of: an empty directory and a null device.
+    """
+
+    mount: int
+    path: str
+    empty: int
+    null: int
+
+
+class Assembly(NamedTuple):
+    """A root file system in the making. sealed: mounts that become read-only when all is in place."""
+
+    root: int
+    scratch: Scratch
+    sealed: list[int]
+
+
+def assemble(plan: ContainerPlan) -> Assembly:
+    """Mount all that the plan asks for; nothing is masked or read-only yet."""
+    lower = _open_layers(plan["rootfs"]["lower"])
+    upper, work = _open_layers([plan["rootfs"]["upper"], plan["rootfs"]["work"]])
+    sources = [_open_source(mount) for mount in plan["mounts"]]
+    mounts.isolate()
+    scratch = _make_scratch(os.path.dirname(plan["rootfs"]["upper"]))
+    root = mounts.mount_overlay(_mount_point(scratch, "root"), lower, upper, work)
+    assembly = Assembly(root, scratch, [root] if plan["rootfs"]["readonly"] else [])
+    for mount, source in zip(plan["mounts"], sources, strict=True):
+        _execute(assembly, mount, source)
+    _populate_dev(root, plan)
+    return assembly
+
+
+def seal(assembly: Assembly, masked: list[str], readonly: list[str]) -> None:
+    """Mask paths, make paths and mounts read-only; a path that the container does not have is skipped."""
+    mounts.set_attributes(assembly.scratch.mount, ["ro"])
+    for path in readonly:
+        _make_readonly(assembly.root, path)
+    for path in masked:
+        _mask(assembly, path)
+    for mount in assembly.sealed:
+        mounts.set_attributes(mount, ["ro"])
+
+
+# ---- what is the node's ----
+
+
+def _open_layers(paths: list[str]) -> tuple[int, ...]:
+    return tuple(os.open(path, _DIRECTORY) for path in paths)
+
+
+def _open_source(mount: Mount) -> Source:
+    if mount["kind"] == "bind":
+        return Source(tree=_clone_host_path(mount))
+    if mount["kind"] == "image":
+        return Source(layers=_open_layers(mount.get("lower", [])))
+    return Source()
+
+
+def _clone_host_path(mount: Mount) -> int:
+    try:
+        origin = syscalls.open_tree(syscalls.AT_FDCWD, mount["source"], 0)
+    except OSError as error:
+        text = (
+            f'host path "{mount["source"]}" for {mount["target"]}: {os.strerror(error.errno or 0)}'
+        )
+        kind = NotFound if isinstance(error, FileNotFoundError) else FailedPrecondition
+        raise kind(text) from error
+    _require_propagation(mount, origin)
+    tree = mounts.clone_tree(origin)
+    mounts.set_attributes(tree, mount["attributes"], mount["recursive"])
+    if mount["propagation"] != "shared":  # a clone of a shared mount shares already
+        mounts.set_propagation(tree, mount["propagation"])
+    return tree
+
+
+def _require_propagation(mount: Mount, origin: int) -> None:
+    """What is to be propagated must come from a mount that does: "slave" from any but a private one."""
+    asked = mount["propagation"]
+    if asked == "private":
+        return
+    found = mounts.propagation_of(origin)
+    if found == "private" or (asked == "shared" and found == "slave"):
+        raise InvalidArgument(
+            f'propagation "{asked}" of {mount["target"]}: host path "{mount["source"]}"'
+            f" is on a {found} mount"
+        )
+
+
+# ---- what is the container's ----
+
+
+def _make_scratch(path: str) -> Scratch:
+    """Over the container's own directory on the node, in this mount namespace only."""
+    mount = mounts.make_filesystem("tmpfs", {"mode": "700"}, ["nosuid", "noexec"])
+    os.mkdir("empty", 0o555, dir_fd=mount)
+    os.mknod("null", stat.S_IFCHR | 0o666, os.makedev(1, 3), dir_fd=mount)
+    syscalls.move_mount(mount, os.open(path, _DIRECTORY))
+    empty = os.open("empty", _DIRECTORY, dir_fd=mount)
+    null = os.open("null", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=mount)
+    return Scratch(mount, path, empty, null)
+
+
+def _mount_point(scratch: Scratch, name: str) -> str:
+    os.mkdir(name, 0o755, dir_fd=scratch.mount)
+    return f"{scratch.path}/{name}"
+
+
+def _execute(assembly: Assembly, mount: Mount, source: Source) -> None:
+    try:
+        if mount["kind"] == "fs":
+            tree = _mount_filesystem(assembly, mount)
+        elif mount["kind"] == "image":
+            tree = _image_tree(assembly, mount, source.layers)
+        else:
+            tree = source.tree
+        _attach(assembly.root, mount, tree)
+    except NodeAgentError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, f"mount {rootfs.describe(mount)}: {error}") from error
+
+
+def _attach(root: int, mount: Mount, tree: int) -> None:
+    directory = stat.S_ISDIR(os.fstat(tree).st_mode)
+    follow = mount["source"] not in _UNLINKED_TARGETS or mount["kind"] != "fs"
+    target = confined.make_path(root, mount["target"], directory=directory, follow=follow)
+    syscalls.move_mount(tree, target)
+
+
+def _mount_filesystem(assembly: Assembly, mount: Mount) -> int:
+    """Read-only ones are sealed at the end, since mount points may have to be made in them."""
+    attributes = [name for name in mount["attributes"] if name != "ro"]
+    tree = mounts.make_filesystem(mount["source"], mount["data"], attributes)
+    if "ro" in mount["attributes"]:
+        assembly.sealed.append(tree)
+    return tree
+
+
+def _image_tree(assembly: Assembly, mount: Mount, layers: tuple[int, ...]) -> int:
+    """The files of an image, or what is at sub_path in them; an overlay needs two layers at least."""
+    if len(layers) == 1:
+        top = layers[0]
+    else:
+        name = f"image-{layers[0]}"
+        top = mounts.mount_overlay(_mount_point(assembly.scratch, name), layers)
+    try:
+        origin = confined.open_path(top, mount.get("sub_path") or ".")
+    except FileNotFoundError:
+        raise NotFound(
+            f'path "{mount.get("sub_path")}" of the image for {mount["target"]}: no such file or directory'
+        ) from None
+    tree = mounts.clone_tree(origin)
+    mounts.set_attributes(tree, ["ro", *mount["attributes"]], recursive=True)
+    return tree
+
+
+# ---- devices ----
+
+
+def has_own_dev(plan: ContainerPlan) -> bool:
+    """Whether /dev is a new file system, and not something that the request puts there."""
+    return any(mount["kind"] == "fs" and mount["target"] == "/dev" for mount in plan["mounts"])
+
+
+def _populate_dev(root: int, plan: ContainerPlan) -> None:
+    """A /dev that is not ours may be the node's: nothing is made in it."""
+    own_dev = has_own_dev(plan)
+    devices = {device["path"]: device for device in rootfs.DEFAULT_DEVICES if own_dev}
+    devices |= {device["path"]: device for device in plan["devices"]}
+    for path, device in devices.items():
+        if own_dev or not path.startswith("/dev/"):
+            _make_device(root, device)
+    if own_dev:
+        directory = confined.open_path(root, "/dev", _DIRECTORY)
+        for name, target in rootfs.DEFAULT_LINKS.items():
+            os.symlink(target, name, dir_fd=directory)
+
+
+def _make_device(root: int, device: Device) -> None:
+    parent, name = os.path.split(device["path"])
+    directory = confined.make_path(root, parent, directory=True)
+    kind = _DEVICE_KINDS[device["type"]]
+    number = os.makedev(device["major"], device["minor"])
+    try:
+        os.mknod(name, kind | device["mode"], number, dir_fd=directory)
+        os.chown(name, device["uid"], device["gid"], dir_fd=directory, follow_symlinks=False)
+    except OSError as error:
+        raise OSError(error.errno, f"make device {device['path']}: {error.strerror}") from error
+
+
+# ---- masks ----
+
+
+def _mask(assembly: Assembly, path: str) -> None:
+    target = _find(assembly.root, path)
+    if target is None:
+        return
+    directory = stat.S_ISDIR(os.fstat(target).st_mode)
+    tree = mounts.clone_tree(
+        assembly.scratch.empty if directory else assembly.scratch.null, recursive=False
+    )
+    syscalls.move_mount(tree, target)
+
+
+def _make_readonly(root: int, path: str) -> None:
+    target = _find(root, path)
+    if target is None:
+        return
+    tree = mounts.clone_tree(target)
+    mounts.set_attributes(tree, ["ro"], recursive=True)
+    syscalls.move_mount(tree, target)
+
+
+def _find(root: int, path: str) -> int | None:
+    try:
+        return confined.open_path(root, path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None

@@ -1,0 +1,95 @@
+"""Standard input, output and error of a container's process: pipes, the null device, or a pseudoterminal.
+
+A terminal comes from the devpts instance that is the container's own. That, and /dev/null, may have been changed by
+hostile processes when a further process is started: what is opened there is used only after it has proved to be what
+it shall be. Slaves are reached through their master (TIOCGPTPEER), never by name.
+"""
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+import termios
+from typing import NamedTuple
+
+from nodeagent.linux import confined, mounts, syscalls
+
+_DEVPTS_SUPER_MAGIC = 0x1CD1
+_TIOCSPTLCK = 0x40045431
+_TIOCGPTPEER = 0x5441
+
+
+class Stdio(NamedTuple):
+    """Three descriptors; a terminal is all three of them, and has a master end."""
+
+    stdin: int
+    stdout: int
+    stderr: int
+    master: int = -1
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.master != -1
+
+
+def open_terminal(root: int) -> Stdio:
+    """A new terminal of the devpts that is mounted at /dev/pts inside `root`."""
+    master = _open_device(root, "/dev/pts/ptmx", os.makedev(5, 2), follow=False)
+    if syscalls.statfs_type(master) != _DEVPTS_SUPER_MAGIC:
+        raise OSError(errno.ENOTTY, "not on devpts", "/dev/pts/ptmx")
+    fcntl.ioctl(master, _TIOCSPTLCK, struct.pack("i", 0))
+    slave = fcntl.ioctl(master, _TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    return Stdio(slave, slave, slave, master)
+
+
+def with_null(root: int, stdin: int, stdout: int, stderr: int) -> Stdio:
+    """The given descriptors, with /dev/null inside `root` for each that is -1.
+
+    Never the node's null device: a container could change the node's file through it.
+    """
+    given = (stdin, stdout, stderr)
+    null = _open_device(root, "/dev/null", os.makedev(1, 3)) if -1 in given else -1
+    return Stdio(*(null if descriptor == -1 else descriptor for descriptor in given))
+
+
+def _open_device(root: int, path: str, number: int, *, follow: bool = True) -> int:
+    """A character device, opened without blocking on what may be there instead."""
+    flags = os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK
+    device = confined.open_path(root, path, flags, follow=follow)
+    status = os.fstat(device)
+    if not stat.S_ISCHR(status.st_mode) or status.st_rdev != number:
+        raise OSError(errno.ENODEV, "not the device that belongs there", path)
+    os.set_blocking(device, True)
+    return device
+
+
+def bind_console(root: int, terminal: Stdio) -> None:
+    """Make the terminal the file /dev/console inside `root`."""
+    target = confined.make_path(root, "/dev/console", directory=False, follow=False)
+    syscalls.move_mount(mounts.clone_tree(terminal.stdin, recursive=False), target)
+
+
+def install(stdio: Stdio, uid: int) -> None:
+    """Lead a new session, and put the descriptors in the places 0, 1 and 2.
+
+    They are made the user's own, so that /dev/stdout and its like can be opened again.
+    """
+    os.setsid()
+    if stdio.is_terminal:
+        fcntl.ioctl(stdio.stdin, termios.TIOCSCTTY, 0)
+    for place, descriptor in enumerate(stdio[:3]):
+        _give_to(descriptor, uid)
+        os.dup2(descriptor, place)
+
+
+def _give_to(descriptor: int, uid: int) -> None:
+    status = os.fstat(descriptor)
+    if status.st_uid == uid or (stat.S_ISCHR(status.st_mode) and not os.isatty(descriptor)):
+        return
+    try:
+        os.fchown(descriptor, uid, -1)
+    except OSError as error:
+        # a file system, or a kind of file, without owners
+        if error.errno not in (errno.EPERM, errno.EROFS, errno.EINVAL, errno.EOPNOTSUPP):
+            raise

@@ -1,0 +1,120 @@
+"""What the calling process is allowed: labels, limits, ids and capabilities, as a `ProcessPlan` describes them.
+
+The functions stand in the order in which they have to be called.
+"""
+
+import errno
+import os
+import resource
+
+from nodeagent.errors import FailedPrecondition, InvalidArgument, Unsupported
+from nodeagent.linux import capabilities, syscalls
+from nodeagent.sandbox.spec import Identity, ProcessPlan, Rlimit
+
+# ---- files of procfs, while /proc is still the node's ----
+
+
+def write_labels(plan: ProcessPlan) -> None:
+    """Labels that take effect with the next execve."""
+    if plan["apparmor"]:
+        _write_label("AppArmor profile", plan["apparmor"], "attr/apparmor/exec", "exec ")
+    if plan["selinux"]:
+        _write_label("SELinux label", plan["selinux"], "attr/exec", "")
+
+
+def _write_label(kind: str, label: str, name: str, verb: str) -> None:
+    try:
+        _write_own(name, verb + label)
+    except OSError as error:
+        if error.errno == errno.ENOENT and os.path.exists(f"/proc/self/{name}"):
+            raise FailedPrecondition(f'{kind} "{label}": not loaded') from error
+        raise Unsupported(f'{kind} "{label}": {error.strerror}') from error
+
+
+def set_oom_score(plan: ProcessPlan) -> list[str]:
+    """Returns warnings: to go below what the parent has takes SYS_RESOURCE."""
+    score = plan["oom_score_adj"]
+    if score is None:
+        return []
+    try:
+        _write_own("oom_score_adj", str(score))
+    except PermissionError:
+        return [f"oom_score_adj {score}: not permitted"]
+    return []
+
+
+def _write_own(name: str, text: str) -> None:
+    path = f"/proc/self/{name}"
+    file = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        if syscalls.statfs_type(file) != syscalls.PROC_SUPER_MAGIC:
+            raise OSError(errno.EXDEV, "not a file of procfs", path)
+        os.write(file, text.encode())
+    finally:
+        os.close(file)
+
+
+# ---- limits ----
+
+
+def join_new_keyring() -> None:
+    """A session keyring of its own, where the kernel has keyrings."""
+    try:
+        syscalls.join_session_keyring()
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+
+
+def set_limits(limits: list[Rlimit]) -> list[str]:
+    """Returns warnings: to raise a hard limit takes SYS_RESOURCE; it stays as it is without."""
+    return [warning for limit in limits for warning in _set_limit(limit)]
+
+
+def _set_limit(limit: Rlimit) -> list[str]:
+    number = getattr(resource, f"RLIMIT_{limit['resource']}", None)
+    if number is None:
+        raise InvalidArgument(f"resource limit {limit['resource']!r}: unknown")
+    try:
+        resource.setrlimit(number, (limit["soft"], limit["hard"]))
+        return []
+    except ValueError:
+        hard = resource.getrlimit(number)[1]
+        resource.setrlimit(number, (_lower(limit["soft"], hard), hard))
+        return [f"limit {limit['resource']}: not raised above {hard}"]
+
+
+def _lower(one: int, other: int) -> int:
+    """The lower of two limits, of which -1 is infinite."""
+    return min(one, other) if -1 not in (one, other) else max(one, other)
+
+
+# ---- ids and capabilities ----
+
+
+def become(plan: ProcessPlan, identity: Identity) -> list[str]:
+    """Take on the ids and capabilities; returns warnings.
+
+    execve computes the program's capabilities from the bounding, inheritable and ambient sets. So SYS_ADMIN can stay
+    permitted until then, for a filter without no_new_privs, which is the last thing to be installed (seccomp(2)).
+    """
+    wanted = plan["capabilities"]
+    _, held, _ = syscalls.capget()
+    capabilities.drop_bounding(wanted["bounding"])
+    syscalls.prctl(syscalls.PR_SET_KEEPCAPS, 1)
+    os.setgroups(identity["groups"])
+    os.setresgid(identity["gid"], identity["gid"], identity["gid"])
+    os.setresuid(identity["uid"], identity["uid"], identity["uid"])
+    # A change of ids sets this back to the node's fs.suid_dumpable.
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
+    extra = capabilities.SYS_ADMIN if plan["seccomp"] and not plan["no_new_privs"] else 0
+    syscalls.capset(
+        effective=wanted["effective"] & held | extra,
+        permitted=wanted["permitted"] & held | extra,
+        inheritable=wanted["inheritable"] & held,
+    )
+    capabilities.raise_ambient(wanted["ambient"] & held)
+    if plan["no_new_privs"]:
+        syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
+    missing = capabilities.names(wanted["bounding"] & ~held)
+    return [f"capability {name}: not available" for name in missing]

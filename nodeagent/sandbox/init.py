@@ -1,0 +1,203 @@
+"""What runs between clone3(2) and execve(2), in the child that becomes a container's process.
+
+`run` makes a container's first process: born in new mount and PID namespaces, it builds the root file system, enters
+it, and becomes who it shall be. `run_exec` makes a further process of a running container. Both report over the
+status socket: ``{"ready": {"identity": …, "warnings": […]}}``, with the master end of a terminal attached, then wait
+for one byte, "go", and execute the program; the socket closes itself when that succeeds.
+``{"error": class, "text": …}`` reports the failure of any step.
+After the node's file system is left, nothing is imported any more.
+"""
+
+import array
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn
+
+from nodeagent.linux import confined, mounts, syscalls
+from nodeagent.sandbox import assembly, console, credentials, program, users
+from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, Identity, ProcessPlan
+
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_FIRST_OTHER = 3  # the descriptor after standard error
+_MAX_TEXT = 4096
+
+
+class InitFds(NamedTuple):
+    """What a container's first process takes over.
+
+    status: a SOCK_SEQPACKET socket. stdin, stdout, stderr: -1 for the container's /dev/null; not looked at with a tty.
+    cgroups: of cgroup v1, each hierarchy's `tasks` file, open for writing; on v2 the process is born in its cgroup.
+    """
+
+    status: int
+    stdin: int = -1
+    stdout: int = -1
+    stderr: int = -1
+    cgroups: tuple[int, ...] = ()
+
+
+class ExecFds(NamedTuple):
+    """As `InitFds`; target: a pidfd of a process of the container, whose mount and cgroup namespaces are joined."""
+
+    status: int
+    target: int
+    stdin: int = -1
+    stdout: int = -1
+    stderr: int = -1
+    cgroups: tuple[int, ...] = ()
+
+
+class _Start(NamedTuple):
+    """All that the last steps need, inside the container's root."""
+
+    argv: list[str]
+    settings: ProcessPlan
+    identity: Identity
+    cwd: int
+    stdio: console.Stdio
+    warnings: list[str]
+
+
+def run(plan: ContainerPlan, fds: InitFds) -> NoReturn:
+    """Become the first process of a container. Never returns and never raises."""
+    _start(fds.status, lambda: _prepare_container(plan, fds))
+
+
+def run_exec(plan: ExecPlan, settings: ProcessPlan, fds: ExecFds) -> NoReturn:
+    """Become a further process of a container. Never returns and never raises."""
+    _start(fds.status, lambda: _prepare_exec(plan, settings, fds))
+
+
+def _start(status: int, prepare: Callable[[], _Start]) -> NoReturn:
+    try:
+        _leave_supervisor()
+        _finish(status, prepare())
+    except BaseException as error:  # noqa: BLE001 - the supervisor shall know whatever it is
+        _report_failure(status, error)
+    finally:
+        os._exit(1)
+
+
+def _leave_supervisor() -> None:
+    """Shed what was inherited: signal handlers, ways to import, and being readable to others."""
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if signal.getsignal(number) not in (signal.SIG_DFL, None):
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    sys.path.clear()
+    sys.meta_path.clear()
+    sys.path_hooks.clear()
+    sys.path_importer_cache.clear()
+    gc.disable()
+    os.umask(0)
+
+
+def _prepare_container(plan: ContainerPlan, fds: InitFds) -> _Start:
+    settings = plan["process"]
+    _join_cgroups(fds.cgroups)
+    credentials.write_labels(settings)
+    warnings = credentials.set_oom_score(settings)
+    if plan["cgroup_namespace"]:
+        syscalls.unshare(syscalls.CLONE_NEWCGROUP)
+    built = assembly.assemble(plan)
+    identity = users.resolve(built.root, settings["user"])
+    cwd = confined.make_path(built.root, settings["cwd"], directory=True)
+    stdio = _container_stdio(plan, fds, built.root)
+    assembly.seal(built, plan["masked_paths"], plan["readonly_paths"])
+    mounts.enter_root(built.root)
+    return _Start(plan["argv"], settings, identity, cwd, stdio, warnings)
+
+
+def _container_stdio(plan: ContainerPlan, fds: InitFds, root: int) -> console.Stdio:
+    if not plan["tty"]:
+        return console.with_null(root, fds.stdin, fds.stdout, fds.stderr)
+    terminal = console.open_terminal(root)
+    if assembly.has_own_dev(plan):
+        console.bind_console(root, terminal)
+    return terminal
+
+
+def _prepare_exec(plan: ExecPlan, settings: ProcessPlan, fds: ExecFds) -> _Start:
+    _join_cgroups(fds.cgroups)
+    credentials.write_labels(settings)
+    warnings = credentials.set_oom_score(settings)
+    syscalls.setns(fds.target, syscalls.CLONE_NEWNS | syscalls.CLONE_NEWCGROUP)
+    root = os.open("/", _DIRECTORY)
+    identity = users.resolve(root, settings["user"])
+    cwd = confined.open_path(root, settings["cwd"], _DIRECTORY)
+    given = (fds.stdin, fds.stdout, fds.stderr)
+    stdio = console.open_terminal(root) if plan["tty"] else console.with_null(root, *given)
+    return _Start(plan["argv"], settings, identity, cwd, stdio, warnings)
+
+
+def _join_cgroups(tasks: tuple[int, ...]) -> None:
+    """`tasks` moves a process of one thread without the grace period that writers of `cgroup.procs` wait for."""
+    for file in tasks:
+        os.write(file, b"0")
+
+
+def _finish(status: int, start: _Start) -> NoReturn:
+    """The steps inside the container's root, until its program runs."""
+    settings, identity, warnings = start.settings, start.identity, start.warnings
+    _enter_cwd(start.cwd, settings["cwd"])
+    console.install(start.stdio, identity["uid"])
+    credentials.join_new_keyring()
+    warnings += credentials.set_limits(settings["rlimits"])
+    warnings += credentials.become(settings, identity)
+    os.umask(settings["umask"])
+    _send(status, {"ready": {"identity": identity, "warnings": warnings}}, start.stdio.master)
+    _keep_only(status)
+    _wait_for_go(status)
+    program.execute(start.argv, settings, identity["home"])
+
+
+def _enter_cwd(directory: int, path: str) -> None:
+    """getcwd(2) fails where the directory cannot be reached from the root."""
+    try:
+        os.fchdir(directory)
+        os.getcwd()
+    except OSError as error:
+        raise OSError(error.errno, f"working directory: {error.strerror}", path) from error
+
+
+def _keep_only(status: int) -> None:
+    """Close all descriptors but the standard three and the status socket."""
+    os.set_inheritable(status, False)
+    if status > _FIRST_OTHER:
+        syscalls.close_range(_FIRST_OTHER, status - 1)
+    syscalls.close_range(status + 1)
+
+
+def _wait_for_go(status: int) -> None:
+    """Where the supervisor ends instead, the container never begins."""
+    if not os.read(status, 1):
+        os._exit(1)
+
+
+def _report_failure(status: int, error: BaseException) -> None:
+    kind = "OSError" if isinstance(error, OSError) else type(error).__name__
+    _send(status, {"error": kind, "text": _text(error)[:_MAX_TEXT]})
+
+
+def _text(error: BaseException) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    named = f': "{error.filename}"' if isinstance(error.filename, str) else ""
+    return f"{error.strerror or error}{named}"
+
+
+def _send(status: int, message: object, descriptor: int = -1) -> None:
+    rights = array.array("i", [descriptor] if descriptor != -1 else [])
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else []
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=status)
+    try:
+        channel.sendmsg([json.dumps(message).encode()], ancillary, socket.MSG_NOSIGNAL)
+    finally:
+        channel.detach()

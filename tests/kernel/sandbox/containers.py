@@ -1,0 +1,246 @@
+"""Containers for tests: plans around a busybox root, and their way through `init` without a supervisor.
+
+A container's first process is a child of the test itself, in namespaces that end with it.
+"""
+
+import array
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self, cast
+
+from nodeagent.linux import capabilities, syscalls
+from nodeagent.sandbox import init, rootfs
+from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, ProcessPlan, UserRequest
+
+BUSYBOX = Path("/usr/bin/busybox")
+DEFAULT_CAPABILITIES = (
+    "CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP NET_BIND_SERVICE SYS_CHROOT KILL"
+    " AUDIT_WRITE"
+).split()
+MASKED = [
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/timer_list",
+    "/proc/acpi",
+    "/sys/firmware",
+    "/proc/absent",
+]
+READONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
+
+_APPLETS = "sh cat ls id true false sleep echo env stat touch mkdir ln mount umount readlink tty chmod dd ps kill".split()
+_NAMESPACES = (
+    syscalls.CLONE_NEWNS
+    | syscalls.CLONE_NEWPID
+    | syscalls.CLONE_NEWNET
+    | syscalls.CLONE_NEWIPC
+    | syscalls.CLONE_NEWUTS
+)
+
+
+def make_layer(path: Path) -> Path:
+    """An image layer with busybox, a few users and nothing else."""
+    for directory in ("bin", "etc", "tmp", "home/app"):
+        (path / directory).mkdir(parents=True)
+    shutil.copy2(BUSYBOX, path / "bin" / "busybox")
+    for applet in _APPLETS:
+        (path / "bin" / applet).symlink_to("busybox")
+    (path / "etc" / "passwd").write_text(
+        "root:x:0:0::/root:/bin/sh\napp:x:1000:1000::/home/app:/bin/sh\n"
+    )
+    (path / "etc" / "group").write_text("root:x:0:\napp:x:1000:\nvideo:x:44:app\n")
+    (path / "tmp").chmod(0o1777)
+    return path
+
+
+def v1_hierarchies() -> dict[str, list[str]]:
+    """The cgroup mounts of this machine as `default_mounts` wants them."""
+    found: dict[str, list[str]] = {}
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        kind, _, options = rest.split()
+        path = fields.split()[4]
+        if kind == "cgroup2":
+            found[path.removeprefix("/sys/fs/cgroup").strip("/")] = []
+        elif kind == "cgroup":
+            shown = [option for option in options.split(",") if option not in ("rw", "ro")]
+            found[path.removeprefix("/sys/fs/cgroup/")] = shown
+    return found
+
+
+def user(**changes: Any) -> UserRequest:
+    request = UserRequest(
+        uid=None, username="", gid=None, groupname="", groups=[], merge_groups=True
+    )
+    return cast(UserRequest, {**request, **changes})
+
+
+def process_plan(**changes: Any) -> ProcessPlan:
+    mask = capabilities.mask(DEFAULT_CAPABILITIES)
+    plan = ProcessPlan(
+        env=["PATH=/usr/bin:/bin", "GREETING=hello"],
+        cwd="/",
+        user=user(),
+        capabilities={
+            "bounding": mask,
+            "permitted": mask,
+            "effective": mask,
+            "inheritable": 0,
+            "ambient": 0,
+        },
+        no_new_privs=False,
+        seccomp="",
+        seccomp_flags=0,
+        apparmor="",
+        selinux="",
+        rlimits=[],
+        oom_score_adj=None,
+        umask=0o022,
+    )
+    return cast(ProcessPlan, {**plan, **changes})
+
+
+def container_plan(
+    directory: Path,
+    layer: Path,
+    argv: list[str],
+    *,
+    process: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> ContainerPlan:
+    """A plan with fresh upper and work directories below `directory`."""
+    for name in ("upper", "work"):
+        (directory / name).mkdir(parents=True, exist_ok=True)
+    plan = ContainerPlan(
+        id="0" * 64,
+        argv=argv,
+        process=process_plan(**(process or {})),
+        rootfs={
+            "lower": [str(layer)],
+            "upper": str(directory / "upper"),
+            "work": str(directory / "work"),
+            "readonly": False,
+        },
+        mounts=rootfs.default_mounts(False, v1_hierarchies()),
+        devices=[],
+        masked_paths=MASKED,
+        readonly_paths=READONLY,
+        pid="container",
+        pid_target="",
+        cgroup_namespace=True,
+        privileged=False,
+        tty=False,
+        stdin=False,
+        stdin_once=False,
+        log_path="",
+    )
+    return cast(ContainerPlan, {**plan, **changes})
+
+
+def exec_plan(argv: list[str], *, tty: bool = False) -> ExecPlan:
+    return {"container": "0" * 64, "argv": argv, "tty": tty, "timeout_ms": 0}
+
+
+class Process:
+    """A process on its way through `init`, seen from where the supervisor would be."""
+
+    def __init__(self, pidfd: int, status: socket.socket, stdout: int) -> None:
+        self.pidfd = pidfd
+        self.status = status
+        self.stdout = stdout
+        self.master = -1
+        self.message = self._receive()
+
+    @property
+    def ready(self) -> dict[str, Any]:
+        assert "ready" in self.message, self.message
+        return cast(dict[str, Any], self.message["ready"])
+
+    def _receive(self) -> dict[str, Any]:
+        space = socket.CMSG_SPACE(4)
+        data, ancillary, _, _ = self.status.recvmsg(65536, space)
+        for _, _, rights in ancillary:
+            self.master = array.array("i", rights)[0]
+        return cast(dict[str, Any], json.loads(data)) if data else {}
+
+    def go(self) -> dict[str, Any]:
+        """Let the program run; returns what `init` reports then, nothing when all is well."""
+        with suppress(BrokenPipeError):
+            self.status.send(b"g")
+        return self._receive()
+
+    def output(self) -> str:
+        """All that it writes until it ends."""
+        chunks = []
+        with suppress(OSError):  # a terminal whose last slave is closed answers EIO
+            while chunk := os.read(self.stdout if self.master == -1 else self.master, 65536):
+                chunks.append(chunk)
+        return b"".join(chunks).decode(errors="replace")
+
+    def wait(self, timeout: float = 10) -> int:
+        """Its exit code, or the negative number of the signal that ended it."""
+        if not select.select([self.pidfd], [], [], timeout)[0]:
+            raise TimeoutError("the process does not end")
+        result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOWAIT)
+        assert result is not None
+        return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+
+    def close(self) -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+        self.status.close()
+        for descriptor in (self.pidfd, self.stdout, self.master):
+            if descriptor != -1:
+                os.close(descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def start(plan: ContainerPlan, *, namespaces: int = _NAMESPACES, stdin: int = -1) -> Process:
+    """A container up to its report."""
+
+    def child(status: int, stdout: int) -> None:
+        init.run(plan, init.InitFds(status, stdin, stdout, stdout))
+
+    return _clone(child, namespaces)
+
+
+def start_exec(container: Process, plan: ExecPlan, settings: ProcessPlan) -> Process:
+    """A further process in a running container, in the node's PID namespace."""
+
+    def child(status: int, stdout: int) -> None:
+        init.run_exec(plan, settings, init.ExecFds(status, container.pidfd, -1, stdout, stdout))
+
+    return _clone(child, 0)
+
+
+def _clone(child: Callable[[int, int], None], namespaces: int) -> Process:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    reader, writer = os.pipe()
+    pid, pidfd = syscalls.clone3(namespaces)
+    if pid == 0:
+        child(theirs.fileno(), writer)
+        os._exit(99)
+    theirs.close()
+    os.close(writer)
+    return Process(pidfd, ours, reader)
+
+
+def run(plan: ContainerPlan, **options: Any) -> tuple[int, str]:
+    """Exit code and output of a container that shall start."""
+    with start(plan, **options) as process:
+        assert process.ready
+        assert process.go() == {}
+        output = process.output()
+        return process.wait(), output
