@@ -10,60 +10,34 @@ from nodeagent.errors import NotFound
 
 
 @dataclass(frozen=True, slots=True)
-class JoinFds:
-    """How a process gets into a group; the descriptors belong to the holder.
-
-    directory: of cgroup2, for CLONE_INTO_CGROUP. tasks: of v1 hierarchies, opened for writing: a process of a single
-    thread writes "0" to each. (To `tasks` and with 0 a move needs no system-wide lock; `cgroup.procs` takes one and
-    waits for an RCU grace period.) On a hybrid there are both.
-    """
-
-    directory: int | None
-    tasks: tuple[int, ...]
-
-    def close(self) -> None:
-        for file in (self.directory, *self.tasks):
-            if file is not None:
-                os.close(file)
-
-
-@dataclass(frozen=True, slots=True)
 class WatchFds:
-    """What watches over a group without knowing its path; the descriptors belong to the holder.
+    """The descriptors belong to the holder.
 
     oom: a file with a line ``oom_kill N``, None without the memory controller. procs: a list of pids, on v2 without
-    those of execs. kill: on cgroup2, kills everything by a "1". events: on cgroup2, a file with a line ``populated N``
-    that reports changes as POLLPRI.
+    those of execs. kill: kills everything by a "1", None where there is no cgroup2.
     """
 
     oom: int | None
     procs: int
     kill: int | None
-    events: int | None
-
-    def close(self) -> None:
-        for file in (self.oom, self.procs, self.kill, self.events):
-            if file is not None:
-                os.close(file)
 
 
-def open_join_fds(layout: Layout, paths: Mapping[Hierarchy, str]) -> JoinFds:
+def join_fds(layout: Layout, paths: Mapping[Hierarchy, str]) -> list[int]:
+    """The directory of cgroup2, if there is one, and the `tasks` file of the group in each v1 hierarchy."""
     with ExitStack() as undo:
-        directory, tasks = None, []
+        fds = []
         for hierarchy, path in paths.items():
             if hierarchy is layout.unified:
-                directory = open_group_file(
-                    undo, hierarchy.directory(path), os.O_RDONLY | os.O_DIRECTORY
-                )
+                name, flags = "", os.O_RDONLY | os.O_DIRECTORY
             else:
-                tasks.append(
-                    open_group_file(undo, f"{hierarchy.directory(path)}/tasks", os.O_WRONLY)
-                )
+                name, flags = "/tasks", os.O_WRONLY
+            fds.append(open_file(undo, hierarchy.directory(path) + name, flags))
         undo.pop_all()
-        return JoinFds(directory, tuple(tasks))
+        return fds
 
 
-def open_group_file(undo: ExitStack, path: str, flags: int) -> int:
+def open_file(undo: ExitStack, path: str, flags: int) -> int:
+    """Open a file of a group until `undo` closes it. Raises NotFound."""
     try:
         file = os.open(path, flags | os.O_CLOEXEC)
     except FileNotFoundError:

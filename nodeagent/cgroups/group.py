@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Protocol, TypeVar
 
-from nodeagent.cgroups import limits, parse, paths, tree, v1, v2
+from nodeagent.cgroups import descriptors, limits, parse, paths, tree, v1, v2
 from nodeagent.cgroups.control import ControlFiles
-from nodeagent.cgroups.descriptors import JoinFds, WatchFds, open_group_file, open_join_fds
+from nodeagent.cgroups.descriptors import WatchFds
 from nodeagent.cgroups.devices import Rule
 from nodeagent.cgroups.hierarchy import Layout
 from nodeagent.cgroups.parse import Pressure
@@ -97,28 +97,29 @@ class Cgroup:
 
     # --- processes ---
 
-    def join_fds(self) -> JoinFds:
-        """Raises NotFound."""
-        return open_join_fds(self._layout, dict.fromkeys(self._layout.hierarchies, self.path))
+    def join_fds(self) -> list[int]:
+        """How a process gets in: open files, which the caller closes. Raises NotFound.
+
+        On cgroup2 a directory comes first, for CLONE_INTO_CGROUP. The others are `tasks` files of v1 hierarchies: the
+        process writes "0" to each while it has a single thread. (To `tasks`, with 0, a move takes no system-wide lock;
+        `cgroup.procs` does, and waits for an RCU grace period.) A hybrid has both.
+        """
+        return descriptors.join_fds(
+            self._layout, dict.fromkeys(self._layout.hierarchies, self.path)
+        )
 
     def watch_fds(self) -> WatchFds:
         """Raises NotFound."""
+        last = self._own[-1].directory(self.path)  # in the first of several, execs are apart
+        unified = self._layout.unified
+        kill = f"{unified.directory(self.path)}/cgroup.kill" if unified else None
+        events = self._version.OOM_EVENTS
+        oom = self._files.path(events) if self._files.has(events) else None
         with ExitStack() as undo:
-            unified = self._layout.unified is not None
-            complete = self._layout.hierarchies[-1]  # exec groups of v1 are in the first one only
-            tracking = self._tracking.directory(self.path)
-            oom = self._files.path(self._version.OOM_EVENTS)
             fds = WatchFds(
-                oom=open_group_file(undo, oom, os.O_RDONLY) if oom else None,
-                procs=open_group_file(
-                    undo, f"{complete.directory(self.path)}/cgroup.procs", os.O_RDONLY
-                ),
-                kill=open_group_file(undo, f"{tracking}/cgroup.kill", os.O_WRONLY)
-                if unified
-                else None,
-                events=open_group_file(undo, f"{tracking}/cgroup.events", os.O_RDONLY)
-                if unified
-                else None,
+                oom=descriptors.open_file(undo, oom, os.O_RDONLY) if oom else None,
+                procs=descriptors.open_file(undo, f"{last}/cgroup.procs", os.O_RDONLY),
+                kill=descriptors.open_file(undo, kill, os.O_WRONLY) if kill else None,
             )
             undo.pop_all()
             return fds
@@ -144,10 +145,13 @@ class Cgroup:
         self._require_own()
         self._tracker.thaw()
 
-    def child(self, name: str) -> "ExecGroup":
-        """Make a group for one exec, which can be told apart and killed alone. Raises AlreadyExists."""
+    def child(self, name: str) -> "Cgroup":
+        """Make a group for one exec, which can be told apart and killed alone.
+
+        Raises AlreadyExists, and NotFound without this group.
+        """
         child = ExecGroup(self._layout, self.path, paths.check_name(name))
-        tree.make(self._tracking.mount, child.path)
+        child.make()
         return child
 
     # --- accounting ---
@@ -212,37 +216,26 @@ class Cgroup:
         tree.require_group(self._tracking.mount, self.path)
 
 
-class ExecGroup:
+class ExecGroup(Cgroup):
     """The processes of one exec: in a group of their own in the first hierarchy, in the container's in all others.
 
-    It has no limits of its own, those of the container hold.
+    Limits and accounting are the container's; here there are none.
     """
 
     def __init__(self, layout: Layout, container: str, name: str) -> None:
-        self.path = f"{container}/{name}"
-        self._layout = layout
+        super().__init__(layout, f"{container}/{name}")
         self._container = container
-        self._mount = layout.hierarchies[0].mount
-        self._tracker = _tracker(layout, self.path)
+        self._own = layout.hierarchies[:1]
+        if layout.legacy:
+            self._files = ControlFiles({})
 
-    def join_fds(self) -> JoinFds:
-        first, *others = self._layout.hierarchies
-        return open_join_fds(
-            self._layout, {first: self.path} | dict.fromkeys(others, self._container)
-        )
+    def make(self, resources: Resources = limits.NOTHING) -> None:
+        """No controller is enabled for it: on v2 the container's own processes forbid that."""
+        tree.make_in(self._tracking.mount, self.path)
 
-    def processes(self) -> list[int]:
-        return self._tracker.processes()
-
-    def populated(self) -> bool:
-        return self._tracker.populated()
-
-    def kill(self) -> None:
-        tree.require_group(self._mount, self.path)
-        self._tracker.kill()
-
-    def remove(self, timeout_s: float = _REMOVE_TIMEOUT_S) -> None:
-        tree.remove(self._mount, self.path, time.monotonic() + timeout_s)
+    def join_fds(self) -> list[int]:
+        paths = dict.fromkeys(self._layout.hierarchies, self._container)
+        return descriptors.join_fds(self._layout, paths | {self._tracking: self.path})
 
 
 def _tracker(layout: Layout, path: str) -> Tracker:

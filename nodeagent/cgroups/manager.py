@@ -20,7 +20,7 @@ class Cgroups:
     def __init__(self, layout: Layout, *, driver: Driver, default_parent: str) -> None:
         self.driver: Driver = driver
         self._layout = layout
-        self._default_parent = default_parent
+        self.default_parent = default_parent
         self._page_sizes = _page_sizes() if "hugetlb" in layout.controllers else ()
 
     @classmethod
@@ -53,7 +53,7 @@ class Cgroups:
         Raises InvalidArgument for a parent that is not an absolute, clean path or, with systemd, not a slice.
         """
         where = paths.scope if self.driver == "systemd" else paths.container
-        return where(parent or self._default_parent, container_id)
+        return where(parent or self.default_parent, container_id)
 
     def create(self, path: str, resources: Resources = limits.NOTHING) -> Cgroup:
         """Make a group with its limits, and the groups above it that are missing, or nothing.
@@ -71,17 +71,25 @@ class Cgroups:
             raise NotFound(f'cgroup "{path}": does not exist')
         return group
 
-    def instance_group(self, path: str) -> Cgroup:
-        """A group for processes of the agent itself: made, or found again.
+    def instance_group(self) -> Cgroup:
+        """The group for processes of the agent itself, in the default parent: made, or found again.
 
         Raises FailedPrecondition for one that others made.
         """
-        group = self._group(path)
+        group = self._group(self._instance_path)
         if group.exists():
             tree.require_group(self._layout.hierarchies[0].mount, group.path)
             return group
         group.make(limits.NOTHING)
         return group
+
+    def remove_instance(self) -> None:
+        """Remove the agent's own group, and the default parent if nothing else is in it. As `Cgroup.remove`."""
+        self._group(self._instance_path).remove()
+
+    @property
+    def _instance_path(self) -> str:
+        return f"{self.default_parent}/agent"
 
     def _group(self, path: str) -> Cgroup:
         return Cgroup(self._layout, paths.check(path), self._page_sizes)

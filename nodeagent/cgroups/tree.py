@@ -8,7 +8,7 @@ import errno
 import os
 import time
 
-from nodeagent.errors import AlreadyExists, FailedPrecondition, InvalidArgument
+from nodeagent.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 
 MARK = "trusted.nodeagent"
 GROUP = b"group"
@@ -35,6 +35,16 @@ def make(mount: str, path: str) -> None:
         except NotADirectoryError:
             raise InvalidArgument(f'cgroup "{path}": a control file has this name') from None
     raise FailedPrecondition(f'cgroup "{path}": its parents are being removed')
+
+
+def make_in(mount: str, path: str) -> None:
+    """Make the group `path` in one that exists. Raises AlreadyExists, and NotFound without that one."""
+    try:
+        _make_marked(mount + path, GROUP)
+    except FileExistsError:
+        raise AlreadyExists(f'cgroup "{path}": exists already in {mount}') from None
+    except FileNotFoundError:
+        raise NotFound(f'cgroup "{os.path.dirname(path)}": does not exist') from None
 
 
 def _make_parents(mount: str, path: str) -> None:

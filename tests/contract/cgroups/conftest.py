@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from nodeagent.cgroups import hierarchy, tree
-from nodeagent.cgroups.descriptors import JoinFds
-from nodeagent.cgroups.group import Cgroup, ExecGroup
+from nodeagent.cgroups.descriptors import WatchFds
+from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.hierarchy import Layout
 from nodeagent.cgroups.manager import Cgroups
 
@@ -28,7 +28,7 @@ if LAYOUT.legacy:
     if LAYOUT.unified:
         _LAYOUTS["hybrid"] = LAYOUT
 
-Spawn = Callable[[Cgroup | ExecGroup, str], subprocess.Popen[bytes]]
+Spawn = Callable[[Cgroup, str], subprocess.Popen[bytes]]
 
 
 @pytest.fixture(params=sorted(_LAYOUTS))
@@ -63,17 +63,18 @@ def spawn() -> Iterator[Spawn]:
     """Runs Python code in a group; the process says "ready" on its standard output where the code prints it."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def run(group: Cgroup | ExecGroup, code: str) -> subprocess.Popen[bytes]:
+    def run(group: Cgroup, code: str) -> subprocess.Popen[bytes]:
         fds = group.join_fds()
         try:
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", join(fds) + code],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                pass_fds=[fd for fd in (fds.directory, *fds.tasks) if fd is not None],
+                pass_fds=fds,
             )
         finally:
-            fds.close()
+            for fd in fds:
+                os.close(fd)
         started.append(process)
         return process
 
@@ -83,9 +84,18 @@ def spawn() -> Iterator[Spawn]:
         process.communicate()
 
 
-def join(fds: JoinFds) -> str:
+def join(fds: list[int]) -> str:
     """Code with which a process joins; a supervisor's child has CLONE_INTO_CGROUP for the directory."""
-    code = "import os\n"
-    if fds.directory is not None:
-        code += f"os.write(os.open('cgroup.procs', os.O_WRONLY, dir_fd={fds.directory}), b'0')\n"
-    return code + f"for tasks in {fds.tasks}: os.write(tasks, b'0')\n"
+    return f"""
+import os, stat
+for fd in {fds}:
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        fd = os.open('cgroup.procs', os.O_WRONLY, dir_fd=fd)
+    os.write(fd, b'0')
+"""
+
+
+def close(watch: WatchFds) -> None:
+    for fd in (watch.oom, watch.procs, watch.kill):
+        if fd is not None:
+            os.close(fd)

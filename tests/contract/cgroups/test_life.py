@@ -82,8 +82,6 @@ def test_groups_of_others_are_never_touched(cgroups: Cgroups, layout: Layout) ->
         for forbidden in (group.remove, group.kill, group.freeze, lambda: group.set_devices(None)):
             with pytest.raises(FailedPrecondition, match="not made by this agent"):
                 forbidden()
-        with pytest.raises(FailedPrecondition, match="not made by this agent"):
-            cgroups.instance_group(TOP)
         assert len(directories(layout, TOP)) == len(layout.hierarchies)
 
 
@@ -155,12 +153,13 @@ def test_found_again_after_a_restart(cgroups: Cgroups, layout: Layout) -> None:
         later.open_existing(f"{TOP}/a/group")
 
 
-def test_an_instance_group_is_made_once(cgroups: Cgroups) -> None:
-    group = cgroups.instance_group(f"{TOP}/agent")
-    again = cgroups.instance_group(f"{TOP}/agent")
-    assert again.exists()
-    again.remove()
-    assert not group.exists()
+def test_the_agents_own_group(cgroups: Cgroups, layout: Layout) -> None:
+    group = cgroups.instance_group()
+    assert group.path == f"{cgroups.default_parent}/agent"
+    assert cgroups.instance_group().exists()
+    cgroups.remove_instance()
+    assert directories(layout, TOP) == []
+    cgroups.remove_instance()
 
 
 def test_groups_that_a_container_made_are_removed(group: Cgroup, layout: Layout) -> None:

@@ -16,7 +16,7 @@ from nodeagent.errors import (
     Unsupported,
 )
 from nodeagent.records import Resources
-from tests.contract.cgroups.conftest import TOP, Spawn
+from tests.contract.cgroups.conftest import TOP, Spawn, close
 
 MIB = 1 << 20
 
@@ -209,7 +209,7 @@ def test_memory_is_limited(group: Cgroup, layout: Layout, spawn: Spawn) -> None:
         assert spawn(group, HOG).wait(10) == -9
         assert b"oom_kill 1" in os.pread(watch.oom, 4096, 0)
     finally:
-        watch.close()
+        close(watch)
     memory = group.stats().memory
     assert memory
     assert (memory.oom_kills, memory.limit_bytes) == (1, 20 * MIB)

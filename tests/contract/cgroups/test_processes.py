@@ -1,7 +1,7 @@
 """Joining, watching, killing and freezing; groups of execs."""
 
 import os
-import select
+import stat
 import subprocess
 import time
 
@@ -9,9 +9,9 @@ import pytest
 
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.hierarchy import Layout
-from nodeagent.errors import AlreadyExists, InvalidArgument, NotFound
+from nodeagent.errors import AlreadyExists, InvalidArgument, NotFound, Unsupported
 from nodeagent.records import Resources
-from tests.contract.cgroups.conftest import LAYOUT, Spawn
+from tests.contract.cgroups.conftest import Spawn, close
 
 WAIT = "print('ready', flush=True); input()"
 BUSY = "print('ready', flush=True)\nwhile True: pass"
@@ -54,36 +54,28 @@ def test_join_enters_every_hierarchy(group: Cgroup, layout: Layout, spawn: Spawn
     assert group.populated()
 
 
-def test_clone_into_cgroup_takes_the_directory(group: Cgroup) -> None:
+def test_join_fds(group: Cgroup, layout: Layout) -> None:
     fds = group.join_fds()
     try:
-        assert (fds.directory is None) == (not LAYOUT.unified or not fds_unified(group))
-        assert not any(os.get_inheritable(fd) for fd in (*fds.tasks, fds.directory) if fd)
+        kinds = [stat.S_ISDIR(os.fstat(fd).st_mode) for fd in fds]
+        assert kinds == [True] * bool(layout.unified) + [False] * len(layout.legacy)
+        assert not any(os.get_inheritable(fd) for fd in fds)
     finally:
-        fds.close()
+        for fd in fds:
+            os.close(fd)
 
 
-def fds_unified(group: Cgroup) -> bool:
-    return group._layout.unified is not None
-
-
-def test_watch(group: Cgroup, spawn: Spawn) -> None:
+def test_watch(group: Cgroup, layout: Layout, spawn: Spawn) -> None:
     watch = group.watch_fds()
     try:
         process = ready(spawn(group, WAIT))
         assert os.pread(watch.procs, 4096, 0) == b"%d\n" % process.pid
-        if watch.kill is None or watch.events is None:
-            assert (watch.kill, watch.events) == (None, None)
-            return
-        poll = select.poll()
-        poll.register(watch.events, select.POLLPRI)
-        assert b"populated 1" in os.pread(watch.events, 4096, 0)
-        os.write(watch.kill, b"1")
-        assert process.wait(5) == -9
-        assert poll.poll(5000)
-        assert b"populated 0" in os.pread(watch.events, 4096, 0)
+        assert (watch.kill is None) == (layout.unified is None)
+        if watch.kill is not None:
+            os.write(watch.kill, b"1")
+            assert process.wait(5) == -9
     finally:
-        watch.close()
+        close(watch)
 
 
 @pytest.mark.parametrize("code", [WAIT, BUSY, FORKS], ids=["wait", "busy", "forks"])
@@ -169,6 +161,23 @@ def test_an_exec_is_killed_alone(group: Cgroup, spawn: Spawn) -> None:
     exec_group.remove()
 
 
+def test_an_exec_is_watched_and_has_no_limits(group: Cgroup, layout: Layout, spawn: Spawn) -> None:
+    group.apply(Resources(pids_limit=5))
+    exec_group = group.child("exec-1")
+    process = ready(spawn(exec_group, WAIT))
+    watch = exec_group.watch_fds()
+    try:
+        assert watch.oom is None
+        assert os.pread(watch.procs, 4096, 0) == b"%d\n" % process.pid
+        assert (watch.kill is None) == (layout.unified is None)
+    finally:
+        close(watch)
+    with pytest.raises(Unsupported):
+        exec_group.apply(Resources(pids_limit=1))
+    assert group.resources().pids_limit == 5
+    assert exec_group.stats().pids is None
+
+
 def test_names_of_execs(group: Cgroup) -> None:
     group.child("exec-1")
     with pytest.raises(AlreadyExists):
@@ -184,3 +193,5 @@ def test_a_group_that_has_gone(group: Cgroup) -> None:
         group.join_fds()
     with pytest.raises(NotFound):
         group.watch_fds()
+    with pytest.raises(NotFound):
+        group.child("exec-1")
