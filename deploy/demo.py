@@ -30,11 +30,10 @@ METRICS = "127.0.0.1:18910"
 APPLETS = "sh cat echo sleep wget httpd nc hostname id ps mkdir".split()
 SERVER = "mkdir /www; echo hello from the pod > /www/index.html; echo serving on 8080; exec httpd -f -p 8080 -h /www"
 CLIENT = "sleep 0.2; wget -q -O - http://127.0.0.1:8080/; exec sleep 1000"
-BUSYBOX = (
-    "/bin/busybox",
-    "/usr/bin/busybox",
-    REPOSITORY / ".cache/debian/busybox-static/bin/busybox",
-)
+BUSYBOX = [
+    REPOSITORY / ".cache/debian/busybox-static" / path
+    for path in ("bin/busybox", "usr/bin/busybox")
+]
 
 
 def main() -> None:
@@ -185,7 +184,7 @@ def run(verb: str, root: Path, *arguments: object) -> None:
 
 def build_image(root: Path) -> Path:
     """An OCI layout in a tar: one layer, with busybox and links to it."""
-    busybox = next((Path(path) for path in BUSYBOX if Path(path).exists()), None)
+    busybox = next((path for path in BUSYBOX if path.exists()), None)
     if busybox is None:
         sys.exit("demo: no static busybox; `make setup` gets it")
     layer = layer_of(busybox.read_bytes())

@@ -92,7 +92,7 @@ def _config(options: argparse.Namespace) -> int:
 
 
 def _load(options: argparse.Namespace) -> int:
-    for name in asyncio.run(control.load(_configuration(options), options.file)):
+    for name in control.load(_configuration(options), options.file):
         print(f"loaded {name}")
     return 0
 

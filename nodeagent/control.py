@@ -63,12 +63,11 @@ async def serve(config: Config, images: Images) -> AsyncIterator[None]:
 # --- the command's side ---
 
 
-async def load(config: Config, file: str) -> list[str]:
+def load(config: Config, file: str) -> list[str]:
     """The names of the images in a tar file, or on standard input for "-", after loading them."""
     with sys.stdin.buffer if file == "-" else Path(file).open("rb") as archive:
-        if socket_path(config).exists():
-            return await _send(config, archive)
-        return await _load_here(config, archive)
+        running = socket_path(config).exists()
+        return asyncio.run((_send if running else _load_here)(config, archive))
 
 
 async def _send(config: Config, archive: BinaryIO) -> list[str]:

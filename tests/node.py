@@ -85,8 +85,8 @@ class RunningAgent:
         try:
             grpc.channel_ready_future(self._channel).result(timeout=START_SECONDS)
             self.runtime.Version(pb.VersionRequest(), timeout=START_SECONDS)
-        except Exception:
-            self.stop()
+        except (grpc.RpcError, grpc.FutureTimeoutError):
+            self.kill()
             raise RuntimeError(f"the agent did not start:\n{self.log.read_text()}") from None
 
     def stop(self) -> int:

@@ -10,6 +10,7 @@ import secrets
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -64,9 +65,20 @@ class Containers:
     def list(self) -> list[Container]:
         return self._registry.visible_containers()
 
-    def of(self, sandbox_id: str) -> list[Container]:
+    def verbose(self, name: str) -> dict[str, Any]:
+        """The plan that its supervisor executed, without the seccomp program; empty when that is gone."""
+        container = self._registry.container(name)
+        try:
+            data = (self._directory / container.id / "plan.json").read_bytes()
+        except FileNotFoundError:
+            return {}
+        plan: dict[str, Any] = msgspec.json.decode(data)
+        plan["process"]["seccomp"] = bool(plan["process"]["seccomp"])
+        return plan
+
+    def of(self, sandbox_id: str) -> tuple[Container, ...]:
         """The containers of a pod, oldest first."""
-        return [c for c in self._registry.members(sandbox_id) if c.created_at]
+        return tuple(c for c in self._registry.members(sandbox_id) if c.created_at)
 
     def group(self, container: Container) -> Cgroup:
         """The container's cgroup, which exists from its creation to its end."""
@@ -116,6 +128,7 @@ class Containers:
         undo.callback(self._trash.take, self._directory / container.id)
         for name in ("upper", "work"):
             (self._directory / container.id / name).mkdir(mode=0o755, parents=True)
+        (self._directory / container.id / "plan.json").write_bytes(msgspec.json.encode(plan))
         group = self._cgroups.create(container.cgroup_path, container.resources)
         undo.push_async_callback(self._remove_group, container)
         self._groups[container.id] = group

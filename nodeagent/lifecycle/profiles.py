@@ -48,7 +48,7 @@ class Profiles:
             return ""
         if not SELINUX.exists():
             raise Unsupported("selinux_options: this kernel has no SELinux")
-        return ":".join((options.user, options.role, options.type, options.level))
+        return f"{options.user}:{options.role}:{options.type}:{options.level}"
 
 
 def _read(path: Path) -> bytes:

@@ -8,6 +8,7 @@ import asyncio
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -59,6 +60,16 @@ class Sandboxes:
 
     def list(self) -> list[Sandbox]:
         return self._registry.visible_sandboxes()
+
+    def verbose(self, name: str) -> dict[str, Any]:
+        """The pod's supervisor and directory."""
+        sandbox = self._registry.sandbox(name)
+        pod = self._registry.pods.get(sandbox.id)
+        supervisor = pod.supervisor if pod else None
+        return {
+            "pid": supervisor.pid if supervisor else 0,
+            "directory": str(self._directory / sandbox.id),
+        }
 
     # --- run ---
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from nodeagent import files
 from nodeagent.errors import NodeAgentError
-from nodeagent.net.network import Network
 from nodeagent.lifecycle.filesystems import id_map
+from nodeagent.net.network import Network
 from nodeagent.records import Namespaces
 from nodeagent.sandbox.client import Launcher, Supervisor
 from nodeagent.sandbox.spec import PodPlan
@@ -142,5 +142,3 @@ def _plan(pod_id: str, directory: Path, namespaces: Namespaces) -> PodPlan:
         plan["uid_map"] = [id_map(mapping) for mapping in namespaces.user.uids]
         plan["gid_map"] = [id_map(mapping) for mapping in namespaces.user.gids]
     return plan
-
-

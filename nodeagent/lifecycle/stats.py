@@ -7,6 +7,7 @@ the requests, by a walk in a thread at most every `DISK_SECONDS` while somebody 
 import asyncio
 import os
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +111,7 @@ class Stats:
             at_ns=time.time_ns(),
         )
 
-    async def _read_all(self, containers: list[Container]) -> list[ContainerUsage]:
+    async def _read_all(self, containers: Iterable[Container]) -> list[ContainerUsage]:
         found = []
         for container in containers:
             if container.state == "running":
