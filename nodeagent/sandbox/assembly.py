@@ -10,10 +10,11 @@ import os
 import stat
 from typing import NamedTuple
 
+from nodeagent import files
 from nodeagent.errors import FailedPrecondition, InvalidArgument, NodeAgentError, NotFound
 from nodeagent.linux import confined, mounts, syscalls
 from nodeagent.sandbox import rootfs
-from nodeagent.sandbox.spec import ContainerPlan, Device, Mount
+from nodeagent.sandbox.spec import ContainerPlan, Device, Mount, Rootfs
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _DEVICE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}
@@ -51,8 +52,7 @@ class Assembly(NamedTuple):
 
 def assemble(plan: ContainerPlan) -> Assembly:
     """Mount all that the plan asks for; nothing is masked or read-only yet."""
-    lower = _open_layers(plan["rootfs"]["lower"])
-    upper, work = _open_layers([plan["rootfs"]["upper"], plan["rootfs"]["work"]])
+    lower, upper, work = _open_root_layers(plan["rootfs"])
     sources = [_open_source(mount) for mount in plan["mounts"]]
     mounts.isolate()
     scratch = _make_scratch(os.path.dirname(plan["rootfs"]["upper"]))
@@ -76,6 +76,15 @@ def seal(assembly: Assembly, masked: list[str], readonly: list[str]) -> None:
 
 
 # ---- what is the node's ----
+
+
+def _open_root_layers(layers: Rootfs) -> tuple[tuple[int, ...], int, int]:
+    """What a volatile overlay leaves in `work` keeps it from being mounted again, as a start that is repeated does."""
+    leftover = os.path.join(layers["work"], "work")
+    if os.path.exists(leftover):
+        files.remove_tree(leftover)
+    upper, work = _open_layers([layers["upper"], layers["work"]])
+    return _open_layers(layers["lower"]), upper, work
 
 
 def _open_layers(paths: list[str]) -> tuple[int, ...]:

@@ -116,5 +116,9 @@ def become(plan: ProcessPlan, identity: Identity) -> list[str]:
     capabilities.raise_ambient(wanted["ambient"] & held)
     if plan["no_new_privs"]:
         syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
-    missing = capabilities.names(wanted["bounding"] & ~held)
-    return [f"capability {name}: not available" for name in missing]
+    missing = wanted["bounding"] & ~held
+    return (
+        [f"capability {name}: not available" for name in capabilities.names(missing)]
+        if missing
+        else []
+    )

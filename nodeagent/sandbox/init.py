@@ -25,6 +25,8 @@ from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, Identity, ProcessPla
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _FIRST_OTHER = 3  # the descriptor after standard error
 _MAX_TEXT = 4096
+_CATCHABLE = tuple({*range(1, signal.SIGSYS + 1)} - {signal.SIGKILL, signal.SIGSTOP})
+_KEPT: list[object] = []
 
 
 class InitFds(NamedTuple):
@@ -87,16 +89,19 @@ def _leave_supervisor() -> None:
     """Shed what was inherited: signal handlers, ways to import, and being readable to others."""
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
     signal.set_wakeup_fd(-1)
-    for number in signal.valid_signals():
-        if signal.getsignal(number) not in (signal.SIG_DFL, None):
+    for number in _CATCHABLE:
+        if signal.getsignal(number) is not signal.SIG_DFL:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    sys.path.clear()
-    sys.meta_path.clear()
-    sys.path_hooks.clear()
-    sys.path_importer_cache.clear()
+    _forbid_imports()
     gc.disable()
     os.umask(0)
+
+
+def _forbid_imports() -> None:
+    """What is replaced is kept: to free it would touch, and so copy, hundreds of pages."""
+    _KEPT.extend((sys.path, sys.meta_path, sys.path_hooks, sys.path_importer_cache))
+    sys.path, sys.meta_path, sys.path_hooks, sys.path_importer_cache = [], [], [], {}
 
 
 def _prepare_container(plan: ContainerPlan, fds: InitFds) -> _Start:
@@ -194,10 +199,11 @@ def _text(error: BaseException) -> str:
 
 
 def _send(status: int, message: object, descriptor: int = -1) -> None:
-    rights = array.array("i", [descriptor] if descriptor != -1 else [])
-    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else []
+    data = json.dumps(message).encode()
+    if descriptor == -1:
+        os.write(status, data)
+        return
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=status)
-    try:
-        channel.sendmsg([json.dumps(message).encode()], ancillary, socket.MSG_NOSIGNAL)
-    finally:
-        channel.detach()
+    channel.sendmsg([data], rights)
+    channel.detach()

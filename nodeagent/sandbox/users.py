@@ -141,4 +141,4 @@ def _read_bounded(file: int, path: str) -> bytes:
         raise InvalidArgument(f"{path} of the image: not a regular file")
     if status.st_size > MAX_FILE_BYTES:
         raise InvalidArgument(f"{path} of the image: larger than {MAX_FILE_BYTES} bytes")
-    return os.read(file, MAX_FILE_BYTES)
+    return os.read(file, status.st_size)

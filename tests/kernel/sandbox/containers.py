@@ -34,7 +34,10 @@ MASKED = [
 ]
 READONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
 
-_APPLETS = "sh cat ls id true false sleep echo env stat touch mkdir ln mount umount readlink tty chmod dd ps kill".split()
+_APPLETS = (
+    "cat chmod chown dd echo env false grep id kill ln ls mkdir mknod mount ps readlink sh sleep stat touch true tty"
+    " umount"
+).split()
 _NAMESPACES = (
     syscalls.CLONE_NEWNS
     | syscalls.CLONE_NEWPID
