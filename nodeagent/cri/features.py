@@ -1,14 +1,32 @@
 """What Status promises about this node, beyond what every runtime does."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from nodeagent.api import runtime_pb2 as pb
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """user_namespaces: with idmapped mounts. The names are the CRI's."""
+    """The names are the CRI's. user_namespaces: with idmapped mounts."""
 
     recursive_read_only_mounts: bool = True
     user_namespaces: bool = False
     user_namespaces_host_network: bool = False
     supplemental_groups_policy: bool = True
     mount_options: bool = True
+
+    def message(self) -> pb.RuntimeFeatures:
+        return pb.RuntimeFeatures(
+            supplemental_groups_policy=self.supplemental_groups_policy,
+            user_namespaces_host_network=self.user_namespaces_host_network,
+            mount_options=self.mount_options,
+        )
+
+    def handlers(self, names: Iterable[str]) -> list[pb.RuntimeHandler]:
+        """The default handler and those of these names: all of them are this runtime."""
+        features = pb.RuntimeHandlerFeatures(
+            recursive_read_only_mounts=self.recursive_read_only_mounts,
+            user_namespaces=self.user_namespaces,
+        )
+        return [pb.RuntimeHandler(name=name, features=features) for name in ("", *names)]

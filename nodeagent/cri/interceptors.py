@@ -51,6 +51,7 @@ class Calls:
     def __init__(self, observe: Observe) -> None:
         self._observe = observe
         self._changing: set[asyncio.Task[Reply]] = set()
+        self._warned: set[str] = set()
 
     def unary(
         self, method: str, behaviour: Callable[[Any], Coroutine[Any, Any, Reply]]
@@ -59,8 +60,10 @@ class Calls:
 
         async def handle(request: Message, context: Context) -> Reply:
             async with self._guarded(method, request, context):
-                reply = behaviour(request)
-                return await (self._finish(reply) if changing else reply)
+                if not changing:
+                    return await behaviour(request)
+                self._drop_unknown(method, request)
+                return await self._finish(behaviour(request))
 
         return handle
 
@@ -87,7 +90,7 @@ class Calls:
         except asyncio.CancelledError:
             call.end(grpc.StatusCode.CANCELLED, logging.INFO, "the client went away")
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001, this is the one door
             code, details = status.code_of(error), status.details_of(error)
             defect = None if status.is_expected(error) else error
             call.end(code, logging.ERROR if defect else logging.INFO, details, defect)
@@ -95,6 +98,14 @@ class Calls:
         else:
             level = logging.INFO if method in CHANGING else logging.DEBUG
             call.end(grpc.StatusCode.OK, level)
+
+    def _drop_unknown(self, method: str, request: Message) -> None:
+        """Fields of a newer contract are passed over, as proto3 wants, but not in silence."""
+        size = request.ByteSize()
+        request.DiscardUnknownFields()
+        if request.ByteSize() != size and method not in self._warned:
+            self._warned.add(method)
+            log.warning("rpc=%s: has fields that this agent does not know; ignored", method)
 
     async def _finish(self, change: Coroutine[Any, Any, Reply]) -> Reply:
         task = asyncio.create_task(change)

@@ -8,7 +8,7 @@ from nodeagent.records import Resources
 
 _CPUS = re.compile(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*")
 _PAGE_SIZE = re.compile(r"[1-9]\d{0,6}(KB|MB|GB)")
-_CGROUP_FILE = re.compile(r"(?!cgroup\.)[a-z]\w*(\.\w+)+")
+_CGROUP_FILE = re.compile(r"cgroup\.max\.(depth|descendants)|(?!cgroup\.)[a-z]\w*(\.\w+)+")
 
 _MAX = (1 << 63) - 1
 _MIN_PERIOD_USEC, _MAX_PERIOD_USEC = 1_000, 1_000_000  # kernel/sched/core.c, tg_set_cfs_bandwidth
@@ -24,10 +24,10 @@ def resources(message: pb.LinuxContainerResources, field: str) -> Resources:
     swap = validate.number(
         message.memory_swap_limit_in_bytes, f"{field}.memory_swap_limit_in_bytes", -1, _MAX
     )
-    if 0 < swap < memory:
+    if swap > 0 and (memory == -1 or memory > swap):
         validate.refuse(
             f"{field}.memory_swap_limit_in_bytes",
-            f"{swap} is memory and swap together, but memory alone has {memory}",
+            f"{swap} is memory and swap together, less than the {memory} of memory alone",
         )
     return Resources(
         cpu_period_usec=_period(message.cpu_period, f"{field}.cpu_period"),
@@ -72,11 +72,11 @@ def _hugepages(message: pb.LinuxContainerResources, field: str) -> dict[str, int
 
 
 def _unified(message: pb.LinuxContainerResources, field: str) -> dict[str, str]:
-    """Files of controllers only: those that begin with ``cgroup.`` belong to the agent."""
+    """Limits only: the other files that begin with ``cgroup.`` move, kill and freeze processes."""
     if len(message.unified) > _MAX_UNIFIED:
         validate.refuse(field, f"has more than {_MAX_UNIFIED} entries")
     for key, value in message.unified.items():
-        validate.matching(key, _CGROUP_FILE, field, "a file of a cgroup controller")
+        validate.matching(key, _CGROUP_FILE, field, "the file of a limit")
         validate.text(value, f'{field}["{key}"]')
     return dict(message.unified)
 

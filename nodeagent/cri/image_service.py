@@ -1,0 +1,84 @@
+"""ImageService: the calls, each in a few lines. The methods have the names of the RPCs."""
+# ruff: noqa: N802
+
+import time
+from collections.abc import AsyncGenerator
+
+from nodeagent.api import runtime_pb2 as pb
+from nodeagent.cri import messages, validate, verbose
+from nodeagent.cri.listing import Listing
+from nodeagent.errors import InvalidArgument
+from nodeagent.images.auth import Auth
+from nodeagent.lifecycle.node import Node
+from nodeagent.records import Image
+
+
+class ImageService:
+    def __init__(self, node: Node) -> None:
+        self._images = node.images
+        self._handlers = frozenset(("", *node.config.handlers))
+        self._list = Listing(
+            self._images.list, lambda record: messages.image(record).SerializeToString()
+        )
+
+    async def ListImages(self, request: pb.ListImagesRequest) -> bytes:
+        return self._list.reply(lambda images: self._select(images, request.filter))
+
+    async def StreamImages(self, request: pb.StreamImagesRequest) -> AsyncGenerator[bytes, None]:
+        for part in self._list.stream(lambda images: self._select(images, request.filter)):
+            yield part
+
+    def _select(self, images: list[Image], given: pb.ImageFilter) -> list[Image]:
+        if not given.image.image:
+            return images
+        image = self._images.find(given.image.image)
+        return [] if image is None else [image]
+
+    async def ImageStatus(self, request: pb.ImageStatusRequest) -> pb.ImageStatusResponse:
+        """An image that is not here is no error: the reply is empty."""
+        image = self._images.find(_name(request.image))
+        if image is None:
+            return pb.ImageStatusResponse()
+        info = verbose.image_info(image) if request.verbose else None
+        return pb.ImageStatusResponse(image=messages.image(image), info=info)
+
+    async def PullImage(self, request: pb.PullImageRequest) -> pb.PullImageResponse:
+        """image_ref is the image's id, as everywhere else."""
+        handler = request.image.runtime_handler
+        if handler not in self._handlers:
+            raise InvalidArgument(f'image.runtime_handler: "{handler}" is not configured')
+        auth = _auth(request.auth) if request.HasField("auth") else None
+        image = await self._images.pull(_name(request.image), auth)
+        return pb.PullImageResponse(image_ref=image.id)
+
+    async def RemoveImage(self, request: pb.RemoveImageRequest) -> pb.RemoveImageResponse:
+        await self._images.remove(_name(request.image))
+        return pb.RemoveImageResponse()
+
+    async def ImageFsInfo(self, request: pb.ImageFsInfoRequest) -> pb.ImageFsInfoResponse:
+        """Layers and writable layers are on one file system."""
+        usage = await self._images.usage()
+        filesystem = pb.FilesystemUsage(
+            timestamp=time.time_ns(),
+            fs_id=pb.FilesystemIdentifier(mountpoint=str(usage.mountpoint)),
+            used_bytes=pb.UInt64Value(value=usage.used_bytes),
+            inodes_used=pb.UInt64Value(value=usage.inodes_used),
+        )
+        return pb.ImageFsInfoResponse(
+            image_filesystems=[filesystem], container_filesystems=[filesystem]
+        )
+
+
+def _name(spec: pb.ImageSpec) -> str:
+    return validate.given(spec.image, "image.image")
+
+
+def _auth(message: pb.AuthConfig) -> Auth:
+    return Auth(
+        username=message.username,
+        password=message.password,
+        auth=message.auth,
+        server_address=message.server_address,
+        identity_token=message.identity_token,
+        registry_token=message.registry_token,
+    )

@@ -1,0 +1,75 @@
+"""RuntimeService: the calls that give a client an URL to connect to. The methods have the names of the RPCs."""
+# ruff: noqa: N802
+
+from typing import Protocol
+
+from nodeagent.api import runtime_pb2 as pb
+from nodeagent.cri.runtime_containers import command
+from nodeagent.errors import FailedPrecondition, InvalidArgument, Unsupported
+from nodeagent.lifecycle.node import Node
+from nodeagent.records import Container
+from nodeagent.streaming.backend import AttachRequest, ExecRequest, PortForwardRequest, Request
+
+
+class Streaming(Protocol):
+    """Who serves exec, attach and port-forward."""
+
+    def url(self, request: Request) -> str:
+        """Where a client finds what the request allows, once. Raises InvalidArgument, ResourceExhausted."""
+
+
+class StreamCalls:
+    """Without `streaming` every call is refused."""
+
+    def __init__(self, node: Node, streaming: Streaming | None) -> None:
+        self._node = node
+        self._streaming = streaming
+
+    async def Exec(self, request: pb.ExecRequest) -> pb.ExecResponse:
+        container = self._running(request.container_id)
+        url = self._url(
+            ExecRequest(
+                container_id=container.id,
+                command=command(request.cmd),
+                tty=request.tty,
+                stdin=request.stdin,
+                stdout=request.stdout,
+                stderr=request.stderr,
+            )
+        )
+        return pb.ExecResponse(url=url)
+
+    async def Attach(self, request: pb.AttachRequest) -> pb.AttachResponse:
+        container = self._running(request.container_id)
+        if request.tty != container.config.tty:
+            raise InvalidArgument(f"tty: is {container.config.tty} in the container's config")
+        url = self._url(
+            AttachRequest(
+                container_id=container.id,
+                tty=request.tty,
+                stdin=request.stdin,
+                stdout=request.stdout,
+                stderr=request.stderr,
+            )
+        )
+        return pb.AttachResponse(url=url)
+
+    async def PortForward(self, request: pb.PortForwardRequest) -> pb.PortForwardResponse:
+        sandbox = self._node.sandboxes.get(request.pod_sandbox_id)
+        if not sandbox.ready:
+            raise FailedPrecondition(f'pod sandbox "{sandbox.id}": is stopped')
+        url = self._url(PortForwardRequest(sandbox_id=sandbox.id, ports=tuple(request.port)))
+        return pb.PortForwardResponse(url=url)
+
+    def _running(self, container_id: str) -> Container:
+        container = self._node.containers.get(container_id)
+        if container.state != "running":
+            raise FailedPrecondition(
+                f'container "{container.id}": is {container.state}, not running'
+            )
+        return container
+
+    def _url(self, request: Request) -> str:
+        if self._streaming is None:
+            raise Unsupported(f"{request.path}: this agent serves no streams")
+        return self._streaming.url(request)

@@ -1,0 +1,135 @@
+"""The CRI's gRPC server on its Unix socket.
+
+The table of methods is read from the contract itself: each RPC is served by the method of its name, so that one that
+nobody implements is found at the start, not by a client.
+"""
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from nodeagent import files
+from nodeagent.api import runtime_pb2 as pb
+from nodeagent.cri.features import Features
+from nodeagent.cri.image_service import ImageService
+from nodeagent.cri.interceptors import Calls, Observe, Reply
+from nodeagent.cri.runtime_service import runtime_service
+from nodeagent.cri.runtime_streams import Streaming
+from nodeagent.errors import AlreadyExists
+from nodeagent.lifecycle.node import Node
+
+MAX_MESSAGE_BYTES = 16 << 20  # what the kubelet and crictl receive at most
+MAX_CALLS = 2_000
+GRACE_SECONDS = 2.0
+SOCKET_MODE = 0o660
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+)
+
+
+class Server:
+    """Serves both services of a node until it is left."""
+
+    def __init__(self, server: grpc.aio.Server, calls: Calls) -> None:
+        self._server = server
+        self._calls = calls
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        node: Node,
+        listen: str,
+        *,
+        observe: Observe,
+        streaming: Streaming | None = None,
+        features: Features | None = None,
+    ) -> AsyncIterator[Self]:
+        """listen: ``unix:///path``. Raises `AlreadyExists` where somebody listens there.
+
+        On leaving no call is accepted, the streams end, and changes under way are finished.
+        """
+        calls = Calls(observe)
+        parts = {
+            "RuntimeService": runtime_service(node, streaming, features or Features()),
+            "ImageService": (ImageService(node),),
+        }
+        server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
+        server.add_generic_rpc_handlers(
+            tuple(_handlers(service, objects, calls) for service, objects in parts.items())
+        )
+        path = Path(listen.removeprefix("unix://"))
+        files.ensure_directory(str(path.parent))
+        remove_stale_socket(path)
+        _bind(server, path)
+        await server.start()
+        try:
+            yield cls(server, calls)
+        finally:
+            await server.stop(GRACE_SECONDS)
+            await calls.drain()
+
+
+def _bind(server: grpc.aio.Server, path: Path) -> None:
+    """Nobody can connect before the mode is right: gRPC makes the socket with the umask alone."""
+    old = os.umask(0o777 & ~SOCKET_MODE)
+    try:
+        server.add_insecure_port(f"unix://{path}")
+    finally:
+        os.umask(old)
+
+
+def remove_stale_socket(path: Path) -> None:
+    """Remove a socket that nobody listens on. Raises `AlreadyExists` for anything else of that name."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise AlreadyExists(f"{path}: is there and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
+            raise AlreadyExists(f"{path}: another process listens there")
+    path.unlink()
+
+
+def _handlers(
+    service: str, parts: Iterable[object], calls: Calls
+) -> "grpc.GenericRpcHandler[Any, Any]":
+    descriptor = pb.DESCRIPTOR.services_by_name[service]
+    return grpc.method_handlers_generic_handler(
+        descriptor.full_name,
+        {method.name: _handler(method, parts, calls) for method in descriptor.methods},
+    )
+
+
+def _handler(
+    method: MethodDescriptor, parts: Iterable[object], calls: Calls
+) -> "grpc.RpcMethodHandler[Any, Any]":
+    behaviour = next(getattr(part, method.name) for part in parts if hasattr(part, method.name))
+    make, wrap = (
+        (grpc.unary_stream_rpc_method_handler, calls.stream)
+        if method.server_streaming
+        else (grpc.unary_unary_rpc_method_handler, calls.unary)
+    )
+    return make(
+        wrap(method.name, behaviour),
+        request_deserializer=GetMessageClass(method.input_type).FromString,
+        response_serializer=_serialize,
+    )
+
+
+def _serialize(reply: Reply) -> bytes:
+    return reply.SerializeToString() if isinstance(reply, Message) else reply

@@ -1,0 +1,53 @@
+"""The `info` of verbose statuses: texts of JSON, for `crictl inspect` and for people."""
+
+from typing import Any
+
+import msgspec
+
+from nodeagent.config import Config
+from nodeagent.records import Container, ContainerConfig, Image, Sandbox
+
+
+def container_info(container: Container) -> dict[str, str]:
+    return {
+        "info": _json(
+            {
+                "sandboxID": container.sandbox_id,
+                "pid": container.pid,
+                "cgroupPath": container.cgroup_path,
+                "config": _container_config(container.config),
+            }
+        )
+    }
+
+
+def sandbox_info(sandbox: Sandbox) -> dict[str, str]:
+    return {
+        "info": _json(
+            {
+                "runtimeHandler": sandbox.runtime_handler,
+                "cgroupParent": sandbox.cgroup_parent,
+                "addresses": sandbox.addresses,
+                "config": sandbox.config,
+            }
+        )
+    }
+
+
+def image_info(image: Image) -> dict[str, str]:
+    return {"info": _json(image)}
+
+
+def node_info(config: Config, version: str) -> dict[str, str]:
+    return {"config": _json(config), "version": version}
+
+
+def _container_config(config: ContainerConfig) -> dict[str, Any]:
+    """Readable: the values of variables are bytes of any kind, JSON has only text."""
+    plain: dict[str, Any] = msgspec.to_builtins(config)
+    plain["envs"] = [f"{name}={value.decode(errors='replace')}" for name, value in config.envs]
+    return plain
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()

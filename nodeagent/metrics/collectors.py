@@ -1,0 +1,142 @@
+"""The Prometheus metrics: the agent's own, and those of containers made anew for each scrape."""
+
+from collections import Counter as Tally
+from collections.abc import Iterable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.registry import Collector
+
+from nodeagent.lifecycle.node import Node
+from nodeagent.lifecycle.stats import SandboxUsage
+from nodeagent.metrics.families import ACCOUNTED, NETWORK, Family, T
+
+RPC_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+PULL_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+
+PULL = "PullImage"
+
+MetricFamily = CounterMetricFamily | GaugeMetricFamily
+
+
+class Calls:
+    """What is counted of RPCs, as they end."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._seconds = Histogram(
+            "nodeagent_rpc_duration_seconds",
+            "Time from a call's arrival to its end",
+            ["method"],
+            buckets=RPC_SECONDS,
+            registry=registry,
+        )
+        self._errors = Counter(
+            "nodeagent_rpc_errors_total",
+            "Calls that did not end with OK, by gRPC code",
+            ["method", "code"],
+            registry=registry,
+        )
+        self._pulls = Counter(
+            "nodeagent_image_pulls_total",
+            "Pulls of images, by gRPC code",
+            ["code"],
+            registry=registry,
+        )
+        self._pull_seconds = Histogram(
+            "nodeagent_image_pull_duration_seconds",
+            "Time of pulls that succeeded",
+            buckets=PULL_SECONDS,
+            registry=registry,
+        )
+
+    def observe(self, method: str, code: str, seconds: float) -> None:
+        self._seconds.labels(method).observe(seconds)
+        if code != "OK":
+            self._errors.labels(method, code).inc()
+        if method == PULL:
+            self._pulls.labels(code).inc()
+            if code == "OK":
+                self._pull_seconds.observe(seconds)
+
+
+class NodeCollector(Collector):
+    """What there is on the node. Each number falls to what it was when what it counts is removed, or it leaks."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def collect(self) -> Iterator[MetricFamily | InfoMetricFamily]:
+        node = self._node
+        sandboxes = Tally("ready" if s.ready else "notready" for s in node.sandboxes.list())
+        containers = Tally(container.state for container in node.containers.list())
+        images = node.images.list()
+        yield InfoMetricFamily("nodeagent_build", "The agent", {"version": node.version})
+        yield _gauge("nodeagent_pods", "Pods by state", sandboxes, ("ready", "notready"))
+        yield _gauge(
+            "nodeagent_containers",
+            "Containers by state",
+            containers,
+            ("created", "running", "exited"),
+        )
+        yield GaugeMetricFamily(
+            "nodeagent_warm_slots", "Pods prepared ahead", value=node.slots.ready
+        )
+        yield GaugeMetricFamily("nodeagent_images", "Images", value=len(images))
+        yield GaugeMetricFamily(
+            "nodeagent_image_bytes",
+            "Bytes of all images as transferred",
+            value=sum(image.size_bytes for image in images),
+        )
+
+
+def _gauge(name: str, help_: str, counts: Tally[str], states: Iterable[str]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, help_, labels=["state"])
+    for state in states:
+        family.add_metric([state], counts[state])
+    return family
+
+
+def agent_registry(node: Node) -> CollectorRegistry:
+    """The agent's process and the node. Read on the loop: the node belongs to its thread."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    registry.register(NodeCollector(node))
+    return registry
+
+
+class UsageCollector(Collector):
+    """Containers and pods as they were read."""
+
+    def __init__(self, pods: Sequence[SandboxUsage]) -> None:
+        self._pods = pods
+
+    def collect(self) -> Iterator[MetricFamily]:
+        containers = [
+            ([*_names(pod), usage.container.config.name, usage.container.id], usage)
+            for pod in self._pods
+            for usage in pod.containers
+        ]
+        interfaces = [
+            ([*_names(pod), pod.sandbox.id], interface)
+            for pod in self._pods
+            for interface in pod.interfaces
+        ]
+        for family in ACCOUNTED:
+            yield _metric(family, ("namespace", "pod", "container", "id"), containers)
+        for network in NETWORK:
+            yield _metric(network, ("namespace", "pod", "id"), interfaces)
+
+
+def _names(pod: SandboxUsage) -> tuple[str, str]:
+    return pod.sandbox.config.namespace, pod.sandbox.config.name
+
+
+def _metric(
+    family: Family[T], labels: Sequence[str], things: Iterable[tuple[list[str], T]]
+) -> MetricFamily:
+    make = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
+    metric = make(family.name, family.help, labels=[*labels, *family.labels])
+    for whose, thing in things:
+        for values, number in family.read(thing):
+            metric.add_metric([*whose, *values], number)
+    return metric
