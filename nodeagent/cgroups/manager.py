@@ -1,9 +1,9 @@
 """The cgroups of a machine: where containers' groups are, making them, finding them again."""
 
 import os
-from typing import Literal
+from typing import Literal, Protocol
 
-from nodeagent.cgroups import hierarchy, limits, paths, tree
+from nodeagent.cgroups import hierarchy, limits, paths, systemd, tree
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.hierarchy import ContainerMount, Layout
 from nodeagent.errors import NotFound, Unsupported
@@ -14,24 +14,43 @@ Driver = Literal["cgroupfs", "systemd"]
 HUGEPAGES = "/sys/kernel/mm/hugepages"
 
 
+class Names(Protocol):
+    """What the modules `paths` (for cgroupfs) and `systemd` have in common."""
+
+    def container(self, parent: str, container_id: str) -> str: ...
+    def pod(self, default_parent: str, pod_id: str) -> str: ...
+
+
 class Cgroups:
-    """`default_parent`: of containers that come without one. `layout`: as `hierarchy.detect` finds it."""
+    """`default_parent`: of pods that come without one; `layout`: as `hierarchy.detect` finds it."""
 
     def __init__(self, layout: Layout, *, driver: Driver, default_parent: str) -> None:
         self.driver: Driver = driver
         self._layout = layout
-        self.default_parent = default_parent
+        self._names: Names = systemd if driver == "systemd" else paths
+        self.default_parent = paths.check(default_parent)
+        if driver == "systemd":
+            self.default_parent = systemd.as_slice(self.default_parent)
         self._page_sizes = _page_sizes() if "hugetlb" in layout.controllers else ()
 
     @classmethod
     def open(
-        cls, *, driver: Driver, default_parent: str, root: str = "/sys/fs/cgroup"
+        cls,
+        *,
+        driver: Driver | Literal["auto"],
+        default_parent: str,
+        root: str = "/sys/fs/cgroup",
     ) -> "Cgroups":
-        """Raises Unsupported where no cgroup hierarchy is mounted at `root`."""
+        """With "auto", the driver is systemd where that is the init of a machine with cgroup v2.
+
+        Raises Unsupported where no cgroup hierarchy is mounted at `root`.
+        """
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
             layout = hierarchy.detect(root, file.read())
         if not layout.hierarchies:
             raise Unsupported(f"{root}: no cgroup hierarchy is mounted there")
+        if driver == "auto":
+            driver = "systemd" if layout.kind == "v2" and systemd.manages_node() else "cgroupfs"
         return cls(layout, driver=driver, default_parent=default_parent)
 
     @property
@@ -52,8 +71,11 @@ class Cgroups:
 
         Raises InvalidArgument for a parent that is not an absolute, clean path or, with systemd, not a slice.
         """
-        where = paths.scope if self.driver == "systemd" else paths.container
-        return where(parent or self.default_parent, container_id)
+        return self._names.container(parent or self.default_parent, container_id)
+
+    def pod_path(self, pod_id: str) -> str:
+        """The parent for containers of a pod that comes without one; made with the first of them."""
+        return self._names.pod(self.default_parent, pod_id)
 
     def create(self, path: str, resources: Resources = limits.NOTHING) -> Cgroup:
         """Make a group with its limits, and the groups above it that are missing, or nothing.

@@ -1,7 +1,6 @@
 """Names of groups: which paths a caller may give, and where a container's own group is.
 
-A path begins with "/" at the mount point of its hierarchy, under the systemd driver as well, where it shows the slices
-from the outermost to the innermost: ``/kubepods.slice/kubepods-burstable.slice``.
+A path begins with "/" at the mount point of its hierarchy, under both drivers.
 """
 
 import re
@@ -35,26 +34,6 @@ def container(parent: str, container_id: str) -> str:
     return f"{check(parent)}/{check_name(container_id)}"
 
 
-def scope(parent: str, container_id: str) -> str:
-    """The group of a container under the systemd driver; `parent` is a slice."""
-    return f"{expand_slice(check(parent))}/nodeagent-{check_name(container_id)}.scope"
-
-
-def expand_slice(path: str) -> str:
-    """The whole path of a slice: ``/a-b.slice`` is ``/a.slice/a-b.slice`` (systemd.slice(5)).
-
-    Takes the name alone, or the whole path. Raises InvalidArgument for what is not a slice, or is not where it belongs.
-    """
-    *above, name = path.split("/")[1:]
-    stem = name.removesuffix(".slice")
-    parts = stem.split("-")
-    if stem == name or "" in parts:
-        raise InvalidArgument(
-            f'cgroup "{path}": not the path of a slice, as the systemd driver needs'
-        )
-    slices = ["-".join(parts[: depth + 1]) + ".slice" for depth in range(len(parts))]
-    if above and above != slices[:-1]:
-        raise InvalidArgument(
-            f'cgroup "{path}": the slice "{name}" belongs to /{"/".join(slices[:-1])}'
-        )
-    return "/" + "/".join(slices)
+def pod(default_parent: str, pod_id: str) -> str:
+    """The parent of the containers of a pod that comes without one, under the cgroupfs driver."""
+    return f"{default_parent}/{check_name(pod_id)}"

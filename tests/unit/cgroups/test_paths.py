@@ -25,28 +25,5 @@ def test_not_a_name(name: str) -> None:
         paths.container("/a", name)
 
 
-@pytest.mark.parametrize(
-    "parent",
-    [
-        "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1_2.slice",
-        "/kubepods-burstable-pod1_2.slice",
-    ],
-)
-def test_systemd(parent: str) -> None:
-    assert paths.scope(parent, ID) == (
-        "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1_2.slice"
-        f"/nodeagent-{ID}.scope"
-    )
-
-
-def test_slice_at_the_top() -> None:
-    assert paths.scope("/test.slice", "x") == "/test.slice/nodeagent-x.scope"
-
-
-@pytest.mark.parametrize(
-    "parent",
-    ["/kubepods", "/a.slice/b.slice", "/a.slice/a--b.slice", "/.slice", "/-.slice", "/a/a-b.slice"],
-)
-def test_not_a_slice(parent: str) -> None:
-    with pytest.raises(InvalidArgument, match="slice"):
-        paths.scope(parent, ID)
+def test_pod() -> None:
+    assert paths.pod("/nodeagent-1", "abc") == "/nodeagent-1/abc"
