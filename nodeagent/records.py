@@ -388,13 +388,31 @@ class Layer(Record, frozen=True, kw_only=True):
 # --- network ----------------------------------------------------------------------------------------------------
 
 
+class NodeNetwork(Record, frozen=True, kw_only=True):
+    """Choices that outlive the agent. chosen: the subnet in place of a configured one that was taken by others.
+
+    pod_cidrs: what UpdateRuntimeConfig said last; at most one of each family.
+    """
+
+    chosen: dict[str, str] = {}
+    pod_cidrs: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return "node"
+
+
 class Lease(Record, frozen=True, kw_only=True):
-    """The addresses and the link of one pod: written before either exists, forgotten after both are gone."""
+    """The addresses and the link of one pod: written before either exists, forgotten after both are gone.
+
+    addresses: with the length of their prefix. released_at: the pod is gone, but its link may still be there.
+    """
 
     pod_id: str
     addresses: tuple[str, ...]
     link: str
     acquired_at: int
+    released_at: int = 0
 
     @property
     def key(self) -> str:
@@ -408,7 +426,6 @@ class HostPort(Record, frozen=True, kw_only=True):
     host_ip: str
     host_port: int
     pod_id: str
-    pod_ip: str
     container_port: int
 
     @property
@@ -416,4 +433,12 @@ class HostPort(Record, frozen=True, kw_only=True):
         return f"{self.protocol}/{self.host_ip}/{self.host_port}"
 
 
-KINDS: tuple[type[Record], ...] = (Image, Layer, Lease, HostPort, Sandbox, Container)
+KINDS: tuple[type[Record], ...] = (
+    Image,
+    Layer,
+    NodeNetwork,
+    Lease,
+    HostPort,
+    Sandbox,
+    Container,
+)
