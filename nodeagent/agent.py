@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 from nodeagent import control
 from nodeagent.config import Config
 from nodeagent.cri.server import Server
-from nodeagent.lifecycle.node import only_agent, open_node
+from nodeagent.lifecycle.node import open_node
 from nodeagent.metrics.server import MetricsServer
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,6 @@ async def serve(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
-        stack.enter_context(only_agent(config))
         node = await stack.enter_async_context(open_node(config))
         await stack.enter_async_context(control.serve(config, node.images))
         metrics = await stack.enter_async_context(MetricsServer.open(node, config.metrics))

@@ -17,7 +17,8 @@ from aiohttp import ClientSession, UnixConnector, web
 from nodeagent.config import Config
 from nodeagent.errors import InvalidArgument, NodeAgentError
 from nodeagent.images.catalog import Images
-from nodeagent.lifecycle.node import only_agent, open_images
+from nodeagent.lifecycle.node import open_images
+from nodeagent.lifecycle.places import Places
 from nodeagent.records import Image
 from nodeagent.store import Store
 
@@ -83,14 +84,15 @@ async def _send(config: Config, archive: BinaryIO) -> list[str]:
 
 
 async def _load_here(config: Config, archive: BinaryIO) -> list[str]:
-    with only_agent(config):
-        async with open_images(config) as (_, images):
+    places = Places.of(config)
+    with places.owned():
+        async with open_images(config, places) as (_, images):
             return [_name(image) for image in await images.load(archive)]
 
 
 def list_images(config: Config) -> list[str]:
     """A line an image: id, size, names. Reads the store, whether an agent runs or not."""
-    path = Path(config.root) / "state.db"
+    path = Places.of(config).database
     if not path.exists():
         return []
     store = Store.open(path)

@@ -39,13 +39,13 @@ class Containers:
 
     def __init__(
         self,
+        *,
         registry: Registry,
         supervision: Supervision,
         images: Images,
         cgroups: Cgroups,
         planner: Planner,
         trash: Trash,
-        *,
         directory: Path,
     ) -> None:
         self._registry = registry

@@ -3,74 +3,32 @@
 `open_node` gives it when the agent may serve: what ran before is taken over, what was cut off is undone.
 """
 
-import fcntl
-import hashlib
-import os
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from nodeagent import files
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
-from nodeagent.errors import AlreadyExists
 from nodeagent.images.catalog import Images
+from nodeagent.lifecycle import privatemount
 from nodeagent.lifecycle.containers import Containers
 from nodeagent.lifecycle.events import Events
+from nodeagent.lifecycle.handover import close_all
+from nodeagent.lifecycle.places import Places
 from nodeagent.lifecycle.plan import Planner
-from nodeagent.lifecycle.recovery import Recovery, boot_id
+from nodeagent.lifecycle.profiles import Profiles
+from nodeagent.lifecycle.recovery import Recovery
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.lifecycle.sandboxes import Sandboxes
 from nodeagent.lifecycle.slots import Slots
 from nodeagent.lifecycle.stats import Stats
 from nodeagent.lifecycle.supervision import Supervision
 from nodeagent.lifecycle.trash import Trash
-from nodeagent.linux import mounts
-from nodeagent.net.network import Network
+from nodeagent.net.network import Network, NetworkConfig
 from nodeagent.sandbox.client import Launcher
 from nodeagent.store import Store
-
-HANDLERS = frozenset({""})
-
-
-def instance_of(root: Path) -> str:
-    """Eight hex digits that tell this agent's links, tables and cgroups from those of others on the machine."""
-    return hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
-
-
-@contextmanager
-def only_agent(config: Config) -> Iterator[None]:
-    """Hold the lock of a root directory: two agents on one would undo each other's work."""
-    root = Path(config.root)
-    files.ensure_directory(root, mode=0o711)
-    lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AlreadyExists(f"{root}: another agent runs on this root directory") from None
-        yield
-    finally:
-        os.close(lock)
-
-
-@asynccontextmanager
-async def open_images(config: Config) -> AsyncIterator[tuple[Store, Images]]:
-    """The store and the images of a root directory, which `only_agent` must hold."""
-    root = Path(config.root)
-    store = Store.open(root / "state.db")
-    try:
-        images = await Images.open(
-            root=root, store=store, hosts_dir=Path(config.certs_dir), pinned=config.images.pinned
-        )
-        try:
-            yield store, images
-        finally:
-            await images.close()
-    finally:
-        store.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +60,7 @@ class Node:
     launcher: Launcher
 
     def status(self) -> NodeStatus:
+        """Asked of the kernel where that is cheap, never remembered."""
         network = self.network.status()
         lost = self.launcher.lost.is_set()
         return NodeStatus(
@@ -120,86 +79,148 @@ class Node:
 
 
 @asynccontextmanager
-async def open_node(config: Config) -> AsyncIterator[Node]:
-    """The node of this root directory. On leaving, running pods stay; without one, nothing of it stays."""
-    root, state = Path(config.root), Path(config.state)
-    instance = instance_of(root)
-    pods, layers = state / "pods", root / "containers"
-    for directory in (root, state, pods, layers):
-        files.ensure_directory(directory, mode=0o711)
-    async with AsyncExitStack() as stack:
-        store, images = await stack.enter_async_context(open_images(config))
-        mounts.make_private_mount(pods)
-        cgroups = Cgroups.open(driver=config.cgroup.driver, default_parent=f"/nodeagent-{instance}")
-        network = await Network.start(config=config.network, store=store, instance=instance)
-        own_group = cgroups.instance_group()
-        launcher = await Launcher.start(state, join_fds=own_group.join_fds())
-        trash = Trash(root / "trash")
-        trash.start()
-        stack.push_async_callback(trash.close)
+async def open_images(config: Config, places: Places) -> AsyncIterator[tuple[Store, Images]]:
+    """The store and the images of a root directory, which the caller owns."""
+    store = Store.open(places.database)
+    try:
+        images = await Images.open(
+            root=places.root,
+            store=store,
+            hosts_dir=Path(config.certs_dir),
+            pinned=config.images.pinned,
+        )
+        try:
+            yield store, images
+        finally:
+            await images.close()
+    finally:
+        store.close()
 
-        events = Events()
-        registry = Registry(store, events)
-        supervision = Supervision(registry, launcher, pods)
-        stack.push_async_callback(supervision.close)
-        planner = Planner(images, cgroups, config, pods)
-        containers = Containers(
-            registry, supervision, images, cgroups, planner, trash, directory=layers
+
+@asynccontextmanager
+async def open_node(config: Config) -> AsyncIterator[Node]:
+    """The node of a root directory. On leaving, running pods stay; without one, nothing of it stays."""
+    places = Places.of(config)
+    async with AsyncExitStack() as stack:
+        stack.enter_context(places.owned())
+        places.make()
+        privatemount.ensure(places.pods)
+        store, images = await stack.enter_async_context(open_images(config, places))
+        cgroups = Cgroups.open(
+            driver=config.cgroup.driver,
+            default_parent=config.cgroup.parent or f"/nodeagent-{places.instance}",
         )
-        slots = Slots(launcher, network, pods, config.slots)
-        boot = boot_id()
-        sandboxes = Sandboxes(
-            registry,
-            slots,
-            network,
-            containers,
-            supervision,
-            directory=pods,
-            cgroup_parent=cgroups.default_parent,
-            boot_id=boot,
-            handlers=HANDLERS,
+        network = await Network.start(
+            config=_network_config(config), store=store, instance=places.instance
         )
-        recovery = Recovery(
-            registry,
-            supervision,
-            containers,
-            network,
-            images,
-            launcher,
-            trash,
-            pods_directory=pods,
-            containers_directory=layers,
+        launcher = await _launcher(cgroups, places)
+        node = await stack.enter_async_context(
+            _recovered(config, places, store, images, cgroups, network, launcher)
         )
-        await recovery.run(boot)
+        try:
+            yield node
+        finally:
+            await node.sandboxes.close()
+            await node.containers.close()
+            await node.slots.close()
+            await _leave(node, places)
+
+
+@asynccontextmanager
+async def _recovered(
+    config: Config,
+    places: Places,
+    store: Store,
+    images: Images,
+    cgroups: Cgroups,
+    network: Network,
+    launcher: Launcher,
+) -> AsyncIterator[Node]:
+    events = Events()
+    registry = Registry(store, events)
+    supervision = Supervision(registry, launcher, places.pods)
+    trash = Trash(places.trash)
+    profiles = Profiles(config.seccomp.default_profile)
+    planner = Planner(registry, images, cgroups, profiles, config, pods=places.pods)
+    containers = Containers(
+        registry=registry,
+        supervision=supervision,
+        images=images,
+        cgroups=cgroups,
+        planner=planner,
+        trash=trash,
+        directory=places.containers,
+    )
+    slots = Slots(launcher, network, places.pods, config.slots)
+    sandboxes = Sandboxes(
+        registry=registry,
+        slots=slots,
+        network=network,
+        containers=containers,
+        supervision=supervision,
+        cgroups=cgroups,
+        directory=places.pods,
+        handlers=frozenset(("", *config.handlers)),
+    )
+    recovery = Recovery(
+        registry=registry,
+        supervision=supervision,
+        containers=containers,
+        network=network,
+        images=images,
+        launcher=launcher,
+        trash=trash,
+        places=places,
+    )
+    trash.start()
+    try:
+        await recovery.run()
         slots.start()
-        node = Node(
+        yield Node(
             config=config,
             version=version("nodeagent"),
             sandboxes=sandboxes,
             containers=containers,
             images=images,
-            stats=Stats(registry, containers, network, layers),
+            stats=Stats(registry, containers, network, places.containers),
             events=events,
             slots=slots,
             network=network,
             cgroups=cgroups,
             launcher=launcher,
         )
-        try:
-            yield node
-        finally:
-            await sandboxes.close()
-            await containers.close()
-            await slots.close()
-            await _leave(node, pods)
+    finally:
+        await supervision.close()
+        await trash.close()
 
 
-async def _leave(node: Node, pods: Path) -> None:
-    """With a pod READY its launcher, supervisors, links and groups stay for the next agent; else none does."""
+async def _launcher(cgroups: Cgroups, places: Places) -> Launcher:
+    """The one that runs, or a new one in the agent's own cgroup."""
+    fds = cgroups.instance_group().join_fds()
+    try:
+        return await Launcher.start(places.state, join_fds=fds)
+    finally:
+        close_all(fds)
+
+
+def _network_config(config: Config) -> NetworkConfig:
+    network = config.network
+    return NetworkConfig(
+        bridge=network.bridge,
+        subnet4=network.subnet4,
+        subnet6=network.subnet6,
+        mtu=network.mtu,
+        masquerade=network.masquerade,
+        host_ports=network.host_ports,
+    )
+
+
+async def _leave(node: Node, places: Places) -> None:
+    """With a pod READY its launcher, supervisor, link and cgroup stay for the next agent; else none does."""
     busy = node.busy
     await node.network.close(remove=not busy)
     if busy:
         return
     await node.launcher.stop()
     node.cgroups.remove_instance()
-    mounts.unmount(pods)
+    privatemount.remove(places.pods)

@@ -30,7 +30,7 @@ def write(directory: Path, config: SandboxConfig, addresses: tuple[str, ...]) ->
         "resolv.conf": resolv_conf(config.dns) or _node_file("/etc/resolv.conf", ""),
     }
     for file, text in texts.items():
-        write_atomic(directory / file, text.encode(), sync=False)
+        write_atomic(str(directory / file), text.encode(), sync=False)
 
 
 def hostname(config: SandboxConfig) -> str:

@@ -97,13 +97,10 @@ def stop_signal(config: ContainerConfig, image: ImageConfig) -> int:
 
 
 def capability_sets(change: CapabilityChange, *, privileged: bool) -> Capabilities:
-    """ALL first, then single additions, then drops; ambient additions are in all five sets.
-
-    ALL is what this agent has to give: a node may have taken some from it.
-    """
+    """ALL first, then single additions, then drops; ambient additions are in all five sets."""
     if privileged:
-        return _sets(capabilities.available(), ambient=0)
-    everything = capabilities.available()
+        return _sets(capabilities.known(), ambient=0)
+    everything = capabilities.known()
     effective = everything if "ALL" in change.add else capabilities.mask(DEFAULT_CAPABILITIES)
     if "ALL" in change.drop:
         effective = 0

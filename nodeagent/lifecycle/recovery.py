@@ -15,7 +15,8 @@ from nodeagent import records
 from nodeagent.errors import NodeAgentError
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle.containers import Containers
-from nodeagent.lifecycle.registry import Registry
+from nodeagent.lifecycle.places import Places
+from nodeagent.lifecycle.registry import Registry, boot_id
 from nodeagent.lifecycle.slots import dismantle
 from nodeagent.lifecycle.supervision import Supervision
 from nodeagent.lifecycle.trash import Trash
@@ -26,16 +27,12 @@ from nodeagent.sandbox.client import Launcher, Supervisor
 log = logging.getLogger(__name__)
 
 
-def boot_id() -> str:
-    """The kernel's name for this boot: records of another one describe processes that cannot exist."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
 class Recovery:
     """Run once, before the first request."""
 
     def __init__(
         self,
+        *,
         registry: Registry,
         supervision: Supervision,
         containers: Containers,
@@ -43,9 +40,7 @@ class Recovery:
         images: Images,
         launcher: Launcher,
         trash: Trash,
-        *,
-        pods_directory: Path,
-        containers_directory: Path,
+        places: Places,
     ) -> None:
         self._registry = registry
         self._supervision = supervision
@@ -54,10 +49,10 @@ class Recovery:
         self._images = images
         self._launcher = launcher
         self._trash = trash
-        self._pods_directory = pods_directory
-        self._containers_directory = containers_directory
+        self._places = places
 
-    async def run(self, boot: str) -> None:
+    async def run(self) -> None:
+        boot = boot_id()
         for sandbox in list(self._registry.sandboxes.values()):
             if sandbox.boot_id != boot:
                 self._rebooted(sandbox)
@@ -95,10 +90,10 @@ class Recovery:
 
     async def _dismantle_strangers(self) -> None:
         """Remove pods without a record, which were slots or cut off, and directories without an owner."""
-        for directory in self._pods_directory.iterdir():
+        for directory in self._places.pods.iterdir():
             if directory.name not in self._registry.pods:
                 await self._dismantle(directory)
-        for directory in self._containers_directory.iterdir():
+        for directory in self._places.containers.iterdir():
             if directory.name not in self._registry.containers:
                 self._trash.take(directory)
 

@@ -4,8 +4,10 @@ Lists and statuses are answered from here, never from a kernel file or a process
 """
 
 import asyncio
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound
 from nodeagent.lifecycle.events import Events, Kind
@@ -119,6 +121,12 @@ class Registry:
         sandbox_id = record.sandbox_id if isinstance(record, Container) else record.key
         members = tuple(c for c in self.members(sandbox_id) if c.created_at)
         self.events.publish(kind, record.key, self.sandboxes.get(sandbox_id), members)
+
+
+@functools.cache
+def boot_id() -> str:
+    """The kernel's name for this boot: records of another one describe processes that cannot exist."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _resolve(what: str, name: str, known: Mapping[str, object]) -> str:

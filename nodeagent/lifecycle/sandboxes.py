@@ -12,11 +12,12 @@ from typing import Any
 
 import msgspec
 
+from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import AlreadyExists, InvalidArgument, NotFound
 from nodeagent.lifecycle import podfiles
 from nodeagent.lifecycle.containers import Containers
 from nodeagent.lifecycle.flights import Flights
-from nodeagent.lifecycle.registry import Pod, Registry
+from nodeagent.lifecycle.registry import Pod, Registry, boot_id
 from nodeagent.lifecycle.slots import Slot, Slots, dismantle
 from nodeagent.lifecycle.supervision import Supervision
 from nodeagent.net.network import Network
@@ -32,15 +33,14 @@ class Sandboxes:
 
     def __init__(
         self,
+        *,
         registry: Registry,
         slots: Slots,
         network: Network,
         containers: Containers,
         supervision: Supervision,
-        *,
         directory: Path,
-        cgroup_parent: str,
-        boot_id: str,
+        cgroups: Cgroups,
         handlers: frozenset[str],
     ) -> None:
         self._registry = registry
@@ -49,8 +49,7 @@ class Sandboxes:
         self._containers = containers
         self._supervision = supervision
         self._directory = directory
-        self._cgroup_parent = cgroup_parent
-        self._boot_id = boot_id
+        self._cgroups = cgroups
         self._handlers = handlers
         self._flights = Flights(lambda sandbox_id: sandbox_id in registry.sandboxes)
 
@@ -94,8 +93,8 @@ class Sandboxes:
             id=slot.id,
             config=config,
             runtime_handler=runtime_handler,
-            cgroup_parent=config.cgroup_parent or f"{self._cgroup_parent}/{slot.id}",
-            boot_id=self._boot_id,
+            cgroup_parent=config.cgroup_parent or self._cgroups.pod_path(slot.id),
+            boot_id=boot_id(),
             created_at=time.time_ns(),
             addresses=tuple(address.partition("/")[0] for address in slot.addresses),
         )

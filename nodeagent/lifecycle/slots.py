@@ -97,7 +97,7 @@ class Slots:
         needs = _needs(namespaces)
         async with AsyncExitStack() as undo:
             directory.mkdir(mode=0o711)
-            undo.callback(files.remove_tree, directory)
+            undo.callback(files.remove_tree, str(directory))
             supervisor = await self._launcher.fork(_plan(pod_id, directory, namespaces))
             undo.push_async_callback(supervisor.shutdown)
             addresses: tuple[str, ...] = ()
@@ -118,7 +118,7 @@ async def dismantle(
     if supervisor is not None:
         await supervisor.shutdown()
     await network.detach(pod_id)
-    await asyncio.to_thread(files.remove_tree, directory)
+    await asyncio.to_thread(files.remove_tree, str(directory))
 
 
 def _needs(namespaces: Namespaces) -> frozenset[str]:

@@ -130,7 +130,9 @@ class Stats:
             container=container,
             cgroup=cgroup,
             at_ns=at_ns,
-            usage_nano_cores=self._rate(container.id, at_ns, cgroup.cpu_usage_ns),
+            usage_nano_cores=self._rate(
+                container.id, at_ns, cgroup.cpu.usage_ns if cgroup.cpu else 0
+            ),
             disk=await self._disk(container.id),
         )
 

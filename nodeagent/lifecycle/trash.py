@@ -20,7 +20,6 @@ class Trash:
 
     def start(self) -> None:
         """Begin with what an earlier agent left."""
-        self._directory.mkdir(mode=0o700, exist_ok=True)
         self._wanted.set()
         self._emptier = asyncio.create_task(self._run())
 
@@ -48,6 +47,6 @@ class Trash:
     def _empty(self) -> None:
         for path in self._directory.iterdir():
             try:
-                files.remove_tree(path)
+                files.remove_tree(str(path))
             except OSError as error:
                 log.warning("cannot remove %s: %s", path, error)

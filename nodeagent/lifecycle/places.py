@@ -1,0 +1,65 @@
+"""Where an agent keeps what it has, and what tells it from other agents on the machine."""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from nodeagent import files
+from nodeagent.config import Config
+from nodeagent.errors import AlreadyExists
+
+MODE = 0o711
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """instance: eight hex digits of the root directory, in the names of links, nft tables and cgroups."""
+
+    instance: str
+    root: Path
+    state: Path
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        root = Path(config.root).resolve()
+        instance = hashlib.sha256(str(root).encode()).hexdigest()[:8]
+        return cls(instance=instance, root=root, state=Path(config.state).resolve())
+
+    @property
+    def database(self) -> Path:
+        return self.root / "state.db"
+
+    @property
+    def containers(self) -> Path:
+        return self.root / "containers"
+
+    @property
+    def trash(self) -> Path:
+        return self.root / "trash"
+
+    @property
+    def pods(self) -> Path:
+        return self.state / "pods"
+
+    def make(self) -> None:
+        for directory in (self.root, self.containers, self.trash, self.state, self.pods):
+            files.ensure_directory(str(directory), mode=MODE)
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Hold the lock of the root directory: two agents on one would undo each other's work."""
+        files.ensure_directory(str(self.root), mode=MODE)
+        lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise AlreadyExists(f"{self.root}: another agent has this root directory") from None
+            yield
+        finally:
+            os.close(lock)
