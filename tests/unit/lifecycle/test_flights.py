@@ -1,0 +1,83 @@
+"""Creations that outlive their callers."""
+
+import asyncio
+
+import pytest
+
+from nodeagent.errors import Unavailable
+from nodeagent.lifecycle.flights import Flights
+
+
+class Maker:
+    """Makes ids when told to, and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+        self.asked = 0
+        self.made: set[str] = set()
+
+    async def __call__(self) -> str:
+        self.asked += 1
+        await self.go.wait()
+        name = f"id-{self.asked}"
+        self.made.add(name)
+        return name
+
+
+async def test_a_retry_joins_the_call_that_was_given_up() -> None:
+    maker = Maker()
+    flights = Flights(maker.made.__contains__)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await flights.join("key", "pod", maker)
+    maker.go.set()
+    assert await flights.join("key", "pod", maker) == "id-1"
+    assert maker.asked == 1
+
+
+async def test_a_result_that_reached_nobody_waits_for_the_retry() -> None:
+    maker = Maker()
+    flights = Flights(maker.made.__contains__)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await flights.join("key", "pod", maker)
+    maker.go.set()
+    await asyncio.sleep(0.01)
+    assert await flights.join("key", "pod", maker) == "id-1"
+    assert await flights.join("key", "pod", maker) == "id-2"
+
+
+async def test_what_was_removed_meanwhile_is_made_anew() -> None:
+    maker = Maker()
+    flights = Flights(maker.made.__contains__)
+    maker.go.set()
+    task = asyncio.create_task(flights.join("key", "pod", maker))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.sleep(0.01)
+    maker.made.clear()
+    assert await flights.join("key", "pod", maker) == "id-2"
+
+
+async def test_a_failure_reaches_everybody_and_is_forgotten() -> None:
+    async def fail() -> str:
+        await asyncio.sleep(0.01)
+        raise ValueError("broken")
+
+    flights = Flights(lambda _: True)
+    results = await asyncio.gather(
+        *(flights.join("key", "pod", fail) for _ in range(2)), return_exceptions=True
+    )
+    assert [str(result) for result in results] == ["broken", "broken"]
+    maker = Maker()
+    maker.go.set()
+    assert await flights.join("key", "pod", maker) == "id-1"
+
+
+async def test_closing_tells_who_waits() -> None:
+    flights = Flights(lambda _: True)
+    waiting = asyncio.create_task(flights.join("key", "pod x", Maker()))
+    await asyncio.sleep(0.01)
+    await flights.close()
+    with pytest.raises(Unavailable, match="pod x"):
+        await waiting
