@@ -7,7 +7,7 @@ from nodeagent.cgroups.parse import Pressure, PressureLine
 from nodeagent.cgroups.stats import CpuStats, MemoryStats
 from nodeagent.cri import messages
 from nodeagent.lifecycle.stats import ContainerUsage, DiskUsage, SandboxUsage
-from nodeagent.net.network import InterfaceStats
+from nodeagent.net.stats import InterfaceStats
 
 # --- containers -----------------------------------------------------------------------------------------------------
 

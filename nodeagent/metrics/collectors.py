@@ -3,7 +3,7 @@
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 
@@ -19,7 +19,7 @@ PULL = "PullImage"
 MetricFamily = CounterMetricFamily | GaugeMetricFamily
 
 
-class Calls:
+class RpcMetrics:
     """What is counted of RPCs, as they end."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -60,33 +60,32 @@ class Calls:
 
 
 class NodeCollector(Collector):
-    """What there is on the node. Each number falls to what it was when what it counts is removed, or it leaks."""
+    """What there is on the node as it is made. Each number falls when what it counts is removed, or it leaks."""
 
     def __init__(self, node: Node) -> None:
-        self._node = node
-
-    def collect(self) -> Iterator[MetricFamily | InfoMetricFamily]:
-        node = self._node
-        sandboxes = Tally("ready" if s.ready else "notready" for s in node.sandboxes.list())
-        containers = Tally(container.state for container in node.containers.list())
+        pods = Tally("ready" if pod.ready else "notready" for pod in node.sandboxes.list())
+        containers: Tally[str] = Tally(container.state for container in node.containers.list())
         images = node.images.list()
-        yield InfoMetricFamily("nodeagent_build", "The agent", {"version": node.version})
-        yield _gauge("nodeagent_pods", "Pods by state", sandboxes, ("ready", "notready"))
-        yield _gauge(
-            "nodeagent_containers",
-            "Containers by state",
-            containers,
-            ("created", "running", "exited"),
+        self._families = (
+            InfoMetricFamily("nodeagent_build", "The agent", {"version": node.version}),
+            _gauge("nodeagent_pods", "Pods by state", pods, ("ready", "notready")),
+            _gauge(
+                "nodeagent_containers",
+                "Containers by state",
+                containers,
+                ("created", "running", "exited"),
+            ),
+            GaugeMetricFamily("nodeagent_warm_slots", "Pods made ahead", value=node.slots.ready),
+            GaugeMetricFamily("nodeagent_images", "Images", value=len(images)),
+            GaugeMetricFamily(
+                "nodeagent_image_bytes",
+                "Bytes of all images as transferred",
+                value=sum(image.size_bytes for image in images),
+            ),
         )
-        yield GaugeMetricFamily(
-            "nodeagent_warm_slots", "Pods prepared ahead", value=node.slots.ready
-        )
-        yield GaugeMetricFamily("nodeagent_images", "Images", value=len(images))
-        yield GaugeMetricFamily(
-            "nodeagent_image_bytes",
-            "Bytes of all images as transferred",
-            value=sum(image.size_bytes for image in images),
-        )
+
+    def collect(self) -> Iterable[MetricFamily | InfoMetricFamily]:
+        return self._families
 
 
 def _gauge(name: str, help_: str, counts: Tally[str], states: Iterable[str]) -> GaugeMetricFamily:
@@ -94,14 +93,6 @@ def _gauge(name: str, help_: str, counts: Tally[str], states: Iterable[str]) -> 
     for state in states:
         family.add_metric([state], counts[state])
     return family
-
-
-def agent_registry(node: Node) -> CollectorRegistry:
-    """The agent's process and the node. Read on the loop: the node belongs to its thread."""
-    registry = CollectorRegistry()
-    ProcessCollector(registry=registry)
-    registry.register(NodeCollector(node))
-    return registry
 
 
 class UsageCollector(Collector):

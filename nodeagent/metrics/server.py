@@ -10,12 +10,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Self
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from nodeagent.config import split_address
 from nodeagent.lifecycle.node import Node
-from nodeagent.metrics.collectors import Calls, UsageCollector, agent_registry
+from nodeagent.metrics.collectors import NodeCollector, RpcMetrics, UsageCollector
 
 CLOSE_SECONDS = 1.0
 MAX_HEADER_BYTES = 8192
@@ -26,9 +26,10 @@ class MetricsServer:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self._registry = agent_registry(node)
+        self._agent = CollectorRegistry()
+        ProcessCollector(registry=self._agent)
         self._lock = asyncio.Lock()
-        self.observe = Calls(self._registry).observe
+        self.observe = RpcMetrics(self._agent).observe
         self.address: tuple[str, int] | None = None
 
     @classmethod
@@ -63,7 +64,9 @@ class MetricsServer:
 
     async def render(self) -> bytes:
         """The whole page."""
-        usages = CollectorRegistry()
-        usages.register(UsageCollector(await self._node.stats.sandboxes()))
-        agent = generate_latest(self._registry)
-        return agent + await asyncio.to_thread(generate_latest, usages)
+        now = CollectorRegistry()
+        now.register(NodeCollector(self._node))
+        now.register(UsageCollector(await self._node.stats.sandboxes()))
+        return await asyncio.to_thread(
+            lambda: b"".join(generate_latest(registry) for registry in (self._agent, now))
+        )

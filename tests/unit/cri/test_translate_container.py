@@ -1,0 +1,332 @@
+"""ContainerConfig to record: every field arrives or is refused by its name."""
+
+import signal
+
+import pytest
+
+from nodeagent.api import runtime_pb2 as pb
+from nodeagent.cri import signals
+from nodeagent.cri.translate_container import container_config
+from nodeagent.errors import InvalidArgument, Unsupported
+from nodeagent.records import (
+    CapabilityChange,
+    ContainerConfig,
+    DeviceConfig,
+    IdMapping,
+    MountConfig,
+    Namespace,
+    Namespaces,
+    Profile,
+    SandboxConfig,
+    SELinux,
+    UserNamespace,
+)
+from tests.unit.cri import samples
+from tests.unit.cri.test_translate_sandbox import LIMITS
+
+POD = SandboxConfig(
+    name="web", uid="u-1", namespace="default", privileged=True, namespaces=Namespaces()
+)
+UNPRIVILEGED = SandboxConfig(name="web", uid="u-1", namespace="default")
+BLOCK = (IdMapping(inside=0, outside=65_536, length=65_536),)
+
+
+def test_every_field_arrives() -> None:
+    assert container_config(samples.container(), POD) == ContainerConfig(
+        name="main",
+        attempt=2,
+        image="sha256:abc",
+        image_user_specified="busybox",
+        image_annotations={"i": "j"},
+        image_runtime_handler="h",
+        command=("/bin/sh",),
+        args=("-c",),
+        working_dir="/srv",
+        envs=(("LANG", b"\xff"),),
+        mounts=(
+            MountConfig(
+                container_path="/data",
+                host_path="/srv/data",
+                readonly=True,
+                recursive_read_only=True,
+                selinux_relabel=True,
+                uids=BLOCK,
+                gids=BLOCK,
+                options=("noexec",),
+            ),
+            MountConfig(
+                container_path="/model",
+                readonly=True,
+                image="sha256:def",
+                image_user_specified="model:1",
+                image_sub_path="weights",
+            ),
+        ),
+        devices=(DeviceConfig(container_path="/dev/a", host_path="/dev/b", permissions="rw"),),
+        cdi_devices=("vendor.com/gpu=0",),
+        labels={"tier": "front"},
+        annotations={"hash": "1f"},
+        log_path="main/2.log",
+        stdin=True,
+        stdin_once=True,
+        tty=True,
+        stop_signal=signal.SIGQUIT,
+        resources=LIMITS,
+        namespaces=Namespaces(pid="target", target="t-1"),
+        privileged=True,
+        readonly_rootfs=True,
+        no_new_privs=True,
+        capabilities=CapabilityChange(add=("NET_ADMIN",), drop=("ALL",), add_ambient=("CHOWN",)),
+        run_as_user=7,
+        run_as_group=8,
+        supplemental_groups=(9,),
+        groups_policy="strict",
+        masked_paths=("/proc/keys",),
+        readonly_paths=("/proc/sys",),
+        seccomp=Profile(kind="unconfined"),
+        apparmor=Profile(kind="unconfined"),
+        selinux=SELinux(user="u", role="r", type="t", level="s0"),
+    )
+
+
+CONTEXT = "linux.security_context."
+ELSEWHERE = {
+    "image.image_ref",  # of statuses only
+    "mounts.image.annotations",  # nothing of a volume depends on them
+    "mounts.image.runtime_handler",
+    "mounts.image.image_ref",
+    "mounts.propagation",
+    "mounts.uidMappings.container_id",
+    "mounts.gidMappings.container_id",
+    f"{CONTEXT}run_as_username",
+    f"{CONTEXT}apparmor_profile",
+    f"{CONTEXT}seccomp_profile_path",
+    f"{CONTEXT}seccomp.localhost_ref",
+    f"{CONTEXT}apparmor.localhost_ref",
+}
+
+
+@pytest.mark.parametrize("path", list(samples.leaves(pb.ContainerConfig.DESCRIPTOR)))
+def test_no_field_is_forgotten(path: str) -> None:
+    of_pod = path.startswith(f"{CONTEXT}namespace_options") and ".pid" not in path
+    if path.startswith("windows.") or path in ELSEWHERE or of_pod:
+        return
+    config = samples.container()
+    assert samples.without(config, path), "the sample has not got this field"
+    try:
+        assert container_config(config, POD) != container_config(samples.container(), POD)
+    except InvalidArgument:
+        return
+
+
+def test_the_least_config() -> None:
+    assert container_config(samples.simple_container(), UNPRIVILEGED) == ContainerConfig(
+        name="main", image="busybox"
+    )
+
+
+def test_windows_is_unsupported() -> None:
+    with pytest.raises(Unsupported, match=r"config\.windows"):
+        container_config(samples.simple_container(windows=pb.WindowsContainerConfig()), POD)
+
+
+def test_no_security_context_masks_paths_an_empty_one_does_not() -> None:
+    bare = container_config(samples.simple_container(), POD)
+    assert (bare.masked_paths, bare.readonly_paths) == (None, None)
+    unmasked = container_config(samples.in_container(), POD)
+    assert (unmasked.masked_paths, unmasked.readonly_paths) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("asked", "of_pod", "got"),
+    [
+        (pb.POD, "pod", "pod"),
+        (pb.POD, "container", "container"),
+        (pb.POD, "node", "node"),
+        (pb.CONTAINER, "pod", "container"),
+        (pb.CONTAINER, "node", "container"),
+        (pb.NODE, "node", "node"),
+    ],
+)
+def test_pid_namespaces(asked: pb.NamespaceMode, of_pod: Namespace, got: Namespace) -> None:
+    pod = SandboxConfig(name="p", uid="u", namespace="n", namespaces=Namespaces(pid=of_pod))
+    options = pb.NamespaceOption(pid=asked)
+    config = container_config(samples.in_container(namespace_options=options), pod)
+    assert config.namespaces.pid == got
+
+
+def test_the_other_namespaces_are_the_pods() -> None:
+    user = UserNamespace(mode="pod", uids=BLOCK, gids=BLOCK)
+    own = Namespaces(network="node", ipc="node", user=user)
+    pod = SandboxConfig(name="p", uid="u", namespace="n", namespaces=own)
+    assert container_config(samples.simple_container(), pod).namespaces == own
+    mapping = pb.IDMapping(container_id=0, host_id=65_536, length=65_536)
+    options = pb.NamespaceOption(
+        network=pb.NODE,
+        ipc=pb.NODE,
+        pid=pb.CONTAINER,
+        userns_options=pb.UserNamespace(mode=pb.POD, uids=[mapping], gids=[mapping]),
+    )
+    assert container_config(samples.in_container(namespace_options=options), pod).namespaces == own
+
+
+def test_users_by_name() -> None:
+    config = container_config(
+        samples.in_container(run_as_username="www", run_as_group=pb.Int64Value(value=3)), POD
+    )
+    assert (config.run_as_user, config.run_as_username, config.run_as_group) == (None, "www", 3)
+
+
+def test_capabilities_in_any_spelling() -> None:
+    change = pb.Capability(add_capabilities=["cap_net_raw", "Sys_Admin", "all"])
+    config = container_config(samples.in_container(capabilities=change), POD)
+    assert config.capabilities.add == ("NET_RAW", "SYS_ADMIN", "ALL")
+
+
+@pytest.mark.parametrize(
+    ("fields", "profile"),
+    [
+        ({"apparmor_profile": "runtime/default"}, Profile(kind="default")),
+        ({"apparmor_profile": "unconfined"}, Profile(kind="unconfined")),
+        ({"apparmor_profile": "localhost/mine"}, Profile(kind="localhost", ref="mine")),
+        (
+            {"apparmor": pb.SecurityProfile(profile_type="Localhost", localhost_ref="localhost/m")},
+            Profile(kind="localhost", ref="m"),
+        ),
+        (
+            {"apparmor_profile": "unconfined", "apparmor": pb.SecurityProfile()},
+            Profile(kind="default"),
+        ),
+        ({}, None),
+    ],
+)
+def test_apparmor_in_both_forms(fields: dict[str, object], profile: Profile | None) -> None:
+    assert container_config(samples.in_container(**fields), POD).apparmor == profile
+
+
+@pytest.mark.parametrize("value", [value for _, value in pb.Signal.items()])
+def test_every_stop_signal(value: int) -> None:
+    config = container_config(samples.simple_container(stop_signal=value), POD)
+    assert 0 <= config.stop_signal <= signal.SIGRTMAX
+    assert signals.NUMBERS[signals.signal_value(config.stop_signal)] == config.stop_signal
+
+
+def test_some_stop_signals_by_number() -> None:
+    wanted = {"SIGTERM": 15, "SIGRTMIN": 34, "SIGRTMINPLUS3": 37, "SIGRTMAXMINUS14": 50}
+    for name, number in wanted.items():
+        assert signals.NUMBERS[pb.Signal.Value(f"SIGNAL_{name}")] == number
+    assert signals.signal_value(99) == pb.SIGNAL_RUNTIME_DEFAULT
+    assert signals.signal_value(signal.SIGCHLD) == pb.SIGNAL_SIGCHLD
+
+
+def mount(**fields: object) -> pb.ContainerConfig:
+    values: dict[str, object] = {"container_path": "/a", "host_path": "/b"} | fields
+    return samples.simple_container(mounts=[pb.Mount(**values)])  # type: ignore[arg-type]
+
+
+def volume(**fields: object) -> pb.ContainerConfig:
+    image = pb.ImageSpec(image="sha256:1")
+    return mount(**{"host_path": "", "readonly": True, "image": image} | fields)
+
+
+def device(**fields: str) -> pb.ContainerConfig:
+    values = {"container_path": "/dev/a", "host_path": "/dev/b", "permissions": "r"} | fields
+    return samples.simple_container(devices=[pb.Device(**values)])
+
+
+def env(key: str, value: bytes = b"") -> pb.ContainerConfig:
+    return samples.simple_container(envs=[pb.KeyValue(key=key, value=value)])
+
+
+def namespaces(**fields: object) -> pb.ContainerConfig:
+    return samples.in_container(namespace_options=pb.NamespaceOption(**fields))  # type: ignore[arg-type]
+
+
+ROOT = pb.IDMapping(container_id=0, host_id=1, length=1)
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (pb.ContainerConfig(), "config.metadata.name: is required"),
+        (pb.ContainerConfig(metadata=pb.ContainerMetadata(name="x")), "config.image.image"),
+        (samples.simple_container(image=pb.ImageSpec(image="a\n")), "config.image.image"),
+        (samples.simple_container(command=["a", "b\0"]), "config.command[1]: has a NUL"),
+        (samples.simple_container(args=["\0"]), "config.args[0]"),
+        (samples.simple_container(args=["x"] * 10_001), "config.args: has 10001 entries"),
+        (samples.simple_container(working_dir="tmp"), "config.working_dir"),
+        (samples.simple_container(working_dir="/proc/self/fd/8/../.."), "config.working_dir"),
+        (env(""), "config.envs[0].key"),
+        (env("A=B"), "config.envs[0].key"),
+        (env("A\0"), "config.envs[0].key"),
+        (env("A", b"x\0"), "config.envs[0].value"),
+        (mount(container_path="a"), "config.mounts[0].container_path"),
+        (mount(container_path="/"), "config.mounts[0].container_path"),
+        (mount(container_path="/a/../.."), "config.mounts[0].container_path"),
+        (mount(host_path=""), "config.mounts[0].host_path: is required"),
+        (mount(host_path="b"), "config.mounts[0].host_path"),
+        (mount(host_path="/b\0"), "config.mounts[0].host_path"),
+        (mount(propagation=3), "config.mounts[0].propagation: 3"),
+        (mount(recursive_read_only=True), "mounts[0].recursive_read_only: needs readonly"),
+        (
+            mount(recursive_read_only=True, readonly=True, propagation=1),
+            "mounts[0].recursive_read_only: needs PROPAGATION_PRIVATE",
+        ),
+        (mount(uidMappings=[ROOT]), "config.mounts[0].gidMappings"),
+        (mount(gidMappings=[ROOT]), "config.mounts[0].uidMappings"),
+        (mount(uidMappings=[ROOT] * 341), "config.mounts[0].uidMappings: has 341"),
+        (mount(uidMappings=[pb.IDMapping()]), "config.mounts[0].uidMappings[0].length"),
+        (mount(mount_options=["noexec", "ro"]), "config.mounts[0].mount_options[1]"),
+        (mount(image_sub_path="x"), "config.mounts[0].image_sub_path"),
+        (volume(host_path="/b"), "config.mounts[0].image: a mount has a host_path or an image"),
+        (volume(image=pb.ImageSpec()), "config.mounts[0].image.image"),
+        (volume(readonly=False), "config.mounts[0].readonly"),
+        (volume(propagation=1), "config.mounts[0].propagation"),
+        (volume(image_sub_path="../etc"), "config.mounts[0].image_sub_path"),
+        (volume(image_sub_path="/etc"), "config.mounts[0].image_sub_path"),
+        (device(container_path=""), "config.devices[0].container_path: is required"),
+        (device(host_path="sda"), "config.devices[0].host_path"),
+        (device(permissions=""), "config.devices[0].permissions"),
+        (device(permissions="rx"), "config.devices[0].permissions"),
+        (device(permissions="rr"), "config.devices[0].permissions"),
+        (samples.simple_container(CDI_devices=[pb.CDIDevice(name="gpu")]), "CDI_devices[0].name"),
+        (samples.simple_container(labels={"a": "x" * (1 << 20)}), "config.labels"),
+        (samples.simple_container(log_path="/var/log/x"), "config.log_path"),
+        (samples.simple_container(log_path="../x"), "config.log_path"),
+        (samples.simple_container(stop_signal=66), "config.stop_signal: 66"),
+        (samples.in_container(privileged=True), "privileged: the pod is not privileged"),
+        (namespaces(network=pb.NODE), "namespace_options.network: NODE, but the pod"),
+        (namespaces(network=pb.CONTAINER), "namespace_options.network"),
+        (namespaces(ipc=pb.NODE), "namespace_options.ipc: NODE, but the pod"),
+        (namespaces(pid=pb.NODE), "namespace_options.pid: NODE, but the pod"),
+        (namespaces(pid=pb.TARGET), "namespace_options.target_id"),
+        (namespaces(target_id="x"), "namespace_options.target_id"),
+        (
+            namespaces(userns_options=pb.UserNamespace(mode=pb.POD, uids=[ROOT], gids=[ROOT])),
+            "namespace_options.userns_options: differs",
+        ),
+        (samples.in_container(run_as_group=pb.Int64Value()), "run_as_group: needs a user"),
+        (
+            samples.in_container(run_as_user=pb.Int64Value(), run_as_username="x"),
+            "run_as_username: run_as_user is given as well",
+        ),
+        (samples.in_container(run_as_username="a:b"), "run_as_username"),
+        (samples.in_container(run_as_username="a\n"), "run_as_username"),
+        (samples.in_container(masked_paths=["proc"]), "masked_paths[0]"),
+        (samples.in_container(readonly_paths=["/proc/../etc"]), "readonly_paths[0]"),
+        (samples.in_container(apparmor_profile="mine"), "apparmor_profile"),
+        (
+            samples.in_container(capabilities=pb.Capability(add_capabilities=["SYS_NOTHING"])),
+            "capabilities.add_capabilities",
+        ),
+        (
+            samples.in_container(capabilities=pb.Capability(drop_capabilities=["CAP_CAP_KILL"])),
+            "capabilities.drop_capabilities",
+        ),
+    ],
+)
+def test_refusals_name_the_field(config: pb.ContainerConfig, field: str) -> None:
+    with pytest.raises(InvalidArgument) as error:
+        container_config(config, UNPRIVILEGED)
+    assert field in str(error.value)
+    assert str(error.value).startswith("config.")
