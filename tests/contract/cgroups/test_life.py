@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -66,6 +67,16 @@ def test_parents_stay_while_they_are_needed(cgroups: Cgroups, layout: Layout) ->
     first.remove()
     assert second.exists()
     second.remove()
+    assert directories(layout, TOP) == []
+
+
+def test_parents_are_shared_by_threads(cgroups: Cgroups, layout: Layout) -> None:
+    def churn(name: int) -> None:
+        for _ in range(30):
+            cgroups.create(f"{TOP}/a/b/{name}").remove()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(churn, range(4)))
     assert directories(layout, TOP) == []
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.hierarchy import Layout
-from nodeagent.cgroups.manager import Cgroups
+from nodeagent.cgroups.manager import HUGEPAGES, Cgroups
 from nodeagent.errors import (
     FailedPrecondition,
     InvalidArgument,
@@ -136,6 +136,17 @@ def test_nonsense_is_refused_before_anything_is_written(group: Cgroup) -> None:
 
 def test_no_huge_pages_can_always_be_asked_for(group: Cgroup) -> None:
     group.apply(Resources(hugepage_limits={"2MB": 0, "1GB": 0, "16GB": 0}))
+
+
+def test_huge_pages(group: Cgroup, cgroups: Cgroups) -> None:
+    sizes = os.listdir(HUGEPAGES) if "hugetlb" in cgroups.controllers else []
+    if "hugepages-2048kB" not in sizes:
+        with pytest.raises(Unsupported, match=r"hugetlb\.2MB"):
+            group.apply(Resources(hugepage_limits={"2MB": 4 * MIB}))
+        return
+    group.apply(Resources(hugepage_limits={"2MB": 4 * MIB}))
+    assert group.resources().hugepage_limits == {"2MB": 4 * MIB}
+    assert "2MB" in [size.page_size for size in group.stats().hugetlb]
 
 
 def test_unified(group: Cgroup, cgroups: Cgroups) -> None:

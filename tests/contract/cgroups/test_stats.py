@@ -60,7 +60,7 @@ def test_memory(group: Cgroup, spawn: Spawn) -> None:
     assert memory
     assert 40 * MIB <= memory.rss_bytes <= memory.usage_bytes < 100 * MIB
     assert memory.max_usage_bytes >= memory.usage_bytes - MIB
-    assert memory.page_faults > 1000
+    assert memory.page_faults > 10
     assert memory.limit_bytes == 200 * MIB
     assert memory.available_bytes == 200 * MIB - memory.working_set_bytes
     assert memory.swap_limit_bytes in (0, None)
