@@ -1,0 +1,60 @@
+"""Errors as clients see them."""
+
+import errno
+
+import grpc
+import pytest
+
+from nodeagent import errors
+from nodeagent.cri import status
+
+C = grpc.StatusCode
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "details"),
+    [
+        (errors.InvalidArgument("a: b"), C.INVALID_ARGUMENT, "a: b"),
+        (errors.NotFound("x"), C.NOT_FOUND, "x"),
+        (errors.AlreadyExists("x"), C.ALREADY_EXISTS, "x"),
+        (errors.FailedPrecondition("x"), C.FAILED_PRECONDITION, "x"),
+        (errors.StartError("x"), C.FAILED_PRECONDITION, "x"),
+        (errors.PermissionDenied("x"), C.PERMISSION_DENIED, "x"),
+        (errors.ResourceExhausted("x"), C.RESOURCE_EXHAUSTED, "x"),
+        (errors.Unavailable("x"), C.UNAVAILABLE, "x"),
+        (errors.Unsupported("x"), C.UNIMPLEMENTED, "x"),
+        (errors.DataLoss("x"), C.DATA_LOSS, "x"),
+        (errors.RegistryUnavailable("x"), C.UNKNOWN, "RegistryUnavailable: x"),
+        (errors.RegistryUnavailable("RegistryUnavailable: x"), C.UNKNOWN, "RegistryUnavailable: x"),
+        (TimeoutError("x"), C.DEADLINE_EXCEEDED, "x"),
+        (TimeoutError(), C.DEADLINE_EXCEEDED, "TimeoutError"),
+        (OSError(errno.ENOSPC, "full", "/f"), C.RESOURCE_EXHAUSTED, "[Errno 28] full: '/f'"),
+        (OSError(errno.EDQUOT, "quota"), C.RESOURCE_EXHAUSTED, "[Errno 122] quota"),
+        (OSError(errno.EIO, "io", "/f"), C.INTERNAL, "[Errno 5] io: '/f'"),
+        (FileNotFoundError(2, "no", "/f"), C.INTERNAL, "[Errno 2] no: '/f'"),
+        (ValueError("x"), C.INTERNAL, "internal error: ValueError: x"),
+        (errors.NodeAgentError("x"), C.INTERNAL, "x"),
+    ],
+)
+def test_codes_and_texts(error: Exception, code: grpc.StatusCode, details: str) -> None:
+    assert status.code_of(error) == code
+    assert status.details_of(error) == details
+
+
+def test_every_class_has_a_code() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    assert len(kinds) > 10
+    for kind in kinds:
+        if kind is not errors.NodeAgentError:
+            assert status.code_of(kind("x")) != C.INTERNAL, kind
+
+
+def test_texts_are_bounded() -> None:
+    assert len(status.details_of(errors.NotFound("x" * 10_000))) == status.MAX_DETAILS
+
+
+def test_what_is_reported_on_purpose() -> None:
+    assert status.is_expected(errors.NotFound("x"))
+    assert status.is_expected(TimeoutError())
+    assert not status.is_expected(OSError(errno.EIO, "io"))
+    assert not status.is_expected(KeyError("x"))

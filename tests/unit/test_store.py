@@ -1,0 +1,128 @@
+"""The store: records survive, whole or not at all."""
+
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nodeagent.records import ContainerConfig, HostPort, Lease
+from nodeagent.store import SCHEMA_VERSION, Store
+from tests.unit.cri import records
+
+
+def lease(pod: str = "p", *addresses: str) -> Lease:
+    return Lease(pod_id=pod, addresses=addresses, link="v", acquired_at=1)
+
+
+@pytest.fixture(name="path")
+def path_of_store(tmp_path: Path) -> Path:
+    return tmp_path / "state.db"
+
+
+def test_records_survive_closing(path: Path) -> None:
+    kept = [records.sandbox(), records.container(started_at=7), records.image(), lease()]
+    store = Store.open(path)
+    for record in kept:
+        store.put(record)
+    store.close()
+    again = Store.open(path)
+    assert [again.get(type(record), record.key) for record in kept] == kept
+    again.close()
+
+
+def test_put_replaces_and_delete_forgets(path: Path) -> None:
+    store = Store.open(path)
+    store.put(lease("p", "10.0.0.1/16"))
+    store.put(lease("p", "10.0.0.2/16"))
+    store.put(lease("o"))
+    assert store.all(Lease) == [lease("o"), lease("p", "10.0.0.2/16")]
+    store.delete(Lease, "p")
+    store.delete(Lease, "p")
+    assert store.get(Lease, "p") is None
+    assert store.all(HostPort) == []
+    store.close()
+
+
+def test_kinds_do_not_share_keys(path: Path) -> None:
+    store = Store.open(path)
+    store.put(records.sandbox("x"))
+    store.put(records.container("x"))
+    assert type(store.get(type(records.sandbox()), "x")) is type(records.sandbox())
+    store.delete(type(records.container()), "x")
+    assert store.get(type(records.sandbox()), "x") is not None
+    store.close()
+
+
+def test_a_transaction_that_fails_writes_nothing(path: Path) -> None:
+    store = Store.open(path)
+    store.put(lease("before"))
+    with pytest.raises(ZeroDivisionError):
+        _replace_and_fail(store)
+    assert store.all(Lease) == [lease("before")]
+    with store.transaction():
+        store.put(lease("after"))
+    assert store.all(Lease) == [lease("after"), lease("before")]
+    store.close()
+
+
+def _replace_and_fail(store: Store) -> None:
+    with store.transaction():
+        store.put(lease("during"))
+        with store.transaction():
+            store.delete(Lease, "before")
+        raise ZeroDivisionError
+
+
+def test_another_process_sees_only_whole_transactions(path: Path) -> None:
+    store, other = Store.open(path), Store.open(path)
+    with store.transaction():
+        store.put(lease("a"))
+        assert other.all(Lease) == []
+    assert other.all(Lease) == [lease("a")]
+    store.close()
+    other.close()
+
+
+def test_sync_brings_everything_into_the_file_itself(path: Path, tmp_path: Path) -> None:
+    """A copy of the main file, without the log beside it, is what a power cut could leave."""
+    store = Store.open(path)
+    store.put(lease())
+    shutil.copy(path, tmp_path / "before.db")
+    store.sync()
+    shutil.copy(path, tmp_path / "after.db")
+    store.close()
+    with closing(Store.open(tmp_path / "before.db")) as before:
+        assert before.all(Lease) == []
+    with closing(Store.open(tmp_path / "after.db")) as after:
+        assert after.all(Lease) == [lease()]
+
+
+def test_the_file_of_a_newer_agent_is_refused(path: Path) -> None:
+    Store.open(path).close()
+    db = sqlite3.connect(path)
+    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    db.close()
+    with pytest.raises(RuntimeError, match="newer than this agent's"):
+        Store.open(path)
+
+
+@given(st.dictionaries(st.text(), st.text()), st.lists(st.tuples(st.text(), st.binary())))
+def test_texts_and_bytes_of_any_kind(labels: dict[str, str], envs: list[tuple[str, bytes]]) -> None:
+    store = Store(_memory())
+    config = {"labels": labels, "annotations": labels, "envs": tuple(envs)}
+    record = records.container(config=config)
+    store.put(record)
+    kept = store.get(type(record), record.key)
+    assert kept == record
+    assert isinstance(kept.config, ContainerConfig)
+    store.close()
+
+
+def _memory() -> sqlite3.Connection:
+    db = sqlite3.connect(":memory:", isolation_level=None)
+    db.execute("CREATE TABLE record_container (key TEXT PRIMARY KEY, body BLOB NOT NULL)")
+    return db
