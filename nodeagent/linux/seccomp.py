@@ -10,9 +10,10 @@ from nodeagent.linux import syscalls
 FLAG_TSYNC = 1 << 0
 FLAG_LOG = 1 << 1
 FLAG_SPEC_ALLOW = 1 << 2
+FLAG_WAIT_KILLABLE_RECV = 1 << 5
 
 _INSTRUCTION_BYTES = 8  # sizeof(struct sock_filter)
-_MAX_INSTRUCTIONS = 4096  # BPF_MAXINSNS
+MAX_BYTES = 4096 * _INSTRUCTION_BYTES  # BPF_MAXINSNS
 
 
 class _Program(ctypes.Structure):
@@ -27,7 +28,7 @@ def install(program: bytes, flags: int) -> None:
     Needs no_new_privs or SYS_ADMIN. Raises `ValueError` where `program` can't be one.
     """
     count, rest = divmod(len(program), _INSTRUCTION_BYTES)
-    if rest or not 0 < count <= _MAX_INSTRUCTIONS:
+    if rest or not 0 < len(program) <= MAX_BYTES:
         raise ValueError(f"seccomp filter of {len(program)} bytes: not 1 to 4096 instructions")
     argument = _Program(count, program)
     syscalls.seccomp(syscalls.SECCOMP_SET_MODE_FILTER, flags, ctypes.addressof(argument))

@@ -1,0 +1,151 @@
+"""Seccomp profiles, compiled by the agent to what a container's first process installs.
+
+`runtime_default` is the profile of `nodeagent.sandbox.seccomp_defaults`; `from_file` and `from_json` take one in the
+form of the OCI runtime specification. The same text and capabilities are compiled once.
+"""
+
+import errno
+import functools
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from nodeagent.errors import InvalidArgument, NotFound, Unsupported
+from nodeagent.linux import capabilities, libseccomp, seccomp
+from nodeagent.linux.libseccomp import Condition, Rule
+from nodeagent.sandbox import seccomp_defaults as defaults
+from nodeagent.sandbox import seccomp_oci
+
+_MAX_PROFILE_BYTES = 1 << 20
+_CACHED = 64
+
+_EPERM = libseccomp.ACT_ERRNO | errno.EPERM
+_ENOSYS = libseccomp.ACT_ERRNO | errno.ENOSYS
+
+
+class Filter(NamedTuple):
+    """program: an array of struct sock_filter; flags: of seccomp(2)."""
+
+    program: bytes
+    flags: int
+
+
+@functools.lru_cache(_CACHED)
+def runtime_default(held: int) -> Filter:
+    """The default profile for processes with these capabilities (a mask: the bounding set)."""
+    rules = list(_default_rules(set(capabilities.names(held))))
+    newest = max(defaults.NUMBERS.values())
+    return Filter(_compile(_EPERM, _compat_architectures(), rules, newest), seccomp.FLAG_SPEC_ALLOW)
+
+
+def from_file(path: str, held: int) -> Filter:
+    """The profile in the file `path`. Raises `NotFound`, `InvalidArgument` and `Unsupported`, which name it."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_MAX_PROFILE_BYTES + 1)
+    except FileNotFoundError:
+        raise NotFound(f'seccomp profile "{path}": no such file') from None
+    if len(text) > _MAX_PROFILE_BYTES:
+        raise InvalidArgument(f'seccomp profile "{path}": larger than {_MAX_PROFILE_BYTES} bytes')
+    try:
+        return from_json(text, held)
+    except (InvalidArgument, Unsupported) as error:
+        raise type(error)(f'seccomp profile "{path}": {error}') from error
+
+
+@functools.lru_cache(_CACHED)
+def from_json(text: bytes, held: int) -> Filter:
+    """A profile's text, for processes with these capabilities."""
+    profile = seccomp_oci.decode(text, set(capabilities.names(held)))
+    newest = None if profile.is_permissive else _newest(profile.named)
+    program = _compile(profile.default, profile.architectures, profile.rules, newest)
+    return Filter(program, profile.flags)
+
+
+def _default_rules(held: set[str]) -> Iterator[Rule]:
+    allow = libseccomp.ACT_ALLOW
+    unconditional = set(defaults.ALLOWED)
+    for capability, names in defaults.ALLOWED_WITH.items():
+        if capability in held:
+            unconditional.update(names)
+    yield from (Rule(name, allow) for name in sorted(unconditional))
+    yield from _masked("socket", defaults.SOCKET)
+    yield from _masked("personality", defaults.PERSONALITY)
+    yield from (Rule(name, _ENOSYS) for name in defaults.ABSENT)
+    if "clone" not in unconditional:
+        yield from _masked("clone", defaults.CLONE)
+        yield Rule("clone3", _ENOSYS)
+
+
+def _masked(name: str, alternatives: Iterable[defaults.Masked]) -> Iterator[Rule]:
+    for argument, mask, value in alternatives:
+        condition = Condition(argument, libseccomp.CMP_MASKED_EQ, mask, value)
+        yield Rule(name, libseccomp.ACT_ALLOW, (condition,))
+
+
+def _compat_architectures() -> list[str]:
+    """What programs of 32 bits use."""
+    return {"x86_64": ["x86"], "aarch64": ["arm"]}.get(os.uname().machine, [])
+
+
+# ---- compilation ----
+
+# Up to here the numbers of system calls differ between architectures; from here on they are the same.
+_LAST_DIFFERENT = 423
+# Above all numbers that the kernel gives out one after the other, and below those of ARM and x32.
+_END_OF_NUMBERS = 1024
+
+# BPF instructions (linux/bpf_common.h): load a word, jump if equal, greater, greater or equal, return.
+_LOAD, _JUMP_EQUAL, _JUMP_GREATER, _JUMP_AT_LEAST, _RETURN = 0x20, 0x15, 0x25, 0x35, 0x06
+_NUMBER_OFFSET = 0  # offsetof(struct seccomp_data, nr)
+
+
+def _newest(names: Iterable[str]) -> int:
+    """The newest of some system calls: newer ones the author of a profile can't have known."""
+    numbers = (defaults.NUMBERS.get(name) or libseccomp.number_of(name) for name in names)
+    shared = (n for n in numbers if n is not None and _LAST_DIFFERENT < n < _END_OF_NUMBERS)
+    return max(shared, default=_LAST_DIFFERENT)
+
+
+def _compile(
+    default: int, architectures: list[str], rules: list[Rule], newest: int | None
+) -> bytes:
+    """A filter by libseccomp, with a prologue of ours for system calls that the library is too old for.
+
+    newest: above it, nothing exists (ENOSYS); None lets the default action hold there, too.
+    """
+    recent = [rule for rule in rules if rule.name in defaults.NUMBERS]
+    if any(rule.conditions for rule in recent):
+        raise InvalidArgument(f"conditions on {recent[0].name}: not supported")
+    known = [rule for rule in rules if rule.name not in defaults.NUMBERS]
+    program = _prologue(default, recent, newest) + libseccomp.compile_filter(
+        default, architectures, known
+    )
+    if len(program) > seccomp.MAX_BYTES:
+        raise InvalidArgument(f"filter of {len(program)} bytes: larger than {seccomp.MAX_BYTES}")
+    return program
+
+
+def _prologue(default: int, recent: list[Rule], newest: int | None) -> bytes:
+    """Decide on the numbers of `defaults.NUMBERS` and above; leave all others to what follows."""
+    decisions = b""
+    for rule in recent:
+        decisions += _instruction(_JUMP_EQUAL, defaults.NUMBERS[rule.name], 0, 1)
+        decisions += _instruction(_RETURN, rule.action)
+    if newest is not None:
+        decisions += _instruction(_JUMP_GREATER, newest, 0, 1) + _instruction(_RETURN, _ENOSYS)
+    first = min(defaults.NUMBERS.values())
+    decisions += _instruction(_JUMP_AT_LEAST, first, 0, 1) + _instruction(_RETURN, default)
+    length = len(decisions) // len(_instruction(_RETURN, 0))
+    return (
+        _instruction(_LOAD, _NUMBER_OFFSET)
+        + _instruction(_JUMP_GREATER, _LAST_DIFFERENT, 0, length + 1)
+        + _instruction(_JUMP_AT_LEAST, _END_OF_NUMBERS, length, 0)
+        + decisions
+    )
+
+
+def _instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    """struct sock_filter."""
+    return struct.pack("=HBBI", code, if_true, if_false, operand)
