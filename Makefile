@@ -16,7 +16,7 @@ DEBIAN := .cache/debian
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test-setup tools peer guest demo test lint proto lock bench bench-peer clean
+.PHONY: help setup test-setup tools peer guest demo test conformance lint proto lock bench bench-peer clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,6 +90,9 @@ test: test-setup lint ## Lint, types, layers and all tests
 ifneq ($(HAVE_GO)$(CI),)
 test: tools
 endif
+
+conformance: test-setup tools ## Run critest, the public validation suite of the CRI
+	$(PYTHON) -m tests.conformance
 
 lint: setup ## Check style, types, layers and generated code
 	$(VENV)/bin/ruff check
