@@ -1,0 +1,137 @@
+"""Content that is named by its digest: blobs on their way to this node, and the small documents that stay.
+
+A layer's blob lives in the staging directory while it is fetched and unpacked, then it goes: what a container needs is
+the unpacked layer. Indexes, manifests and configs are kept in ``blobs/sha256/``.
+"""
+
+import hashlib
+import io
+import os
+import threading
+from collections.abc import Collection
+from pathlib import Path
+
+from nodeagent import files
+from nodeagent.errors import DataLoss
+from nodeagent.images import manifest
+
+
+class Blob:
+    """A file that one thread writes from its start, while others read what is there so far.
+
+    Nobody may believe what was read before the read that returned the end: only then the digest is known to be right.
+    """
+
+    def __init__(self, path: Path, digest: str, size: int) -> None:
+        self.path = path
+        self.digest = digest
+        self.size = size
+        self.received = 0
+        self._hash = hashlib.sha256()
+        self._complete = False
+        self._failure: Exception | None = None
+        self._changed = threading.Condition()
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+    def append(self, data: bytes) -> None:
+        """Add the next bytes; more than the size is a `DataLoss`."""
+        if self.received + len(data) > self.size:
+            raise DataLoss(f"{self.digest}: longer than its {self.size} bytes")
+        self._hash.update(data)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._file, view) :]
+        with self._changed:
+            self.received += len(data)
+            self._changed.notify_all()
+
+    def finish(self) -> None:
+        """All is there: compare it with the digest. Raises `DataLoss`."""
+        got = f"sha256:{self._hash.hexdigest()}"
+        if self.received != self.size or got != self.digest:
+            raise DataLoss(
+                f"{self.digest}: got {self.received} of {self.size} bytes with the digest {got}"
+            )
+        with self._changed:
+            self._complete = True
+            self._changed.notify_all()
+
+    def fail(self, error: Exception) -> None:
+        """Nothing more will come: readers get the error."""
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+
+    def remove(self) -> None:
+        """Readers must be done."""
+        os.close(self._file)
+        self.path.unlink(missing_ok=True)
+
+    def reader(self) -> "BlobReader":
+        return BlobReader(self)
+
+    def read_at(self, buffer: memoryview, offset: int) -> int:
+        """Fill the buffer as far as possible; waits for the first byte. 0 at the verified end."""
+        with self._changed:
+            while self._failure is None and not self._complete and self.received <= offset:
+                self._changed.wait()
+            if self._failure is not None:
+                raise self._failure
+            available = self.received - offset
+        return os.preadv(self._file, [buffer[:available]], offset) if available else 0
+
+
+class BlobReader(io.RawIOBase):
+    """Reads a blob from its start."""
+
+    def __init__(self, blob: Blob) -> None:
+        self._blob = blob
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        count = self._blob.read_at(memoryview(buffer).cast("B"), self._at)
+        self._at += count
+        return count
+
+
+class Documents:
+    """Indexes, manifests and configs by digest. Plain blocking calls: the files are small."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        files.ensure_directory(str(directory), mode=0o700)
+        self._sizes = {path.name: path.stat().st_size for path in directory.iterdir()}
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(list(self._sizes.values()))  # a thread may be adding one
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def get(self, digest: str) -> bytes | None:
+        """What has this digest, if it is here and undamaged."""
+        try:
+            data = self._path(digest).read_bytes()
+        except FileNotFoundError:
+            return None
+        return data if manifest.digest(data) == digest else None
+
+    def put(self, data: bytes) -> None:
+        """Keep a document; it is durable after the next sync of the file system."""
+        path = self._path(manifest.digest(data))
+        files.write_atomic(str(path), data, mode=0o600, sync=False)
+        self._sizes[path.name] = len(data)
+
+    def keep(self, digests: Collection[str]) -> None:
+        """Remove all others."""
+        wanted = {self._path(digest).name for digest in digests}
+        for name in self._sizes.keys() - wanted:
+            (self._directory / name).unlink(missing_ok=True)
+            del self._sizes[name]
+
+    def _path(self, digest: str) -> Path:
+        return self._directory / digest.removeprefix("sha256:")

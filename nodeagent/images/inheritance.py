@@ -1,0 +1,169 @@
+"""What an unpacked layer takes from the layers below it, so that it is right as a lower layer of an overlay.
+
+A layer's archive may leave out directories that it has files in: in an overlay the uppermost directory's owner and mode
+count, so they are copied from below. And it may have hard links to files of a layer below: an overlay can't have
+those, so the file is copied.
+"""
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from nodeagent.errors import InvalidArgument, ResourceExhausted
+from nodeagent.images.budget import Budget, is_full
+from nodeagent.images.layers import OPAQUE_XATTR, Unpacked, is_whiteout
+from nodeagent.linux import confined
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_ANYTHING = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_COPY_BYTES = 1 << 20
+
+
+def complete(directory: Path, layer: Unpacked, below: Sequence[Path], budget: Budget) -> None:
+    """Fill in what is implied and linked. below: the layers under it, uppermost first; none of them is changed."""
+    if not (below and layer.implied) and not layer.links:
+        return
+    with _opened(directory) as root:
+        try:
+            for path in layer.implied:
+                _inherit_directory(root, path, below)
+            for name, target in layer.links.items():
+                size = _copy(root, name, target, below, budget)
+                layer.used_bytes += size
+                layer.inodes += 1
+        except OSError as error:
+            if is_full(error):
+                raise ResourceExhausted(f"completing a layer: {error}") from None
+            raise
+
+
+@contextmanager
+def find(path: str, layers: Sequence[Path]) -> Iterator[int | None]:
+    """What overlays of these layers, uppermost first, show at `path`: a descriptor (O_PATH), or None.
+
+    Links on the way are not followed: they hide what they replace.
+    """
+    found = None
+    for layer in layers:
+        with _opened(layer) as root:
+            found, final = _step_down(root, path)
+        if final:
+            break
+    try:
+        yield found
+    finally:
+        if found is not None:
+            os.close(found)
+
+
+def _step_down(root: int, path: str) -> tuple[int | None, bool]:
+    """What one layer has at `path`, and whether that hides all layers below."""
+    current, opaque = os.dup(root), False
+    for name in path.split("/"):
+        try:
+            following = os.open(name, _ANYTHING, dir_fd=current)
+        except FileNotFoundError:
+            return None, opaque
+        except NotADirectoryError:
+            return None, True
+        finally:
+            os.close(current)
+        current = following
+        opaque = opaque or _is_opaque(current)
+    if is_whiteout(os.fstat(current)):
+        os.close(current)
+        return None, True
+    return current, True
+
+
+def _is_opaque(descriptor: int) -> bool:
+    if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        return False
+    return OPAQUE_XATTR in os.listxattr(f"/proc/self/fd/{descriptor}")
+
+
+def _inherit_directory(root: int, path: str, below: Sequence[Path]) -> None:
+    try:
+        directory = confined.open_path(root, path, _DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        return  # replaced by a later entry
+    try:
+        with find(path, below) as source:
+            if source is not None and stat.S_ISDIR(os.fstat(source).st_mode):
+                _copy_attributes(source, directory)
+    finally:
+        os.close(directory)
+
+
+def _copy(root: int, name: str, target: str, below: Sequence[Path], budget: Budget) -> int:
+    """Returns the bytes it takes."""
+    parent, _, base = name.rpartition("/")
+    with find(target, below) as source:
+        if source is None or stat.S_ISDIR(os.fstat(source).st_mode):
+            raise InvalidArgument(f'layer entry "{name}": no file "{target}" to link to')
+        try:
+            directory = confined.open_path(root, parent or ".", _DIRECTORY)
+        except (FileNotFoundError, NotADirectoryError):
+            return 0  # replaced by a later entry
+        status = os.fstat(source)
+        budget.spend(size_bytes=status.st_size)
+        try:
+            before = os.fstat(directory)
+            _copy_file(source, status, directory, base)
+            os.utime(directory, ns=(before.st_atime_ns, before.st_mtime_ns))
+        except FileExistsError:
+            return 0  # a later entry has the name
+        finally:
+            os.close(directory)
+        return status.st_blocks * 512
+
+
+def _copy_file(source: int, status: os.stat_result, directory: int, name: str) -> None:
+    if stat.S_ISREG(status.st_mode):
+        _copy_content(source, directory, name)
+        return
+    if stat.S_ISLNK(status.st_mode):
+        os.symlink(os.readlink("", dir_fd=source), name, dir_fd=directory)
+    else:
+        os.mknod(name, status.st_mode, status.st_rdev, dir_fd=directory)
+        os.chmod(name, stat.S_IMODE(status.st_mode), dir_fd=directory)
+    os.chown(name, status.st_uid, status.st_gid, dir_fd=directory, follow_symlinks=False)
+    times = (status.st_atime_ns, status.st_mtime_ns)
+    os.utime(name, ns=times, dir_fd=directory, follow_symlinks=False)
+
+
+def _copy_content(source: int, directory: int, name: str) -> None:
+    reading = os.open(f"/proc/self/fd/{source}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        writing = os.open(name, _NEW_FILE, 0o600, dir_fd=directory)
+        try:
+            while os.sendfile(writing, reading, None, _COPY_BYTES):
+                pass
+            _copy_attributes(source, writing)
+        finally:
+            os.close(writing)
+    finally:
+        os.close(reading)
+
+
+def _copy_attributes(source: int, target: int) -> None:
+    """Owner, mode, extended attributes but overlay's own, and times."""
+    status, path = os.fstat(source), f"/proc/self/fd/{source}"
+    os.fchown(target, status.st_uid, status.st_gid)
+    os.fchmod(target, stat.S_IMODE(status.st_mode))
+    for name in os.listxattr(path):
+        if not name.startswith("trusted.overlay."):
+            os.setxattr(target, name, os.getxattr(path, name))
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    descriptor = os.open(directory, _DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

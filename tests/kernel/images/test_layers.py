@@ -1,0 +1,288 @@
+"""Layers unpacked on the real file system, and seen through a real overlay mount."""
+
+import gzip
+import os
+import stat
+import struct
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from nodeagent.errors import DataLoss, InvalidArgument
+from nodeagent.linux import mounts, syscalls
+from tests.tars import (
+    Member,
+    Workshop,
+    archive,
+    char,
+    digest,
+    directory,
+    file,
+    link,
+    member,
+    symlink,
+)
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    return Workshop(tmp_path)
+
+
+@contextmanager
+def overlay(workshop: Workshop) -> Iterator[Path]:
+    """The layers as a container sees them."""
+    target = workshop.folder / "merged"
+    target.mkdir()
+    descriptors = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in workshop.below]
+    if len(descriptors) == 1:
+        empty = workshop.folder / "empty"
+        empty.mkdir()
+        descriptors.append(os.open(empty, os.O_RDONLY | os.O_CLOEXEC))
+    root = mounts.mount_overlay(str(target), descriptors)
+    try:
+        yield target
+    finally:
+        os.close(root)
+        syscalls.umount2(str(target), syscalls.MNT_DETACH)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def names(path: Path) -> list[str]:
+    return sorted(os.listdir(path))
+
+
+def test_everything_a_layer_can_have(workshop: Workshop) -> None:
+    root = workshop.unpack(
+        directory("./", mode=0o750, uid=7),
+        directory("dir", mode=0o1777, uid=5, gid=6, mtime=1000),
+        file("dir/file", b"content", mode=0o6755, uid=1, gid=2, mtime=2000),
+        link("dir/link", "dir/file"),
+        symlink("dir/absolute", "/dir/file", uid=3, mtime=3000),
+        symlink("out", "../../../../etc/passwd"),
+        char("null", 1, 3, mode=0o666, gid=9),
+        member("disk", tarfile.BLKTYPE, devmajor=8, devminor=1, mode=0o660),
+        member("pipe", tarfile.FIFOTYPE, mode=0o622),
+        file("late/file", b"x"),
+    )
+    status = root.stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_uid) == (0o750, 7)
+    status = (root / "dir").stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (0o1777, 5, 6)
+    assert status.st_mtime == 1000
+    status = (root / "dir/file").stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (0o6755, 1, 2)
+    assert (status.st_mtime, status.st_nlink) == (2000, 2)
+    assert (root / "dir/link").read_bytes() == b"content"
+    status = (root / "dir/absolute").lstat()
+    assert (os.readlink(root / "dir/absolute"), status.st_uid) == ("/dir/file", 3)
+    assert status.st_mtime == 3000
+    assert os.readlink(root / "out") == "../../../../etc/passwd"
+    status = (root / "null").stat()
+    assert (status.st_mode, status.st_rdev) == (stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    assert stat.S_ISBLK((root / "disk").stat().st_mode)
+    assert (root / "pipe").stat().st_mode == stat.S_IFIFO | 0o622
+
+
+def test_the_umask_does_not_matter(workshop: Workshop) -> None:
+    umask = os.umask(0o077)
+    try:
+        root = workshop.unpack(
+            directory("d"), file("f", mode=0o666), char("n", 1, 3, mode=0o666), file("a/b/c")
+        )
+    finally:
+        os.umask(umask)
+    modes = [stat.S_IMODE((root / name).stat().st_mode) for name in ("d", "f", "n", "a/b")]
+    assert modes == [0o755, 0o666, 0o666, 0o755]
+
+
+def test_xattrs(workshop: Workshop) -> None:
+    capability = struct.pack("<IIIII", 0x02000001, 1 << 10, 0, 0, 0)  # cap_net_bind_service+ep
+    text = capability.decode("utf-8", "surrogateescape")
+    root = workshop.unpack(
+        file("ping", uid=5, xattrs={"security.capability": text, "user.note": "a=b\n"}),
+        file("labelled", xattrs={"security.selinux": "system_u:object_r:bin_t:s0"}),
+    )
+    assert os.getxattr(root / "ping", "security.capability") == capability
+    assert os.getxattr(root / "ping", "user.note") == b"a=b\n"
+    assert os.listxattr(root / "labelled") == []
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, zstandard.compress])
+def test_compressions(workshop: Workshop, compress: type[bytes]) -> None:
+    tar = archive(file("a", b"x" * 100_000))
+    root = workshop.unpack_blob(compress(tar), digest(tar))
+    assert (root / "a").stat().st_size == 100_000
+
+
+def test_several_gzip_members_are_one_layer(workshop: Workshop) -> None:
+    tar = archive(file("a", b"x" * 5000), file("b", b"y"))
+    members = b"".join(gzip.compress(tar[at : at + 512]) for at in range(0, len(tar), 512))
+    root = workshop.unpack_blob(members, digest(tar))
+    assert names(root) == ["a", "b"]
+
+
+def test_the_diff_id_counts(workshop: Workshop) -> None:
+    tar = archive(file("a"))
+    with pytest.raises(DataLoss, match="has the digest"):
+        workshop.unpack_blob(gzip.compress(tar), digest(b"other"))
+
+
+@pytest.mark.parametrize(
+    "blob", [b"", b"\x1f\x8b\x08", gzip.compress(b"junk" * 200), gzip.compress(b"x" * 5000)[:-9]]
+)
+def test_damaged_blobs(workshop: Workshop, blob: bytes) -> None:
+    with pytest.raises((InvalidArgument, DataLoss)):
+        workshop.unpack_blob(blob, digest(b"other"))
+
+
+def test_later_entries_replace_earlier_ones(workshop: Workshop) -> None:
+    root = workshop.unpack(
+        file("a", b"old"),
+        file("a", b"new"),
+        directory("b"),
+        file("b/x/y"),
+        symlink("b", "c"),
+        symlink("d", "nowhere"),
+        file("d", b"file"),
+        file("e"),
+        directory("e"),
+        file("e/f"),
+        directory("g", mode=0o700),
+        file("g/h"),
+        directory("g", mode=0o711),
+        file("i", b"first"),
+        link("j", "i"),
+        file("i", b"second"),
+        link("a", "i"),
+    )
+    assert os.readlink(root / "b") == "c"
+    assert (root / "d").read_bytes() == b"file"
+    assert names(root / "e") == ["f"]
+    assert names(root / "g") == ["h"]
+    assert stat.S_IMODE((root / "g").stat().st_mode) == 0o711
+    assert (root / "j").read_bytes() == b"first"
+    assert (root / "a").read_bytes() == b"second"
+
+
+def test_links_on_the_way_are_followed_inside(workshop: Workshop) -> None:
+    root = workshop.unpack(
+        directory("usr/lib"),
+        symlink("lib", "/usr/lib"),
+        file("lib/a", b"a"),
+        symlink("opt", "../../usr/new"),
+        file("opt/b/c", b"b"),
+        link("lib/d", "lib/a"),
+    )
+    assert (root / "usr/lib/a").read_bytes() == b"a"
+    assert (root / "usr/lib/d").read_bytes() == b"a"
+    assert (root / "usr/new/b/c").read_bytes() == b"b"
+    assert (root / "lib").is_symlink()
+
+
+BASE: tuple[Member, ...] = (
+    directory("keep", mode=0o1777, uid=4, gid=5, mtime=1000),
+    file("keep/old", b"old"),
+    directory("gone"),
+    file("gone/old"),
+    directory("anew"),
+    file("anew/old"),
+    file("file", b"old"),
+)
+
+
+def test_whiteouts(workshop: Workshop) -> None:
+    workshop.unpack(*BASE)
+    workshop.unpack(
+        file("keep/.wh.old"),
+        file("keep/new"),
+        file(".wh.gone"),
+        file("anew/.wh..wh..opq"),
+        file("anew/new"),
+        file(".wh.file"),
+        file(".wh.never-was"),
+    )
+    with overlay(workshop) as merged:
+        assert names(merged) == ["anew", "keep"]
+        assert names(merged / "keep") == ["new"]
+        assert names(merged / "anew") == ["new"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_whiteout_hides_only_what_is_below(workshop: Workshop, order: int) -> None:
+    workshop.unpack(*BASE)
+    members = [[file(".wh.gone"), file(".wh.file")], [directory("gone"), file("file", b"new")]]
+    workshop.unpack(*(entry for group in members[::order] for entry in group))
+    with overlay(workshop) as merged:
+        assert names(merged) == ["anew", "file", "gone", "keep"]
+        assert names(merged / "gone") == []
+        assert (merged / "file").read_bytes() == b"new"
+
+
+def test_names_of_aufs_are_left_out(workshop: Workshop) -> None:
+    root = workshop.unpack(
+        directory(".wh..wh.plnk"), file(".wh..wh.plnk/1.2"), file(".wh..wh.aufs"), file("a")
+    )
+    assert names(root) == ["a"]
+
+
+def test_directories_that_are_not_described_are_as_below(workshop: Workshop) -> None:
+    workshop.unpack(*BASE, directory("keep/deep", mode=0o700, uid=8))
+    workshop.unpack(file("x"))
+    root = workshop.unpack(file("keep/deep/new/file"))
+    status = (root / "keep").stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (0o1777, 4, 5)
+    assert status.st_mtime == 1000
+    status = (root / "keep/deep").stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_uid) == (0o700, 8)
+    assert stat.S_IMODE((root / "keep/deep/new").stat().st_mode) == 0o755
+
+
+def test_what_is_hidden_is_not_inherited(workshop: Workshop) -> None:
+    workshop.unpack(*BASE)
+    workshop.unpack(file(".wh.keep"))
+    root = workshop.unpack(file("keep/new"))
+    status = (root / "keep").stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_uid) == (0o755, 0)
+
+
+def test_hard_links_to_layers_below_are_copies(workshop: Workshop) -> None:
+    workshop.unpack(
+        directory("d", mtime=1000),
+        file("d/a", b"content", mode=0o4711, uid=3, mtime=2000, xattrs={"user.x": "y"}),
+        symlink("d/s", "a"),
+    )
+    root = workshop.unpack(
+        directory("d", mtime=1000), link("d/b", "d/a"), link("d/t", "d/s"), link("d/c", "d/b")
+    )
+    status = (root / "d/b").stat()
+    assert (root / "d/b").read_bytes() == b"content"
+    assert (stat.S_IMODE(status.st_mode), status.st_uid) == (0o4711, 3)
+    assert status.st_mtime == 2000
+    assert os.getxattr(root / "d/b", "user.x") == b"y"
+    assert os.readlink(root / "d/t") == "a"
+    assert (root / "d").stat().st_mtime == 1000
+
+
+@pytest.mark.parametrize("target", ["d/none", "d/gone", "d", "hidden/a"])
+def test_hard_links_to_nothing(workshop: Workshop, target: str) -> None:
+    workshop.unpack(file("d/gone"), file("hidden/a"))
+    workshop.unpack(file("d/.wh.gone"), file("hidden/.wh..wh..opq"))
+    with pytest.raises(InvalidArgument, match='layer entry "b"'):
+        workshop.unpack(link("b", target))
+
+
+def test_many_directories_get_their_times(workshop: Workshop) -> None:
+    count = 200
+    root = workshop.unpack(
+        *(directory(f"d{n}", mtime=1000 + n) for n in range(count)),
+        *(file(f"d{n}/f") for n in range(count)),
+    )
+    assert [(root / f"d{n}").stat().st_mtime for n in range(count)] == [
+        1000 + n for n in range(count)
+    ]

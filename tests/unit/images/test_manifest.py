@@ -1,0 +1,221 @@
+"""Documents of images, well-formed and not."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nodeagent.errors import InvalidArgument, NodeAgentError, NotFound, Unsupported
+from nodeagent.images import manifest
+from nodeagent.images.manifest import (
+    Index,
+    Manifest,
+    chain_ids,
+    choose,
+    parse_image,
+    parse_manifest,
+)
+
+DIGEST = "sha256:" + "0" * 64
+LAYER = {
+    "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
+    "digest": DIGEST,
+    "size": 5,
+}
+CONFIG = {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": DIGEST, "size": 2}
+
+
+def encoded(**fields: Any) -> bytes:
+    return json.dumps(fields).encode()
+
+
+def image(**run: Any) -> bytes:
+    return encoded(
+        architecture=manifest.ARCHITECTURE,
+        os="linux",
+        config=run,
+        rootfs={"type": "layers", "diff_ids": [DIGEST]},
+    )
+
+
+def entry(digit: str, *platform: str) -> dict[str, Any]:
+    names = ("os", "architecture", "variant")
+    return {
+        "mediaType": manifest.OCI_MANIFEST,
+        "digest": f"sha256:{digit * 64}",
+        "size": 5,
+        "platform": dict(zip(names, platform, strict=False)),
+    }
+
+
+def test_manifest_of_either_family() -> None:
+    for media_type in (manifest.OCI_MANIFEST, manifest.DOCKER_MANIFEST, ""):
+        parsed = parse_manifest(encoded(schemaVersion=2, config=CONFIG, layers=[LAYER]), media_type)
+        assert isinstance(parsed, Manifest)
+        assert parsed.layers[0].size == 5
+
+
+def test_null_means_absent() -> None:
+    data = encoded(schemaVersion=2, config=CONFIG, layers=[LAYER], manifests=None, annotations=None)
+    assert isinstance(parse_manifest(data), Manifest)
+
+
+def test_ambiguous_documents_are_refused() -> None:
+    both = encoded(schemaVersion=2, config=CONFIG, layers=[LAYER], manifests=[])
+    with pytest.raises(InvalidArgument, match="both"):
+        parse_manifest(both)
+    plain = encoded(schemaVersion=2, config=CONFIG, layers=[LAYER])
+    with pytest.raises(InvalidArgument, match="both"):
+        parse_manifest(plain, manifest.OCI_INDEX)
+
+
+def test_schema_1_is_named() -> None:
+    old = encoded(schemaVersion=1, fsLayers=[])
+    with pytest.raises(Unsupported, match="schema 1"):
+        parse_manifest(old, "application/vnd.docker.distribution.manifest.v1+prettyjws")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"layers": []}, "0 layers"),
+        ({"layers": [LAYER] * 201}, "201 layers"),
+        ({"layers": [LAYER | {"size": -1}]}, "layers.*size"),
+        ({"layers": [LAYER | {"size": "5"}]}, "layers.*size"),
+        ({"layers": [LAYER | {"digest": "sha256:1"}]}, "layers.*digest"),
+        ({"layers": [LAYER | {"digest": DIGEST + "\n"}]}, "layers.*digest"),
+        ({"layers": [LAYER | {"digest": "../" + DIGEST}]}, "layers.*digest"),
+        ({"config": None}, "config"),
+        ({"config": 5}, "config"),
+    ],
+)
+def test_malformed_manifests(change: dict[str, Any], text: str) -> None:
+    document = {"schemaVersion": 2, "config": CONFIG, "layers": [LAYER]} | change
+    with pytest.raises(InvalidArgument, match=text):
+        parse_manifest(encoded(**document))
+
+
+def test_encrypted_and_unknown_layers_are_unsupported() -> None:
+    for media_type in (LAYER["mediaType"] + "+encrypted", "text/plain", ""):  # type: ignore[operator]
+        data = encoded(schemaVersion=2, config=CONFIG, layers=[LAYER | {"mediaType": media_type}])
+        with pytest.raises(Unsupported, match="layer 0"):
+            parse_manifest(data)
+
+
+def test_a_document_has_a_bound() -> None:
+    data = encoded(schemaVersion=2, config=CONFIG, layers=[LAYER], x="y" * (4 << 20))
+    with pytest.raises(InvalidArgument, match="longer"):
+        parse_manifest(data)
+
+
+def test_chooses_this_platform() -> None:
+    here = manifest.ARCHITECTURE
+    entries = [
+        entry("1", "unknown", "unknown"),
+        entry("2", "windows", here),
+        entry("3", "linux", "s390x"),
+        entry("4", "linux", here),
+        entry("5", "linux", here),
+    ]
+    index = parse_manifest(encoded(schemaVersion=2, manifests=entries))
+    assert isinstance(index, Index)
+    assert choose(index).digest == entries[3]["digest"]
+
+
+def test_another_platform_is_named() -> None:
+    index = parse_manifest(encoded(schemaVersion=2, manifests=[entry("1", "linux", "s390x")]))
+    assert isinstance(index, Index)
+    with pytest.raises(NotFound, match="linux/s390x"):
+        choose(index)
+    other = encoded(os="linux", architecture="s390x", rootfs={"diff_ids": []})
+    with pytest.raises(NotFound, match="linux/s390x"):
+        parse_image(other, 0)
+
+
+def test_config_with_nulls() -> None:
+    run = parse_image(image(Env=None, Entrypoint=None, Cmd=["sh"], User=None, Volumes=None), 1)
+    assert run.config.cmd == ("sh",)
+    assert run.config.env == ()
+
+
+def test_config_is_read_whole() -> None:
+    parsed = parse_image(
+        image(
+            User="1:2",
+            Env=["A=1\n2", "B="],
+            WorkingDir="srv",
+            StopSignal="SIGQUIT",
+            Labels={"a": "b"},
+            Volumes={"/data": {}},
+        ),
+        1,
+    )
+    config = parsed.config
+    assert (config.user, config.env, config.working_dir) == ("1:2", ("A=1\n2", "B="), "/srv")
+    assert (config.stop_signal, config.labels, config.volumes) == (
+        "SIGQUIT",
+        {"a": "b"},
+        ("/data",),
+    )
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"Env": ["A=1\0B=2"]},
+        {"Env": ["=1"]},
+        {"Env": "A=1"},
+        {"Env": [1]},
+        {"User": "root\0"},
+        {"User": 0},
+        {"Entrypoint": "sh"},
+        {"Cmd": {"a": "b"}},
+        {"Labels": {"a\0": "b"}},
+        {"Labels": {"a": 1}},
+        {"Volumes": ["/data"]},
+    ],
+)
+def test_malformed_configs(run: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument, match="config"):
+        parse_image(image(**run), 1)
+
+
+def test_layers_and_diff_ids_must_agree() -> None:
+    with pytest.raises(InvalidArgument, match="1 entries for 2 layers"):
+        parse_image(image(), 2)
+
+
+def test_chain_ids() -> None:
+    one, two = "sha256:" + "1" * 64, "sha256:" + "2" * 64
+    chain = chain_ids((one, two))
+    assert chain == (one, manifest.digest(f"{one} {two}".encode()))
+    assert chain_ids(()) == ()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.just(DIGEST),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+KEYS = st.sampled_from(
+    ["schemaVersion", "mediaType", "manifests", "layers", "config", "rootfs", "os", "architecture"]
+)
+
+
+@given(st.dictionaries(KEYS, JSON | st.just(CONFIG) | st.just([LAYER])) | JSON)
+def test_any_json_is_an_image_or_refused(document: Any) -> None:
+    for parse in (parse_manifest, lambda data: parse_image(data, 1)):
+        try:
+            parse(json.dumps(document).encode())
+        except NodeAgentError:
+            pass
+
+
+@given(st.binary(max_size=64))
+def test_any_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(InvalidArgument):
+        parse_manifest(data)
