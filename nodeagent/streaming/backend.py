@@ -1,0 +1,125 @@
+"""What a client may ask of the streaming server, and what the server asks of whoever runs the processes.
+
+Requests are checked when their ticket is issued; `Backend` and `Process` are implemented by the lifecycle. Descriptors
+that cross this border are non-blocking, close-on-exec, and belong to the session from then on.
+"""
+
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from nodeagent.errors import InvalidArgument
+
+MAX_PORT = (1 << 16) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandRequest:
+    """The streams that a client wants of a process in a container."""
+
+    path: ClassVar[str]
+
+    container_id: str
+    tty: bool = False
+    stdin: bool = False
+    stdout: bool = False
+    stderr: bool = False
+
+    def check(self) -> None:
+        """Raise InvalidArgument for what no session could serve."""
+        if not self.container_id:
+            raise InvalidArgument("container_id: is empty")
+        if self.tty and self.stderr:
+            raise InvalidArgument(
+                "stderr: a terminal has one output, tty and stderr exclude each other"
+            )
+        if not (self.stdin or self.stdout or self.stderr):
+            raise InvalidArgument("stdin, stdout, stderr: at least one is needed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecRequest(CommandRequest):
+    """A new process in a running container."""
+
+    path = "exec"
+
+    command: tuple[str, ...]
+
+    def check(self) -> None:
+        CommandRequest.check(self)
+        if not self.command:
+            raise InvalidArgument("cmd: is empty")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttachRequest(CommandRequest):
+    """The first process of a running container; tty is as the container has it."""
+
+    path = "attach"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PortForwardRequest:
+    """TCP connections into a pod. ports: only the legacy WebSocket channels need them, others name a port each time."""
+
+    path: ClassVar[str] = "portforward"
+
+    sandbox_id: str
+    ports: tuple[int, ...] = ()
+
+    def check(self) -> None:
+        """Raise InvalidArgument for what no session could serve."""
+        if not self.sandbox_id:
+            raise InvalidArgument("pod_sandbox_id: is empty")
+        _check_ports(self.ports)
+
+
+Request = ExecRequest | AttachRequest | PortForwardRequest
+
+
+def _check_ports(ports: Iterable[int]) -> None:
+    for port in ports:
+        if not 1 <= port <= MAX_PORT:
+            raise InvalidArgument(f"port: {port} is not between 1 and {MAX_PORT}")
+
+
+class Process(Protocol):
+    """A process, new or attached to, as one session sees it.
+
+    A stream that was not asked for, or that the process does not have, is None. With a terminal, stdout is its master
+    and stdin a duplicate of it. The three descriptors are different numbers.
+    """
+
+    stdin: int | None
+    stdout: int | None
+    stderr: int | None
+
+    def resize(self, width: int, height: int) -> None:
+        """Give the terminal this many columns and rows. OSError: the terminal is gone."""
+
+    def end_stdin(self) -> None:
+        """The client's input is over: all of it is in `stdin`, which is closed by now.
+
+        A process of exec sees its end of file by that alone; attach ends the container's stdin here if it is
+        ``stdin_once``.
+        """
+
+    async def wait(self) -> int:
+        """The exit code, 128 + n for signal n, once the process has ended; for attach, the container's."""
+
+    async def close(self) -> None:
+        """The session is over, with or without the process; the three descriptors are closed already."""
+
+
+class Backend(Protocol):
+    """Where sessions come true. NodeAgentError and OSError are told to the client, with their text."""
+
+    async def exec(self, request: ExecRequest, size: tuple[int, int] | None) -> Process:
+        """Start a process; size is its terminal's, width and height, before it runs."""
+
+    async def attach(self, request: AttachRequest) -> Process:
+        """The container's first process; stdout and stderr bring what it writes from now on."""
+
+    async def dial(self, request: PortForwardRequest, port: int) -> socket.socket:
+        """A non-blocking TCP connection to port of 127.0.0.1, else of ::1, in the pod's network namespace."""

@@ -1,0 +1,102 @@
+"""The HTTP/1.1 part of a connection, without IO: one request for an upgrade, and its answer. Framing is h11's."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import h11
+
+MAX_HEAD_BYTES = 16 << 10
+
+Headers = Iterable[tuple[str, str]]
+
+
+class BadRequest(Exception):
+    """What the client sent is no request that this server can answer otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Header names are in lower case; path is without the query."""
+
+    method: str
+    path: str
+    headers: tuple[tuple[str, str], ...]
+
+    def values(self, name: str) -> list[str]:
+        """Every value of a header that is a list, in order, whether on one line or on many."""
+        lines = (value for key, value in self.headers if key == name)
+        return [part.strip() for line in lines for part in line.split(",") if part.strip()]
+
+    @property
+    def upgrade(self) -> str:
+        """The protocol that the client wants to go on with, in lower case; empty if it wants none."""
+        wanted = "upgrade" in (option.lower() for option in self.values("connection"))
+        return next(iter(self.values("upgrade")), "").lower() if wanted else ""
+
+
+class HandshakeConnection:
+    """The server's end, until it has answered: `switch` or `refuse`, once."""
+
+    def __init__(self) -> None:
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+        self._request: Request | None = None
+
+    def receive_data(self, data: bytes) -> Request | None:
+        """The request, once it is whole. BadRequest: it never will be."""
+        try:
+            self._http.receive_data(data)
+            return self._next()
+        except h11.RemoteProtocolError as error:
+            raise BadRequest(str(error)) from None
+
+    def switch(self, headers: Headers) -> bytes:
+        """101; what follows is not HTTP any more."""
+        answer = h11.InformationalResponse(
+            status_code=101, reason=b"Switching Protocols", headers=_encoded(headers)
+        )
+        return self._http.send(answer) or b""
+
+    def refuse(self, status: int, text: str, headers: Headers = ()) -> bytes:
+        """An answer with a plain text, after which the connection is to be closed."""
+        body = f"{text}\n".encode()
+        fields = [
+            *_encoded(headers),
+            (b"content-type", b"text/plain; charset=utf-8"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        events: list[h11.Event] = [
+            h11.Response(status_code=status, headers=fields),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ]
+        return b"".join(self._http.send(event) or b"" for event in events)
+
+    @property
+    def trailing(self) -> bytes:
+        """What came behind the request, and belongs to the protocol that follows."""
+        return bytes(self._http.trailing_data[0])
+
+    def _next(self) -> Request | None:
+        while True:
+            event = self._http.next_event()
+            if isinstance(event, h11.Request):
+                self._request = _request(event)
+            elif isinstance(event, h11.EndOfMessage):
+                return self._request
+            elif isinstance(event, h11.Data):
+                raise BadRequest("a body is not expected")
+            else:
+                return None
+
+
+def _request(event: h11.Request) -> Request:
+    return Request(
+        event.method.decode("ascii"),
+        event.target.decode("ascii").partition("?")[0],
+        tuple((name.decode("ascii"), value.decode("latin-1")) for name, value in event.headers),
+    )
+
+
+def _encoded(headers: Headers) -> list[tuple[bytes, bytes]]:
+    return [(name.encode("ascii"), value.encode("latin-1")) for name, value in headers]

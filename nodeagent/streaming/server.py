@@ -1,0 +1,224 @@
+"""The streaming server: listens, answers upgrade requests that bring a ticket, and runs their sessions.
+
+An RPC gets a URL for a request from `StreamingServer.url`; the client that comes to it gets the session. Everything
+that only decides is elsewhere and without IO: this module and the sessions are where bytes move.
+"""
+
+import asyncio
+import ipaddress
+import logging
+import socket
+import ssl
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from typing import Any, Self
+
+from nodeagent.streaming import http1, upgrade
+from nodeagent.streaming.backend import Backend, PortForwardRequest, Request
+from nodeagent.streaming.command import CommandSession
+from nodeagent.streaming.forward import ForwardSession
+from nodeagent.streaming.session import Timeouts
+from nodeagent.streaming.tls import TLSFiles
+from nodeagent.streaming.tokens import Tickets
+from nodeagent.streaming.upgrade import Refused
+
+MAX_CLIENTS = 2000
+LISTEN_BACKLOG = 256
+
+log = logging.getLogger(__name__)
+
+AnySession = CommandSession | ForwardSession
+
+
+class StreamingServer:
+    """Serves while its context is open.
+
+    ::
+
+        async with StreamingServer(backend) as server:
+            url = server.url(ExecRequest(container_id=..., command=("ls",), stdout=True))
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        tls: TLSFiles | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> None:
+        """host: a literal address; port 0: any that is free. OSError: a file of tls, or the address, cannot be used."""
+        self.timeouts = timeouts or Timeouts()
+        self._backend = backend
+        self._host = ipaddress.ip_address(host)
+        self._port = port
+        self._tls = tls
+        self._tickets = Tickets()
+        self._handshakes: set[Handshake] = set()
+        self._sessions: set[asyncio.Task[None]] = set()
+        self._listener: socket.socket
+        self._server: asyncio.Server
+        self._tasks: asyncio.TaskGroup
+        self._stack: AsyncExitStack
+
+    async def __aenter__(self) -> Self:
+        family = socket.AF_INET if self._host.version == 4 else socket.AF_INET6
+        async with AsyncExitStack() as stack:
+            self._listener = stack.enter_context(
+                socket.create_server((str(self._host), self._port), family=family)
+            )
+            self._tasks = await stack.enter_async_context(asyncio.TaskGroup())
+            if self._tls is None:
+                await self._listen(None)
+            else:
+                version, context = self._tls.version(), self._tls.load()
+                await self._listen(context)
+                following = self._tasks.create_task(self._follow(self._tls, version))
+                stack.callback(following.cancel)
+            stack.callback(self._stop)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._stack.aclose()
+
+    def url(self, request: Request) -> str:
+        """Where a client finds the session for a request, once and within a minute. Raises as `Tickets.issue`."""
+        token = self._tickets.issue(request)
+        scheme = "http" if self._tls is None else "https"
+        return f"{scheme}://{self._authority}/{request.path}/{token}"
+
+    @property
+    def _authority(self) -> str:
+        """Of a wildcard address the loopback's, as clients come from this node."""
+        port = self._listener.getsockname()[1]
+        if self._host.version == 4:
+            return f"{'127.0.0.1' if self._host.is_unspecified else self._host}:{port}"
+        return f"[{'::1' if self._host.is_unspecified else self._host}]:{port}"
+
+    # --- listening ---
+
+    async def _listen(self, context: ssl.SSLContext | None) -> None:
+        self._server = await asyncio.get_running_loop().create_server(
+            lambda: Handshake(self),
+            sock=self._listener.dup(),
+            backlog=LISTEN_BACKLOG,
+            ssl=context,
+            ssl_handshake_timeout=None if context is None else self.timeouts.creation_s,
+        )
+
+    async def _follow(self, tls: TLSFiles, version: object) -> None:
+        """Take the files up when they have changed, and good ones; sessions that exist keep what they have."""
+        while True:
+            await asyncio.sleep(self.timeouts.tls_check_s)
+            try:
+                current = await asyncio.to_thread(tls.version)
+                if current == version:
+                    continue
+                context = await asyncio.to_thread(tls.load)
+            except OSError as error:
+                log.warning(
+                    "TLS files of the streaming server, which keeps the old ones: %s", error
+                )
+                continue
+            version, old = current, self._server
+            await self._listen(context)
+            old.close()
+            log.info("the streaming server uses new TLS files")
+
+    def _stop(self) -> None:
+        self._server.close()
+        for handshake in list(self._handshakes):
+            handshake.close()
+        for session in self._sessions:
+            session.cancel()
+
+    # --- clients ---
+
+    def admit(self, handshake: "Handshake") -> bool:
+        """Whether there is room for another client."""
+        if len(self._handshakes) + len(self._sessions) >= MAX_CLIENTS:
+            return False
+        self._handshakes.add(handshake)
+        return True
+
+    def forget(self, handshake: "Handshake") -> None:
+        self._handshakes.discard(handshake)
+
+    def agree(self, request: http1.Request) -> tuple[upgrade.Answer, AnySession]:
+        """Headers for the answer to a request, and the session that follows. Refused: there is none."""
+        if request.method not in ("GET", "POST"):
+            raise Refused(405, f"{request.method} is not supported", [("Allow", "GET, POST")])
+        path, _, token = request.path.removeprefix("/").partition("/")
+        ticket = self._tickets.redeem(path, token)
+        if ticket is None:
+            raise Refused(404, "there is no such session, or its time is over")
+        if isinstance(ticket, PortForwardRequest):
+            clock = asyncio.get_running_loop().time
+            answer, wire = upgrade.forward(request, ticket, clock)
+            return answer, ForwardSession(wire, ticket, self._backend, self.timeouts)
+        answer, command = upgrade.command(request, ticket)
+        return answer, CommandSession(command, ticket, self._backend, self.timeouts)
+
+    def start(self, session: AnySession, early: bytes) -> None:
+        task = self._tasks.create_task(_guarded(session.run(early)))
+        self._sessions.add(task)
+        task.add_done_callback(self._sessions.discard)
+
+
+async def _guarded(session: Coroutine[Any, Any, None]) -> None:
+    """No session takes the others with it."""
+    try:
+        await session
+    except Exception:
+        log.exception("a streaming session failed")
+
+
+class Handshake(asyncio.Protocol):
+    """A client until its connection is upgraded, or its request refused."""
+
+    def __init__(self, server: StreamingServer) -> None:
+        self._server = server
+        self._http = http1.HandshakeConnection()
+        self._transport: asyncio.Transport
+        self._timer: asyncio.TimerHandle
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(self._server.timeouts.creation_s, transport.abort)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if not self._server.admit(self):
+            transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            request = self._http.receive_data(data)
+            if request is not None:
+                self._switch(*self._server.agree(request))
+        except http1.BadRequest as error:
+            self._refuse(400, str(error))
+        except Refused as refusal:
+            self._refuse(refusal.status, refusal.text, refusal.headers)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        self._server.forget(self)
+
+    def _switch(self, answer: upgrade.Answer, session: AnySession) -> None:
+        """Hand the connection over to its session, which reads on once it runs."""
+        self._transport.pause_reading()
+        self._transport.write(self._http.switch(answer))
+        self._transport.set_protocol(session)
+        session.connection_made(self._transport)
+        self._server.start(session, self._http.trailing)
+        self.connection_lost(None)
+
+    def _refuse(self, status: int, text: str, headers: upgrade.Answer | None = None) -> None:
+        self._transport.write(self._http.refuse(status, text, headers or []))
+        self._transport.close()

@@ -1,0 +1,178 @@
+"""A connection after its upgrade: its wire, the client's pace in both directions, and how it ends.
+
+What a client does not read closes the gate, and no process is read from any more. What a process does not read is kept
+up to a bound, then the connection is not read from any more. So a session holds a bounded number of bytes.
+"""
+
+import asyncio
+import select
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from nodeagent.streaming.pump import Backlog, Gate
+
+MAX_OUTPUT_BYTES = 256 << 10  # not yet sent, before processes are not read from
+MAX_REPLY_BYTES = 512 << 10  # not yet sent, before the client is not read from
+MAX_INPUT_BYTES = 512 << 10  # not yet read by processes, before the client is not read from
+LINGER_S = 10.0
+HANGUP_CHECK_S = 5.0
+
+E = TypeVar("E")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """How long a session waits.
+
+    creation_s: for the request, and for the client's streams. idle_s: without a byte in either direction.
+    first_size_s: for the size of a terminal, before the process starts without. last_output_s: for those who still hold
+    the output of a process that has ended. tls_check_s: between two looks at the certificate files.
+    """
+
+    creation_s: float = 30.0
+    idle_s: float = 4 * 3600.0
+    first_size_s: float = 0.1
+    last_output_s: float = 1.0
+    tls_check_s: float = 10.0
+
+
+class Wire(Protocol[E]):
+    """What the wires of commands and of forwards have in common."""
+
+    def receive_data(self, data: bytes) -> list[E]: ...
+
+    def data_to_send(self) -> list[bytes]: ...
+
+
+class Session(asyncio.Protocol, ABC, Generic[E]):
+    """One client. `run` is its whole life; it is cancelled when the client has gone before its end."""
+
+    def __init__(self, wire: Wire[E], timeouts: Timeouts) -> None:
+        self.gate = Gate()
+        self.backlog = Backlog(self.balance)
+        self.timeouts = timeouts
+        self.loop = asyncio.get_running_loop()
+        self._wire = wire
+        self._transport: asyncio.Transport
+        self._task: asyncio.Task[None] | None = None
+        self._gone = asyncio.Event()
+        self._over = False
+        self._active = self.loop.time()
+        self._idle = self.loop.call_later(timeouts.idle_s, self._check_idle)
+
+    # --- what a kind of session is ---
+
+    @abstractmethod
+    async def serve(self, early: bytes) -> None:
+        """Call `listen`, and return when everything that the client is to have has been given to the wire."""
+
+    @abstractmethod
+    def handle(self, event: E) -> None:
+        """Act on an event of the wire."""
+
+    # --- its life ---
+
+    async def run(self, early: bytes) -> None:
+        """Serve the client to the end. early: what it sent behind its request."""
+        self._task = asyncio.current_task()
+        if self._gone.is_set():
+            return
+        try:
+            await self.serve(early)
+            await self._hang_up()
+        finally:
+            self._transport.close()
+
+    def listen(self, early: bytes) -> None:
+        """Take what came early, and read on."""
+        self.data_received(early)
+        self.balance()
+
+    def leave(self) -> None:
+        """The client wants no more of us, or we of it: nothing but the wire's last word is sent."""
+        self._over = True
+        self.flush()
+        if self._task is not None:
+            self._task.cancel()
+
+    def flush(self) -> None:
+        """Send what the wire has to say."""
+        if chunks := self._wire.data_to_send():
+            self._active = self.loop.time()
+            self._transport.writelines(chunks)
+
+    def balance(self) -> None:
+        """Read from the client as long as what it makes us keep is within bounds."""
+        kept, unsent = self.backlog.size, self._transport.get_write_buffer_size()
+        if kept > MAX_INPUT_BYTES or unsent > MAX_REPLY_BYTES:
+            self._pause()
+        elif kept <= MAX_INPUT_BYTES // 2:
+            self._transport.resume_reading()
+
+    async def _hang_up(self) -> None:
+        """Send all that is left, end our direction, and give the client time to take it."""
+        self._over = True
+        self.flush()
+        self._transport.set_write_buffer_limits(high=0)
+        self._transport.resume_reading()
+        await self.gate.opened.wait()
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                await self._gone.wait()
+
+    def _pause(self) -> None:
+        if self._transport.is_reading():
+            self._transport.pause_reading()
+            self.loop.call_later(HANGUP_CHECK_S, self._check_hangup)
+
+    def _check_hangup(self) -> None:
+        """While nothing is read from a client, only the kernel knows that it has gone."""
+        if self._gone.is_set() or self._transport.is_reading():
+            return
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket"), select.POLLRDHUP)
+        if poll.poll(0):
+            self._transport.abort()
+        else:
+            self.loop.call_later(HANGUP_CHECK_S, self._check_hangup)
+
+    def _check_idle(self) -> None:
+        deadline = self._active + self.timeouts.idle_s
+        if deadline <= self.loop.time():
+            self._transport.abort()
+        else:
+            self._idle = self.loop.call_at(deadline, self._check_idle)
+
+    # --- what asyncio calls ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=MAX_OUTPUT_BYTES)
+
+    def data_received(self, data: bytes) -> None:
+        if self._over:
+            return
+        self._active = self.loop.time()
+        for event in self._wire.receive_data(data):
+            self.handle(event)
+        self.flush()
+        self.balance()
+
+    def pause_writing(self) -> None:
+        self.gate.close()
+
+    def resume_writing(self) -> None:
+        self.gate.open()
+        self.balance()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._gone.set()
+        self._idle.cancel()
+        self.gate.open()
+        if self._task is not None and not self._over:
+            self._task.cancel()
