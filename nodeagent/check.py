@@ -92,7 +92,7 @@ def _optional(config: Config) -> list[Feature]:
         ),
         _feature(
             "CAP_SYS_RESOURCE",
-            lambda: bool(capabilities.available() & SYS_RESOURCE),
+            lambda: bool(syscalls.capget()[1] & SYS_RESOURCE),
             "a lower oom_score_adj, and limits above the agent's own",
         ),
         _feature(

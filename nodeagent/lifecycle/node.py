@@ -198,7 +198,7 @@ async def _launcher(cgroups: Cgroups, places: Places) -> Launcher:
     """The one that runs, or a new one in the agent's own cgroup."""
     fds = cgroups.instance_group().join_fds()
     try:
-        return await Launcher.start(places.state, join_fds=fds)
+        return await Launcher.connect_or_start(places.state, join_fds=fds)
     finally:
         close_all(fds)
 

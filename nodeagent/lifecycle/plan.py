@@ -85,15 +85,15 @@ class Planner:
 
     def _process(self, sandbox: Sandbox, config: ContainerConfig, image: Image) -> ProcessPlan:
         capabilities = process.capability_sets(config.capabilities, privileged=config.privileged)
-        program = self._profiles.seccomp(config, capabilities["bounding"])
+        seccomp = self._profiles.seccomp(config, capabilities["bounding"])
         return ProcessPlan(
             env=process.environment(config, image.config, podfiles.hostname(sandbox.config)),
             cwd=config.working_dir or image.config.working_dir or "/",
             user=process.user(config, image.config),
             capabilities=capabilities,
             no_new_privs=config.no_new_privs,
-            seccomp=base64.b64encode(program.code).decode(),
-            seccomp_flags=program.flags,
+            seccomp=base64.b64encode(seccomp.program).decode(),
+            seccomp_flags=seccomp.flags,
             apparmor=self._profiles.apparmor(config),
             selinux=self._profiles.selinux(config),
             rlimits=self._rlimits,

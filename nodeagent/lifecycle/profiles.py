@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-from nodeagent.errors import FailedPrecondition, NotFound, Unsupported
+from nodeagent.errors import FailedPrecondition, Unsupported
 from nodeagent.records import ContainerConfig
 from nodeagent.sandbox import seccomp_profile
-from nodeagent.sandbox.seccomp_profile import Program
+from nodeagent.sandbox.seccomp_profile import Filter
 
 APPARMOR_PROFILES = Path("/sys/kernel/security/apparmor/profiles")
 SELINUX = Path("/sys/fs/selinux/enforce")
-MAX_PROFILE_BYTES = 1 << 20
-UNCONFINED = Program(code=b"", flags=0)
+UNCONFINED = Filter(program=b"", flags=0)
 
 
 class Profiles:
@@ -19,15 +18,15 @@ class Profiles:
     def __init__(self, default: str) -> None:
         self._default = default
 
-    def seccomp(self, config: ContainerConfig, capabilities: int) -> Program:
+    def seccomp(self, config: ContainerConfig, capabilities: int) -> Filter:
         """capabilities: the bounding set, which opens some calls. A privileged container is never filtered."""
         profile = config.seccomp
         if profile is None or profile.kind == "unconfined" or config.privileged:
             return UNCONFINED
         path = profile.ref or self._default
-        if not path:
-            return seccomp_profile.default(capabilities)
-        return seccomp_profile.load(_read(Path(path)), capabilities)
+        if path:
+            return seccomp_profile.from_file(path, capabilities)
+        return seccomp_profile.runtime_default(capabilities)
 
     def apparmor(self, config: ContainerConfig) -> str:
         """The profile's name, or "" for none."""
@@ -49,14 +48,3 @@ class Profiles:
         if not SELINUX.exists():
             raise Unsupported("selinux_options: this kernel has no SELinux")
         return f"{options.user}:{options.role}:{options.type}:{options.level}"
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_PROFILE_BYTES + 1)
-    except FileNotFoundError:
-        raise NotFound(f'seccomp profile "{path}": not on this node') from None
-    if len(data) > MAX_PROFILE_BYTES:
-        raise FailedPrecondition(f'seccomp profile "{path}": larger than {MAX_PROFILE_BYTES} bytes')
-    return data
