@@ -35,8 +35,8 @@ MASKED = [
 READONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
 
 _APPLETS = (
-    "cat chmod chown dd echo env false grep id kill ln ls mkdir mknod mount ps readlink sh sleep stat touch true tty"
-    " umount"
+    "cat chmod chown dd echo env false grep id kill ln ls mkdir mkfifo mknod mount ps readlink rm sh sleep stat touch"
+    " true tty umount"
 ).split()
 _NAMESPACES = (
     syscalls.CLONE_NEWNS
@@ -161,6 +161,11 @@ class Process:
         self.message = self._receive()
 
     @property
+    def pid(self) -> int:
+        info = Path(f"/proc/self/fdinfo/{self.pidfd}").read_text()
+        return int(info.split("\nPid:")[1].split()[0])
+
+    @property
     def ready(self) -> dict[str, Any]:
         assert "ready" in self.message, self.message
         return cast(dict[str, Any], self.message["ready"])
@@ -220,12 +225,18 @@ def start(plan: ContainerPlan, *, namespaces: int = _NAMESPACES, stdin: int = -1
 
 
 def start_exec(container: Process, plan: ExecPlan, settings: ProcessPlan) -> Process:
-    """A further process in a running container, in the node's PID namespace."""
+    """A further process in a running container, born in its PID namespace."""
 
     def child(status: int, stdout: int) -> None:
         init.run_exec(plan, settings, init.ExecFds(status, container.pidfd, -1, stdout, stdout))
 
-    return _clone(child, 0)
+    own = os.open("/proc/self/ns/pid", os.O_RDONLY)
+    syscalls.setns(container.pidfd, syscalls.CLONE_NEWPID)
+    try:
+        return _clone(child, 0)
+    finally:
+        syscalls.setns(own, syscalls.CLONE_NEWPID)
+        os.close(own)
 
 
 def _clone(child: Callable[[int, int], None], namespaces: int) -> Process:
