@@ -15,10 +15,8 @@ from nodeagent.errors import NodeAgentError
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0; 1 with the reason on stderr; 2 for a wrong command line."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(
-        level=logging.DEBUG if options.debug else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("nodeagent").setLevel(logging.DEBUG if options.debug else logging.INFO)
     try:
         return int(options.run(options))
     except (NodeAgentError, OSError) as error:

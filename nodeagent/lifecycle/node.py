@@ -15,7 +15,7 @@ from nodeagent.images.catalog import Images
 from nodeagent.lifecycle import privatemount
 from nodeagent.lifecycle.containers import Containers
 from nodeagent.lifecycle.events import Events
-from nodeagent.lifecycle.handover import close_all
+from nodeagent.lifecycle.handover import joining_files
 from nodeagent.lifecycle.places import Places
 from nodeagent.lifecycle.plan import Planner
 from nodeagent.lifecycle.profiles import Profiles
@@ -26,7 +26,7 @@ from nodeagent.lifecycle.slots import Slots
 from nodeagent.lifecycle.stats import Stats
 from nodeagent.lifecycle.supervision import Supervision
 from nodeagent.lifecycle.trash import Trash
-from nodeagent.net.network import Network, NetworkConfig
+from nodeagent.net.network import Network
 from nodeagent.sandbox.client import Launcher
 from nodeagent.store import Store
 
@@ -110,9 +110,7 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
             driver=config.cgroup.driver,
             default_parent=config.cgroup.parent or f"/nodeagent-{places.instance}",
         )
-        network = await Network.start(
-            config=_network_config(config), store=store, instance=places.instance
-        )
+        network = await Network.start(config=config.network, store=store, instance=places.instance)
         launcher = await _launcher(cgroups, places)
         node = await stack.enter_async_context(
             _recovered(config, places, store, images, cgroups, network, launcher)
@@ -196,23 +194,8 @@ async def _recovered(
 
 async def _launcher(cgroups: Cgroups, places: Places) -> Launcher:
     """The one that runs, or a new one in the agent's own cgroup."""
-    fds = cgroups.instance_group().join_fds()
-    try:
-        return await Launcher.connect_or_start(places.state, join_fds=fds)
-    finally:
-        close_all(fds)
-
-
-def _network_config(config: Config) -> NetworkConfig:
-    network = config.network
-    return NetworkConfig(
-        bridge=network.bridge,
-        subnet4=network.subnet4,
-        subnet6=network.subnet6,
-        mtu=network.mtu,
-        masquerade=network.masquerade,
-        host_ports=network.host_ports,
-    )
+    with joining_files(cgroups.instance_group()) as files:
+        return await Launcher.connect_or_start(places.state, join_fds=files)
 
 
 async def _leave(node: Node, places: Places) -> None:

@@ -21,7 +21,6 @@ from nodeagent.lifecycle.registry import Pod, Registry, boot_id
 from nodeagent.lifecycle.slots import Slot, Slots, dismantle
 from nodeagent.lifecycle.supervision import Supervision
 from nodeagent.net.network import Network
-from nodeagent.net.network import PortMapping as Publication
 from nodeagent.records import Resources, Sandbox, SandboxConfig
 from nodeagent.sandbox.spec import PodSettings
 
@@ -115,20 +114,8 @@ class Sandboxes:
         config = sandbox.config
         podfiles.write(slot.directory, config, sandbox.addresses)
         await slot.supervisor.configure(_settings(config))
-        mappings = [m for m in config.port_mappings if m.host_port]
-        if mappings and config.namespaces.network == "pod":
-            await self._network.publish(
-                slot.id,
-                [
-                    Publication(
-                        protocol=m.protocol,
-                        host_ip=m.host_ip,
-                        host_port=m.host_port,
-                        container_port=m.container_port,
-                    )
-                    for m in mappings
-                ],
-            )
+        if config.namespaces.network == "pod":
+            await self._network.publish(slot.id, config.port_mappings)
 
     def _refuse_twin(self, config: SandboxConfig) -> None:
         for other in self._registry.sandboxes.values():
