@@ -1,11 +1,10 @@
 """RuntimeService: the calls about the node itself. The methods have the names of the RPCs."""
 # ruff: noqa: N802
 
-import ipaddress
 from collections.abc import AsyncGenerator
 
 from nodeagent.api import runtime_pb2 as pb
-from nodeagent.cri import messages, validate, verbose
+from nodeagent.cri import messages, verbose
 from nodeagent.cri.features import Features
 from nodeagent.errors import Unsupported
 from nodeagent.lifecycle.events import Event
@@ -64,10 +63,7 @@ class NodeCalls:
     async def UpdateRuntimeConfig(
         self, request: pb.UpdateRuntimeConfigRequest
     ) -> pb.UpdateRuntimeConfigResponse:
-        """One network, or one of each family with a comma between; without any, nothing changes."""
-        cidr = request.runtime_config.network_config.pod_cidr
-        if cidr:
-            await self._node.set_pod_cidr(_networks(cidr))
+        await self._node.network.set_pod_cidr(request.runtime_config.network_config.pod_cidr)
         return pb.UpdateRuntimeConfigResponse()
 
     async def GetContainerEvents(
@@ -97,16 +93,3 @@ def event_message(event: Event) -> pb.ContainerEventResponse:
         pod_sandbox_status=messages.sandbox_status(sandbox) if sandbox else None,
         containers_statuses=map(messages.container_status, event.containers),
     )
-
-
-def _networks(cidr: str) -> tuple[str, ...]:
-    field = "runtime_config.network_config.pod_cidr"
-    found = []
-    for part in cidr.split(","):
-        try:
-            found.append(ipaddress.ip_network(part.strip()))
-        except ValueError as error:
-            validate.refuse(field, str(error))
-    if len({network.version for network in found}) != len(found):
-        validate.refuse(field, f'"{cidr}" has two networks of one family')
-    return tuple(map(str, found))

@@ -118,17 +118,23 @@ def _handlers(
 def _handler(
     method: MethodDescriptor, parts: Iterable[object], calls: Calls
 ) -> "grpc.RpcMethodHandler[Any, Any]":
-    behaviour = next(getattr(part, method.name) for part in parts if hasattr(part, method.name))
     make, wrap = (
         (grpc.unary_stream_rpc_method_handler, calls.stream)
         if method.server_streaming
         else (grpc.unary_unary_rpc_method_handler, calls.unary)
     )
     return make(
-        wrap(method.name, behaviour),
+        wrap(method.name, _behaviour(method.name, parts)),
         request_deserializer=GetMessageClass(method.input_type).FromString,
         response_serializer=_serialize,
     )
+
+
+def _behaviour(name: str, parts: Iterable[object]) -> Any:
+    for part in parts:
+        if hasattr(part, name):
+            return getattr(part, name)
+    raise LookupError(f"{name}: nobody serves it")
 
 
 def _serialize(reply: Reply) -> bytes:
