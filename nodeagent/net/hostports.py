@@ -1,0 +1,96 @@
+"""Ports of the node that pods hold: which are free, who has the others.
+
+Records only; what forwards the packets is in `nodeagent.net.nat`. A port is held for every address of the node, for
+every one of a family (0.0.0.0 and ::), or for one address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from ipaddress import ip_address
+
+from nodeagent.errors import AlreadyExists, InvalidArgument
+from nodeagent.records import HostPort, PortMapping
+from nodeagent.store import Store
+
+_PORTS = range(1, 65536)
+
+
+class HostPorts:
+    """The ports that are held, in the store and in memory."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._held: dict[str, HostPort] = {port.key: port for port in store.all(HostPort)}
+
+    def all(self) -> list[HostPort]:
+        return list(self._held.values())
+
+    def of(self, pod_id: str) -> list[HostPort]:
+        return [port for port in self._held.values() if port.pod_id == pod_id]
+
+    def reserve(
+        self, pod_id: str, mappings: Iterable[PortMapping], versions: Sequence[int]
+    ) -> list[HostPort]:
+        """Hold what the mappings ask for, in place of what the pod had; or nothing.
+
+        versions: of the pod's addresses. Raises `AlreadyExists` for a port that another pod, or another mapping, has.
+        """
+        ports: list[HostPort] = []
+        others = [port for port in self._held.values() if port.pod_id != pod_id]
+        for mapping in mappings:
+            port = _host_port(pod_id, mapping, versions)
+            if port not in ports:
+                _refuse_conflict(port, [*others, *ports])
+                ports.append(port)
+        with self._store.transaction():
+            for old in self.of(pod_id):
+                self._store.delete(HostPort, old.key)
+            for port in ports:
+                self._store.put(port)
+        self._held = {port.key: port for port in (*others, *ports)}
+        return ports
+
+    def release(self, pod_id: str) -> None:
+        """Let go of every port of a pod."""
+        self.reserve(pod_id, (), ())
+
+
+def _host_port(pod_id: str, mapping: PortMapping, versions: Sequence[int]) -> HostPort:
+    what = f"port mapping {mapping.protocol} {mapping.host_port}"
+    if mapping.host_port not in _PORTS:
+        raise InvalidArgument(f"{what}: host_port is not in 1..65535")
+    if mapping.container_port not in _PORTS:
+        raise InvalidArgument(f"{what}: container_port {mapping.container_port} is not in 1..65535")
+    try:
+        host = ip_address(mapping.host_ip) if mapping.host_ip else None
+    except ValueError:
+        raise InvalidArgument(f'{what}: host_ip "{mapping.host_ip}" is no address') from None
+    if host is not None and host.version not in versions:
+        raise InvalidArgument(f"{what}: host_ip {host}: the pod has no IPv{host.version} address")
+    return HostPort(
+        protocol=mapping.protocol,
+        host_ip=str(host or ""),
+        host_port=mapping.host_port,
+        pod_id=pod_id,
+        container_port=mapping.container_port,
+    )
+
+
+def _refuse_conflict(port: HostPort, held: Sequence[HostPort]) -> None:
+    for other in held:
+        if _overlap(port, other):
+            where = f" of {port.host_ip}" if port.host_ip else ""
+            raise AlreadyExists(
+                f'host port {port.protocol} {port.host_port}{where}: pod "{other.pod_id}" has it'
+            )
+
+
+def _overlap(one: HostPort, other: HostPort) -> bool:
+    if (one.protocol, one.host_port) != (other.protocol, other.host_port):
+        return False
+    if not one.host_ip or not other.host_ip:
+        return True
+    first, second = ip_address(one.host_ip), ip_address(other.host_ip)
+    same_family = first.version == second.version
+    return same_family and (first == second or first.is_unspecified or second.is_unspecified)

@@ -1,0 +1,142 @@
+"""Addresses of pods: pools that hand them out in turn, and the leases that the store remembers.
+
+A lease is written before its address is used and forgotten after its link is gone, so that a crash leaks no address and
+no address is ever on two links.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Collection, Sequence
+from ipaddress import ip_interface
+
+import msgspec
+
+from nodeagent.errors import ResourceExhausted
+from nodeagent.net.addresses import Interface, Subnet
+from nodeagent.records import Lease
+from nodeagent.store import Store
+
+_LINK_NUMBERS = 1 << 20
+
+
+class Pool:
+    """The addresses of a subnet but its first, which is the gateway's, and those that mean all or none."""
+
+    def __init__(self, subnet: Subnet) -> None:
+        self.subnet = subnet
+        self._first = int(subnet.network_address) + 2
+        self._last = int(subnet.broadcast_address) - (1 if subnet.version == 4 else 0)
+        self._next = self._first
+        self._taken: set[int] = set()
+
+    @property
+    def size(self) -> int:
+        return self._last - self._first + 1
+
+    def take(self) -> Interface:
+        """The next address in turn, so that one given back rests as long as possible."""
+        if len(self._taken) >= self.size:
+            raise ResourceExhausted(f"subnet {self.subnet}: all {self.size} addresses are taken")
+        address = self._next
+        while address in self._taken:
+            address = self._after(address)
+        interface = ip_interface((address, self.subnet.prefixlen))
+        self.claim(interface)
+        return interface
+
+    def claim(self, interface: Interface) -> None:
+        """Take this very address; the next one in turn is the one after it."""
+        self._taken.add(int(interface.ip))
+        self._next = self._after(int(interface.ip))
+
+    def give_back(self, interface: Interface) -> None:
+        self._taken.discard(int(interface.ip))
+
+    def _after(self, address: int) -> int:
+        return address + 1 if address < self._last else self._first
+
+
+class Ipam:
+    """Leases: one address of each of `subnets`, and the name of a link that begins with `link_prefix`."""
+
+    def __init__(self, store: Store, link_prefix: str, subnets: Sequence[Subnet]) -> None:
+        self._store = store
+        self._link_prefix = link_prefix
+        self._pools: dict[Subnet, Pool] = {}
+        self._current: list[Pool] = []
+        self.leases: dict[str, Lease] = {}
+        for lease in sorted(store.all(Lease), key=lambda lease: lease.acquired_at):
+            self.leases[lease.pod_id] = lease
+            for interface in interfaces(lease):
+                self._pool(interface.network).claim(interface)
+        self.use(subnets)
+
+    def use(self, subnets: Sequence[Subnet]) -> None:
+        """New leases come from these; those that are held stay."""
+        self._current = [self._pool(subnet) for subnet in subnets]
+
+    @property
+    def subnets(self) -> tuple[Subnet, ...]:
+        """Those in use: for new leases, then of old ones."""
+        held = (i.network for lease in self.leases.values() for i in interfaces(lease))
+        return tuple(dict.fromkeys([*(pool.subnet for pool in self._current), *held]))
+
+    def acquire(self, pod_id: str) -> Lease:
+        """A lease of one's own, or the one that the pod has. Raises `ResourceExhausted`."""
+        if held := self.leases.get(pod_id):
+            return held
+        taken: list[Interface] = []
+        try:
+            taken.extend(pool.take() for pool in self._current)
+            lease = Lease(
+                pod_id=pod_id,
+                addresses=tuple(map(str, taken)),
+                link=self._new_link(),
+                acquired_at=time.time_ns(),
+            )
+            self._store.put(lease)
+        except BaseException:
+            self._give_back(taken)
+            raise
+        self.leases[pod_id] = lease
+        return lease
+
+    def release(self, pod_id: str) -> Lease | None:
+        """The pod is gone, and its link may follow; its addresses rest until `forget`."""
+        lease = self.leases.get(pod_id)
+        if lease is not None and not lease.released_at:
+            lease = msgspec.structs.replace(lease, released_at=time.time_ns())
+            self._store.put(lease)
+            self.leases[pod_id] = lease
+        return lease
+
+    def forget(self, lease: Lease) -> None:
+        """The link of a lease is gone: its addresses may be handed out again."""
+        if self.leases.get(lease.pod_id) == lease:
+            self._store.delete(Lease, lease.pod_id)
+            del self.leases[lease.pod_id]
+            self._give_back(interfaces(lease))
+
+    def released(self) -> list[Lease]:
+        return [lease for lease in self.leases.values() if lease.released_at]
+
+    def _pool(self, subnet: Subnet) -> Pool:
+        if subnet not in self._pools:
+            self._pools[subnet] = Pool(subnet)
+        return self._pools[subnet]
+
+    def _give_back(self, taken: Collection[Interface]) -> None:
+        for interface in taken:
+            self._pool(interface.network).give_back(interface)
+
+    def _new_link(self) -> str:
+        names = {lease.link for lease in self.leases.values()}
+        while (name := f"{self._link_prefix}{secrets.randbelow(_LINK_NUMBERS):05x}") in names:
+            pass
+        return name
+
+
+def interfaces(lease: Lease) -> list[Interface]:
+    return [ip_interface(address) for address in lease.addresses]

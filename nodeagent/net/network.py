@@ -1,0 +1,392 @@
+"""Pods' network: what the rest of the agent asks for.
+
+Each pod has a veth pair on a bridge of the agent's own, addresses by leases in the store, and its ports on the node by
+an nf_tables table of the agent's own. Kernel calls that may wait for the routing lock, which others hold for tens of
+milliseconds while they delete links, are made in threads.
+
+::
+
+    attach                                     detach                          the link is gone
+    ──────► lease held, link, eth0 configured ───────► lease released, no port ────────────────► forgotten
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Self
+
+import msgspec
+
+from nodeagent.config import Network as NetworkConfig
+from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
+from nodeagent.net import bridge, conntrack, setup, stats, sysctls, veth
+from nodeagent.net.addresses import gateway, link_local, mac_of, parse_pod_cidr
+from nodeagent.net.hostports import HostPorts
+from nodeagent.net.ipam import Ipam, interfaces
+from nodeagent.net.nat import Nat
+from nodeagent.net.netlink import NETLINK_ROUTE, Connection
+from nodeagent.net.nftables import Element, Table
+from nodeagent.net.ruleset import Ruleset, elements
+from nodeagent.net.stats import InterfaceStats
+from nodeagent.records import HostPort, Lease, NodeNetwork, PortMapping
+from nodeagent.store import Store
+
+__all__ = ["InterfaceStats", "Network", "NetworkConfig", "NetworkStatus", "PortMapping"]
+
+log = logging.getLogger(__name__)
+
+# A pod's link goes with its namespace, a few tens of milliseconds after its last process; one that stays longer is
+# deleted by name.
+_REAP_SECONDS = 0.1
+_PATIENCE_NS = 2_000_000_000
+_RETRY_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkStatus:
+    """reason and message are empty where the network is ready. problems: what is amiss or missing in any case."""
+
+    ready: bool
+    reason: str = ""
+    message: str = ""
+    problems: tuple[str, ...] = ()
+
+
+class Network:
+    """The pods' network of one agent. Leases and host ports are in the store; the kernel has the rest."""
+
+    def __init__(self, config: NetworkConfig, store: Store, instance: str) -> None:
+        self._config = config
+        self._store = store
+        self._instance = instance
+        self._link_prefix = f"nv{instance}"
+        self._ipam = Ipam(store, self._link_prefix, ())
+        self._host_ports = HostPorts(store)
+        self._choices = store.get(NodeNetwork, "node") or NodeNetwork()
+        self._side: setup.NodeSide
+        self._nat: Nat | None = None
+        self._nat_missing = ""
+        self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="net")
+        self._released = asyncio.Event()
+        self._reaper: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(cls, *, config: NetworkConfig, store: Store, instance: str) -> Self:
+        """Make the node's side, or take over what an earlier agent left.
+
+        instance: eight hexadecimal digits, from which all names in the kernel derive.
+        """
+        if not config.subnet4 and not config.subnet6:
+            raise InvalidArgument("network: subnet4 and subnet6 are both empty")
+        network = cls(config, store, instance)
+        await network._set_up()
+        network._open_nat()
+        network._reaper = asyncio.create_task(network._reap())
+        network._released.set()
+        return network
+
+    async def close(self, *, remove: bool) -> None:
+        """Stop. With `remove` all that the kernel has of this network goes, else it stays for the next agent."""
+        if self._reaper is not None:
+            self._reaper.cancel()
+            await asyncio.gather(self._reaper, return_exceptions=True)
+        if remove:
+            await self._remove()
+        self._workers.shutdown()
+        if self._nat is not None:
+            self._nat.close()
+
+    # --- pods ---
+
+    async def attach(self, pod_id: str, netns_fd: int, route_socket: socket.socket) -> Lease:
+        """Connect a pod: link, addresses, routes, loopback. On success all of it works; on failure it goes again.
+
+        route_socket: NETLINK_ROUTE, opened inside the namespace of `netns_fd`. For a pod that is attached already its
+        lease is the answer. Raises `ResourceExhausted` where no address is free, and `OSError`.
+        """
+        lease = self._ipam.leases.get(pod_id)
+        if lease is not None and lease.released_at:
+            await self._run(partial(_delete_link, lease.link))
+            self._ipam.forget(lease)
+            lease = None
+        is_new = lease is None
+        lease = lease or self._ipam.acquire(pod_id)
+        try:
+            await self._run(partial(_connect, lease, self._side, netns_fd, route_socket, is_new))
+        except BaseException:
+            if is_new:
+                self._release(pod_id)
+            raise
+        return lease
+
+    async def publish(self, pod_id: str, mappings: Sequence[PortMapping]) -> None:
+        """Forward ports of the node to a pod, in place of those that it had. A mapping with host_port 0 is none.
+
+        Raises `AlreadyExists` for a port that another pod has, and `Unsupported` where the kernel cannot do it.
+        """
+        wanted = [mapping for mapping in mappings if mapping.host_port]
+        if not wanted:
+            return
+        lease = self._ipam.leases.get(pod_id)
+        if lease is None or lease.released_at:
+            raise NotFound(f'pod "{pod_id}": has no network')
+        nat = self._host_port_nat()
+        versions = [interface.version for interface in interfaces(lease)]
+        before = self._elements(self._host_ports.of(pod_id))
+        ports = self._host_ports.reserve(pod_id, wanted, versions)
+        try:
+            after = self._elements(ports)
+            nat.remove([element for element in before if element not in after])
+            nat.add(after)
+        except BaseException:
+            self._host_ports.release(pod_id)
+            raise
+        if udp := [port.host_port for port in ports if port.protocol == "udp"]:
+            self._run_behind(partial(conntrack.forget_unanswered, udp, versions))
+
+    async def detach(self, pod_id: str) -> None:
+        """Take a pod's ports and addresses back. Success also for a pod that is unknown.
+
+        Its link may stay until its namespace is gone; the addresses are not used again before that.
+        """
+        try:
+            self._withdraw(pod_id)
+        finally:
+            self._release(pod_id)
+
+    async def recover(self, pods: Collection[str]) -> None:
+        """Give up everything of pods that are not among `pods`, and declare the table as the store has it."""
+        for pod_id in self._ipam.leases.keys() - set(pods):
+            self._release(pod_id)
+        for pod_id in {port.pod_id for port in self._host_ports.all()}.difference(pods):
+            self._host_ports.release(pod_id)
+        if self._nat is not None:
+            self._nat.declare()
+        known = {lease.link for lease in self._ipam.leases.values()}
+        for name in self._links() - known:
+            await self._run(partial(_delete_link, name))
+
+    async def set_pod_cidr(self, cidr: str) -> None:
+        """New pods get addresses of these subnets, also after a restart; those that are there keep theirs.
+
+        cidr: as in UpdateRuntimeConfig, "10.1.0.0/24" or "10.1.0.0/24,fd00:1::/64"; empty changes nothing. A family
+        that is not configured stays out. Raises `InvalidArgument`.
+        """
+        if not cidr:
+            return
+        subnets = tuple(str(subnet) for subnet in parse_pod_cidr(cidr))
+        if subnets == self._choices.pod_cidrs:
+            return
+        self._choices = msgspec.structs.replace(self._choices, pod_cidrs=subnets)
+        await self._set_up()
+        if self._nat is not None:
+            self._nat.declare(self._ruleset())
+
+    # --- what is ---
+
+    def status(self) -> NetworkStatus:
+        """How it is now. What others undid of the table or the kernel's settings is made good by the way."""
+        problems = [*self._side.problems, *([self._nat_missing] if self._nat_missing else [])]
+        if not bridge.is_up(self._side.bridge):
+            return NetworkStatus(
+                ready=False,
+                reason="BridgeDown",
+                message=f'bridge "{self._side.bridge}": is missing or down',
+                problems=tuple(problems),
+            )
+        try:
+            self._repair()
+        except OSError as error:
+            problems.append(str(error))
+        return NetworkStatus(ready=True, problems=tuple(problems))
+
+    def all_interface_stats(self) -> dict[str, InterfaceStats]:
+        """The traffic of each attached pod, by its id."""
+        by_link = stats.read_all(self._link_prefix)
+        return {
+            lease.pod_id: by_link[lease.link]
+            for lease in self._ipam.leases.values()
+            if lease.link in by_link
+        }
+
+    def _repair(self) -> None:
+        for name in sysctls.differing(self._side.settings):
+            log.warning("sysctl %s was changed, it is set again", name)
+        sysctls.apply(self._side.settings)
+        if self._nat is not None and not self._nat.is_declared():
+            log.warning("%s: was deleted, it is declared anew", self._ruleset().table.name)
+            self._nat.declare()
+
+    # --- the node's side ---
+
+    async def _set_up(self) -> None:
+        self._side = await setup.set_up(self._plan())
+        self._ipam.use(self._side.subnets)
+        self._choices = setup.with_choice(self._choices, self._config.subnet4, self._side.subnets)
+        self._store.put(self._choices)
+
+    def _plan(self) -> setup.Plan:
+        return setup.Plan(
+            config=self._config,
+            instance=self._instance,
+            choices=self._choices,
+            held=self._ipam.subnets,
+        )
+
+    def _open_nat(self) -> None:
+        if not self._config.masquerade and not self._config.host_ports:
+            return
+        try:
+            self._nat = Nat.open(self._ruleset(), lambda: self._elements(self._host_ports.all()))
+        except Unsupported as error:
+            self._nat_missing = f"no host ports and no masquerade: {error}"
+            log.warning("%s", self._nat_missing)
+
+    def _ruleset(self) -> Ruleset:
+        return Ruleset(
+            table=Table(f"nodeagent_{self._instance}"),
+            bridge=self._side.bridge,
+            subnets=self._ipam.subnets,
+            masquerade=self._config.masquerade,
+            host_ports=self._config.host_ports,
+        )
+
+    async def _remove(self) -> None:
+        if self._nat is not None:
+            self._nat.delete()
+        for name in self._links():
+            await self._run(partial(_delete_link, name))
+        for lease in list(self._ipam.leases.values()):
+            self._ipam.forget(lease)
+        await setup.tear_down(self._plan())
+
+    def _links(self) -> set[str]:
+        """The node's ends of all pods' links."""
+        names = (name for _, name in socket.if_nameindex())
+        return {name for name in names if name.startswith(self._link_prefix)}
+
+    # --- host ports ---
+
+    def _host_port_nat(self) -> Nat:
+        if not self._config.host_ports:
+            raise FailedPrecondition("host ports: network.host_ports of the configuration is off")
+        if self._nat is None:
+            raise Unsupported(f"host ports: {self._nat_missing}")
+        return self._nat
+
+    def _withdraw(self, pod_id: str) -> None:
+        ports = self._host_ports.of(pod_id)
+        if not ports:
+            return
+        gone = self._elements(ports)
+        self._host_ports.release(pod_id)
+        if self._nat is not None:
+            self._nat.remove(gone)
+        if any(port.protocol == "udp" for port in ports):
+            addresses = [i.ip for i in interfaces(self._ipam.leases[pod_id])]
+            self._run_behind(partial(conntrack.forget_flows_to, addresses))
+
+    def _elements(self, ports: Sequence[HostPort]) -> list[Element]:
+        """Each once: two addresses of the node may be forwarded to the same port."""
+        leases = self._ipam.leases
+        return list(
+            dict.fromkeys(
+                element
+                for port in ports
+                if port.pod_id in leases
+                for element in elements(port, [i.ip for i in interfaces(leases[port.pod_id])])
+            )
+        )
+
+    # --- leases whose pod is gone ---
+
+    def _release(self, pod_id: str) -> None:
+        if self._ipam.release(pod_id) is not None:
+            self._released.set()
+
+    async def _reap(self) -> None:
+        while True:
+            await self._released.wait()
+            self._released.clear()
+            while released := self._ipam.released():
+                await asyncio.sleep(_REAP_SECONDS)
+                for lease in released:
+                    await self._reap_one(lease)
+
+    async def _reap_one(self, lease: Lease) -> None:
+        if not _exists(lease.link):
+            self._ipam.forget(lease)
+        elif time.time_ns() - lease.released_at > _PATIENCE_NS:
+            try:
+                await self._run(partial(_delete_link, lease.link))
+            except OSError as error:
+                log.warning("%s", error)
+                await asyncio.sleep(_RETRY_SECONDS)
+
+    # --- threads ---
+
+    async def _run(self, work: Callable[[], None]) -> None:
+        """In a thread, to its end: descriptors that it was given must not be closed meanwhile."""
+        job = asyncio.get_running_loop().run_in_executor(self._workers, work)
+        try:
+            await asyncio.shield(job)
+        except asyncio.CancelledError:
+            await asyncio.gather(job, return_exceptions=True)
+            raise
+
+    def _run_behind(self, work: Callable[[], None]) -> None:
+        """In a thread, for nobody to wait."""
+        self._workers.submit(work).add_done_callback(_log_failure)
+
+
+def _log_failure(job: Future[None]) -> None:
+    if error := job.exception():
+        log.warning("%s", error)
+
+
+def _connect(
+    lease: Lease,
+    side: setup.NodeSide,
+    netns_fd: int,
+    route_socket: socket.socket,
+    is_new: bool,
+) -> None:
+    addresses = interfaces(lease)
+    mac = mac_of(addresses[0])
+    gateways = [gateway(address.network).ip for address in addresses]
+    if any(address.version == 6 for address in addresses):
+        addresses.append(link_local(mac))
+    with Connection.open(NETLINK_ROUTE) as node:
+        try:
+            veth.create(
+                node, lease.link, bridge=side.index, mtu=side.mtu, mac=mac, netns_fd=netns_fd
+            )
+        except FileExistsError:
+            if is_new:
+                raise
+        veth.configure(Connection(route_socket), addresses, gateways)
+
+
+def _delete_link(name: str) -> None:
+    with Connection.open(NETLINK_ROUTE) as node:
+        try:
+            veth.delete(node, name)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+
+
+def _exists(link: str) -> bool:
+    try:
+        socket.if_nametoindex(link)
+    except OSError:
+        return False
+    return True

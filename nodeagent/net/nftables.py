@@ -1,0 +1,346 @@
+"""The language of nf_tables over nfnetlink: tables, chains, rules, sets and maps as messages.
+
+Names, numbers and semantics are those of linux/netfilter/nf_tables.h and nft(8); all numbers travel in network byte
+order. Nothing here knows what the rules are for. Statements and matches are byte strings, one or more expressions
+each; a rule is their concatenation.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from nodeagent.net.netlink import (
+    NETLINK_NETFILTER,
+    NLM_F_APPEND,
+    NLM_F_CREATE,
+    Connection,
+    Request,
+    attribute,
+    be32,
+    nested,
+    text,
+    u8,
+)
+
+# of linux/netfilter.h and linux/socket.h
+NFPROTO_INET = 1
+NFPROTO_IPV4 = 2
+NFPROTO_IPV6 = 10
+HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
+_DROP = 0
+_JUMP = -3
+_RETURN = -5
+
+_NFNL_SUBSYS_NFTABLES = 10
+_BATCH_BEGIN = 0x10
+_BATCH_END = 0x11
+_NEWTABLE, _GETTABLE, _DELTABLE = 0, 1, 2
+_NEWCHAIN = 3
+_NEWRULE = 6
+_NEWSET = 9
+_NEWSETELEM = 12
+_DELSETELEM = 14
+_NFT_SET_MAP = 0x8
+
+_NFGENMSG = struct.Struct(">BBH")
+_ELEMENTS_PER_MESSAGE = 100  # a nested attribute has at most 64 KiB
+
+
+# --- data types, as nft(8) names and numbers them -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DataType:
+    """number: how user space tells one type from another; the kernel only keeps it."""
+
+    number: int
+    size: int
+
+
+IPV4_ADDR = DataType(7, 4)
+IPV6_ADDR = DataType(8, 16)
+INET_PROTO = DataType(12, 1)
+INET_SERVICE = DataType(13, 2)
+
+
+def _type_number(types: Sequence[DataType]) -> int:
+    number = 0
+    for part in types:
+        number = number << 6 | part.number
+    return number
+
+
+def _type_size(types: Sequence[DataType]) -> int:
+    return sum(_padded(part.size) for part in types)
+
+
+def _padded(size: int) -> int:
+    """Each part of a concatenation fills whole registers of 32 bits."""
+    return size + -size % 4
+
+
+def concatenation(*parts: bytes) -> bytes:
+    """The value of a key or datum, as registers hold it."""
+    return b"".join(part + bytes(-len(part) % 4) for part in parts)
+
+
+# --- expressions ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """An expression that loads a value of `size` bytes, into the register that it is given."""
+
+    name: str
+    size: int
+    attributes: bytes
+    register_attribute: int = 1
+
+    def into(self, register: int) -> bytes:
+        return _expression(self.name, be32(self.register_attribute, register), self.attributes)
+
+
+def _expression(name: str, *attributes: bytes) -> bytes:
+    return nested(1, text(1, name), nested(2, *attributes))
+
+
+def _meta(key: int, size: int) -> Load:
+    return Load("meta", size, be32(2, key))
+
+
+def _payload(base: int, offset: int, size: int) -> Load:
+    return Load("payload", size, be32(2, base) + be32(3, offset) + be32(4, size))
+
+
+NFPROTO = _meta(15, 1)
+L4PROTO = _meta(16, 1)
+IIFNAME = _meta(6, 16)
+OIFNAME = _meta(7, 16)
+IP_SADDR = _payload(1, 12, 4)
+IP_DADDR = _payload(1, 16, 4)
+IP6_SADDR = _payload(1, 8, 16)
+IP6_DADDR = _payload(1, 24, 16)
+TH_DPORT = _payload(2, 2, 2)
+CT_ORIGINAL_PROTO_DST = Load("ct", 2, be32(2, 12) + u8(3, 0))
+FIB_DADDR_TYPE = Load("fib", 4, be32(2, 3) + be32(3, 2))
+
+RTN_LOCAL = struct.pack("=I", 2)  # the one value in the machine's byte order
+
+_REGISTER = 8  # NFT_REG32_00, the first of sixteen with 32 bits
+
+
+def equal(load: Load, value: bytes) -> bytes:
+    return load.into(_REGISTER) + _compare(0, value)
+
+
+def differs(load: Load, value: bytes) -> bytes:
+    return load.into(_REGISTER) + _compare(1, value)
+
+
+def within(load: Load, prefix: bytes, prefixlen: int) -> bytes:
+    """The value's first `prefixlen` bits are those of `prefix`."""
+    mask = ((1 << prefixlen) - 1) << (load.size * 8 - prefixlen)
+    masked = _expression(
+        "bitwise",
+        be32(1, _REGISTER),
+        be32(2, _REGISTER),
+        be32(3, load.size),
+        nested(4, attribute(1, mask.to_bytes(load.size, "big"))),
+        nested(5, attribute(1, bytes(load.size))),
+    )
+    return load.into(_REGISTER) + masked + _compare(0, prefix)
+
+
+def interface(name: str) -> bytes:
+    return name.encode().ljust(16, b"\0")
+
+
+def in_set(loads: Sequence[Load], name: str) -> bytes:
+    """The concatenated values are an element of a set."""
+    return _concatenate(loads) + _expression("lookup", text(1, name), be32(2, _REGISTER))
+
+
+def dnat_to_map(loads: Sequence[Load], name: str, nfproto: int) -> bytes:
+    """Destination NAT to the address and port that a map has for the concatenated values; none: no match."""
+    address = IPV4_ADDR if nfproto == NFPROTO_IPV4 else IPV6_ADDR
+    looked_up = _expression("lookup", text(1, name), be32(2, _REGISTER), be32(3, _REGISTER))
+    translated = _expression(
+        "nat",
+        be32(1, 1),
+        be32(2, nfproto),
+        be32(3, _REGISTER),
+        be32(5, _REGISTER + address.size // 4),
+    )
+    return _concatenate(loads) + looked_up + translated
+
+
+def masquerade() -> bytes:
+    return _expression("masq")
+
+
+def drop() -> bytes:
+    return _verdict(_DROP)
+
+
+def return_() -> bytes:
+    return _verdict(_RETURN)
+
+
+def jump(chain: str) -> bytes:
+    return _verdict(_JUMP, text(2, chain))
+
+
+def _compare(operation: int, value: bytes) -> bytes:
+    return _expression(
+        "cmp", be32(1, _REGISTER), be32(2, operation), nested(3, attribute(1, value))
+    )
+
+
+def _concatenate(loads: Sequence[Load]) -> bytes:
+    expressions = []
+    register = _REGISTER
+    for load in loads:
+        expressions.append(load.into(register))
+        register += _padded(load.size) // 4
+    return b"".join(expressions)
+
+
+def _verdict(code: int, *target: bytes) -> bytes:
+    verdict = nested(2, be32(1, code & 0xFFFFFFFF), *target)
+    return _expression("immediate", be32(1, 0), nested(2, verdict))
+
+
+# --- objects --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """kind, hook and priority as in nft(8); empty for a chain that is only jumped to."""
+
+    name: str
+    kind: str = ""
+    hook: str = ""
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Set:
+    """A set, or a map where `data` is given."""
+
+    name: str
+    key: tuple[DataType, ...]
+    data: tuple[DataType, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """Of a set or map; key and data as `concatenation` makes them."""
+
+    set: str
+    key: bytes
+    data: bytes = b""
+
+
+class Table:
+    """Messages about one table of family inet, and what is in it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._label = f"nft table inet {name}"
+
+    def create(self) -> Request:
+        return self._request("create", _NEWTABLE, text(1, self.name), flags=NLM_F_CREATE)
+
+    def look_up(self) -> Request:
+        return self._request("look up", _GETTABLE, text(1, self.name))
+
+    def delete(self) -> Request:
+        return self._request("delete", _DELTABLE, text(1, self.name))
+
+    def add_chain(self, chain: Chain) -> Request:
+        body = [text(1, self.name), text(3, chain.name)]
+        if chain.hook:
+            priority = be32(2, chain.priority & 0xFFFFFFFF)
+            body += [nested(4, be32(1, HOOKS[chain.hook]), priority), text(7, chain.kind)]
+        return self._request(f"add chain {chain.name}", _NEWCHAIN, *body, flags=NLM_F_CREATE)
+
+    def add_rule(self, chain: str, *expressions: bytes) -> Request:
+        return self._request(
+            f"add a rule to {chain}",
+            _NEWRULE,
+            text(1, self.name),
+            text(2, chain),
+            nested(4, *expressions),
+            flags=NLM_F_CREATE | NLM_F_APPEND,
+        )
+
+    def add_set(self, one: Set) -> Request:
+        body = [
+            text(1, self.name),
+            text(2, one.name),
+            be32(3, _NFT_SET_MAP if one.data else 0),
+            be32(4, _type_number(one.key)),
+            be32(5, _type_size(one.key)),
+            be32(10, 1),  # refers to it within a transaction, where nothing here does
+        ]
+        if one.data:
+            body += [be32(6, _type_number(one.data)), be32(7, _type_size(one.data))]
+        return self._request(f"add set {one.name}", _NEWSET, *body, flags=NLM_F_CREATE)
+
+    def add_elements(self, elements: Iterable[Element]) -> list[Request]:
+        """An element that is there already, with the same data, stays."""
+        return self._elements("add to", _NEWSETELEM, elements, NLM_F_CREATE)
+
+    def delete_elements(self, elements: Iterable[Element]) -> list[Request]:
+        return self._elements("delete from", _DELSETELEM, elements, 0)
+
+    def _elements(
+        self, verb: str, kind: int, elements: Iterable[Element], flags: int
+    ) -> list[Request]:
+        by_set: dict[str, list[Element]] = {}
+        for element in elements:
+            by_set.setdefault(element.set, []).append(element)
+        return [
+            self._request(
+                f"{verb} {name}",
+                kind,
+                text(1, self.name),
+                text(2, name),
+                nested(3, *map(_element, members[start : start + _ELEMENTS_PER_MESSAGE])),
+                flags=flags,
+            )
+            for name, members in by_set.items()
+            for start in range(0, len(members), _ELEMENTS_PER_MESSAGE)
+        ]
+
+    def _request(self, verb: str, kind: int, *body: bytes, flags: int = 0) -> Request:
+        header = _NFGENMSG.pack(NFPROTO_INET, 0, 0)
+        kind |= _NFNL_SUBSYS_NFTABLES << 8
+        return Request(f"{self._label}: {verb}", kind, flags, header + b"".join(body))
+
+
+def _element(element: Element) -> bytes:
+    parts = [nested(1, attribute(1, element.key))]
+    if element.data:
+        parts.append(nested(2, attribute(1, element.data)))
+    return nested(1, *parts)
+
+
+# --- transactions ---------------------------------------------------------------------------------------------------
+
+
+def connect() -> Connection:
+    """Raises `OSError` (EPROTONOSUPPORT) on a kernel without nfnetlink."""
+    return Connection.open(NETLINK_NETFILTER)
+
+
+def transact(connection: Connection, requests: Sequence[Request]) -> None:
+    """All of the requests, or none. Raises the `OSError` of the first that was refused."""
+    header = _NFGENMSG.pack(0, 0, _NFNL_SUBSYS_NFTABLES)
+    connection.commit(
+        Request("nft transaction: begin", _BATCH_BEGIN, 0, header),
+        requests,
+        Request("nft transaction: end", _BATCH_END, 0, header),
+    )

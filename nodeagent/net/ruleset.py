@@ -1,0 +1,166 @@
+"""The agent's own nf_tables table: masquerade, and the ports of the node that are forwarded to pods.
+
+::
+
+    table inet nodeagent_0a1b2c3d
+        map bound4      node address . protocol . port  →  pod address . port      (likewise bound6)
+        map any4                       protocol . port  →  pod address . port      (likewise any6)
+        set published4  pod address . protocol . node port                         (likewise published6)
+
+        chain guard        raw: from the bridge nothing may come to or from 127.0.0.0/8
+        chain prerouting   to an address of the node → chain publish
+        chain output       the same, for what the node itself sends
+        chain publish      destination NAT by the maps
+        chain postrouting  source NAT: see `_postrouting`
+
+The table is declared whole, in one transaction; a pod's ports come and go as elements. It has no filter but the guard:
+what other tables drop stays dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network, ip_address
+
+from nodeagent.net import nftables as nft
+from nodeagent.net.addresses import Address, Subnet
+from nodeagent.net.netlink import Request
+from nodeagent.net.nftables import Chain, Element, Load, Set, Table
+from nodeagent.records import HostPort
+
+# of nft(8): priorities by name
+_RAW = -300
+_DSTNAT = -100
+_SRCNAT = 100
+
+_PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What differs between IPv4 and IPv6."""
+
+    version: int
+    nfproto: int
+    address: nft.DataType
+    saddr: Load
+    daddr: Load
+
+    def is_(self) -> bytes:
+        return nft.equal(nft.NFPROTO, bytes([self.nfproto]))
+
+    def from_(self, subnet: Subnet) -> bytes:
+        return nft.within(self.saddr, subnet.network_address.packed, subnet.prefixlen)
+
+    def to(self, subnet: Subnet) -> bytes:
+        return nft.within(self.daddr, subnet.network_address.packed, subnet.prefixlen)
+
+
+_IPV4 = Family(4, nft.NFPROTO_IPV4, nft.IPV4_ADDR, nft.IP_SADDR, nft.IP_DADDR)
+_IPV6 = Family(6, nft.NFPROTO_IPV6, nft.IPV6_ADDR, nft.IP6_SADDR, nft.IP6_DADDR)
+_FAMILIES = {4: _IPV4, 6: _IPV6}
+_LOOPBACK4 = IPv4Network("127.0.0.0/8")
+_LOOPBACK6 = IPv6Network("::1/128")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ruleset:
+    """What the table is declared from. subnets: of the pods."""
+
+    table: Table
+    bridge: str
+    subnets: tuple[Subnet, ...]
+    masquerade: bool
+    host_ports: bool
+
+    def declare(self, elements: Sequence[Element]) -> list[Request]:
+        """The whole table anew with these elements, in place of what there is of it."""
+        table = self.table
+        return [
+            table.create(),  # or else there may be nothing to delete
+            table.delete(),
+            table.create(),
+            *map(table.add_set, self._sets()),
+            *map(table.add_chain, self._chains()),
+            *(table.add_rule(chain, *rule) for chain, rule in self._rules()),
+            *table.add_elements(elements),
+        ]
+
+    def _families(self) -> list[Family]:
+        return [_FAMILIES[version] for version in sorted({s.version for s in self.subnets})]
+
+    def _sets(self) -> Iterator[Set]:
+        for family in self._families():
+            target = (family.address, nft.INET_SERVICE)
+            port = (nft.INET_PROTO, nft.INET_SERVICE)
+            yield Set(f"bound{family.version}", (family.address, *port), target)
+            yield Set(f"any{family.version}", port, target)
+            yield Set(f"published{family.version}", (family.address, *port))
+
+    def _chains(self) -> Iterator[Chain]:
+        yield Chain("postrouting", "nat", "postrouting", _SRCNAT)
+        if self.host_ports:
+            yield Chain("guard", "filter", "prerouting", _RAW)
+            yield Chain("publish")
+            yield Chain("prerouting", "nat", "prerouting", _DSTNAT)
+            yield Chain("output", "nat", "output", _DSTNAT)
+
+    def _rules(self) -> Iterator[tuple[str, tuple[bytes, ...]]]:
+        if self.host_ports:
+            yield from (("guard", rule) for rule in self._guard())
+            yield from (("publish", rule) for rule in self._publish())
+            to_node = nft.equal(nft.FIB_DADDR_TYPE, nft.RTN_LOCAL)
+            for chain in ("prerouting", "output"):
+                yield chain, (to_node, nft.jump("publish"))
+        yield from (("postrouting", rule) for rule in self._postrouting())
+
+    def _guard(self) -> Iterator[tuple[bytes, ...]]:
+        """route_localnet would open the node's loopback services to pods (CVE-2020-8558)."""
+        from_bridge = nft.equal(nft.IIFNAME, nft.interface(self.bridge))
+        for match in (_IPV4.to(_LOOPBACK4), _IPV4.from_(_LOOPBACK4)):
+            yield from_bridge, _IPV4.is_(), match, nft.drop()
+
+    def _publish(self) -> Iterator[tuple[bytes, ...]]:
+        # IPv6 has no route_localnet, so an answer could not get back to ::1.
+        yield _IPV6.is_(), _IPV6.to(_LOOPBACK6), nft.return_()
+        port = (nft.L4PROTO, nft.TH_DPORT)
+        for family in self._families():
+            for name, key in (("bound", (family.daddr, *port)), ("any", port)):
+                target = nft.dnat_to_map(key, f"{name}{family.version}", family.nfproto)
+                yield family.is_(), target
+
+    def _postrouting(self) -> Iterator[tuple[bytes, ...]]:
+        to_bridge = nft.equal(nft.OIFNAME, nft.interface(self.bridge))
+        not_to_bridge = nft.differs(nft.OIFNAME, nft.interface(self.bridge))
+        if self.host_ports:
+            # The node came by 127.0.0.1, where no answer could be sent to.
+            yield to_bridge, _IPV4.is_(), _IPV4.from_(_LOOPBACK4), nft.masquerade()
+            for subnet in self.subnets:
+                # A pod came by the node; another pod's answer would go to it directly, past the translation.
+                family = _FAMILIES[subnet.version]
+                key = (family.daddr, nft.L4PROTO, nft.CT_ORIGINAL_PROTO_DST)
+                published = nft.in_set(key, f"published{family.version}")
+                yield to_bridge, family.is_(), family.from_(subnet), published, nft.masquerade()
+        if self.masquerade:
+            for subnet in self.subnets:
+                family = _FAMILIES[subnet.version]
+                yield not_to_bridge, family.is_(), family.from_(subnet), nft.masquerade()
+
+
+def elements(port: HostPort, addresses: Sequence[Address]) -> Iterator[Element]:
+    """What forwards one port of the node to a pod with these addresses."""
+    host = ip_address(port.host_ip) if port.host_ip else None
+    protocol = bytes([_PROTOCOLS[port.protocol]])
+    host_port, pod_port = (p.to_bytes(2, "big") for p in (port.host_port, port.container_port))
+    for address in addresses:
+        if host is not None and host.version != address.version:
+            continue
+        target = nft.concatenation(address.packed, pod_port)
+        if host is None or host.is_unspecified:
+            yield Element(f"any{address.version}", nft.concatenation(protocol, host_port), target)
+        else:
+            key = nft.concatenation(host.packed, protocol, host_port)
+            yield Element(f"bound{address.version}", key, target)
+        origin = nft.concatenation(address.packed, protocol, host_port)
+        yield Element(f"published{address.version}", origin)

@@ -1,0 +1,162 @@
+"""The node's side of the pods' network: subnets, a bridge with the gateways' addresses, settings of the kernel.
+
+Made at the agent's start and taken down after its last pod. Several agents on one machine keep out of each other's way:
+names come from the instance, the default subnet gives way to routes that are there, and a setting of the kernel goes
+back to what it was when the last of them leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_network
+
+import msgspec
+
+from nodeagent.config import Network as NetworkConfig
+from nodeagent.errors import Unavailable
+from nodeagent.net import bridge, sysctls
+from nodeagent.net.addresses import (
+    Interface,
+    Subnet,
+    free_subnet,
+    gateway,
+    link_local,
+    mac_of_bridge,
+    overlaps,
+)
+from nodeagent.net.bridge import IPRoute
+from nodeagent.records import NodeNetwork
+
+_DEFAULT_SUBNET4 = NetworkConfig().subnet4
+_ATTEMPTS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSide:
+    """What pods are attached to. settings: of the kernel, as they have to be. problems: for the operator."""
+
+    bridge: str
+    index: int
+    mtu: int
+    subnets: tuple[Subnet, ...]
+    settings: dict[str, str]
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What the node's side is made from. held: the subnets of pods that are there."""
+
+    config: NetworkConfig
+    instance: str
+    choices: NodeNetwork
+    held: tuple[Subnet, ...] = ()
+
+    @property
+    def bridge(self) -> str:
+        return self.config.bridge or f"na{self.instance}"
+
+    @property
+    def mac(self) -> bytes:
+        return mac_of_bridge(self.instance)
+
+    def subnets(self, taken: Collection[Subnet], seed: int) -> tuple[Subnet, ...]:
+        """Of new pods, IPv4 first: the pod CIDR, else the configured one, else in place of the default a free one."""
+        given = {subnet.version: subnet for subnet in map(ip_network, self.choices.pod_cidrs)}
+        subnets: list[Subnet] = []
+        if self.config.subnet4:
+            subnets.append(given.get(4) or self._subnet4(taken, seed))
+        if self.config.subnet6:
+            subnets.append(given.get(6) or ip_network(self.config.subnet6))
+        return tuple(subnets)
+
+    def _subnet4(self, taken: Collection[Subnet], seed: int) -> Subnet:
+        configured = self.config.subnet4
+        subnet = ip_network(self.choices.chosen.get(configured, configured))
+        may_move = configured == _DEFAULT_SUBNET4 and subnet not in self.held
+        if may_move and any(overlaps(subnet, other) for other in taken):
+            return free_subnet(taken, int(self.instance, 16) + seed)
+        return subnet
+
+
+async def set_up(plan: Plan) -> NodeSide:
+    """Make what is missing of the node's side and correct what is not as it should be."""
+    async with bridge.rtnetlink() as ipr:
+        mtu = plan.config.mtu or await bridge.default_mtu(ipr)
+        index = await bridge.ensure(ipr, plan.bridge, mac=plan.mac, mtu=mtu)
+        subnets, problems = await _settle(ipr, plan, index)
+        settings = await _apply_settings(ipr, plan, index, subnets)
+    return NodeSide(
+        bridge=plan.bridge,
+        index=index,
+        mtu=mtu,
+        subnets=subnets,
+        settings=settings,
+        problems=problems,
+    )
+
+
+async def tear_down(plan: Plan) -> None:
+    """Remove the bridge and, with the last agent's, go back to the earlier settings of the kernel."""
+    async with bridge.rtnetlink() as ipr:
+        noted = await bridge.aliases(ipr)
+        await bridge.delete(ipr, plan.bridge, mac=plan.mac)
+    previous = noted.pop(plan.bridge, {})
+    if not noted:
+        sysctls.restore(previous)
+
+
+async def _settle(
+    ipr: IPRoute, plan: Plan, index: int
+) -> tuple[tuple[Subnet, ...], tuple[str, ...]]:
+    """Put the gateways' addresses of the pods' subnets on the bridge.
+
+    Another agent may choose at the same time: whoever then finds the other's route beside its own chooses again.
+    """
+    taken = await bridge.routed_subnets(ipr, but=index)
+    for seed in range(_ATTEMPTS):
+        subnets = plan.subnets(taken, seed)
+        addresses = [gateway(s) for s in dict.fromkeys((*subnets, *plan.held))]
+        await bridge.ensure_addresses(ipr, index, [*addresses, *_link_local(plan, subnets)])
+        taken = await bridge.routed_subnets(ipr, but=index)
+        if plan.subnets(taken, seed) == subnets:
+            return subnets, tuple(_overlaps(subnets, taken))
+    raise Unavailable(f"bridge {plan.bridge}: the node's routes change all the time")
+
+
+def _link_local(plan: Plan, subnets: Sequence[Subnet]) -> list[Interface]:
+    """The kernel asks for a pod's MAC address from a link-local address when it forwards to it."""
+    return [link_local(plan.mac)] if any(s.version == 6 for s in subnets) else []
+
+
+def _overlaps(subnets: Sequence[Subnet], taken: Collection[Subnet]) -> list[str]:
+    return [
+        f"subnet {subnet} of pods overlaps the node's route to {route}"
+        for subnet in subnets
+        for route in taken
+        if overlaps(subnet, route)
+    ]
+
+
+async def _apply_settings(
+    ipr: IPRoute, plan: Plan, index: int, subnets: Sequence[Subnet]
+) -> dict[str, str]:
+    versions = [subnet.version for subnet in subnets]
+    advertised = await bridge.default_links(ipr, protocol=bridge.RTPROT_RA)
+    wanted = sysctls.of_node(versions, advertised)
+    remembered: dict[str, str] = {}
+    for noted in (await bridge.aliases(ipr)).values():
+        remembered |= noted
+    await bridge.set_alias(ipr, index, sysctls.differing(wanted) | remembered)
+    wanted |= sysctls.of_bridge(plan.bridge, host_ports=plan.config.host_ports)
+    sysctls.apply(wanted)
+    return wanted
+
+
+def with_choice(choices: NodeNetwork, configured: str, subnets: Sequence[Subnet]) -> NodeNetwork:
+    """The choices, with the IPv4 subnet that stands for the configured one."""
+    chosen = [str(s) for s in subnets if s.version == 4 and str(s) not in choices.pod_cidrs]
+    if not chosen:
+        return choices
+    return msgspec.structs.replace(choices, chosen=choices.chosen | {configured: chosen[0]})

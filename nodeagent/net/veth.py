@@ -1,0 +1,191 @@
+"""A pod's link: a veth pair with one end on the bridge and the other, eth0, in the pod's network namespace.
+
+rtnetlink(7) messages by hand, for they are on the way of a pod's start. The pair is made from the node's side; the rest
+goes through a NETLINK_ROUTE socket that was opened inside the namespace, which this process never enters.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import struct
+from collections.abc import Sequence
+
+from nodeagent.net.addresses import Address, Interface
+from nodeagent.net.netlink import (
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    NLM_F_REPLACE,
+    Connection,
+    Request,
+    attribute,
+    nested,
+    text,
+    u8,
+    u32,
+)
+
+POD_LINK = "eth0"
+
+_RTM_NEWLINK = 16
+_RTM_DELLINK = 17
+_RTM_GETLINK = 18
+_RTM_NEWADDR = 20
+_RTM_NEWROUTE = 24
+
+_IFF_UP = 0x1
+_LOOPBACK_INDEX = 1  # of every namespace
+
+# of linux/if_link.h
+_IFLA_ADDRESS = 1
+_IFLA_IFNAME = 3
+_IFLA_MTU = 4
+_IFLA_MASTER = 10
+_IFLA_LINKINFO = 18
+_IFLA_AF_SPEC = 26
+_IFLA_NET_NS_FD = 28
+_IFLA_EXT_MASK = 29
+_IFLA_INFO_KIND = 1
+_IFLA_INFO_DATA = 2
+_IFLA_INFO_SLAVE_KIND = 4
+_IFLA_INFO_SLAVE_DATA = 5
+_IFLA_BRPORT_MODE = 4
+_IFLA_INET6_ADDR_GEN_MODE = 8
+_IN6_ADDR_GEN_MODE_NONE = 1
+_VETH_INFO_PEER = 1
+_RTEXT_FILTER_SKIP_STATS = 8
+
+# of linux/if_addr.h and linux/rtnetlink.h
+_IFA_ADDRESS = 1
+_IFA_LOCAL = 2
+_IFA_BROADCAST = 4
+_IFA_F_NODAD = 0x2
+_RT_TABLE_MAIN = 254
+_RTPROT_BOOT = 3
+_RTN_UNICAST = 1
+_RTA_OIF = 4
+_RTA_GATEWAY = 5
+
+_IFINFOMSG = struct.Struct("=BxHiII")
+_IFADDRMSG = struct.Struct("=BBBBI")
+_RTMSG = struct.Struct("=8BI")
+
+
+# --- the node's side ------------------------------------------------------------------------------------------------
+
+
+def create(
+    node: Connection, name: str, *, bridge: int, mtu: int, mac: bytes, netns_fd: int
+) -> None:
+    """Make the pair `name` and, in the other namespace, eth0 with the address `mac`.
+
+    bridge: its index; `name` becomes a port of it, and is up. Raises `FileExistsError` where either name is taken.
+    """
+    peer = (
+        _link(),
+        text(_IFLA_IFNAME, POD_LINK),
+        u32(_IFLA_MTU, mtu),
+        attribute(_IFLA_ADDRESS, mac),
+        u32(_IFLA_NET_NS_FD, netns_fd),
+    )
+    pair = (
+        text(_IFLA_INFO_KIND, "veth"),
+        nested(_IFLA_INFO_DATA, nested(_VETH_INFO_PEER, *peer)),
+    )
+    # A pod reaches its own published port through the port it came from when bridged packets are translated
+    # (br_netfilter); for that the port needs hairpin mode.
+    hairpin = (
+        text(_IFLA_INFO_SLAVE_KIND, "bridge"),
+        nested(_IFLA_INFO_SLAVE_DATA, u8(_IFLA_BRPORT_MODE, 1)),
+    )
+    named = _link() + text(_IFLA_IFNAME, name)
+    node.perform(
+        Request(
+            f"link {name}: create",
+            _RTM_NEWLINK,
+            NLM_F_CREATE | NLM_F_EXCL,
+            named + u32(_IFLA_MTU, mtu) + u32(_IFLA_MASTER, bridge) + nested(_IFLA_LINKINFO, *pair),
+        ),
+        Request(
+            f"link {name}: configure as a port of the bridge",
+            _RTM_NEWLINK,
+            0,
+            named + nested(_IFLA_LINKINFO, *hairpin) + _without_link_local(),
+        ),
+        Request(
+            f"link {name}: set up",
+            _RTM_NEWLINK,
+            0,
+            _link(flags=_IFF_UP) + text(_IFLA_IFNAME, name),
+        ),
+    )
+
+
+def delete(node: Connection, name: str) -> None:
+    """Delete a pair. The kernel waits a grace period (16 to 20 ms) meanwhile. Raises `OSError` (ENODEV)."""
+    request = Request(f"link {name}: delete", _RTM_DELLINK, 0, _link() + text(_IFLA_IFNAME, name))
+    node.perform(request)
+
+
+# --- the pod's side -------------------------------------------------------------------------------------------------
+
+
+def configure(pod: Connection, addresses: Sequence[Interface], gateways: Sequence[Address]) -> None:
+    """Set lo and eth0 up, give eth0 its addresses and the default routes. Repeating it changes nothing."""
+    index = _index(pod)
+    pod.perform(
+        _set_up("lo", _LOOPBACK_INDEX),
+        Request(
+            f"link {POD_LINK}: configure",
+            _RTM_NEWLINK,
+            0,
+            _link(index=index) + _without_link_local(),
+        ),
+        _set_up(POD_LINK, index),
+        *(_add_address(index, address) for address in addresses),
+        *(_add_default_route(index, gateway) for gateway in gateways),
+    )
+
+
+def _index(pod: Connection) -> int:
+    body = _link() + text(_IFLA_IFNAME, POD_LINK) + u32(_IFLA_EXT_MASK, _RTEXT_FILTER_SKIP_STATS)
+    answer = pod.ask(Request(f"link {POD_LINK}: look up", _RTM_GETLINK, 0, body))
+    index: int = _IFINFOMSG.unpack_from(answer)[2]
+    return index
+
+
+def _set_up(name: str, index: int) -> Request:
+    return Request(f"link {name}: set up", _RTM_NEWLINK, 0, _link(index=index, flags=_IFF_UP))
+
+
+def _add_address(index: int, address: Interface) -> Request:
+    family, flags = (socket.AF_INET, 0) if address.version == 4 else (socket.AF_INET6, _IFA_F_NODAD)
+    body = _IFADDRMSG.pack(family, address.network.prefixlen, flags, 0, index)
+    body += attribute(_IFA_LOCAL, address.packed) + attribute(_IFA_ADDRESS, address.packed)
+    if address.version == 4:
+        body += attribute(_IFA_BROADCAST, address.network.broadcast_address.packed)
+    what = f"link {POD_LINK}: add address {address}"
+    return Request(what, _RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, body)
+
+
+def _add_default_route(index: int, gateway: Address) -> Request:
+    family = socket.AF_INET if gateway.version == 4 else socket.AF_INET6
+    body = _RTMSG.pack(family, 0, 0, 0, _RT_TABLE_MAIN, _RTPROT_BOOT, 0, _RTN_UNICAST, 0)
+    body += attribute(_RTA_GATEWAY, gateway.packed) + u32(_RTA_OIF, index)
+    what = f"link {POD_LINK}: add default route by {gateway}"
+    return Request(what, _RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body)
+
+
+def _link(*, index: int = 0, flags: int = 0) -> bytes:
+    """The fixed part of a link's message; `flags` are set, all others stay."""
+    return _IFINFOMSG.pack(socket.AF_UNSPEC, 0, index, flags, flags)
+
+
+@functools.cache
+def _without_link_local() -> bytes:
+    """No IPv6 address by itself, hence no duplicate address detection; before the link is up."""
+    if not os.path.exists("/proc/sys/net/ipv6"):
+        return b""  # a kernel without IPv6 refuses to hear of it
+    mode = nested(socket.AF_INET6, u8(_IFLA_INET6_ADDR_GEN_MODE, _IN6_ADDR_GEN_MODE_NONE))
+    return nested(_IFLA_AF_SPEC, mode)
