@@ -128,6 +128,7 @@ _NUMBERS = {
         "sethostname": 170,
         "keyctl": 250,
         "unshare": 272,
+        "syncfs": 306,
         "setns": 308,
         "seccomp": 317,
         "statx": 332,
@@ -143,6 +144,7 @@ _NUMBERS = {
         "sethostname": 161,
         "prctl": 167,
         "keyctl": 219,
+        "syncfs": 267,
         "setns": 268,
         "seccomp": 277,
         "statx": 291,
@@ -195,6 +197,7 @@ _seccomp = _declare("seccomp", c_uint, c_uint, c_void_p)
 _sethostname = _declare("sethostname", c_char_p, c_size_t)
 _setns = _declare("setns", c_int, c_int)
 _statx = _declare("statx", c_int, c_char_p, c_int, c_uint, c_void_p)
+_syncfs = _declare("syncfs", c_int)
 _umount2 = _declare("umount2", c_char_p, c_int)
 _unshare = _declare("unshare", c_int)
 
@@ -300,6 +303,11 @@ def openat2(directory: int, path: str, flags: int, *, resolve: int, mode: int = 
             attempts -= 1
             if not attempts:
                 raise
+
+
+def syncfs(descriptor: int) -> None:
+    """Return once everything written to the file system of an open file would survive a power cut."""
+    _syncfs(descriptor, descriptor)
 
 
 def statfs_type(descriptor: int) -> int:
