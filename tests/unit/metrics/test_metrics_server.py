@@ -1,0 +1,119 @@
+"""The Prometheus endpoint: read by Prometheus' own parser."""
+
+import asyncio
+import time
+
+import aiohttp
+import pytest
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from nodeagent.metrics.server import MetricsServer
+from nodeagent.records import ContainerConfig, SandboxConfig
+from tests.unit.cri.node import FakeNode
+from tests.unit.metrics.test_cri_metrics import running_pod
+
+
+async def scraped(server: MetricsServer) -> dict[str, Metric]:
+    page = (await server.render()).decode()
+    families = list(text_string_to_metric_families(page))
+    names = [family.name for family in families]
+    assert len(names) == len(set(names)), "a family is there twice"
+    assert all(family.documentation for family in families)
+    return {family.name: family for family in families}
+
+
+def value(families: dict[str, Metric], name: str, **labels: str) -> float:
+    base = name.removesuffix("_total").removesuffix("_count").removesuffix("_sum")
+    found = [
+        sample.value
+        for sample in families[base].samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    ]
+    assert len(found) == 1, (name, labels, found)
+    return float(found[0])
+
+
+async def test_containers_with_their_labels() -> None:
+    async with MetricsServer.open((await running_pod()).node, "") as server:
+        found = await scraped(server)
+    labels = {"namespace": "prod", "pod": "web", "container": "main"}
+    assert value(found, "container_cpu_usage_seconds_total", **labels) == 2.5
+    assert value(found, "container_memory_working_set_bytes", **labels) == 800
+    assert value(found, "container_threads", **labels) == 6
+    assert value(found, "container_fs_reads_bytes_total", **labels) == 31
+    assert value(found, "container_pressure_io_stalled_seconds_total", **labels) == 1.5
+    network = {"namespace": "prod", "pod": "web", "interface": "eth0"}
+    assert value(found, "container_network_receive_bytes_total", **network) == 1
+
+
+async def test_the_node_and_the_agent() -> None:
+    async with MetricsServer.open((await running_pod()).node, "") as server:
+        found = await scraped(server)
+    assert value(found, "nodeagent_pods", state="ready") == 1
+    assert value(found, "nodeagent_pods", state="notready") == 0
+    assert value(found, "nodeagent_containers", state="running") == 1
+    assert value(found, "nodeagent_containers", state="exited") == 0
+    assert value(found, "nodeagent_warm_slots") == 3
+    assert value(found, "nodeagent_build_info", version="0.1.0") == 1
+    assert value(found, "process_open_fds") > 0
+
+
+async def test_calls_are_counted() -> None:
+    async with MetricsServer.open(FakeNode().node, "") as server:
+        server.observe("Version", "OK", 0.002)
+        server.observe("Version", "OK", 0.004)
+        server.observe("PullImage", "OK", 90.0)
+        server.observe("PullImage", "UNKNOWN", 1.0)
+        found = await scraped(server)
+    assert value(found, "nodeagent_rpc_duration_seconds_count", method="Version") == 2
+    assert value(found, "nodeagent_rpc_duration_seconds_sum", method="Version") == 0.006
+    assert value(found, "nodeagent_rpc_errors_total", method="PullImage", code="UNKNOWN") == 1
+    assert value(found, "nodeagent_image_pulls_total", code="OK") == 1
+    assert value(found, "nodeagent_image_pull_duration_seconds_sum") == 90
+
+
+async def test_a_label_of_any_kind_is_escaped() -> None:
+    node = FakeNode()
+    name = 'a"\\\n}é'
+    pod = await node.sandboxes.run(SandboxConfig(name=name, uid="u", namespace="n"), "")
+    made = await node.containers.create(pod, ContainerConfig(name="c", image="i"))
+    await node.containers.start(made)
+    async with MetricsServer.open(node.node, "") as server:
+        found = await scraped(server)
+    assert value(found, "container_threads", pod=name) == 6
+
+
+async def test_over_http() -> None:
+    async with MetricsServer.open((await running_pod()).node, "127.0.0.1:0") as server:
+        assert server.address is not None
+        url = f"http://{server.address[0]}:{server.address[1]}"
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"{url}/metrics") as reply:
+                assert reply.status == 200
+                assert reply.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+                assert "container_threads" in await reply.text()
+            for path, status in (("/", 404), ("/metrics/x", 404)):
+                async with session.get(url + path) as reply:
+                    assert reply.status == status
+            async with session.post(f"{url}/metrics") as reply:
+                assert reply.status == 405
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(*server.address)
+
+
+async def test_a_large_scrape_leaves_the_loop_free() -> None:
+    node = FakeNode()
+    pod = await node.sandboxes.run(SandboxConfig(name="p", uid="u", namespace="n"), "")
+    for number in range(200):
+        config = ContainerConfig(name=f"c{number}", image="i")
+        await node.containers.start(await node.containers.create(pod, config))
+    async with MetricsServer.open(node.node, "") as server:
+        scrape = asyncio.create_task(server.render())
+        longest, last = 0.0, time.perf_counter()
+        while not scrape.done():
+            await asyncio.sleep(0)
+            now = time.perf_counter()
+            longest, last = max(longest, now - last), now
+    assert len(scrape.result()) > 100_000
+    assert longest < 0.05
