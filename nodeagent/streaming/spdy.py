@@ -14,7 +14,7 @@ are tolerated. Nothing but a control frame of bounded size is ever buffered: dat
 import struct
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import IntEnum, auto
 
 from nodeagent.streaming import spdy_frames as frames
 from nodeagent.streaming.spdy_frames import ByteReader, Goodbye, Reset, Type
@@ -24,14 +24,14 @@ MAX_STREAMS = 2048
 MAX_CONTROL_BYTES = MAX_BLOCK_BYTES + 64
 
 
-class State(Enum):
+class State(IntEnum):
     OPEN = auto()
     HALF_CLOSED_LOCAL = auto()
     HALF_CLOSED_REMOTE = auto()
     CLOSED = auto()
 
 
-class Step(Enum):
+class Step(IntEnum):
     SEND_DATA = auto()
     SEND_FIN = auto()
     RECEIVE_DATA = auto()
