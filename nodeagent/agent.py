@@ -3,21 +3,26 @@
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 from contextlib import AsyncExitStack
 
 from nodeagent import control
-from nodeagent.config import Config
+from nodeagent.config import Config, Streaming, split_address
 from nodeagent.cri.server import Server
-from nodeagent.lifecycle.node import open_node
+from nodeagent.lifecycle.node import Node, open_node
 from nodeagent.metrics.server import MetricsServer
+from nodeagent.streaming.server import StreamingServer
+from nodeagent.streaming.session import Timeouts
+from nodeagent.streaming.tls import TLSFiles
 
 log = logging.getLogger(__name__)
 
 
 async def serve(config: Config) -> None:
     """Serve until SIGTERM or SIGINT. Pods that run go on without us."""
+    _raise_file_limit()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -26,11 +31,33 @@ async def serve(config: Config) -> None:
         node = await stack.enter_async_context(open_node(config))
         await stack.enter_async_context(control.serve(config, node.images))
         metrics = await stack.enter_async_context(MetricsServer.open(node, config.metrics))
-        await stack.enter_async_context(Server.open(node, config.listen, observe=metrics.observe))
+        streaming = await stack.enter_async_context(_streaming(node, config.streaming))
+        await stack.enter_async_context(
+            Server.open(node, config.listen, observe=metrics.observe, streaming=streaming)
+        )
         log.info("serving CRI v1 on %s", config.listen)
         notify("READY=1")
         await stop.wait()
         notify("STOPPING=1")
+
+
+def _streaming(node: Node, config: Streaming) -> StreamingServer:
+    host, port = split_address(config.address)
+    tls = None
+    if config.tls_cert:
+        tls = TLSFiles(
+            certificate=config.tls_cert, key=config.tls_key, client_ca=config.client_ca or None
+        )
+    timeouts = Timeouts(
+        creation_s=config.creation_timeout_seconds, idle_s=config.idle_timeout_seconds
+    )
+    return StreamingServer(node.sessions, host=host, port=port, tls=tls, timeouts=timeouts)
+
+
+def _raise_file_limit() -> None:
+    """Each container has about 20 files open, for its accounting."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def notify(state: str) -> None:

@@ -304,21 +304,21 @@ class Containers:
         self, name: str, argv: tuple[str, ...], timeout_s: float
     ) -> execs.ExecResult:
         """Run a command in a running container to its end; see `execs.exec_sync`."""
-        container = self._running(name)
-        return await execs.exec_sync(
-            self._supervisor(container), self.group(container), container.id, argv, timeout_s
-        )
+        container, supervisor = self.running(name)
+        group = self.group(container)
+        return await execs.exec_sync(supervisor, group, container.id, argv, timeout_s)
 
     async def reopen_log(self, name: str) -> None:
         """After this the log file exists anew, and no byte goes to the old one."""
-        container = self._running(name)
-        await self._supervisor(container).reopen_log(container.id)
+        container, supervisor = self.running(name)
+        await supervisor.reopen_log(container.id)
 
-    def _running(self, name: str) -> Container:
+    def running(self, name: str) -> tuple[Container, Supervisor]:
+        """A container that runs, and who supervises it. Raises FailedPrecondition for one that does not."""
         container = self._registry.container(name)
         if container.state != "running":
             raise FailedPrecondition(f'container "{name}": is {container.state}, not running')
-        return container
+        return container, self._supervisor(container)
 
     def _supervisor(self, container: Container) -> Supervisor:
         pod = self._registry.pods.get(container.sandbox_id)

@@ -22,6 +22,7 @@ from nodeagent.lifecycle.profiles import Profiles
 from nodeagent.lifecycle.recovery import Recovery
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.lifecycle.sandboxes import Sandboxes
+from nodeagent.lifecycle.sessions import Sessions
 from nodeagent.lifecycle.slots import Slots
 from nodeagent.lifecycle.stats import Stats
 from nodeagent.lifecycle.supervision import Supervision
@@ -54,6 +55,7 @@ class Node:
     images: Images
     stats: Stats
     events: Events
+    sessions: Sessions
     slots: Slots
     network: Network
     cgroups: Cgroups
@@ -118,6 +120,7 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
         try:
             yield node
         finally:
+            await node.sessions.close()
             await node.sandboxes.close()
             await node.containers.close()
             await node.slots.close()
@@ -149,6 +152,7 @@ async def _recovered(
         trash=trash,
         directory=places.containers,
     )
+    sessions = Sessions(registry, containers, supervision)
     slots = Slots(launcher, network, places.pods, config.slots)
     sandboxes = Sandboxes(
         registry=registry,
@@ -182,6 +186,7 @@ async def _recovered(
             images=images,
             stats=Stats(registry, containers, network, places.containers),
             events=events,
+            sessions=sessions,
             slots=slots,
             network=network,
             cgroups=cgroups,

@@ -1,0 +1,191 @@
+"""What streaming clients talk to: commands in containers, containers themselves, and ports of pods.
+
+Descriptors go to the session, which closes them. A command outlives its session unless the loss of its streams ends it;
+its cgroup is removed when it has ended.
+"""
+
+import asyncio
+import os
+import secrets
+import socket
+import termios
+from collections.abc import Coroutine
+from typing import Any
+
+from nodeagent.cgroups.group import Cgroup
+from nodeagent.errors import FailedPrecondition, NodeAgentError
+from nodeagent.lifecycle.containers import Containers
+from nodeagent.lifecycle.handover import close_all, handover
+from nodeagent.lifecycle.registry import Registry
+from nodeagent.lifecycle.supervision import Supervision
+from nodeagent.sandbox.client import AttachIO, CgroupFds, ExecHandle, ExecIO, Supervisor
+from nodeagent.sandbox.spec import ExecPlan
+from nodeagent.streaming.backend import AttachRequest, ExecRequest, PortForwardRequest, Process
+
+Size = tuple[int, int]
+
+
+class Sessions:
+    """The backend of the streaming server."""
+
+    def __init__(
+        self, registry: Registry, containers: Containers, supervision: Supervision
+    ) -> None:
+        self._registry = registry
+        self._containers = containers
+        self._supervision = supervision
+        self._behind: set[asyncio.Task[None]] = set()
+
+    async def exec(self, request: ExecRequest, size: Size | None) -> Process:
+        """Start a command in a running container, in a cgroup of its own."""
+        container, supervisor = self._containers.running(request.container_id)
+        group = self._containers.group(container).child(f"exec-{secrets.token_hex(4)}")
+        try:
+            with handover(group) as fds:
+                run = _on_terminal if request.tty else _on_pipes
+                command = await run(supervisor, request, fds, size)
+        except BaseException:
+            await asyncio.to_thread(group.remove)
+            raise
+        self.do_behind(_remove_after(command.handle, group))
+        return command
+
+    async def attach(self, request: AttachRequest) -> Process:
+        """The first process of a container, as it goes on from now."""
+        container, supervisor = self._containers.running(request.container_id)
+        streams = await supervisor.attach(container.id)
+        return Attached(self, supervisor, request, streams)
+
+    async def dial(self, request: PortForwardRequest, port: int) -> socket.socket:
+        """A connection to 127.0.0.1, else ::1, as the pod sees it."""
+        pod = self._registry.pods.get(request.sandbox_id)
+        if pod is None or pod.supervisor is None:
+            raise FailedPrecondition(f'pod sandbox "{request.sandbox_id}": is stopped')
+        return await pod.supervisor.dial(port)
+
+    async def end_of(self, container_id: str) -> int:
+        """The exit code of a container, once it has ended."""
+        await self._supervision.ended(container_id)
+        container = self._registry.containers.get(container_id)
+        return container.exit_code if container else 0
+
+    def do_behind(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let something go on that nobody waits for."""
+        task = asyncio.create_task(work)
+        self._behind.add(task)
+        task.add_done_callback(self._behind.discard)
+
+    async def close(self) -> None:
+        """Leave the commands that still run to their supervisors."""
+        for task in self._behind:
+            task.cancel()
+        await asyncio.gather(*self._behind, return_exceptions=True)
+
+
+# --- commands ---
+
+
+class Command:
+    """A new process. Its terminal, if it has one, is our `stdout`."""
+
+    def __init__(
+        self, handle: ExecHandle, stdin: int | None, stdout: int | None, stderr: int | None
+    ) -> None:
+        self.handle = handle
+        self.stdin = stdin
+        self.stdout = stdout
+        self.stderr = stderr
+
+    def resize(self, width: int, height: int) -> None:
+        if self.stdout is not None:
+            termios.tcsetwinsize(self.stdout, (height, width))
+
+    def end_stdin(self) -> None:
+        """The end of the pipe is all that a command needs."""
+
+    async def wait(self) -> int:
+        return (await self.handle.wait()).code
+
+    async def close(self) -> None:
+        """The command goes on without its streams."""
+
+
+async def _on_terminal(
+    supervisor: Supervisor, request: ExecRequest, fds: CgroupFds, size: Size | None
+) -> Command:
+    handle = await supervisor.exec(_plan(request), ExecIO(), fds, size)
+    assert handle.master is not None
+    stdin = os.dup(handle.master) if request.stdin else None
+    return Command(handle, stdin, handle.master, None)
+
+
+async def _on_pipes(
+    supervisor: Supervisor, request: ExecRequest, fds: CgroupFds, _: Size | None
+) -> Command:
+    their_stdin, stdin = os.pipe2(os.O_CLOEXEC) if request.stdin else (None, None)
+    stdout, their_stdout = os.pipe2(os.O_CLOEXEC) if request.stdout else (None, None)
+    stderr, their_stderr = os.pipe2(os.O_CLOEXEC) if request.stderr else (None, None)
+    ours, theirs = (stdin, stdout, stderr), (their_stdin, their_stdout, their_stderr)
+    for fd in ours:
+        if fd is not None:
+            os.set_blocking(fd, False)
+    streams = ExecIO(stdin=their_stdin, stdout=their_stdout, stderr=their_stderr)
+    try:
+        handle = await supervisor.exec(_plan(request), streams, fds)
+    except BaseException:
+        close_all(ours)
+        raise
+    finally:
+        close_all(theirs)
+    return Command(handle, *ours)
+
+
+def _plan(request: ExecRequest) -> ExecPlan:
+    return ExecPlan(
+        container=request.container_id, argv=list(request.command), tty=request.tty, timeout_ms=0
+    )
+
+
+async def _remove_after(handle: ExecHandle, group: Cgroup) -> None:
+    try:
+        await handle.wait()
+    except NodeAgentError:
+        return  # its supervisor died: the group goes with the container's
+    await asyncio.to_thread(group.remove)
+
+
+# --- attaching ---
+
+
+class Attached:
+    """A container's first process, shared with its log and with other clients."""
+
+    def __init__(
+        self, sessions: Sessions, supervisor: Supervisor, request: AttachRequest, streams: AttachIO
+    ) -> None:
+        self._sessions = sessions
+        self._supervisor = supervisor
+        self._container_id = request.container_id
+        self._streams = streams
+        self.stdin = streams.stdin if request.stdin else None
+        self.stdout = streams.stdout if request.stdout else None
+        self.stderr = streams.stderr if request.stderr else None
+        close_all(set(_of(streams)) - set(_of(self)))
+        streams.stdin = streams.stdout = streams.stderr = None
+
+    def resize(self, width: int, height: int) -> None:
+        self._sessions.do_behind(self._supervisor.resize(self._container_id, width, height))
+
+    def end_stdin(self) -> None:
+        """With stdin_once the container reads its end when the client has detached."""
+
+    async def wait(self) -> int:
+        return await self._sessions.end_of(self._container_id)
+
+    async def close(self) -> None:
+        with self._streams:
+            pass
+
+
+def _of(streams: AttachIO | Attached) -> tuple[int | None, ...]:
+    return streams.stdin, streams.stdout, streams.stderr
