@@ -16,7 +16,7 @@ DEBIAN := .cache/debian
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test-setup tools peer guest demo test conformance lint proto lock bench bench-peer clean
+.PHONY: help setup test-setup tools peer guest demo test conformance kubelet lint proto lock bench bench-peer clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,14 @@ $(TOOLS)/crictl $(TOOLS)/critest &: tests/tools/go.mod tests/tools/go.sum
 	cd tests/tools && go build -trimpath -ldflags '-s -w' -o ../../$(TOOLS)/crictl sigs.k8s.io/cri-tools/cmd/crictl
 	cd tests/tools && go test -c -trimpath -ldflags '-s -w' -o ../../$(TOOLS)/critest sigs.k8s.io/cri-tools/cmd/critest
 
+KUBELET_VERSION := $(shell sed -n 's,^.*k8s.io/kubernetes \(v[0-9.]*\).*,\1,p' tests/kubelet/go.mod)
+
+$(TOOLS)/kubelet $(TOOLS)/grpc-health &: tests/kubelet/go.mod tests/kubelet/go.sum tests/kubelet/health/main.go
+	@test -n "$(HAVE_GO)" || { echo "Go 1.26 or newer is needed to build the kubelet" >&2; exit 1; }
+	cd tests/kubelet && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o ../../$(TOOLS)/grpc-health ./health
+	cd tests/kubelet && go build -trimpath -ldflags '-s -w -X k8s.io/component-base/version.gitVersion=$(KUBELET_VERSION)' \
+	  -o ../../$(TOOLS)/kubelet k8s.io/kubernetes/cmd/kubelet
+
 guest: setup ## Unpack the kernel of the tests' cgroup v2 machine (x86-64)
 	$(call install,e2fsprogs kmod)
 	$(PYTHON) -m tests.guest --setup uml
@@ -91,8 +99,16 @@ ifneq ($(HAVE_GO)$(CI),)
 test: tools
 endif
 
+# A kubelet takes four minutes to build: it is there in CI, and after `make kubelet`.
+ifneq ($(CI),)
+test: $(TOOLS)/kubelet
+endif
+
 conformance: test-setup tools ## Run critest, the public validation suite of the CRI
 	$(PYTHON) -m tests.conformance
+
+kubelet: test-setup $(TOOLS)/kubelet ## Let a real kubelet run static pods on an agent
+	$(PYTHON) -m pytest tests/kubelet
 
 lint: setup ## Check style, types, layers and generated code
 	$(VENV)/bin/ruff check

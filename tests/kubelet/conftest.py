@@ -1,0 +1,68 @@
+"""A node for the tests: the agent, and the kubelet that drives it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conformance.suite import agent_with_mirrors
+from tests.conftest import IN_CI, TOOLS
+from tests.kubelet import manifests
+from tests.kubelet.node import Kubelet, cgroup_root, shared_mount
+from tests.node import RunningAgent, free_port
+from tests.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    agent: RunningAgent
+    kubelet: Kubelet
+    cgroup: str
+    host_port: int
+    host_folder: Path
+    """What pods see as a volume."""
+
+
+@pytest.fixture(scope="module")
+def node(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """With every pod of `manifests` given to it."""
+    kubelet_program, health_program = _built("kubelet"), _built("grpc-health")
+    registry.push(manifests.health_image(health_program))
+    root = tmp_path_factory.mktemp("node")
+    host_folder, host_port = root / "host", free_port()
+    host_folder.mkdir()
+    with (
+        shared_mount(root / "kubelet") as folder,
+        cgroup_root(f"{root.parent.name}-kubelet") as cgroup,
+        agent_with_mirrors(root / "agent", registry) as agent,
+    ):
+        kubelet = Kubelet(kubelet_program, folder, agent.endpoint, cgroup)
+        running = Node(agent, kubelet, cgroup, host_port, host_folder)
+        for pod in _pods(running):
+            kubelet.add(pod)
+        kubelet.start()
+        try:
+            yield running
+        finally:
+            kubelet.stop()
+
+
+def _pods(node: Node) -> list[manifests.Json]:
+    return [
+        manifests.web(node.host_port, node.host_folder),
+        manifests.health(),
+        manifests.once(),
+        manifests.crash(),
+        manifests.hungry(),
+        manifests.unhealthy(),
+        manifests.graceful(node.host_folder),
+    ]
+
+
+def _built(name: str) -> Path:
+    path = TOOLS / name
+    if not path.exists():
+        message = f"{name} is not there: `make kubelet` builds it with Go 1.26 or newer"
+        pytest.fail(message) if IN_CI else pytest.skip(message)
+    return path
