@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
@@ -63,7 +64,7 @@ class Calls:
                 if not changing:
                     return await behaviour(request)
                 self._drop_unknown(method, request)
-                return await self._finish(behaviour(request))
+                return await self._finish(method, behaviour(request))
 
         return handle
 
@@ -107,11 +108,15 @@ class Calls:
             self._warned.add(method)
             log.warning("rpc=%s: has fields that this agent does not know; ignored", method)
 
-    async def _finish(self, change: Coroutine[Any, Any, Reply]) -> Reply:
+    async def _finish(self, method: str, change: Coroutine[Any, Any, Reply]) -> Reply:
         task = asyncio.create_task(change)
         self._changing.add(task)
         task.add_done_callback(self._changing.discard)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(partial(_log_failure, method))
+            raise
 
     async def drain(self) -> None:
         """Wait for changes whose clients are gone; those that take too long are cancelled and undo themselves."""
@@ -121,6 +126,13 @@ class Calls:
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
+
+
+def _log_failure(method: str, task: asyncio.Task[Reply]) -> None:
+    """Of a change that no client waits for any more."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        details = json.dumps(status.details_of(error)) if isinstance(error, Exception) else "-"
+        log.warning("rpc=%s: failed after its client went away error=%s", method, details)
 
 
 class _Call:

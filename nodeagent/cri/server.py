@@ -42,9 +42,19 @@ _OPTIONS = (
 class Server:
     """Serves both services of a node until it is left."""
 
-    def __init__(self, server: grpc.aio.Server, calls: Calls) -> None:
-        self._server = server
-        self._calls = calls
+    def __init__(
+        self, node: Node, observe: Observe, streaming: Streaming | None, features: Features
+    ) -> None:
+        self._calls = Calls(observe)
+        self._server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
+        self._server.add_generic_rpc_handlers(
+            (
+                _handlers(
+                    "RuntimeService", runtime_service(node, streaming, features), self._calls
+                ),
+                _handlers("ImageService", (ImageService(node),), self._calls),
+            )
+        )
 
     @classmethod
     @asynccontextmanager
@@ -57,29 +67,24 @@ class Server:
         streaming: Streaming | None = None,
         features: Features | None = None,
     ) -> AsyncIterator[Self]:
-        """listen: ``unix:///path``. Raises `AlreadyExists` where somebody listens there.
+        """listen: ``unix:///path``. Raises `AlreadyExists` where somebody listens there."""
+        server = cls(node, observe, streaming, features or Features())
+        await server._start(Path(listen.removeprefix("unix://")))
+        try:
+            yield server
+        finally:
+            await server._stop()
 
-        On leaving no call is accepted, the streams end, and changes under way are finished.
-        """
-        calls = Calls(observe)
-        parts = {
-            "RuntimeService": runtime_service(node, streaming, features or Features()),
-            "ImageService": (ImageService(node),),
-        }
-        server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
-        server.add_generic_rpc_handlers(
-            tuple(_handlers(service, objects, calls) for service, objects in parts.items())
-        )
-        path = Path(listen.removeprefix("unix://"))
+    async def _start(self, path: Path) -> None:
         files.ensure_directory(str(path.parent))
         remove_stale_socket(path)
-        _bind(server, path)
-        await server.start()
-        try:
-            yield cls(server, calls)
-        finally:
-            await server.stop(GRACE_SECONDS)
-            await calls.drain()
+        _bind(self._server, path)
+        await self._server.start()
+
+    async def _stop(self) -> None:
+        """No call is accepted, the streams end, and changes under way are finished."""
+        await self._server.stop(GRACE_SECONDS)
+        await self._calls.drain()
 
 
 def _bind(server: grpc.aio.Server, path: Path) -> None:

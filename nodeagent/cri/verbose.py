@@ -39,7 +39,9 @@ def image_info(image: Image) -> dict[str, str]:
 
 
 def node_info(config: Config, version: str) -> dict[str, str]:
-    return {"config": _json(config), "version": version}
+    """stateDir: critest looks for its file system, to know whether it can be idmapped."""
+    settings = {"stateDir": f"{config.root}/containers", **msgspec.to_builtins(config)}
+    return {"config": _json(settings), "version": version}
 
 
 def _container_config(config: ContainerConfig) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class FakeSandboxes:
         self.records: dict[str, Sandbox] = {}
         self.updates: list[tuple[str, Resources | None, Resources | None]] = []
         self.hold: asyncio.Event | None = None
+        self.error: Exception | None = None
         self.handlers: list[str] = []
 
     def get(self, name: str) -> Sandbox:
@@ -56,6 +57,8 @@ class FakeSandboxes:
     async def run(self, config: SandboxConfig, runtime_handler: str) -> str:
         if self.hold is not None:
             await self.hold.wait()
+        if self.error is not None:
+            raise self.error
         sandbox_id = f"{len(self.records):064x}"
         self.handlers.append(runtime_handler)
         self.records[sandbox_id] = msgspec.structs.replace(

@@ -174,6 +174,19 @@ async def test_a_change_is_finished_when_its_client_is_gone(tmp_path: Path) -> N
         await until(lambda: client.node.sandboxes.records)
 
 
+async def test_a_failure_that_no_client_hears_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(tmp_path / "s") as client:
+        client.node.sandboxes.hold = asyncio.Event()
+        client.node.sandboxes.error = AlreadyExists("taken")
+        await refused(client.runtime.RunPodSandbox(RUN, timeout=0.1))
+        await until(lambda: client.observed)
+        client.node.sandboxes.hold.set()
+    assert "rpc=RunPodSandbox: failed after its client went away" in caplog.text
+    assert "taken" in caplog.text
+
+
 async def test_leaving_waits_for_changes(tmp_path: Path) -> None:
     async with serving(tmp_path / "s") as client:
         client.node.sandboxes.hold = asyncio.Event()
