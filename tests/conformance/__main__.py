@@ -7,6 +7,7 @@ runtime is asked, which must find registry.k8s.io and gcr.io by itself. The exit
 """
 
 import argparse
+import os
 import re
 import sys
 import tempfile
@@ -16,6 +17,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
+
+from nodeagent.api import runtime_pb2 as pb
+from nodeagent.api import runtime_pb2_grpc as rpc
 from tests import images
 from tests.conformance import critest, suite
 from tests.conformance.critest import FAILED, PASSED, SKIPPED, Critest, Spec
@@ -37,8 +42,22 @@ def main() -> int:
         wanted, skipped = suite.split(names, suite.absences())
         started = time.monotonic()
         with _runtime(root, options) as endpoint:
+            print(describe(endpoint), flush=True)
             ended = Critest(PROGRAM, root / "critest").run(endpoint, wanted, options.timeout)
         return report([*ended, *skipped], time.monotonic() - started)
+
+
+def describe(endpoint: str) -> str:
+    """What is being asked, by its own words."""
+    with grpc.insecure_channel(endpoint) as channel:
+        stub = rpc.RuntimeServiceStub(channel)
+        version = stub.Version(pb.VersionRequest(), timeout=10)
+        driver = stub.RuntimeConfig(pb.RuntimeConfigRequest(), timeout=10).linux.cgroup_driver
+    hierarchy = "v2" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "v1"
+    return (
+        f"{version.runtime_name} {version.runtime_version} on Linux {os.uname().release}, "
+        f"cgroup {hierarchy}, driver {pb.CgroupDriver.Name(driver).lower()}"
+    )
 
 
 def report(specs: list[Spec], seconds: float) -> int:

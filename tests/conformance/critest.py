@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.conformance import apparmor
 from tests.images import patch_critest
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
@@ -41,6 +42,7 @@ class Critest:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         patch_critest(program, self._program)
+        apparmor.write_programs(folder / "bin")
 
     @property
     def log(self) -> Path:
@@ -60,13 +62,14 @@ class Critest:
             f"--ginkgo.json-report={report}",
             "--ginkgo.no-color",
         ]
+        path = f"{self._folder}/bin:{os.environ['PATH']}"
         with self.log.open("wb") as log:
             subprocess.run(
                 [self._program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "TMPDIR": str(temporary)},
+                env={**os.environ, "PATH": path, "TMPDIR": str(temporary)},
                 check=False,
             )
         if not report.exists():
