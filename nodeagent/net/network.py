@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 # A pod's link goes with its namespace, a few tens of milliseconds after its last process; one that stays longer is
 # deleted by name.
 _REAP_SECONDS = 0.1
-_PATIENCE_NS = 2_000_000_000
+_PATIENCE_NS = 1_000_000_000
 _RETRY_SECONDS = 5.0
 
 

@@ -43,6 +43,8 @@ _NEWSET = 9
 _NEWSETELEM = 12
 _DELSETELEM = 14
 _NFT_SET_MAP = 0x8
+_NFT_SET_EVAL = 0x20
+_DYNAMIC_SET_SIZE = 1 << 16
 
 _NFGENMSG = struct.Struct(">BBH")
 _ELEMENTS_PER_MESSAGE = 100  # a nested attribute has at most 64 KiB
@@ -123,7 +125,8 @@ IP_DADDR = _payload(1, 16, 4)
 IP6_SADDR = _payload(1, 8, 16)
 IP6_DADDR = _payload(1, 24, 16)
 TH_DPORT = _payload(2, 2, 2)
-CT_ORIGINAL_PROTO_DST = Load("ct", 2, be32(2, 12) + u8(3, 0))
+CT_ORIGINAL_IP_DADDR = Load("ct", 4, be32(2, 20) + u8(3, 0))
+CT_ORIGINAL_IP6_DADDR = Load("ct", 16, be32(2, 22) + u8(3, 0))
 FIB_DADDR_TYPE = Load("fib", 4, be32(2, 3) + be32(3, 2))
 
 RTN_LOCAL = struct.pack("=I", 2)  # the one value in the machine's byte order
@@ -160,6 +163,12 @@ def interface(name: str) -> bytes:
 def in_set(loads: Sequence[Load], name: str) -> bytes:
     """The concatenated values are an element of a set."""
     return _concatenate(loads) + _expression("lookup", text(1, name), be32(2, _REGISTER))
+
+
+def add_to_set(load: Load, name: str) -> bytes:
+    """The value becomes an element of a dynamic set."""
+    added = _expression("dynset", text(1, name), be32(3, 0), be32(4, _REGISTER))
+    return load.into(_REGISTER) + added
 
 
 def dnat_to_map(loads: Sequence[Load], name: str, nfproto: int) -> bytes:
@@ -227,11 +236,12 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Set:
-    """A set, or a map where `data` is given."""
+    """A set, or a map where `data` is given. dynamic: rules add elements to it."""
 
     name: str
     key: tuple[DataType, ...]
     data: tuple[DataType, ...] = ()
+    dynamic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,13 +290,15 @@ class Table:
         body = [
             text(1, self.name),
             text(2, one.name),
-            be32(3, _NFT_SET_MAP if one.data else 0),
+            be32(3, (_NFT_SET_MAP if one.data else 0) | (_NFT_SET_EVAL if one.dynamic else 0)),
             be32(4, _type_number(one.key)),
             be32(5, _type_size(one.key)),
             be32(10, 1),  # refers to it within a transaction, where nothing here does
         ]
         if one.data:
             body += [be32(6, _type_number(one.data)), be32(7, _type_size(one.data))]
+        if one.dynamic:
+            body.append(nested(9, be32(1, _DYNAMIC_SET_SIZE)))
         return self._request(f"add set {one.name}", _NEWSET, *body, flags=NLM_F_CREATE)
 
     def add_elements(self, elements: Iterable[Element]) -> list[Request]:

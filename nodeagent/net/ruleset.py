@@ -5,7 +5,7 @@
     table inet nodeagent_0a1b2c3d
         map bound4      node address . protocol . port  →  pod address . port      (likewise bound6)
         map any4                       protocol . port  →  pod address . port      (likewise any6)
-        set published4  pod address . protocol . node port                         (likewise published6)
+        set node4       addresses of the node that pods have asked                 (likewise node6)
 
         chain guard        raw: from the bridge nothing may come to or from 127.0.0.0/8
         chain prerouting   to an address of the node → chain publish
@@ -46,6 +46,7 @@ class Family:
     address: nft.DataType
     saddr: Load
     daddr: Load
+    original_daddr: Load
 
     def is_(self) -> bytes:
         return nft.equal(nft.NFPROTO, bytes([self.nfproto]))
@@ -57,9 +58,24 @@ class Family:
         return nft.within(self.daddr, subnet.network_address.packed, subnet.prefixlen)
 
 
-_IPV4 = Family(4, nft.NFPROTO_IPV4, nft.IPV4_ADDR, nft.IP_SADDR, nft.IP_DADDR)
-_IPV6 = Family(6, nft.NFPROTO_IPV6, nft.IPV6_ADDR, nft.IP6_SADDR, nft.IP6_DADDR)
+_IPV4 = Family(
+    4,
+    nft.NFPROTO_IPV4,
+    nft.IPV4_ADDR,
+    nft.IP_SADDR,
+    nft.IP_DADDR,
+    nft.CT_ORIGINAL_IP_DADDR,
+)
+_IPV6 = Family(
+    6,
+    nft.NFPROTO_IPV6,
+    nft.IPV6_ADDR,
+    nft.IP6_SADDR,
+    nft.IP6_DADDR,
+    nft.CT_ORIGINAL_IP6_DADDR,
+)
 _FAMILIES = {4: _IPV4, 6: _IPV6}
+_TO_NODE = nft.equal(nft.FIB_DADDR_TYPE, nft.RTN_LOCAL)
 _LOOPBACK4 = IPv4Network("127.0.0.0/8")
 _LOOPBACK6 = IPv6Network("::1/128")
 
@@ -81,7 +97,7 @@ class Ruleset:
             table.create(),  # or else there may be nothing to delete
             table.delete(),
             table.create(),
-            *map(table.add_set, self._sets()),
+            *(map(table.add_set, self._sets()) if self.host_ports else ()),
             *map(table.add_chain, self._chains()),
             *(table.add_rule(chain, *rule) for chain, rule in self._rules()),
             *table.add_elements(elements),
@@ -96,7 +112,7 @@ class Ruleset:
             port = (nft.INET_PROTO, nft.INET_SERVICE)
             yield Set(f"bound{family.version}", (family.address, *port), target)
             yield Set(f"any{family.version}", port, target)
-            yield Set(f"published{family.version}", (family.address, *port))
+            yield Set(f"node{family.version}", (family.address,), dynamic=True)
 
     def _chains(self) -> Iterator[Chain]:
         yield Chain("postrouting", "nat", "postrouting", _SRCNAT)
@@ -110,10 +126,16 @@ class Ruleset:
         if self.host_ports:
             yield from (("guard", rule) for rule in self._guard())
             yield from (("publish", rule) for rule in self._publish())
-            to_node = nft.equal(nft.FIB_DADDR_TYPE, nft.RTN_LOCAL)
+            yield from (("prerouting", rule) for rule in self._remember())
             for chain in ("prerouting", "output"):
-                yield chain, (to_node, nft.jump("publish"))
+                yield chain, (_TO_NODE, nft.jump("publish"))
         yield from (("postrouting", rule) for rule in self._postrouting())
+
+    def _remember(self) -> Iterator[tuple[bytes, ...]]:
+        from_bridge = nft.equal(nft.IIFNAME, nft.interface(self.bridge))
+        for family in self._families():
+            remembered = nft.add_to_set(family.daddr, f"node{family.version}")
+            yield from_bridge, family.is_(), _TO_NODE, remembered
 
     def _guard(self) -> Iterator[tuple[bytes, ...]]:
         """route_localnet would open the node's loopback services to pods (CVE-2020-8558)."""
@@ -139,9 +161,8 @@ class Ruleset:
             for subnet in self.subnets:
                 # A pod came by the node; another pod's answer would go to it directly, past the translation.
                 family = _FAMILIES[subnet.version]
-                key = (family.daddr, nft.L4PROTO, nft.CT_ORIGINAL_PROTO_DST)
-                published = nft.in_set(key, f"published{family.version}")
-                yield to_bridge, family.is_(), family.from_(subnet), published, nft.masquerade()
+                by_node = nft.in_set((family.original_daddr,), f"node{family.version}")
+                yield to_bridge, family.is_(), family.from_(subnet), by_node, nft.masquerade()
         if self.masquerade:
             for subnet in self.subnets:
                 family = _FAMILIES[subnet.version]
@@ -162,5 +183,3 @@ def elements(port: HostPort, addresses: Sequence[Address]) -> Iterator[Element]:
         else:
             key = nft.concatenation(host.packed, protocol, host_port)
             yield Element(f"bound{address.version}", key, target)
-        origin = nft.concatenation(address.packed, protocol, host_port)
-        yield Element(f"published{address.version}", origin)

@@ -66,18 +66,23 @@ class Plan:
         given = {subnet.version: subnet for subnet in map(ip_network, self.choices.pod_cidrs)}
         subnets: list[Subnet] = []
         if self.config.subnet4:
-            subnets.append(given.get(4) or self._subnet4(taken, seed))
+            subnets.append(given.get(4) or self._subnet4())
         if self.config.subnet6:
             subnets.append(given.get(6) or ip_network(self.config.subnet6))
+        if self.must_move(subnets, taken):
+            subnets[0] = free_subnet(taken, int(self.instance, 16) + seed)
         return tuple(subnets)
 
-    def _subnet4(self, taken: Collection[Subnet], seed: int) -> Subnet:
+    def must_move(self, subnets: Sequence[Subnet], taken: Collection[Subnet]) -> bool:
+        """The IPv4 subnet is one that nobody configured, has no pods yet, and overlaps a route of others."""
+        if self.config.subnet4 != _DEFAULT_SUBNET4 or subnets[0] in self.held:
+            return False
+        chosen = str(subnets[0]) not in self.choices.pod_cidrs
+        return chosen and any(overlaps(subnets[0], route) for route in taken)
+
+    def _subnet4(self) -> Subnet:
         configured = self.config.subnet4
-        subnet = ip_network(self.choices.chosen.get(configured, configured))
-        may_move = configured == _DEFAULT_SUBNET4 and subnet not in self.held
-        if may_move and any(overlaps(subnet, other) for other in taken):
-            return free_subnet(taken, int(self.instance, 16) + seed)
-        return subnet
+        return ip_network(self.choices.chosen.get(configured, configured))
 
 
 async def set_up(plan: Plan) -> NodeSide:
@@ -120,7 +125,7 @@ async def _settle(
         addresses = [gateway(s) for s in dict.fromkeys((*subnets, *plan.held))]
         await bridge.ensure_addresses(ipr, index, [*addresses, *_link_local(plan, subnets)])
         taken = await bridge.routed_subnets(ipr, but=index)
-        if plan.subnets(taken, seed) == subnets:
+        if not plan.must_move(subnets, taken):
             return subnets, tuple(_overlaps(subnets, taken))
     raise Unavailable(f"bridge {plan.bridge}: the node's routes change all the time")
 

@@ -1,0 +1,544 @@
+"""What the network makes, keeps and takes away, in the kernel and in the store."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nodeagent.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+)
+from nodeagent.net.network import Network, NetworkConfig, PortMapping
+from nodeagent.records import HostPort, Lease
+from nodeagent.store import Store
+from tests.kernel.net.conftest import DUAL_STACK, INSTANCE, PodMaker, World
+from tests.kernel.net.world import (
+    NEIGHBOUR4,
+    NODE4,
+    Namespace,
+    Pod,
+    ask_again,
+    ask_tcp,
+    tcp_echo_of_peer,
+    udp_echo_of_peer,
+)
+
+OTHER_INSTANCE = "ffeeddcc"
+BRIDGE = f"na{INSTANCE}"
+TABLE = f"nodeagent_{INSTANCE}"
+WEB = PortMapping(protocol="tcp", container_port=8080, host_port=80)
+DNS = PortMapping(protocol="udp", container_port=5353, host_port=53)
+
+
+def nft(*arguments: str) -> list[dict[str, Any]]:
+    command = ["nft", "-j", *arguments]
+    listing = subprocess.run(command, capture_output=True, check=True).stdout
+    return [
+        entry
+        for entry in json.loads(listing or "{}").get("nftables", [])
+        if "metainfo" not in entry
+    ]
+
+
+def elements(name: str, kind: str = "map") -> list[Any]:
+    (listed,) = nft("list", kind, "inet", TABLE, name)
+    return list(listed[kind].get("elem", []))
+
+
+async def until(condition: Any, seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.01)
+
+
+def links_of_pods(node: Namespace) -> list[str]:
+    return [name for name in node.links() if name.startswith("nv")]
+
+
+# --- the node's side ------------------------------------------------------------------------------------------------
+
+
+def state_of(node: Namespace) -> tuple[list[str], list[dict[str, Any]], list[str]]:
+    settings = (
+        "net/ipv4/ip_forward",
+        "net/ipv6/conf/all/forwarding",
+        "net/ipv6/conf/wan/accept_ra",
+    )
+    return sorted(node.links()), nft("list", "tables"), [node.read(name) for name in settings]
+
+
+async def test_nothing_is_left_when_it_is_removed(world: World, store: Store) -> None:
+    before = state_of(world.node)
+    network = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    assert world.node.read("net/ipv4/ip_forward") == "1"
+    pod = Pod()
+    await network.attach(pod.id, pod.namespace.descriptor, pod.route)
+    await network.publish(pod.id, [WEB])
+    await network.detach(pod.id)
+    await network.close(remove=True)
+    pod.close()
+    assert state_of(world.node) == before
+    assert store.all(Lease) == []
+    assert store.all(HostPort) == []
+
+
+async def test_a_default_route_by_advertisement_survives_forwarding(
+    world: World, store: Store
+) -> None:
+    async with world.node.routing() as ipr:
+        await ipr.route("add", dst="default", family=10, gateway="2001:db8::2", proto=9)
+    before = state_of(world.node)
+    network = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    assert world.node.read("net/ipv6/conf/wan/accept_ra") == "2"
+    await network.close(remove=True)
+    assert state_of(world.node) == before
+
+
+async def test_table_is_what_nft_shows(network: Network, new_pod: PodMaker) -> None:
+    pod, pod4, pod6 = await new_pod(network)
+    await network.publish(
+        pod.id,
+        [
+            WEB,
+            PortMapping(protocol="sctp", container_port=9, host_port=7, host_ip=NODE4),
+            PortMapping(protocol="tcp", container_port=1, host_port=0),
+        ],
+    )
+    assert elements("any4") == [[{"concat": ["tcp", 80]}, {"concat": [pod4, 8080]}]]
+    assert elements("any6") == [[{"concat": ["tcp", 80]}, {"concat": [pod6, 8080]}]]
+    assert elements("bound4") == [[{"concat": [NODE4, "sctp", 7]}, {"concat": [pod4, 9]}]]
+    shown = subprocess.run(
+        ["nft", "list", "table", "inet", TABLE], capture_output=True, text=True, check=True
+    ).stdout
+    assert "dnat ip to meta l4proto . th dport map @any4" in shown
+    assert f'oifname != "{BRIDGE}" ip saddr 10.88.0.0/16 masquerade' in shown
+    assert f'iifname "{BRIDGE}" ip daddr 127.0.0.0/8 drop' in shown
+    # What nft lists it accepts as well: no expression is unknown to it or lost in its text.
+    subprocess.run(["nft", "-c", "-f", "-"], input=shown, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("masquerade", "host_ports"), [(True, False), (False, True), (False, False)]
+)
+async def test_what_is_off_is_not_made(
+    masquerade: bool, host_ports: bool, world: World, store: Store, new_pod: PodMaker
+) -> None:
+    config = NetworkConfig(masquerade=masquerade, host_ports=host_ports)
+    network = await Network.start(config=config, store=store, instance=INSTANCE)
+    pod, pod4, _ = await new_pod(network)
+    shown = json.dumps(nft("list", "ruleset"))
+    assert ('"masquerade"' in shown) is (masquerade or host_ports)
+    assert ('"!="' in shown) is masquerade
+    assert ("any4" in shown) is host_ports
+    assert world.node.read(f"net/ipv4/conf/{BRIDGE}/route_localnet") == str(int(host_ports))
+    if not host_ports:
+        with pytest.raises(FailedPrecondition, match="host_ports"):
+            await network.publish(pod.id, [WEB])
+    async with tcp_echo_of_peer(world.node, ("10.88.0.1", 80)):
+        assert await ask_tcp(pod.namespace, ("10.88.0.1", 80)) == pod4
+    await network.close(remove=True)
+
+
+async def test_status_tells_a_bridge_that_is_down_or_gone(world: World, network: Network) -> None:
+    assert network.status().ready
+    async with world.node.routing() as ipr:
+        index = world.node.links()[BRIDGE]
+        await ipr.link("set", index=index, state="down")
+        status = network.status()
+        assert (status.ready, status.reason) == (False, "BridgeDown")
+        assert BRIDGE in status.message
+        await ipr.link("set", index=index, state="up")
+        assert network.status().ready
+        await ipr.link("del", index=index)
+        assert not network.status().ready
+
+
+async def test_status_makes_good_what_others_undid(
+    world: World, network: Network, new_pod: PodMaker
+) -> None:
+    pod, _, _ = await new_pod(network)
+    await network.publish(pod.id, [WEB])
+    nft("flush", "ruleset")
+    world.node.write("net/ipv4/ip_forward", "0")
+    assert network.status().ready
+    assert len(elements("any4")) == 1
+    assert world.node.read("net/ipv4/ip_forward") == "1"
+
+
+async def test_ports_survive_that_somebody_flushed_the_table(
+    network: Network, new_pod: PodMaker
+) -> None:
+    one, _, _ = await new_pod(network)
+    other, _, _ = await new_pod(network)
+    await network.publish(one.id, [WEB])
+    nft("flush", "ruleset")
+    await network.publish(other.id, [DNS])
+    assert len(elements("any4")) == 2
+    nft("flush", "ruleset")
+    await network.detach(one.id)
+    assert len(elements("any4")) == 1
+
+
+async def test_a_link_of_somebody_else_is_not_taken(world: World, store: Store) -> None:
+    async with world.node.routing() as ipr:
+        await ipr.link("add", ifname="br0", kind="bridge")
+    for name in ("br0", "wan"):
+        with pytest.raises(AlreadyExists, match=name):
+            await Network.start(config=NetworkConfig(bridge=name), store=store, instance=INSTANCE)
+    assert world.node.links().keys() >= {"br0", "wan"}
+
+
+# --- several agents -------------------------------------------------------------------------------------------------
+
+
+async def test_agents_side_by_side_do_not_meet(
+    world: World, tmp_path: Path, new_pod: PodMaker
+) -> None:
+    before = state_of(world.node)
+    stores = [Store.open(tmp_path / f"{name}.db") for name in ("one", "two")]
+    # At once, so that both find the default subnet free.
+    one, two = await asyncio.gather(
+        *(
+            Network.start(config=NetworkConfig(), store=store, instance=instance)
+            for store, instance in zip(stores, (INSTANCE, OTHER_INSTANCE), strict=True)
+        )
+    )
+    first, first4, _ = await new_pod(one)
+    second, _, _ = await new_pod(two)
+    await one.publish(first.id, [WEB])
+    async with tcp_echo_of_peer(first.namespace, (first4, 8080)):
+        assert await ask_tcp(world.neighbour, (NODE4, 80)) == NEIGHBOUR4
+        assert await ask_tcp(second.namespace, (NODE4, 80)) == first4[:-1] + "1"
+    await one.close(remove=True)
+    async with tcp_echo_of_peer(world.neighbour, (NEIGHBOUR4, 80)):
+        assert await ask_tcp(second.namespace, (NEIGHBOUR4, 80)) == NODE4
+    await two.close(remove=True)
+    assert state_of(world.node) == before
+    for store in stores:
+        store.close()
+
+
+async def test_default_subnet_gives_way_and_stays_where_it_is(world: World, store: Store) -> None:
+    async with world.node.routing() as ipr:
+        await ipr.route("add", dst="10.88.7.0/24", gateway=NEIGHBOUR4)
+    chosen = set()
+    for verb in ("del", "add"):
+        network = await Network.start(config=NetworkConfig(), store=store, instance=INSTANCE)
+        pod = Pod()
+        lease = await network.attach(pod.id, pod.namespace.descriptor, pod.route)
+        chosen.add(lease.addresses[0].rpartition(".")[0])
+        assert network.status().problems == ()
+        await network.close(remove=True)
+        pod.close()
+        async with world.node.routing() as ipr:
+            await ipr.route(verb, dst="10.88.7.0/24", gateway=NEIGHBOUR4)
+    assert len(chosen) == 1
+    assert "10.88." not in chosen.pop()
+
+
+async def test_configured_subnet_is_kept_but_its_overlap_told(world: World, store: Store) -> None:
+    config = NetworkConfig(subnet4="198.51.100.128/25")
+    network = await Network.start(config=config, store=store, instance=INSTANCE)
+    (problem,) = network.status().problems
+    assert "198.51.100.128/25" in problem
+    assert "198.51.100.0/24" in problem
+    await network.close(remove=True)
+
+
+# --- pods -----------------------------------------------------------------------------------------------------------
+
+
+async def test_eth0_of_a_pod(network: Network, new_pod: PodMaker) -> None:
+    pod, pod4, pod6 = await new_pod(network)
+    assert pod.namespace.links().keys() == {"lo", "eth0"}
+    async with pod.namespace.routing() as ipr:
+        (link,) = [link async for link in await ipr.get_links(ifname="eth0")]
+        addresses = {
+            (a.get("address"), a["prefixlen"], a.get("IFA_FLAGS") & 0x40)
+            async for a in await ipr.get_addr(index=link["index"])
+        }
+        gateways = {r.get("gateway") async for r in await ipr.get_default_routes()}
+        gateways |= {r.get("gateway") async for r in await ipr.get_default_routes(family=10)}
+    assert link["state"] == "up"
+    assert link.get("mtu") == 1500
+    assert {address for address, *_ in addresses} >= {pod4, pod6}
+    assert not any(tentative for *_, tentative in addresses)
+    assert gateways == {"10.88.0.1", "fd00:1::1"}
+
+
+async def test_mtu_is_that_of_the_default_route(world: World, store: Store) -> None:
+    async with world.node.routing() as ipr:
+        await ipr.link("set", index=world.node.links()["wan"], mtu=1400)
+    network = await Network.start(config=NetworkConfig(), store=store, instance=INSTANCE)
+    pod = Pod()
+    await network.attach(pod.id, pod.namespace.descriptor, pod.route)
+    async with pod.namespace.routing() as ipr:
+        (link,) = [link async for link in await ipr.get_links(ifname="eth0")]
+    assert link.get("mtu") == 1400
+    await network.close(remove=True)
+    pod.close()
+
+
+async def test_attach_again_gives_the_same_lease(network: Network) -> None:
+    pod = Pod()
+    first = await network.attach(pod.id, pod.namespace.descriptor, pod.route)
+    assert await network.attach(pod.id, pod.namespace.descriptor, pod.route) == first
+    pod.close()
+
+
+async def test_attach_after_detach_is_a_new_one(network: Network) -> None:
+    pod = Pod()
+    first = await network.attach(pod.id, pod.namespace.descriptor, pod.route)
+    await network.detach(pod.id)
+    second = await network.attach(pod.id, pod.namespace.descriptor, pod.route)
+    assert set(second.addresses).isdisjoint(first.addresses)
+    pod.close()
+
+
+async def test_failed_attach_leaves_nothing(world: World, store: Store, network: Network) -> None:
+    pod, elsewhere = Pod(), Pod()
+    with pytest.raises(OSError, match=r"eth0"):
+        # The socket of another namespace, where there is no eth0.
+        await network.attach(pod.id, pod.namespace.descriptor, elsewhere.route)
+    with pytest.raises(NotFound):
+        await network.publish(pod.id, [WEB])
+    await until(lambda: not store.all(Lease))
+    assert links_of_pods(world.node) == []
+    pod.close()
+    elsewhere.close()
+
+
+async def test_cancelled_attach_leaves_nothing(
+    world: World, store: Store, network: Network
+) -> None:
+    pod = Pod()
+    task = asyncio.create_task(network.attach(pod.id, pod.namespace.descriptor, pod.route))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    pod.close()
+    await until(lambda: not store.all(Lease))
+    assert links_of_pods(world.node) == []
+
+
+async def test_many_attach_at_once(world: World, network: Network) -> None:
+    pods = [Pod() for _ in range(20)]
+    leases = await asyncio.gather(
+        *(network.attach(pod.id, pod.namespace.descriptor, pod.route) for pod in pods)
+    )
+    assert len({address for lease in leases for address in lease.addresses}) == 40
+    assert sorted(links_of_pods(world.node)) == sorted(lease.link for lease in leases)
+    for pod in pods:
+        pod.close()
+
+
+async def test_full_subnet_names_itself_and_recovers(world: World, store: Store) -> None:
+    config = NetworkConfig(subnet4="10.99.0.0/30")
+    network = await Network.start(config=config, store=store, instance=INSTANCE)
+    one, two = Pod(), Pod()
+    await network.attach(one.id, one.namespace.descriptor, one.route)
+    with pytest.raises(ResourceExhausted, match=r"10\.99\.0\.0/30"):
+        await network.attach(two.id, two.namespace.descriptor, two.route)
+    await network.detach(one.id)
+    with pytest.raises(ResourceExhausted):
+        await network.attach(two.id, two.namespace.descriptor, two.route)
+    one.close()
+    await until(lambda: not links_of_pods(world.node))
+    await until(lambda: not store.all(Lease))
+    await network.attach(two.id, two.namespace.descriptor, two.route)
+    await network.close(remove=True)
+    two.close()
+
+
+async def test_link_that_outlives_its_pod_is_deleted(
+    world: World, store: Store, network: Network, new_pod: PodMaker
+) -> None:
+    pod, _, _ = await new_pod(network)
+    await network.detach(pod.id)
+    assert len(links_of_pods(world.node)) == 1
+    await until(lambda: not links_of_pods(world.node))
+    await until(lambda: not store.all(Lease))
+
+
+async def test_detach_is_idempotent(network: Network, new_pod: PodMaker) -> None:
+    pod, _, _ = await new_pod(network)
+    await network.publish(pod.id, [WEB])
+    for _ in range(2):
+        await network.detach(pod.id)
+    await network.detach("unknown")
+    assert elements("any4") == []
+
+
+# --- host ports -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_port_that_is_held_is_refused(network: Network, new_pod: PodMaker) -> None:
+    holder, _, _ = await new_pod(network)
+    other, _, _ = await new_pod(network)
+    await network.publish(holder.id, [WEB])
+    with pytest.raises(AlreadyExists, match=f'tcp 80.*"{holder.id}"'):
+        await network.publish(other.id, [DNS, WEB])
+    assert len(elements("any4")) == 1
+
+
+async def test_publish_replaces_what_the_pod_had(network: Network, new_pod: PodMaker) -> None:
+    pod, _, _ = await new_pod(network)
+    for mappings, count in (([WEB], 1), ([WEB, DNS], 2), ([DNS], 1), ([DNS], 1)):
+        await network.publish(pod.id, mappings)
+        assert len(elements("any4")) == count
+    await network.detach(pod.id)
+    assert elements("any4") == []
+
+
+async def test_two_addresses_of_the_node_lead_to_one_port(
+    network: Network, new_pod: PodMaker
+) -> None:
+    pod, _, _ = await new_pod(network)
+    bound = [
+        PortMapping(protocol="tcp", container_port=8080, host_port=80, host_ip=address)
+        for address in (NODE4, "127.0.0.1")
+    ]
+    await network.publish(pod.id, bound)
+    assert len(elements("bound4")) == 2
+    await network.detach(pod.id)
+    assert elements("bound4") == []
+
+
+async def test_udp_client_that_never_pauses_follows_the_port(
+    world: World, network: Network, new_pod: PodMaker
+) -> None:
+    client = world.neighbour.socket(2, 2)
+    client.bind(("", 4444))
+    where = (NODE4, DNS.host_port)
+
+    async def answered() -> bool:
+        try:
+            return await ask_again(client, where, 0.1) == NEIGHBOUR4
+        except (TimeoutError, ConnectionRefusedError):
+            return False
+
+    # Dropped by the node rather than refused, the first packets leave a flow that nothing translates.
+    nft("add", "table", "inet", "quiet")
+    nft("add", "chain", "inet", "quiet", "output", "{ type filter hook output priority 0; }")
+    nft("add", "rule", "inet", "quiet", "output", "meta", "l4proto", "icmp", "drop")
+    assert not await answered()
+    for _ in range(2):
+        pod, pod4, _ = await new_pod(network)
+        await network.publish(pod.id, [DNS])
+        async with udp_echo_of_peer(pod.namespace, (pod4, DNS.container_port)):
+            async with asyncio.timeout(5):
+                while not await answered():
+                    pass
+        await network.detach(pod.id)
+        pod.route.close()
+    client.close()
+
+
+# --- restart and recovery -------------------------------------------------------------------------------------------
+
+
+async def test_next_agent_takes_over(world: World, store: Store, new_pod: PodMaker) -> None:
+    first = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    pod, pod4, _ = await new_pod(first)
+    await first.publish(pod.id, [WEB])
+    await first.close(remove=False)
+    second = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    await second.recover([pod.id])
+    assert second.status().ready
+    assert second.status().problems == ()
+    async with tcp_echo_of_peer(pod.namespace, (pod4, 8080)):
+        assert await ask_tcp(world.neighbour, (NODE4, 80)) == NEIGHBOUR4
+    other, other4, _ = await new_pod(second)
+    assert other4 != pod4
+    with pytest.raises(AlreadyExists):
+        await second.publish(other.id, [WEB])
+    assert second.all_interface_stats().keys() == {pod.id, other.id}
+    await second.close(remove=True)
+
+
+async def test_recovery_drops_what_belongs_to_no_pod(
+    world: World, store: Store, new_pod: PodMaker
+) -> None:
+    first = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    kept, _, _ = await new_pod(first)
+    lost, _, _ = await new_pod(first)
+    await first.publish(kept.id, [WEB])
+    await first.publish(lost.id, [DNS])
+    async with world.node.routing() as ipr:
+        await ipr.link("add", ifname=f"nv{INSTANCE}stray"[:15], kind="veth", peer="nowhere")
+    await first.close(remove=False)
+    second = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    await second.recover({kept.id})
+    assert [port.pod_id for port in store.all(HostPort)] == [kept.id]
+    assert len(elements("any4")) == 1
+    await until(lambda: len(links_of_pods(world.node)) == 1)
+    await until(lambda: [lease.pod_id for lease in store.all(Lease)] == [kept.id])
+    await second.close(remove=True)
+
+
+async def test_recovery_after_a_reboot(store: Store, world: World, new_pod: PodMaker) -> None:
+    """The store is there, everything in the kernel is gone."""
+    first = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    pod, _, _ = await new_pod(first)
+    await first.publish(pod.id, [WEB])
+    await first.close(remove=False)
+    nft("flush", "ruleset")
+    async with world.node.routing() as ipr:
+        for name in (BRIDGE, *links_of_pods(world.node)):
+            await ipr.link("del", index=world.node.links()[name])
+    second = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    await second.recover([])
+    assert store.all(HostPort) == []
+    assert elements("any4") == []
+    await until(lambda: not store.all(Lease))
+    await second.close(remove=True)
+
+
+# --- pod CIDR -------------------------------------------------------------------------------------------------------
+
+
+async def test_new_pods_follow_the_pod_cidr(world: World, store: Store, new_pod: PodMaker) -> None:
+    network = await Network.start(config=NetworkConfig(), store=store, instance=INSTANCE)
+    old, old4, _ = await new_pod(network)
+    await network.set_pod_cidr("10.7.0.0/24,fd00:7::/64")
+    new, new4, new6 = await new_pod(network)
+    assert (new4, new6) == ("10.7.0.2", "")
+    async with tcp_echo_of_peer(new.namespace, (new4, 80)):
+        assert await ask_tcp(old.namespace, (new4, 80)) == old4
+    async with tcp_echo_of_peer(world.neighbour, (NEIGHBOUR4, 80)):
+        assert await ask_tcp(old.namespace, (NEIGHBOUR4, 80)) == NODE4
+        assert await ask_tcp(new.namespace, (NEIGHBOUR4, 80)) == NODE4
+    await network.publish(new.id, [WEB])
+    async with tcp_echo_of_peer(new.namespace, (new4, 8080)):
+        assert await ask_tcp(new.namespace, (NODE4, 80)) == "10.7.0.1"
+    await network.close(remove=False)
+    network = await Network.start(config=NetworkConfig(), store=store, instance=INSTANCE)
+    await network.recover([new.id])
+    third, third4, _ = await new_pod(network)
+    assert third4 == "10.7.0.3"
+    await network.close(remove=True)
+
+
+@pytest.mark.parametrize(
+    "cidr", ["10.7.0.0", "10.7.0.1/24", "x", "10.7.0.0/24,10.8.0.0/24", "10.7.0.0/31"]
+)
+async def test_malformed_pod_cidr_changes_nothing(
+    cidr: str, network: Network, new_pod: PodMaker
+) -> None:
+    with pytest.raises(InvalidArgument, match="pod_cidr"):
+        await network.set_pod_cidr(cidr)
+    await network.set_pod_cidr("")
+    _, pod4, _ = await new_pod(network)
+    assert pod4.startswith("10.88.")
