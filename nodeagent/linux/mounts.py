@@ -127,21 +127,27 @@ def map_ids(mount: int, userns: int, recursive: bool = True) -> None:
 
 def propagation_of(descriptor: int) -> str:
     """How the mount that an open file is on propagates: "private", "slave" or "shared"."""
-    mount_id = str(syscalls.statx_mount_id(descriptor))
-    with open("/proc/self/mountinfo", errors="surrogateescape") as table:
-        for line in table:
-            if line.startswith(f"{mount_id} "):
-                return _propagation_of_line(line)
-    raise OSError(f"mount {mount_id} is not in /proc/self/mountinfo")
-
-
-def _propagation_of_line(line: str) -> str:
-    """From the optional fields, between the sixth field and a hyphen (proc(5), mountinfo)."""
-    fields = line.split()
+    fields = _mountinfo(descriptor)
     optional = fields[6 : fields.index("-")]
     if any(field.startswith("shared:") for field in optional):
         return "shared"
     return "slave" if any(field.startswith("master:") for field in optional) else "private"
+
+
+def filesystem_of(descriptor: int) -> str:
+    """The kind of file system that an open file is on, as in "ext4"."""
+    fields = _mountinfo(descriptor)
+    return fields[fields.index("-") + 1]
+
+
+def _mountinfo(descriptor: int) -> list[str]:
+    """The fields of the mount that an open file was reached through; optional ones end with a hyphen (proc(5))."""
+    mount_id = str(syscalls.statx_mount_id(descriptor))
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        for line in table:
+            if line.startswith(f"{mount_id} "):
+                return line.split()
+    raise OSError(f"mount {mount_id} is not in /proc/self/mountinfo")
 
 
 def isolate() -> None:

@@ -80,11 +80,13 @@ PR_SET_KEEPCAPS = 8
 PR_SET_NAME = 15
 PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
+PR_SET_SECUREBITS = 28
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_RAISE = 2
 PR_CAP_AMBIENT_CLEAR_ALL = 4
+SECBIT_NO_SETUID_FIXUP = 0x4
 
 # of seccomp(2)
 SECCOMP_SET_MODE_FILTER = 1
@@ -118,6 +120,8 @@ _SHARED_NUMBERS = {
 }
 _NUMBERS = {
     "x86_64": {
+        "setfsuid": 122,
+        "setfsgid": 123,
         "capget": 125,
         "capset": 126,
         "fstatfs": 138,
@@ -141,6 +145,8 @@ _NUMBERS = {
         "capget": 90,
         "capset": 91,
         "unshare": 97,
+        "setfsuid": 151,
+        "setfsgid": 152,
         "sethostname": 161,
         "prctl": 167,
         "keyctl": 219,
@@ -195,6 +201,8 @@ _prctl = _declare("prctl", c_int, c_ulong, c_ulong, c_ulong, c_ulong)
 _prctl_string = _declare("prctl", c_int, c_char_p)
 _seccomp = _declare("seccomp", c_uint, c_uint, c_void_p)
 _sethostname = _declare("sethostname", c_char_p, c_size_t)
+_setfsgid = _declare("setfsgid", c_uint)
+_setfsuid = _declare("setfsuid", c_uint)
 _setns = _declare("setns", c_int, c_int)
 _statx = _declare("statx", c_int, c_char_p, c_int, c_uint, c_void_p)
 _syncfs = _declare("syncfs", c_int)
@@ -281,6 +289,15 @@ def capset(effective: int, permitted: int, inheritable: int) -> None:
     sets = (effective, permitted, inheritable)
     data = struct.pack("=6I", *(s & 0xFFFFFFFF for s in sets), *(s >> 32 for s in sets))
     _capset(None, struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), data)
+
+
+def setfsuid(uid: int) -> None:
+    """Never fails, says setfsuid(2): with CAP_SETUID it does what it is asked to."""
+    _setfsuid(uid, uid)
+
+
+def setfsgid(gid: int) -> None:
+    _setfsgid(gid, gid)
 
 
 def seccomp(operation: int, flags: int, arguments: int) -> int:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from nodeagent import files
 from nodeagent.errors import FailedPrecondition, InvalidArgument, NodeAgentError, NotFound
 from nodeagent.linux import confined, mounts, syscalls
-from nodeagent.sandbox import rootfs
+from nodeagent.sandbox import idmaps, rootfs
+from nodeagent.sandbox.idmaps import IdMaps
 from nodeagent.sandbox.spec import ContainerPlan, Device, Mount, Rootfs
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -23,11 +24,18 @@ _DEVICE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}
 _UNLINKED_TARGETS = frozenset(("proc", "sysfs"))
 
 
+class Layers(NamedTuple):
+    """Layers by their paths, uppermost first, and what is open of them: each, or what holds them if they are mapped."""
+
+    paths: tuple[str, ...]
+    directories: dict[str, int]
+
+
 class Source(NamedTuple):
-    """What a step of the plan mounts, as far as it comes from the node: a detached tree, or layer directories."""
+    """What a step of the plan mounts, as far as it comes from the node: a detached tree, or layers."""
 
     tree: int = -1
-    layers: tuple[int, ...] = ()
+    layers: Layers = Layers((), {})
 
 
 class Scratch(NamedTuple):
@@ -47,20 +55,24 @@ class Assembly(NamedTuple):
 
     root: int
     scratch: Scratch
+    maps: IdMaps
     sealed: list[int]
 
 
-def assemble(plan: ContainerPlan) -> Assembly:
+def assemble(plan: ContainerPlan, maps: IdMaps) -> Assembly:
     """Mount all that the plan asks for; nothing is masked or read-only yet."""
-    lower, upper, work = _open_root_layers(plan["rootfs"])
-    sources = [_open_source(mount) for mount in plan["mounts"]]
+    lower = _open_layers(plan["rootfs"]["lower"], maps)
+    upper, work = _open_own_layers(plan["rootfs"], maps)
+    sources = [_open_source(mount, maps) for mount in plan["mounts"]]
     mounts.isolate()
     scratch = _make_scratch(os.path.dirname(plan["rootfs"]["upper"]))
-    root = mounts.mount_overlay(_mount_point(scratch, "root"), lower, upper, work)
-    assembly = Assembly(root, scratch, [root] if plan["rootfs"]["readonly"] else [])
+    directories = _layer_directories(scratch, lower, maps)
+    root = mounts.mount_overlay(_mount_point(scratch, "root"), directories, upper, work)
+    assembly = Assembly(root, scratch, maps, [root] if plan["rootfs"]["readonly"] else [])
+    idmaps.act_as_root(maps)
     for mount, source in zip(plan["mounts"], sources, strict=True):
         _execute(assembly, mount, source)
-    _populate_dev(root, plan)
+    _populate_dev(assembly, plan)
     return assembly
 
 
@@ -78,28 +90,31 @@ def seal(assembly: Assembly, masked: list[str], readonly: list[str]) -> None:
 # ---- what is the node's ----
 
 
-def _open_root_layers(layers: Rootfs) -> tuple[tuple[int, ...], int, int]:
-    """What a volatile overlay leaves in `work` keeps it from being mounted again, as a start that is repeated does."""
-    leftover = os.path.join(layers["work"], "work")
+def _open_layers(paths: list[str], maps: IdMaps) -> Layers:
+    opened = paths if maps.is_node else [os.path.dirname(path) for path in paths]
+    return Layers(tuple(paths), {path: os.open(path, _DIRECTORY) for path in dict.fromkeys(opened)})
+
+
+def _open_own_layers(plan: Rootfs, maps: IdMaps) -> tuple[int, int]:
+    """The upper and work directories. What a volatile overlay has left in `work` would keep it from being mounted
+    again, as a start that is repeated does."""
+    leftover = os.path.join(plan["work"], "work")
     if os.path.exists(leftover):
         files.remove_tree(leftover)
-    upper, work = _open_layers([layers["upper"], layers["work"]])
-    return _open_layers(layers["lower"]), upper, work
+    if not maps.is_node:
+        os.chown(plan["upper"], maps.uid(0), maps.gid(0))
+    return os.open(plan["upper"], _DIRECTORY), os.open(plan["work"], _DIRECTORY)
 
 
-def _open_layers(paths: list[str]) -> tuple[int, ...]:
-    return tuple(os.open(path, _DIRECTORY) for path in paths)
-
-
-def _open_source(mount: Mount) -> Source:
+def _open_source(mount: Mount, maps: IdMaps) -> Source:
     if mount["kind"] == "bind":
-        return Source(tree=_clone_host_path(mount))
+        return Source(tree=_clone_host_path(mount, maps))
     if mount["kind"] == "image":
-        return Source(layers=_open_layers(mount.get("lower", [])))
+        return Source(layers=_open_layers(mount.get("lower", []), maps))
     return Source()
 
 
-def _clone_host_path(mount: Mount) -> int:
+def _clone_host_path(mount: Mount, maps: IdMaps) -> int:
     try:
         origin = syscalls.open_tree(syscalls.AT_FDCWD, mount["source"], 0)
     except OSError as error:
@@ -111,6 +126,7 @@ def _clone_host_path(mount: Mount) -> int:
     _require_propagation(mount, origin)
     tree = mounts.clone_tree(origin)
     mounts.set_attributes(tree, mount["attributes"], mount["recursive"])
+    idmaps.map_volume(tree, origin, mount, maps)
     if mount["propagation"] != "shared":  # a clone of a shared mount shares already
         mounts.set_propagation(tree, mount["propagation"])
     return tree
@@ -148,6 +164,26 @@ def _mount_point(scratch: Scratch, name: str) -> str:
     return f"{scratch.path}/{name}"
 
 
+def _layer_directories(scratch: Scratch, layers: Layers, maps: IdMaps) -> list[int]:
+    if maps.is_node:
+        return list(layers.directories.values())
+    mapped = {
+        path: _attach_mapped(scratch, path, directory, maps)
+        for path, directory in layers.directories.items()
+    }
+    names = map(os.path.split, layers.paths)
+    return [os.open(name, _DIRECTORY, dir_fd=mapped[parent]) for parent, name in names]
+
+
+def _attach_mapped(scratch: Scratch, path: str, directory: int, maps: IdMaps) -> int:
+    """An idmapped mount of a directory; overlay wants it attached before Linux 6.15."""
+    tree = mounts.clone_tree(directory, recursive=False)
+    idmaps.map_tree(tree, directory, maps.userns, f'layers "{path}"')
+    point = os.open(_mount_point(scratch, f"layers-{directory}"), _DIRECTORY)
+    syscalls.move_mount(tree, point)
+    return tree
+
+
 def _execute(assembly: Assembly, mount: Mount, source: Source) -> None:
     try:
         if mount["kind"] == "fs":
@@ -173,25 +209,27 @@ def _attach(root: int, mount: Mount, tree: int) -> None:
 def _mount_filesystem(assembly: Assembly, mount: Mount) -> int:
     """Read-only ones are sealed at the end, since mount points may have to be made in them."""
     attributes = [name for name in mount["attributes"] if name != "ro"]
-    tree = mounts.make_filesystem(mount["source"], mount["data"], attributes)
+    data = mount["data"]
+    if "gid" in data:
+        data = {**data, "gid": str(assembly.maps.gid(int(data["gid"])))}
+    tree = mounts.make_filesystem(mount["source"], data, attributes)
     if "ro" in mount["attributes"]:
         assembly.sealed.append(tree)
     return tree
 
 
-def _image_tree(assembly: Assembly, mount: Mount, layers: tuple[int, ...]) -> int:
+def _image_tree(assembly: Assembly, mount: Mount, layers: Layers) -> int:
     """The files of an image, or what is at sub_path in them; an overlay needs two layers at least."""
-    if len(layers) == 1:
-        top = layers[0]
-    else:
-        name = f"image-{layers[0]}"
-        top = mounts.mount_overlay(_mount_point(assembly.scratch, name), layers)
+    directories = _layer_directories(assembly.scratch, layers, assembly.maps)
+    top = directories[0]
+    if len(directories) > 1:
+        point = _mount_point(assembly.scratch, f"image-{top}")
+        top = mounts.mount_overlay(point, directories)
     try:
         origin = confined.open_path(top, mount.get("sub_path") or ".")
-    except FileNotFoundError:
-        raise NotFound(
-            f'path "{mount.get("sub_path")}" of the image for {mount["target"]}: no such file or directory'
-        ) from None
+    except FileNotFoundError as error:
+        path = f'path "{mount.get("sub_path")}" of the image for {mount["target"]}'
+        raise NotFound(f"{path}: no such file or directory") from error
     tree = mounts.clone_tree(origin)
     mounts.set_attributes(tree, ["ro", *mount["attributes"]], recursive=True)
     return tree
@@ -205,28 +243,29 @@ def has_own_dev(plan: ContainerPlan) -> bool:
     return any(mount["kind"] == "fs" and mount["target"] == "/dev" for mount in plan["mounts"])
 
 
-def _populate_dev(root: int, plan: ContainerPlan) -> None:
+def _populate_dev(assembly: Assembly, plan: ContainerPlan) -> None:
     """A /dev that is not ours may be the node's: nothing is made in it."""
     own_dev = has_own_dev(plan)
     devices = {device["path"]: device for device in rootfs.DEFAULT_DEVICES if own_dev}
     devices |= {device["path"]: device for device in plan["devices"]}
     for path, device in devices.items():
         if own_dev or not path.startswith("/dev/"):
-            _make_device(root, device)
+            _make_device(assembly, device)
     if own_dev:
-        directory = confined.open_path(root, "/dev", _DIRECTORY)
+        directory = confined.open_path(assembly.root, "/dev", _DIRECTORY)
         for name, target in rootfs.DEFAULT_LINKS.items():
             os.symlink(target, name, dir_fd=directory)
 
 
-def _make_device(root: int, device: Device) -> None:
+def _make_device(assembly: Assembly, device: Device) -> None:
     parent, name = os.path.split(device["path"])
-    directory = confined.make_path(root, parent, directory=True)
+    directory = confined.make_path(assembly.root, parent, directory=True)
     kind = _DEVICE_KINDS[device["type"]]
     number = os.makedev(device["major"], device["minor"])
+    uid, gid = assembly.maps.uid(device["uid"]), assembly.maps.gid(device["gid"])
     try:
         os.mknod(name, kind | device["mode"], number, dir_fd=directory)
-        os.chown(name, device["uid"], device["gid"], dir_fd=directory, follow_symlinks=False)
+        os.chown(name, uid, gid, dir_fd=directory, follow_symlinks=False)
     except OSError as error:
         raise OSError(error.errno, f"make device {device['path']}: {error.strerror}") from error
 

@@ -57,15 +57,6 @@ def _write_own(name: str, text: str) -> None:
 # ---- limits ----
 
 
-def join_new_keyring() -> None:
-    """A session keyring of its own, where the kernel has keyrings."""
-    try:
-        syscalls.join_session_keyring()
-    except OSError as error:
-        if error.errno != errno.ENOSYS:
-            raise
-
-
 def set_limits(limits: list[Rlimit]) -> list[str]:
     """Returns warnings: to raise a hard limit takes SYS_RESOURCE; it stays as it is without."""
     return [warning for limit in limits for warning in _set_limit(limit)]
@@ -90,6 +81,26 @@ def _lower(one: int, other: int) -> int:
 
 
 # ---- ids and capabilities ----
+
+
+def enter_user_namespace(descriptor: int, owned: int) -> None:
+    """Join it, with new namespaces of the kinds `owned` that belong to it.
+
+    A copy of the mounts is theirs then, in which none can be undone or changed that the node's root has made
+    (mount_namespaces(7), "Restrictions on mount namespaces"). All capabilities are of the user namespace from here on.
+    """
+    syscalls.setns(descriptor, syscalls.CLONE_NEWUSER)
+    if owned:
+        syscalls.unshare(owned)
+
+
+def join_new_keyring() -> None:
+    """A session keyring of its own, where the kernel has keyrings."""
+    try:
+        syscalls.join_session_keyring()
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
 
 
 def become(plan: ProcessPlan, identity: Identity) -> list[str]:

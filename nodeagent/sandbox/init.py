@@ -19,7 +19,8 @@ from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
 from nodeagent.linux import confined, mounts, syscalls
-from nodeagent.sandbox import assembly, console, credentials, program, users
+from nodeagent.sandbox import assembly, console, credentials, idmaps, program, users
+from nodeagent.sandbox.idmaps import IdMaps
 from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, Identity, ProcessPlan
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -34,6 +35,7 @@ class InitFds(NamedTuple):
 
     status: a SOCK_SEQPACKET socket. stdin, stdout, stderr: -1 for the container's /dev/null; not looked at with a tty.
     cgroups: of cgroup v1, each hierarchy's `tasks` file, open for writing; on v2 the process is born in its cgroup.
+    userns: the user namespace of the pod, where it has one.
     """
 
     status: int
@@ -41,6 +43,7 @@ class InitFds(NamedTuple):
     stdout: int = -1
     stderr: int = -1
     cgroups: tuple[int, ...] = ()
+    userns: int = -1
 
 
 class ExecFds(NamedTuple):
@@ -52,16 +55,22 @@ class ExecFds(NamedTuple):
     stdout: int = -1
     stderr: int = -1
     cgroups: tuple[int, ...] = ()
+    userns: int = -1
 
 
 class _Start(NamedTuple):
-    """All that the last steps need, inside the container's root."""
+    """All that the last steps need, inside the container's root.
+
+    owned: kinds of namespaces that are still to be left for ones that belong to the pod's user namespace.
+    """
 
     argv: list[str]
     settings: ProcessPlan
     identity: Identity
     cwd: int
     stdio: console.Stdio
+    maps: IdMaps
+    owned: int
     warnings: list[str]
 
 
@@ -106,18 +115,20 @@ def _forbid_imports() -> None:
 
 def _prepare_container(plan: ContainerPlan, fds: InitFds) -> _Start:
     settings = plan["process"]
+    maps = idmaps.of_process(settings, fds.userns)
     _join_cgroups(fds.cgroups)
     credentials.write_labels(settings)
     warnings = credentials.set_oom_score(settings)
     if plan["cgroup_namespace"]:
         syscalls.unshare(syscalls.CLONE_NEWCGROUP)
-    built = assembly.assemble(plan)
+    built = assembly.assemble(plan, maps)
     identity = users.resolve(built.root, settings["user"])
     cwd = confined.make_path(built.root, settings["cwd"], directory=True)
     stdio = _container_stdio(plan, fds, built.root)
     assembly.seal(built, plan["masked_paths"], plan["readonly_paths"])
     mounts.enter_root(built.root)
-    return _Start(plan["argv"], settings, identity, cwd, stdio, warnings)
+    owned = syscalls.CLONE_NEWNS | (syscalls.CLONE_NEWCGROUP if plan["cgroup_namespace"] else 0)
+    return _Start(plan["argv"], settings, identity, cwd, stdio, maps, owned, warnings)
 
 
 def _container_stdio(plan: ContainerPlan, fds: InitFds, root: int) -> console.Stdio:
@@ -130,6 +141,7 @@ def _container_stdio(plan: ContainerPlan, fds: InitFds, root: int) -> console.St
 
 
 def _prepare_exec(plan: ExecPlan, settings: ProcessPlan, fds: ExecFds) -> _Start:
+    maps = idmaps.of_process(settings, fds.userns)
     _join_cgroups(fds.cgroups)
     credentials.write_labels(settings)
     warnings = credentials.set_oom_score(settings)
@@ -139,7 +151,7 @@ def _prepare_exec(plan: ExecPlan, settings: ProcessPlan, fds: ExecFds) -> _Start
     cwd = confined.open_path(root, settings["cwd"], _DIRECTORY)
     given = (fds.stdin, fds.stdout, fds.stderr)
     stdio = console.open_terminal(root) if plan["tty"] else console.with_null(root, *given)
-    return _Start(plan["argv"], settings, identity, cwd, stdio, warnings)
+    return _Start(plan["argv"], settings, identity, cwd, stdio, maps, 0, warnings)
 
 
 def _join_cgroups(tasks: tuple[int, ...]) -> None:
@@ -152,9 +164,11 @@ def _finish(status: int, start: _Start) -> NoReturn:
     """The steps inside the container's root, until its program runs."""
     settings, identity, warnings = start.settings, start.identity, start.warnings
     _enter_cwd(start.cwd, settings["cwd"])
-    console.install(start.stdio, identity["uid"])
-    credentials.join_new_keyring()
+    console.install(start.stdio, start.maps.uid(identity["uid"]))
     warnings += credentials.set_limits(settings["rlimits"])
+    if not start.maps.is_node:
+        credentials.enter_user_namespace(start.maps.userns, start.owned)
+    credentials.join_new_keyring()
     warnings += credentials.become(settings, identity)
     os.umask(settings["umask"])
     _send(status, {"ready": {"identity": identity, "warnings": warnings}}, start.stdio.master)

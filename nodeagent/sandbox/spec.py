@@ -53,6 +53,7 @@ class Mount(TypedDict):
     attributes: "ro", "nosuid", "nodev", "noexec", "strictatime", "relatime", "noatime", "nosymfollow".
     recursive: the attributes hold for all mounts below, too (recursive read-only); binds always take the whole tree.
     lower: for kind "image", the layer directories, uppermost first, and sub_path below them.
+    uid_map, gid_map: of an idmapped bind, how the owners of its files are seen.
     """
 
     kind: Literal["bind", "fs", "image"]
@@ -135,6 +136,7 @@ class ProcessPlan(TypedDict):
     """What the container's first process, and every exec of it, gets besides its arguments.
 
     seccomp: a compiled filter (array of struct sock_filter), base64; "" is unconfined. seccomp_flags: of seccomp(2).
+    uid_map, gid_map: of the pod's user namespace, where it has one.
     """
 
     env: list[str]
@@ -149,6 +151,8 @@ class ProcessPlan(TypedDict):
     rlimits: list[Rlimit]
     oom_score_adj: int | None
     umask: int
+    uid_map: NotRequired[list[IdMap]]
+    gid_map: NotRequired[list[IdMap]]
 
 
 class ContainerPlan(TypedDict):

@@ -215,20 +215,27 @@ class Process:
         self.close()
 
 
-def start(plan: ContainerPlan, *, namespaces: int = _NAMESPACES, stdin: int = -1) -> Process:
-    """A container up to its report."""
+def start(plan: ContainerPlan, *, stdin: int = -1, pod: Mapping[int, int] | None = None) -> Process:
+    """A container up to its report. pod: namespaces by CLONE_NEW…, among them a user namespace that owns the others."""
+    joined = {kind: fd for kind, fd in (pod or {}).items() if kind != syscalls.CLONE_NEWUSER}
+    userns = (pod or {}).get(syscalls.CLONE_NEWUSER, -1)
 
     def child(status: int, stdout: int) -> None:
-        init.run(plan, init.InitFds(status, stdin, stdout, stdout))
+        for kind, descriptor in joined.items():
+            syscalls.setns(descriptor, kind)
+        init.run(plan, init.InitFds(status, stdin, stdout, stdout, userns=userns))
 
-    return _clone(child, namespaces)
+    return _clone(child, _NAMESPACES & ~sum(joined))
 
 
-def start_exec(container: Process, plan: ExecPlan, settings: ProcessPlan) -> Process:
+def start_exec(
+    container: Process, plan: ExecPlan, settings: ProcessPlan, *, userns: int = -1
+) -> Process:
     """A further process in a running container, born in its PID namespace."""
 
     def child(status: int, stdout: int) -> None:
-        init.run_exec(plan, settings, init.ExecFds(status, container.pidfd, -1, stdout, stdout))
+        fds = init.ExecFds(status, container.pidfd, -1, stdout, stdout, userns=userns)
+        init.run_exec(plan, settings, fds)
 
     own = os.open("/proc/self/ns/pid", os.O_RDONLY)
     syscalls.setns(container.pidfd, syscalls.CLONE_NEWPID)

@@ -1,0 +1,82 @@
+"""How the ids of a process in a user namespace are those of the node, and whose files are seen as whose.
+
+The image's layers, and volumes that ask for it, are seen through idmapped mounts (mount_setattr(2)): what belongs to
+id n there belongs to id n of the namespace. What the runtime makes for a container is made as the container's root.
+"""
+
+import os
+from typing import NamedTuple
+
+from nodeagent.errors import InvalidArgument, Unsupported
+from nodeagent.linux import mounts, syscalls, userns
+from nodeagent.linux.userns import Extent
+from nodeagent.sandbox.spec import IdMap, Mount, ProcessPlan
+
+
+class IdMaps(NamedTuple):
+    """A user namespace and its mappings; the node's own namespace is -1."""
+
+    userns: int
+    uids: tuple[Extent, ...] = ()
+    gids: tuple[Extent, ...] = ()
+
+    @property
+    def is_node(self) -> bool:
+        return self.userns == -1
+
+    def uid(self, inside: int) -> int:
+        """The id on the node; `InvalidArgument` where it is not mapped."""
+        return self._outside("uid", inside, self.uids)
+
+    def gid(self, inside: int) -> int:
+        return self._outside("gid", inside, self.gids)
+
+    def _outside(self, kind: str, inside: int, extents: tuple[Extent, ...]) -> int:
+        if self.is_node:
+            return inside
+        try:
+            return userns.outside(inside, extents)
+        except ValueError:
+            text = f"{kind} {inside}: not mapped in the user namespace of the pod"
+            raise InvalidArgument(text) from None
+
+
+def of_process(plan: ProcessPlan, descriptor: int) -> IdMaps:
+    """descriptor: of the pod's user namespace, or -1."""
+    return IdMaps(descriptor, extents(plan.get("uid_map", [])), extents(plan.get("gid_map", [])))
+
+
+def extents(lines: list[IdMap]) -> tuple[Extent, ...]:
+    return tuple(Extent(line["inside"], line["outside"], line["length"]) for line in lines)
+
+
+def act_as_root(maps: IdMaps) -> None:
+    """Make files as the root of the container, with the capabilities of the node's root (setfsuid(2))."""
+    if maps.is_node:
+        return
+    syscalls.prctl(syscalls.PR_SET_SECUREBITS, syscalls.SECBIT_NO_SETUID_FIXUP)
+    syscalls.setfsgid(maps.gid(0))
+    syscalls.setfsuid(maps.uid(0))
+
+
+def map_volume(tree: int, origin: int, mount: Mount, maps: IdMaps) -> None:
+    """Map a detached tree, a clone of `origin`, as the mount asks for, if it does."""
+    uids, gids = extents(mount.get("uid_map", [])), extents(mount.get("gid_map", []))
+    if not uids and not gids:
+        return
+    what = f'host path "{mount["source"]}" for {mount["target"]}'
+    if (uids, gids) == (maps.uids, maps.gids) and not maps.is_node:
+        map_tree(tree, origin, maps.userns, what)
+        return
+    descriptor = userns.create(uids, gids)[syscalls.CLONE_NEWUSER]
+    map_tree(tree, origin, descriptor, what)
+    os.close(descriptor)
+
+
+def map_tree(tree: int, origin: int, descriptor: int, what: str) -> None:
+    """Raises `Unsupported`, with the file system, where the kernel cannot map one that is in the tree."""
+    try:
+        mounts.map_ids(tree, descriptor)
+    except OSError as error:
+        kind = mounts.filesystem_of(origin)
+        raise Unsupported(f"idmapped mount of {what}: {kind}: {error.strerror}") from error
