@@ -147,11 +147,14 @@ class MountConfig(Config, frozen=True, kw_only=True):
 
 
 class DeviceConfig(Config, frozen=True, kw_only=True):
-    """permissions: any of r, w, m."""
+    """permissions: any of r, w, m. mode, uid and gid: of the node in the container; None is as on the node."""
 
     container_path: str
     host_path: str
     permissions: str
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
 
 
 class CapabilityChange(Config, frozen=True, kw_only=True):
@@ -373,16 +376,33 @@ class Image(Record, frozen=True, kw_only=True):
 
 
 class Layer(Record, frozen=True, kw_only=True):
-    """An unpacked layer: ``layers/<chain ID>/``, read-only and shared by every image that has it."""
+    """An unpacked layer: ``layers/<chain ID>/``, read-only and shared by every image that has it.
+
+    blob: digest of what was transferred, with size_bytes; used_bytes and inodes: of what it was unpacked to.
+    """
 
     chain_id: str
     diff_id: str
     blob: str
     size_bytes: int
+    used_bytes: int
+    inodes: int
 
     @property
     def key(self) -> str:
         return self.chain_id
+
+
+class ImageHold(Record, frozen=True, kw_only=True):
+    """A container needs these layers, whatever becomes of the image that they came with."""
+
+    holder: str
+    image_id: str
+    layers: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        return f"{self.holder}/{self.image_id}"
 
 
 # --- network ----------------------------------------------------------------------------------------------------
@@ -436,6 +456,7 @@ class HostPort(Record, frozen=True, kw_only=True):
 KINDS: tuple[type[Record], ...] = (
     Image,
     Layer,
+    ImageHold,
     NodeNetwork,
     Lease,
     HostPort,
