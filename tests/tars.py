@@ -12,7 +12,7 @@ from typing import Any
 
 from nodeagent.images import inheritance, layers
 from nodeagent.images.budget import Budget
-from nodeagent.images.content import Blob
+from nodeagent.images.content import Blob, BlobReader
 
 Member = tuple[tarfile.TarInfo, bytes]
 
@@ -82,7 +82,7 @@ class Workshop:
         target = self.folder / f"layer-{len(self.layers)}"
         budget = Budget(self.folder, **self._bounds)
         try:
-            unpacked = layers.unpack(blob, target, diff_id, budget)
+            unpacked = layers.unpack(BlobReader(blob), target, diff_id, budget)
         finally:
             blob.remove()
         inheritance.complete(target, unpacked, self.below, budget)

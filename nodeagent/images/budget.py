@@ -5,7 +5,7 @@ import os
 import threading
 from pathlib import Path
 
-from nodeagent.errors import ResourceExhausted, Unavailable
+from nodeagent.errors import ResourceExhausted
 
 # A layer that is both larger than this and so many times its blob is a bomb; deflate can do 1032 to 1.
 BOMB_BYTES = 1 << 30
@@ -17,7 +17,7 @@ _CHECK_BYTES = 64 << 20
 
 
 class Budget:
-    """Counts for all layers of an image, from several threads; `stop` ends them at their next step."""
+    """Counts for all layers of an image, from several threads."""
 
     def __init__(self, directory: Path, *, max_bytes: int, max_entries: int) -> None:
         self._directory = directory
@@ -27,15 +27,9 @@ class Budget:
         self._bytes = 0
         self._entries = 0
         self._next_check = 0
-        self._stopped = False
-
-    def stop(self) -> None:
-        self._stopped = True
 
     def spend(self, entries: int = 0, size_bytes: int = 0) -> None:
         """Raises `ResourceExhausted` when a bound or the disk is reached."""
-        if self._stopped:
-            raise Unavailable("cancelled")
         with self._lock:
             self._entries += entries
             self._bytes += size_bytes

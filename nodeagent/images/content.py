@@ -12,7 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from nodeagent import files
-from nodeagent.errors import DataLoss
+from nodeagent.errors import DataLoss, Unavailable
 from nodeagent.images import manifest
 
 
@@ -22,16 +22,18 @@ class Blob:
     Nobody may believe what was read before the read that returned the end: only then the digest is known to be right.
     """
 
-    def __init__(self, path: Path, digest: str, size: int) -> None:
+    def __init__(self, path: Path, digest: str, size: int, *, complete: bool = False) -> None:
+        """A new file; or, where it is complete, one whose content is known to have the digest."""
         self.path = path
         self.digest = digest
         self.size = size
-        self.received = 0
+        self.received = size if complete else 0
         self._hash = hashlib.sha256()
-        self._complete = False
+        self._complete = complete
         self._failure: Exception | None = None
         self._changed = threading.Condition()
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDONLY if complete else os.O_RDWR | os.O_CREAT | os.O_EXCL
+        self._file = os.open(path, flags | os.O_CLOEXEC, 0o600)
 
     def append(self, data: bytes) -> None:
         """Add the next bytes; more than the size is a `DataLoss`."""
@@ -62,37 +64,55 @@ class Blob:
             self._failure = self._failure or error
             self._changed.notify_all()
 
-    def remove(self) -> None:
+    def close(self) -> None:
         """Readers must be done."""
         os.close(self._file)
+
+    def remove(self) -> None:
+        """The same, and the file goes."""
+        self.close()
         self.path.unlink(missing_ok=True)
 
-    def reader(self) -> "BlobReader":
-        return BlobReader(self)
-
-    def read_at(self, buffer: memoryview, offset: int) -> int:
+    def read_at(self, buffer: memoryview, offset: int, reader: "BlobReader") -> int:
         """Fill the buffer as far as possible; waits for the first byte. 0 at the verified end."""
         with self._changed:
-            while self._failure is None and not self._complete and self.received <= offset:
-                self._changed.wait()
+            self._changed.wait_for(lambda: self._is_decided(offset) or reader.stopped)
             if self._failure is not None:
                 raise self._failure
             available = self.received - offset
+        reader.check()
         return os.preadv(self._file, [buffer[:available]], offset) if available else 0
+
+    def wake(self) -> None:
+        """Readers shall look whether they are stopped."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _is_decided(self, offset: int) -> bool:
+        return self._complete or self._failure is not None or self.received > offset
 
 
 class BlobReader(io.RawIOBase):
-    """Reads a blob from its start."""
+    """Reads a blob from its start, until another thread stops it."""
 
     def __init__(self, blob: Blob) -> None:
-        self._blob = blob
+        self.blob = blob
+        self.stopped = False
         self._at = 0
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.blob.wake()
+
+    def check(self) -> None:
+        if self.stopped:
+            raise Unavailable(f"{self.blob.digest}: cancelled")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        count = self._blob.read_at(memoryview(buffer).cast("B"), self._at)
+        count = self.blob.read_at(memoryview(buffer).cast("B"), self._at, self)
         self._at += count
         return count
 
@@ -119,6 +139,9 @@ class Documents:
         except FileNotFoundError:
             return None
         return data if manifest.digest(data) == digest else None
+
+    def has(self, data: bytes) -> bool:
+        return self._path(manifest.digest(data)).name in self._sizes
 
     def put(self, data: bytes) -> None:
         """Keep a document; it is durable after the next sync of the file system."""

@@ -23,7 +23,7 @@ from nodeagent.errors import DataLoss, InvalidArgument, ResourceExhausted
 from nodeagent.images import tar
 from nodeagent.images.budget import BOMB_BYTES, BOMB_RATIO, Budget, is_full
 from nodeagent.images.compression import decompressed
-from nodeagent.images.content import Blob
+from nodeagent.images.content import BlobReader
 from nodeagent.linux import confined
 
 WHITEOUT = ".wh."
@@ -62,7 +62,7 @@ class Unpacked:
     links: dict[str, str] = field(default_factory=dict)
 
 
-def unpack(blob: Blob, directory: Path, diff_id: str, budget: Budget) -> Unpacked:
+def unpack(source: BlobReader, directory: Path, diff_id: str, budget: Budget) -> Unpacked:
     """Make `directory` of a layer's blob, which may still be arriving. Nothing is synced.
 
     Raises `DataLoss` when the content does not have the diff ID, `InvalidArgument` or `Unsupported` when it is no
@@ -72,7 +72,7 @@ def unpack(blob: Blob, directory: Path, diff_id: str, budget: Budget) -> Unpacke
     root = os.open(directory, _DIRECTORY)
     content = hashlib.sha256()
     try:
-        chunks = _measured(blob, content.update, budget)
+        chunks = _measured(source, content.update, budget)
         unpacker = _Unpacker(root, budget)
         try:
             for entry, pieces in tar.read(chunks):
@@ -84,20 +84,25 @@ def unpack(blob: Blob, directory: Path, diff_id: str, budget: Budget) -> Unpacke
             pass
     except OSError as error:
         if is_full(error):
-            raise ResourceExhausted(f"unpacking {blob.digest}: {error}") from None
+            raise ResourceExhausted(f"unpacking {source.blob.digest}: {error}") from None
         raise
     finally:
         os.close(root)
     if f"sha256:{content.hexdigest()}" != diff_id:
         raise DataLoss(
-            f"{blob.digest}: its content has the digest sha256:{content.hexdigest()}, not {diff_id}"
+            f"{source.blob.digest}: its content has the digest sha256:{content.hexdigest()}, "
+            f"not {diff_id}"
         )
     return unpacker.result
 
 
-def _measured(blob: Blob, hashed: Callable[[bytes], None], budget: Budget) -> Iterator[bytes]:
+def _measured(
+    source: BlobReader, hashed: Callable[[bytes], None], budget: Budget
+) -> Iterator[bytes]:
+    blob = source.blob
     total, bomb = 0, max(BOMB_BYTES, BOMB_RATIO * blob.size)
-    for chunk in decompressed(blob.reader()):
+    for chunk in decompressed(source):
+        source.check()
         budget.spend(size_bytes=len(chunk))
         total += len(chunk)
         if total > bomb:

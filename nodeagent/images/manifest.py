@@ -56,7 +56,10 @@ class Platform(msgspec.Struct, frozen=True):
     variant: str = ""
 
 
-class Descriptor(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+_OURS = tuple(Platform("linux", ARCHITECTURE, variant) for variant in _VARIANTS)
+
+
+class Descriptor(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
     """What a blob is, and how to know that one has got it."""
 
     media_type: str = ""
@@ -175,11 +178,15 @@ def parse_image(data: bytes, layers: int) -> Image:
     return Image(config=_run_config(document.config or _Run()), diff_ids=diff_ids)
 
 
+def is_for_this_node(platform: Platform) -> bool:
+    return platform in _OURS
+
+
 def choose(index: Index) -> Descriptor:
     """The manifest for this node; of several, the first with the best variant."""
-    for variant in _VARIANTS:
+    for platform in _OURS:
         for entry in index.manifests:
-            if entry.platform == Platform("linux", ARCHITECTURE, variant):
+            if entry.platform == platform:
                 return entry
     if len(index.manifests) == 1 and index.manifests[0].platform is None:
         return index.manifests[0]

@@ -6,6 +6,8 @@ docker.io, a tag beside a digest is dropped, and 64 hexadecimal digits are an im
 
 import re
 from dataclasses import dataclass
+from ipaddress import IPv6Address
+from urllib.parse import urlsplit
 
 from nodeagent.errors import InvalidArgument
 
@@ -108,7 +110,7 @@ def _is_domain(component: str) -> bool:
 
 
 def _check(text: str, domain: str, path: str, tag: str | None) -> None:
-    if not _DOMAIN.fullmatch(domain):
+    if not _is_address(domain):
         raise _malformed(text, f'"{domain}" is not a registry host')
     if not _PATH.fullmatch(path):
         hint = "; it must be lower-case" if path != path.lower() else ""
@@ -117,6 +119,17 @@ def _check(text: str, domain: str, path: str, tag: str | None) -> None:
         raise _malformed(text, f"the name is longer than {_MAX_NAME} characters")
     if tag is not None and not _TAG.fullmatch(tag):
         raise _malformed(text, f'"{tag}" is not a tag')
+
+
+def _is_address(domain: str) -> bool:
+    """A host name or an IP address, with or without a port."""
+    if not _DOMAIN.fullmatch(domain):
+        return False
+    try:
+        parts = urlsplit(f"//{domain}")
+        return parts.port != 0 and (domain[0] != "[" or bool(IPv6Address(parts.hostname or "")))
+    except ValueError:
+        return False
 
 
 def _malformed(text: str, why: str) -> InvalidArgument:

@@ -1,0 +1,93 @@
+"""The unpacked layers of this node, and which of them are still needed.
+
+::
+
+    unpacked in staging ── add ──► ready (in layers/, no record) ── record ──► recorded ── collect ──► gone
+
+A layer is recorded after everything in it has been synced. What has no record when an agent starts never was.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nodeagent import files
+from nodeagent.images.reference import is_digest
+from nodeagent.images.staging import Staging
+from nodeagent.records import Layer
+from nodeagent.store import Store
+
+log = logging.getLogger(__name__)
+
+
+class LayerStore:
+    """``layers/<chain ID>/``, and what they take. Used from the event loop; nothing here blocks long."""
+
+    def __init__(self, directory: Path, staging: Staging, store: Store) -> None:
+        self._directory = directory
+        self._staging = staging
+        self._store = store
+        self._pins: Counter[str] = Counter()
+        files.ensure_directory(str(directory), mode=0o700)
+        self._layers = {layer.chain_id: layer for layer in store.all(Layer)}
+        self._recorded = set(self._layers)
+        self._recover()
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(layer.used_bytes for layer in self._layers.values())
+
+    @property
+    def inodes(self) -> int:
+        return sum(layer.inodes for layer in self._layers.values())
+
+    def __contains__(self, chain_id: str) -> bool:
+        return chain_id in self._layers
+
+    def path(self, chain_id: str) -> Path:
+        return self._directory / chain_id.removeprefix("sha256:")
+
+    def add(self, layer: Layer, unpacked: Path) -> None:
+        """Take a complete layer in; it is not recorded yet."""
+        unpacked.rename(self.path(layer.chain_id))
+        self._layers[layer.chain_id] = layer
+
+    def unrecorded(self, chain_ids: Iterable[str]) -> list[Layer]:
+        return [self._layers[chain] for chain in chain_ids if chain not in self._recorded]
+
+    def record(self, layers: Collection[Layer]) -> None:
+        """After a sync: these are here to stay. Inside a transaction of the store."""
+        for layer in layers:
+            self._store.put(layer)
+        self._recorded.update(layer.chain_id for layer in layers)
+
+    @contextmanager
+    def pinned(self, chain_ids: Collection[str]) -> Iterator[None]:
+        """Nothing of these is collected while the block runs, whether it is there yet or not."""
+        self._pins.update(chain_ids)
+        try:
+            yield
+        finally:
+            self._pins.subtract(chain_ids)
+            self._pins += Counter()  # drops those that nobody pins
+
+    def collect(self, needed: Collection[str]) -> None:
+        """Remove every layer that is neither needed nor pinned. Its record goes first."""
+        for chain_id in self._layers.keys() - set(needed) - self._pins.keys():
+            self._store.delete(Layer, chain_id)
+            self._recorded.discard(chain_id)
+            del self._layers[chain_id]
+            self._staging.take(self.path(chain_id))
+
+    def _recover(self) -> None:
+        names = (f"sha256:{path.name}" for path in self._directory.iterdir())
+        present = {name for name in names if is_digest(name)}
+        for chain_id in self._layers.keys() - present:
+            log.warning("layer %s is not in %s: forgotten", chain_id, self._directory)
+            self._store.delete(Layer, chain_id)
+            del self._layers[chain_id]
+            self._recorded.discard(chain_id)
+        for chain_id in present - self._layers.keys():
+            self._staging.take(self.path(chain_id))

@@ -1,0 +1,177 @@
+"""A repository over all the hosts that have it, as one caller may see it.
+
+Hosts are tried in their order. A blob that breaks off, or whose host is stalled, is resumed at the next host where it
+stopped; nobody waits for a bad mirror for long.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from nodeagent.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NodeAgentError,
+    NotFound,
+    PermissionDenied,
+    RegistryUnavailable,
+)
+from nodeagent.images import manifest
+from nodeagent.images.auth import ANONYMOUS, Auth, credentials
+from nodeagent.images.hosts import Host, hosts_of
+from nodeagent.images.manifest import Descriptor
+from nodeagent.images.reference import Reference, is_digest
+from nodeagent.images.registry import Endpoint, tls_context
+
+ROUNDS = 3  # over all hosts, without getting on
+PROGRESS_BYTES = 64 << 10  # less from a connection is not getting on
+FIRST_PAUSE_SECONDS = 0.2
+
+_REFUSALS = (DataLoss, InvalidArgument, NotFound, PermissionDenied)
+_MAX_URLS = 4
+
+T = TypeVar("T")
+Stream = Callable[[int], AsyncGenerator[bytes]]  # from an offset on
+
+
+async def open_source(
+    session: aiohttp.ClientSession, reference: Reference, auth: Auth | None, hosts_dir: Path
+) -> "Source":
+    """Reads the hosts' configuration; asks nobody yet. Raises `InvalidArgument`."""
+
+    def endpoint(host: Host) -> Endpoint:
+        return Endpoint(
+            session,
+            host,
+            tls_context(host),
+            credentials(auth, reference.domain, host),
+            domain=reference.domain,
+            repository=reference.path,
+        )
+
+    def endpoints() -> list[Endpoint]:
+        return [endpoint(host) for host in hosts_of(reference.domain, hosts_dir)]
+
+    return Source(session, reference, await asyncio.to_thread(endpoints))
+
+
+class Source:
+    """Errors name the image, and what each of the hosts said."""
+
+    def __init__(
+        self, session: aiohttp.ClientSession, reference: Reference, endpoints: Sequence[Endpoint]
+    ) -> None:
+        self.reference = reference
+        self._session = session
+        self._resolvers = [endpoint for endpoint in endpoints if endpoint.host.resolve]
+        self._pullers = [endpoint for endpoint in endpoints if endpoint.host.pull]
+
+    @property
+    def attempts(self) -> int:
+        """How often a blob may turn out to be another one before there is no host left to believe."""
+        return max(1, len(self._pullers))
+
+    async def manifest(self, version: str) -> tuple[bytes, str]:
+        """The document of a tag or a digest, and its media type."""
+
+        async def ask(endpoint: Endpoint) -> tuple[bytes, str]:
+            data, media_type = await endpoint.manifest(version)
+            if is_digest(version) and manifest.digest(data) != version:
+                raise DataLoss(f"{endpoint.host.root}: {version} has {manifest.digest(data)}")
+            return data, media_type
+
+        return await self._first(self._pullers if is_digest(version) else self._resolvers, ask)
+
+    async def document(self, descriptor: Descriptor) -> bytes:
+        """A small blob, verified."""
+        if descriptor.size > manifest.MAX_DOCUMENT_BYTES:
+            raise self._error([InvalidArgument(f"config of {descriptor.size} bytes")])
+        data = b"".join([chunk async for chunk in self.blob(descriptor)])
+        if manifest.digest(data) != descriptor.digest:
+            raise self._error([DataLoss(f"{descriptor.digest} has {manifest.digest(data)}")])
+        return data
+
+    async def blob(self, descriptor: Descriptor, attempt: int = 0) -> AsyncGenerator[bytes]:
+        """As many bytes as the blob shall have; its digest is not looked at. A later attempt asks fewer hosts."""
+        streams = deque([*self._foreign(descriptor), *self._own(descriptor)][attempt:])
+        errors: dict[Stream, NodeAgentError] = {}
+        patience = _Patience()
+        offset = 0
+        while streams:
+            stream, before = streams[0], offset
+            try:
+                async with aclosing(stream(offset)) as chunks:
+                    async for chunk in chunks:
+                        offset += len(chunk)
+                        yield chunk
+                if offset >= descriptor.size:
+                    return
+                raise RegistryUnavailable(f"{descriptor.digest}: ends after {offset} bytes")
+            except RegistryUnavailable as error:
+                errors[stream] = error
+                streams.rotate(-1)
+                if not await patience.lasts(offset - before, len(streams)):
+                    break
+            except _REFUSALS as error:
+                errors[stream] = error
+                streams.popleft()
+        raise self._error(errors.values())
+
+    def _own(self, descriptor: Descriptor) -> list[Stream]:
+        return [partial(endpoint.blob, descriptor) for endpoint in self._pullers]
+
+    def _foreign(self, descriptor: Descriptor) -> list[Stream]:
+        """Layers may be elsewhere (image-spec ``descriptor.md``, urls); nobody there gets to know any secret."""
+        urls = [url for url in descriptor.urls or () if urlsplit(url).scheme in ("http", "https")]
+        hosts = [Host(root=url) for url in urls[:_MAX_URLS]]
+        return [
+            Endpoint(self._session, host, True, ANONYMOUS, domain="", repository="").content
+            for host in hosts
+        ]
+
+    async def _first(
+        self, endpoints: Sequence[Endpoint], ask: Callable[[Endpoint], Awaitable[T]]
+    ) -> T:
+        errors: list[NodeAgentError] = []
+        for endpoint in endpoints:
+            try:
+                return await ask(endpoint)
+            except (*_REFUSALS, RegistryUnavailable) as error:
+                errors.append(error)
+        raise self._error(errors)
+
+    def _error(self, errors: Iterable[NodeAgentError]) -> NodeAgentError:
+        """That of the last host, which is the registry itself, with what all of them said."""
+        said = list(errors)
+        if not said:
+            return FailedPrecondition(f'image "{self.reference}": hosts.toml allows no host for it')
+        text = f'image "{self.reference}": {"; ".join(map(str, said))}'
+        if isinstance(said[-1], RegistryUnavailable):
+            return RegistryUnavailable(f"RegistryUnavailable: {text}")
+        return type(said[-1])(text)
+
+
+class _Patience:
+    """With connections that break off: as long as they get us on, and some rounds over all hosts besides."""
+
+    def __init__(self) -> None:
+        self._idle = 0
+        self._pause = FIRST_PAUSE_SECONDS
+
+    async def lasts(self, got_bytes: int, hosts: int) -> bool:
+        """Whether to go on; waits a little after each round."""
+        self._idle = 0 if got_bytes >= PROGRESS_BYTES else self._idle + 1
+        if self._idle >= ROUNDS * hosts:
+            return False
+        if self._idle and self._idle % hosts == 0:
+            await asyncio.sleep(self._pause)
+            self._pause *= 2
+        return True
