@@ -19,7 +19,7 @@ from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import AlreadyExists, FailedPrecondition, NotFound, StartError
 from nodeagent.images.catalog import Images
-from nodeagent.lifecycle import execs, process
+from nodeagent.lifecycle import cdi, execs, process
 from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.handover import handover
 from nodeagent.lifecycle.plan import Planner, reference
@@ -105,6 +105,7 @@ class Containers:
             raise FailedPrecondition(f'pod sandbox "{sandbox.id}": is stopped')
         self._refuse_twin(sandbox, config)
         with pod.creation(sandbox.id) as supervisor:
+            config = cdi.inject(config)
             image = self._image(config)
             container = self._intention(sandbox, config, image)
             async with AsyncExitStack() as undo:

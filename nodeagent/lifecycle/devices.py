@@ -50,6 +50,9 @@ def _wanted(wanted: DeviceConfig) -> list[Device]:
         raise NotFound(f'device "{wanted.host_path}": not on this node') from None
     if device is None:
         raise InvalidArgument(f'device "{wanted.host_path}": not a device')
+    for key in ("mode", "uid", "gid"):
+        if (value := getattr(wanted, key)) is not None:
+            device[key] = value
     return [device]
 
 

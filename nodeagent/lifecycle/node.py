@@ -3,6 +3,7 @@
 `open_node` gives it when the agent may serve: what ran before is taken over, what was cut off is undone.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
 from nodeagent.images.catalog import Images
-from nodeagent.lifecycle import privatemount
+from nodeagent.lifecycle import apparmor, privatemount
 from nodeagent.lifecycle.containers import Containers
 from nodeagent.lifecycle.events import Events
 from nodeagent.lifecycle.handover import joining_files
@@ -107,6 +108,7 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
         stack.enter_context(places.owned())
         places.make()
         privatemount.ensure(places.pods)
+        await asyncio.to_thread(apparmor.load_default)
         store, images = await stack.enter_async_context(open_images(config, places))
         cgroups = Cgroups.open(
             driver=config.cgroup.driver,

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from nodeagent.errors import FailedPrecondition, Unsupported
-from nodeagent.records import ContainerConfig
+from nodeagent.lifecycle import apparmor
+from nodeagent.records import ContainerConfig, Profile
 from nodeagent.sandbox import seccomp_profile
 from nodeagent.sandbox.seccomp_profile import Filter
 
-APPARMOR_PROFILES = Path("/sys/kernel/security/apparmor/profiles")
 SELINUX = Path("/sys/fs/selinux/enforce")
 UNCONFINED = Filter(program=b"", flags=0)
 
@@ -29,15 +29,16 @@ class Profiles:
         return seccomp_profile.runtime_default(capabilities)
 
     def apparmor(self, config: ContainerConfig) -> str:
-        """The profile's name, or "" for none."""
-        profile = config.apparmor
-        if profile is None or profile.kind != "localhost" or config.privileged:
+        """The profile's name, or "" for none. Without a wish it is the default one, where there is that."""
+        profile = config.apparmor or Profile(kind="default")
+        if profile.kind == "unconfined" or config.privileged:
             return ""
-        if not APPARMOR_PROFILES.exists():
+        if profile.kind == "default":
+            return apparmor.NAME if apparmor.is_loaded(apparmor.NAME) else ""
+        if not apparmor.is_enabled():
             raise Unsupported(f'AppArmor profile "{profile.ref}": this kernel has no AppArmor')
-        loaded = {line.rpartition(" (")[0] for line in APPARMOR_PROFILES.read_text().splitlines()}
-        if profile.ref not in loaded:
-            raise FailedPrecondition(f'AppArmor profile "{profile.ref}": not loaded')
+        if not apparmor.is_loaded(profile.ref):
+            raise FailedPrecondition(f'AppArmor profile "{profile.ref}": not loaded on this node')
         return profile.ref
 
     def selinux(self, config: ContainerConfig) -> str:
