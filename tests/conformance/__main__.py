@@ -21,6 +21,7 @@ import grpc
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.api import runtime_pb2_grpc as rpc
+from nodeagent.files import remove_tree
 from tests import images
 from tests.conformance import critest, suite
 from tests.conformance.critest import FAILED, PASSED, SKIPPED, Critest, Spec
@@ -36,8 +37,7 @@ def main() -> int:
     options = _parser().parse_args()
     if not PROGRAM.exists():
         sys.exit("critest is not there: `make tools` builds it with Go 1.26 or newer")
-    with tempfile.TemporaryDirectory(prefix="na-conformance-") as folder:
-        root = Path(folder)
+    with temporary_folder() as root:
         names = [name for name in critest.names(PROGRAM) if re.search(options.focus, name)]
         wanted, skipped = suite.split(names, suite.absences())
         started = time.monotonic()
@@ -45,6 +45,14 @@ def main() -> int:
             print(describe(endpoint), flush=True)
             ended = Critest(PROGRAM, root / "critest").run(endpoint, wanted, options.timeout)
         return report([*ended, *skipped], time.monotonic() - started)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Kept after an error; removed without crossing the mounts that an agent may have left."""
+    folder = tempfile.mkdtemp(prefix="na-conformance-")
+    yield Path(folder)
+    remove_tree(folder)
 
 
 def describe(endpoint: str) -> str:
