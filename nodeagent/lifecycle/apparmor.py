@@ -31,23 +31,17 @@ profile {NAME} flags=(attach_disconnected,mediate_deleted) {{
   signal (send, receive) peer={NAME},
   ptrace (trace, read, tracedby, readby) peer={NAME},
 
-  deny @{{PROC}}/* w,
-  deny @{{PROC}}/{{[^1-9],[^1-9][^0-9],[^1-9s][^0-9y][^0-9s],[^1-9][^0-9][^0-9][^0-9]*}}/** w,
-  deny @{{PROC}}/sys/[^kn]** w,
-  deny @{{PROC}}/sys/kernel/{{?,??,[^s][^h][^m]**}} w,
-  deny @{{PROC}}/sysrq-trigger rwklx,
-  deny @{{PROC}}/kcore rwklx,
-
   deny mount,
 
-  deny /sys/[^f]*/** wklx,
-  deny /sys/f[^s]*/** wklx,
-  deny /sys/fs/[^c]*/** wklx,
-  deny /sys/fs/c[^g]*/** wklx,
-  deny /sys/fs/cg[^r]*/** wklx,
-  deny /sys/firmware/** rwklx,
-  deny /sys/devices/virtual/powercap/** rwklx,
-  deny /sys/kernel/security/** rwklx,
+  # of the node's kernel, which a namespace does not hide
+  deny @{{PROC}}/{{kcore,kmem,mem,sysrq-trigger}} rwklx,
+  deny @{{PROC}}/{{acpi,asound,bus,fs,irq,scsi}}/** wklx,
+  deny @{{PROC}}/sys/{{abi,crypto,debug,dev,fs,vm}}/** wklx,
+  deny @{{PROC}}/sys/kernel/{{core,kexec,kptr,modprobe,modules,panic,perf,poweroff,printk,randomize,sysrq,unprivileged}}* wklx,
+  deny @{{PROC}}/sys/kernel/{{keys,random,seccomp,yama}}/** wklx,
+  deny /sys/{{block,bus,class,dev,devices,hypervisor,kernel,module,power}}/** wklx,
+  deny /sys/fs/{{bpf,btrfs,ext4,f2fs,fuse,pstore,selinux,smackfs,xfs}}/** wklx,
+  deny /sys/{{firmware,devices/virtual/powercap,kernel/security}}/** rwklx,
 }}
 """
 

@@ -59,7 +59,7 @@ def test_edits_of_the_device_and_of_its_spec(directory: Path) -> None:
 
 
 def test_unknown_device(directory: Path) -> None:
-    with pytest.raises(NotFound, match="vendor.com/gpu=1"):
+    with pytest.raises(NotFound, match=r"vendor\.com/gpu=1"):
         inject(config("vendor.com/gpu=1"), [directory])
 
 

@@ -28,7 +28,7 @@ def test_arguments(fields: dict[str, object], wanted: list[str]) -> None:
 
 
 def test_no_command_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match='"main".*"image"'):
+    with pytest.raises(InvalidArgument, match=r'"main".*"image"'):
         process.arguments(config(), ImageConfig())
 
 
