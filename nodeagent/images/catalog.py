@@ -155,7 +155,8 @@ class Images:
             spool = partial(archive.spool, source, directory, self._limits.max_image_bytes)
             contents = await to_the_end(None, spool)
             images = await asyncio.to_thread(contents.images)
-            return [await self._load(loaded, contents) for loaded in images]
+            taken = [await self._load(loaded, contents) for loaded in images]
+            return list({image.id: image for image in taken}.values())
         finally:
             self._staging.discard(directory)
 
@@ -286,21 +287,20 @@ class Images:
     # --- state ---
 
     def _recover(self) -> None:
+        """An image that lacks a layer is dropped; those that it has are kept for the pull that will follow."""
+        complete = True
         for image in self._store.all(Image):
             missing = [chain for chain in image.layers if chain not in self._layers]
             if missing:
-                log.warning(
-                    "image %s lacks layer %s: dropped, pull it again", _title(image), missing[0]
-                )
+                complete = False
+                log.warning("image %s lacks %s: dropped, pull it again", _title(image), missing[0])
                 self._store.delete(Image, image.id)
                 continue
-            names = (*image.repo_tags, *image.repo_digests)
-            current = msgspec.structs.replace(image, pinned=self._is_pinned(names))
-            if current != image:
-                self._store.put(current)
-            self._images[image.id] = current
+            pinned = self._is_pinned((*image.repo_tags, *image.repo_digests))
+            self._images[image.id] = msgspec.structs.replace(image, pinned=pinned)
         self._index()
-        self._collect()
+        if complete:
+            self._collect()
 
     def _index(self) -> None:
         self._names = {

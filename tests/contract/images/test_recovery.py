@@ -1,0 +1,67 @@
+"""What an agent finds when it starts, after whatever happened to the last one."""
+
+from __future__ import annotations
+
+import shutil
+
+from nodeagent.records import Layer
+from nodeagent.store import Store
+from tests import tars
+from tests.contract.images.conftest import Place
+from tests.contract.images.server import Server, image, layer
+
+TWO = image(layer(tars.file("a", b"lower")), layer(tars.file("b", b"upper")))
+
+
+async def test_what_no_record_knows_is_removed(place: Place) -> None:
+    async with place.open():
+        pass
+    (place.root / "staging/layer-1/deep").mkdir(parents=True)
+    (place.root / "staging/blob-1").write_bytes(b"half")
+    (place.root / "layers" / ("0" * 64) / "a").mkdir(parents=True)
+    (place.root / "layers/lost+found").mkdir()
+    (place.root / "blobs/sha256" / ("0" * 64)).write_bytes(b"{}")
+    async with place.open() as images:
+        assert (await images.usage()).used_bytes == 0
+    assert place.left("staging", "layers", "blobs/sha256") == ["lost+found"]
+
+
+async def test_a_missing_layer_is_fetched_again_and_no_other(place: Place, server: Server) -> None:
+    server.add(TWO)
+    name = f"{server.host}/test/image:1"
+    async with place.open() as images:
+        upper, _ = images.lower_dirs(await images.pull(name))
+    shutil.rmtree(upper)
+    server.requests.clear()
+    async with place.open() as images:
+        assert images.list() == []
+        await images.pull(name)
+        assert (upper / "b").read_bytes() == b"upper"
+    fetched = [request.path for request in server.asked("/blobs/")]
+    assert fetched == [f"/v2/test/image/blobs/{tars.digest(TWO.layers[1].blob)}"]
+
+
+async def test_layers_without_an_image_go(place: Place, server: Server) -> None:
+    server.add(TWO)
+    async with place.open() as images:
+        await images.pull(f"{server.host}/test/image:1")
+    store = Store.open(place.root / "state.db")
+    store._db.execute("DELETE FROM record_image")
+    store.close()
+    async with place.open() as images:
+        assert images.list() == []
+    assert place.left("layers", "blobs/sha256") == []
+    store = Store.open(place.root / "state.db")
+    assert store.all(Layer) == []
+    store.close()
+
+
+async def test_a_damaged_document_is_fetched_again(place: Place, server: Server) -> None:
+    server.add(TWO)
+    name = f"{server.host}/test/image:1"
+    async with place.open() as images:
+        pulled = await images.pull(name)
+        config = place.root / "blobs/sha256" / pulled.id.removeprefix("sha256:")
+        config.write_bytes(b"damaged")
+        assert (await images.pull(name)).id == pulled.id
+        assert len(server.asked(pulled.id)) == 2
