@@ -78,6 +78,8 @@ class Wire(Protocol):
 
     def data_to_send(self) -> list[bytes]: ...
 
+    def keep_alive(self) -> None: ...
+
     def send(self, connection: int, data: bytes) -> None:
         """Send output; nothing where the client does not want it any more."""
 
@@ -116,6 +118,9 @@ class SpdyWire:
 
     def data_to_send(self) -> list[bytes]:
         return self._spdy.data_to_send()
+
+    def keep_alive(self) -> None:
+        self._spdy.keep_alive()
 
     def send(self, connection: int, data: bytes) -> None:
         if self._spdy.sendable(connection):
@@ -241,6 +246,9 @@ class WebSocketWire:
 
     def data_to_send(self) -> list[bytes]:
         return self._channels.data_to_send()
+
+    def keep_alive(self) -> None:
+        self._channels.socket.keep_alive()
 
     def send(self, connection: int, data: bytes) -> None:
         self._channels.send(2 * connection, data)

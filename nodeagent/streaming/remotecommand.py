@@ -112,6 +112,8 @@ class Wire(Protocol):
 
     def data_to_send(self) -> list[bytes]: ...
 
+    def keep_alive(self) -> None: ...
+
     def send(self, channel: Channel, data: bytes) -> None:
         """Send output; nothing where the client does not want it any more."""
 
@@ -143,6 +145,9 @@ class SpdyWire:
 
     def data_to_send(self) -> list[bytes]:
         return self._spdy.data_to_send()
+
+    def keep_alive(self) -> None:
+        self._spdy.keep_alive()
 
     def send(self, channel: Channel, data: bytes) -> None:
         stream = self._streams.get(channel, 0)
@@ -214,6 +219,9 @@ class WebSocketWire:
 
     def data_to_send(self) -> list[bytes]:
         return self._channels.data_to_send()
+
+    def keep_alive(self) -> None:
+        self._channels.socket.keep_alive()
 
     def send(self, channel: Channel, data: bytes) -> None:
         if channel in self._wanted:

@@ -17,7 +17,7 @@ from nodeagent.streaming import http1, upgrade
 from nodeagent.streaming.backend import Backend, PortForwardRequest, Request
 from nodeagent.streaming.command import CommandSession
 from nodeagent.streaming.forward import ForwardSession
-from nodeagent.streaming.session import Timeouts
+from nodeagent.streaming.session import LINGER_S, Timeouts
 from nodeagent.streaming.tls import TLSFiles
 from nodeagent.streaming.tokens import Tickets
 from nodeagent.streaming.upgrade import Refused
@@ -106,6 +106,7 @@ class StreamingServer:
             backlog=LISTEN_BACKLOG,
             ssl=context,
             ssl_handshake_timeout=None if context is None else self.timeouts.creation_s,
+            ssl_shutdown_timeout=None if context is None else LINGER_S,
         )
 
     async def _follow(self, tls: TLSFiles, version: object) -> None:
@@ -116,13 +117,14 @@ class StreamingServer:
                 current = await asyncio.to_thread(tls.version)
                 if current == version:
                     continue
+                version = current
                 context = await asyncio.to_thread(tls.load)
             except OSError as error:
                 log.warning(
                     "TLS files of the streaming server, which keeps the old ones: %s", error
                 )
                 continue
-            version, old = current, self._server
+            old = self._server
             await self._listen(context)
             old.close()
             log.info("the streaming server uses new TLS files")

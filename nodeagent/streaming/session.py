@@ -45,6 +45,9 @@ class Wire(Protocol[E]):
 
     def data_to_send(self) -> list[bytes]: ...
 
+    def keep_alive(self) -> None:
+        """Say something that means nothing and wants no answer."""
+
 
 class Session(asyncio.Protocol, ABC, Generic[E]):
     """One client. `run` is its whole life; it is cancelled when the client has gone before its end."""
@@ -99,12 +102,15 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
 
     def flush(self) -> None:
         """Send what the wire has to say."""
-        if chunks := self._wire.data_to_send():
+        chunks = self._wire.data_to_send()
+        if chunks and not self._transport.is_closing():
             self._active = self.loop.time()
             self._transport.writelines(chunks)
 
     def balance(self) -> None:
         """Read from the client as long as what it makes us keep is within bounds."""
+        if self._transport.is_closing():
+            return
         kept, unsent = self.backlog.size, self._transport.get_write_buffer_size()
         if kept > MAX_INPUT_BYTES or unsent > MAX_REPLY_BYTES:
             self._pause()
@@ -112,17 +118,17 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
             self._transport.resume_reading()
 
     async def _hang_up(self) -> None:
-        """Send all that is left, end our direction, and give the client time to take it."""
+        """Send all that is left, end our direction, and give the client time to take it; TLS does so when it closes."""
         self._over = True
         self.flush()
-        self._transport.set_write_buffer_limits(high=0)
+        self._transport.set_write_buffer_limits(high=1)  # TLS takes 0 for always full
         self._transport.resume_reading()
         await self.gate.opened.wait()
         if self._transport.can_write_eof():
             self._transport.write_eof()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_S):
-                await self._gone.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LINGER_S):
+                    await self._gone.wait()
 
     def _pause(self) -> None:
         if self._transport.is_reading():
@@ -130,15 +136,21 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
             self.loop.call_later(HANGUP_CHECK_S, self._check_hangup)
 
     def _check_hangup(self) -> None:
-        """While nothing is read from a client, only the kernel knows that it has gone."""
+        """While nothing is read from a client, only the kernel knows that it has gone, and only when it is asked.
+
+        The end of a client's stream may stand behind bytes that nobody takes; something sent to a socket that is closed
+        is answered by a reset. client-go also gives up a WebSocket that says nothing for a minute.
+        """
         if self._gone.is_set() or self._transport.is_reading():
             return
         poll = select.poll()
         poll.register(self._transport.get_extra_info("socket"), select.POLLRDHUP)
         if poll.poll(0):
             self._transport.abort()
-        else:
-            self.loop.call_later(HANGUP_CHECK_S, self._check_hangup)
+            return
+        self._wire.keep_alive()
+        self._transport.writelines(self._wire.data_to_send())
+        self.loop.call_later(HANGUP_CHECK_S, self._check_hangup)
 
     def _check_idle(self) -> None:
         deadline = self._active + self.timeouts.idle_s

@@ -182,6 +182,10 @@ class Connection:
         """Ask for the same PING back; a client's identities are odd."""
         self._control(Type.PING, frames.STREAM.pack(identity))
 
+    def keep_alive(self) -> None:
+        """Say something that means nothing and wants no answer: settings, none of them."""
+        self._control(Type.SETTINGS, frames.COUNT.pack(0))
+
     def go_away(self, status: Goodbye = Goodbye.OK) -> None:
         self._control(Type.GOAWAY, frames.STREAM_STATUS.pack(max(self._last_stream, 0), status))
 

@@ -15,6 +15,7 @@ STREAM_ID = (1 << 31) - 1
 
 HEAD = struct.Struct("!II")  # control bit, version and type, or stream; flags and length
 STREAM = struct.Struct("!I")
+COUNT = struct.Struct("!I")
 SYN_STREAM = struct.Struct("!IIBB")  # stream, associated stream, priority, credential slot
 STREAM_STATUS = struct.Struct("!II")  # RST_STREAM: stream, status; GOAWAY: last good stream, status
 

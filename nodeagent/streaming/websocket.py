@@ -74,6 +74,11 @@ class WebSocket:
         if not self.closed:
             (self._protocol.send_text if text else self._protocol.send_binary)(data)
 
+    def keep_alive(self) -> None:
+        """Say something that means nothing and wants no answer: a pong to no ping (RFC 6455, 5.5.3)."""
+        if not self.closed:
+            self._protocol.send_pong(b"")
+
     def close(self, code: CloseCode = CloseCode.NORMAL_CLOSURE) -> None:
         if not self.closed:
             self._protocol.send_close(code)

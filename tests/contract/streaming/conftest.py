@@ -1,0 +1,22 @@
+from collections.abc import AsyncIterator
+
+import pytest
+
+from nodeagent.streaming.server import StreamingServer
+from nodeagent.streaming.session import Timeouts
+from tests.contract.streaming.children import Children
+
+TIMEOUTS = Timeouts(creation_s=0.5, idle_s=20.0, last_output_s=0.3, first_size_s=0.2)
+
+
+@pytest.fixture
+async def backend() -> AsyncIterator[Children]:
+    children = Children()
+    yield children
+    await children.close()
+
+
+@pytest.fixture
+async def server(backend: Children) -> AsyncIterator[StreamingServer]:
+    async with StreamingServer(backend, timeouts=TIMEOUTS) as server:
+        yield server

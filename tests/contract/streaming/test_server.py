@@ -1,0 +1,315 @@
+"""What comes before and around the sessions: HTTP, tickets, timeouts, TLS."""
+
+import asyncio
+import os
+import ssl
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nodeagent.streaming import server as server_module
+from nodeagent.streaming import spdy
+from nodeagent.streaming.backend import ExecRequest, PortForwardRequest
+from nodeagent.streaming.server import StreamingServer
+from nodeagent.streaming.session import Timeouts
+from nodeagent.streaming.tls import TLSFiles
+from tests.contract.streaming.children import Children
+from tests.contract.streaming.clients import (
+    NotUpgraded,
+    connect_command,
+    upgrade,
+    upgrade_to_spdy,
+    upgrade_to_websocket,
+)
+
+ECHO = ExecRequest(container_id="c", command=("echo", "x"), stdout=True)
+CAT = ExecRequest(container_id="c", command=("cat",), stdin=True, stdout=True)
+WIRES = ["spdy v4.channel.k8s.io", "websocket v5.channel.k8s.io"]
+
+
+async def speak(server: StreamingServer, text: bytes) -> bytes:
+    """What the server says to these bytes, to the end of the connection."""
+    host, _, port = server.url(ECHO).split("/")[2].partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(text)
+    answer = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    return answer
+
+
+# --- tickets and requests ---
+
+
+async def test_a_url_is_whole(server: StreamingServer) -> None:
+    scheme, _, authority, path, token = server.url(ECHO).split("/")
+    host, _, port = authority.partition(":")
+    assert (scheme, host, path) == ("http:", "127.0.0.1", "exec")
+    assert int(port) > 0
+    assert token
+
+
+@pytest.mark.parametrize(
+    ("host", "authority"),
+    [("0.0.0.0", "127.0.0.1:"), ("::1", "[::1]:"), ("::", "[::1]:")],
+)
+async def test_a_url_can_be_dialled(backend: Children, host: str, authority: str) -> None:
+    async with StreamingServer(backend, host=host) as server:
+        url = server.url(ECHO)
+        assert url.startswith(f"http://{authority}")
+        assert (await (await connect_command(WIRES[0], url, ECHO)).result()).stdout == b"x\n"
+
+
+@pytest.mark.parametrize("wire", WIRES)
+async def test_a_url_is_good_once(server: StreamingServer, wire: str) -> None:
+    url = server.url(ECHO)
+    await (await connect_command(wire, url, ECHO)).result()
+    with pytest.raises(NotUpgraded, match="404"):
+        await connect_command(wire, url, ECHO)
+
+
+async def test_a_url_is_good_for_its_path(server: StreamingServer) -> None:
+    with pytest.raises(NotUpgraded, match="404"):
+        await upgrade_to_spdy(server.url(ECHO).replace("/exec/", "/attach/"), "v4.channel.k8s.io")
+
+
+@pytest.mark.parametrize(("protocols", "status"), [((), 400), (("v9.channel.k8s.io",), 403)])
+async def test_spdy_that_is_not_ours(
+    server: StreamingServer, protocols: tuple[str, ...], status: int
+) -> None:
+    with pytest.raises(NotUpgraded) as refusal:
+        await upgrade_to_spdy(server.url(ECHO), *protocols)
+    assert refusal.value.status == status
+    if status == 403:
+        assert "X-Accepted-Stream-Protocol-Versions: v4.channel.k8s.io" in refusal.value.head
+
+
+async def test_a_websocket_that_is_not_ours(server: StreamingServer) -> None:
+    with pytest.raises(NotUpgraded, match="403"):
+        await upgrade_to_websocket(server.url(ECHO), "v9.channel.k8s.io")
+
+
+async def test_channels_without_ports(server: StreamingServer) -> None:
+    with pytest.raises(NotUpgraded, match="400: port: channels carry 1 to 128 ports, not 0"):
+        await upgrade_to_websocket(
+            server.url(PortForwardRequest(sandbox_id="s")), "v4.channel.k8s.io"
+        )
+
+
+@pytest.mark.parametrize(("method", "status"), [("GET", 400), ("POST", 400), ("DELETE", 405)])
+async def test_no_upgrade(server: StreamingServer, method: str, status: int) -> None:
+    with pytest.raises(NotUpgraded, match=str(status)):
+        await upgrade(server.url(ECHO), method, [])
+
+
+@pytest.mark.parametrize(
+    "noise", [b"\x16\x03\x01\x02\x00\x01\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"x" * 20000]
+)
+async def test_noise(server: StreamingServer, noise: bytes) -> None:
+    assert (await speak(server, noise)).startswith(b"HTTP/1.1 400")
+
+
+async def test_what_comes_early_is_not_lost(server: StreamingServer) -> None:
+    """A client need not wait for the answer to its request."""
+    client = spdy.Connection(client=True)
+    for kind in ("error", "stdin", "stdout"):
+        stream = client.open({"streamtype": kind})
+        if kind == "stdin":
+            client.send_data(stream, b"early", fin=True)
+    path = server.url(CAT).split("/", 3)[3]
+    head = (
+        f"POST /{path} HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\n"
+        "X-Stream-Protocol-Version: v4.channel.k8s.io\r\n\r\n"
+    )
+    answer = await speak(server, head.encode() + b"".join(client.data_to_send()))
+    events = client.receive_data(answer.partition(b"\r\n\r\n")[2])
+    output = [bytes(e.data) for e in events if isinstance(e, spdy.DataReceived) and e.stream == 5]
+    assert b"".join(output) == b"early"
+
+
+# --- bounds ---
+
+
+async def test_a_client_that_says_nothing(server: StreamingServer) -> None:
+    assert await asyncio.wait_for(speak(server, b"GET /"), 5) == b""
+
+
+@pytest.mark.parametrize("wire", WIRES)
+async def test_an_idle_session_ends(backend: Children, wire: str) -> None:
+    async with StreamingServer(backend, timeouts=Timeouts(idle_s=0.3)) as server:
+        client = await connect_command(wire, server.url(CAT), CAT)
+        for _ in range(4):
+            await asyncio.sleep(0.15)
+            await client.write(b"x")
+            await client.expect(b"x")
+        async with asyncio.timeout(5):
+            try:
+                assert not await client.more()
+            except ConnectionResetError:
+                pass
+        await client.close()
+
+
+async def test_the_number_of_clients_is_bounded(
+    server: StreamingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
+    client = await connect_command(WIRES[0], server.url(CAT), CAT)
+    with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+        await connect_command(WIRES[0], server.url(ECHO), ECHO)
+    await client.end_input()
+    assert (await client.result()).code == 0
+    await asyncio.sleep(0.05)
+    await (await connect_command(WIRES[0], server.url(ECHO), ECHO)).result()
+
+
+async def test_a_backend_with_a_bug_is_told_as_such(
+    server: StreamingServer,
+    backend: Children,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(backend, "exec", fail)
+    result = await (await connect_command(WIRES[0], server.url(ECHO), ECHO)).result()
+    assert result.status["message"] == "internal error of the node agent"
+    assert "ZeroDivisionError" in caplog.text
+
+
+# --- TLS ---
+
+
+class Authority:
+    """A certificate authority made for one test."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self._directory = directory
+        self.certificate = directory / f"{name}.pem"
+        self._key = directory / f"{name}.key"
+        self._openssl(
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-subj",
+            f"/CN={name}",
+            "-keyout",
+            str(self._key),
+            "-out",
+            str(self.certificate),
+        )
+
+    def issue(self, name: str) -> tuple[Path, Path]:
+        """Certificate and key for 127.0.0.1."""
+        stem = self._directory / name
+        certificate, key, request = (stem.with_suffix(s) for s in (".pem", ".key", ".csr"))
+        self._openssl(
+            "req",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-subj",
+            f"/CN={name}",
+            "-keyout",
+            str(key),
+            "-out",
+            str(request),
+        )
+        extensions = stem.with_suffix(".ext")
+        extensions.write_text("subjectAltName=IP:127.0.0.1\n")
+        self._openssl(
+            "x509",
+            "-req",
+            "-in",
+            str(request),
+            "-CA",
+            str(self.certificate),
+            "-CAkey",
+            str(self._key),
+            "-CAcreateserial",
+            "-extfile",
+            str(extensions),
+            "-out",
+            str(certificate),
+        )
+        return certificate, key
+
+    def _openssl(self, *args: str) -> None:
+        subprocess.run(["openssl", *args], check=True, capture_output=True)
+
+
+def trusting(authority: Authority) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(authority.certificate))
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path, "ca")
+
+
+@pytest.mark.parametrize("wire", WIRES)
+async def test_tls(backend: Children, authority: Authority, wire: str) -> None:
+    certificate, key = authority.issue("server")
+    files = TLSFiles(certificate=str(certificate), key=str(key))
+    async with StreamingServer(backend, tls=files) as server:
+        url = server.url(CAT)
+        assert url.startswith("https://127.0.0.1:")
+        client = await connect_command(wire, url, CAT, trusting(authority))
+        data = os.urandom(4 << 20)
+        _, result = await asyncio.gather(client.write_all(data), client.result())
+        assert (result.stdout == data, result.code) == (True, 0)
+
+
+async def test_a_client_certificate_may_be_needed(
+    backend: Children, authority: Authority, tmp_path: Path
+) -> None:
+    certificate, key = authority.issue("server")
+    clients = Authority(tmp_path, "clients")
+    files = TLSFiles(certificate=str(certificate), key=str(key), client_ca=str(clients.certificate))
+    async with StreamingServer(backend, tls=files) as server:
+        context = trusting(authority)
+        with pytest.raises((ssl.SSLError, ConnectionError, asyncio.IncompleteReadError)):
+            await connect_command(WIRES[0], server.url(ECHO), ECHO, context)
+        context.load_cert_chain(*clients.issue("kubelet"))
+        client = await connect_command(WIRES[0], server.url(ECHO), ECHO, context)
+        assert (await client.result()).stdout == b"x\n"
+
+
+async def test_certificates_are_read_again(
+    backend: Children, authority: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    certificate, key = authority.issue("server")
+    files = TLSFiles(certificate=str(certificate), key=str(key))
+    other = Authority(tmp_path, "other")
+    async with StreamingServer(backend, tls=files, timeouts=Timeouts(tls_check_s=0.05)) as server:
+        old = await connect_command(WIRES[0], server.url(CAT), CAT, trusting(authority))
+        certificate.write_text("junk")
+        await asyncio.sleep(0.2)
+        await (
+            await connect_command(WIRES[0], server.url(ECHO), ECHO, trusting(authority))
+        ).result()
+        assert "keeps the old ones" in caplog.text
+        new_certificate, new_key = other.issue("renewed")
+        new_key.replace(key)
+        new_certificate.replace(certificate)
+        await asyncio.sleep(0.3)
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await connect_command(WIRES[0], server.url(ECHO), ECHO, trusting(authority))
+        new = await connect_command(WIRES[0], server.url(ECHO), ECHO, trusting(other))
+        assert (await new.result()).stdout == b"x\n"
+        await old.write_all(b"still here")
+        assert (await old.result()).stdout == b"still here"
+
+
+def test_a_missing_file_is_named(backend: Children, tmp_path: Path) -> None:
+    files = TLSFiles(certificate=str(tmp_path / "none.pem"), key=str(tmp_path / "none.key"))
+    with pytest.raises(FileNotFoundError, match=r"none\.pem"):
+        files.version()
