@@ -1,0 +1,70 @@
+"""Those who are attached to a container: they see its output from now on, and may write its input."""
+
+import os
+
+from nodeagent.errors import AlreadyExists, FailedPrecondition
+from nodeagent.sandbox import protocol
+from nodeagent.sandbox.containers import Container
+from nodeagent.sandbox.peers import Peer, Request
+from nodeagent.sandbox.pump import Tap
+
+Key = tuple[Peer, int]
+
+
+class Attachments:
+    """Of a pod. Each is known by a number that the agent gave it.
+
+    The agent gets the reading ends of pipes that are written to, and writes to the container's input itself.
+    """
+
+    def __init__(self) -> None:
+        self._containers: dict[Key, Container] = {}
+
+    def attach(self, container: Container, request: Request) -> None:
+        key = request.peer, int(request.body["attach"])
+        if key in self._containers:
+            raise AlreadyExists(f"attachment {key[1]}: exists already")
+        if container.pump is None or container.exit is not None:
+            raise FailedPrecondition(
+                f'container "{container.id}": is {container.state}, not running'
+            )
+        tap = Tap(lambda: self._cut_off(key))
+        readers = [(name, tap.add(name)) for name in container.pump.streams]
+        stdin = container.fds.get("master", container.fds.get("stdin"))
+        names, fds = protocol.named([*readers, ("stdin", stdin)])
+        container.pump.taps[key] = tap
+        self._containers[key] = container
+        request.reply({"fds": names}, fds)
+        for _, reader in readers:
+            os.close(reader)
+
+    def detach(self, request: Request) -> None:
+        self._end((request.peer, request.body["attach"]))
+        request.reply()
+
+    def left_by(self, agent: Peer) -> None:
+        """The agent has gone."""
+        for key in list(self._containers):
+            if key[0] is agent:
+                self._end(key)
+
+    def forget(self, container: Container) -> None:
+        """The container has ended."""
+        for key in [key for key, attached in self._containers.items() if attached is container]:
+            del self._containers[key]
+
+    def _cut_off(self, key: Key) -> None:
+        """They read too slowly, or not at all any more."""
+        self._end(key)
+        key[0].send({"event": "detached", "attach": key[1]})
+
+    def _end(self, key: Key) -> None:
+        container = self._containers.pop(key, None)
+        if container is None:
+            return
+        if container.pump is not None:
+            tap = container.pump.taps.pop(key, None)
+            if tap is not None:
+                tap.close()
+        if container.plan["stdin_once"]:
+            container.close_stdin()

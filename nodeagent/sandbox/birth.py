@@ -1,0 +1,106 @@
+"""The time between clone3(2) and execve(2), as the supervisor sees it.
+
+::
+
+    preparing ── {"ready": …} ──► ready ── go ──► executing ── end of file ──► over: executed
+        └────────── {"error": …}, or the process dies ────────────────────────► over: failed
+
+A process may be told to go before it is ready. `nodeagent.sandbox.init` is the other side.
+"""
+
+import socket
+from collections.abc import Callable
+from typing import Protocol
+
+from nodeagent.errors import NodeAgentError
+from nodeagent.sandbox import protocol
+from nodeagent.sandbox.loop import Loop
+from nodeagent.sandbox.spec import Identity
+
+_GO = b"g"
+
+
+class Parent(Protocol):
+    """Who is told about a birth: `ready` at most once, then exactly one of the others."""
+
+    def ready(self, identity: Identity, warnings: list[str], master: int | None) -> None:
+        """master: of the terminal, which belongs to the parent from now on."""
+
+    def executed(self) -> None: ...
+
+    def failed(self, error: Exception) -> None: ...
+
+
+class Birth:
+    """One birth; `status` is the supervisor's end of the socket pair, and belongs to the birth."""
+
+    def __init__(self, loop: Loop, status: socket.socket, parent: Parent) -> None:
+        self._loop = loop
+        self._status = status
+        self._parent = parent
+        self._gone = False
+        self._over = False
+        status.setblocking(False)
+        loop.watch(status.fileno(), self._ready)
+
+    @property
+    def descriptor(self) -> int:
+        return self._status.fileno()
+
+    @property
+    def is_over(self) -> bool:
+        return self._over
+
+    def go(self) -> None:
+        """Let the program be executed as soon as the process is ready."""
+        self._gone = True
+        try:
+            self._status.send(_GO, socket.MSG_NOSIGNAL)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it has died, and the end of file says so
+
+    def conclude(self) -> None:
+        """The process is dead: read what it has left."""
+        while not self._over and self._receive():
+            pass
+        if not self._over:
+            self._finish(lambda: self._parent.failed(_died()))
+
+    def _ready(self, _events: int) -> None:
+        self._receive()
+
+    def _receive(self) -> bool:
+        """Take one message; False when there is none."""
+        try:
+            message = protocol.receive(self._status)
+        except BlockingIOError:
+            return False
+        except (OSError, ValueError) as error:
+            reason = NodeAgentError(f"init: {error}")
+            self._finish(lambda: self._parent.failed(reason))
+            return True
+        self._handle(message)
+        return True
+
+    def _handle(self, message: protocol.Message | None) -> None:
+        if message is None:
+            done = self._parent.executed if self._gone else lambda: self._parent.failed(_died())
+            self._finish(done)
+        elif "ready" in message.body:
+            ready = message.body["ready"]
+            master = message.fds.pop(0) if message.fds else None
+            self._parent.ready(ready["identity"], ready["warnings"], master)
+        else:
+            error = protocol.read_error(message.body)
+            self._finish(lambda: self._parent.failed(error))
+            protocol.close_all(message.fds)
+
+    def _finish(self, tell: Callable[[], None]) -> None:
+        self._over = True
+        self._loop.forget(self._status.fileno())
+        self._status.close()
+        tell()
+
+
+def _died() -> NodeAgentError:
+    return NodeAgentError("init: was killed before it executed the program")

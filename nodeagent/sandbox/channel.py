@@ -1,0 +1,200 @@
+"""The agent's side of the protocol: requests and their replies on one connection, with asyncio.
+
+A caller that is cancelled loses nothing but the reply: what was asked for is finished, and descriptors that come with
+the reply are closed.
+"""
+
+import asyncio
+import itertools
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from nodeagent.errors import Unavailable
+from nodeagent.sandbox import protocol
+from nodeagent.sandbox.protocol import Body, Message
+
+log = logging.getLogger(__name__)
+
+
+class Reply(NamedTuple):
+    """fds: by name; they belong to who asked."""
+
+    result: Mapping[str, Any]
+    fds: dict[str, int]
+
+
+class Channel:
+    """One connection. `lost` is set when the process at the other end has died.
+
+    name: of that process, in errors. on_event: called with what comes unasked; on_end: when nothing comes any more.
+    """
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        name: str,
+        on_event: Callable[[Body], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        self.name = name
+        self.pid = _peer_pid(connection)
+        self.lost = asyncio.Event()
+        self._connection = connection
+        self._on_event = on_event
+        self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
+        self._numbers = itertools.count(1)
+        self._pending: dict[int, asyncio.Future[Message]] = {}
+        self._sending = asyncio.Lock()
+        self._is_open = True
+        self._pidfd = os.pidfd_open(self.pid)
+        connection.setblocking(False)
+        self._loop.add_reader(connection.fileno(), self._receive_all)
+        self._loop.add_reader(self._pidfd, self._died)
+
+    @classmethod
+    async def connect(
+        cls,
+        path: str,
+        name: str,
+        on_event: Callable[[Body], None] = lambda _event: None,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> "Channel":
+        """Raises OSError where nobody listens."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            with protocol.address(path) as address:
+                await asyncio.get_running_loop().sock_connect(connection, address)
+            return cls(connection, name, on_event, on_end)
+        except BaseException:
+            connection.close()
+            raise
+
+    async def request(
+        self, operation: str, fds: Sequence[tuple[str, int | None]] = (), **members: object
+    ) -> Reply:
+        """Raises the error that the other side names, or Unavailable when it goes before it replies.
+
+        fds: named; they stay the caller's.
+        """
+        number = next(self._numbers)
+        names, descriptors = protocol.named(fds)
+        packet = protocol.encode({"id": number, "op": operation, "fds": names, **members})
+        future: asyncio.Future[Message] = self._loop.create_future()
+        self._pending[number] = future
+        try:
+            await self._send(packet, descriptors)
+            message = await future
+        finally:
+            # A reply that nobody waits for any more is recognised by its absence here.
+            self._pending.pop(number, None)
+        if "error" in message.body:
+            protocol.close_all(message.fds)
+            raise protocol.read_error(message.body)
+        result = message.body["result"]
+        return Reply(result, dict(zip(result.get("fds", ()), message.fds, strict=True)))
+
+    def post(self, operation: str, **members: object) -> None:
+        """Ask for something whose outcome is of no interest."""
+        packet = protocol.encode({"id": next(self._numbers), "op": operation, **members})
+        try:
+            protocol.send(self._connection, packet)
+        except OSError as error:
+            log.warning("%s: %s: %s", self.name, operation, error)
+
+    async def _send(self, packet: bytes, fds: Sequence[int]) -> None:
+        async with self._sending:
+            while self._is_open:
+                try:
+                    protocol.send(self._connection, packet, fds)
+                except BlockingIOError:
+                    await self._writable()
+                except OSError:
+                    break
+                else:
+                    return
+        raise self.unavailable()
+
+    async def _writable(self) -> None:
+        ready = asyncio.Event()
+        self._loop.add_writer(self._connection.fileno(), ready.set)
+        try:
+            await ready.wait()
+        finally:
+            self._loop.remove_writer(self._connection.fileno())
+
+    def _receive_all(self) -> None:
+        try:
+            while self._is_open:
+                message = protocol.receive(self._connection)
+                if message is None:
+                    self.close()
+                else:
+                    self._dispatch(message)
+        except BlockingIOError:
+            pass
+        except (OSError, ValueError) as error:
+            log.warning("%s: %s", self.name, error)
+            self.close()
+
+    def _dispatch(self, message: Message) -> None:
+        if "event" in message.body:
+            protocol.close_all(message.fds)
+            self._on_event(message.body)
+            return
+        future = self._pending.get(message.body["id"])
+        if future is None or future.done():
+            protocol.close_all(message.fds)
+        else:
+            future.set_result(message)
+
+    def _died(self) -> None:
+        self._receive_all()
+        self._loop.remove_reader(self._pidfd)
+        _reap(self._pidfd)
+        os.close(self._pidfd)
+        self._pidfd = -1
+        self.lost.set()
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect; who waits for a reply gets Unavailable. The death of the process is still noticed."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        self._loop.remove_reader(self._connection.fileno())
+        self._connection.close()
+        for future in self._pending.values():
+            if not future.done():
+                future.set_exception(self.unavailable())
+        self._on_end()
+
+    def forget(self) -> None:
+        """Disconnect, and do not care whether the process lives."""
+        self.close()
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def unavailable(self) -> Unavailable:
+        return Unavailable(f"{self.name}: {'died' if self.lost.is_set() else 'is disconnected'}")
+
+
+def _peer_pid(connection: socket.socket) -> int:
+    credentials = struct.Struct("3i")
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
+    pid: int = credentials.unpack(data)[0]
+    return pid
+
+
+def _reap(pidfd: int) -> None:
+    """Only a launcher that this very agent has started is its child."""
+    try:
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    except ChildProcessError:
+        pass

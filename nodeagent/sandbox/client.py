@@ -1,0 +1,459 @@
+"""The launcher and the supervisors, as the agent uses them."""
+
+import asyncio
+import itertools
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from nodeagent.errors import AlreadyExists, Unavailable
+from nodeagent.sandbox import supervisor
+from nodeagent.sandbox.channel import Channel, Reply
+from nodeagent.sandbox.keeping import LAUNCHER_SOCKET
+from nodeagent.sandbox.protocol import Body
+from nodeagent.sandbox.spec import (
+    ContainerPlan,
+    ExecPlan,
+    Exit,
+    Identity,
+    PodPlan,
+    PodSettings,
+)
+from nodeagent.sandbox.starting import start_launcher
+
+Size = tuple[int, int]
+
+
+# ---- what goes to and fro ----
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CgroupFds:
+    """The open files of a cgroup; they stay the caller's.
+
+    join: of v1, each hierarchy's `tasks`, for writing; of v2, the directory. oom: memory.events(.local) or
+    memory.oom_control. procs: the list of pids. kill: cgroup.kill.
+    """
+
+    join: Sequence[int] = ()
+    oom: int | None = None
+    procs: int | None = None
+    kill: int | None = None
+
+    def named(self) -> list[tuple[str, int | None]]:
+        watch = [("oom", self.oom), ("procs", self.procs), ("kill", self.kill)]
+        return [*(("join", descriptor) for descriptor in self.join), *watch]
+
+
+@dataclass(slots=True, kw_only=True)
+class Namespaces:
+    """Of a pod. net: its network namespace; route: a NETLINK_ROUTE socket inside it. Closed by `with`."""
+
+    net: int
+    route: socket.socket
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.net)
+        self.route.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Created:
+    """A container's process, ready to execute its program. warnings: what it could not be given."""
+
+    pid: int
+    identity: Identity
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerState:
+    """What a supervisor knows of a container. Times are ns since the epoch, 0 for not yet."""
+
+    id: str
+    pid: int
+    identity: Identity
+    warnings: tuple[str, ...]
+    created_at: int
+    started_at: int
+    exit: Exit | None
+    dropped_log_lines: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecIO:
+    """The ends that the process gets; None is the container's /dev/null. They stay the caller's. None with a tty."""
+
+    stdin: int | None = None
+    stdout: int | None = None
+    stderr: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecExit:
+    """code: 0-255, 128 + n for signal n; timed_out: it was killed because its time was over."""
+
+    code: int
+    timed_out: bool
+
+
+@dataclass(slots=True)
+class AttachIO:
+    """Our ends, not blocking, closed by `with`; stdout is all of a terminal.
+
+    stdin: None for a container that reads none. cut_off: set when we were too slow, and all output ended early.
+    """
+
+    stdin: int | None
+    stdout: int | None
+    stderr: int | None
+    _detach: Callable[[], None]
+    cut_off: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def close_stdin(self) -> None:
+        """With stdin_once the container reads the end of its input when we detach."""
+        if self.stdin is not None:
+            os.close(self.stdin)
+            self.stdin = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close_stdin()
+        for descriptor in (self.stdout, self.stderr):
+            if descriptor is not None:
+                os.close(descriptor)
+        self.stdout = self.stderr = None
+        self._detach()
+
+
+class ExecHandle:
+    """A process that runs in a container. master: of its terminal, not blocking, the caller's; None without one."""
+
+    def __init__(
+        self, channel: Channel, number: int, reply: Reply, end: "asyncio.Future[ExecExit | None]"
+    ) -> None:
+        self.pid: int = reply.result["pid"]
+        self.master = reply.fds.get("master")
+        self._channel = channel
+        self._number = number
+        self._end = end
+
+    async def wait(self) -> ExecExit:
+        """Raises Unavailable when the supervisor dies first."""
+        end = await asyncio.shield(self._end)
+        if end is None:
+            raise self._channel.unavailable()
+        return end
+
+    async def resize(self, width: int, height: int) -> None:
+        await self._channel.request("exec_resize", exec=self._number, width=width, height=height)
+
+    async def kill(self) -> None:
+        """The whole tree, if it has a cgroup. Of a process that has ended, nothing is left to kill."""
+        if not self._end.done():
+            self._channel.post("exec_kill", exec=self._number)
+
+
+# ---- supervisors ----
+
+
+class Supervisor:
+    """A pod's supervisor. `lost` is set when it has died. on_exit: told the end of every container, from now on."""
+
+    def __init__(self, pod_id: str, directory: Path) -> None:
+        self.pod_id = pod_id
+        self.on_exit: Callable[[str, Exit], None] = lambda _container, _exit: None
+        self._directory = directory
+        self._is_shut_down = False
+        self._channel: Channel
+        self._numbers = itertools.count(1)
+        self._execs: dict[int, asyncio.Future[ExecExit | None]] = {}
+        self._attached: dict[int, AttachIO] = {}
+
+    @classmethod
+    async def connect(cls, directory: Path, pod_id: str) -> "Supervisor":
+        """Raises OSError where there is none."""
+        self = cls(pod_id, directory)
+        path = str(directory / supervisor.SOCKET)
+        name = f'supervisor of pod "{pod_id}"'
+        self._channel = await Channel.connect(path, name, self._event, self._end)
+        return self
+
+    @property
+    def pid(self) -> int:
+        return self._channel.pid
+
+    @property
+    def lost(self) -> asyncio.Event:
+        return self._channel.lost
+
+    @property
+    def is_lost(self) -> bool:
+        return self._channel.lost.is_set()
+
+    def close(self) -> None:
+        """Disconnect. The supervisor goes on, and nothing more is heard of it."""
+        self._channel.forget()
+
+    # --- the pod ---
+
+    async def namespaces(self) -> Namespaces:
+        reply = await self._channel.request("namespaces")
+        return Namespaces(net=reply.fds["net"], route=socket.socket(fileno=reply.fds["route"]))
+
+    async def configure(self, settings: PodSettings) -> None:
+        """Raises InvalidArgument, or Unsupported, for a sysctl that cannot be set."""
+        await self._channel.request("configure", settings=settings)
+
+    async def dial(self, port: int) -> socket.socket:
+        """A connection to 127.0.0.1, or else ::1, inside the pod; not blocking. Raises Unavailable."""
+        reply = await self._channel.request("dial", port=port)
+        connection = socket.socket(fileno=reply.fds["connection"])
+        connection.setblocking(False)
+        return connection
+
+    async def state(self) -> list[ContainerState]:
+        """Of every container that was created and is not removed."""
+        reply = await self._channel.request("state")
+        return [_container_state(body) for body in reply.result["containers"]]
+
+    async def shutdown(self) -> None:
+        """Kill all that runs in the pod, wait for its end, remove the pins, and end the supervisor. Idempotent.
+
+        For a supervisor that has died without a successor, one is started to do this.
+        """
+        if self._is_shut_down:
+            return
+        try:
+            await self._channel.request("shutdown")
+            await self.lost.wait()
+        except Unavailable:
+            await self._shut_down_by_successor()
+        self._is_shut_down = True
+        self.close()
+
+    async def _shut_down_by_successor(self) -> None:
+        if not self.is_lost:
+            raise self._channel.unavailable()
+        if not self._directory.exists():
+            return
+        launcher = await Launcher.connect(self._directory.parents[1])
+        try:
+            successor = await launcher.successor(self.pod_id, self._directory)
+        except AlreadyExists:
+            successor = await Supervisor.connect(self._directory, self.pod_id)
+        finally:
+            launcher.close()
+        await successor.shutdown()
+
+    # --- containers ---
+
+    async def create(self, plan: ContainerPlan, cgroup: CgroupFds) -> Created:
+        """Prepare a container up to its program. Nothing is left of one whose creation fails.
+
+        A creation whose caller is cancelled goes on: `remove` undoes it, whatever it has come to.
+        """
+        reply = await self._channel.request("create", cgroup.named(), plan=plan)
+        state = _container_state(reply.result)
+        return Created(pid=state.pid, identity=state.identity, warnings=state.warnings)
+
+    async def start(self, container: str) -> int:
+        """Execute the program; returns when it was let go, in ns since the epoch.
+
+        Raises StartError, with the container EXITED and code 128, when it cannot be executed.
+        """
+        reply = await self._channel.request("start", container=container)
+        at: int = reply.result["at"]
+        return at
+
+    async def stop(self, container: str, signal: int, timeout_ms: int) -> None:
+        """Signal the container, the first time; kill it at the earliest deadline that was ever asked for.
+
+        Returns at once. The deadline is kept by the supervisor, whatever happens to us. timeout_ms 0 kills now.
+        """
+        await self._channel.request(
+            "stop", container=container, signal=signal, timeout_ms=timeout_ms
+        )
+
+    async def wait(self, container: str) -> Exit:
+        """How it ended; at once, if it has."""
+        reply = await self._channel.request("wait", container=container)
+        end: Exit = reply.result["exit"]
+        return end
+
+    async def remove(self, container: str) -> None:
+        """Kill the container if it is not EXITED, and forget it. Idempotent."""
+        await self._channel.request("remove", container=container)
+
+    async def resize(self, container: str, width: int, height: int) -> None:
+        await self._channel.request("resize", container=container, width=width, height=height)
+
+    async def reopen_log(self, container: str) -> None:
+        """After this the log file exists anew, and no byte goes to the old one."""
+        await self._channel.request("reopen_log", container=container)
+
+    # --- streams ---
+
+    async def exec(
+        self, plan: ExecPlan, streams: ExecIO, cgroup: CgroupFds, size: Size | None = None
+    ) -> ExecHandle:
+        """Returns when the program is executed; raises StartError when it cannot be.
+
+        size: of the terminal, width and height, before the program sees it. One whose caller is cancelled is killed.
+        """
+        number = next(self._numbers)
+        end: asyncio.Future[ExecExit | None] = asyncio.get_running_loop().create_future()
+        self._execs[number] = end
+        fds = [
+            *cgroup.named(),
+            ("stdin", streams.stdin),
+            ("stdout", streams.stdout),
+            ("stderr", streams.stderr),
+        ]
+        try:
+            reply = await self._channel.request(
+                "exec", fds, exec=number, container=plan["container"], plan=plan, size=size
+            )
+        except asyncio.CancelledError:
+            self._execs.pop(number, None)
+            self._channel.post("exec_kill", exec=number)
+            raise
+        except BaseException:
+            self._execs.pop(number, None)
+            raise
+        return ExecHandle(self._channel, number, reply, end)
+
+    async def attach(self, container: str) -> AttachIO:
+        """See the output from now on, and write the input. Who is too slow, by a MiB, is cut off."""
+        number = next(self._numbers)
+        try:
+            reply = await self._channel.request("attach", container=container, attach=number)
+        except asyncio.CancelledError:
+            self._channel.post("detach", attach=number)
+            raise
+
+        def detach() -> None:
+            if self._attached.pop(number, None) is not None:
+                self._channel.post("detach", attach=number)
+
+        fds = reply.fds
+        attached = AttachIO(fds.get("stdin"), fds.get("stdout"), fds.get("stderr"), detach)
+        self._attached[number] = attached
+        return attached
+
+    # --- what comes unasked ---
+
+    def _event(self, event: Body) -> None:
+        if event["event"] == "exit":
+            self.on_exit(event["container"], event["exit"])
+        elif event["event"] == "exec_exit":
+            end = self._execs.pop(event["exec"], None)
+            if end is not None and not end.done():
+                end.set_result(ExecExit(code=event["code"], timed_out=event["timed_out"]))
+        elif event["event"] == "detached":
+            attached = self._attached.pop(event["attach"], None)
+            if attached is not None:
+                attached.cut_off.set()
+
+    def _end(self) -> None:
+        for end in self._execs.values():
+            if not end.done():
+                end.set_result(None)
+        self._execs.clear()
+        self._attached.clear()
+
+
+def _container_state(body: Mapping[str, Any]) -> ContainerState:
+    return ContainerState(
+        id=body["id"],
+        pid=body["pid"],
+        identity=body["identity"],
+        warnings=tuple(body["warnings"]),
+        created_at=body["created_at"],
+        started_at=body["started_at"],
+        exit=body["exit"],
+        dropped_log_lines=body["dropped_log_lines"],
+    )
+
+
+# ---- the launcher ----
+
+
+class Launcher:
+    """Forks supervisors. `lost` is set when it has died; supervisors live on, and go to the next one."""
+
+    def __init__(self, state: Path, channel: Channel) -> None:
+        self._state = state
+        self._channel = channel
+
+    @classmethod
+    async def connect(cls, state: Path) -> "Launcher":
+        """Raises OSError where there is none."""
+        return cls(state, await Channel.connect(str(state / LAUNCHER_SOCKET), "launcher"))
+
+    @classmethod
+    async def connect_or_start(
+        cls, state: Path, python: str = sys.executable, join_fds: Sequence[int] = ()
+    ) -> "Launcher":
+        """join_fds: files of the cgroup that a new launcher moves to, opened for writing."""
+        try:
+            return await cls.connect(state)
+        except OSError:
+            pass
+        try:
+            await start_launcher(str(state), python, join_fds)
+        except AlreadyExists:
+            pass  # somebody else was faster
+        return await cls.connect(state)
+
+    @property
+    def pid(self) -> int:
+        return self._channel.pid
+
+    @property
+    def lost(self) -> asyncio.Event:
+        return self._channel.lost
+
+    def close(self) -> None:
+        """Disconnect; the launcher goes on."""
+        self._channel.forget()
+
+    async def fork(self, plan: PodPlan) -> Supervisor:
+        """A new supervisor, with the namespaces of the plan. Nothing is left of one whose caller is cancelled."""
+        forking = asyncio.ensure_future(self._fork(plan))
+        try:
+            return await asyncio.shield(forking)
+        except asyncio.CancelledError:
+            forked = await forking
+            await forked.shutdown()
+            raise
+
+    async def _fork(self, plan: PodPlan) -> Supervisor:
+        await self._channel.request("fork", plan=plan)
+        return await Supervisor.connect(Path(plan["directory"]), plan["id"])
+
+    async def successor(self, pod_id: str, directory: Path) -> Supervisor:
+        """Another supervisor for a pod whose own has died; raises AlreadyExists where it has not."""
+        await self._channel.request("successor", pod=pod_id, directory=str(directory))
+        return await Supervisor.connect(directory, pod_id)
+
+    async def pods(self) -> list[str]:
+        """Those that have a supervisor, or had one that left containers behind."""
+        reply = await self._channel.request("list")
+        pods: list[str] = reply.result["pods"]
+        return pods
+
+    async def stop(self) -> None:
+        """Raises FailedPrecondition while pods are left."""
+        await self._channel.request("stop")
+        await self.lost.wait()
+        self.close()

@@ -1,0 +1,295 @@
+"""A container in its supervisor: from the request to create it to the record of its end.
+
+::
+
+    creating ── ready ──► created ── go ──► starting ── executed ──► running ── end ──► exited
+       └─ failed or killed ─► undone            └────── failed: exit code 128 ──────────┘
+
+No method waits. What takes time is answered later: the requests that wait for it are kept with the container. A
+container whose creator has gone is finished all the same; `remove` undoes it.
+"""
+
+import os
+import signal
+import struct
+import termios
+import time
+from fcntl import ioctl
+
+from nodeagent.errors import FailedPrecondition, StartError
+from nodeagent.sandbox import exits, facts
+from nodeagent.sandbox.birth import Birth
+from nodeagent.sandbox.facts import Facts
+from nodeagent.sandbox.groups import Group
+from nodeagent.sandbox.keeping import Deposit
+from nodeagent.sandbox.loop import Timer
+from nodeagent.sandbox.peers import Request
+from nodeagent.sandbox.pod import Pod
+from nodeagent.sandbox.protocol import Body
+from nodeagent.sandbox.pump import PipeSource, Pump, Source, TerminalSource
+from nodeagent.sandbox.spec import ContainerPlan, Exit, Identity
+
+START_FAILED = 128
+
+
+class Container:
+    """fds: ours, by name, as the launcher keeps copies of them.
+
+    pidfd; stdin, stdout, stderr, or master with a terminal; status until the program is executed; oom, procs, kill.
+    family: all containers of the pod by id, where this one is until nothing is left of it.
+    """
+
+    def __init__(
+        self,
+        pod: Pod,
+        family: "dict[str, Container]",
+        plan: ContainerPlan,
+        known: Facts,
+        fds: dict[str, int],
+    ) -> None:
+        self.pod = pod
+        self._family = family
+        self.plan = plan
+        self.id = plan["id"]
+        self.facts = known
+        self.fds = fds
+        self.exit: Exit | None = None
+        self.birth: Birth | None = None
+        self.group = Group(pod.loop, procs=fds.get("procs"), kill=fds.get("kill"))
+        self.pump: Pump | None = None
+        self._failure: Exception | None = None
+        self._deadline: Timer | None = None
+        self._creation: Request | None = None
+        self._start: Request | None = None
+        self._waiting: list[Request] = []
+        self._removals: list[Request] = []
+
+    # --- creation ---
+
+    def await_birth(self, birth: Birth, creation: Request) -> None:
+        """The process exists, and makes itself ready."""
+        self.birth = birth
+        self._creation = creation
+
+    def ready(self, identity: Identity, warnings: list[str], master: int | None) -> None:
+        if master is not None:
+            os.set_blocking(master, False)
+            self.fds["master"] = master
+        self.facts["identity"], self.facts["warnings"] = identity, warnings
+        self.facts["created_at"] = time.time_ns()
+        self.open_pump()
+        self.save()
+        self.pod.keeper.keep(self.id, self.deposit())
+        if self._creation is not None:
+            self._creation.reply(self.describe())
+            self._creation = None
+
+    def open_pump(self) -> None:
+        sources: dict[str, Source] = {
+            name: PipeSource(self.fds[name], self.pod.workbench)
+            for name in ("stdout", "stderr")
+            if name in self.fds
+        }
+        if "master" in self.fds:
+            sources["stdout"] = TerminalSource(self.fds["master"])
+        journal = facts.open_journal(self.pod.directory, self.id)
+        self.pump = Pump(self.pod.loop, sources, journal, self.pod.clock)
+
+    def _undo(self) -> None:
+        """The process ended before it was ready."""
+        self._release()
+        facts.remove(self.pod.directory, self.id)
+        del self._family[self.id]
+        if self._creation is not None and self._removals:
+            self._creation.fail(FailedPrecondition(f'container "{self.id}": removed while created'))
+        elif self._creation is not None and self._failure is not None:
+            self._creation.fail(self._failure)
+        for request in self._removals:
+            request.reply()
+
+    # --- start ---
+
+    def start(self, request: Request) -> None:
+        """Reply when the program is executed, with the time at which it was let go."""
+        if self.birth is None or self.pump is None or self.facts["started_at"] or self.exit:
+            raise FailedPrecondition(f'container "{self.id}": is {self.state}, not created')
+        self.pump.start(self.plan["log_path"])
+        self._start = request
+        self.facts["started_at"] = time.time_ns()
+        self.birth.go()
+
+    def executed(self) -> None:
+        self._forget_birth()
+        self.save()
+        if self._start is not None:
+            self._start.reply({"at": self.facts["started_at"]})
+            self._start = None
+
+    def failed(self, error: Exception) -> None:
+        """The process says so before it ends by itself; whatever holds it up then, it is killed."""
+        self._failure = error
+        self._forget_birth()
+        self.kill()
+
+    def _forget_birth(self) -> None:
+        self.birth = None
+        self.fds.pop("status", None)  # closed by the birth
+        if self.facts["created_at"]:
+            self.pod.keeper.drop(self.id, ["status"])
+
+    # --- stop ---
+
+    def stop(self, number: int, timeout_ms: int) -> None:
+        """Send the signal, once; kill at the earliest deadline that anybody asks for."""
+        if self.exit is not None:
+            return
+        if timeout_ms <= 0 or not self.facts["started_at"]:
+            self.kill()
+            return
+        if not self.facts["signalled"]:
+            self.facts["signalled"] = True
+            self._signal(number)
+        deadline = time.monotonic_ns() + timeout_ms * 1_000_000
+        if not self.facts["deadline"] or deadline < self.facts["deadline"]:
+            self.facts["deadline"] = deadline
+            self.keep_deadline()
+        self.save()
+
+    def keep_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self.facts["deadline"]:
+            self._deadline = self.pod.loop.call_at(self.facts["deadline"], self.kill)
+
+    def kill(self) -> None:
+        """The end of a PID namespace's first process ends the others; without one of its own, the cgroup does."""
+        if self.exit is not None:
+            return
+        self.facts["killed"] = True
+        self._signal(signal.SIGKILL)
+        if self.plan["pid"] != "container":
+            self.group.kill()
+
+    def _signal(self, number: int) -> None:
+        try:
+            signal.pidfd_send_signal(self.fds["pidfd"], number)
+        except ProcessLookupError:
+            pass
+
+    # --- end ---
+
+    def ended(self, code: int) -> None:
+        """The process is a zombie: write down how it ended, before it is reaped."""
+        if self.birth is not None:
+            self.birth.conclude()
+        if not self.facts["created_at"]:
+            self._undo()
+            return
+        if self.plan["pid"] != "container":
+            self.group.kill()
+        if self.pump is not None:
+            self.pump.finish()
+        if self._start is not None:
+            code = START_FAILED
+        oom = code == exits.SIGKILLED and not self.facts["killed"] and self._oom_struck()
+        self.exit = exits.record(self.pod.directory, self.id, exits.describe(code, oom=oom))
+        self._release()
+        self.pod.keeper.drop(self.id)
+        self.pod.loop.call_after(0, self._tell_end)
+
+    def watch(self) -> None:
+        """Learn of the end of a process that is not our child."""
+        self.pod.loop.watch(self.fds["pidfd"], self._stranger_ended)
+
+    def _stranger_ended(self, _events: int) -> None:
+        self.pod.loop.forget(self.fds["pidfd"])
+        code = exits.code_of_stranger(self.facts["pid"], self.fds["pidfd"])
+        self.ended(exits.UNKNOWN if code is None else code)
+
+    def _oom_struck(self) -> bool:
+        return exits.oom_kills(self.fds.get("oom")) > self.facts["oom_kills"]
+
+    def _release(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self.pump is not None:
+            self.pump.close()
+        self.group.close()
+        for name in ("procs", "kill"):  # closed by the group
+            self.fds.pop(name, None)
+        for descriptor in self.fds.values():
+            os.close(descriptor)
+        self.fds.clear()
+
+    def _tell_end(self) -> None:
+        """Later than the record, and when the process has been reaped."""
+        if self.exit is None:
+            return
+        if self._start is not None:
+            self._start.fail(StartError(f'container "{self.id}": {self._failure}'))
+            self._start = None
+        self.pod.tell({"event": "exit", "container": self.id, "exit": self.exit})
+        for request in self._waiting:
+            request.reply({"exit": self.exit})
+        self._waiting.clear()
+        removals, self._removals = self._removals, []
+        for request in removals:
+            self.remove(request)
+
+    def wait(self, request: Request) -> None:
+        if self.exit is not None:
+            request.reply({"exit": self.exit})
+        else:
+            self._waiting.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Reply when nothing is left of it; one that has not ended is killed."""
+        if self.exit is None:
+            self._removals.append(request)
+            self.kill()
+            return
+        facts.remove(self.pod.directory, self.id)
+        exits.remove(self.pod.directory, self.id)
+        self._family.pop(self.id, None)
+        request.reply()
+
+    # --- the rest ---
+
+    def resize(self, width: int, height: int) -> None:
+        if "master" not in self.fds:
+            raise FailedPrecondition(f'container "{self.id}": has no terminal, or is {self.state}')
+        set_size(self.fds["master"], width, height)
+
+    def reopen_log(self) -> None:
+        if self.pump is None or not self.facts["started_at"] or self.exit:
+            raise FailedPrecondition(f'container "{self.id}": is {self.state}, not running')
+        self.pump.reopen_log()
+
+    def close_stdin(self) -> None:
+        """Let the container read the end of its input, as soon as nobody else holds it."""
+        descriptor = self.fds.pop("stdin", None)
+        if descriptor is not None:
+            self.pod.keeper.drop(self.id, ["stdin"])
+            os.close(descriptor)
+
+    @property
+    def state(self) -> str:
+        if self.exit is not None:
+            return "exited"
+        if self.facts["started_at"]:
+            return "running" if self.birth is None else "starting"
+        return "created" if self.facts["created_at"] else "creating"
+
+    def describe(self) -> Body:
+        dropped = self.pump.dropped_lines if self.pump else 0
+        return {"id": self.id, **self.facts, "exit": self.exit, "dropped_log_lines": dropped}
+
+    def deposit(self) -> Deposit:
+        return Deposit(self.facts["pid"], self.facts["oom_kills"], self.fds)
+
+    def save(self) -> None:
+        facts.save(self.pod.directory, self.id, self.facts)
+
+
+def set_size(master: int, width: int, height: int) -> None:
+    ioctl(master, termios.TIOCSWINSZ, struct.pack("4H", height, width, 0, 0))

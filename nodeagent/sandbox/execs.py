@@ -1,0 +1,201 @@
+"""Further processes in running containers.
+
+An exec lives in the supervisor: that the agent dies does not end it. It is known by a number that the agent gave it.
+Its cgroup is its own, so that when its time is over the whole tree is killed, what it left in the background included.
+"""
+
+import os
+import signal
+import socket
+from typing import Any
+
+from nodeagent.errors import AlreadyExists, FailedPrecondition, NotFound
+from nodeagent.sandbox import init, protocol
+from nodeagent.sandbox.birth import Birth
+from nodeagent.sandbox.children import Child
+from nodeagent.sandbox.containers import Container, set_size
+from nodeagent.sandbox.creation import split_join_fds
+from nodeagent.sandbox.groups import Group
+from nodeagent.sandbox.loop import READABLE, Timer
+from nodeagent.sandbox.peers import Peer, Request
+from nodeagent.sandbox.pod import Pod
+from nodeagent.sandbox.spec import ExecPlan, Identity
+
+
+class Exec:
+    """One of them. size: of the terminal, width and height, before the program sees it."""
+
+    def __init__(
+        self, execs: "Execs", request: Request, container: Container, group: Group
+    ) -> None:
+        plan: ExecPlan = request.body["plan"]
+        self.number: int = request.body["exec"]
+        self.container = container
+        self.agent: Peer = request.peer
+        self.plan = plan
+        self.pid = 0
+        self._execs = execs
+        self._request: Request | None = request
+        self._size: Any = request.body.get("size")
+        self._group = group
+        self._pidfd = -1
+        self._master: int | None = None
+        self._birth: Birth | None = None
+        self._failure: Exception | None = None
+        self._timer: Timer | None = None
+        self._timed_out = False
+        self._loop = execs.pod.loop
+
+    def begin(self, child: Child, status: socket.socket) -> None:
+        self.pid, self._pidfd = child
+        self._birth = Birth(self._loop, status, self)
+        if self.plan["timeout_ms"] > 0:
+            self._timer = self._loop.call_after(self.plan["timeout_ms"], self._time_out)
+        if not self.plan["tty"]:
+            self._birth.go()
+
+    def ready(self, identity: Identity, warnings: list[str], master: int | None) -> None:
+        if master is None or self._birth is None:
+            return
+        os.set_blocking(master, False)
+        self._master = master
+        if self._size:
+            set_size(master, *self._size)
+        self._birth.go()
+
+    def executed(self) -> None:
+        self._birth = None
+        if self._request is not None:
+            names, fds = protocol.named([("master", self._master)])
+            self._request.reply({"pid": self.pid, "fds": names}, fds)
+            self._request = None
+
+    def failed(self, error: Exception) -> None:
+        self._birth = None
+        self._failure = error
+        self.kill()
+
+    def _time_out(self) -> None:
+        self._timed_out = True
+        self.kill()
+
+    def kill(self) -> None:
+        """The whole tree, if it has a cgroup of its own."""
+        try:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._group.kill()
+
+    def resize(self, width: int, height: int) -> None:
+        if self._master is None:
+            raise FailedPrecondition(f"exec {self.number}: has no terminal")
+        set_size(self._master, width, height)
+
+    def drain(self) -> None:
+        """Nobody reads the terminal any more: see that the program is not held up."""
+        if self._master is not None:
+            self._loop.watch(self._master, self._discard_output, READABLE)
+
+    def _discard_output(self, _events: int) -> None:
+        if self._master is None:
+            return
+        try:
+            os.read(self._master, 65536)
+        except BlockingIOError:
+            pass
+        except OSError:  # EIO: nobody has the terminal open any more
+            self._loop.forget(self._master)
+
+    def ended(self, code: int) -> None:
+        if self._birth is not None:
+            self._birth.conclude()
+        self._execs.forget(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._group.close()
+        os.close(self._pidfd)
+        if self._master is not None:
+            self._loop.forget(self._master)
+            os.close(self._master)
+        self._loop.call_after(0, lambda: self._tell_end(code))
+
+    def _tell_end(self, code: int) -> None:
+        """When the process has been reaped."""
+        if self._request is not None and self._failure is not None:
+            self._request.fail(self._failure)
+        else:
+            end = {"exec": self.number, "code": code, "timed_out": self._timed_out}
+            self.agent.send({"event": "exec_exit", **end})
+
+
+class Execs:
+    """Those of a pod. Numbers are an agent's own: its successor's begin anew."""
+
+    def __init__(self, pod: Pod) -> None:
+        self.pod = pod
+        self._execs: dict[tuple[Peer, int], Exec] = {}
+
+    def begin(self, container: Container, request: Request) -> None:
+        """Reply when the program is executed; the end comes as an event."""
+        if container.state != "running":
+            raise FailedPrecondition(
+                f'container "{container.id}": is {container.state}, not running'
+            )
+        if (request.peer, request.body["exec"]) in self._execs:
+            raise AlreadyExists(f"exec {request.body['exec']}: exists already")
+        join = request.take_all("join")
+        stdio = request.take("stdin"), request.take("stdout"), request.take("stderr")
+        group = Group(self.pod.loop, procs=request.take("procs"), kill=request.take("kill"))
+        try:
+            exec_ = Exec(self, request, container, group)
+            self._spawn(exec_, join, stdio)
+        except BaseException:
+            group.close()
+            raise
+        finally:
+            protocol.close_all([*join, *(end for end in stdio if end is not None)])
+
+    def _spawn(
+        self, exec_: Exec, join: list[int], stdio: tuple[int | None, int | None, int | None]
+    ) -> None:
+        container = exec_.container
+        stdin, stdout, stderr = (-1 if end is None else end for end in stdio)
+        cgroup, tasks = split_join_fds(join)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        target = container.fds["pidfd"]
+        given = init.ExecFds(theirs.fileno(), target, stdin, stdout, stderr, tasks)
+        try:
+            with self.pod.children_join(target):
+                child = self.pod.children.spawn(
+                    lambda: init.run_exec(exec_.plan, container.plan["process"], given),
+                    exec_.ended,
+                    keep=[fd for fd in (*given[:5], *tasks) if fd >= 0],
+                    cgroup=cgroup,
+                )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._execs[exec_.agent, exec_.number] = exec_
+        exec_.begin(child, ours)
+
+    def get(self, request: Request) -> Exec:
+        number = request.body["exec"]
+        exec_ = self._execs.get((request.peer, number))
+        if exec_ is None:
+            raise NotFound(f"exec {number}: not found")
+        return exec_
+
+    def forget(self, exec_: Exec) -> None:
+        self._execs.pop((exec_.agent, exec_.number), None)
+
+    def running(self) -> list[Exec]:
+        return list(self._execs.values())
+
+    def left_by(self, agent: Peer) -> None:
+        """The agent has gone."""
+        for exec_ in self.running():
+            if exec_.agent is agent:
+                exec_.drain()

@@ -1,0 +1,122 @@
+"""How a process ended, and the record of it that outlives whoever saw it.
+
+The record is written while the process is still a zombie. The first one that is written stays: a launcher and a
+successor may both see the same end.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import struct
+import time
+
+from nodeagent.sandbox.spec import Exit
+
+SIGKILLED = 128 + 9
+UNKNOWN = 255
+
+_DIRECTORY = "exits"
+
+# PIDFD_GET_INFO of linux/pidfd.h, _IOWR(0xFF, 11, struct pidfd_info), since 6.13; the exit code since 6.15.
+_PIDFD_INFO = struct.Struct("=QQ11Ii")
+_PIDFD_GET_INFO = 3 << 30 | _PIDFD_INFO.size << 16 | 0xFF << 8 | 11
+_PIDFD_INFO_EXIT = 1 << 3
+
+
+def make_directory(pod: str) -> None:
+    os.makedirs(f"{pod}/{_DIRECTORY}", mode=0o700, exist_ok=True)
+
+
+def record(pod: str, container: str, end: Exit) -> Exit:
+    """Make the end of a container durable, and return what is: `end`, or an earlier record.
+
+    pod: the pod's directory.
+    """
+    path = _path(pod, container)
+    temporary = f"{path}.{os.getpid()}"
+    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(file, json.dumps(end).encode())
+        os.fsync(file)
+        os.link(temporary, path)
+    except FileExistsError:
+        return read(pod, container) or end
+    finally:
+        os.close(file)
+        os.unlink(temporary)
+    return end
+
+
+def read(pod: str, container: str) -> Exit | None:
+    """The record of a container, None without one."""
+    try:
+        with open(_path(pod, container), "rb") as file:
+            end: Exit = json.loads(file.read())
+    except FileNotFoundError:
+        return None
+    return end
+
+
+def remove(pod: str, container: str) -> None:
+    try:
+        os.unlink(_path(pod, container))
+    except FileNotFoundError:
+        pass
+
+
+def _path(pod: str, container: str) -> str:
+    return f"{pod}/{_DIRECTORY}/{container}.json"
+
+
+def describe(code: int, *, oom: bool) -> Exit:
+    return {"code": code, "at": time.time_ns(), "oom": oom}
+
+
+def oom_kills(file: int | None) -> int:
+    """How often the OOM killer struck, from memory.events (v2) or memory.oom_control (v1)."""
+    if file is None:
+        return 0
+    try:
+        lines = os.pread(file, 4096, 0).splitlines()
+    except OSError:  # the cgroup has been removed
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(b"oom_kill ")), 0)
+
+
+def code_of_stranger(pid: int, pidfd: int) -> int | None:
+    """The exit code of a process that is not our child, once it has ended; None if nobody tells.
+
+    From its zombie (proc(5), field 52 of stat), or from the pidfd after somebody has reaped it.
+    """
+    status = _status_of_zombie(pid, pidfd)
+    if status is None:
+        status = _status_of_reaped(pidfd)
+    return None if status is None else _code(status)
+
+
+def _status_of_reaped(pidfd: int) -> int | None:
+    buffer = bytearray(_PIDFD_INFO.size)
+    struct.pack_into("=Q", buffer, 0, _PIDFD_INFO_EXIT)
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, buffer)
+    except OSError:
+        return None
+    mask, *_, status = _PIDFD_INFO.unpack(buffer)
+    return status if mask & _PIDFD_INFO_EXIT else None
+
+
+def _status_of_zombie(pid: int, pidfd: int) -> int | None:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b") ")[2].split()
+        signal.pidfd_send_signal(pidfd, 0)  # fails once it is reaped, when others may have its pid
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(fields[49]) if fields[0] == b"Z" else None
+
+
+def _code(status: int) -> int:
+    """From a wait status, as `os.waitstatus_to_exitcode` reads it."""
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code

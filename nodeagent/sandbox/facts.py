@@ -1,0 +1,75 @@
+"""What is known of a container, in the pod's directory: so that a successor of its supervisor knows it, too.
+
+``containers/<id>/plan.json`` is written once; ``state.json`` is replaced with every change. The directory is on tmpfs:
+what happened is not lost with the process, and is void after a reboot anyway.
+"""
+
+import json
+import os
+from typing import TypedDict
+
+from nodeagent import files
+from nodeagent.sandbox.spec import ContainerPlan, Identity
+
+_MODE = 0o600
+
+
+class Facts(TypedDict):
+    """Times at which things happened are ns since the epoch, 0 for not yet.
+
+    ticks: when the process started, as `process.start_ticks` tells it. deadline: ns of the monotonic clock, 0 for none.
+    pipes: the inodes of stdin, stdout, stderr. oom_kills: the counter's value at the beginning. signalled: the stop
+    signal was sent; killed: so was SIGKILL, by us.
+    """
+
+    pid: int
+    ticks: int
+    pipes: dict[str, int]
+    identity: Identity
+    warnings: list[str]
+    created_at: int
+    started_at: int
+    oom_kills: int
+    signalled: bool
+    killed: bool
+    deadline: int
+
+
+def make_directory(pod: str, plan: ContainerPlan) -> None:
+    path = directory(pod, plan["id"])
+    os.makedirs(path, mode=0o700)
+    text = json.dumps(plan, separators=(",", ":")).encode()
+    files.write_atomic(f"{path}/plan.json", text, _MODE, sync=False)
+
+
+def save(pod: str, container: str, facts: Facts) -> None:
+    text = json.dumps(facts, separators=(",", ":")).encode()
+    files.write_atomic(f"{directory(pod, container)}/state.json", text, _MODE, sync=False)
+
+
+def load(pod: str, container: str) -> tuple[ContainerPlan, Facts]:
+    """Raises FileNotFoundError for a container whose creation was cut off."""
+    path = directory(pod, container)
+    with open(f"{path}/plan.json", "rb") as plan, open(f"{path}/state.json", "rb") as state:
+        return json.loads(plan.read()), json.loads(state.read())
+
+
+def open_journal(pod: str, container: str) -> int:
+    path = f"{directory(pod, container)}/journal"
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
+
+
+def listed(pod: str) -> list[str]:
+    """The containers of which something is known."""
+    try:
+        return os.listdir(f"{pod}/containers")
+    except FileNotFoundError:
+        return []
+
+
+def remove(pod: str, container: str) -> None:
+    files.remove_tree(directory(pod, container))
+
+
+def directory(pod: str, container: str) -> str:
+    return f"{pod}/containers/{container}"

@@ -1,0 +1,278 @@
+"""The launcher: parent of the supervisors, and of what a supervisor leaves behind that is killed.
+
+It is started with exec, is small because it imports the standard library only, and forks a supervisor in a fraction of
+a millisecond. It survives the agent and serves the next one. Of every container it keeps the descriptors that a
+successor of its supervisor needs; while there is no supervisor, it writes the exit records.
+"""
+
+import fcntl
+import gc
+import os
+import resource
+import socket
+import sys
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import NoReturn
+
+from nodeagent.errors import AlreadyExists, FailedPrecondition, Unavailable
+from nodeagent.sandbox import exits, peers, process, protocol, supervisor
+from nodeagent.sandbox.children import Children, close_others
+from nodeagent.sandbox.keeping import LAUNCHER_SOCKET, Deposit
+from nodeagent.sandbox.loop import Loop, guarded, report
+from nodeagent.sandbox.peers import Listener, Peer, Request
+from nodeagent.sandbox.protocol import Message
+from nodeagent.sandbox.spec import PodPlan
+
+LOCK = "launcher.lock"
+READY = b"ready"
+
+
+class KeptPod:
+    """A pod as the launcher knows it. peer: its supervisor. request: who waits until that serves the pod."""
+
+    def __init__(self, pod_id: str, directory: str) -> None:
+        self.id = pod_id
+        self.directory = directory
+        self.peer: Peer | None = None
+        self.request: Request | None = None
+        self.deposits: dict[str, Deposit] = {}
+
+    def drop(self, container: str, names: Collection[str] | None = None) -> None:
+        """Close some descriptors of a container, or all."""
+        deposit = self.deposits.get(container)
+        if deposit is None:
+            return
+        dropped = deposit.fds.keys() if names is None else deposit.fds.keys() & set(names)
+        protocol.close_all([deposit.fds.pop(name) for name in tuple(dropped)])
+        if names is None:
+            del self.deposits[container]
+
+
+class Launcher:
+    """Serves ``<state>/launcher.sock`` until it is stopped."""
+
+    def __init__(self, state: str, loop: Loop) -> None:
+        self._path = f"{state}/{LAUNCHER_SOCKET}"
+        self._loop = loop
+        self._children = Children(loop, self._stranger_ended)
+        self._pods: dict[str, KeptPod] = {}
+        self._operations = {
+            "fork": self._fork,
+            "successor": self._succeed,
+            "list": self._list,
+            "stop": self._stop,
+        }
+        self._messages = {
+            "ready": self._is_ready,
+            "failed": self._has_failed,
+            "keep": self._keep,
+            "drop": self._drop,
+            "done": self._is_done,
+        }
+        self._listener = Listener(loop, self._path, self._accept)
+
+    def _accept(self, connection: socket.socket) -> None:
+        Peer(self._loop, connection, self._received, lambda _peer: None)
+
+    def _received(self, peer: Peer, message: Message) -> None:
+        if message.body.get("op") == "attend":
+            guarded(self._attend, peer, message)
+        else:
+            peers.perform(self._operations, peer, message)
+
+    # --- what agents ask for ---
+
+    def _fork(self, request: Request) -> None:
+        """Reply when the supervisor serves its pod."""
+        plan: PodPlan = request.body["plan"]
+        if plan["id"] in self._pods:
+            raise AlreadyExists(f'pod "{plan["id"]}": has a supervisor, or had one')
+        pod = KeptPod(plan["id"], plan["directory"])
+        self._launch(pod, request, lambda keeper: supervisor.main(plan, keeper))
+
+    def _succeed(self, request: Request) -> None:
+        """Reply when another supervisor serves the pod of one that has died."""
+        pod = self._pods.get(request.body["pod"])
+        if pod is None:
+            pod = KeptPod(request.body["pod"], request.body["directory"])
+        if pod.peer is not None:
+            pod.peer.drain()
+        if pod.peer is not None or _is_served(pod.directory):
+            raise AlreadyExists(f'pod "{pod.id}": has a supervisor')
+        kept = {name: deposit.fds for name, deposit in pod.deposits.items()}
+        self._launch(
+            pod, request, lambda keeper: supervisor.succeed(pod.id, pod.directory, keeper, kept)
+        )
+
+    def _launch(self, pod: KeptPod, request: Request, main: Callable[[int], NoReturn]) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        kept = [fd for deposit in pod.deposits.values() for fd in deposit.fds.values()]
+        with theirs:
+            child = self._children.spawn(
+                lambda: main(theirs.fileno()), _nothing, keep=[theirs.fileno(), *kept]
+            )
+        os.close(child.pidfd)
+        pod.request = request
+        self._pods[pod.id] = pod
+        pod.peer = Peer(
+            self._loop,
+            ours,
+            partial(self._supervisor_says, pod),
+            partial(self._supervisor_gone, pod),
+        )
+
+    def _list(self, request: Request) -> None:
+        request.reply({"pods": list(self._pods)})
+
+    def _stop(self, request: Request) -> None:
+        """Only when no pod is left."""
+        if self._pods:
+            raise FailedPrecondition(f"launcher: {len(self._pods)} pods are left")
+        os.unlink(self._path)
+        request.reply()
+        self._loop.stop()
+
+    # --- what supervisors say ---
+
+    def _attend(self, peer: Peer, message: Message) -> None:
+        """A supervisor has lost the launcher before us."""
+        protocol.close_all(message.fds)
+        pod_id, directory = message.body["pod"], message.body["directory"]
+        pod = self._pods.get(pod_id) or KeptPod(pod_id, directory)
+        if pod.peer is not None:
+            pod.peer.close()
+        self._pods[pod_id] = pod
+        pod.peer = peer
+        peer.received = partial(self._supervisor_says, pod)
+        peer.closed = partial(self._supervisor_gone, pod)
+
+    def _supervisor_says(self, pod: KeptPod, _peer: Peer, message: Message) -> None:
+        try:
+            self._messages[message.body["op"]](pod, message)
+        except (KeyError, TypeError, ValueError) as error:
+            report(f"pod {pod.id}: its supervisor says {message.body}: {error!r}")
+            protocol.close_all(message.fds)
+
+    def _is_ready(self, pod: KeptPod, _message: Message) -> None:
+        if pod.request is not None:
+            pod.request.reply()
+            pod.request = None
+
+    def _has_failed(self, pod: KeptPod, message: Message) -> None:
+        if pod.request is not None:
+            pod.request.fail(protocol.read_error(message.body))
+            pod.request = None
+
+    def _keep(self, pod: KeptPod, message: Message) -> None:
+        body = message.body
+        fds = dict(zip(body["fds"], message.fds, strict=True))
+        pod.drop(body["container"])
+        pod.deposits[body["container"]] = Deposit(body["pid"], body["oom_kills"], fds)
+
+    def _drop(self, pod: KeptPod, message: Message) -> None:
+        pod.drop(message.body["container"], message.body["names"])
+
+    def _is_done(self, pod: KeptPod, _message: Message) -> None:
+        for container in tuple(pod.deposits):
+            pod.drop(container)
+        self._pods.pop(pod.id, None)
+
+    def _supervisor_gone(self, pod: KeptPod, _peer: Peer) -> None:
+        """Its children become ours, if it was one itself."""
+        pod.peer = None
+        if pod.request is not None:
+            pod.request.fail(Unavailable(f'pod "{pod.id}": its supervisor died'))
+            pod.request = None
+        for container, deposit in pod.deposits.items():
+            self._children.adopt(deposit.pid, partial(self._container_ended, pod, container))
+        if not pod.deposits:
+            self._pods.pop(pod.id, None)
+
+    # --- children ---
+
+    def _stranger_ended(self) -> None:
+        """A container may end together with its supervisor: hear first what that had to say."""
+        for pod in tuple(self._pods.values()):
+            if pod.peer is not None:
+                pod.peer.drain()
+
+    def _container_ended(self, pod: KeptPod, container: str, code: int) -> None:
+        deposit = pod.deposits.get(container)
+        if deposit is None or not _has_ended(deposit.fds["pidfd"]):
+            return
+        struck = exits.oom_kills(deposit.fds.get("oom")) > deposit.oom_kills
+        end = exits.describe(code, oom=struck and code == exits.SIGKILLED)
+        exits.record(pod.directory, container, end)
+
+
+def _has_ended(pidfd: int) -> bool:
+    """Whether it is this very child of ours that is a zombie, and not another one with its number."""
+    try:
+        end = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return end is not None
+
+
+def _is_served(directory: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        try:
+            with protocol.address(f"{directory}/{supervisor.SOCKET}") as address:
+                connection.connect(address)
+        except OSError:
+            return False
+    return True
+
+
+def _nothing(_code: int) -> None:
+    """The end of a supervisor shows by its connection."""
+
+
+# ---- the process ----
+
+
+def main(state: str, ready: int, *join: int) -> None:
+    """Run until stopped. ready: a pipe that gets READY, or why it cannot be. join: of a cgroup, files to write 0 to."""
+    close_others([ready, *join])
+    try:
+        loop = _prepare(state, join)
+    except Exception as error:  # noqa: BLE001 whatever it is, the agent shall know
+        os.write(ready, f"launcher: {error}".encode())
+        sys.exit(1)
+    os.write(ready, READY)
+    os.close(ready)
+    loop.run()
+
+
+def _prepare(state: str, join: Sequence[int]) -> Loop:
+    process.hide()
+    process.ignore_terminal()
+    process.set_title("nodeagent: launcher")
+    os.umask(0o022)
+    os.chdir("/")
+    for file in join:
+        os.write(file, b"0")
+        os.close(file)
+    refusal = process.protect_from_oom()
+    if refusal:
+        report(f"launcher: {refusal}")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    _lock(state)
+    loop = Loop()
+    Launcher(state, loop)
+    # Forked children share what is never touched again.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    return loop
+
+
+def _lock(state: str) -> None:
+    """There is one launcher for a state directory; the lock ends with the process."""
+    file = os.open(f"{state}/{LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise AlreadyExists(f"{state}: has a launcher") from None

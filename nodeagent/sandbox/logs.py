@@ -1,0 +1,123 @@
+"""The log file of a container, in the format of the CRI.
+
+One line is ``2026-11-23T16:05:00.123456789Z stdout F text``: time, stream, a tag, and the text as it was written. A
+text longer than MAX_LINE_BYTES is cut into parts with the tag P; its last part, and every other line, has F.
+"""
+
+import os
+import stat
+import time
+
+from nodeagent.errors import FailedPrecondition
+
+MAX_LINE_BYTES = 16384
+
+_MODE = 0o640
+_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+# ---- the format ----
+
+
+def format_lines(data: bytes, stamp: bytes, stream: bytes) -> tuple[bytes, bytes]:
+    """The log's lines for `data`, and the rest of it: at most MAX_LINE_BYTES of a line that goes on."""
+    full = b"%s %s F " % (stamp, stream)
+    partial = b"%s %s P " % (stamp, stream)
+    *lines, rest = data.split(b"\n")
+    if lines and max(map(len, lines)) <= MAX_LINE_BYTES:
+        output = full + (b"\n" + full).join(lines) + b"\n"
+    else:
+        output = b"".join(_format_line(line, full, partial) for line in lines)
+    parts, rest = _cut(rest)
+    return output + b"".join(b"%s%s\n" % (partial, part) for part in parts), rest
+
+
+def format_end(rest: bytes, stamp: bytes, stream: bytes) -> bytes:
+    """The last line of a stream, which lacks its newline."""
+    return b"%s %s F %s\n" % (stamp, stream, rest) if rest else b""
+
+
+def _format_line(line: bytes, full: bytes, partial: bytes) -> bytes:
+    parts, last = _cut(line)
+    return b"".join(b"%s%s\n" % (partial, part) for part in parts) + b"%s%s\n" % (full, last)
+
+
+def _cut(text: bytes) -> tuple[list[bytes], bytes]:
+    """Into parts of the greatest length, and a last one, which is only empty if the text is."""
+    last = max(0, len(text) - 1) // MAX_LINE_BYTES * MAX_LINE_BYTES
+    return [text[i : i + MAX_LINE_BYTES] for i in range(0, last, MAX_LINE_BYTES)], text[last:]
+
+
+class Clock:
+    """Stamps in the format of RFC 3339, in UTC with nanoseconds, that never run backwards."""
+
+    def __init__(self) -> None:
+        self._last_ns = 0
+        self._second = -1
+        self._prefix = ""
+
+    def stamp(self) -> bytes:
+        self._last_ns = max(self._last_ns, time.time_ns())
+        second, fraction = divmod(self._last_ns, 1_000_000_000)
+        if second != self._second:
+            self._second = second
+            self._prefix = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return b"%s.%09dZ" % (self._prefix.encode(), fraction)
+
+
+# ---- the file ----
+
+
+class LogFile:
+    """Appends whole lines to the file `path`. What cannot be written is dropped and counted, never waited for."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.dropped_lines = 0
+        self._file = _open(path)
+
+    def write(self, lines: bytes) -> None:
+        written = 0
+        try:
+            while written < len(lines):
+                written += os.write(self._file, lines[written:] if written else lines)
+        except OSError:
+            self.dropped_lines += lines.count(b"\n", written)
+            self._cut_off(written - (lines.rfind(b"\n", 0, written) + 1))
+
+    def _cut_off(self, torn_bytes: int) -> None:
+        """Remove the part of a line that a full disk left at the end of the file."""
+        if torn_bytes:
+            os.ftruncate(self._file, self.size() - torn_bytes)
+
+    def size(self) -> int:
+        return os.fstat(self._file).st_size
+
+    def inode(self) -> int:
+        return os.fstat(self._file).st_ino
+
+    def truncate(self, size: int) -> None:
+        os.ftruncate(self._file, size)
+
+    def reopen(self) -> None:
+        """Go on in a new file of the same name; with an error, in the old one."""
+        new = _open(self.path)
+        os.close(self._file)
+        self._file = new
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def _open(path: str) -> int:
+    """A container may share the directory: its links are not followed, its pipes not waited for."""
+    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+    try:
+        file = os.open(path, _FLAGS | os.O_EXCL, _MODE)
+        os.fchmod(file, _MODE)
+    except FileExistsError:
+        file = os.open(path, _FLAGS)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise FailedPrecondition(f"log {path}: not a regular file")
+    return file

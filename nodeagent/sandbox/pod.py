@@ -1,0 +1,49 @@
+"""What the containers and execs of a pod have in common: the supervisor's loop, its children, its peers."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from nodeagent.linux import syscalls
+from nodeagent.sandbox.children import Children
+from nodeagent.sandbox.keeping import Keeper
+from nodeagent.sandbox.logs import Clock
+from nodeagent.sandbox.loop import Loop
+from nodeagent.sandbox.peers import Peer
+from nodeagent.sandbox.protocol import Body
+from nodeagent.sandbox.pump import Workbench
+from nodeagent.sandbox.spec import PodPlan
+
+
+class Pod:
+    """agent: who is told what happens; init_pidfd: of the first process of the PID namespace that containers share."""
+
+    def __init__(self, plan: PodPlan, loop: Loop, keeper: Keeper) -> None:
+        self.id = plan["id"]
+        self.directory = plan["directory"]
+        self.namespaces = plan["namespaces"]
+        self.loop = loop
+        self.keeper = keeper
+        self.children = Children(loop)
+        self.clock = Clock()
+        self.workbench = Workbench.open()
+        self.agent: Peer | None = None
+        self.init_pidfd: int | None = None
+        self._pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+
+    def tell(self, event: Body) -> None:
+        """Nobody hears it when no agent is there; the next one asks for the state."""
+        if self.agent is not None:
+            self.agent.send(event)
+
+    @contextmanager
+    def children_join(self, target: int | None) -> Iterator[None]:
+        """Have children born in the PID namespace of the process of a pidfd; None is our own."""
+        if target is None:
+            yield
+            return
+        syscalls.setns(target, syscalls.CLONE_NEWPID)
+        try:
+            yield
+        finally:
+            syscalls.setns(self._pid_namespace, syscalls.CLONE_NEWPID)

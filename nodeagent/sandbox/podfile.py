@@ -1,0 +1,35 @@
+"""What a successor must know of a pod itself, in ``pod.json`` of its directory."""
+
+import json
+from typing import TypedDict
+
+from nodeagent import files
+from nodeagent.sandbox.spec import PodPlan
+
+
+class PodFacts(TypedDict):
+    """init_pid and init_ticks: of the first process of the shared PID namespace, 0 without one."""
+
+    plan: PodPlan
+    init_pid: int
+    init_ticks: int
+
+
+def save(known: PodFacts) -> None:
+    text = json.dumps(known, separators=(",", ":")).encode()
+    files.write_atomic(_path(known["plan"]["directory"]), text, 0o600, sync=False)
+
+
+def load(pod_id: str, directory: str) -> PodFacts:
+    """Of a pod whose supervisor died before it wrote anything, nothing was made."""
+    try:
+        with open(_path(directory), "rb") as file:
+            known: PodFacts = json.loads(file.read())
+    except FileNotFoundError:
+        plan: PodPlan = {"id": pod_id, "directory": directory, "namespaces": []}
+        return {"plan": plan, "init_pid": 0, "init_ticks": 0}
+    return known
+
+
+def _path(directory: str) -> str:
+    return f"{directory}/pod.json"

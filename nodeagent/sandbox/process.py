@@ -1,0 +1,87 @@
+"""What a launcher or a supervisor does to itself: its name, its place, who may look at it."""
+
+import os
+import signal
+from collections.abc import Mapping
+
+from nodeagent.linux import syscalls
+
+_OOM_SCORE_ADJ = "-999"
+
+
+def set_title(title: str) -> None:
+    """What ps shows as the command: PR_SET_NAME, and the memory of the arguments (proc(5), arg_start)."""
+    syscalls.set_name(title)
+    with open("/proc/self/stat", "rb") as file:
+        fields = file.read().rpartition(b") ")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    text = title.encode()[: end - start - 1].ljust(end - start, b"\0")
+    try:
+        with open("/proc/self/mem", "r+b", buffering=0) as memory:
+            memory.seek(start)
+            memory.write(text)
+    except OSError:
+        pass  # a kernel may forbid it (proc_mem.restrict_write); the short name has to do then
+
+
+def hide() -> None:
+    """Nobody without CAP_SYS_PTRACE sees our memory, descriptors or executable."""
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
+
+
+def protect_from_oom() -> str:
+    """Have the OOM killer spare us and what we fork; returns why that cannot be had, or ""."""
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write(_OOM_SCORE_ADJ)
+    except OSError as error:
+        return f"oom_score_adj {_OOM_SCORE_ADJ}: {error.strerror}"
+    return ""
+
+
+def ignore_terminal() -> None:
+    """A Ctrl-C is meant for others; who connects and goes away is told by an error, not by a signal."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+
+def start_ticks(pid: int) -> int:
+    """When a process started, in clock ticks since boot: with its pid, this tells it from all others."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read().rpartition(b") ")[2].split()[19])
+
+
+def is_running(pid: int, ticks: int) -> bool:
+    """Whether the process that had `pid` and started then is still there, be it as a zombie."""
+    try:
+        return start_ticks(pid) == ticks
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def open_pidfd(pid: int, ticks: int) -> int | None:
+    """A pidfd of the process that started then; None if it has gone."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    if is_running(pid, ticks):
+        return pidfd
+    os.close(pidfd)
+    return None
+
+
+def reopen_pipes(pid: int, inodes: Mapping[str, int]) -> dict[str, int]:
+    """Our ends of the pipes that a process still has for its standard streams. inodes: by the name of the stream."""
+    found = {}
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        flags = os.O_NONBLOCK | os.O_CLOEXEC | (os.O_RDONLY if number else os.O_WRONLY)
+        try:
+            end = os.open(f"/proc/{pid}/fd/{number}", flags)
+        except OSError:
+            continue
+        if os.fstat(end).st_ino == inodes.get(name):
+            found[name] = end
+        else:
+            os.close(end)
+    return found

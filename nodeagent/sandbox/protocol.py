@@ -1,0 +1,150 @@
+"""Messages between the agent, the launcher and the supervisors: JSON and descriptors over SOCK_SEQPACKET.
+
+A request is ``{"id": n, "op": name, …}``, its reply ``{"id": n, "result": {…}}`` or ``{"id": n, "error": class,
+"text": …}``, in any order. What comes unasked has no id: ``{"event": name, …}``. Descriptors travel in the same packet;
+``"fds"`` names the purpose of each. A text that is longer than a packet should be travels in a memfd, which is then the
+first descriptor of an otherwise empty packet. Everything is bounded; what is not in this grammar raises `ValueError`.
+"""
+
+import array
+import json
+import os
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from nodeagent import errors
+
+MAX_MESSAGE_BYTES = 1 << 20
+MAX_DESCRIPTORS = 64
+
+# The kernel copies a packet into one piece of memory, and by default allows a socket 208 KiB.
+_MAX_PACKET_BYTES = 32 << 10
+_IN_MEMFD = b"\0"
+
+Body = dict[str, Any]
+
+
+class Message(NamedTuple):
+    """What was received; the descriptors belong to the receiver."""
+
+    body: Body
+    fds: list[int]
+
+
+def send(connection: socket.socket, packet: bytes, fds: Sequence[int] = ()) -> None:
+    """Send what `encode` made. Raises BlockingIOError when a connection that does not block has no room."""
+    if len(packet) <= _MAX_PACKET_BYTES:
+        _send(connection, packet, fds)
+        return
+    memfd = os.memfd_create("message", os.MFD_CLOEXEC)
+    try:
+        with open(memfd, "wb", closefd=False) as file:
+            file.write(packet)
+        _send(connection, _IN_MEMFD, [memfd, *fds])
+    finally:
+        os.close(memfd)
+
+
+def _send(connection: socket.socket, packet: bytes, fds: Sequence[int]) -> None:
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    connection.sendmsg([packet], rights, socket.MSG_NOSIGNAL)
+
+
+def encode(body: Body) -> bytes:
+    """Raises ValueError for a message that is too long."""
+    packet = json.dumps(body, separators=(",", ":")).encode("ascii")
+    if len(packet) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"a message of {len(packet)} bytes is longer than {MAX_MESSAGE_BYTES}")
+    return packet
+
+
+def receive(connection: socket.socket) -> Message | None:
+    """The next message, None at the end. Raises ValueError for one that is malformed, with nothing left open."""
+    packet, fds, flags, _ = socket.recv_fds(
+        connection, _MAX_PACKET_BYTES, MAX_DESCRIPTORS + 1, socket.MSG_CMSG_CLOEXEC
+    )
+    if not packet and not fds:
+        return None
+    try:
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise ValueError("a packet is too long or has too many descriptors")
+        if packet == _IN_MEMFD and fds:
+            packet = _take_memfd(fds.pop(0))
+        return Message(_decode(packet), fds)
+    except BaseException:
+        close_all(fds)
+        raise
+
+
+def _take_memfd(memfd: int) -> bytes:
+    try:
+        packet = os.pread(memfd, MAX_MESSAGE_BYTES + 1, 0)
+    finally:
+        os.close(memfd)
+    if len(packet) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"a message is longer than {MAX_MESSAGE_BYTES} bytes")
+    return packet
+
+
+def _decode(packet: bytes) -> Body:
+    try:
+        body = json.loads(packet)
+    except RecursionError:
+        raise ValueError("a message is nested too deeply") from None
+    if not isinstance(body, dict):
+        raise ValueError("a message is not an object")
+    return body
+
+
+def named(pairs: Iterable[tuple[str, int | None]]) -> tuple[list[str], list[int]]:
+    """The names and the descriptors, for a message, of those that are there."""
+    there = [(name, descriptor) for name, descriptor in pairs if descriptor is not None]
+    return [name for name, _ in there], [descriptor for _, descriptor in there]
+
+
+@contextmanager
+def address(path: str) -> Iterator[str]:
+    """`path` as an address of a socket, which has at most 108 bytes (unix(7)): through its directory."""
+    directory, name = os.path.split(path)
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{name}"
+    finally:
+        os.close(descriptor)
+
+
+def close_all(fds: Iterable[int]) -> None:
+    for descriptor in fds:
+        os.close(descriptor)
+
+
+# ---- errors ----
+
+
+def describe_error(error: BaseException) -> Body:
+    """An exception as the members of a reply that carries it."""
+    if isinstance(error, OSError) and error.errno is not None:
+        filename = error.filename if isinstance(error.filename, str) else None
+        return {"error": "OSError", "text": error.strerror, "errno": error.errno, "path": filename}
+    name = type(error).__name__
+    known = isinstance(error, (errors.NodeAgentError, TimeoutError))
+    return {
+        "error": name if known else "NodeAgentError",
+        "text": str(error) if known else repr(error),
+    }
+
+
+def read_error(body: Body) -> Exception:
+    """The exception that `describe_error` described; a class that is unknown here becomes NodeAgentError."""
+    name, text = body["error"], body["text"]
+    if name == "OSError":
+        number = body.get("errno")
+        return OSError(number, text, body.get("path")) if number else OSError(text)
+    if name == "TimeoutError":
+        return TimeoutError(text)
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, errors.NodeAgentError):
+        return kind(text)
+    return errors.NodeAgentError(text)

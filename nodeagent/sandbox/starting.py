@@ -1,0 +1,88 @@
+"""Starting the launcher: with exec from a sealed copy of the interpreter, in a session of its own."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from nodeagent.errors import AlreadyExists, Unavailable
+from nodeagent.sandbox.interpreter import sealed_copy
+from nodeagent.sandbox.launcher import READY
+
+log = logging.getLogger(__name__)
+
+_PATIENCE_SECONDS = 30.0
+_PACKAGE_ROOT = str(Path(__file__).parents[2])
+_BOOTSTRAP = (
+    "import sys; root, state, *fds = sys.argv[1:]; sys.path.insert(0, root); "
+    "from nodeagent.sandbox.launcher import main; main(state, *map(int, fds))"
+)
+
+
+async def start_launcher(state: str, python: str, join: Sequence[int]) -> None:
+    """Return when it listens. Raises AlreadyExists where there is one, Unavailable where it does not come up."""
+    executable, copy = await asyncio.to_thread(_copy, python)
+    try:
+        answer = await _try_start(f"/proc/self/fd/{copy}", state, python, join)
+    finally:
+        os.close(copy)
+    if not answer:
+        # An interpreter that finds its libraries relative to itself cannot be run from a copy.
+        log.warning("%s: cannot be run from a sealed copy; containers may reach it", executable)
+        answer = await _try_start(executable, state, python, join)
+    if answer != READY:
+        text = answer.decode(errors="replace") or "launcher: ended before it was ready"
+        raise AlreadyExists(text) if "has a launcher" in text else Unavailable(text)
+
+
+def _copy(python: str) -> tuple[str, int]:
+    executable = os.path.realpath(python)
+    return executable, sealed_copy(executable)
+
+
+async def _try_start(executable: str, state: str, python: str, join: Sequence[int]) -> bytes:
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        await asyncio.to_thread(_spawn, executable, state, python, writer, join)
+    except BaseException:
+        os.close(reader)
+        raise
+    finally:
+        os.close(writer)
+    try:
+        return await _read(reader)
+    finally:
+        os.close(reader)
+
+
+def _spawn(executable: str, state: str, python: str, ready: int, join: Sequence[int]) -> int:
+    """The descriptors `ready` and `join` keep their numbers; the launcher closes what else it finds open."""
+    given = [str(fd) for fd in (ready, *join)]
+    log_flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    return os.posix_spawn(
+        executable,
+        [python, "-I", "-S", "-X", "utf8", "-c", _BOOTSTRAP, _PACKAGE_ROOT, state, *given],
+        {},
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
+            (os.POSIX_SPAWN_DUP2, 0, 1),
+            (os.POSIX_SPAWN_OPEN, 2, f"{state}/launcher.log", log_flags, 0o600),
+            *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in (ready, *join)),
+        ],
+        setsid=True,
+        setsigmask=[],
+    )
+
+
+async def _read(reader: int) -> bytes:
+    """What the launcher says; nothing if it ends."""
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(reader, readable.set)
+    try:
+        async with asyncio.timeout(_PATIENCE_SECONDS):
+            await readable.wait()
+        return os.read(reader, 4096)
+    finally:
+        loop.remove_reader(reader)
