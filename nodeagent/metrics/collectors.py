@@ -1,12 +1,13 @@
 """The Prometheus metrics: the agent's own, and those of containers made anew for each scrape."""
 
 from collections import Counter as Tally
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 
+from nodeagent.images.usage import Counters
 from nodeagent.lifecycle.node import Node
 from nodeagent.lifecycle.stats import SandboxUsage
 from nodeagent.metrics.families import ACCOUNTED, NETWORK, Family, T
@@ -36,12 +37,6 @@ class RpcMetrics:
             ["method", "code"],
             registry=registry,
         )
-        self._pulls = Counter(
-            "nodeagent_image_pulls_total",
-            "Pulls of images, by gRPC code",
-            ["code"],
-            registry=registry,
-        )
         self._pull_seconds = Histogram(
             "nodeagent_image_pull_duration_seconds",
             "Time of pulls that succeeded",
@@ -53,10 +48,8 @@ class RpcMetrics:
         self._seconds.labels(method).observe(seconds)
         if code != "OK":
             self._errors.labels(method, code).inc()
-        if method == PULL:
-            self._pulls.labels(code).inc()
-            if code == "OK":
-                self._pull_seconds.observe(seconds)
+        elif method == PULL:
+            self._pull_seconds.observe(seconds)
 
 
 class NodeCollector(Collector):
@@ -78,14 +71,46 @@ class NodeCollector(Collector):
             GaugeMetricFamily("nodeagent_warm_slots", "Pods made ahead", value=node.slots.ready),
             GaugeMetricFamily("nodeagent_images", "Images", value=len(images)),
             GaugeMetricFamily(
-                "nodeagent_image_bytes",
+                "nodeagent_images_bytes",
                 "Bytes of all images as transferred",
                 value=sum(image.size_bytes for image in images),
             ),
+            *_images(node.images.counters),
         )
 
     def collect(self) -> Iterable[MetricFamily | InfoMetricFamily]:
         return self._families
+
+
+def _images(counters: Counters) -> Iterator[MetricFamily]:
+    yield _counter(
+        "nodeagent_image_pulls_total",
+        "Pulls that ended",
+        "result",
+        {result: counters.pulls[result] for result in ("success", "failure")},
+    )
+    yield GaugeMetricFamily(
+        "nodeagent_image_pulls_in_progress", "Pulls now", value=counters.pulls_in_progress
+    )
+    yield _counter(
+        "nodeagent_image_bytes_total",
+        "Bytes of blobs that were fetched, or skipped because they were there",
+        "how",
+        {"fetched": counters.fetched_bytes, "skipped": counters.skipped_bytes},
+    )
+    yield _counter(
+        "nodeagent_image_layers_total",
+        "Layers that were fetched, or skipped because they were there",
+        "how",
+        {"fetched": counters.layers_fetched, "skipped": counters.layers_skipped},
+    )
+
+
+def _counter(name: str, help_: str, label: str, values: Mapping[str, float]) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, help_, labels=[label])
+    for value, count in values.items():
+        family.add_metric([value], count)
+    return family
 
 
 def _gauge(name: str, help_: str, counts: Tally[str], states: Iterable[str]) -> GaugeMetricFamily:

@@ -25,6 +25,7 @@ from nodeagent.cgroups.stats import (
 from nodeagent.config import Config
 from nodeagent.cri.server import MAX_MESSAGE_BYTES, Server
 from nodeagent.errors import FailedPrecondition, NotFound
+from nodeagent.images.usage import Counters
 from nodeagent.lifecycle.events import Events
 from nodeagent.lifecycle.execs import ExecResult
 from nodeagent.lifecycle.node import Node, NodeStatus
@@ -139,6 +140,7 @@ class FakeContainers:
 class FakeImages:
     def __init__(self) -> None:
         self.records: dict[str, Image] = {}
+        self.counters = Counters()
         self.pulls: list[tuple[str, Any]] = []
         self.error: Exception | None = None
 

@@ -69,8 +69,25 @@ async def test_calls_are_counted() -> None:
     assert value(found, "nodeagent_rpc_duration_seconds_count", method="Version") == 2
     assert value(found, "nodeagent_rpc_duration_seconds_sum", method="Version") == 0.006
     assert value(found, "nodeagent_rpc_errors_total", method="PullImage", code="UNKNOWN") == 1
-    assert value(found, "nodeagent_image_pulls_total", code="OK") == 1
     assert value(found, "nodeagent_image_pull_duration_seconds_sum") == 90
+
+
+async def test_images() -> None:
+    node = FakeNode()
+    await node.images.pull("a", None)
+    node.images.counters.pulls["failure"] += 2
+    node.images.counters.pulls_in_progress = 1
+    node.images.counters.fetched_bytes = 1234
+    node.images.counters.layers_skipped = 5
+    async with MetricsServer.open(node.node, "") as server:
+        found = await scraped(server)
+    assert value(found, "nodeagent_images") == 1
+    assert value(found, "nodeagent_images_bytes") == 1234
+    assert value(found, "nodeagent_image_pulls_total", result="failure") == 2
+    assert value(found, "nodeagent_image_pulls_total", result="success") == 0
+    assert value(found, "nodeagent_image_pulls_in_progress") == 1
+    assert value(found, "nodeagent_image_bytes_total", how="fetched") == 1234
+    assert value(found, "nodeagent_image_layers_total", how="skipped") == 5
 
 
 async def test_a_label_of_any_kind_is_escaped() -> None:
