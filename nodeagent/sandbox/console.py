@@ -71,16 +71,20 @@ def bind_console(root: int, terminal: Stdio) -> None:
 
 
 def install(stdio: Stdio, uid: int) -> None:
-    """Lead a new session, and put the descriptors in the places 0, 1 and 2.
+    """Put the descriptors in the places 0, 1 and 2.
 
     They are made the user's own, so that /dev/stdout and its like can be opened again.
     """
-    os.setsid()
-    if stdio.is_terminal:
-        fcntl.ioctl(stdio.stdin, termios.TIOCSCTTY, 0)
     for place, descriptor in enumerate(stdio[:3]):
         _give_to(descriptor, uid)
         os.dup2(descriptor, place)
+
+
+def lead_session(with_terminal: bool) -> None:
+    """Begin a session, controlled by the terminal that is standard input."""
+    os.setsid()
+    if with_terminal:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def _give_to(descriptor: int, uid: int) -> None:

@@ -47,7 +47,13 @@ class InitFds(NamedTuple):
 
 
 class ExecFds(NamedTuple):
-    """As `InitFds`; target: a pidfd of a process of the container, whose mount and cgroup namespaces are joined."""
+    """As `InitFds`; target: a pidfd of a process of the container, whose mount and cgroup namespaces are joined.
+
+    hidden: the process is born in the supervisor's PID namespace. Only when all is ready and it is told to go, a
+    successor appears in the container's, a sibling of it: so nobody there, with CAP_SYS_PTRACE even, ever sees a
+    process that has more rights than the program. The successor is announced as ``{"successor": pid}`` with its pidfd,
+    and waits for another "go".
+    """
 
     status: int
     target: int
@@ -56,12 +62,14 @@ class ExecFds(NamedTuple):
     stderr: int = -1
     cgroups: tuple[int, ...] = ()
     userns: int = -1
+    hidden: bool = False
 
 
 class _Start(NamedTuple):
     """All that the last steps need, inside the container's root.
 
     owned: kinds of namespaces that are still to be left for ones that belong to the pod's user namespace.
+    by_successor: the program is executed by a process that is born into the container's PID namespace.
     """
 
     argv: list[str]
@@ -72,6 +80,7 @@ class _Start(NamedTuple):
     maps: IdMaps
     owned: int
     warnings: list[str]
+    by_successor: bool = False
 
 
 def run(plan: ContainerPlan, fds: InitFds) -> NoReturn:
@@ -145,13 +154,14 @@ def _prepare_exec(plan: ExecPlan, settings: ProcessPlan, fds: ExecFds) -> _Start
     _join_cgroups(fds.cgroups)
     credentials.write_labels(settings)
     warnings = credentials.set_oom_score(settings)
-    syscalls.setns(fds.target, syscalls.CLONE_NEWNS | syscalls.CLONE_NEWCGROUP)
+    pid_namespace = syscalls.CLONE_NEWPID if fds.hidden else 0  # of children (pid_namespaces(7))
+    syscalls.setns(fds.target, syscalls.CLONE_NEWNS | syscalls.CLONE_NEWCGROUP | pid_namespace)
     root = os.open("/", _DIRECTORY)
     identity = users.resolve(root, settings["user"])
     cwd = confined.open_path(root, settings["cwd"], _DIRECTORY)
     given = (fds.stdin, fds.stdout, fds.stderr)
     stdio = console.open_terminal(root) if plan["tty"] else console.with_null(root, *given)
-    return _Start(plan["argv"], settings, identity, cwd, stdio, maps, 0, warnings)
+    return _Start(plan["argv"], settings, identity, cwd, stdio, maps, 0, warnings, fds.hidden)
 
 
 def _join_cgroups(tasks: tuple[int, ...]) -> None:
@@ -174,6 +184,9 @@ def _finish(status: int, start: _Start) -> NoReturn:
     _send(status, {"ready": {"identity": identity, "warnings": warnings}}, start.stdio.master)
     _keep_only(status)
     _wait_for_go(status)
+    if start.by_successor:
+        _continue_in_successor(status)
+    console.lead_session(start.stdio.is_terminal)
     program.execute(start.argv, settings, identity["home"])
 
 
@@ -198,6 +211,15 @@ def _wait_for_go(status: int) -> None:
     """Where the supervisor ends instead, the container never begins."""
     if not os.read(status, 1):
         os._exit(1)
+
+
+def _continue_in_successor(status: int) -> None:
+    """Returns in the successor only; CLONE_PARENT makes it a child of the supervisor."""
+    pid, pidfd = syscalls.clone3(syscalls.CLONE_PARENT, exit_signal=0)
+    if pid:
+        _send(status, {"successor": pid}, pidfd)
+        os._exit(0)
+    _wait_for_go(status)
 
 
 def _report_failure(status: int, error: BaseException) -> None:

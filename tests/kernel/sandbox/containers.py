@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, cast
+from unittest.mock import ANY
 
 from nodeagent.linux import capabilities, syscalls
 from nodeagent.sandbox import init, rootfs
@@ -183,6 +184,14 @@ class Process:
             self.status.send(b"g")
         return self._receive()
 
+    def follow(self) -> None:
+        """Let a hidden process go, and be its successor from now on."""
+        master, self.master = self.master, -1
+        assert self.go() == {"successor": ANY}
+        os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+        os.close(self.pidfd)
+        self.pidfd, self.master = self.master, master
+
     def output(self) -> str:
         """All that it writes until it ends."""
         chunks = []
@@ -229,13 +238,23 @@ def start(plan: ContainerPlan, *, stdin: int = -1, pod: Mapping[int, int] | None
 
 
 def start_exec(
-    container: Process, plan: ExecPlan, settings: ProcessPlan, *, userns: int = -1
+    container: Process,
+    plan: ExecPlan,
+    settings: ProcessPlan,
+    *,
+    userns: int = -1,
+    hidden: bool = False,
 ) -> Process:
-    """A further process in a running container, born in its PID namespace."""
+    """A further process in a running container, born in its PID namespace if not hidden."""
 
     def child(status: int, stdout: int) -> None:
-        fds = init.ExecFds(status, container.pidfd, -1, stdout, stdout, userns=userns)
+        fds = init.ExecFds(
+            status, container.pidfd, -1, stdout, stdout, userns=userns, hidden=hidden
+        )
         init.run_exec(plan, settings, fds)
+
+    if hidden:
+        return _clone(child, 0)
 
     own = os.open("/proc/self/ns/pid", os.O_RDONLY)
     syscalls.setns(container.pidfd, syscalls.CLONE_NEWPID)

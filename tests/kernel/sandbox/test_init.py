@@ -251,12 +251,15 @@ def test_a_lower_oom_score_is_set_or_a_warning(plan: Plan) -> None:
         assert process.output().strip() == (own if refused else "-500")
 
 
-def test_a_label_of_a_module_that_is_off_is_unsupported(plan: Plan) -> None:
-    if Path("/sys/kernel/security/apparmor").exists():
-        pytest.skip("AppArmor is on")
-    with start(plan("true", process={"apparmor": "some-profile"})) as process:
-        assert process.message["error"] == "Unsupported"
-        assert 'AppArmor profile "some-profile"' in process.message["text"]
+@pytest.mark.parametrize(
+    ("field", "kind"), [("apparmor", "AppArmor profile"), ("selinux", "SELinux label")]
+)
+def test_a_label_that_cannot_be_had_is_named(plan: Plan, field: str, kind: str) -> None:
+    """Where AppArmor is on, a profile of that name is not loaded; where it is off, there are none."""
+    is_on = Path("/sys/module/apparmor/parameters/enabled").exists() and field == "apparmor"
+    with start(plan("true", process={field: "no-such-label"})) as process:
+        assert process.message["error"] == ("FailedPrecondition" if is_on else "Unsupported")
+        assert f'{kind} "no-such-label"' in process.message["text"]
 
 
 def test_the_waiting_process_cannot_be_looked_into(plan: Plan) -> None:

@@ -1,12 +1,15 @@
 """Further processes of a running container."""
 
+import base64
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nodeagent.linux import capabilities, syscalls
+from nodeagent.sandbox import seccomp_profile
 from nodeagent.sandbox.spec import ContainerPlan
 from tests.kernel.sandbox.conftest import Plan
 from tests.kernel.sandbox.containers import (
@@ -19,6 +22,8 @@ from tests.kernel.sandbox.containers import (
     user,
 )
 
+_FILTER = seccomp_profile.runtime_default(capabilities.mask(DEFAULT_CAPABILITIES))
+SECCOMP = base64.b64encode(_FILTER.program).decode()
 WAITING = "touch /tmp/up; exec sleep 100"
 
 
@@ -87,6 +92,74 @@ def test_a_missing_working_directory_is_not_made(container: Process) -> None:
 def test_a_terminal(container: Process) -> None:
     with start_exec(container, exec_plan(["/bin/tty"], tty=True), process_plan()) as process:
         assert process.master != -1
+        process.go()
+        assert process.output() == "/dev/pts/0\r\n"
+
+
+# ---- hidden until they execute their program ----
+
+
+def execute_hidden(container: Process, script: str, **changes: Any) -> tuple[int, str]:
+    wanted = exec_plan(["/bin/sh", "-c", script])
+    with start_exec(container, wanted, process_plan(**changes), hidden=True) as process:
+        assert process.ready
+        process.follow()
+        assert process.go() == {}
+        output = process.output()
+        return process.wait(), output
+
+
+def test_a_hidden_process_is_not_in_the_container(container: Process) -> None:
+    with start_exec(container, exec_plan(["/bin/true"]), process_plan(), hidden=True) as process:
+        assert process.ready
+        listed = execute(
+            container, "for p in /proc/[0-9]*; do readlink $p/ns/pid > /dev/null && echo $p; done"
+        )[1]
+        assert len(listed.split()) == 2  # the container's first process, and the shell
+
+
+def test_its_successor_is_and_has_only_the_programs_rights(container: Process) -> None:
+    mask = capabilities.mask(DEFAULT_CAPABILITIES)
+    with start_exec(
+        container, exec_plan(["/bin/sleep", "9"]), process_plan(), hidden=True
+    ) as process:
+        process.follow()
+        namespaces = {os.readlink(f"/proc/{pid}/ns/pid") for pid in (process.pid, container.pid)}
+        assert len(namespaces) == 1
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        for name in ("CapPrm", "CapEff", "CapBnd"):
+            assert f"{name}:\t{mask:016x}\n" in status
+        assert os.stat(f"/proc/{process.pid}/fd").st_uid == 0  # not to be looked into
+        assert process.go() == {}
+
+
+def test_a_successor_runs_the_program(container: Process) -> None:
+    script = "cat /proc/self/stat; id -u; exit 5"
+    code, output = execute_hidden(container, script, user=user(uid=1000))
+    assert code == 5
+    stat, uid = output.splitlines()
+    assert 1 < int(stat.split()[0]) < 50
+    assert uid == "1000"
+
+
+def test_a_successor_that_cannot_start_says_so(container: Process) -> None:
+    with start_exec(container, exec_plan(["/bin/nope"]), process_plan(), hidden=True) as process:
+        process.follow()
+        assert process.go()["error"] == "StartError"
+        assert process.wait() == 1
+
+
+@pytest.mark.parametrize("no_new_privs", [False, True])
+def test_a_successor_under_the_default_filter(container: Process, no_new_privs: bool) -> None:
+    changes = {"seccomp": SECCOMP, "no_new_privs": no_new_privs}
+    script = "grep ^Seccomp: /proc/self/status"
+    assert execute_hidden(container, script, **changes) == (0, "Seccomp:\t2\n")
+
+
+def test_a_terminal_of_a_successor(container: Process) -> None:
+    wanted = exec_plan(["/bin/tty"], tty=True)
+    with start_exec(container, wanted, process_plan(), hidden=True) as process:
+        process.follow()
         process.go()
         assert process.output() == "/dev/pts/0\r\n"
 
