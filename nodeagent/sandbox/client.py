@@ -2,168 +2,43 @@
 
 import asyncio
 import itertools
-import os
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
 
 from nodeagent.errors import AlreadyExists, Unavailable
 from nodeagent.sandbox import supervisor
-from nodeagent.sandbox.channel import Channel, Reply
+from nodeagent.sandbox.channel import Channel
+from nodeagent.sandbox.handles import (
+    AttachIO,
+    CgroupFds,
+    ContainerState,
+    Created,
+    ExecExit,
+    ExecHandle,
+    ExecIO,
+    Namespaces,
+)
 from nodeagent.sandbox.keeping import LAUNCHER_SOCKET
 from nodeagent.sandbox.protocol import Body
-from nodeagent.sandbox.spec import (
-    ContainerPlan,
-    ExecPlan,
-    Exit,
-    Identity,
-    PodPlan,
-    PodSettings,
-)
+from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, Exit, PodPlan, PodSettings
 from nodeagent.sandbox.starting import start_launcher
 
+__all__ = [
+    "AttachIO",
+    "CgroupFds",
+    "ContainerState",
+    "Created",
+    "ExecExit",
+    "ExecHandle",
+    "ExecIO",
+    "Launcher",
+    "Namespaces",
+    "Supervisor",
+]
+
 Size = tuple[int, int]
-
-
-# ---- what goes to and fro ----
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CgroupFds:
-    """The open files of a cgroup; they stay the caller's.
-
-    join: of v1, each hierarchy's `tasks`, for writing; of v2, the directory. oom: memory.events(.local) or
-    memory.oom_control. procs: the list of pids. kill: cgroup.kill.
-    """
-
-    join: Sequence[int] = ()
-    oom: int | None = None
-    procs: int | None = None
-    kill: int | None = None
-
-    def named(self) -> list[tuple[str, int | None]]:
-        watch = [("oom", self.oom), ("procs", self.procs), ("kill", self.kill)]
-        return [*(("join", descriptor) for descriptor in self.join), *watch]
-
-
-@dataclass(slots=True, kw_only=True)
-class Namespaces:
-    """Of a pod. net: its network namespace; route: a NETLINK_ROUTE socket inside it. Closed by `with`."""
-
-    net: int
-    route: socket.socket
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.net)
-        self.route.close()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Created:
-    """A container's process, ready to execute its program. warnings: what it could not be given."""
-
-    pid: int
-    identity: Identity
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContainerState:
-    """What a supervisor knows of a container. Times are ns since the epoch, 0 for not yet."""
-
-    id: str
-    pid: int
-    identity: Identity
-    warnings: tuple[str, ...]
-    created_at: int
-    started_at: int
-    exit: Exit | None
-    dropped_log_lines: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExecIO:
-    """The ends that the process gets; None is the container's /dev/null. They stay the caller's. None with a tty."""
-
-    stdin: int | None = None
-    stdout: int | None = None
-    stderr: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExecExit:
-    """code: 0-255, 128 + n for signal n; timed_out: it was killed because its time was over."""
-
-    code: int
-    timed_out: bool
-
-
-@dataclass(slots=True)
-class AttachIO:
-    """Our ends, not blocking, closed by `with`; stdout is all of a terminal.
-
-    stdin: None for a container that reads none. cut_off: set when we were too slow, and all output ended early.
-    """
-
-    stdin: int | None
-    stdout: int | None
-    stderr: int | None
-    _detach: Callable[[], None]
-    cut_off: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def close_stdin(self) -> None:
-        """With stdin_once the container reads the end of its input when we detach."""
-        if self.stdin is not None:
-            os.close(self.stdin)
-            self.stdin = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close_stdin()
-        for descriptor in (self.stdout, self.stderr):
-            if descriptor is not None:
-                os.close(descriptor)
-        self.stdout = self.stderr = None
-        self._detach()
-
-
-class ExecHandle:
-    """A process that runs in a container. master: of its terminal, not blocking, the caller's; None without one."""
-
-    def __init__(
-        self, channel: Channel, number: int, reply: Reply, end: "asyncio.Future[ExecExit | None]"
-    ) -> None:
-        self.pid: int = reply.result["pid"]
-        self.master = reply.fds.get("master")
-        self._channel = channel
-        self._number = number
-        self._end = end
-
-    async def wait(self) -> ExecExit:
-        """Raises Unavailable when the supervisor dies first."""
-        end = await asyncio.shield(self._end)
-        if end is None:
-            raise self._channel.unavailable()
-        return end
-
-    async def resize(self, width: int, height: int) -> None:
-        await self._channel.request("exec_resize", exec=self._number, width=width, height=height)
-
-    async def kill(self) -> None:
-        """The whole tree, if it has a cgroup. Of a process that has ended, nothing is left to kill."""
-        if not self._end.done():
-            self._channel.post("exec_kill", exec=self._number)
-
-
-# ---- supervisors ----
 
 
 class Supervisor:
@@ -224,7 +99,7 @@ class Supervisor:
     async def state(self) -> list[ContainerState]:
         """Of every container that was created and is not removed."""
         reply = await self._channel.request("state")
-        return [_container_state(body) for body in reply.result["containers"]]
+        return [ContainerState.read(body) for body in reply.result["containers"]]
 
     async def shutdown(self) -> None:
         """Kill all that runs in the pod, wait for its end, remove the pins, and end the supervisor. Idempotent.
@@ -263,7 +138,7 @@ class Supervisor:
         A creation whose caller is cancelled goes on: `remove` undoes it, whatever it has come to.
         """
         reply = await self._channel.request("create", cgroup.named(), plan=plan)
-        state = _container_state(reply.result)
+        state = ContainerState.read(reply.result)
         return Created(pid=state.pid, identity=state.identity, warnings=state.warnings)
 
     async def start(self, container: str) -> int:
@@ -370,22 +245,6 @@ class Supervisor:
                 end.set_result(None)
         self._execs.clear()
         self._attached.clear()
-
-
-def _container_state(body: Mapping[str, Any]) -> ContainerState:
-    return ContainerState(
-        id=body["id"],
-        pid=body["pid"],
-        identity=body["identity"],
-        warnings=tuple(body["warnings"]),
-        created_at=body["created_at"],
-        started_at=body["started_at"],
-        exit=body["exit"],
-        dropped_log_lines=body["dropped_log_lines"],
-    )
-
-
-# ---- the launcher ----
 
 
 class Launcher:

@@ -248,7 +248,7 @@ def main(state: str, ready: int, *join: int) -> None:
 def _prepare(state: str, join: Sequence[int]) -> Loop:
     process.hide()
     process.ignore_terminal()
-    process.set_title("nodeagent: launcher")
+    process.set_title("na-launcher", f"nodeagent.sandbox.launcher {state}")
     os.umask(0o022)
     os.chdir("/")
     for file in join:

@@ -11,14 +11,14 @@ from typing import NoReturn
 from nodeagent.linux import mounts, syscalls
 from nodeagent.sandbox import process
 
-TITLE = "nodeagent-pod"
+TITLE = "pod"
 
 _NOBODY = 65534
 
 
 def main(directory: str) -> NoReturn:
     """directory: any one; what is mounted there is seen by nobody else."""
-    process.set_title(TITLE)
+    process.set_title(TITLE, TITLE)
     _leave_files(directory)
     _drop_rights()
     signals = {signal.SIGCHLD}

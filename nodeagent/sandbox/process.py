@@ -9,9 +9,9 @@ from nodeagent.linux import syscalls
 _OOM_SCORE_ADJ = "-999"
 
 
-def set_title(title: str) -> None:
-    """What ps shows as the command: PR_SET_NAME, and the memory of the arguments (proc(5), arg_start)."""
-    syscalls.set_name(title)
+def set_title(name: str, title: str) -> None:
+    """What ps shows: the name, of 15 bytes, and as the command the title, in the memory of the arguments (proc(5))."""
+    syscalls.set_name(name)
     with open("/proc/self/stat", "rb") as file:
         fields = file.read().rpartition(b") ")[2].split()
     start, end = int(fields[45]), int(fields[46])

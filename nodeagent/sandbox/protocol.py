@@ -22,6 +22,7 @@ MAX_DESCRIPTORS = 64
 # The kernel copies a packet into one piece of memory, and by default allows a socket 208 KiB.
 _MAX_PACKET_BYTES = 32 << 10
 _IN_MEMFD = b"\0"
+_RIGHTS_BYTES = socket.CMSG_LEN((MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
 
 Body = dict[str, Any]
 
@@ -62,9 +63,10 @@ def encode(body: Body) -> bytes:
 
 def receive(connection: socket.socket) -> Message | None:
     """The next message, None at the end. Raises ValueError for one that is malformed, with nothing left open."""
-    packet, fds, flags, _ = socket.recv_fds(
-        connection, _MAX_PACKET_BYTES, MAX_DESCRIPTORS + 1, socket.MSG_CMSG_CLOEXEC
+    packet, ancillary, flags, _ = connection.recvmsg(
+        _MAX_PACKET_BYTES, _RIGHTS_BYTES, socket.MSG_CMSG_CLOEXEC
     )
+    fds = _descriptors(ancillary)
     if not packet and not fds:
         return None
     try:
@@ -76,6 +78,15 @@ def receive(connection: socket.socket) -> Message | None:
     except BaseException:
         close_all(fds)
         raise
+
+
+def _descriptors(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
+    """The kernel may cut the data in the middle of a descriptor's number, but then it has not opened that."""
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return fds.tolist()
 
 
 def _take_memfd(memfd: int) -> bytes:

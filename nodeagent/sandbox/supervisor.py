@@ -75,7 +75,7 @@ def succeed(pod_id: str, directory: str, keeper: int, kept: Kept) -> NoReturn:
 def _run(
     pod_id: str, directory: str, keeper: int, prepare: Callable[[], PodFacts], kept: Kept
 ) -> NoReturn:
-    process.set_title(f"nodeagent: pod {pod_id}")
+    process.set_title(f"na-pod-{pod_id[:8]}", f"nodeagent.sandbox.supervisor {pod_id}")
     loop = Loop()
     connection = Keeper(loop, pod_id, directory, socket.socket(fileno=keeper))
     try:
