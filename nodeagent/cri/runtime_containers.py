@@ -57,7 +57,7 @@ class ContainerCalls:
         container = self._containers.get(request.container_id)
         return pb.ContainerStatusResponse(
             status=messages.container_status(container),
-            info=verbose.container_info(container) if request.verbose else None,
+            info=_info(self._node, container) if request.verbose else None,
         )
 
     async def ListContainers(self, request: pb.ListContainersRequest) -> bytes:
@@ -116,3 +116,7 @@ def fit(stdout: bytes, stderr: bytes, room: int) -> tuple[bytes, bytes]:
 
 def _item(record: Container) -> bytes:
     return messages.container_item(record).SerializeToString()
+
+
+def _info(node: Node, container: Container) -> dict[str, str]:
+    return verbose.container_info(container, node.containers.verbose(container.id))

@@ -42,7 +42,7 @@ class SandboxCalls:
         sandbox = self._sandboxes.get(request.pod_sandbox_id)
         return pb.PodSandboxStatusResponse(
             status=messages.sandbox_status(sandbox),
-            info=verbose.sandbox_info(sandbox) if request.verbose else None,
+            info=_info(self._node, sandbox) if request.verbose else None,
             containers_statuses=map(messages.container_status, self._containers.of(sandbox.id)),
             timestamp=time.time_ns(),
         )
@@ -76,3 +76,7 @@ def sandbox_id(value: str) -> str:
 
 def _item(record: Sandbox) -> bytes:
     return messages.sandbox_item(record).SerializeToString()
+
+
+def _info(node: Node, sandbox: Sandbox) -> dict[str, str]:
+    return verbose.sandbox_info(sandbox, node.sandboxes.verbose(sandbox.id))

@@ -8,7 +8,8 @@ from nodeagent.config import Config
 from nodeagent.records import Container, ContainerConfig, Image, Sandbox
 
 
-def container_info(container: Container) -> dict[str, str]:
+def container_info(container: Container, plan: dict[str, Any]) -> dict[str, str]:
+    """plan: what its supervisor executed."""
     return {
         "info": _json(
             {
@@ -16,12 +17,14 @@ def container_info(container: Container) -> dict[str, str]:
                 "pid": container.pid,
                 "cgroupPath": container.cgroup_path,
                 "config": _container_config(container.config),
+                "plan": plan,
             }
         )
     }
 
 
-def sandbox_info(sandbox: Sandbox) -> dict[str, str]:
+def sandbox_info(sandbox: Sandbox, details: dict[str, Any]) -> dict[str, str]:
+    """details: its supervisor and its directory."""
     return {
         "info": _json(
             {
@@ -29,6 +32,7 @@ def sandbox_info(sandbox: Sandbox) -> dict[str, str]:
                 "cgroupParent": sandbox.cgroup_parent,
                 "addresses": sandbox.addresses,
                 "config": sandbox.config,
+                **details,
             }
         )
     }

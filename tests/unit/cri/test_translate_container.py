@@ -253,7 +253,7 @@ ROOT = pb.IDMapping(container_id=0, host_id=1, length=1)
         (samples.simple_container(image=pb.ImageSpec(image="a\n")), "config.image.image"),
         (samples.simple_container(command=["a", "b\0"]), "config.command[1]: has a NUL"),
         (samples.simple_container(args=["\0"]), "config.args[0]"),
-        (samples.simple_container(args=["x"] * 10_001), "config.args: has 10001 entries"),
+        (samples.simple_container(args=["x"] * 100_001), "config.args: has 100001 entries"),
         (samples.simple_container(working_dir="tmp"), "config.working_dir"),
         (samples.simple_container(working_dir="/proc/self/fd/8/../.."), "config.working_dir"),
         (env(""), "config.envs[0].key"),
