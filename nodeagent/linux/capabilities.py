@@ -3,6 +3,7 @@
 Bit n of a mask is capability n of ``linux/capability.h``. A name is written without ``CAP_``.
 """
 
+import errno
 import functools
 from collections.abc import Iterable
 
@@ -53,6 +54,7 @@ NAMES = (
 )
 SYS_ADMIN = 1 << NAMES.index("SYS_ADMIN")
 
+_ALL_BITS = 2**64 - 1
 _NUMBERS = {name: number for number, name in enumerate(NAMES)}
 
 
@@ -96,14 +98,21 @@ def known() -> int:
 
 def drop_bounding(keep: int) -> None:
     """Drop from the caller's bounding set all that is not in `keep`; needs SETPCAP."""
-    for number in range(last() + 1):
-        if not keep >> number & 1:
+    for number in _bits(~keep & _ALL_BITS):
+        try:
             syscalls.prctl(syscalls.PR_CAPBSET_DROP, number)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return  # all further ones are unknown to this kernel
 
 
 def raise_ambient(capabilities: int) -> None:
     """Set the ambient set, all of which must be permitted and inheritable."""
     syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_CLEAR_ALL)
-    for number in range(last() + 1):
-        if capabilities >> number & 1:
-            syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_RAISE, number)
+    for number in _bits(capabilities):
+        syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_RAISE, number)
+
+
+def _bits(mask: int) -> list[int]:
+    return [number for number in range(_ALL_BITS.bit_length()) if mask >> number & 1]

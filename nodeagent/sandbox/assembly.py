@@ -248,24 +248,26 @@ def _populate_dev(assembly: Assembly, plan: ContainerPlan) -> None:
     own_dev = has_own_dev(plan)
     devices = {device["path"]: device for device in rootfs.DEFAULT_DEVICES if own_dev}
     devices |= {device["path"]: device for device in plan["devices"]}
+    parents: dict[str, int] = {}
     for path, device in devices.items():
         if own_dev or not path.startswith("/dev/"):
-            _make_device(assembly, device)
+            parent = os.path.dirname(path)
+            if parent not in parents:
+                parents[parent] = confined.make_path(assembly.root, parent, directory=True)
+            _make_device(parents[parent], device, assembly.maps)
     if own_dev:
-        directory = confined.open_path(assembly.root, "/dev", _DIRECTORY)
         for name, target in rootfs.DEFAULT_LINKS.items():
-            os.symlink(target, name, dir_fd=directory)
+            os.symlink(target, name, dir_fd=parents["/dev"])
 
 
-def _make_device(assembly: Assembly, device: Device) -> None:
-    parent, name = os.path.split(device["path"])
-    directory = confined.make_path(assembly.root, parent, directory=True)
+def _make_device(parent: int, device: Device, maps: IdMaps) -> None:
+    name = os.path.basename(device["path"])
     kind = _DEVICE_KINDS[device["type"]]
     number = os.makedev(device["major"], device["minor"])
-    uid, gid = assembly.maps.uid(device["uid"]), assembly.maps.gid(device["gid"])
+    uid, gid = maps.uid(device["uid"]), maps.gid(device["gid"])
     try:
-        os.mknod(name, kind | device["mode"], number, dir_fd=directory)
-        os.chown(name, uid, gid, dir_fd=directory, follow_symlinks=False)
+        os.mknod(name, kind | device["mode"], number, dir_fd=parent)
+        os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
     except OSError as error:
         raise OSError(error.errno, f"make device {device['path']}: {error.strerror}") from error
 

@@ -26,7 +26,24 @@ from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, Identity, ProcessPla
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _FIRST_OTHER = 3  # the descriptor after standard error
 _MAX_TEXT = 4096
-_CATCHABLE = tuple({*range(1, signal.SIGSYS + 1)} - {signal.SIGKILL, signal.SIGSTOP})
+
+# Those that a process may have been started with as ignored, or that Python or a supervisor handles.
+_SIGNALS = (
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGPIPE,
+    signal.SIGALRM,
+    signal.SIGTERM,
+    signal.SIGCHLD,
+    signal.SIGTSTP,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGXFSZ,
+    signal.SIGWINCH,
+)
 _KEPT: list[object] = []
 
 
@@ -107,9 +124,8 @@ def _leave_supervisor() -> None:
     """Shed what was inherited: signal handlers, ways to import, and being readable to others."""
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
     signal.set_wakeup_fd(-1)
-    for number in _CATCHABLE:
-        if signal.getsignal(number) is not signal.SIG_DFL:
-            signal.signal(number, signal.SIG_DFL)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     _forbid_imports()
     gc.disable()
