@@ -46,20 +46,20 @@ async def rtnetlink() -> AsyncIterator[IPRoute]:
 
 
 async def ensure(ipr: IPRoute, name: str, *, mac: bytes, mtu: int) -> int:
-    """The index of the bridge `name` with this MAC address, which is up. A new one gets the MTU.
+    """The index of the bridge `name` with this MAC address, which is up and has this MTU.
 
     Raises `AlreadyExists` where the name is another link's.
     """
     if await _link(ipr, name) is None:
         with _explained(f"bridge {name}: create"):
-            await ipr.link("add", ifname=name, kind="bridge", address=mac.hex(":"), mtu=mtu)
+            await ipr.link("add", ifname=name, kind="bridge", address=mac.hex(":"))
     link = await _link(ipr, name)
     if link is None or not _is_ours(link, mac):
         raise AlreadyExists(f'link "{name}": is there already, and is not a bridge of this agent')
     index = int(link["index"])
     sysctls.disable_link_local(name)
     with _explained(f"bridge {name}: set up"):
-        await ipr.link("set", index=index, state="up")
+        await ipr.link("set", index=index, mtu=mtu, state="up")
     return index
 
 
@@ -109,9 +109,9 @@ def is_up(name: str) -> bool:
 
 
 async def _link(ipr: IPRoute, name: str) -> Any:
-    async for link in await ipr.get_links(ifname=name):
-        return link
-    return None
+    # read to its end: an answer that is left half read makes the socket busy
+    links = [link async for link in await ipr.get_links(ifname=name)]
+    return links[0] if links else None
 
 
 # --- the alias ------------------------------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ class Nat:
 
     def _change(self, requests: Sequence[Request]) -> None:
         try:
-            nftables.transact(self._connection, requests)
+            if requests:
+                nftables.transact(self._connection, requests)
         except OSError as error:
             log.warning("%s: somebody changed it, it is declared anew", error)
             self.declare()

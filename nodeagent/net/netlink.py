@@ -159,8 +159,12 @@ class Connection:
     def open(cls, protocol: int) -> Self:
         """A socket of the caller's namespace, with room for a long transaction."""
         own = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
-        own.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BUFFER_BYTES)
-        return cls(own)
+        try:
+            own.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BUFFER_BYTES)
+            return cls(own)
+        except BaseException:
+            own.close()
+            raise
 
     def close(self) -> None:
         self._socket.close()

@@ -13,7 +13,6 @@ milliseconds while they delete links, are made in threads.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import socket
 import time
@@ -27,12 +26,11 @@ import msgspec
 
 from nodeagent.config import Network as NetworkConfig
 from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
-from nodeagent.net import bridge, conntrack, setup, stats, sysctls, veth
-from nodeagent.net.addresses import gateway, link_local, mac_of, parse_pod_cidr
+from nodeagent.net import bridge, conntrack, links, setup, stats, sysctls
+from nodeagent.net.addresses import parse_pod_cidr
 from nodeagent.net.hostports import HostPorts
 from nodeagent.net.ipam import Ipam, interfaces
 from nodeagent.net.nat import Nat
-from nodeagent.net.netlink import NETLINK_ROUTE, Connection
 from nodeagent.net.nftables import Element, Table
 from nodeagent.net.ruleset import Ruleset, elements
 from nodeagent.net.stats import InterfaceStats
@@ -70,7 +68,7 @@ class Network:
         self._link_prefix = f"nv{instance}"
         self._ipam = Ipam(store, self._link_prefix, ())
         self._host_ports = HostPorts(store)
-        self._choices = store.get(NodeNetwork, "node") or NodeNetwork()
+        self._choices: NodeNetwork
         self._side: setup.NodeSide
         self._nat: Nat | None = None
         self._nat_missing = ""
@@ -87,7 +85,7 @@ class Network:
         if not config.subnet4 and not config.subnet6:
             raise InvalidArgument("network: subnet4 and subnet6 are both empty")
         network = cls(config, store, instance)
-        await network._set_up()
+        await network._set_up(store.get(NodeNetwork, "node") or NodeNetwork())
         network._open_nat()
         network._reaper = asyncio.create_task(network._reap())
         network._released.set()
@@ -114,13 +112,15 @@ class Network:
         """
         lease = self._ipam.leases.get(pod_id)
         if lease is not None and lease.released_at:
-            await self._run(partial(_delete_link, lease.link))
+            await self._run(partial(links.delete, lease.link))
             self._ipam.forget(lease)
             lease = None
         is_new = lease is None
         lease = lease or self._ipam.acquire(pod_id)
         try:
-            await self._run(partial(_connect, lease, self._side, netns_fd, route_socket, is_new))
+            await self._run(
+                partial(links.connect, lease, self._side, netns_fd, route_socket, is_new=is_new)
+            )
         except BaseException:
             if is_new:
                 self._release(pod_id)
@@ -170,9 +170,11 @@ class Network:
             self._host_ports.release(pod_id)
         if self._nat is not None:
             self._nat.declare()
-        known = {lease.link for lease in self._ipam.leases.values()}
-        for name in self._links() - known:
-            await self._run(partial(_delete_link, name))
+        present = links.names(self._link_prefix)
+        held = {lease.link for lease in self._ipam.leases.values() if not lease.released_at}
+        await self._run(partial(links.plug_in, present & held, self._side))
+        for stray in present.difference(lease.link for lease in self._ipam.leases.values()):
+            await self._run(partial(links.delete, stray))
 
     async def set_pod_cidr(self, cidr: str) -> None:
         """New pods get addresses of these subnets, also after a restart; those that are there keep theirs.
@@ -185,8 +187,7 @@ class Network:
         subnets = tuple(str(subnet) for subnet in parse_pod_cidr(cidr))
         if subnets == self._choices.pod_cidrs:
             return
-        self._choices = msgspec.structs.replace(self._choices, pod_cidrs=subnets)
-        await self._set_up()
+        await self._set_up(msgspec.structs.replace(self._choices, pod_cidrs=subnets))
         if self._nat is not None:
             self._nat.declare(self._ruleset())
 
@@ -194,7 +195,7 @@ class Network:
 
     def status(self) -> NetworkStatus:
         """How it is now. What others undid of the table or the kernel's settings is made good by the way."""
-        problems = [*self._side.problems, *([self._nat_missing] if self._nat_missing else [])]
+        problems = self._problems()
         if not bridge.is_up(self._side.bridge):
             return NetworkStatus(
                 ready=False,
@@ -217,38 +218,51 @@ class Network:
             if lease.link in by_link
         }
 
+    def _problems(self) -> list[str]:
+        wanted = {"host ports": self._config.host_ports, "masquerade": self._config.masquerade}
+        missing = [f"no {what}: {self._nat_missing}" for what in wanted if wanted[what]]
+        return [*self._side.problems, *(missing if self._nat_missing else ())]
+
     def _repair(self) -> None:
-        for name in sysctls.differing(self._side.settings):
-            log.warning("sysctl %s was changed, it is set again", name)
-        sysctls.apply(self._side.settings)
         if self._nat is not None and not self._nat.is_declared():
-            log.warning("%s: was deleted, it is declared anew", self._ruleset().table.name)
+            log.warning(
+                "nft table %s: was deleted, it is declared anew", self._ruleset().table.name
+            )
             self._nat.declare()
+        for name in sysctls.differing(self._settings()):
+            log.warning("sysctl %s: was changed, it is set again", name)
+        sysctls.apply(self._settings())
 
     # --- the node's side ---
 
-    async def _set_up(self) -> None:
-        self._side = await setup.set_up(self._plan())
+    async def _set_up(self, choices: NodeNetwork) -> None:
+        self._side = await setup.set_up(self._plan(choices))
         self._ipam.use(self._side.subnets)
-        self._choices = setup.with_choice(self._choices, self._config.subnet4, self._side.subnets)
+        self._choices = setup.with_choice(choices, self._config.subnet4, self._side.subnets)
         self._store.put(self._choices)
 
-    def _plan(self) -> setup.Plan:
+    def _plan(self, choices: NodeNetwork) -> setup.Plan:
         return setup.Plan(
             config=self._config,
             instance=self._instance,
-            choices=self._choices,
+            choices=choices,
             held=self._ipam.subnets,
         )
 
     def _open_nat(self) -> None:
-        if not self._config.masquerade and not self._config.host_ports:
-            return
+        if not self._config.host_ports:
+            sysctls.apply(self._settings())  # before the guard, which an earlier agent had, goes
         try:
             self._nat = Nat.open(self._ruleset(), lambda: self._elements(self._host_ports.all()))
         except Unsupported as error:
-            self._nat_missing = f"no host ports and no masquerade: {error}"
-            log.warning("%s", self._nat_missing)
+            self._nat_missing = str(error)
+            for problem in self._problems():
+                log.warning("%s", problem)
+        sysctls.apply(self._settings())
+
+    def _settings(self) -> dict[str, str]:
+        is_guarded = self._nat is not None and self._config.host_ports
+        return self._side.settings | sysctls.of_bridge(self._side.bridge, loopback=is_guarded)
 
     def _ruleset(self) -> Ruleset:
         return Ruleset(
@@ -262,16 +276,11 @@ class Network:
     async def _remove(self) -> None:
         if self._nat is not None:
             self._nat.delete()
-        for name in self._links():
-            await self._run(partial(_delete_link, name))
+        for name in links.names(self._link_prefix):
+            await self._run(partial(links.delete, name))
         for lease in list(self._ipam.leases.values()):
             self._ipam.forget(lease)
-        await setup.tear_down(self._plan())
-
-    def _links(self) -> set[str]:
-        """The node's ends of all pods' links."""
-        names = (name for _, name in socket.if_nameindex())
-        return {name for name in names if name.startswith(self._link_prefix)}
+        await setup.tear_down(self._plan(self._choices))
 
     # --- host ports ---
 
@@ -295,16 +304,13 @@ class Network:
             self._run_behind(partial(conntrack.forget_flows_to, addresses))
 
     def _elements(self, ports: Sequence[HostPort]) -> list[Element]:
-        """Each once: two addresses of the node may be forwarded to the same port."""
         leases = self._ipam.leases
-        return list(
-            dict.fromkeys(
-                element
-                for port in ports
-                if port.pod_id in leases
-                for element in elements(port, [i.ip for i in interfaces(leases[port.pod_id])])
-            )
-        )
+        return [
+            element
+            for port in ports
+            if port.pod_id in leases
+            for element in elements(port, [i.ip for i in interfaces(leases[port.pod_id])])
+        ]
 
     # --- leases whose pod is gone ---
 
@@ -322,11 +328,11 @@ class Network:
                     await self._reap_one(lease)
 
     async def _reap_one(self, lease: Lease) -> None:
-        if not _exists(lease.link):
+        if not links.exists(lease.link):
             self._ipam.forget(lease)
         elif time.time_ns() - lease.released_at > _PATIENCE_NS:
             try:
-                await self._run(partial(_delete_link, lease.link))
+                await self._run(partial(links.delete, lease.link))
             except OSError as error:
                 log.warning("%s", error)
                 await asyncio.sleep(_RETRY_SECONDS)
@@ -350,43 +356,3 @@ class Network:
 def _log_failure(job: Future[None]) -> None:
     if error := job.exception():
         log.warning("%s", error)
-
-
-def _connect(
-    lease: Lease,
-    side: setup.NodeSide,
-    netns_fd: int,
-    route_socket: socket.socket,
-    is_new: bool,
-) -> None:
-    addresses = interfaces(lease)
-    mac = mac_of(addresses[0])
-    gateways = [gateway(address.network).ip for address in addresses]
-    if any(address.version == 6 for address in addresses):
-        addresses.append(link_local(mac))
-    with Connection.open(NETLINK_ROUTE) as node:
-        try:
-            veth.create(
-                node, lease.link, bridge=side.index, mtu=side.mtu, mac=mac, netns_fd=netns_fd
-            )
-        except FileExistsError:
-            if is_new:
-                raise
-        veth.configure(Connection(route_socket), addresses, gateways)
-
-
-def _delete_link(name: str) -> None:
-    with Connection.open(NETLINK_ROUTE) as node:
-        try:
-            veth.delete(node, name)
-        except OSError as error:
-            if error.errno != errno.ENODEV:
-                raise
-
-
-def _exists(link: str) -> bool:
-    try:
-        socket.if_nametoindex(link)
-    except OSError:
-        return False
-    return True

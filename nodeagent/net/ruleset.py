@@ -138,7 +138,7 @@ class Ruleset:
             yield from_bridge, family.is_(), _TO_NODE, remembered
 
     def _guard(self) -> Iterator[tuple[bytes, ...]]:
-        """route_localnet would open the node's loopback services to pods (CVE-2020-8558)."""
+        """route_localnet would open the node's own services there to pods (CVE-2020-8558)."""
         from_bridge = nft.equal(nft.IIFNAME, nft.interface(self.bridge))
         for match in (_IPV4.to(_LOOPBACK4), _IPV4.from_(_LOOPBACK4)):
             yield from_bridge, _IPV4.is_(), match, nft.drop()

@@ -154,7 +154,6 @@ async def _apply_settings(
     for noted in (await bridge.aliases(ipr)).values():
         remembered |= noted
     await bridge.set_alias(ipr, index, sysctls.differing(wanted) | remembered)
-    wanted |= sysctls.of_bridge(plan.bridge, host_ports=plan.config.host_ports)
     sysctls.apply(wanted)
     return wanted
 

@@ -32,9 +32,12 @@ def of_node(versions: Sequence[int], advertised: Sequence[str]) -> dict[str, str
     return wanted
 
 
-def of_bridge(bridge: str, *, host_ports: bool) -> dict[str, str]:
-    """What the bridge must have; it goes with it. route_localnet: the node reaches its ports by 127.0.0.1."""
-    return {f"net/ipv4/conf/{bridge}/route_localnet": "1"} if host_ports else {}
+def of_bridge(bridge: str, *, loopback: bool) -> dict[str, str]:
+    """What the bridge must have; it goes with it. loopback: the node reaches ports of pods by 127.0.0.1.
+
+    That alone would let pods reach the node's own services there (CVE-2020-8558): it needs the table's guard.
+    """
+    return {f"net/ipv4/conf/{bridge}/route_localnet": "1" if loopback else "0"}
 
 
 def disable_link_local(link: str) -> None:

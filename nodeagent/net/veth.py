@@ -93,12 +93,6 @@ def create(
         text(_IFLA_INFO_KIND, "veth"),
         nested(_IFLA_INFO_DATA, nested(_VETH_INFO_PEER, *peer)),
     )
-    # A pod reaches its own published port through the port it came from when bridged packets are translated
-    # (br_netfilter); for that the port needs hairpin mode.
-    hairpin = (
-        text(_IFLA_INFO_SLAVE_KIND, "bridge"),
-        nested(_IFLA_INFO_SLAVE_DATA, u8(_IFLA_BRPORT_MODE, 1)),
-    )
     named = _link() + text(_IFLA_IFNAME, name)
     node.perform(
         Request(
@@ -107,18 +101,33 @@ def create(
             NLM_F_CREATE | NLM_F_EXCL,
             named + u32(_IFLA_MTU, mtu) + u32(_IFLA_MASTER, bridge) + nested(_IFLA_LINKINFO, *pair),
         ),
+        *_configure_port(name),
+    )
+
+
+def plug_in(node: Connection, name: str, *, bridge: int) -> None:
+    """Make the link `name` a port of the bridge of this index, and set it up."""
+    body = _link() + text(_IFLA_IFNAME, name) + u32(_IFLA_MASTER, bridge)
+    what = f"link {name}: make it a port of the bridge"
+    node.perform(Request(what, _RTM_NEWLINK, 0, body), *_configure_port(name))
+
+
+def _configure_port(name: str) -> tuple[Request, Request]:
+    # A pod reaches its own published port through the port it came from when bridged packets are translated
+    # (br_netfilter); for that the port needs hairpin mode.
+    hairpin = (
+        text(_IFLA_INFO_SLAVE_KIND, "bridge"),
+        nested(_IFLA_INFO_SLAVE_DATA, u8(_IFLA_BRPORT_MODE, 1)),
+    )
+    named = text(_IFLA_IFNAME, name)
+    return (
         Request(
-            f"link {name}: configure as a port of the bridge",
+            f"link {name}: configure as a port",
             _RTM_NEWLINK,
             0,
-            named + nested(_IFLA_LINKINFO, *hairpin) + _without_link_local(),
+            _link() + named + nested(_IFLA_LINKINFO, *hairpin) + _without_link_local(),
         ),
-        Request(
-            f"link {name}: set up",
-            _RTM_NEWLINK,
-            0,
-            _link(flags=_IFF_UP) + text(_IFLA_IFNAME, name),
-        ),
+        Request(f"link {name}: set up", _RTM_NEWLINK, 0, _link(flags=_IFF_UP) + named),
     )
 
 

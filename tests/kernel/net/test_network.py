@@ -17,8 +17,13 @@ from nodeagent.errors import (
     InvalidArgument,
     NotFound,
     ResourceExhausted,
+    Unsupported,
 )
+from nodeagent.linux import syscalls
+from nodeagent.net.nat import Nat
 from nodeagent.net.network import Network, NetworkConfig, PortMapping
+from nodeagent.net.nftables import Table
+from nodeagent.net.ruleset import Ruleset
 from nodeagent.records import HostPort, Lease
 from nodeagent.store import Store
 from tests.kernel.net.conftest import DUAL_STACK, INSTANCE, PodMaker, World
@@ -29,6 +34,8 @@ from tests.kernel.net.world import (
     Pod,
     ask_again,
     ask_tcp,
+    has_nf_tables,
+    needs_nf_tables,
     tcp_echo_of_peer,
     udp_echo_of_peer,
 )
@@ -36,18 +43,20 @@ from tests.kernel.net.world import (
 OTHER_INSTANCE = "ffeeddcc"
 BRIDGE = f"na{INSTANCE}"
 TABLE = f"nodeagent_{INSTANCE}"
+CAP_NET_ADMIN = 12
+RULESET = Ruleset(table=Table(TABLE), bridge=BRIDGE, subnets=(), masquerade=True, host_ports=True)
 WEB = PortMapping(protocol="tcp", container_port=8080, host_port=80)
 DNS = PortMapping(protocol="udp", container_port=5353, host_port=53)
 
 
+def nft_text(*arguments: str, given: str = "") -> str:
+    command = ["nft", *arguments]
+    return subprocess.run(command, input=given, capture_output=True, text=True, check=True).stdout
+
+
 def nft(*arguments: str) -> list[dict[str, Any]]:
-    command = ["nft", "-j", *arguments]
-    listing = subprocess.run(command, capture_output=True, check=True).stdout
-    return [
-        entry
-        for entry in json.loads(listing or "{}").get("nftables", [])
-        if "metainfo" not in entry
-    ]
+    listed = json.loads(nft_text("-j", *arguments) or "{}")
+    return [entry for entry in listed.get("nftables", []) if "metainfo" not in entry]
 
 
 def elements(name: str, kind: str = "map") -> list[Any]:
@@ -78,6 +87,7 @@ def state_of(node: Namespace) -> tuple[list[str], list[dict[str, Any]], list[str
     return sorted(node.links()), nft("list", "tables"), [node.read(name) for name in settings]
 
 
+@needs_nf_tables
 async def test_nothing_is_left_when_it_is_removed(world: World, store: Store) -> None:
     before = state_of(world.node)
     network = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
@@ -105,6 +115,7 @@ async def test_a_default_route_by_advertisement_survives_forwarding(
     assert state_of(world.node) == before
 
 
+@needs_nf_tables
 async def test_table_is_what_nft_shows(network: Network, new_pod: PodMaker) -> None:
     pod, pod4, pod6 = await new_pod(network)
     await network.publish(
@@ -118,16 +129,26 @@ async def test_table_is_what_nft_shows(network: Network, new_pod: PodMaker) -> N
     assert elements("any4") == [[{"concat": ["tcp", 80]}, {"concat": [pod4, 8080]}]]
     assert elements("any6") == [[{"concat": ["tcp", 80]}, {"concat": [pod6, 8080]}]]
     assert elements("bound4") == [[{"concat": [NODE4, "sctp", 7]}, {"concat": [pod4, 9]}]]
-    shown = subprocess.run(
-        ["nft", "list", "table", "inet", TABLE], capture_output=True, text=True, check=True
-    ).stdout
+    shown = nft_text("list", "table", "inet", TABLE)
     assert "dnat ip to meta l4proto . th dport map @any4" in shown
     assert f'oifname != "{BRIDGE}" ip saddr 10.88.0.0/16 masquerade' in shown
     assert f'iifname "{BRIDGE}" ip daddr 127.0.0.0/8 drop' in shown
     # What nft lists it accepts as well: no expression is unknown to it or lost in its text.
-    subprocess.run(["nft", "-c", "-f", "-"], input=shown, text=True, check=True)
+    nft_text("-c", "-f", "-", given=shown)
 
 
+@needs_nf_tables
+async def test_what_is_switched_off_goes(world: World, store: Store) -> None:
+    network = await Network.start(config=NetworkConfig(), store=store, instance=INSTANCE)
+    await network.close(remove=False)
+    config = NetworkConfig(masquerade=False, host_ports=False)
+    network = await Network.start(config=config, store=store, instance=INSTANCE)
+    assert '"masquerade"' not in json.dumps(nft("list", "ruleset"))
+    assert world.node.read(f"net/ipv4/conf/{BRIDGE}/route_localnet") == "0"
+    await network.close(remove=True)
+
+
+@needs_nf_tables
 @pytest.mark.parametrize(
     ("masquerade", "host_ports"), [(True, False), (False, True), (False, False)]
 )
@@ -164,6 +185,7 @@ async def test_status_tells_a_bridge_that_is_down_or_gone(world: World, network:
         assert not network.status().ready
 
 
+@needs_nf_tables
 async def test_status_makes_good_what_others_undid(
     world: World, network: Network, new_pod: PodMaker
 ) -> None:
@@ -176,6 +198,7 @@ async def test_status_makes_good_what_others_undid(
     assert world.node.read("net/ipv4/ip_forward") == "1"
 
 
+@needs_nf_tables
 async def test_ports_survive_that_somebody_flushed_the_table(
     network: Network, new_pod: PodMaker
 ) -> None:
@@ -199,9 +222,42 @@ async def test_a_link_of_somebody_else_is_not_taken(world: World, store: Store) 
     assert world.node.links().keys() >= {"br0", "wan"}
 
 
+@pytest.mark.skipif(has_nf_tables(), reason="this kernel has nf_tables")
+async def test_without_nf_tables_it_says_what_is_missing(
+    world: World, network: Network, new_pod: PodMaker
+) -> None:
+    status = network.status()
+    assert status.ready
+    ports, masquerade = status.problems
+    assert ports.startswith("no host ports: nf_tables")
+    assert masquerade.startswith("no masquerade: nf_tables")
+    pod, pod4, _ = await new_pod(network)
+    with pytest.raises(Unsupported, match="host ports: nf_tables"):
+        await network.publish(pod.id, [WEB])
+    await network.publish(pod.id, [])
+    async with tcp_echo_of_peer(world.node, ("10.88.0.1", 80)):
+        assert await ask_tcp(pod.namespace, ("10.88.0.1", 80)) == pod4
+    # Without the table nothing would keep pods from services on the node's loopback addresses.
+    assert world.node.read(f"net/ipv4/conf/{BRIDGE}/route_localnet") == "0"
+
+
+@needs_nf_tables
+async def test_without_permission_it_says_so(world: World) -> None:
+    """As in a container whose kernel would have nf_tables."""
+    with world.node.entered():
+        effective, permitted, inheritable = syscalls.capget()
+        syscalls.capset(effective & ~(1 << CAP_NET_ADMIN), permitted, inheritable)
+        try:
+            with pytest.raises(Unsupported, match="not permitted"):
+                Nat.open(RULESET, list)
+        finally:
+            syscalls.capset(effective, permitted, inheritable)
+
+
 # --- several agents -------------------------------------------------------------------------------------------------
 
 
+@needs_nf_tables
 async def test_agents_side_by_side_do_not_meet(
     world: World, tmp_path: Path, new_pod: PodMaker
 ) -> None:
@@ -238,7 +294,7 @@ async def test_default_subnet_gives_way_and_stays_where_it_is(world: World, stor
         pod = Pod()
         lease = await network.attach(pod.id, pod.namespace.descriptor, pod.route)
         chosen.add(lease.addresses[0].rpartition(".")[0])
-        assert network.status().problems == ()
+        assert not any("overlap" in problem for problem in network.status().problems)
         await network.close(remove=True)
         pod.close()
         async with world.node.routing() as ipr:
@@ -250,7 +306,7 @@ async def test_default_subnet_gives_way_and_stays_where_it_is(world: World, stor
 async def test_configured_subnet_is_kept_but_its_overlap_told(world: World, store: Store) -> None:
     config = NetworkConfig(subnet4="198.51.100.128/25")
     network = await Network.start(config=config, store=store, instance=INSTANCE)
-    (problem,) = network.status().problems
+    problem = network.status().problems[0]
     assert "198.51.100.128/25" in problem
     assert "198.51.100.0/24" in problem
     await network.close(remove=True)
@@ -372,6 +428,7 @@ async def test_link_that_outlives_its_pod_is_deleted(
     await until(lambda: not store.all(Lease))
 
 
+@needs_nf_tables
 async def test_detach_is_idempotent(network: Network, new_pod: PodMaker) -> None:
     pod, _, _ = await new_pod(network)
     await network.publish(pod.id, [WEB])
@@ -384,6 +441,7 @@ async def test_detach_is_idempotent(network: Network, new_pod: PodMaker) -> None
 # --- host ports -----------------------------------------------------------------------------------------------------
 
 
+@needs_nf_tables
 async def test_a_port_that_is_held_is_refused(network: Network, new_pod: PodMaker) -> None:
     holder, _, _ = await new_pod(network)
     other, _, _ = await new_pod(network)
@@ -393,6 +451,7 @@ async def test_a_port_that_is_held_is_refused(network: Network, new_pod: PodMake
     assert len(elements("any4")) == 1
 
 
+@needs_nf_tables
 async def test_publish_replaces_what_the_pod_had(network: Network, new_pod: PodMaker) -> None:
     pod, _, _ = await new_pod(network)
     for mappings, count in (([WEB], 1), ([WEB, DNS], 2), ([DNS], 1), ([DNS], 1)):
@@ -402,6 +461,7 @@ async def test_publish_replaces_what_the_pod_had(network: Network, new_pod: PodM
     assert elements("any4") == []
 
 
+@needs_nf_tables
 async def test_two_addresses_of_the_node_lead_to_one_port(
     network: Network, new_pod: PodMaker
 ) -> None:
@@ -416,6 +476,7 @@ async def test_two_addresses_of_the_node_lead_to_one_port(
     assert elements("bound4") == []
 
 
+@needs_nf_tables
 async def test_udp_client_that_never_pauses_follows_the_port(
     world: World, network: Network, new_pod: PodMaker
 ) -> None:
@@ -449,6 +510,7 @@ async def test_udp_client_that_never_pauses_follows_the_port(
 # --- restart and recovery -------------------------------------------------------------------------------------------
 
 
+@needs_nf_tables
 async def test_next_agent_takes_over(world: World, store: Store, new_pod: PodMaker) -> None:
     first = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
     pod, pod4, _ = await new_pod(first)
@@ -468,6 +530,7 @@ async def test_next_agent_takes_over(world: World, store: Store, new_pod: PodMak
     await second.close(remove=True)
 
 
+@needs_nf_tables
 async def test_recovery_drops_what_belongs_to_no_pod(
     world: World, store: Store, new_pod: PodMaker
 ) -> None:
@@ -488,6 +551,22 @@ async def test_recovery_drops_what_belongs_to_no_pod(
     await second.close(remove=True)
 
 
+async def test_recovery_plugs_pods_into_a_new_bridge(
+    world: World, store: Store, new_pod: PodMaker
+) -> None:
+    first = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    pod, pod4, _ = await new_pod(first)
+    await first.close(remove=False)
+    async with world.node.routing() as ipr:
+        await ipr.link("del", index=world.node.links()[BRIDGE])
+    second = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    await second.recover([pod.id])
+    async with tcp_echo_of_peer(pod.namespace, (pod4, 8080)):
+        assert await ask_tcp(world.node, (pod4, 8080)) == "10.88.0.1"
+    await second.close(remove=True)
+
+
+@needs_nf_tables
 async def test_recovery_after_a_reboot(store: Store, world: World, new_pod: PodMaker) -> None:
     """The store is there, everything in the kernel is gone."""
     first = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
@@ -509,6 +588,7 @@ async def test_recovery_after_a_reboot(store: Store, world: World, new_pod: PodM
 # --- pod CIDR -------------------------------------------------------------------------------------------------------
 
 
+@needs_nf_tables
 async def test_new_pods_follow_the_pod_cidr(world: World, store: Store, new_pod: PodMaker) -> None:
     network = await Network.start(config=NetworkConfig(), store=store, instance=INSTANCE)
     old, old4, _ = await new_pod(network)
@@ -526,7 +606,7 @@ async def test_new_pods_follow_the_pod_cidr(world: World, store: Store, new_pod:
     await network.close(remove=False)
     network = await Network.start(config=NetworkConfig(), store=store, instance=INSTANCE)
     await network.recover([new.id])
-    third, third4, _ = await new_pod(network)
+    _, third4, _ = await new_pod(network)
     assert third4 == "10.7.0.3"
     await network.close(remove=True)
 

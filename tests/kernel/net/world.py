@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any, Self
 
+import pytest
 from pyroute2 import AsyncIPRoute
 
 from nodeagent.linux import syscalls
+from nodeagent.net import nftables
 from nodeagent.net.netlink import NETLINK_ROUTE
 
 PATIENCE_SECONDS = 3.0
@@ -52,6 +54,12 @@ class Namespace:
 
     def close(self) -> None:
         os.close(self.descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -90,6 +98,20 @@ class Namespace:
             await ipr.setup_endpoint()
         async with ipr:
             yield ipr
+
+
+def has_nf_tables() -> bool:
+    """Whether this kernel has tables of family inet."""
+    table = nftables.Table("probe")
+    try:
+        with Namespace.new() as namespace, namespace.entered(), nftables.connect() as connection:
+            nftables.transact(connection, [table.create(), table.delete()])
+    except OSError:
+        return False
+    return True
+
+
+needs_nf_tables = pytest.mark.skipif(not has_nf_tables(), reason="this kernel has no nf_tables")
 
 
 @dataclass(slots=True)

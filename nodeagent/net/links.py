@@ -1,0 +1,67 @@
+"""Links of pods as a whole: made, found again, deleted by name. Each call may wait for the kernel's routing lock."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterable
+
+from nodeagent.net import veth
+from nodeagent.net.addresses import gateway, link_local, mac_of
+from nodeagent.net.ipam import interfaces
+from nodeagent.net.netlink import NETLINK_ROUTE, Connection
+from nodeagent.net.setup import NodeSide
+from nodeagent.records import Lease
+
+
+def connect(
+    lease: Lease, side: NodeSide, netns_fd: int, route_socket: socket.socket, *, is_new: bool
+) -> None:
+    """The link of a lease, from the bridge to the namespace of both descriptors, with all that belongs to it.
+
+    Raises `FileExistsError` where it is there already, unless that is how it should be.
+    """
+    addresses = interfaces(lease)
+    mac = mac_of(addresses[0])
+    gateways = [gateway(address.network).ip for address in addresses]
+    if any(address.version == 6 for address in addresses):
+        addresses.append(link_local(mac))
+    with Connection.open(NETLINK_ROUTE) as node:
+        try:
+            veth.create(
+                node, lease.link, bridge=side.index, mtu=side.mtu, mac=mac, netns_fd=netns_fd
+            )
+        except FileExistsError:
+            if is_new:
+                raise
+        veth.configure(Connection(route_socket), addresses, gateways)
+
+
+def plug_in(names: Iterable[str], side: NodeSide) -> None:
+    """Make links ports of the bridge, which may be another one than that they were made for."""
+    with Connection.open(NETLINK_ROUTE) as node:
+        for name in names:
+            veth.plug_in(node, name, bridge=side.index)
+
+
+def delete(name: str) -> None:
+    """Delete a link; one that is gone is fine."""
+    with Connection.open(NETLINK_ROUTE) as node:
+        try:
+            veth.delete(node, name)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+
+
+def exists(name: str) -> bool:
+    try:
+        socket.if_nametoindex(name)
+    except OSError:
+        return False
+    return True
+
+
+def names(prefix: str) -> set[str]:
+    """Of the node's links, those whose name begins with `prefix`."""
+    return {name for _, name in socket.if_nameindex() if name.startswith(prefix)}
