@@ -25,6 +25,7 @@ WEBSOCKET_PROTOCOLS = (
 )
 
 MAX_PENDING = 1024
+MAX_REQUEST_ID = 128
 
 
 # --- events; connection is a number that the wire has chosen ---
@@ -163,12 +164,15 @@ class SpdyWire:
         port = _port(headers.get("port", ""))
         request = headers.get("requestid", "")
         match headers.get("streamtype"):
-            case "error" if port and len(self._pending) < MAX_PENDING:
+            case "error" if port and self._may_pend(request):
                 return self._open_error(stream, request or f"stream {stream}")
             case "data" if port:
                 return self._open_data(stream, request or f"stream {stream - 2}", port)
         self._spdy.reset(stream, Reset.PROTOCOL_ERROR)
         return []
+
+    def _may_pend(self, request: str) -> bool:
+        return len(self._pending) < MAX_PENDING and len(request) <= MAX_REQUEST_ID
 
     def _open_error(self, stream: int, key: str) -> list[Event]:
         if key in self._pending:

@@ -199,6 +199,8 @@ class Handshake(asyncio.Protocol):
             transport.abort()
 
     def data_received(self, data: bytes) -> None:
+        if self._transport.is_closing():
+            return
         try:
             request = self._http.receive_data(data)
             if request is not None:
@@ -209,6 +211,9 @@ class Handshake(asyncio.Protocol):
             self._refuse(refusal.status, refusal.text, refusal.headers)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._end()
+
+    def _end(self) -> None:
         self._timer.cancel()
         self._server.forget(self)
 
@@ -219,7 +224,7 @@ class Handshake(asyncio.Protocol):
         self._transport.set_protocol(session)
         session.connection_made(self._transport)
         self._server.start(session, self._http.trailing)
-        self.connection_lost(None)
+        self._end()
 
     def _refuse(self, status: int, text: str, headers: upgrade.Answer | None = None) -> None:
         self._transport.write(self._http.refuse(status, text, headers or []))

@@ -105,7 +105,7 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
         chunks = self._wire.data_to_send()
         if chunks and not self._transport.is_closing():
             self._active = self.loop.time()
-            self._transport.writelines(chunks)
+            self._transport.write(b"".join(chunks))
 
     def balance(self) -> None:
         """Read from the client as long as what it makes us keep is within bounds."""
@@ -149,7 +149,7 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
             self._transport.abort()
             return
         self._wire.keep_alive()
-        self._transport.writelines(self._wire.data_to_send())
+        self._transport.write(b"".join(self._wire.data_to_send()))
         self.loop.call_later(HANGUP_CHECK_S, self._check_hangup)
 
     def _check_idle(self) -> None:
@@ -167,7 +167,7 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
         transport.set_write_buffer_limits(high=MAX_OUTPUT_BYTES)
 
     def data_received(self, data: bytes) -> None:
-        if self._over:
+        if self._over or self._transport.is_closing():
             return
         self._active = self.loop.time()
         for event in self._wire.receive_data(data):

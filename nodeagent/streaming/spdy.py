@@ -220,6 +220,7 @@ class Connection:
             handler(flags, (yield from self._reader.exactly(length)))
 
     def _data_frame(self, stream: int, flags: int, length: int) -> Generator[None, None, None]:
+        self._check_opened(stream)
         while length:
             data = yield from self._reader.some(length)
             length -= len(data)
@@ -281,11 +282,13 @@ class Connection:
     def _state(self, stream: int) -> State:
         return self._streams.get(stream, State.CLOSED)
 
+    def _check_opened(self, stream: int) -> None:
+        if not 0 < stream <= self._last_stream:
+            raise ProtocolError(f"data for stream {stream}, which was never opened")
+
     def _received(self, stream: int, step: Step) -> bool:
         """Take the peer's step. False: the stream is gone, or is now, because the step was wrong."""
         if stream not in self._streams:
-            if stream > self._last_stream or stream == 0:
-                raise ProtocolError(f"data for stream {stream}, which was never opened")
             return False  # it crossed our RST_STREAM
         if (self._streams[stream], step) in _TRANSITIONS:
             self._take_step(stream, step)

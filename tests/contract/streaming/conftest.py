@@ -1,3 +1,4 @@
+import os
 from collections.abc import AsyncIterator
 
 import pytest
@@ -5,15 +6,19 @@ import pytest
 from nodeagent.streaming.server import StreamingServer
 from nodeagent.streaming.session import Timeouts
 from tests.contract.streaming.children import Children
+from tests.contract.streaming.waiting import eventually
 
 TIMEOUTS = Timeouts(creation_s=0.5, idle_s=20.0, last_output_s=0.3, first_size_s=0.2)
 
 
 @pytest.fixture
 async def backend() -> AsyncIterator[Children]:
+    """Every test gives back every descriptor."""
+    before = len(os.listdir("/proc/self/fd"))
     children = Children()
     yield children
     await children.close()
+    await eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
 @pytest.fixture

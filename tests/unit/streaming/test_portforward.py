@@ -6,6 +6,7 @@ from nodeagent.errors import InvalidArgument
 from nodeagent.streaming import spdy
 from nodeagent.streaming.portforward import (
     MAX_PENDING,
+    MAX_REQUEST_ID,
     Aborted,
     Closed,
     Connect,
@@ -194,6 +195,11 @@ def test_what_waits_for_its_partner_is_bounded(client: Client) -> None:
         client.spdy.reset(client.open("error", request=str(number)), Reset.CANCEL)
         client.talk()
     stream = client.open("error", request="one more")
+    assert client.talk()[1] == [spdy.StreamReset(stream, Reset.PROTOCOL_ERROR)]
+
+
+def test_a_request_id_is_short(client: Client) -> None:
+    stream = client.open("error", request="1" * (MAX_REQUEST_ID + 1))
     assert client.talk()[1] == [spdy.StreamReset(stream, Reset.PROTOCOL_ERROR)]
 
 

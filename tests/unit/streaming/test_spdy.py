@@ -277,6 +277,7 @@ def syn(stream: int) -> bytes:
         pytest.param(syn(0), id="stream 0"),
         pytest.param(data(1, b"x"), id="data before any stream"),
         pytest.param(data(0, b"x"), id="data for stream 0"),
+        pytest.param(data(0), id="no data for stream 0"),
         pytest.param(data(3, b"", FLAG_FIN), id="end of no stream"),
     ],
 )
