@@ -57,8 +57,11 @@ class ContainerCalls:
         container = self._containers.get(request.container_id)
         return pb.ContainerStatusResponse(
             status=messages.container_status(container),
-            info=_info(self._node, container) if request.verbose else None,
+            info=self._info(container) if request.verbose else None,
         )
+
+    def _info(self, container: Container) -> dict[str, str]:
+        return verbose.container_info(container, self._containers.verbose(container.id))
 
     async def ListContainers(self, request: pb.ListContainersRequest) -> bytes:
         return self._list.reply(partial(listing.containers, given=request.filter))
@@ -116,7 +119,3 @@ def fit(stdout: bytes, stderr: bytes, room: int) -> tuple[bytes, bytes]:
 
 def _item(record: Container) -> bytes:
     return messages.container_item(record).SerializeToString()
-
-
-def _info(node: Node, container: Container) -> dict[str, str]:
-    return verbose.container_info(container, node.containers.verbose(container.id))

@@ -42,10 +42,13 @@ class SandboxCalls:
         sandbox = self._sandboxes.get(request.pod_sandbox_id)
         return pb.PodSandboxStatusResponse(
             status=messages.sandbox_status(sandbox),
-            info=_info(self._node, sandbox) if request.verbose else None,
+            info=self._info(sandbox) if request.verbose else None,
             containers_statuses=map(messages.container_status, self._containers.of(sandbox.id)),
             timestamp=time.time_ns(),
         )
+
+    def _info(self, sandbox: Sandbox) -> dict[str, str]:
+        return verbose.sandbox_info(sandbox, self._sandboxes.verbose(sandbox.id))
 
     async def ListPodSandbox(self, request: pb.ListPodSandboxRequest) -> bytes:
         return self._list.reply(partial(listing.sandboxes, given=request.filter))
@@ -76,7 +79,3 @@ def sandbox_id(value: str) -> str:
 
 def _item(record: Sandbox) -> bytes:
     return messages.sandbox_item(record).SerializeToString()
-
-
-def _info(node: Node, sandbox: Sandbox) -> dict[str, str]:
-    return verbose.sandbox_info(sandbox, node.sandboxes.verbose(sandbox.id))

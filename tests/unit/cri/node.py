@@ -55,6 +55,9 @@ class FakeSandboxes:
     def list(self) -> list[Sandbox]:
         return list(self.records.values())
 
+    def verbose(self, name: str) -> dict[str, Any]:
+        return {"pid": 77, "name": self.get(name).config.name}
+
     async def run(self, config: SandboxConfig, runtime_handler: str) -> str:
         if self.hold is not None:
             await self.hold.wait()
@@ -99,6 +102,9 @@ class FakeContainers:
 
     def list(self) -> list[Container]:
         return list(self.records.values())
+
+    def verbose(self, name: str) -> dict[str, Any]:
+        return {"argv": list(self.get(name).config.command)}
 
     def group(self, container: Container) -> Any:
         return SimpleNamespace(processes=lambda: [1])

@@ -169,7 +169,9 @@ async def test_status_of_a_pod_has_its_containers(client: Client) -> None:
     request = pb.PodSandboxStatusRequest(pod_sandbox_id=made.sandbox_id, verbose=True)
     status = await client.runtime.PodSandboxStatus(request)
     assert [c.id for c in status.containers_statuses] == [made.id]
-    assert json.loads(status.info["info"])["config"]["name"] == "web"
+    info = json.loads(status.info["info"])
+    assert info["config"]["name"] == "web"
+    assert info["pid"] == 77
 
 
 async def test_update_of_a_pods_resources(client: Client) -> None:
@@ -231,11 +233,12 @@ async def test_a_container_is_checked_against_its_pod(client: Client) -> None:
 
 
 async def test_verbose_status_of_a_container_is_json(client: Client) -> None:
-    made = await container(client, envs=[pb.KeyValue(key="A", value=b"\xff=")])
+    made = await container(client, command=["a"], envs=[pb.KeyValue(key="A", value=b"\xff=")])
     request = pb.ContainerStatusRequest(container_id=made.id, verbose=True)
     info = json.loads((await client.runtime.ContainerStatus(request)).info["info"])
     assert info["sandboxID"] == made.sandbox_id
     assert info["config"]["envs"] == ["A=\ufffd="]
+    assert info["plan"] == {"argv": ["a"]}
     assert {"pid", "cgroupPath"} <= set(info)
 
 
