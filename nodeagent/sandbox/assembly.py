@@ -96,8 +96,10 @@ def _open_layers(paths: list[str], maps: IdMaps) -> Layers:
 
 
 def _open_own_layers(plan: Rootfs, maps: IdMaps) -> tuple[int, int]:
-    """The upper and work directories. What a volatile overlay has left in `work` would keep it from being mounted
-    again, as a start that is repeated does."""
+    """The upper and work directories.
+
+    What a volatile overlay has left in `work` would keep it from being mounted again, as a start that is repeated does.
+    """
     leftover = os.path.join(plan["work"], "work")
     if os.path.exists(leftover):
         files.remove_tree(leftover)
@@ -165,6 +167,9 @@ def _mount_point(scratch: Scratch, name: str) -> str:
 
 
 def _layer_directories(scratch: Scratch, layers: Layers, maps: IdMaps) -> list[int]:
+    """What to make an overlay of; an image may have no layer at all."""
+    if not layers.paths:
+        return [scratch.empty]
     if maps.is_node:
         return list(layers.directories.values())
     mapped = {
@@ -196,7 +201,8 @@ def _execute(assembly: Assembly, mount: Mount, source: Source) -> None:
     except NodeAgentError:
         raise
     except OSError as error:
-        raise OSError(error.errno, f"mount {rootfs.describe(mount)}: {error}") from error
+        text = f"mount {rootfs.describe(mount)}: {error.strerror or error}"
+        raise OSError(error.errno, text, error.filename) from error
 
 
 def _attach(root: int, mount: Mount, tree: int) -> None:

@@ -255,8 +255,8 @@ def test_a_directory_on_a_file_is_an_error_that_names_the_step(plan: Plan, volum
     with start(
         plan("true", mounts=with_mounts(rootfs.bind(str(volume), "/etc/passwd")))
     ) as process:
-        assert process.message["error"] == "OSError"
-        assert f"mount {volume} on /etc/passwd" in process.message["text"]
+        text = f"mount {volume} on /etc/passwd: move_mount: Not a directory"
+        assert process.message == {"error": "OSError", "text": text}
 
 
 def test_later_mounts_land_inside_earlier_ones(plan: Plan, volume: Path) -> None:
@@ -401,6 +401,14 @@ def test_many_layers(plan: Plan, layer: Path, tmp_path: Path) -> None:
     made = plan("ls -d /file-0 /file-99")
     made["rootfs"]["lower"] = [*layers, str(layer)]
     assert run(made)[1] == "/file-0\n/file-99\n"
+
+
+def test_an_image_without_layers(plan: Plan, layer: Path) -> None:
+    made = plan(
+        ["/image/bin/ls", "/"], mounts=with_mounts(image("/image", [layer]), image("/none", []))
+    )
+    made["rootfs"]["lower"] = []
+    assert run(made)[1].split() == ["dev", "image", "none", "proc", "sys"]
 
 
 def test_a_missing_layer_is_named(plan: Plan) -> None:
