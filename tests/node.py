@@ -15,6 +15,7 @@ from nodeagent.api import runtime_pb2 as pb
 from nodeagent.api import runtime_pb2_grpc as rpc
 
 START_SECONDS = 20.0
+MAX_MESSAGE_BYTES = 16 << 20  # as the kubelet and crictl have it
 
 
 class RunningAgent:
@@ -81,7 +82,9 @@ class RunningAgent:
             self._process = subprocess.Popen(
                 self.command("serve", *arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
-        self._channel = grpc.insecure_channel(self.endpoint)
+        self._channel = grpc.insecure_channel(
+            self.endpoint, options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+        )
         try:
             grpc.channel_ready_future(self._channel).result(timeout=START_SECONDS)
             self.runtime.Version(pb.VersionRequest(), timeout=START_SECONDS)

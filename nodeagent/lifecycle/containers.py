@@ -5,6 +5,7 @@ exists, and goes after they are gone.
 """
 
 import asyncio
+import json
 import logging
 import secrets
 import time
@@ -129,7 +130,8 @@ class Containers:
         undo.callback(self._trash.take, self._directory / container.id)
         for name in ("upper", "work"):
             (self._directory / container.id / name).mkdir(mode=0o755, parents=True)
-        (self._directory / container.id / "plan.json").write_bytes(msgspec.json.encode(plan))
+        readable = json.dumps(plan, ensure_ascii=False).encode(errors="replace")
+        (self._directory / container.id / "plan.json").write_bytes(readable)
         group = self._cgroups.create(container.cgroup_path, container.resources)
         undo.push_async_callback(self._remove_group, container)
         self._groups[container.id] = group

@@ -15,6 +15,7 @@ from typing import Any
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.errors import FailedPrecondition, NodeAgentError
 from nodeagent.lifecycle.containers import Containers
+from nodeagent.lifecycle.execs import discard
 from nodeagent.lifecycle.handover import close_all, handover
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.lifecycle.supervision import Supervision
@@ -45,7 +46,7 @@ class Sessions:
                 run = _on_terminal if request.tty else _on_pipes
                 command = await run(supervisor, request, fds, size)
         except BaseException:
-            await asyncio.to_thread(group.remove)
+            await discard(group)
             raise
         self.do_behind(_remove_after(command.handle, group))
         return command
@@ -151,7 +152,7 @@ async def _remove_after(handle: ExecHandle, group: Cgroup) -> None:
         await handle.wait()
     except NodeAgentError:
         return  # its supervisor died: the group goes with the container's
-    await asyncio.to_thread(group.remove)
+    await discard(group)
 
 
 # --- attaching ---

@@ -64,6 +64,11 @@ def test_missing_image(pod: Pod) -> None:
     refused(NOT_FOUND, "registry.invalid/none:1", lambda: pod.container(image=image))
 
 
+def test_missing_user(pod: Pod) -> None:
+    linux = options(run_as_username="nobody-knows-me")
+    refused(NOT_FOUND, "nobody-knows-me", lambda: pod.container(linux=linux))
+
+
 def test_missing_host_path(pod: Pod) -> None:
     mount = pb.Mount(container_path="/data", host_path="/no/such/path")
     refused(NOT_FOUND, "/no/such/path", lambda: pod.container(mounts=[mount]))
@@ -85,7 +90,6 @@ def test_missing_host_path(pod: Pod) -> None:
             {"linux": options(capabilities=pb.Capability(add_capabilities=["NO_SUCH"]))},
             "add_capabilities",
         ),
-        ({"linux": options(run_as_username="nobody-knows-me")}, "nobody-knows-me"),
     ],
 )
 def test_malformed_containers(pod: Pod, fields: dict[str, object], text: str) -> None:

@@ -70,7 +70,6 @@ def test_credentials(agent: RunningAgent, private_registry: Registry) -> None:
             pull(agent, reference, **auth)
         assert PASSWORD not in caught.value.details()
     assert pull(agent, reference, username=USERNAME, password=PASSWORD)
-    remove(agent, reference)
 
 
 def test_two_pulls_fetch_once(agent: RunningAgent, registry: Registry) -> None:

@@ -2,12 +2,14 @@
 
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
+from nodeagent.linux import syscalls
 from tests.cri import Cri
 from tests.node import wait_for
 
@@ -110,9 +112,17 @@ def test_exec_in_an_ended_container(cri: Cri) -> None:
     container.pod.remove()
 
 
-def test_a_full_disk_does_not_stop_the_container(cri: Cri) -> None:
-    pod = cri.pod(log_directory="/dev")  # /dev/full answers every write with ENOSPC
-    container = pod.run("sh", "-c", "seq 100000; exit 9", log_path="full")
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    syscalls.mount("tmpfs", str(tmp_path), "tmpfs", 0, "size=64k")
+    yield tmp_path
+    syscalls.umount2(str(tmp_path), 0)
+
+
+def test_a_full_disk_does_not_stop_the_container(cri: Cri, small_disk: Path) -> None:
+    pod = cri.pod(log_directory=str(small_disk))
+    container = pod.run("sh", "-c", "seq 100000; exit 9")
     assert container.ended().exit_code == 9
+    assert 0 < container.log.stat().st_size <= 64 << 10
     pod.remove()
-    assert Path("/dev/full").is_char_device()

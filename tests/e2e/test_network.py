@@ -54,26 +54,6 @@ def test_host_port(cri: Cri) -> None:
     again.remove()
 
 
-def test_udp_host_port(cri: Cri) -> None:
-    port = free_port()
-    pod = cri.pod(
-        port_mappings=[pb.PortMapping(protocol=pb.UDP, container_port=5000, host_port=port)]
-    )
-    container = pod.run("sh", "-c", "nc -u -l -p 5000")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-        sender.connect(("127.0.0.1", port))
-
-        def arrived() -> bool:
-            try:
-                sender.send(b"datagram\n")
-            except ConnectionRefusedError:
-                return False
-            return container.log.exists() and "datagram" in container.log.read_text()
-
-        wait_for("a datagram", arrived)
-    pod.remove()
-
-
 def test_host_network(cri: Cri) -> None:
     pod = cri.pod(linux=pod_options(network=pb.NODE))
     assert not pod.ip

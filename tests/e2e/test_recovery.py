@@ -1,5 +1,6 @@
 """The agent dies; nothing else does."""
 
+import json
 import os
 import signal
 import time
@@ -77,26 +78,9 @@ def test_nothing_is_left_without_pods(own_agent: RunningAgent, own_cri: Cri) -> 
 
 
 def supervisor_of(agent: RunningAgent, pod_id: str) -> int:
-    """The process that listens on the pod's socket, by the inode of it."""
-    path = str(agent.root / "run/pods" / pod_id / "supervisor.sock")
-    for line in Path("/proc/net/unix").read_text().splitlines():
-        fields = line.split()
-        if len(fields) == 8 and fields[7] == path and fields[3] == "00010000":
-            return holder(f"socket:[{fields[6]}]")
-    raise LookupError(path)
-
-
-def holder(link: str) -> int:
-    """The youngest process that has a file open: the launcher opened it, the supervisor has it from there."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                if any(os.readlink(fd) == link for fd in (entry / "fd").iterdir()):
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return max(found)
+    request = pb.PodSandboxStatusRequest(pod_sandbox_id=pod_id, verbose=True)
+    info = json.loads(agent.runtime.PodSandboxStatus(request).info["info"])
+    return int(info["pid"])
 
 
 def processes_below(root: str) -> list[str]:

@@ -15,9 +15,9 @@ LIMITS = pb.LinuxContainerResources(
     cpu_period=100_000, cpu_quota=50_000, cpu_shares=512, memory_limit_in_bytes=64 << 20
 )
 MEMORY_LIMIT = (
-    "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null"
+    "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null; true"
 )
-CPU_LIMIT = "cat /sys/fs/cgroup/cpu.max /sys/fs/cgroup/cpu/cpu.cfs_quota_us 2>/dev/null"
+CPU_LIMIT = "cat /sys/fs/cgroup/cpu.max /sys/fs/cgroup/cpu/cpu.cfs_quota_us 2>/dev/null; true"
 
 
 def limited(cri: Cri, *command: str) -> Container:
@@ -110,7 +110,7 @@ def test_metrics(cri: Cri) -> None:
         if sample.labels.get("pod") == name and sample.labels.get("container") == "main"
     ]
     measured = {sample.name for sample in samples}
-    for part in ("cpu", "memory", "pids"):
+    for part in ("cpu", "memory", "threads"):
         assert any(part in metric for metric in measured), measured
     assert all(sample.labels["namespace"] == "test" for sample in samples)
     container.pod.remove()
