@@ -6,6 +6,7 @@ opened before anything of the container is looked at. From then on the container
 detached and attached when it is complete. Descriptors are left open: all of them are closed at once before execve.
 """
 
+import errno
 import os
 import stat
 from typing import NamedTuple
@@ -206,10 +207,17 @@ def _execute(assembly: Assembly, mount: Mount, source: Source) -> None:
 
 
 def _attach(root: int, mount: Mount, tree: int) -> None:
-    directory = stat.S_ISDIR(os.fstat(tree).st_mode)
+    directory = _is_directory(tree)
     follow = mount["source"] not in _UNLINKED_TARGETS or mount["kind"] != "fs"
     target = confined.make_path(root, mount["target"], directory=directory, follow=follow)
+    if directory != _is_directory(target):
+        code = errno.ENOTDIR if directory else errno.EISDIR
+        raise OSError(code, os.strerror(code))
     syscalls.move_mount(tree, target)
+
+
+def _is_directory(descriptor: int) -> bool:
+    return stat.S_ISDIR(os.fstat(descriptor).st_mode)
 
 
 def _mount_filesystem(assembly: Assembly, mount: Mount) -> int:
@@ -285,11 +293,8 @@ def _mask(assembly: Assembly, path: str) -> None:
     target = _find(assembly.root, path)
     if target is None:
         return
-    directory = stat.S_ISDIR(os.fstat(target).st_mode)
-    tree = mounts.clone_tree(
-        assembly.scratch.empty if directory else assembly.scratch.null, recursive=False
-    )
-    syscalls.move_mount(tree, target)
+    mask = assembly.scratch.empty if _is_directory(target) else assembly.scratch.null
+    syscalls.move_mount(mounts.clone_tree(mask, recursive=False), target)
 
 
 def _make_readonly(root: int, path: str) -> None:

@@ -251,11 +251,16 @@ def test_a_missing_host_path_is_named(plan: Plan) -> None:
         }
 
 
-def test_a_directory_on_a_file_is_an_error_that_names_the_step(plan: Plan, volume: Path) -> None:
-    with start(
-        plan("true", mounts=with_mounts(rootfs.bind(str(volume), "/etc/passwd")))
-    ) as process:
-        text = f"mount {volume} on /etc/passwd: move_mount: Not a directory"
+@pytest.mark.parametrize(
+    ("source", "target", "reason"),
+    [("", "/etc/passwd", "Not a directory"), ("file", "/etc", "Is a directory")],
+)
+def test_a_mount_on_something_of_another_kind_is_an_error_that_names_the_step(
+    plan: Plan, volume: Path, source: str, target: str, reason: str
+) -> None:
+    path = str(volume / source)
+    with start(plan("true", mounts=with_mounts(rootfs.bind(path, target)))) as process:
+        text = f"mount {path} on {target}: {reason}"
         assert process.message == {"error": "OSError", "text": text}
 
 
