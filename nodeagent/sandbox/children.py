@@ -59,9 +59,13 @@ class Children:
         """Tell `ended` when the process `pid` ends, if we are its parent by then."""
         self._owners[pid] = ended
 
-    def disown(self, pid: int) -> None:
-        """Reap it like a stranger."""
-        self._owners.pop(pid, None)
+    def any(self) -> bool:
+        """Whether there are children, be they dead."""
+        try:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return False
+        return True
 
     def _signalled(self, _events: int) -> None:
         try:

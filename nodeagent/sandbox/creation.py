@@ -31,8 +31,8 @@ def split_join_fds(fds: Sequence[int]) -> tuple[int, tuple[int, ...]]:
 
 def create(pod: Pod, family: Family, request: Request) -> None:
     """Reply when the container is ready to be started; nothing is left of one that is not."""
-    plan: ContainerPlan = request.body["plan"]
-    if plan["id"] in family:
+    plan = protocol.checked(ContainerPlan, request.body["plan"])
+    if protocol.checked_id(plan["id"]) in family:
         raise AlreadyExists(f'container "{plan["id"]}": exists already')
     target = _pid_namespace(pod, family, plan)
     join = request.take_all("join")

@@ -28,11 +28,10 @@ class Exec:
     def __init__(
         self, execs: "Execs", request: Request, container: Container, group: Group
     ) -> None:
-        plan: ExecPlan = request.body["plan"]
+        self.plan = protocol.checked(ExecPlan, request.body["plan"])
         self.number: int = request.body["exec"]
         self.container = container
         self.agent: Peer = request.peer
-        self.plan = plan
         self.pid = 0
         self._execs = execs
         self._request: Request | None = request

@@ -27,6 +27,8 @@ from nodeagent.sandbox.spec import PodPlan
 LOCK = "launcher.lock"
 READY = b"ready"
 
+_STOP_PAUSE_MS = 2
+
 
 class KeptPod:
     """A pod as the launcher knows it. peer: its supervisor. request: who waits until that serves the pod."""
@@ -85,8 +87,8 @@ class Launcher:
 
     def _fork(self, request: Request) -> None:
         """Reply when the supervisor serves its pod."""
-        plan: PodPlan = request.body["plan"]
-        if plan["id"] in self._pods:
+        plan = protocol.checked(PodPlan, request.body["plan"])
+        if protocol.checked_id(plan["id"]) in self._pods:
             raise AlreadyExists(f'pod "{plan["id"]}": has a supervisor, or had one')
         pod = KeptPod(plan["id"], plan["directory"])
         self._launch(pod, request, lambda keeper: supervisor.main(plan, keeper))
@@ -129,6 +131,13 @@ class Launcher:
         """Only when no pod is left."""
         if self._pods:
             raise FailedPrecondition(f"launcher: {len(self._pods)} pods are left")
+        self._stop_when_alone(request)
+
+    def _stop_when_alone(self, request: Request) -> None:
+        """Supervisors that have ended their pods are reaped by us, and not by whoever would inherit them."""
+        if self._children.any():
+            self._loop.call_after(_STOP_PAUSE_MS, lambda: self._stop_when_alone(request))
+            return
         os.unlink(self._path)
         request.reply()
         self._loop.stop()

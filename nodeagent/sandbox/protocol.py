@@ -9,10 +9,11 @@ first descriptor of an otherwise empty packet. Everything is bounded; what is no
 import array
 import json
 import os
+import re
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 from nodeagent import errors
 
@@ -25,6 +26,9 @@ _IN_MEMFD = b"\0"
 _RIGHTS_BYTES = socket.CMSG_LEN((MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
 
 Body = dict[str, Any]
+T = TypeVar("T")
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
 class Message(NamedTuple):
@@ -131,14 +135,31 @@ def close_all(fds: Iterable[int]) -> None:
         os.close(descriptor)
 
 
+def checked(kind: type[T], value: object) -> T:
+    """`value` as one of the dictionaries of `nodeagent.sandbox.spec`, if it has all keys of it; raises ValueError."""
+    keys = cast(Any, kind).__required_keys__
+    missing = keys - value.keys() if isinstance(value, dict) else keys
+    if missing:
+        raise ValueError(f"{kind.__name__} lacks {', '.join(sorted(missing))}")
+    return cast(T, value)
+
+
+def checked_id(value: object) -> str:
+    """An id that is good for the name of a directory; raises ValueError."""
+    if not isinstance(value, str) or not _ID.fullmatch(value):
+        raise ValueError(f"{value!r} is not an id")
+    return value
+
+
 # ---- errors ----
 
 
 def describe_error(error: BaseException) -> Body:
     """An exception as the members of a reply that carries it."""
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and not isinstance(error, TimeoutError):
         filename = error.filename if isinstance(error.filename, str) else None
-        return {"error": "OSError", "text": error.strerror, "errno": error.errno, "path": filename}
+        text = error.strerror or str(error)
+        return {"error": "OSError", "text": text, "errno": error.errno, "path": filename}
     name = type(error).__name__
     known = isinstance(error, (errors.NodeAgentError, TimeoutError))
     return {

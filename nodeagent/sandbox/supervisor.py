@@ -21,6 +21,7 @@ from nodeagent.sandbox import (
     podfile,
     podinit,
     process,
+    protocol,
     sysctls,
 )
 from nodeagent.sandbox.attaching import Attachments
@@ -147,7 +148,7 @@ class Supervisor:
         os.close(netns)
 
     def _configure(self, request: Request) -> None:
-        settings: PodSettings = request.body["settings"]
+        settings = protocol.checked(PodSettings, request.body["settings"])
         owned = self.pod.namespaces
         sysctls.check(settings["sysctls"], owned)
         if settings["hostname"] is not None:
