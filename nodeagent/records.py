@@ -379,6 +379,7 @@ class Layer(Record, frozen=True, kw_only=True):
     """An unpacked layer: ``layers/<chain ID>/``, read-only and shared by every image that has it.
 
     blob: digest of what was transferred, with size_bytes; used_bytes and inodes: of what it was unpacked to.
+    opaque: it hides every layer below it.
     """
 
     chain_id: str
@@ -387,6 +388,7 @@ class Layer(Record, frozen=True, kw_only=True):
     size_bytes: int
     used_bytes: int
     inodes: int
+    opaque: bool = False
 
     @property
     def key(self) -> str:

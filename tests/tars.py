@@ -70,6 +70,7 @@ class Workshop:
     ) -> None:
         self.folder = folder
         self.layers: list[Path] = []
+        self._count = 0
         self._bounds = {"max_bytes": max_bytes, "max_entries": max_entries}
 
     def unpack(self, *members: Member) -> Path:
@@ -79,19 +80,22 @@ class Workshop:
 
     def unpack_blob(self, data: bytes, diff_id: str) -> Path:
         blob = self._blob(data)
-        target = self.folder / f"layer-{len(self.layers)}"
+        target = self.folder / f"layer-{self._count}"
+        self._count += 1
         budget = Budget(self.folder, **self._bounds)
         try:
             unpacked = layers.unpack(BlobReader(blob), target, diff_id, budget)
         finally:
             blob.remove()
         inheritance.complete(target, unpacked, self.below, budget)
+        if unpacked.opaque:
+            self.layers.clear()
         self.layers.append(target)
         return target
 
     @property
     def below(self) -> Sequence[Path]:
-        """The layers so far, uppermost first."""
+        """The layers so far that can be seen, uppermost first."""
         return self.layers[::-1]
 
     def _blob(self, data: bytes) -> Blob:

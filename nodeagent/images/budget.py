@@ -13,7 +13,7 @@ BOMB_RATIO = 250
 
 _RESERVE_BYTES = 512 << 20
 _RESERVE_SHARE = 50  # of the file system, where that is less
-_CHECK_BYTES = 64 << 20
+_CHECK_BYTES = 4 << 20
 
 
 class Budget:

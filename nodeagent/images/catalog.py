@@ -123,7 +123,7 @@ class Images:
 
     def lower_dirs(self, image: Image) -> tuple[Path, ...]:
         """The image's layers, uppermost first, as an overlay mount takes them."""
-        return tuple(self._layers.path(chain) for chain in reversed(image.layers))
+        return self._layers.stack(image.layers)
 
     async def usage(self) -> FsUsage:
         return FsUsage(

@@ -94,12 +94,17 @@ class Flights(Generic[T]):
         finally:
             flight.waiters -= 1
             if not flight.waiters and not flight.task.done():
-                self._forget(key, flight)
-                self._leaving.add(flight.task)
-                flight.task.cancel()
+                await self._leave(key, flight)
         if flight.task.cancelled():
             raise Unavailable("cut off: the agent is ending")
         return flight.task.result()
+
+    async def _leave(self, key: Hashable, flight: _Flight[T]) -> None:
+        """The last who waits for the work ends it, and sees that nothing is left of it."""
+        self._forget(key, flight)
+        self._leaving.add(flight.task)
+        flight.task.cancel()
+        await ended(flight.task)
 
     def _landed(self, key: Hashable, flight: _Flight[T], task: "asyncio.Task[T]") -> None:
         self._forget(key, flight)

@@ -61,7 +61,7 @@ def find(path: str, layers: Sequence[Path]) -> Iterator[int | None]:
 
 def _step_down(root: int, path: str) -> tuple[int | None, bool]:
     """What one layer has at `path`, and whether that hides all layers below."""
-    current, opaque = os.dup(root), False
+    current, opaque = os.dup(root), _is_opaque(root)
     for name in path.split("/"):
         try:
             following = os.open(name, _ANYTHING, dir_fd=current)

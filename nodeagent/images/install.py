@@ -194,4 +194,5 @@ def _record(job: _Job, number: int, unpacked: Unpacked) -> Layer:
         size_bytes=blob.size,
         used_bytes=unpacked.used_bytes,
         inodes=unpacked.inodes,
+        opaque=unpacked.opaque,
     )

@@ -9,7 +9,7 @@ A layer is recorded after everything in it has been synced. What has no record w
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,6 +48,15 @@ class LayerStore:
 
     def path(self, chain_id: str) -> Path:
         return self._directory / chain_id.removeprefix("sha256:")
+
+    def stack(self, chain_ids: Sequence[str]) -> tuple[Path, ...]:
+        """The directories of these layers, given lowest first: uppermost first, down to one that hides the rest."""
+        visible = []
+        for chain_id in reversed(chain_ids):
+            visible.append(self.path(chain_id))
+            if chain_id in self._layers and self._layers[chain_id].opaque:
+                break
+        return tuple(visible)
 
     def add(self, layer: Layer, unpacked: Path) -> None:
         """Take a complete layer in; it is not recorded yet."""

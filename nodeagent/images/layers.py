@@ -54,10 +54,13 @@ _MALFORMED_ERRNOS = frozenset(
 class Unpacked:
     """An unpacked layer. implied: directories that it has files in but does not describe; links: hard links, by
     name, to files that it does not have. Both are to be completed from the layers below it.
+
+    opaque: it hides all of these; an overlay mount does not look for that in the root of a layer.
     """
 
     used_bytes: int = 0
     inodes: int = 0
+    opaque: bool = False
     implied: dict[str, None] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
 
@@ -289,6 +292,7 @@ class _Unpacker:
             raise InvalidArgument(f'layer entry "{_shown(parent)}/{_shown(name)}": in a whiteout')
         if name == OPAQUE:
             _make_opaque(self._directory(parent), ".")
+            self.result.opaque |= not parent
         elif name.startswith(WHITEOUT):
             self._make_whiteout(parent, name.removeprefix(WHITEOUT))
         else:
@@ -332,24 +336,33 @@ class _Unpacker:
 
     def _make_implied(self, path: str) -> None:
         missing: list[str] = []
-        while not self._exists(path):
+        while (directory := self._existing(path)) is None:
             self._budget.spend(entries=1)
             self._postpone(_cost(path))
             missing.append(path)
             path = path.rpartition("/")[0]
-        for directory in reversed(missing):
-            made = confined.make_path(self._root, directory, directory=True)
-            os.chmod(f"/proc/self/fd/{made}", 0o755)
-            os.close(made)
-            self.result.implied[directory] = None
+        for path in reversed(missing):
+            above, directory = directory, self._step_down(directory, path)
+            os.close(above)
+            os.chmod(f"/proc/self/fd/{directory}", 0o755)
+            self.result.implied[path] = None
             self._count(_DISK_BLOCK)
+        os.close(directory)
 
-    def _exists(self, path: str) -> bool:
+    def _step_down(self, directory: int, path: str) -> int:
+        """Make the last component of the path, in the directory that the rest of it leads to."""
+        name = path.rpartition("/")[2]
         try:
-            os.close(confined.open_path(self._root, path or ".", _DIRECTORY_PATH))
+            os.mkdir(name, 0o755, dir_fd=directory)
+        except FileExistsError:  # a link to nothing
+            return confined.make_path(self._root, path, directory=True)
+        return os.open(name, _DIRECTORY_PATH | os.O_NOFOLLOW, dir_fd=directory)
+
+    def _existing(self, path: str) -> int | None:
+        try:
+            return confined.open_path(self._root, path or ".", _DIRECTORY_PATH)
         except FileNotFoundError:
-            return False
-        return True
+            return None
 
     def _set_directory_time(self, path: str, mtime_ns: int) -> None:
         try:

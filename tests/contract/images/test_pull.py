@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -23,8 +19,8 @@ from nodeagent.errors import (
 from nodeagent.images.catalog import Auth, Images, Limits
 from tests import images as made
 from tests import tars
-from tests.contract.images.conftest import Place
-from tests.contract.images.server import image, layer
+from tests.fake_registry import image, layer
+from tests.places import Place
 from tests.registry import PASSWORD, USERNAME, Registry, running_registry
 
 NGINX = "e2e-test-images/nginx:1.14-2"
@@ -220,7 +216,7 @@ async def test_usage_is_what_the_disk_says(place: Place, registry: Registry) -> 
     async with place.open() as images:
         await images.pull(f"{registry.host}/{NGINX}")
         usage = await images.usage()
-    assert Path(usage.mountpoint).is_dir()
+    assert usage.mountpoint == str(place.root)
     folders = [place.root / "layers", place.root / "blobs"]
     paths = [path for folder in folders for path in folder.rglob("*")]
     inodes = {path.lstat().st_ino: path.lstat().st_blocks * 512 for path in paths}
@@ -289,7 +285,6 @@ async def test_one_layer_at_a_time(place: Place, registry: Registry) -> None:
 
 PULL_FOR_EVER = """
 import asyncio, sys
-from pathlib import Path
 from nodeagent.images.catalog import Images
 from nodeagent.store import Store
 
@@ -310,12 +305,12 @@ asyncio.run(main())
 async def test_killed_at_any_moment(place: Place, registry: Registry, pause: float) -> None:
     name = f"{registry.host}/bench/pull:1"
     command = [sys.executable, "-c", PULL_FOR_EVER, str(place.root), name]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     assert process.stdout is not None
-    process.stdout.readline()
+    await process.stdout.readline()
     await asyncio.sleep(pause)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    await process.communicate()
     async with place.open() as images:
         for found in images.list():
             assert all(path.is_dir() for path in images.lower_dirs(found))

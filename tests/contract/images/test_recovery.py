@@ -7,8 +7,8 @@ import shutil
 from nodeagent.records import Layer
 from nodeagent.store import Store
 from tests import tars
-from tests.contract.images.conftest import Place
-from tests.contract.images.server import Server, image, layer
+from tests.fake_registry import Server, image, layer
+from tests.places import Place
 
 TWO = image(layer(tars.file("a", b"lower")), layer(tars.file("b", b"upper")))
 

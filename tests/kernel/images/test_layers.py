@@ -286,3 +286,11 @@ def test_many_directories_get_their_times(workshop: Workshop) -> None:
     assert [(root / f"d{n}").stat().st_mtime for n in range(count)] == [
         1000 + n for n in range(count)
     ]
+
+
+def test_an_opaque_root_hides_everything_below(workshop: Workshop) -> None:
+    workshop.unpack(*BASE)
+    workshop.unpack(file(".wh..wh..opq"), file("new"))
+    workshop.unpack(file("newer"))
+    with overlay(workshop) as merged:
+        assert names(merged) == ["new", "newer"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -72,7 +73,9 @@ async def serving(tls: ssl.SSLContext | None = None) -> AsyncIterator[Server]:
     server = Server(scheme="https" if tls else "http")
     application = web.Application(client_max_size=1 << 30)
     application.router.add_route("*", "/{path:.*}", server.handle)
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=0)
+    runner = web.AppRunner(
+        application, access_log=None, shutdown_timeout=0, handler_cancellation=True
+    )
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
     server.host = f"127.0.0.1:{runner.addresses[0][1]}"
@@ -93,7 +96,7 @@ async def send_part(request: web.Request, data: bytes, size: int) -> web.StreamR
 def layer(*members: Member) -> Layer:
     """A layer of members made by `tests.tars`."""
     tar = tars.archive(*members)
-    return Layer(images.gzip.compress(tar, 1, mtime=0), tars.digest(tar))
+    return Layer(gzip.compress(tar, 1, mtime=0), tars.digest(tar))
 
 
 def image(*layers: Layer, repository: str = "test/image", tag: str = "1") -> Image:

@@ -1,0 +1,82 @@
+"""A disk that is too small, and what a pull leaves on it."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from nodeagent.errors import ResourceExhausted
+from nodeagent.images import budget
+from nodeagent.linux import syscalls
+from tests import images as made
+from tests import tars
+from tests.fake_registry import Server, image, layer, serving
+from tests.places import Place
+
+ZEROS = bytes(40 << 20)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    syscalls.mount("tmpfs", str(folder), "tmpfs", 0, "size=16m,nr_inodes=600")
+    yield folder
+    syscalls.umount2(str(folder), syscalls.MNT_DETACH)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    async with serving() as started:
+        yield started
+
+
+@pytest.mark.parametrize("reserve", [True, False])
+@pytest.mark.parametrize(
+    "entries", [[tars.file("zeros", ZEROS)], [tars.file(f"{n}") for n in range(900)]]
+)
+async def test_a_full_disk(
+    small_disk: Path,
+    server: Server,
+    entries: list[tars.Member],
+    reserve: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not reserve:  # the kernel is who says so
+        monkeypatch.setattr(budget, "_RESERVE_BYTES", -(1 << 40))
+    server.add(image(layer(tars.file("small")), layer(*entries)))
+    server.add(image(layer(tars.file("small")), tag="2"))
+    place = Place(small_disk)
+    async with place.open() as images:
+        before = os.statvfs(small_disk)
+        with pytest.raises(ResourceExhausted):
+            await images.pull(f"{server.host}/test/image:1")
+        after = os.statvfs(small_disk)
+        assert place.left("staging", "layers", "blobs/sha256") == []
+        assert after.f_ffree == before.f_ffree
+        assert before.f_bfree - after.f_bfree < 20  # pages of the database
+        await images.pull(f"{server.host}/test/image:2")
+
+
+async def test_what_can_not_fit_is_not_begun(small_disk: Path, server: Server) -> None:
+    big = image(layer(tars.file("random", random.Random(1).randbytes(20 << 20))))
+    server.add(big)
+    place = Place(small_disk)
+    async with place.open() as images:
+        with pytest.raises(ResourceExhausted, match="needed"):
+            await images.pull(f"{server.host}/test/image:1")
+        assert not server.asked(tars.digest(big.layers[0].blob))
+
+
+async def test_an_archive_that_does_not_fit(small_disk: Path, tmp_path: Path) -> None:
+    file = tmp_path / "archive.tar"
+    made.write_archive(image(layer(tars.file("random", os.urandom(20 << 20)))), file)
+    place = Place(small_disk)
+    async with place.open() as images:
+        with pytest.raises(ResourceExhausted):
+            await images.load(file)
+    assert place.left("staging", "layers") == []

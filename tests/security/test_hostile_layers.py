@@ -1,0 +1,382 @@
+"""Layers made to get out of their directory, to outlive it, or to fill the node. Nothing of the host may change."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import stat
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from nodeagent import files
+from nodeagent.errors import InvalidArgument, ResourceExhausted, Unsupported
+from nodeagent.images import budget, layers
+from nodeagent.images.layer_store import LayerStore
+from nodeagent.images.staging import Staging
+from nodeagent.store import Store
+from tests.tars import (
+    Member,
+    Workshop,
+    archive,
+    char,
+    digest,
+    directory,
+    file,
+    link,
+    member,
+    symlink,
+)
+
+UP = "../" * 12
+
+
+class Host:
+    """Files of the node beside the layer, which every test finds as they were."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.secret = folder / "secret"
+        self.secret.write_text("the host's")
+        self.secret.chmod(0o600)
+        (folder / "directory").mkdir()
+        self.before = self.state()
+
+    def state(self) -> list[tuple[str, os.stat_result | tuple[int, ...]]]:
+        """Names, modes, owners, links and times of everything below."""
+        found = []
+        for path in sorted([self.folder, *self.folder.rglob("*")]):
+            status = path.lstat()
+            times = () if path == self.folder else (status.st_mtime_ns,)
+            found.append(
+                (
+                    str(path),
+                    (status.st_mode, status.st_uid, status.st_nlink, status.st_size, *times),
+                )
+            )
+        return found
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    folder = tmp_path / "host"
+    folder.mkdir()
+    made = Host(folder)
+    yield made
+    assert made.state() == made.before
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    folder = tmp_path / "layers"
+    folder.mkdir()
+    return Workshop(folder, max_entries=2_000)
+
+
+def content(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*")}
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "..",
+        "../host/secret",
+        UP + "etc/nodeagent-test",
+        "a/../../host/secret",
+        "a/..",
+        "/../host/secret",
+        "./../host/secret",
+        "x" * 256,
+        "x/" * 3000 + "y",
+    ],
+)
+@pytest.mark.parametrize("make", [file, directory, lambda name: symlink(name, "x")])
+def test_names_that_lead_out(host: Host, workshop: Workshop, name: str, make: object) -> None:
+    with pytest.raises(InvalidArgument, match="layer entry"):
+        workshop.unpack(directory("a"), make(name))  # type: ignore[operator]
+
+
+def test_absolute_names_are_names_in_the_layer(host: Host, workshop: Workshop) -> None:
+    root = workshop.unpack(file(str(host.secret), b"layer's"), file("//etc//nodeagent-test"))
+    assert (root / str(host.secret).strip("/")).read_text() == "layer's"
+    assert not Path("/etc/nodeagent-test").exists()
+
+
+def test_files_through_links_that_lead_out(host: Host, workshop: Workshop) -> None:
+    inside = str(host.folder).strip("/")
+    root = workshop.unpack(
+        symlink("absolute", str(host.folder)),
+        file("absolute/secret", b"absolute"),
+        symlink("relative", UP + inside),
+        file("relative/other", b"relative"),
+        symlink("twice", "relative"),
+        directory("twice/directory", mode=0o777, uid=1000),
+        link("twice/linked", "twice/secret"),
+        file("twice/.wh.gone"),
+        file("twice/.wh..wh..opq"),
+    )
+    assert (root / inside / "secret").read_bytes() == b"absolute"
+    assert content(root / inside) == {"secret", "other", "directory", "linked", "gone"}
+
+
+def test_links_of_procfs(host: Host, workshop: Workshop) -> None:
+    with pytest.raises(InvalidArgument):
+        workshop.unpack(
+            symlink("a", "/proc/self/fd/0"), file("a/x"), symlink("b", "b"), file("b/x")
+        )
+
+
+@pytest.mark.parametrize("target", ["loop", "./loop", "/loop", "other"])
+def test_links_in_circles(workshop: Workshop, target: str) -> None:
+    with pytest.raises(InvalidArgument, match="layer entry"):
+        workshop.unpack(symlink("loop", target), symlink("other", "loop"), file("loop/x"))
+
+
+def test_a_file_in_the_place_of_a_link(host: Host, workshop: Workshop) -> None:
+    """The last component is replaced, never followed."""
+    root = workshop.unpack(
+        symlink("a", str(host.secret)),
+        file("a", b"new", mode=0o777, uid=1000),
+        symlink("b", str(host.folder)),
+        directory("b", mode=0o777, uid=1000),
+        file("b/secret", b"new"),
+        symlink("c", str(host.secret)),
+        char("c", 1, 3),
+        symlink("d", str(host.secret), uid=1000, mtime=5),
+    )
+    assert (root / "a").read_bytes() == b"new"
+    assert (root / "b/secret").read_bytes() == b"new"
+
+
+def test_a_directory_replaced_by_a_link_while_it_is_in_use(host: Host, workshop: Workshop) -> None:
+    root = workshop.unpack(
+        directory("a"),
+        file("a/one"),
+        symlink("a", str(host.folder)),
+        file("a/secret", b"two"),
+        directory("a/directory", mode=0o777),
+        symlink("a", str(host.folder / "directory")),
+        file("a/three"),
+    )
+    assert content(root / str(host.folder).strip("/")) == {
+        "secret",
+        "directory",
+        "directory/three",
+    }
+
+
+def test_removal_of_what_is_replaced_follows_no_link(host: Host, workshop: Workshop) -> None:
+    root = workshop.unpack(
+        directory("d"),
+        symlink("d/out", str(host.folder)),
+        symlink("d/file", str(host.secret)),
+        file("d", b""),
+    )
+    assert content(root) == {"d"}
+
+
+# --- hard links ---
+
+
+@pytest.mark.parametrize("target", [UP + "etc/passwd", "../host/secret", "..", ".", "/", ""])
+def test_hard_links_that_lead_out(host: Host, workshop: Workshop, target: str) -> None:
+    with pytest.raises(InvalidArgument, match="layer entry"):
+        workshop.unpack(link("a", target))
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "out/secret", "direct"])
+def test_hard_links_to_the_host(host: Host, workshop: Workshop, target: str) -> None:
+    """A target is looked for in the image only; a link to it is linked itself."""
+    members = (symlink("out", str(host.folder)), symlink("direct", str(host.secret)))
+    if target == "direct":
+        root = workshop.unpack(*members, link("a", target))
+        assert (root / "a").is_symlink()
+        return
+    with pytest.raises(InvalidArgument, match="layer entry"):
+        workshop.unpack(*members, link("a", target))
+
+
+def test_hard_links_through_links_of_lower_layers(host: Host, workshop: Workshop) -> None:
+    workshop.unpack(symlink("out", str(host.folder)), symlink("direct", str(host.secret)))
+    with pytest.raises(InvalidArgument, match="layer entry"):
+        workshop.unpack(link("a", "out/secret"))
+    root = Workshop(workshop.folder / "again")
+    root.folder.mkdir()
+    root.unpack(symlink("direct", str(host.secret)))
+    copied = root.unpack(link("a", "direct"))
+    assert (copied / "a").is_symlink()
+
+
+def test_writing_through_a_hard_link(workshop: Workshop) -> None:
+    """A lower layer's file that a layer links to and writes again is not the same file any more."""
+    lower = workshop.unpack(file("a", b"old"))
+    upper = workshop.unpack(link("b", "a"), file("b", b"new"))
+    assert (lower / "a").read_bytes() == b"old"
+    assert (upper / "b").read_bytes() == b"new"
+
+
+def test_directories_inherit_through_no_link(host: Host, workshop: Workshop) -> None:
+    """What a directory is like is not learned from the host."""
+    host.folder.joinpath("directory").chmod(0o755)
+    workshop.unpack(symlink("d", str(host.folder)))
+    root = workshop.unpack(file("d/directory/x"))
+    assert not (root / "d").is_symlink()
+
+
+# --- whiteouts ---
+
+
+@pytest.mark.parametrize(
+    "name",
+    [".wh.", ".wh..", ".wh...", "a/.wh.", "a/.wh..", "a/.wh...", ".wh.../x", ".wh.a/b", ".wh./a"],
+)
+def test_whiteout_tricks(host: Host, workshop: Workshop, name: str) -> None:
+    with pytest.raises(InvalidArgument, match="layer entry"):
+        workshop.unpack(directory("a"), file(name))
+
+
+def test_a_whiteout_is_no_way_to_the_host(host: Host, workshop: Workshop) -> None:
+    root = workshop.unpack(
+        symlink("out", str(host.folder)), file("out/.wh.secret"), file("out/.wh..wh..opq")
+    )
+    assert content(root / str(host.folder).strip("/")) == {"secret"}
+
+
+def test_whiteouts_of_every_type(workshop: Workshop) -> None:
+    root = workshop.unpack(directory(".wh.a"), symlink(".wh.b", "/etc"), link(".wh.c", "none"))
+    for name in "abc":
+        assert layers.is_whiteout((root / name).lstat())
+
+
+# --- attributes and types ---
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "trusted.overlay.opaque",
+        "trusted.overlay.redirect",
+        "trusted.overlay.metacopy",
+        "user.overlay.redirect",
+    ],
+)
+def test_attributes_that_overlay_would_obey(workshop: Workshop, name: str) -> None:
+    with pytest.raises(InvalidArgument, match=name):
+        workshop.unpack(directory("a", xattrs={name: "/etc"}))
+
+
+def test_other_attributes_of_the_host_are_left_out(workshop: Workshop) -> None:
+    names = ("trusted.x", "security.ima", "security.evm", "system.nonsense", "nonsense")
+    root = workshop.unpack(file("a", xattrs=dict.fromkeys(names, "x")))
+    assert os.listxattr(root / "a") == []
+
+
+@pytest.mark.parametrize("owner", [2**32 - 1, -1, 2**32])
+def test_owners_that_mean_something_else(workshop: Workshop, owner: int) -> None:
+    """To chown(2), the highest number means: leave it to whoever runs this."""
+    with pytest.raises(InvalidArgument, match="tar: uid"):
+        workshop.unpack(file("a", pax_headers={"uid": str(owner)}))
+
+
+@pytest.mark.parametrize("kind", [b"S", b"D", b"M", b"s"])
+def test_sparse_files_and_unknown_types(workshop: Workshop, kind: bytes) -> None:
+    with pytest.raises(Unsupported, match="tar: "):
+        workshop.unpack(member("a", kind))
+
+
+async def test_only_root_gets_at_the_layers(tmp_path: Path) -> None:
+    """CVE-2021-41103: set-id programs and device nodes of images are within the reach of no user of the node."""
+    staging = Staging(tmp_path / "staging")
+    store = Store.open(tmp_path / "state.db")
+    LayerStore(tmp_path / "layers", staging, store)
+    await staging.close()
+    store.close()
+    for name in ("staging", "layers"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o700
+
+
+# --- sizes ---
+
+
+def test_too_many_entries(workshop: Workshop) -> None:
+    with pytest.raises(ResourceExhausted, match="2000 files"):
+        workshop.unpack(*(file(f"{number}") for number in range(2_001)))
+
+
+def test_too_many_directories_on_the_way(workshop: Workshop) -> None:
+    paths = ("/".join(f"{number}-{depth}" for depth in range(300)) for number in range(10))
+    with pytest.raises(ResourceExhausted, match="2000 files"):
+        workshop.unpack(*(file(path) for path in paths))
+
+
+def test_one_name_again_and_again(tmp_path: Path) -> None:
+    """Of the cheapest kind of entry: the blob is small, and so is what is left of it."""
+    header = archive(file("a"))[:512]
+    blob = gzip.compress(header * 200_000, 1)
+    with pytest.raises(ResourceExhausted, match="20000 files"):
+        Workshop(tmp_path, max_entries=20_000).unpack_blob(blob, digest(b""))
+
+
+def test_paths_are_not_remembered_without_a_bound(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_MAX_PENDING_BYTES", 20_000)
+    members: list[Member] = [directory(f"{number:0200}") for number in range(300)]
+    assert len(content(workshop.unpack(*members))) == 300
+    with pytest.raises(ResourceExhausted, match="rest on layers below"):
+        workshop.unpack(*(link(f"{number:0200}", "a") for number in range(300)))
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
+def test_bombs(workshop: Workshop, compress: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "BOMB_BYTES", 1 << 20)
+    tar = archive(file("zeros", bytes(64 << 20)))
+    with pytest.raises(ResourceExhausted, match="unpack to more than"):
+        workshop.unpack_blob(compress(tar), digest(tar))  # type: ignore[operator]
+    assert (workshop.folder / "layer-0/zeros").stat().st_size < 64 << 20
+
+
+def test_an_image_larger_than_allowed(tmp_path: Path) -> None:
+    with pytest.raises(ResourceExhausted, match="more than 1000000 bytes"):
+        Workshop(tmp_path, max_bytes=1_000_000).unpack(file("a", os.urandom(1_200_000)))
+
+
+def test_a_size_that_is_not_there(workshop: Workshop) -> None:
+    """A header may announce a petabyte: nothing is reserved for it."""
+    info = tarfile.TarInfo("a")
+    info.size = 1 << 49
+    tar = info.tobuf(tarfile.GNU_FORMAT) + b"x" * 1024
+    with pytest.raises(InvalidArgument, match="cut off"):
+        workshop.unpack_blob(gzip.compress(tar), digest(tar))
+
+
+def test_a_window_larger_than_memory(workshop: Workshop) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=29, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    tar = archive(file("a", os.urandom(1 << 20)))
+    with pytest.raises(InvalidArgument, match="zstd"):
+        workshop.unpack_blob(compressor.compress(tar) + compressor.flush(), digest(tar))
+
+
+def test_the_disk_keeps_a_reserve(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "_RESERVE_BYTES", 1 << 60)
+    monkeypatch.setattr(budget, "_RESERVE_SHARE", 1)
+    with pytest.raises(ResourceExhausted, match="left on the disk"):
+        workshop.unpack(file("a"))
+
+
+def test_deep_trees(workshop: Workshop) -> None:
+    path = "/".join(["d"] * 1900)
+    started = time.perf_counter()
+    root = workshop.unpack(*(file(f"{path}/{number}") for number in range(50)))
+    files.remove_tree(str(root))
+    assert not root.exists()
+    assert time.perf_counter() - started < 5

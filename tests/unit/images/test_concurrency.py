@@ -1,0 +1,130 @@
+"""Shared work and blocking calls, with callers that give up."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from nodeagent.errors import NotFound, Unavailable
+from nodeagent.images.concurrency import Flights, to_the_end
+
+
+class Work:
+    """Something that takes until it is told, and counts."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.cancelled = 0
+        self.go = asyncio.Event()
+        self.error: Exception | None = None
+
+    async def run(self) -> int:
+        self.begun += 1
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.error:
+            raise self.error
+        return self.begun
+
+
+async def settled() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_one_flight_for_all() -> None:
+    flights: Flights[int] = Flights()
+    work = Work()
+    callers = [asyncio.create_task(flights.join("key", work.run)) for _ in range(3)]
+    await settled()
+    work.go.set()
+    assert await asyncio.gather(*callers) == [1, 1, 1]
+    assert len(flights) == 0
+    assert await flights.join("key", work.run) == 2
+
+
+async def test_keys_are_apart() -> None:
+    flights: Flights[int] = Flights()
+    work = Work()
+    work.go.set()
+    assert {await flights.join(key, work.run) for key in "ab"} == {1, 2}
+
+
+async def test_the_last_who_leaves_ends_it() -> None:
+    flights: Flights[int] = Flights()
+    work = Work()
+    callers = [asyncio.create_task(flights.join("key", work.run)) for _ in range(2)]
+    await settled()
+    callers[0].cancel()
+    await settled()
+    assert (callers[0].cancelled(), work.cancelled) == (True, 0)
+    callers[1].cancel()
+    await asyncio.wait(callers)
+    assert (callers[1].cancelled(), work.cancelled, len(flights)) == (True, 1, 0)
+
+
+async def test_a_failure_is_shared_by_one_owner() -> None:
+    flights: Flights[int] = Flights()
+    work = Work()
+    work.error = NotFound("no")
+    callers = [asyncio.create_task(flights.join("key", work.run, owner=work)) for _ in range(2)]
+    await settled()
+    work.go.set()
+    results = await asyncio.gather(*callers, return_exceptions=True)
+    assert results == [work.error, work.error]
+    assert work.begun == 1
+
+
+async def test_another_owner_tries_again() -> None:
+    flights: Flights[int] = Flights()
+    bad, good = Work(), Work()
+    bad.error = NotFound("no")
+    first = asyncio.create_task(flights.join("key", bad.run, owner=bad))
+    await settled()
+    second = asyncio.create_task(flights.join("key", good.run, owner=good))
+    await settled()
+    assert good.begun == 0
+    bad.go.set()
+    good.go.set()
+    with pytest.raises(NotFound):
+        await first
+    assert await second == 1
+
+
+async def test_closing_ends_all() -> None:
+    flights: Flights[int] = Flights()
+    work = Work()
+    caller = asyncio.create_task(flights.join("key", work.run))
+    await settled()
+    await flights.close()
+    assert work.cancelled == 1
+    with pytest.raises(Unavailable):
+        await caller
+
+
+async def test_a_call_in_a_thread_is_waited_for() -> None:
+    stop, ended = threading.Event(), threading.Event()
+
+    def call() -> None:
+        stop.wait(5)
+        ended.set()
+
+    task = asyncio.create_task(to_the_end(None, call, on_cancel=stop.set))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended.is_set()
+
+
+async def test_results_and_errors_of_a_thread() -> None:
+    assert await to_the_end(None, lambda: 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        await to_the_end(None, lambda: 1 // 0)
