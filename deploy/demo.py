@@ -81,7 +81,7 @@ class Demo:
         show(body)
         for name in ("server", "client"):
             with step(f"log of {name}"):
-                text = (self.logs / f"{name}.log").read_text()
+                text = first_line(self.logs / f"{name}.log")
             show(text)
         self.exec()
         self.stats()
@@ -133,7 +133,7 @@ class Demo:
         with step("scrape /metrics"):
             lines = fetch(f"http://{METRICS}/metrics").splitlines()
         wanted = [line for line in lines if "memory" in line and 'pod="demo"' in line]
-        show("\n".join(wanted[:4]))
+        show("\n".join(line.replace(self.pod, "…") for line in wanted[:4]))
 
     def hint(self) -> None:
         crictl = shutil.which("crictl") or REPOSITORY / ".tools/bin/crictl"
@@ -279,6 +279,15 @@ def machine() -> dict[str, set[str]]:
         "links": set(os.listdir("/sys/class/net")),
         "cgroups": {str(path) for path in Path("/sys/fs/cgroup").glob("**/nodeagent-*")},
     }
+
+
+def first_line(path: Path) -> str:
+    """Waits for it."""
+    for _ in range(100):
+        if text := read(path):
+            return text
+        time.sleep(0.02)
+    sys.exit(f"demo: {path} stays empty")
 
 
 def read(path: Path) -> str:

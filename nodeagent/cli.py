@@ -7,7 +7,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from nodeagent import check, config, control
+from nodeagent import check, control
+from nodeagent import config as configuration
 from nodeagent.config import Config
 from nodeagent.errors import NodeAgentError
 
@@ -16,7 +17,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0; 1 with the reason on stderr; 2 for a wrong command line."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("nodeagent").setLevel(logging.DEBUG if options.debug else logging.INFO)
     try:
         return int(options.run(options))
     except (NodeAgentError, OSError) as error:
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "--config", type=Path, metavar="FILE", help=f"default: {config.DEFAULT_PATH}"
+        "--config", type=Path, metavar="FILE", help=f"default: {configuration.DEFAULT_PATH}"
     )
     common.add_argument("--root", metavar="DIR", help="what stays over a reboot")
     common.add_argument("--state", metavar="DIR", help="what does not")
@@ -65,7 +65,7 @@ def _configuration(options: argparse.Namespace) -> Config:
     }
     if getattr(options, "streaming", None) is not None:
         overrides["streaming"] = {"address": options.streaming}
-    return config.load(options.config, overrides)
+    return configuration.load(options.config, overrides)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -73,7 +73,9 @@ def _serve(options: argparse.Namespace) -> int:
         serve,
     )  # gRPC takes 0.1 s to import, which the other verbs need not wait
 
-    asyncio.run(serve(_configuration(options)))
+    config = _configuration(options)
+    logging.getLogger("nodeagent").setLevel("DEBUG" if options.debug else config.log.level.upper())
+    asyncio.run(serve(config))
     return 0
 
 
@@ -85,7 +87,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> int:
-    print(config.dumps(_configuration(options)), end="")
+    print(configuration.dumps(_configuration(options)), end="")
     return 0
 
 

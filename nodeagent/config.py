@@ -95,9 +95,6 @@ class Log(Table, frozen=True, kw_only=True):
     level: Annotated[
         Literal["debug", "info", "warning", "error"], doc("of the agent's own log")
     ] = "info"
-    max_line_bytes: Annotated[
-        int, Meta(ge=256, le=1 << 20), doc("a container's longer lines are split")
-    ] = 16_384
 
 
 class Seccomp(Table, frozen=True, kw_only=True):

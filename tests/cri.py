@@ -1,9 +1,13 @@
 """The CRI as a test writes it: pods and containers in a line each, over the real socket."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import grpc
+import pytest
 
 from nodeagent.api import runtime_pb2 as pb
 from tests.node import RunningAgent, wait_for
@@ -56,7 +60,10 @@ class Pod:
     @property
     def status(self) -> pb.PodSandboxStatus:
         request = pb.PodSandboxStatusRequest(pod_sandbox_id=self.id)
-        return self.cri.agent.runtime.PodSandboxStatus(request, timeout=10).status
+        answer: pb.PodSandboxStatusResponse = self.cri.agent.runtime.PodSandboxStatus(
+            request, timeout=10
+        )
+        return answer.status
 
     @property
     def ip(self) -> str:
@@ -100,7 +107,9 @@ class Container:
     @property
     def status(self) -> pb.ContainerStatus:
         request = pb.ContainerStatusRequest(container_id=self.id)
-        return self.pod.cri.agent.runtime.ContainerStatus(request, timeout=10).status
+        runtime = self.pod.cri.agent.runtime
+        answer: pb.ContainerStatusResponse = runtime.ContainerStatus(request, timeout=10)
+        return answer.status
 
     @property
     def log(self) -> Path:
@@ -125,7 +134,9 @@ class Container:
 
     def exec(self, *command: str, timeout: int = 10) -> pb.ExecSyncResponse:
         request = pb.ExecSyncRequest(container_id=self.id, cmd=command, timeout=timeout)
-        return self.pod.cri.agent.runtime.ExecSync(request, timeout=timeout + 30)
+        runtime = self.pod.cri.agent.runtime
+        answer: pb.ExecSyncResponse = runtime.ExecSync(request, timeout=timeout + 30)
+        return answer
 
     def shell(self, script: str) -> str:
         """What a shell in the container prints; it must succeed."""
@@ -153,3 +164,12 @@ def pod_options(**fields: Any) -> pb.LinuxPodSandboxConfig:
             namespace_options=pb.NamespaceOption(**fields)
         )
     )
+
+
+def refused(code: grpc.StatusCode, text: str, call: Callable[[], object]) -> None:
+    """The call fails with this code, and a text that has `text` in it."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    details = caught.value.details() or ""
+    assert caught.value.code() == code, details
+    assert text in details

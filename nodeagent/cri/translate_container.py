@@ -10,12 +10,15 @@ from nodeagent.cri.translate_mounts import mounts
 from nodeagent.cri.translate_namespaces import container_namespaces
 from nodeagent.cri.translate_resources import resources
 from nodeagent.errors import Unsupported
-from nodeagent.records import ContainerConfig, DeviceConfig, SandboxConfig
+from nodeagent.records import ContainerConfig, DeviceConfig, Profile, SandboxConfig
 
 # vendor/class=device, as the Container Device Interface names them.
 _CDI_NAME = re.compile(r"[A-Za-z][\w.-]*/[A-Za-z][\w.-]*=[\w.:-]+")
 _PERMISSIONS = re.compile(r"(?!.*(.).*\1)[rwm]{1,3}")
 _USERNAME_BYTES = 256
+
+# Of a container whose caller says nothing of security at all, as masked and read-only paths are the agent's own then.
+_RUNTIME_DEFAULT = Profile(kind="default")
 
 
 def container_config(message: pb.ContainerConfig, pod: SandboxConfig) -> ContainerConfig:
@@ -74,7 +77,7 @@ def container_config(message: pb.ContainerConfig, pod: SandboxConfig) -> Contain
             if has_context
             else None
         ),
-        seccomp=security.seccomp(context, field),
+        seccomp=security.seccomp(context, field) if has_context else _RUNTIME_DEFAULT,
         apparmor=security.apparmor(context, field),
         selinux=security.selinux(context, field),
     )

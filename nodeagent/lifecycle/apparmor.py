@@ -1,7 +1,7 @@
 """AppArmor: the default profile of containers, and whether a profile is loaded.
 
-The profile is compiled and loaded by AppArmor's own parser, once, when the agent starts; where the kernel has AppArmor but
-the node no parser, containers without a profile of their own run unconfined, and the agent says so.
+The profile is compiled and loaded by AppArmor's own parser, once, when the agent starts; where the kernel has AppArmor
+but the node no parser, containers without a profile of their own run unconfined, and the agent says so.
 """
 
 import logging

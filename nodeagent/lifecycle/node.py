@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
-from nodeagent.images.catalog import Images
+from nodeagent.images.catalog import Images, Limits
 from nodeagent.lifecycle import apparmor, privatemount
 from nodeagent.lifecycle.containers import Containers
 from nodeagent.lifecycle.events import Events
@@ -91,6 +91,11 @@ async def open_images(config: Config, places: Places) -> AsyncIterator[tuple[Sto
             store=store,
             hosts_dir=Path(config.certs_dir),
             pinned=config.images.pinned,
+            limits=Limits(
+                layers_at_once=config.images.max_concurrent_downloads,
+                max_image_bytes=config.images.max_image_bytes,
+                max_image_entries=config.images.max_image_entries,
+            ),
         )
         try:
             yield store, images

@@ -21,6 +21,7 @@ from nodeagent.records import Container, Sandbox
 
 DISK_SECONDS = 10.0
 RATE_SECONDS = 1.0
+READ_AT_ONCE = 50  # of a cgroup costs 0.1 ms, and requests wait for the loop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +101,11 @@ class Stats:
         """Of every READY pod."""
         interfaces = self._network.all_interface_stats()
         ready = [s for s in self._registry.visible_sandboxes() if s.ready]
-        return [await self._pod(sandbox, interfaces) for sandbox in ready]
+        found = []
+        for sandbox in ready:
+            found.append(await self._pod(sandbox, interfaces))
+            await asyncio.sleep(0)
+        return found
 
     async def _pod(self, sandbox: Sandbox, interfaces: dict[str, InterfaceStats]) -> SandboxUsage:
         own = interfaces.get(sandbox.id)
@@ -113,7 +118,9 @@ class Stats:
 
     async def _read_all(self, containers: Iterable[Container]) -> list[ContainerUsage]:
         found = []
-        for container in containers:
+        for number, container in enumerate(containers, start=1):
+            if number % READ_AT_ONCE == 0:
+                await asyncio.sleep(0)
             if container.state == "running":
                 try:
                     found.append(await self._read(container))

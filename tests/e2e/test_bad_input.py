@@ -1,14 +1,14 @@
 """Malformed requests get a code and a text that names the object, and leave nothing behind."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests.cri import Cri, Pod, options
+from tests.cri import Cri, Pod, options, refused
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
@@ -17,13 +17,6 @@ NOT_FOUND = grpc.StatusCode.NOT_FOUND
 @pytest.fixture
 def pod(cri: Cri) -> Pod:
     return cri.pod()
-
-
-def refused(code: grpc.StatusCode, text: str, call: Callable[[], object]) -> None:
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    assert caught.value.code() == code, caught.value.details()
-    assert text in caught.value.details()
 
 
 def test_unknown_ids(cri: Cri) -> None:
@@ -92,7 +85,7 @@ def test_missing_host_path(pod: Pod) -> None:
         ),
     ],
 )
-def test_malformed_containers(pod: Pod, fields: dict[str, object], text: str) -> None:
+def test_malformed_containers(pod: Pod, fields: dict[str, Any], text: str) -> None:
     refused(INVALID, text, lambda: pod.container(**fields))
     request = pb.ListContainersRequest(filter=pb.ContainerFilter(pod_sandbox_id=pod.id))
     assert not pod.cri.agent.runtime.ListContainers(request).containers

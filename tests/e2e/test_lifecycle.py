@@ -1,10 +1,12 @@
 """Pods and containers through all their states, over the socket."""
 
+from typing import Any
+
 import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests.cri import CREATED, EXITED, RUNNING, SLEEP, Cri, options, pod_options
+from tests.cri import CREATED, EXITED, RUNNING, SLEEP, Cri, options, pod_options, refused
 
 
 def test_a_pod_lives_and_leaves(cri: Cri) -> None:
@@ -25,9 +27,7 @@ def test_a_pod_lives_and_leaves(cri: Cri) -> None:
     assert container.status.state == EXITED
     assert container.status.exit_code == 137
     pod.remove()
-    with pytest.raises(grpc.RpcError) as caught:
-        pod.status  # noqa: B018
-    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    refused(grpc.StatusCode.NOT_FOUND, pod.id, lambda: pod.status)
 
 
 def test_stop_and_remove_may_be_repeated(cri: Cri) -> None:
@@ -45,9 +45,7 @@ def test_stop_and_remove_may_be_repeated(cri: Cri) -> None:
 def test_removal_kills(cri: Cri) -> None:
     container = cri.run()
     container.remove()
-    with pytest.raises(grpc.RpcError) as caught:
-        container.status  # noqa: B018
-    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    refused(grpc.StatusCode.NOT_FOUND, container.id, lambda: container.status)
     container.pod.remove()
 
 
@@ -81,9 +79,7 @@ def test_out_of_memory(cri: Cri) -> None:
 
 def test_a_program_that_is_missing(cri: Cri) -> None:
     container = cri.pod().container("/no/such/program")
-    with pytest.raises(grpc.RpcError) as caught:
-        container.start()
-    assert "/no/such/program" in caught.value.details()
+    refused(grpc.StatusCode.FAILED_PRECONDITION, "/no/such/program", container.start)
     status = container.status
     assert (status.state, status.exit_code, status.reason) == (EXITED, 128, "StartError")
     assert "/no/such/program" in status.message
@@ -109,7 +105,7 @@ def test_filters(cri: Cri) -> None:
     other = cri.run()
     runtime = cri.agent.runtime
 
-    def containers(**fields: object) -> set[str]:
+    def containers(**fields: Any) -> set[str]:
         request = pb.ListContainersRequest(filter=pb.ContainerFilter(**fields))
         return {item.id for item in runtime.ListContainers(request).containers}
 
@@ -130,10 +126,7 @@ def test_filters(cri: Cri) -> None:
 def test_the_same_attempt_twice_is_refused(cri: Cri) -> None:
     pod = cri.pod()
     container = pod.container()
-    with pytest.raises(grpc.RpcError) as caught:
-        pod.container()
-    assert caught.value.code() == grpc.StatusCode.ALREADY_EXISTS
-    assert container.id in caught.value.details()
+    refused(grpc.StatusCode.ALREADY_EXISTS, container.id, pod.container)
     pod.remove()
 
 
@@ -179,7 +172,5 @@ def test_two_containers_share_the_pod(cri: Cri) -> None:
 def test_stopped_pod_takes_no_container(cri: Cri) -> None:
     pod = cri.pod()
     pod.stop()
-    with pytest.raises(grpc.RpcError) as caught:
-        pod.container()
-    assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    refused(grpc.StatusCode.FAILED_PRECONDITION, "stopped", pod.container)
     pod.remove()

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -10,7 +11,7 @@ import pytest
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.linux import syscalls
-from tests.cri import Cri
+from tests.cri import Cri, refused
 from tests.node import wait_for
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}(Z|[+-]\d\d:\d\d) (stdout|stderr) [PF] .*")
@@ -70,9 +71,9 @@ def test_exec_sync(cri: Cri) -> None:
 def test_exec_timeout_kills_the_tree(cri: Cri) -> None:
     container = cri.run()
     begin = time.monotonic()
-    with pytest.raises(grpc.RpcError) as caught:
-        container.exec("sh", "-c", "sleep 777 & sleep 777", timeout=1)
-    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    script = "sleep 777 & sleep 777"
+    call = partial(container.exec, "sh", "-c", script, timeout=1)
+    refused(grpc.StatusCode.DEADLINE_EXCEEDED, container.id, call)
     assert time.monotonic() - begin < 5
     assert "777" not in container.shell("ps")
     container.pod.remove()
@@ -97,18 +98,14 @@ def test_exec_output_is_bounded(cri: Cri) -> None:
 
 def test_exec_of_a_missing_program(cri: Cri) -> None:
     container = cri.run()
-    with pytest.raises(grpc.RpcError) as caught:
-        container.exec("/nope")
-    assert "/nope" in caught.value.details()
+    refused(grpc.StatusCode.FAILED_PRECONDITION, "/nope", lambda: container.exec("/nope"))
     container.pod.remove()
 
 
 def test_exec_in_an_ended_container(cri: Cri) -> None:
     container = cri.run("true")
     container.ended()
-    with pytest.raises(grpc.RpcError) as caught:
-        container.exec("true")
-    assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    refused(grpc.StatusCode.FAILED_PRECONDITION, container.id, lambda: container.exec("true"))
     container.pod.remove()
 
 

@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests.cri import Cri, Pod, pod_options
+from tests.cri import Cri, Pod, pod_options, refused
 from tests.node import free_port, wait_for
 
 PAGE = ("sh", "-c", "echo page > /index.html; exec httpd -f -p 8080 -h /")
@@ -44,10 +44,7 @@ def test_host_port(cri: Cri) -> None:
     pod = cri.pod(port_mappings=[mapping, unmapped])
     pod.run(*PAGE)
     wait_for("the page on the host port", lambda: serves(f"http://127.0.0.1:{tcp}/"))
-    with pytest.raises(grpc.RpcError) as caught:
-        cri.pod(port_mappings=[mapping])
-    assert caught.value.code() == grpc.StatusCode.ALREADY_EXISTS
-    assert str(tcp) in caught.value.details()
+    refused(grpc.StatusCode.ALREADY_EXISTS, str(tcp), lambda: cri.pod(port_mappings=[mapping]))
     pod.remove()
     assert not serves(f"http://127.0.0.1:{tcp}/")
     again = cri.pod(port_mappings=[mapping])
@@ -91,9 +88,8 @@ def test_sysctls(cri: Cri) -> None:
 def test_sysctls_of_the_node_are_refused(cri: Cri, name: str) -> None:
     with open("/proc/sys/kernel/core_pattern") as file:
         before = file.read()
-    with pytest.raises(grpc.RpcError) as caught:
-        cri.pod(linux=pb.LinuxPodSandboxConfig(sysctls={name: "|/bin/evil"}))
-    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    linux = pb.LinuxPodSandboxConfig(sysctls={name: "|/bin/evil"})
+    refused(grpc.StatusCode.INVALID_ARGUMENT, "sysctl", lambda: cri.pod(linux=linux))
     with open("/proc/sys/kernel/core_pattern") as file:
         assert file.read() == before
 
