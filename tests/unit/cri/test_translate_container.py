@@ -121,7 +121,7 @@ def test_no_field_is_forgotten(path: str) -> None:
 
 def test_the_least_config() -> None:
     assert container_config(samples.simple_container(), UNPRIVILEGED) == ContainerConfig(
-        name="main", image="busybox"
+        name="main", image="busybox", seccomp=Profile(kind="default")
     )
 
 
