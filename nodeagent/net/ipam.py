@@ -14,7 +14,7 @@ from ipaddress import ip_interface
 import msgspec
 
 from nodeagent.errors import ResourceExhausted
-from nodeagent.net.addresses import Interface, Subnet
+from nodeagent.net.addresses import Address, Interface, Subnet, gateway
 from nodeagent.records import Lease
 from nodeagent.store import Store
 
@@ -29,33 +29,24 @@ class Pool:
         self._first = int(subnet.network_address) + 2
         self._last = int(subnet.broadcast_address) - (1 if subnet.version == 4 else 0)
         self._next = self._first
-        self._taken: set[int] = set()
 
     @property
     def size(self) -> int:
         return self._last - self._first + 1
 
-    def take(self) -> Interface:
-        """The next address in turn, so that one given back rests as long as possible."""
-        if len(self._taken) >= self.size:
-            raise ResourceExhausted(f"subnet {self.subnet}: all {self.size} addresses are taken")
-        address = self._next
-        while address in self._taken:
-            address = self._after(address)
-        interface = ip_interface((address, self.subnet.prefixlen))
-        self.claim(interface)
-        return interface
+    def take(self, taken: Collection[Address]) -> Interface:
+        """The next address in turn that is free, so that one given back rests as long as possible."""
+        for _ in range(min(self.size, len(taken) + 1)):
+            interface = ip_interface((self._next, self.subnet.prefixlen))
+            self.skip(interface)
+            if interface.ip not in taken:
+                return interface
+        raise ResourceExhausted(f"subnet {self.subnet}: all {self.size} addresses are taken")
 
-    def claim(self, interface: Interface) -> None:
-        """Take this very address; the next one in turn is the one after it."""
-        self._taken.add(int(interface.ip))
-        self._next = self._after(int(interface.ip))
-
-    def give_back(self, interface: Interface) -> None:
-        self._taken.discard(int(interface.ip))
-
-    def _after(self, address: int) -> int:
-        return address + 1 if address < self._last else self._first
+    def skip(self, interface: Interface) -> None:
+        """It is another address's turn: the one's after this."""
+        after = int(interface.ip) + 1
+        self._next = after if self._first <= after <= self._last else self._first
 
 
 class Ipam:
@@ -66,11 +57,13 @@ class Ipam:
         self._link_prefix = link_prefix
         self._pools: dict[Subnet, Pool] = {}
         self._current: list[Pool] = []
+        self._taken: set[Address] = set()  # of all pools, which may overlap
         self.leases: dict[str, Lease] = {}
         for lease in sorted(store.all(Lease), key=lambda lease: lease.acquired_at):
             self.leases[lease.pod_id] = lease
             for interface in interfaces(lease):
-                self._pool(interface.network).claim(interface)
+                self._pool(interface.network).skip(interface)
+                self._taken.add(interface.ip)
         self.use(subnets)
 
     def use(self, subnets: Sequence[Subnet]) -> None:
@@ -87,19 +80,15 @@ class Ipam:
         """A lease of one's own, or the one that the pod has. Raises `ResourceExhausted`."""
         if held := self.leases.get(pod_id):
             return held
-        taken: list[Interface] = []
-        try:
-            taken.extend(pool.take() for pool in self._current)
-            lease = Lease(
-                pod_id=pod_id,
-                addresses=tuple(map(str, taken)),
-                link=self._new_link(),
-                acquired_at=time.time_ns(),
-            )
-            self._store.put(lease)
-        except BaseException:
-            self._give_back(taken)
-            raise
+        taken = [pool.take(self._taken) for pool in self._current]
+        lease = Lease(
+            pod_id=pod_id,
+            addresses=tuple(map(str, taken)),
+            link=self._new_link(),
+            acquired_at=time.time_ns(),
+        )
+        self._store.put(lease)
+        self._taken.update(interface.ip for interface in taken)
         self.leases[pod_id] = lease
         return lease
 
@@ -117,19 +106,23 @@ class Ipam:
         if self.leases.get(lease.pod_id) == lease:
             self._store.delete(Lease, lease.pod_id)
             del self.leases[lease.pod_id]
-            self._give_back(interfaces(lease))
+            self._taken.difference_update(interface.ip for interface in interfaces(lease))
 
     def released(self) -> list[Lease]:
         return [lease for lease in self.leases.values() if lease.released_at]
 
+    def holder(self, address: Address) -> str | None:
+        """The pod that has an address."""
+        for lease in self.leases.values():
+            if any(interface.ip == address for interface in interfaces(lease)):
+                return lease.pod_id
+        return None
+
     def _pool(self, subnet: Subnet) -> Pool:
         if subnet not in self._pools:
             self._pools[subnet] = Pool(subnet)
+            self._taken.add(gateway(subnet).ip)
         return self._pools[subnet]
-
-    def _give_back(self, taken: Collection[Interface]) -> None:
-        for interface in taken:
-            self._pool(interface.network).give_back(interface)
 
     def _new_link(self) -> str:
         names = {lease.link for lease in self.leases.values()}

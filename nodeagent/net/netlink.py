@@ -246,10 +246,11 @@ class Connection:
 
     def _receive(self, request: Request) -> Iterator[Message]:
         try:
-            data = self._socket.recv(_RECEIVE_BYTES)
+            data, (sender, _) = self._socket.recvfrom(_RECEIVE_BYTES)
         except BlockingIOError:
             raise _silence(request) from None
-        return messages(data)
+        # Privileged processes of the namespace can send to any netlink socket of it; 0 is the kernel.
+        return messages(data) if sender == 0 else iter(())
 
 
 def _failure(message: Message, request: Request) -> OSError | None:

@@ -27,7 +27,7 @@ import msgspec
 from nodeagent.config import Network as NetworkConfig
 from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from nodeagent.net import bridge, conntrack, links, setup, stats, sysctls
-from nodeagent.net.addresses import parse_pod_cidr
+from nodeagent.net.addresses import gateway, parse_pod_cidr
 from nodeagent.net.hostports import HostPorts
 from nodeagent.net.ipam import Ipam, interfaces
 from nodeagent.net.nat import Nat
@@ -180,14 +180,20 @@ class Network:
         """New pods get addresses of these subnets, also after a restart; those that are there keep theirs.
 
         cidr: as in UpdateRuntimeConfig, "10.1.0.0/24" or "10.1.0.0/24,fd00:1::/64"; empty changes nothing. A family
-        that is not configured stays out. Raises `InvalidArgument`.
+        that is not configured stays out. Raises `InvalidArgument`, and `FailedPrecondition` where a pod is in the way.
         """
         if not cidr:
             return
-        subnets = tuple(str(subnet) for subnet in parse_pod_cidr(cidr))
-        if subnets == self._choices.pod_cidrs:
+        subnets = parse_pod_cidr(cidr)
+        pod_cidrs = tuple(map(str, subnets))
+        if pod_cidrs == self._choices.pod_cidrs:
             return
-        await self._set_up(msgspec.structs.replace(self._choices, pod_cidrs=subnets))
+        for address in (gateway(subnet).ip for subnet in subnets):
+            if pod_id := self._ipam.holder(address):
+                raise FailedPrecondition(
+                    f'pod_cidr "{cidr}": pod "{pod_id}" has {address}, which would be the gateway\'s'
+                )
+        await self._set_up(msgspec.structs.replace(self._choices, pod_cidrs=pod_cidrs))
         if self._nat is not None:
             self._nat.declare(self._ruleset())
 

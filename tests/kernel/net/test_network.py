@@ -622,3 +622,18 @@ async def test_malformed_pod_cidr_changes_nothing(
     await network.set_pod_cidr("")
     _, pod4, _ = await new_pod(network)
     assert pod4.startswith("10.88.")
+
+
+async def test_pod_cidr_within_the_earlier_subnet_gives_no_address_twice(
+    world: World, store: Store, new_pod: PodMaker
+) -> None:
+    network = await Network.start(config=NetworkConfig(), store=store, instance=INSTANCE)
+    addresses = {(await new_pod(network))[1] for _ in range(3)}
+    await network.set_pod_cidr("10.88.0.0/29")
+    pod, pod4, _ = await new_pod(network)
+    assert pod4 not in addresses
+    async with tcp_echo_of_peer(pod.namespace, (pod4, 80)):
+        assert await ask_tcp(world.node, (pod4, 80)) == "10.88.0.1"
+    with pytest.raises(FailedPrecondition, match=r"has 10\.88\.0\.5"):
+        await network.set_pod_cidr("10.88.0.4/30")
+    await network.close(remove=True)
