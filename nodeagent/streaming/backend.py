@@ -91,9 +91,14 @@ class Process(Protocol):
     and stdin a duplicate of it. The three descriptors are different numbers.
     """
 
-    stdin: int | None
-    stdout: int | None
-    stderr: int | None
+    @property
+    def stdin(self) -> int | None: ...
+
+    @property
+    def stdout(self) -> int | None: ...
+
+    @property
+    def stderr(self) -> int | None: ...
 
     def resize(self, width: int, height: int) -> None:
         """Give the terminal this many columns and rows. OSError: the terminal is gone."""
@@ -113,7 +118,10 @@ class Process(Protocol):
 
 
 class Backend(Protocol):
-    """Where sessions come true. NodeAgentError and OSError are told to the client, with their text."""
+    """Where sessions come true. NodeAgentError and OSError are told to the client, with their text.
+
+    A call is cancelled when its client leaves meanwhile, and leaves nothing behind then.
+    """
 
     async def exec(self, request: ExecRequest, size: tuple[int, int] | None) -> Process:
         """Start a process; size is its terminal's, width and height, before it runs."""

@@ -64,19 +64,18 @@ class StreamingServer:
 
     async def __aenter__(self) -> Self:
         family = socket.AF_INET if self._host.version == 4 else socket.AF_INET6
+        version = None if self._tls is None else self._tls.version()
+        context = None if self._tls is None else self._tls.load()
         async with AsyncExitStack() as stack:
             self._listener = stack.enter_context(
                 socket.create_server((str(self._host), self._port), family=family)
             )
+            await self._listen(context)
             self._tasks = await stack.enter_async_context(asyncio.TaskGroup())
-            if self._tls is None:
-                await self._listen(None)
-            else:
-                version, context = self._tls.version(), self._tls.load()
-                await self._listen(context)
+            stack.callback(self._stop)
+            if self._tls is not None:
                 following = self._tasks.create_task(self._follow(self._tls, version))
                 stack.callback(following.cancel)
-            stack.callback(self._stop)
             self._stack = stack.pop_all()
         return self
 

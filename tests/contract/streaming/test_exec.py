@@ -236,10 +236,11 @@ async def test_a_terminal_is_resized(server: StreamingServer, wire: str) -> None
 
 @pytest.mark.parametrize("wire", MAIN_WIRES)
 async def test_control_c_is_a_signal(server: StreamingServer, wire: str) -> None:
-    client = await start(server, wire, sh("echo ready; sleep 30", stdin=True, tty=True))
+    script = "trap 'exit 7' INT; echo ready; while :; do sleep 0.05; done"
+    client = await start(server, wire, sh(script, stdin=True, tty=True))
     await client.expect(b"ready\r\n")
     await client.write(b"\x03")
-    assert (await client.result()).code == 130
+    assert (await client.result()).code == 7
 
 
 # --- ends ---

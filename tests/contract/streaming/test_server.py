@@ -182,6 +182,14 @@ async def test_a_backend_with_a_bug_is_told_as_such(
 # --- TLS ---
 
 
+NEW_KEY = "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
+EXTENSIONS = "subjectAltName=IP:127.0.0.1\nauthorityKeyIdentifier=keyid\n"
+
+
+def openssl(command: str) -> None:
+    subprocess.run(["openssl", *command.split()], check=True, capture_output=True)
+
+
 class Authority:
     """A certificate authority made for one test."""
 
@@ -189,61 +197,21 @@ class Authority:
         self._directory = directory
         self.certificate = directory / f"{name}.pem"
         self._key = directory / f"{name}.key"
-        self._openssl(
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:P-256",
-            "-nodes",
-            "-subj",
-            f"/CN={name}",
-            "-keyout",
-            str(self._key),
-            "-out",
-            str(self.certificate),
+        usage = "-addext keyUsage=critical,keyCertSign"
+        openssl(
+            f"{NEW_KEY} -x509 -subj /CN={name} {usage} -keyout {self._key} -out {self.certificate}"
         )
 
     def issue(self, name: str) -> tuple[Path, Path]:
         """Certificate and key for 127.0.0.1."""
         stem = self._directory / name
-        certificate, key, request = (stem.with_suffix(s) for s in (".pem", ".key", ".csr"))
-        self._openssl(
-            "req",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:P-256",
-            "-nodes",
-            "-subj",
-            f"/CN={name}",
-            "-keyout",
-            str(key),
-            "-out",
-            str(request),
-        )
-        extensions = stem.with_suffix(".ext")
-        extensions.write_text("subjectAltName=IP:127.0.0.1\n")
-        self._openssl(
-            "x509",
-            "-req",
-            "-in",
-            str(request),
-            "-CA",
-            str(self.certificate),
-            "-CAkey",
-            str(self._key),
-            "-CAcreateserial",
-            "-extfile",
-            str(extensions),
-            "-out",
-            str(certificate),
-        )
+        certificate, key = stem.with_suffix(".pem"), stem.with_suffix(".key")
+        request, extensions = stem.with_suffix(".csr"), stem.with_suffix(".ext")
+        openssl(f"{NEW_KEY} -subj /CN={name} -keyout {key} -out {request}")
+        extensions.write_text(EXTENSIONS)
+        signer = f"-CA {self.certificate} -CAkey {self._key} -CAcreateserial"
+        openssl(f"x509 -req -in {request} {signer} -extfile {extensions} -out {certificate}")
         return certificate, key
-
-    def _openssl(self, *args: str) -> None:
-        subprocess.run(["openssl", *args], check=True, capture_output=True)
 
 
 def trusting(authority: Authority) -> ssl.SSLContext:
@@ -309,7 +277,15 @@ async def test_certificates_are_read_again(
         assert (await old.result()).stdout == b"still here"
 
 
-def test_a_missing_file_is_named(backend: Children, tmp_path: Path) -> None:
+async def test_a_missing_file_is_named(backend: Children, tmp_path: Path) -> None:
     files = TLSFiles(certificate=str(tmp_path / "none.pem"), key=str(tmp_path / "none.key"))
     with pytest.raises(FileNotFoundError, match=r"none\.pem"):
-        files.version()
+        async with StreamingServer(backend, tls=files):
+            pass
+
+
+async def test_an_address_that_is_taken(server: StreamingServer, backend: Children) -> None:
+    port = int(server.url(ECHO).split("/")[2].rpartition(":")[2])
+    with pytest.raises(OSError, match="Address already in use"):
+        async with StreamingServer(backend, port=port):
+            pass
