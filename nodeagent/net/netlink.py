@@ -150,7 +150,6 @@ class Connection:
 
     def __init__(self, handed: socket.socket) -> None:
         self._socket = handed
-        self._socket.setblocking(False)
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_EXT_ACK, 1)
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
         self._sequences = itertools.count(int.from_bytes(os.urandom(2), "little") + 1)
@@ -246,7 +245,7 @@ class Connection:
 
     def _receive(self, request: Request) -> Iterator[Message]:
         try:
-            data, (sender, _) = self._socket.recvfrom(_RECEIVE_BYTES)
+            data, (sender, _) = self._socket.recvfrom(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
             raise _silence(request) from None
         # Privileged processes of the namespace can send to any netlink socket of it; 0 is the kernel.
