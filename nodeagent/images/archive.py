@@ -176,7 +176,7 @@ class Archive:
             if name in self._files:
                 return self._files[name]
             name = self._links.get(name, "")
-        raise InvalidArgument(f'archive: no file "{name[:200]}"')
+        raise InvalidArgument(f'archive: no file "{tar.shown(name)}"')
 
 
 def spool(source: Path | BinaryIO, directory: Path, max_bytes: int) -> Archive:
@@ -226,7 +226,7 @@ def _spool_file(path: Path, pieces: Iterator[memoryview], budget: Budget) -> Fil
 
 def _check_name(name: str, file: File) -> None:
     if name.startswith(_BLOBS) and name != _BLOBS + file.digest.removeprefix("sha256:"):
-        raise DataLoss(f'archive: "{name[:200]}" has the digest {file.digest}')
+        raise DataLoss(f'archive: "{tar.shown(name)}" has the digest {file.digest}')
 
 
 def _annotated_names(entry: Descriptor) -> Iterator[Reference]:

@@ -162,7 +162,7 @@ def _check_realm(realm: str, root: str) -> None:
             return
     except ValueError:
         pass
-    raise PermissionDenied(f'"{realm[:200]}" is no token service to send credentials to')
+    raise PermissionDenied(f"{realm[:200]!a} is no token service to send credentials to")
 
 
 def _decoded(auth: str) -> tuple[str, str]:

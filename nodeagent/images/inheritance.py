@@ -11,14 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from nodeagent.errors import InvalidArgument, ResourceExhausted
+from nodeagent.errors import ResourceExhausted
 from nodeagent.images.budget import Budget, is_full
-from nodeagent.images.layers import OPAQUE_XATTR, Unpacked, is_whiteout
-from nodeagent.linux import confined
+from nodeagent.images.directories import DIRECTORY, open_existing
+from nodeagent.images.layers import NEW_FILE, OPAQUE_XATTR, Unpacked, is_whiteout, malformed
+from nodeagent.images.tar import shown
 
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ANYTHING = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _COPY_BYTES = 1 << 20
 
 
@@ -86,9 +85,8 @@ def _is_opaque(descriptor: int) -> bool:
 
 
 def _inherit_directory(root: int, path: str, below: Sequence[Path]) -> None:
-    try:
-        directory = confined.open_path(root, path, _DIRECTORY)
-    except (FileNotFoundError, NotADirectoryError):
+    directory = open_existing(root, path)
+    if directory is None:
         return  # replaced by a later entry
     try:
         with find(path, below) as source:
@@ -103,10 +101,9 @@ def _copy(root: int, name: str, target: str, below: Sequence[Path], budget: Budg
     parent, _, base = name.rpartition("/")
     with find(target, below) as source:
         if source is None or stat.S_ISDIR(os.fstat(source).st_mode):
-            raise InvalidArgument(f'layer entry "{name}": no file "{target}" to link to')
-        try:
-            directory = confined.open_path(root, parent or ".", _DIRECTORY)
-        except (FileNotFoundError, NotADirectoryError):
+            raise malformed(name, f'no file "{shown(target)}" to link to')
+        directory = open_existing(root, parent)
+        if directory is None:
             return 0  # replaced by a later entry
         status = os.fstat(source)
         budget.spend(size_bytes=status.st_size)
@@ -138,7 +135,7 @@ def _copy_file(source: int, status: os.stat_result, directory: int, name: str) -
 def _copy_content(source: int, directory: int, name: str) -> None:
     reading = os.open(f"/proc/self/fd/{source}", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        writing = os.open(name, _NEW_FILE, 0o600, dir_fd=directory)
+        writing = os.open(name, NEW_FILE, 0o600, dir_fd=directory)
         try:
             while os.sendfile(writing, reading, None, _COPY_BYTES):
                 pass
@@ -162,7 +159,7 @@ def _copy_attributes(source: int, target: int) -> None:
 
 @contextmanager
 def _opened(directory: Path) -> Iterator[int]:
-    descriptor = os.open(directory, _DIRECTORY)
+    descriptor = os.open(directory, DIRECTORY)
     try:
         yield descriptor
     finally:

@@ -90,6 +90,11 @@ def read(chunks: Iterator[bytes]) -> Iterator[tuple[Entry, Iterator[memoryview]]
         source.skip(-entry.size % BLOCK)
 
 
+def shown(name: str) -> str:
+    """A name from an archive for the text of an error: some bytes have no character, and any length is possible."""
+    return name[:200].encode("utf-8", "backslashreplace").decode()
+
+
 class _Bytes:
     """Exact amounts of bytes out of chunks of any length."""
 

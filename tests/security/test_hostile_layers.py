@@ -15,7 +15,7 @@ import zstandard
 
 from nodeagent import files
 from nodeagent.errors import InvalidArgument, ResourceExhausted, Unsupported
-from nodeagent.images import budget, layers
+from nodeagent.images import budget, directories, layers
 from nodeagent.images.layer_store import LayerStore
 from nodeagent.images.staging import Staging
 from nodeagent.store import Store
@@ -104,6 +104,19 @@ def test_names_that_lead_out(host: Host, workshop: Workshop, name: str, make: ob
         workshop.unpack(directory("a"), make(name))  # type: ignore[operator]
 
 
+def test_names_that_can_not_be_printed(workshop: Workshop) -> None:
+    """They are names of files, but no text: an error about them must not be one itself."""
+    name = b"\xff\xfe/..".decode("utf-8", "surrogateescape")
+    with pytest.raises(InvalidArgument) as caught:
+        workshop.unpack(file(name))
+    assert str(caught.value).encode()
+    with pytest.raises(InvalidArgument) as caught:
+        workshop.unpack(link("\udcff", "\udcfe"))
+    assert str(caught.value).encode()
+    root = workshop.unpack(file("\udcff"))
+    assert os.listdir(os.fsencode(root)) == [b"\xff"]
+
+
 def test_absolute_names_are_names_in_the_layer(host: Host, workshop: Workshop) -> None:
     root = workshop.unpack(file(str(host.secret), b"layer's"), file("//etc//nodeagent-test"))
     assert (root / str(host.secret).strip("/")).read_text() == "layer's"
@@ -171,6 +184,19 @@ def test_a_directory_replaced_by_a_link_while_it_is_in_use(host: Host, workshop:
         "directory",
         "directory/three",
     }
+
+
+def test_a_directory_that_ends_in_a_circle(workshop: Workshop) -> None:
+    """Its time is to be set, its attributes to be inherited, a link to be put into it, when it is gone."""
+    workshop.unpack(directory("a/b/c"), file("target"))
+    root = workshop.unpack(
+        directory("a"),
+        directory("a/b"),
+        file("a/b/c/d/file"),
+        link("a/b/late", "target"),
+        symlink("a", "a"),
+    )
+    assert content(root) == {"a"}
 
 
 def test_removal_of_what_is_replaced_follows_no_link(host: Host, workshop: Workshop) -> None:
@@ -328,7 +354,8 @@ def test_one_name_again_and_again(tmp_path: Path) -> None:
 def test_paths_are_not_remembered_without_a_bound(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "_MAX_PENDING_BYTES", 20_000)
+    monkeypatch.setattr(layers, "_MAX_POSTPONED_BYTES", 20_000)
+    monkeypatch.setattr(directories, "_MAX_REMEMBERED_BYTES", 20_000)
     members: list[Member] = [directory(f"{number:0200}") for number in range(300)]
     assert len(content(workshop.unpack(*members))) == 300
     with pytest.raises(ResourceExhausted, match="rest on layers below"):
