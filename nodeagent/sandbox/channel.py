@@ -9,7 +9,6 @@ import itertools
 import logging
 import os
 import socket
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -41,7 +40,7 @@ class Channel:
         on_end: Callable[[], None],
     ) -> None:
         self.name = name
-        self.pid = _peer_pid(connection)
+        self.pid = protocol.peer_of(connection).pid
         self.lost = asyncio.Event()
         self._connection = connection
         self._on_event = on_event
@@ -183,13 +182,6 @@ class Channel:
 
     def unavailable(self) -> Unavailable:
         return Unavailable(f"{self.name}: {'died' if self.lost.is_set() else 'is disconnected'}")
-
-
-def _peer_pid(connection: socket.socket) -> int:
-    credentials = struct.Struct("3i")
-    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
-    pid: int = credentials.unpack(data)[0]
-    return pid
 
 
 def _reap(pidfd: int) -> None:

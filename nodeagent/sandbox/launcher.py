@@ -109,20 +109,22 @@ class Launcher:
 
     def _launch(self, pod: KeptPod, request: Request, main: Callable[[int], NoReturn]) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        says, gone = partial(self._supervisor_says, pod), partial(self._supervisor_gone, pod)
+        peer = Peer(self._loop, ours, says, gone)
         kept = [fd for deposit in pod.deposits.values() for fd in deposit.fds.values()]
         with theirs:
-            child = self._children.spawn(
-                lambda: main(theirs.fileno()), _nothing, keep=[theirs.fileno(), *kept]
-            )
+            try:
+                child = self._children.spawn(
+                    lambda: main(theirs.fileno()),
+                    partial(_supervisor_ended, peer),
+                    keep=[theirs.fileno(), *kept],
+                )
+            except OSError:
+                peer.close()
+                raise
         os.close(child.pidfd)
-        pod.request = request
+        pod.peer, pod.request = peer, request
         self._pods[pod.id] = pod
-        pod.peer = Peer(
-            self._loop,
-            ours,
-            partial(self._supervisor_says, pod),
-            partial(self._supervisor_gone, pod),
-        )
 
     def _list(self, request: Request) -> None:
         request.reply({"pods": list(self._pods)})
@@ -187,8 +189,10 @@ class Launcher:
             pod.drop(container)
         self._pods.pop(pod.id, None)
 
-    def _supervisor_gone(self, pod: KeptPod, _peer: Peer) -> None:
+    def _supervisor_gone(self, pod: KeptPod, peer: Peer) -> None:
         """Its children become ours, if it was one itself."""
+        if pod.peer is not peer:
+            return
         pod.peer = None
         if pod.request is not None:
             pod.request.fail(Unavailable(f'pod "{pod.id}": its supervisor died'))
@@ -224,18 +228,21 @@ def _has_ended(pidfd: int) -> bool:
     return end is not None
 
 
+def _supervisor_ended(peer: Peer, _code: int) -> None:
+    """A child that it was just making may hold its connection for another moment."""
+    peer.drain()
+    peer.close()
+
+
 def _is_served(directory: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         try:
             with protocol.address(f"{directory}/{supervisor.SOCKET}") as address:
                 connection.connect(address)
+            os.kill(protocol.peer_of(connection).pid, 0)
         except OSError:
             return False
     return True
-
-
-def _nothing(_code: int) -> None:
-    """The end of a supervisor shows by its connection."""
 
 
 # ---- the process ----

@@ -6,7 +6,6 @@ for it.
 
 import os
 import socket
-import struct
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +18,6 @@ from nodeagent.sandbox.protocol import Body
 MAX_WAITING_MESSAGES = 4096
 
 _BACKLOG = 64
-_CREDENTIALS = struct.Struct("3i")
 
 
 class Peer:
@@ -40,14 +38,6 @@ class Peer:
         self._open = True
         connection.setblocking(False)
         loop.watch(connection.fileno(), self._ready)
-
-    @property
-    def pid(self) -> int:
-        """Of the process that connected, or that made the socket pair."""
-        size = _CREDENTIALS.size
-        data = self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        pid: int = _CREDENTIALS.unpack(data)[0]
-        return pid
 
     def send(self, body: Body, fds: Sequence[int] = ()) -> None:
         """The descriptors stay the caller's. To a peer that has gone, nothing is sent."""
@@ -189,7 +179,7 @@ class Listener:
             connection, _ = self._socket.accept()
         except BlockingIOError:
             return
-        if _peer_uid(connection) == 0:
+        if protocol.peer_of(connection).uid == 0:
             self._accepted(connection)
         else:
             connection.close()
@@ -211,9 +201,3 @@ def _listen(path: str) -> socket.socket:
         listener.bind(address)
     listener.listen(_BACKLOG)
     return listener
-
-
-def _peer_uid(connection: socket.socket) -> int:
-    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    uid: int = _CREDENTIALS.unpack(data)[1]
-    return uid

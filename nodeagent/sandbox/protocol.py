@@ -11,6 +11,7 @@ import json
 import os
 import re
 import socket
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
@@ -128,6 +129,20 @@ def address(path: str) -> Iterator[str]:
         yield f"/proc/self/fd/{descriptor}/{name}"
     finally:
         os.close(descriptor)
+
+
+class Credentials(NamedTuple):
+    """Of a peer (unix(7), SO_PEERCRED): who listens, or has connected."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_of(connection: socket.socket) -> Credentials:
+    layout = struct.Struct("3i")
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size)
+    return Credentials(*layout.unpack(data))
 
 
 def close_all(fds: Iterable[int]) -> None:

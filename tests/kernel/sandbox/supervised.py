@@ -4,8 +4,8 @@ import asyncio
 import os
 import secrets
 import signal
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,8 +77,10 @@ class Pod:
 
     def records(self, name: str = "main") -> list[tuple[str, str, str]]:
         """(stream, tag, text) of each line of the log."""
-        lines = (line.split(" ", 3)[1:] for line in self.log_path(name).read_text().splitlines())
-        return [(stream, tag, text) for stream, tag, text in lines]
+        *lines, rest = self.log_path(name).read_bytes().decode().split("\n")
+        assert not rest, "a line without an end"
+        fields = (line.split(" ", 3)[1:] for line in lines)
+        return [(stream, tag, text) for stream, tag, text in fields]
 
     def log(self, name: str = "main") -> list[str]:
         return [text for _, _, text in self.records(name)]
@@ -150,7 +152,7 @@ def _kill_all_that_is_left(state: Path) -> None:
     """After a test that failed: the launcher and the supervisors, and by that no more than they made."""
     for title in (f"nodeagent.sandbox.launcher {state}", *_supervisor_titles(state)):
         for pid in _pids_of(title):
-            for child in _children(pid):
+            for child in children(pid):
                 _kill(child)
             _kill(pid)
 
@@ -171,24 +173,38 @@ def _pids_of(title: str) -> list[int]:
     return found
 
 
-def _children(pid: int) -> list[int]:
-    try:
-        return [
-            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        ]
-    except OSError:
-        return []
-
-
 def _kill(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
 
-def cgroup_fds(group: Cgroup) -> CgroupFds:
-    """Open until the test ends; few tests need them."""
-    watch = group.watch_fds()
-    return CgroupFds(join=group.join_fds(), oom=watch.oom, procs=watch.procs, kill=watch.kill)
+@contextmanager
+def cgroup_fds(group: Cgroup) -> Iterator[CgroupFds]:
+    join, watch = group.join_fds(), group.watch_fds()
+    given = CgroupFds(join=join, oom=watch.oom, procs=watch.procs, kill=watch.kill)
+    try:
+        yield given
+    finally:
+        for _, descriptor in given.named():
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+def exists(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def children(pid: int) -> list[int]:
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:
+        return []
+    return [int(child) for child in text.split()]
+
+
+def mounts_below(directory: Path) -> list[str]:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [line for line in lines if f" {directory}/" in line]
 
 
 async def eventually(condition: Callable[[], object], seconds: float = 5) -> None:

@@ -23,7 +23,16 @@ from nodeagent.errors import (
 from nodeagent.sandbox import protocol
 from nodeagent.sandbox.client import Launcher, Supervisor
 from nodeagent.sandbox.spec import PodPlan
-from tests.kernel.sandbox.supervised import NO_CGROUP, Node, eventually, pod_settings, running_node
+from tests.kernel.sandbox.supervised import (
+    NO_CGROUP,
+    Node,
+    children,
+    eventually,
+    exists,
+    mounts_below,
+    pod_settings,
+    running_node,
+)
 
 
 @pytest.fixture
@@ -261,7 +270,7 @@ async def test_a_failed_creation_leaves_nothing(node: Node) -> None:
     assert await pod.supervisor.state() == []
     assert list((pod.directory / "containers").iterdir()) == []
     assert len(os.listdir(f"/proc/{pod.supervisor.pid}/fd")) == len(before)
-    assert _children(pod.supervisor.pid) == []
+    assert children(pod.supervisor.pid) == []
     await pod.run("exit 0")
 
 
@@ -280,7 +289,7 @@ async def test_a_creation_that_was_given_up_is_undone_by_remove(node: Node) -> N
     creating.cancel()
     await pod.supervisor.remove("main")
     assert await pod.supervisor.state() == []
-    assert _children(pod.supervisor.pid) == []
+    assert children(pod.supervisor.pid) == []
 
 
 @pytest.mark.parametrize("argv", [["/absent"], ["absent"], ["/etc/passwd"]])
@@ -376,7 +385,7 @@ async def test_a_deadline_is_kept_without_an_agent(node: Node) -> None:
     pid = await pod.run("trap '' TERM; while :; do sleep 0.05; done")
     await pod.supervisor.stop("main", signal.SIGTERM, 200)
     pod.supervisor.close()
-    await eventually(lambda: not Path(f"/proc/{pid}").exists())
+    await eventually(lambda: not exists(pid))
     await pod.reconnect()
     [state] = await pod.supervisor.state()
     assert state.exit is not None
@@ -402,8 +411,8 @@ async def test_a_shutdown_ends_everything(node: Node) -> None:
     pid = pod.supervisor.pid
     await pod.supervisor.shutdown()
     assert (await handle.wait()).code == 137
-    await eventually(lambda: not Path(f"/proc/{pid}").exists())
-    assert _mounts_below(pod.directory) == []
+    await eventually(lambda: not exists(pid))
+    assert mounts_below(pod.directory) == []
     await pod.supervisor.shutdown()
 
 
@@ -462,13 +471,3 @@ async def test_malformed_messages_are_answered(node: Node) -> None:
     await pod.reconnect()
     [state] = await pod.supervisor.state()
     assert state.exit is None
-
-
-def _children(pid: int) -> list[int]:
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in text.split()]
-
-
-def _mounts_below(directory: Path) -> list[str]:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [line for line in lines if f" {directory}/" in line]

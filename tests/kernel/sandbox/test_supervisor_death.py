@@ -1,0 +1,312 @@
+"""What survives whom: containers the agent, the supervisor and the launcher; what happened is known afterwards."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from nodeagent.errors import Unavailable
+from nodeagent.sandbox.client import ContainerState, ExecIO, Launcher
+from tests.kernel.sandbox.supervised import (
+    NO_CGROUP,
+    Node,
+    Pod,
+    children,
+    eventually,
+    exists,
+    mounts_below,
+    running_node,
+)
+
+COUNT = "i=0; while :; do i=$((i+1)); echo $i; done"
+TICK = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.01; done"
+
+
+@pytest.fixture
+async def node(tmp_path: Path, layer: Path) -> AsyncIterator[Node]:
+    async with running_node(tmp_path, layer) as node:
+        yield node
+
+
+async def state(pod: Pod) -> ContainerState:
+    [only] = await pod.supervisor.state()
+    return only
+
+
+def is_counted_without_a_gap(lines: list[str]) -> bool:
+    return lines == [str(number) for number in range(1, len(lines) + 1)]
+
+
+async def kill_launcher(node: Node) -> None:
+    os.kill(node.launcher.pid, signal.SIGKILL)
+    await node.launcher.lost.wait()
+    node.launcher.close()
+
+
+# ---- the supervisor ----
+
+
+async def test_a_container_does_not_notice_the_death_of_its_supervisor(node: Node) -> None:
+    pod = await node.pod()
+    pid = await pod.run(f"trap 'exit 7' TERM; {TICK}")
+    await eventually(lambda: len(pod.log()) > 5)
+    before = await state(pod)
+    await pod.kill_supervisor()
+    written = len(pod.log())
+    await asyncio.sleep(0.1)
+    assert len(pod.log()) == written
+    await pod.succeed()
+    assert await state(pod) == before
+    await eventually(lambda: len(pod.log()) > written + 5)
+    await pod.supervisor.stop("main", signal.SIGTERM, 60_000)
+    end = await pod.supervisor.wait("main")
+    assert end["code"] == 7
+    assert is_counted_without_a_gap(pod.log())
+    await eventually(lambda: not exists(pid))
+
+
+@pytest.mark.parametrize("attempt", range(5))
+async def test_no_line_is_lost_or_logged_twice(node: Node, attempt: int) -> None:
+    pod = await node.pod()
+    await pod.run(COUNT)
+    for _ in range(3):
+        await asyncio.sleep(0.03 + 0.01 * attempt)
+        await pod.kill_supervisor()
+        await pod.succeed()
+    await pod.supervisor.stop("main", signal.SIGTERM, 0)
+    await pod.supervisor.wait("main")
+    assert len(pod.log()) > 1000
+    assert is_counted_without_a_gap(pod.log())
+
+
+async def test_an_unfinished_line_goes_on(node: Node) -> None:
+    pod = await node.pod()
+    await pod.run("printf begin; sleep 0.3; echo ' end'; sleep 1000")
+    await asyncio.sleep(0.1)
+    await pod.kill_supervisor()
+    await pod.succeed()
+    await eventually(lambda: pod.log() == ["begin end"])
+
+
+async def test_an_end_without_a_supervisor_is_recorded(node: Node) -> None:
+    pod = await node.pod()
+    command = "trap 'echo after; printf rest; exit 9' TERM; echo before"
+    pid = await pod.run(f"{command}; while :; do sleep 0.02; done")
+    await eventually(lambda: pod.log() == ["before"])
+    await pod.kill_supervisor()
+    os.kill(pid, signal.SIGTERM)
+    await eventually((pod.directory / "exits" / "main.json").exists)
+    await pod.succeed()
+    end = (await state(pod)).exit
+    assert end is not None
+    assert (end["code"], end["oom"]) == (9, False)
+    assert await pod.supervisor.wait("main") == end
+    assert pod.log() == ["before", "after", "rest"]
+
+
+async def test_a_container_that_was_killed_with_its_supervisor(node: Node) -> None:
+    pod = await node.pod()
+    pid = await pod.run("sleep 1000")
+    os.kill(pod.supervisor.pid, signal.SIGSTOP)
+    os.kill(pid, signal.SIGKILL)
+    await pod.kill_supervisor()
+    await pod.succeed()
+    assert (await pod.supervisor.wait("main"))["code"] == 137
+
+
+async def test_a_created_container_can_be_started_by_a_successor(node: Node) -> None:
+    pod = await node.pod()
+    await pod.supervisor.create(pod.plan("echo hello; exit 4"), NO_CGROUP)
+    await pod.kill_supervisor()
+    await pod.succeed()
+    assert (await state(pod)).started_at == 0
+    await pod.supervisor.start("main")
+    assert (await pod.supervisor.wait("main"))["code"] == 4
+    assert pod.log() == ["hello"]
+
+
+async def test_a_creation_that_was_cut_off_is_forgotten(node: Node) -> None:
+    pod = await node.pod()
+    creating = asyncio.create_task(pod.supervisor.create(pod.plan("true"), NO_CGROUP))
+    await asyncio.sleep(0)
+    while not (found := children(pod.supervisor.pid)):
+        pass
+    os.kill(found[0], signal.SIGSTOP)
+    await pod.kill_supervisor()
+    with pytest.raises(Unavailable):
+        await creating
+    await pod.succeed()
+    assert await pod.supervisor.state() == []
+    assert list((pod.directory / "containers").iterdir()) == []
+    os.kill(found[0], signal.SIGCONT)
+    await eventually(lambda: not exists(found[0]))
+    await pod.run("exit 0")
+
+
+async def test_a_deadline_is_kept_by_the_successor(node: Node) -> None:
+    pod = await node.pod()
+    await pod.run("trap '' TERM; while :; do sleep 0.05; done")
+    await pod.supervisor.stop("main", signal.SIGTERM, 500)
+    await pod.kill_supervisor()
+    await pod.succeed()
+    async with asyncio.timeout(3):
+        assert (await pod.supervisor.wait("main"))["code"] == 137
+
+
+async def test_execs_stdin_and_namespaces_go_on(node: Node) -> None:
+    pod = await node.pod(pid="pod", hostname="web-0")
+    await pod.run("sleep 1000", "first", pid="pod")
+    await pod.run("read x; echo got $x; sleep 1000", "second", pid="pod", stdin=True)
+    await pod.kill_supervisor()
+    await pod.succeed()
+    assert "sleep 1000" in await pod.output_of("cat /proc/sys/kernel/hostname; ps", "first")
+    await pod.run("cat /proc/sys/kernel/hostname; ps", "third", pid="pod")
+    await pod.supervisor.wait("third")
+    assert pod.log("third")[0] == "web-0"
+    assert any("sleep 1000" in line for line in pod.log("third"))
+    with await pod.supervisor.attach("second") as attached:
+        assert attached.stdin is not None
+        os.write(attached.stdin, b"this\n")
+        await eventually(lambda: pod.log("second") == ["got this"])
+
+
+async def test_a_terminal_goes_on(node: Node) -> None:
+    pod = await node.pod()
+    await pod.run("read x; echo got $x; sleep 1000", tty=True, stdin=True)
+    await pod.kill_supervisor()
+    await pod.succeed()
+    with await pod.supervisor.attach("main") as attached:
+        assert attached.stdin is not None
+        os.write(attached.stdin, b"this\n")
+        await eventually(lambda: pod.log() == ["this\r", "got this\r"])
+    await pod.supervisor.resize("main", 100, 30)
+
+
+async def test_successors_have_successors(node: Node) -> None:
+    pod = await node.pod()
+    await pod.run(TICK)
+    for _ in range(3):
+        await pod.kill_supervisor()
+        await pod.succeed()
+    await pod.run("exit 3", "second")
+    assert (await pod.supervisor.wait("second"))["code"] == 3
+    await pod.supervisor.stop("main", signal.SIGKILL, 0)
+    assert (await pod.supervisor.wait("main"))["code"] == 137
+    assert is_counted_without_a_gap(pod.log())
+
+
+async def test_a_shutdown_of_a_dead_supervisors_pod(node: Node) -> None:
+    pod = await node.pod(pid="pod")
+    pid = await pod.run("trap '' TERM; sleep 1000", pid="pod")
+    await pod.kill_supervisor()
+    await pod.supervisor.shutdown()
+    assert not exists(pid)
+    assert await node.launcher.pods() == []
+    assert mounts_below(pod.directory) == []
+
+
+async def test_nothing_is_left_open(node: Node) -> None:
+    pod = await node.pod()
+    await pod.run("true", "warm")
+    await pod.supervisor.wait("warm")
+    await pod.supervisor.remove("warm")
+    processes = (node.launcher.pid, pod.supervisor.pid)
+    before = [len(os.listdir(f"/proc/{pid}/fd")) for pid in processes]
+    for number in range(3):
+        await pod.run("exit 0", f"c{number}", stdin=True, tty=number == 1)
+        await pod.supervisor.wait(f"c{number}")
+        await pod.supervisor.remove(f"c{number}")
+    await eventually(lambda: [len(os.listdir(f"/proc/{pid}/fd")) for pid in processes] == before)
+
+
+# ---- the launcher ----
+
+
+async def test_supervisors_outlive_the_launcher_and_go_to_the_next(node: Node) -> None:
+    pod = await node.pod()
+    await pod.run(f"trap 'exit 7' TERM; {TICK}")
+    await kill_launcher(node)
+    assert (await state(pod)).exit is None
+    await pod.run("exit 3", "second")
+    assert (await pod.supervisor.wait("second"))["code"] == 3
+    await node.connect()
+    async with asyncio.timeout(5):
+        while await node.launcher.pods() != [pod.id]:  # noqa: ASYNC110 another process does it
+            await asyncio.sleep(0.05)
+    await asyncio.sleep(0.1)
+    await pod.kill_supervisor()
+    await pod.succeed()
+    await pod.supervisor.stop("main", signal.SIGTERM, 60_000)
+    assert (await pod.supervisor.wait("main"))["code"] == 7
+    assert is_counted_without_a_gap(pod.log())
+
+
+async def test_launcher_and_supervisor_die_together(node: Node) -> None:
+    pod = await node.pod(hostname="web-0")
+    await pod.run("trap 'exit 7' TERM; trap '' PIPE; while :; do sleep 0.02; done")
+    await kill_launcher(node)
+    await pod.kill_supervisor()
+    await node.connect()
+    await pod.succeed()
+    assert (await state(pod)).exit is None
+    assert await pod.output_of("cat /proc/sys/kernel/hostname") == "web-0\n"
+    await pod.supervisor.stop("main", signal.SIGTERM, 60_000)
+    assert (await pod.supervisor.wait("main"))["code"] == 7
+
+
+async def test_what_nobody_saw_is_unknown(node: Node) -> None:
+    pod = await node.pod()
+    pid = await pod.run("sleep 1000")
+    await kill_launcher(node)
+    await pod.kill_supervisor()
+    os.kill(pid, signal.SIGKILL)
+    await eventually(lambda: not exists(pid))
+    await node.connect()
+    await pod.succeed()
+    assert (await pod.supervisor.wait("main"))["code"] == 255
+
+
+# ---- the agent ----
+
+
+async def test_execs_outlive_the_agent(node: Node) -> None:
+    pod = await node.pod()
+    await pod.run("sleep 1000")
+    await pod.exec("sleep 0.3; touch /done")
+    await pod.exec("stty; sleep 0.3; seq 100000 | cat; touch /tty-done", tty=True)
+    root = Path(f"/proc/{(await state(pod)).pid}/root")
+    await pod.reconnect()
+    await eventually(lambda: (root / "done").exists() and (root / "tty-done").exists())
+
+
+async def test_an_agent_that_comes_back_finds_everything(node: Node) -> None:
+    pod = await node.pod()
+    await pod.run("exit 3", "one")
+    await pod.run("sleep 1000", "two")
+    await pod.supervisor.wait("one")
+    before = await pod.supervisor.state()
+    await pod.reconnect()
+    launcher = await Launcher.connect(node.state)
+    assert await launcher.pods() == [pod.id]
+    launcher.close()
+    assert await pod.supervisor.state() == before
+    ends = []
+    pod.supervisor.on_exit = lambda container, end: ends.append((container, end["code"]))
+    await pod.supervisor.stop("two", signal.SIGTERM, 0)
+    await pod.supervisor.wait("two")
+    assert ends == [("two", 137)]
+
+
+async def test_a_waiting_exec_is_told_of_the_supervisors_death(node: Node) -> None:
+    pod = await node.pod()
+    await pod.run("sleep 1000")
+    handle = await pod.exec("sleep 1000", streams=ExecIO())
+    waiting = asyncio.create_task(handle.wait())
+    await asyncio.sleep(0)
+    await pod.kill_supervisor()
+    with pytest.raises(Unavailable):
+        await waiting
+    await pod.succeed()
