@@ -9,27 +9,25 @@ Everything is used from one event loop; what blocks runs in threads, and their n
 import asyncio
 import logging
 import os
-import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Self
 
-import msgspec
-
-from nodeagent.errors import InvalidArgument, ResourceExhausted, Unavailable
+from nodeagent.errors import ResourceExhausted, Unavailable
 from nodeagent.images import archive, manifest
 from nodeagent.images.auth import Auth
 from nodeagent.images.concurrency import Flights, to_the_end
 from nodeagent.images.content import Documents
 from nodeagent.images.download import Downloads
+from nodeagent.images.holds import Holds
 from nodeagent.images.install import Content, Installer, Limits, Plan
 from nodeagent.images.layer_store import LayerStore
+from nodeagent.images.names import NamedImages, documents, title
 from nodeagent.images.pull import resolve
-from nodeagent.images.reference import Reference, id_prefix, parse
+from nodeagent.images.reference import Reference, parse
 from nodeagent.images.registry import open_session
 from nodeagent.images.source import open_source
 from nodeagent.images.staging import Staging
@@ -59,9 +57,7 @@ class Images:
     ) -> None:
         self.counters = Counters()
         self._root = root
-        self._store = store
         self._hosts_dir = hosts_dir
-        self._pinned = [_normal_pattern(pattern) for pattern in pinned]
         self._limits = limits
         self._resources = resources
         self._documents = Documents(root / "blobs/sha256")
@@ -77,9 +73,8 @@ class Images:
         resources.push_async_callback(self._session.close)
         self._pulls: Flights[Image] = Flights()
         resources.push_async_callback(self._pulls.close)
-        self._images: dict[str, Image] = {}
-        self._names: dict[str, str] = {}
-        self._holds = {hold.key: hold for hold in store.all(ImageHold)}
+        self._images = NamedImages(store, pinned)
+        self._holds = Holds(store)
 
     @classmethod
     async def open(
@@ -106,20 +101,11 @@ class Images:
 
     def find(self, name_or_id: str) -> Image | None:
         """By name, by digest, by ID, or by a part of the ID that only one image begins with."""
-        digits = id_prefix(name_or_id)
-        if digits and (image := self._images.get(f"sha256:{digits}")):
-            return image
-        try:
-            name = str(parse(name_or_id))
-        except InvalidArgument:
-            name = ""
-        if name in self._names:
-            return self._images[self._names[name]]
-        return self._by_prefix(digits) if digits else None
+        return self._images.find(name_or_id)
 
     def list(self) -> list[Image]:
         """In the order in which they came."""
-        return sorted(self._images.values(), key=lambda image: image.pulled_at)
+        return sorted(self._images, key=lambda image: image.pulled_at)
 
     def lower_dirs(self, image: Image) -> tuple[Path, ...]:
         """The image's layers, uppermost first, as an overlay mount takes them."""
@@ -131,10 +117,6 @@ class Images:
             used_bytes=self._layers.used_bytes + self._documents.used_bytes,
             inodes_used=self._layers.inodes + len(self._documents),
         )
-
-    def _by_prefix(self, digits: str) -> Image | None:
-        matches = [key for key in self._images if key.startswith(f"sha256:{digits}")]
-        return self._images[matches[0]] if len(matches) == 1 else None
 
     # --- coming ---
 
@@ -202,42 +184,15 @@ class Images:
         if self._layers.unrecorded(plan.chain_ids):
             await self._sync()
         layers = self._layers.unrecorded(plan.chain_ids)
-        old = self._images.get(plan.image_id)
-        image = self._merged(plan, old, tags, digests)
-        moved = [_without(other, tags) for other in self._images.values() if other.id != image.id]
-        changed = [new for new in moved if new != self._images[new.id]]
-        if image != old:
-            changed.append(image)
-        with self._store.transaction():
-            self._layers.record(layers)
-            for record in changed:
-                self._store.put(record)
-        self._images.update((record.id, record) for record in changed)
-        self._index()
+        image = self._images.named(plan, tags, digests)
+        changed = self._images.put(image, layers)
+        self._layers.recorded(layers)
         missing = [data for data in plan.documents if not self._documents.has(data)]
         for data in missing:
             await to_the_end(None, partial(self._documents.put, data))
-        if layers or changed or missing:
+        if changed or missing:
             await self._sync()
         return image
-
-    def _merged(
-        self, plan: Plan, old: Image | None, tags: Iterable[str], digests: Iterable[str]
-    ) -> Image:
-        """The image with the names that it has and those that it gets."""
-        all_tags = tuple(dict.fromkeys((*(old.repo_tags if old else ()), *tags)))
-        all_digests = tuple(dict.fromkeys((*(old.repo_digests if old else ()), *digests)))
-        return Image(
-            id=plan.image_id,
-            repo_tags=all_tags,
-            repo_digests=all_digests,
-            manifest=plan.manifest_digest,
-            layers=plan.chain_ids,
-            size_bytes=plan.size_bytes,
-            config=plan.image.config,
-            pulled_at=old.pulled_at if old else time.time_ns(),
-            pinned=self._is_pinned((*all_tags, *all_digests)),
-        )
 
     async def _sync(self) -> None:
         await to_the_end(None, partial(_sync_file_system, self._root))
@@ -250,87 +205,42 @@ class Images:
         Its layers go behind the requests, those that containers hold with the last of these.
         """
         image = self.find(name_or_id)
-        if image is None:
-            return
-        self._store.delete(Image, image.id)
-        del self._images[image.id]
-        self._index()
-        self._collect()
+        if image is not None:
+            self._images.drop(image)
+            self._collect()
 
     def hold(self, image_id: str, holder: str) -> None:
-        """Keep the image's layers for as long as `holder` exists, even if the image is removed. Durable; idempotent."""
+        """Keep the image's layers for as long as `holder` exists, even if the image is removed. Durable; idempotent.
+
+        An image that is not here any more is held by those who held it before, and by nobody else.
+        """
         image = self._images.get(image_id)
-        if image is None:
-            return
-        hold = ImageHold(holder=holder, image_id=image_id, layers=image.layers)
-        if self._holds.get(hold.key) != hold:
-            self._store.put(hold)
-            self._holds[hold.key] = hold
+        if image is not None:
+            self._holds.add(image, holder)
 
     def release(self, holder: str) -> None:
         """`holder` needs none of its images any more."""
-        released = [hold for hold in self._holds.values() if hold.holder == holder]
-        for hold in released:
-            self._store.delete(ImageHold, hold.key)
-            del self._holds[hold.key]
+        released = self._holds.remove(holder)
         if any(hold.image_id not in self._images for hold in released):
             self._collect()
 
     def _collect(self) -> None:
         """Drop layers and documents that nothing refers to."""
-        owners: list[Image | ImageHold] = [*self._images.values(), *self._holds.values()]
+        owners: list[Image | ImageHold] = [*self._images, *self._holds]
         self._layers.collect({chain for owner in owners for chain in owner.layers})
-        self._documents.keep(
-            {digest for image in self._images.values() for digest in _documents(image)}
-        )
-
-    # --- state ---
+        self._documents.keep({digest for image in self._images for digest in documents(image)})
 
     def _recover(self) -> None:
         """An image that lacks a layer is dropped; those that it has are kept for the pull that will follow."""
         complete = True
-        for image in self._store.all(Image):
+        for image in self._images:
             missing = [chain for chain in image.layers if chain not in self._layers]
             if missing:
                 complete = False
-                log.warning("image %s lacks %s: dropped, pull it again", _title(image), missing[0])
-                self._store.delete(Image, image.id)
-                continue
-            pinned = self._is_pinned((*image.repo_tags, *image.repo_digests))
-            self._images[image.id] = msgspec.structs.replace(image, pinned=pinned)
-        self._index()
+                log.warning("image %s lacks %s: dropped, pull it again", title(image), missing[0])
+                self._images.drop(image)
         if complete:
             self._collect()
-
-    def _index(self) -> None:
-        self._names = {
-            name: image.id
-            for image in self._images.values()
-            for name in (*image.repo_digests, *image.repo_tags)
-        }
-
-    def _is_pinned(self, names: Iterable[str]) -> bool:
-        return any(fnmatchcase(name, pattern) for name in names for pattern in self._pinned)
-
-
-def _without(image: Image, tags: Collection[str]) -> Image:
-    kept = tuple(tag for tag in image.repo_tags if tag not in tags)
-    return msgspec.structs.replace(image, repo_tags=kept)
-
-
-def _documents(image: Image) -> Iterable[str]:
-    return (image.id, image.manifest, *(name.rpartition("@")[2] for name in image.repo_digests))
-
-
-def _title(image: Image) -> str:
-    return (image.repo_tags or image.repo_digests or (image.id,))[0]
-
-
-def _normal_pattern(pattern: str) -> str:
-    try:
-        return str(parse(pattern))
-    except InvalidArgument:
-        return pattern
 
 
 def _sync_file_system(directory: Path) -> None:

@@ -134,11 +134,15 @@ class Documents:
 
     def get(self, digest: str) -> bytes | None:
         """What has this digest, if it is here and undamaged."""
+        path = self._path(digest)
         try:
-            data = self._path(digest).read_bytes()
+            data = path.read_bytes()
         except FileNotFoundError:
-            return None
-        return data if manifest.digest(data) == digest else None
+            data = b""
+        if manifest.digest(data) == digest:
+            return data
+        self._sizes.pop(path.name, None)
+        return None
 
     def has(self, data: bytes) -> bool:
         return self._path(manifest.digest(data)).name in self._sizes

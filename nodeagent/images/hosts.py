@@ -95,6 +95,11 @@ def normal_name(url: str) -> str:
     return name if parts.port in (None, _PORTS.get(parts.scheme)) else f"{name}:{parts.port}"
 
 
+def is_loopback(name: str) -> bool:
+    """Whether a host's name or address is this machine's, without asking anybody."""
+    return name in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]+){3}", name) is not None
+
+
 def _find(domain: str, directory: Path) -> Path | None:
     """``host_5000_`` is for file systems without colons."""
     names = [re.sub(r":([0-9]+)$", r"_\1_", domain), domain, _ANY]
@@ -137,9 +142,8 @@ def _default_root(domain: str) -> str:
     if domain == DEFAULT_DOMAIN:
         return f"https://{DOCKER_HUB}/v2"
     parts = urlsplit(f"https://{domain}")
-    name = parts.hostname or ""
-    loopback = name in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]+){3}", name)
-    scheme = "http" if loopback and parts.port not in (None, 443) else "https"
+    plain = is_loopback(parts.hostname or "") and parts.port not in (None, 443)
+    scheme = "http" if plain else "https"
     return f"{scheme}://{domain}/v2"
 
 

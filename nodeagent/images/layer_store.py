@@ -2,7 +2,7 @@
 
 ::
 
-    unpacked in staging ── add ──► ready (in layers/, no record) ── record ──► recorded ── collect ──► gone
+    unpacked in staging ── add ──► ready (in layers/, no record) ── recorded ──► recorded ── collect ──► gone
 
 A layer is recorded after everything in it has been synced. What has no record when an agent starts never was.
 """
@@ -66,10 +66,8 @@ class LayerStore:
     def unrecorded(self, chain_ids: Iterable[str]) -> list[Layer]:
         return [self._layers[chain] for chain in chain_ids if chain not in self._recorded]
 
-    def record(self, layers: Collection[Layer]) -> None:
-        """After a sync: these are here to stay. Inside a transaction of the store."""
-        for layer in layers:
-            self._store.put(layer)
+    def recorded(self, layers: Iterable[Layer]) -> None:
+        """The store has these now."""
         self._recorded.update(layer.chain_id for layer in layers)
 
     @contextmanager
@@ -84,8 +82,11 @@ class LayerStore:
 
     def collect(self, needed: Collection[str]) -> None:
         """Remove every layer that is neither needed nor pinned. Its record goes first."""
-        for chain_id in self._layers.keys() - set(needed) - self._pins.keys():
-            self._store.delete(Layer, chain_id)
+        unneeded = self._layers.keys() - set(needed) - self._pins.keys()
+        with self._store.transaction():
+            for chain_id in unneeded:
+                self._store.delete(Layer, chain_id)
+        for chain_id in unneeded:
             self._recorded.discard(chain_id)
             del self._layers[chain_id]
             self._staging.take(self.path(chain_id))

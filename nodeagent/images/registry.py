@@ -7,7 +7,7 @@ a floor is given up with `RegistryUnavailable`. Credentials follow no redirect a
 import asyncio
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from http import HTTPStatus
 from urllib.request import getproxies, proxy_bypass
 
@@ -19,7 +19,7 @@ from yarl import URL
 from nodeagent.errors import InvalidArgument, NotFound, PermissionDenied, RegistryUnavailable
 from nodeagent.images import auth, manifest
 from nodeagent.images.auth import Credentials
-from nodeagent.images.hosts import Host
+from nodeagent.images.hosts import Host, is_loopback
 from nodeagent.images.manifest import Descriptor
 
 SILENCE_SECONDS = 20.0
@@ -162,7 +162,7 @@ class Endpoint:
 
     def _request(
         self, method: str, url: URL, **options: Mapping[str, str]
-    ) -> "aiohttp.client._RequestContextManager":
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         return self._session.request(
             method,
             url,
@@ -304,7 +304,7 @@ def _network_errors(url: str) -> Iterator[None]:
 
 
 def _proxy(url: URL) -> str | None:
-    """As HTTPS_PROXY, HTTP_PROXY and NO_PROXY say."""
-    if proxy_bypass(url.host or ""):
+    """As HTTPS_PROXY, HTTP_PROXY and NO_PROXY say; never for this very machine."""
+    if is_loopback(url.host or "") or proxy_bypass(url.host or ""):
         return None
     return getproxies().get(url.scheme)

@@ -285,6 +285,7 @@ async def test_one_layer_at_a_time(place: Place, registry: Registry) -> None:
 
 PULL_FOR_EVER = """
 import asyncio, sys
+from pathlib import Path
 from nodeagent.images.catalog import Images
 from nodeagent.store import Store
 

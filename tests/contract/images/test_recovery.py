@@ -65,3 +65,5 @@ async def test_a_damaged_document_is_fetched_again(place: Place, server: Server)
         config.write_bytes(b"damaged")
         assert (await images.pull(name)).id == pulled.id
         assert len(server.asked(pulled.id)) == 2
+        assert (await images.pull(name)).id == pulled.id
+        assert len(server.asked(pulled.id)) == 2

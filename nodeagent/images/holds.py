@@ -1,0 +1,30 @@
+"""Which containers need which layers, whatever becomes of the images. Durable: an agent may end at any moment."""
+
+from collections.abc import Iterator
+
+from nodeagent.records import Image, ImageHold
+from nodeagent.store import Store
+
+
+class Holds:
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._holds = {hold.key: hold for hold in store.all(ImageHold)}
+
+    def __iter__(self) -> Iterator[ImageHold]:
+        return iter(self._holds.values())
+
+    def add(self, image: Image, holder: str) -> None:
+        """Idempotent. One holder may need several images."""
+        hold = ImageHold(holder=holder, image_id=image.id, layers=image.layers)
+        if self._holds.get(hold.key) != hold:
+            self._store.put(hold)
+            self._holds[hold.key] = hold
+
+    def remove(self, holder: str) -> list[ImageHold]:
+        """All that the holder had."""
+        removed = [hold for hold in self if hold.holder == holder]
+        for hold in removed:
+            self._store.delete(ImageHold, hold.key)
+            del self._holds[hold.key]
+        return removed
