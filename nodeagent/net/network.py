@@ -303,7 +303,7 @@ class Network:
             return
         gone = self._elements(ports)
         self._host_ports.release(pod_id)
-        if self._nat is not None:
+        if self._nat is not None and self._config.host_ports:
             self._nat.remove(gone)
         if any(port.protocol == "udp" for port in ports):
             addresses = [i.ip for i in interfaces(self._ipam.leases[pod_id])]

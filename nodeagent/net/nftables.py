@@ -98,10 +98,9 @@ class Load:
     name: str
     size: int
     attributes: bytes
-    register_attribute: int = 1
 
     def into(self, register: int) -> bytes:
-        return _expression(self.name, be32(self.register_attribute, register), self.attributes)
+        return _expression(self.name, be32(1, register), self.attributes)
 
 
 def _expression(name: str, *attributes: bytes) -> bytes:

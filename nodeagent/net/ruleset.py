@@ -100,7 +100,7 @@ class Ruleset:
             *(map(table.add_set, self._sets()) if self.host_ports else ()),
             *map(table.add_chain, self._chains()),
             *(table.add_rule(chain, *rule) for chain, rule in self._rules()),
-            *table.add_elements(elements),
+            *(table.add_elements(elements) if self.host_ports else ()),
         ]
 
     def _families(self) -> list[Family]:

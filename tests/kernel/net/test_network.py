@@ -138,14 +138,24 @@ async def test_table_is_what_nft_shows(network: Network, new_pod: PodMaker) -> N
 
 
 @needs_nf_tables
-async def test_what_is_switched_off_goes(world: World, store: Store) -> None:
+async def test_what_is_switched_off_goes(
+    world: World, store: Store, new_pod: PodMaker, caplog: pytest.LogCaptureFixture
+) -> None:
     network = await Network.start(config=NetworkConfig(), store=store, instance=INSTANCE)
+    pod, _, _ = await new_pod(network)
+    await network.publish(pod.id, [WEB])
     await network.close(remove=False)
     config = NetworkConfig(masquerade=False, host_ports=False)
     network = await Network.start(config=config, store=store, instance=INSTANCE)
-    assert '"masquerade"' not in json.dumps(nft("list", "ruleset"))
+    shown = json.dumps(nft("list", "ruleset"))
+    assert TABLE in shown
+    assert "masquerade" not in shown
+    assert "any4" not in shown
     assert world.node.read(f"net/ipv4/conf/{BRIDGE}/route_localnet") == "0"
+    assert network.status().problems == ()
+    await network.detach(pod.id)
     await network.close(remove=True)
+    assert caplog.messages == []
 
 
 @needs_nf_tables
