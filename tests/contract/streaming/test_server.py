@@ -1,9 +1,12 @@
 """What comes before and around the sessions: HTTP, tickets, timeouts, TLS."""
 
 import asyncio
+import gc
 import os
 import ssl
 import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,8 @@ import pytest
 from nodeagent.streaming import server as server_module
 from nodeagent.streaming import spdy
 from nodeagent.streaming.backend import ExecRequest, PortForwardRequest
-from nodeagent.streaming.server import StreamingServer
-from nodeagent.streaming.session import Timeouts
+from nodeagent.streaming.server import Handshake, StreamingServer
+from nodeagent.streaming.session import Session, Timeouts
 from nodeagent.streaming.tls import TLSFiles
 from tests.contract.streaming.children import Children
 from tests.contract.streaming.clients import (
@@ -136,19 +139,31 @@ async def test_a_client_that_says_nothing(server: StreamingServer) -> None:
 
 
 @pytest.mark.parametrize("wire", WIRES)
-async def test_an_idle_session_ends(backend: Children, wire: str) -> None:
-    async with StreamingServer(backend, timeouts=Timeouts(idle_s=0.3)) as server:
-        client = await connect_command(wire, server.url(CAT), CAT)
-        for _ in range(4):
+@pytest.mark.parametrize("speaker", ["client", "process"])
+async def test_a_session_is_idle_when_neither_side_speaks(
+    backend: Children, wire: str, speaker: str
+) -> None:
+    script = "cat >&2" if speaker == "client" else "sleep 0.2; echo 1; sleep 0.2; echo 2; sleep 9"
+    request = ExecRequest(container_id="c", command=("sh", "-c", script), stdin=True, stdout=True)
+    async with StreamingServer(backend, timeouts=Timeouts(idle_s=0.4)) as server:
+        client = await connect_command(wire, server.url(request), request)
+        for _ in range(3):
             await asyncio.sleep(0.15)
-            await client.write(b"x")
-            await client.expect(b"x")
-        async with asyncio.timeout(5):
-            try:
-                assert not await client.more()
-            except ConnectionResetError:
-                pass
+            if speaker == "client":
+                await client.write(b"x")
+        started = time.monotonic()
+        with suppress(ConnectionResetError):
+            await asyncio.wait_for(client.result(), 5)
+        assert 0.1 < time.monotonic() - started < 2
         await client.close()
+
+
+async def test_nothing_is_kept_of_a_session(server: StreamingServer) -> None:
+    for wire in WIRES:
+        await (await connect_command(wire, server.url(ECHO), ECHO)).result()
+    await asyncio.sleep(0.05)
+    gc.collect()
+    assert [thing for thing in gc.get_objects() if isinstance(thing, Session | Handshake)] == []
 
 
 async def test_the_number_of_clients_is_bounded(
