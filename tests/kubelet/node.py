@@ -211,16 +211,25 @@ def _mounts_below(folder: Path) -> list[str]:
 @contextmanager
 def cgroup_root(name: str) -> Iterator[str]:
     """A cgroup in every hierarchy of the machine; whatever the kubelet makes below goes with it."""
-    hierarchies = [CGROUPS] if (CGROUPS / "cgroup.controllers").exists() else _v1_hierarchies()
-    for hierarchy in hierarchies:
+    for hierarchy in _hierarchies():
         (hierarchy / name).mkdir()
     try:
         yield name
     finally:
-        for hierarchy in hierarchies:
-            for folder, _, _ in os.walk(hierarchy / name, topdown=False):
-                os.rmdir(folder)
+        for cgroup in cgroups(name):
+            cgroup.rmdir()
 
 
-def _v1_hierarchies() -> list[Path]:
+def cgroups(name: str) -> list[Path]:
+    """The cgroup and all below it, in every hierarchy; a parent comes after its children."""
+    return [
+        Path(folder)
+        for hierarchy in _hierarchies()
+        for folder, _, _ in os.walk(hierarchy / name, topdown=False)
+    ]
+
+
+def _hierarchies() -> list[Path]:
+    if (CGROUPS / "cgroup.controllers").exists():
+        return [CGROUPS]
     return [path for path in CGROUPS.iterdir() if path.is_dir() and not path.is_symlink()]
