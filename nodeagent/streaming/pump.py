@@ -76,14 +76,18 @@ class Source:
             self._gate.wait(self)
             return
         data = self._next()
-        if data is not None and self._left is not None:
-            self._left -= len(data)
         if data:
             self._on_data(data)
-        if data == b"" or (self._left is not None and (data is None or self._left <= 0)):
+        if self._was_last(data):
             self.close()
         elif self._left is not None:
             self._loop.call_soon(self._read)
+
+    def _was_last(self, data: bytes | None) -> bool:
+        if data == b"" or self._left is None:
+            return data == b""
+        self._left -= len(data or b"")
+        return data is None or self._left <= 0
 
     def _next(self) -> bytes | None:
         """Bytes; none at the end; None if there are none yet."""

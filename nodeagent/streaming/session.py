@@ -64,6 +64,7 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
         self._over = False
         self._active = self.loop.time()
         self._idle = self.loop.call_later(timeouts.idle_s, self._check_idle)
+        self._hangup: asyncio.TimerHandle | None = None
 
     # --- what a kind of session is ---
 
@@ -131,9 +132,9 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
                     await self._gone.wait()
 
     def _pause(self) -> None:
-        if self._transport.is_reading():
-            self._transport.pause_reading()
-            self.loop.call_later(HANGUP_CHECK_S, self._check_hangup)
+        self._transport.pause_reading()
+        if self._hangup is None:
+            self._hangup = self.loop.call_later(HANGUP_CHECK_S, self._check_hangup)
 
     def _check_hangup(self) -> None:
         """While nothing is read from a client, only the kernel knows that it has gone, and only when it is asked.
@@ -141,7 +142,8 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
         The end of a client's stream may stand behind bytes that nobody takes; something sent to a socket that is closed
         is answered by a reset. client-go also gives up a WebSocket that says nothing for a minute.
         """
-        if self._gone.is_set() or self._transport.is_reading():
+        self._hangup = None
+        if self._transport.is_reading():
             return
         poll = select.poll()
         poll.register(self._transport.get_extra_info("socket"), select.POLLRDHUP)
@@ -150,7 +152,7 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
             return
         self._wire.keep_alive()
         self._transport.write(b"".join(self._wire.data_to_send()))
-        self.loop.call_later(HANGUP_CHECK_S, self._check_hangup)
+        self._pause()
 
     def _check_idle(self) -> None:
         deadline = self._active + self.timeouts.idle_s
@@ -185,6 +187,8 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
     def connection_lost(self, exc: Exception | None) -> None:
         self._gone.set()
         self._idle.cancel()
+        if self._hangup is not None:
+            self._hangup.cancel()
         self.gate.open()
         if self._task is not None and not self._over:
             self._task.cancel()
