@@ -108,18 +108,17 @@ class Endpoint:
             data = await _read_bounded(response, manifest.MAX_DOCUMENT_BYTES)
             return data, response.headers.get("Content-Type", "")
 
-    async def blob(self, descriptor: Descriptor, offset: int) -> AsyncGenerator[bytes]:
+    def blob(self, descriptor: Descriptor, offset: int) -> AsyncGenerator[bytes]:
         """The bytes of a blob from `offset` on, as they come."""
-        url = self._url("blobs", descriptor.digest)
+        return self._stream(self._url("blobs", descriptor.digest), offset)
+
+    def content(self, offset: int) -> AsyncGenerator[bytes]:
+        """The same of what is at the root itself: a layer that is kept outside of any registry."""
+        return self._stream(self._root, offset)
+
+    async def _stream(self, url: URL, offset: int) -> AsyncGenerator[bytes]:
         headers = {"Range": f"bytes={offset}-"} if offset else {}
         async with self._get(url, headers) as response:
-            async for chunk in _received(response, offset):
-                yield chunk
-
-    async def content(self, offset: int) -> AsyncGenerator[bytes]:
-        """The same of what is at the root itself: a layer that is kept outside of any registry."""
-        headers = {"Range": f"bytes={offset}-"} if offset else {}
-        async with self._get(self._root, headers) as response:
             async for chunk in _received(response, offset):
                 yield chunk
 
@@ -184,9 +183,8 @@ class Endpoint:
     def _challenges(self, response: aiohttp.ClientResponse) -> list[auth.Challenge]:
         """Empty where another server asks, and where no other answer can be given."""
         own = response.url.origin() == self._root.origin()
-        if response.status != HTTPStatus.UNAUTHORIZED or not own:
-            return []
-        if self._credentials.registry_token:
+        final = not own or self._credentials.registry_token
+        if response.status != HTTPStatus.UNAUTHORIZED or final:
             return []
         return auth.parse_challenges(response.headers.getall("WWW-Authenticate", []))
 

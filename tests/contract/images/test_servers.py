@@ -220,6 +220,32 @@ async def test_a_mirror_with_wrong_content(place: Place, servers: tuple[Server, 
     assert place.left("layers", "staging", "blobs/sha256") == []
 
 
+async def test_a_proxy_as_configured(place: Place, server: Server) -> None:
+    server.add(SAMPLE)
+    place.hosts("a.b", f'server = "http://registry.invalid"\nproxy = "{server.url}"')
+    async with place.open() as images:
+        await images.pull("a.b/test/image:1")
+    assert {request.headers["Host"] for request in server.requests} == {"registry.invalid"}
+
+
+async def test_a_proxy_of_the_environment(
+    place: Place, servers: tuple[Server, Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy, server = servers
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, proxy.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    for one in servers:
+        one.add(SAMPLE)
+    place.hosts("a.b", 'server = "http://registry.invalid"')
+    async with place.open() as images:
+        await images.pull("a.b/test/image:1")
+        await images.remove("a.b/test/image:1")
+        asked = len(proxy.requests)
+        await images.pull(f"{server.host}/test/image:1")
+    assert len(proxy.requests) == asked > 0
+
+
 async def test_no_host_at_all(place: Place, server: Server) -> None:
     place.hosts(server.host, 'capabilities = ["push"]')
     async with place.open() as images:
