@@ -1,8 +1,8 @@
 """Known escapes, tried on the processes that build and enter containers."""
 
 import os
+import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,21 +55,18 @@ def without(target: str) -> list[Mount]:
 
 @contextmanager
 def repeating(attack: Callable[[], None]) -> Iterator[None]:
-    """`attack` again and again, beside the body."""
-    stop = threading.Event()
-
-    def loop() -> None:
-        while not stop.is_set():
+    """`attack` again and again, in another process, beside the body."""
+    pid = os.fork()
+    if pid == 0:
+        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+        while True:
             with suppress(OSError):
                 attack()
-
-    thread = threading.Thread(target=loop)
-    thread.start()
     try:
         yield
     finally:
-        stop.set()
-        thread.join()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 # ---- mounts and made directories that links lead away ----
