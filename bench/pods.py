@@ -88,7 +88,7 @@ def ratio(label: str, clients: list[Client]) -> str:
 
 def print_density(client: Client, agent: RunningAgent) -> None:
     pods = [client.start_pod("density") for _ in range(DENSITY_PODS)]
-    supervisors = [pss_kib(pid) for pid in processes_named("na-supervisor", agent.root)]
+    supervisors = [pss_kib(supervisor_of(pod_id)) for pod_id, _ in pods]
     print(f"\nwith {DENSITY_PODS} pods:")
     print(f"  PSS of a supervisor, median   {statistics.median(supervisors) / 1024:.2f} MiB")
     print(f"  RSS of the agent              {rss_kib(agent.pid) / 1024:.1f} MiB")
@@ -113,17 +113,17 @@ def percentile(values: list[float], percent: int) -> float:
     return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
 
 
-def processes_named(name: str, root: Path) -> list[int]:
-    """Pids by the name that ps shows; those of other agents on this machine are left out by their cgroup."""
-    found = []
+def supervisor_of(pod_id: str) -> int:
+    """By its command line, as ps shows it."""
+    wanted = f"nodeagent.sandbox.supervisor {pod_id}".encode()
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
-                if (entry / "comm").read_text().startswith(name[:15]):
-                    found.append(int(entry.name))
+                if (entry / "cmdline").read_bytes().startswith(wanted):
+                    return int(entry.name)
             except OSError:
                 continue
-    return found
+    raise LookupError(f"pod {pod_id}: no supervisor")
 
 
 def pss_kib(pid: int) -> int:

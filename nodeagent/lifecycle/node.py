@@ -112,7 +112,7 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
     async with AsyncExitStack() as stack:
         stack.enter_context(places.owned())
         places.make()
-        privatemount.ensure(places.pods)
+        stack.enter_context(privatemount.mounted(places.pods))
         await asyncio.to_thread(apparmor.load_default)
         store, images = await stack.enter_async_context(open_images(config, places))
         cgroups = Cgroups.open(
@@ -131,7 +131,7 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
             await node.sandboxes.close()
             await node.containers.close()
             await node.slots.close()
-            await _leave(node, places)
+            await _leave(node)
 
 
 @asynccontextmanager
@@ -210,7 +210,7 @@ async def _launcher(cgroups: Cgroups, places: Places) -> Launcher:
         return await Launcher.connect_or_start(places.state, join_fds=files)
 
 
-async def _leave(node: Node, places: Places) -> None:
+async def _leave(node: Node) -> None:
     """With a pod READY its launcher, supervisor, link and cgroup stay for the next agent; else none does."""
     busy = node.busy
     await node.network.close(remove=not busy)
@@ -218,4 +218,3 @@ async def _leave(node: Node, places: Places) -> None:
         return
     await node.launcher.stop()
     node.cgroups.remove_instance()
-    privatemount.remove(places.pods)

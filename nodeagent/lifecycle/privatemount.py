@@ -3,23 +3,26 @@
 Copies of them elsewhere would keep a pod's network alive after the pod. The mount stays while a pod does.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nodeagent.linux import syscalls
 
 
-def ensure(directory: Path) -> None:
-    """Mount a directory on itself, once, without propagation."""
+@contextmanager
+def mounted(directory: Path) -> Iterator[None]:
+    """Mount a directory on itself, without propagation. On leaving an empty one is unmounted."""
     path = str(directory)
     if not _is_mount_point(path):
         syscalls.mount(path, path, "", syscalls.MS_BIND)
     syscalls.mount("", path, "", syscalls.MS_PRIVATE)
-
-
-def remove(directory: Path) -> None:
-    """Unmount it, once it is empty."""
-    if _is_mount_point(str(directory)):
-        syscalls.umount2(str(directory), syscalls.MNT_DETACH)
+    try:
+        yield
+    finally:
+        if not os.listdir(path):
+            syscalls.umount2(path, syscalls.MNT_DETACH)
 
 
 def _is_mount_point(path: str) -> bool:
