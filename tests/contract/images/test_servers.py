@@ -612,7 +612,7 @@ async def test_a_shared_failure_is_not_the_others_failure(
 
 
 async def test_the_loop_is_not_held(images: Images, server: Server) -> None:
-    server.add(image(layer(*(tars.file(f"{n}", RANDOM[:20_000]) for n in range(500)))))
+    server.add(image(layer(*(tars.file(f"{n}", RANDOM[:20_000]) for n in range(2_000)))))
     worst, done = 0.0, False
 
     async def watch() -> None:
@@ -624,6 +624,8 @@ async def test_the_loop_is_not_held(images: Images, server: Server) -> None:
 
     async with asyncio.TaskGroup() as group:
         group.create_task(watch())
+        began = time.perf_counter()
         await images.pull(f"{server.host}/test/image:1")
+        took = time.perf_counter() - began
         done = True
-    assert worst < 0.2
+    assert worst < took / 3
