@@ -108,12 +108,12 @@ conformance: test-setup tools ## Run critest, the public validation suite of the
 	$(PYTHON) -m tests.conformance
 
 # nf_tables, and so host ports, are only in the last of these kernels, which is slow.
-IN_GUEST := $(PYTHON) -m tests.guest --memory 8000 --timeout 2400
+IN_GUEST := $(PYTHON) -m tests.guest --memory 8000 --timeout 2200
 conformance-v2: test-setup tools ## Run it on cgroup v2, with both drivers, in guests
 	$(call install,e2fsprogs kmod)
 	$(PYTHON) -m tests.guest --setup uml qemu
-	$(IN_GUEST) . -- $(abspath $(PYTHON)) -m tests.conformance
-	$(IN_GUEST) --init systemd . -- $(abspath $(PYTHON)) -m tests.conformance
+	$(IN_GUEST) . -- $(abspath $(PYTHON)) -m tests.conformance --timeout 2000
+	$(IN_GUEST) --init systemd . -- $(abspath $(PYTHON)) -m tests.conformance --timeout 2000
 	$(IN_GUEST) --kernel qemu . -- $(abspath $(PYTHON)) -m tests.conformance --focus 'port mapping'
 
 kubelet: test-setup $(TOOLS)/kubelet ## Let a real kubelet run static pods on an agent

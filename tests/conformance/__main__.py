@@ -9,6 +9,7 @@ runtime is asked, which must find registry.k8s.io and gcr.io by itself. The exit
 import argparse
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -29,7 +30,7 @@ from tests.images import PROJECT
 from tests.registry import fill, running_registry
 
 PROGRAM = PROJECT / ".tools/bin/critest"
-TIMEOUT_SECONDS = 1800.0
+TIMEOUT_SECONDS = 600.0
 MARKS = {PASSED: "ok", FAILED: "FAILED", SKIPPED: "skipped"}
 
 
@@ -37,6 +38,7 @@ def main() -> int:
     options = _parser().parse_args()
     if not PROGRAM.exists():
         sys.exit("critest is not there: `make tools` builds it with Go 1.26 or newer")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with temporary_folder() as root:
         names = [name for name in critest.names(PROGRAM) if re.search(options.focus, name)]
         wanted, skipped = suite.split(names, suite.absences())

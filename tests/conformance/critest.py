@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from tests.images import patch_critest
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 BENCHMARK = "benchmark"  # in the names of the specs that measure instead of validating
+STREAMS = "[k8s.io] Streaming "  # how the names of those begin that run on both wires
+OVER_WEBSOCKET = " (WebSocket)"
+WEBSOCKET_OPTIONS = ("--websocket-exec", "--websocket-attach", "--websocket-portforward")
 TIMELINE_LINES = 40
 
 
@@ -49,7 +52,21 @@ class Critest:
         return self._folder / "critest.log"
 
     def run(self, endpoint: str, wanted: Collection[str], timeout_seconds: float) -> list[Spec]:
-        """Runs the specs of these names, one after the other in random order."""
+        """Runs the specs of these names: those of the streams first over SPDY, then over WebSocket."""
+        again = {name for name in wanted if name.endswith(OVER_WEBSOCKET)}
+        names = {name.removesuffix(OVER_WEBSOCKET) for name in again}
+        first = self._run(endpoint, set(wanted) - again, timeout_seconds)
+        second = self._run(endpoint, names, timeout_seconds, WEBSOCKET_OPTIONS)
+        return [*first, *(replace(spec, name=renamed(spec.name)) for spec in second)]
+
+    def _run(
+        self,
+        endpoint: str,
+        wanted: Collection[str],
+        timeout_seconds: float,
+        options: tuple[str, ...] = (),
+    ) -> list[Spec]:
+        """In one process, one after the other, in random order."""
         if not wanted:
             return []
         report = self._folder / "report.json"
@@ -61,9 +78,10 @@ class Critest:
             f"--ginkgo.timeout={timeout_seconds}s",
             f"--ginkgo.json-report={report}",
             "--ginkgo.no-color",
+            *options,
         ]
         path = f"{self._folder}/bin:{os.environ['PATH']}"
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:
             subprocess.run(
                 [self._program, *arguments],
                 stdin=subprocess.DEVNULL,
@@ -78,12 +96,18 @@ class Critest:
 
 
 def names(program: Path) -> list[str]:
-    """The names of all specs, without running any."""
+    """The names of all specs and of their variants, without running any."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "specs.json")
         arguments = ["--ginkgo.dry-run", f"--ginkgo.json-report={report}"]
         subprocess.run([program, *arguments], capture_output=True, check=True)
-        return [spec.name for spec in read(report)]
+        once = [spec.name for spec in read(report)]
+    return once + [renamed(name) for name in once if STREAMS in name]
+
+
+def renamed(name: str) -> str:
+    """The name of a spec of the streams when it runs over WebSocket."""
+    return name + OVER_WEBSOCKET
 
 
 def focus(wanted: Collection[str]) -> str:
