@@ -224,6 +224,11 @@ class Images:
         if any(hold.image_id not in self._images for hold in released):
             self._collect()
 
+    def release_others(self, holders: Collection[str]) -> None:
+        """None but these need anything any more: what a crash left of the others goes."""
+        for holder in {hold.holder for hold in self._holds} - set(holders):
+            self.release(holder)
+
     def _collect(self) -> None:
         """Drop layers and documents that nothing refers to."""
         owners: list[Image | ImageHold] = [*self._images, *self._holds]

@@ -125,8 +125,9 @@ class Containers:
         undo: AsyncExitStack,
     ) -> None:
         plan = self._planner.plan(sandbox, container, image, self._directory / container.id)
-        self._images.hold(image.id, container.id)
         undo.callback(self._images.release, container.id)
+        for needed in self._planner.images(container.config, image):
+            self._images.hold(needed.id, container.id)
         undo.callback(self._trash.take, self._directory / container.id)
         for name in ("upper", "work"):
             (self._directory / container.id / name).mkdir(mode=0o755, parents=True)

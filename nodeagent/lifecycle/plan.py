@@ -114,6 +114,10 @@ class Planner:
             for mount in config.mounts
         )
 
+    def images(self, config: ContainerConfig, image: Image) -> list[Image]:
+        """All that the container is made of: its own image and those of its volumes."""
+        return [image, *(self._volume(mount.image) for mount in config.mounts if mount.image)]
+
     def _volume_layers(self, name: str) -> Sequence[Path]:
         return self._images.lower_dirs(self._volume(name))
 

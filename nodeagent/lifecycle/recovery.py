@@ -56,8 +56,7 @@ class Recovery:
         for sandbox in list(self._registry.sandboxes.values()):
             if sandbox.boot_id != boot:
                 self._rebooted(sandbox)
-        for container in self._registry.containers.values():
-            self._images.hold(container.image_id, container.id)
+        self._images.release_others(self._registry.containers.keys())
         ready = [s for s in self._registry.sandboxes.values() if s.ready]
         await asyncio.gather(*(self._adopt(sandbox) for sandbox in ready))
         await self._undo_intentions()

@@ -9,7 +9,7 @@ import pytest
 
 from nodeagent.api import runtime_pb2 as pb
 from tests import images
-from tests.cri import refused
+from tests.cri import Cri, refused
 from tests.node import RunningAgent
 from tests.registry import PASSWORD, USERNAME, Registry
 
@@ -105,3 +105,16 @@ def test_file_system_usage(agent: RunningAgent) -> None:
     assert Path(usage.fs_id.mountpoint).is_dir()
     assert usage.HasField("used_bytes")
     assert usage.timestamp > 0
+
+
+def test_an_image_volume_outlives_its_image(cri: Cri, registry: Registry) -> None:
+    agent = cri.agent
+    image_id = pull(agent, f"{registry.host}/k8s-staging-cri-tools/test-image-3")
+    volume = pb.Mount(container_path="/volume", image=pb.ImageSpec(image=image_id), readonly=True)
+    container = cri.pod().run(mounts=[volume])
+    remove(agent, image_id)
+    assert "test-image-3" in container.shell("ls /volume")
+    assert container.exec("touch", "/volume/x").exit_code != 0
+    agent.restart()
+    assert "test-image-3" in container.shell("ls /volume")
+    container.pod.remove()
