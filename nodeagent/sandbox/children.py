@@ -72,9 +72,9 @@ class Children:
             os.read(self._pipe[0], 4096)
         except BlockingIOError:
             pass
-        self._reap()
+        self.reap()
 
-    def _reap(self) -> None:
+    def reap(self) -> None:
         """Deal with every child that has ended."""
         while True:
             try:

@@ -95,6 +95,7 @@ class Launcher:
 
     def _succeed(self, request: Request) -> None:
         """Reply when another supervisor serves the pod of one that has died."""
+        self._children.reap()
         pod = self._pods.get(request.body["pod"])
         if pod is None:
             pod = KeptPod(request.body["pod"], request.body["directory"])

@@ -141,8 +141,9 @@ async def running_node(directory: Path, layer: Path) -> AsyncIterator[Node]:
     try:
         await node.connect()
         yield node
-        await asyncio.gather(*(pod.supervisor.shutdown() for pod in node.pods))
-        await node.launcher.stop()
+        async with asyncio.timeout(10):
+            await asyncio.gather(*(pod.supervisor.shutdown() for pod in node.pods))
+            await node.launcher.stop()
     finally:
         _kill_all_that_is_left(node.state)
         syscalls.umount2(str(pods), syscalls.MNT_DETACH)

@@ -135,13 +135,15 @@ async def test_a_creation_that_was_cut_off_is_forgotten(node: Node) -> None:
     while not (found := children(pod.supervisor.pid)):
         pass
     os.kill(found[0], signal.SIGSTOP)
-    await pod.kill_supervisor()
-    with pytest.raises(Unavailable):
-        await creating
-    await pod.succeed()
-    assert await pod.supervisor.state() == []
-    assert list((pod.directory / "containers").iterdir()) == []
-    os.kill(found[0], signal.SIGCONT)
+    try:
+        await pod.kill_supervisor()
+        with pytest.raises(Unavailable):
+            await creating
+        await pod.succeed()
+        assert await pod.supervisor.state() == []
+        assert list((pod.directory / "containers").iterdir()) == []
+    finally:
+        os.kill(found[0], signal.SIGCONT)
     await eventually(lambda: not exists(found[0]))
     await pod.run("exit 0")
 
