@@ -178,7 +178,8 @@ class Attached:
         self._sessions.do_behind(self._supervisor.resize(self._container_id, width, height))
 
     def end_stdin(self) -> None:
-        """With stdin_once the container reads its end when the client has detached."""
+        """With stdin_once the container reads the end of its input, too."""
+        self._streams.close_stdin()
 
     async def wait(self) -> int:
         return await self._sessions.end_of(self._container_id)

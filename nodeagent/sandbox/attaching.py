@@ -38,6 +38,13 @@ class Attachments:
         for _, reader in readers:
             os.close(reader)
 
+    def end_input(self, request: Request) -> None:
+        """No more input comes from this one; with stdin_once, from nobody."""
+        container = self._containers.get((request.peer, request.body["attach"]))
+        if container is not None and container.plan["stdin_once"]:
+            container.close_stdin()
+        request.reply()
+
     def detach(self, request: Request) -> None:
         self._end((request.peer, request.body["attach"]))
         request.reply()

@@ -216,12 +216,17 @@ class Supervisor:
             self._channel.post("detach", attach=number)
             raise
 
+        def end_input() -> None:
+            if number in self._attached:
+                self._channel.post("end_input", attach=number)
+
         def detach() -> None:
             if self._attached.pop(number, None) is not None:
                 self._channel.post("detach", attach=number)
 
         fds = reply.fds
-        attached = AttachIO(fds.get("stdin"), fds.get("stdout"), fds.get("stderr"), detach)
+        stdin, stdout, stderr = (fds.get(name) for name in ("stdin", "stdout", "stderr"))
+        attached = AttachIO(stdin, stdout, stderr, end_input, detach)
         self._attached[number] = attached
         return attached
 

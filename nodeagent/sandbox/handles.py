@@ -108,14 +108,16 @@ class AttachIO:
     stdin: int | None
     stdout: int | None
     stderr: int | None
+    _end_input: Callable[[], None]
     _detach: Callable[[], None]
     cut_off: asyncio.Event = field(default_factory=asyncio.Event)
 
     def close_stdin(self) -> None:
-        """With stdin_once the container reads the end of its input when we detach."""
+        """With stdin_once the container then reads the end of its input."""
         if self.stdin is not None:
             os.close(self.stdin)
             self.stdin = None
+        self._end_input()
 
     def __enter__(self) -> Self:
         return self

@@ -112,6 +112,7 @@ class Supervisor:
             "exec_kill": self._exec_kill,
             "exec_resize": self._exec_resize,
             "attach": lambda request: self.attachments.attach(self._container(request), request),
+            "end_input": self.attachments.end_input,
             "detach": self.attachments.detach,
             "dial": lambda request: Dialing(loop, request.body["port"], request).begin(),
             "state": self._state,

@@ -18,7 +18,7 @@ from tests.registry import Registry
 UPSTREAM = ("docker.io", "registry.k8s.io", "k8s.gcr.io", "gcr.io", "quay.io", "public.ecr.aws")
 
 # Specs of parts that are not there yet, by a regular expression of their names, and why.
-NOT_YET = {r"should support attach": "the end of a client's input does not reach the container"}
+NOT_YET: dict[str, str] = {}
 # Specs that need something of the kernel that critest does not look for itself.
 NEEDS = {r"port mapping": "nf_tables"}
 # Specs that leave something on the machine.
