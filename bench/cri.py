@@ -79,6 +79,21 @@ class Client:
             answer = self._runtime.ExecSync(request, timeout=DEADLINE_SECONDS)
         assert answer.exit_code == 0, answer
 
+    def exec_url(self, container_id: str, *command: str, stdin: bool = False) -> str:
+        """Where the streams of a new command are."""
+        request = pb.ExecRequest(container_id=container_id, cmd=command, stdin=stdin, stdout=True)
+        return str(self._runtime.Exec(request, timeout=DEADLINE_SECONDS).url)
+
+    def forward_url(self, pod_id: str) -> str:
+        request = pb.PortForwardRequest(pod_sandbox_id=pod_id)
+        return str(self._runtime.PortForward(request, timeout=DEADLINE_SECONDS).url)
+
+    def run_behind(self, container_id: str, script: str) -> None:
+        """Leave a command running that holds none of our pipes."""
+        detached = f"({script}) </dev/null >/dev/null 2>&1 &"
+        request = pb.ExecSyncRequest(container_id=container_id, cmd=["sh", "-c", detached])
+        self._runtime.ExecSync(request, timeout=DEADLINE_SECONDS)
+
     @contextmanager
     def _timed(self, label: str) -> Iterator[None]:
         begin = time.perf_counter()

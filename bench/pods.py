@@ -7,6 +7,7 @@ turns between the two sockets, so that both see the same machine; the last colum
 """
 
 import argparse
+import asyncio
 import os
 import statistics
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from bench import streams
 from bench.containerd import running_containerd
 from bench.cri import Client
 from tests import images
@@ -48,6 +50,7 @@ def main() -> None:
             client.pull()
         measure(clients, options.pods)
         print_times(clients)
+        print_streams(clients)
         print_density(clients[0], agent)
 
 
@@ -84,6 +87,14 @@ def print_times(clients: list[Client]) -> None:
 def ratio(label: str, clients: list[Client]) -> str:
     medians = [statistics.median(client.times[label]) for client in clients]
     return f"{medians[1] / medians[0]:8.1f} ×" if len(medians) > 1 else ""
+
+
+def print_streams(clients: list[Client]) -> None:
+    """Over SPDY, which every runtime speaks."""
+    rows = [asyncio.run(streams.measure(client)) for client in clients]
+    print("\nstreams")
+    for label in rows[0]:
+        print(f"{label:40}" + "".join(f"{row[label]:20.1f}" for row in rows))
 
 
 def print_density(client: Client, agent: RunningAgent) -> None:
