@@ -22,6 +22,8 @@ from nodeagent.sandbox.spec import PodPlan
 
 log = logging.getLogger(__name__)
 
+# The containers of a pod come right after it, and the next slot must not be in their way.
+REFILL_DELAY_SECONDS = 0.05
 RETRY_SECONDS = 1.0
 USUAL = Namespaces()
 
@@ -45,12 +47,13 @@ class Slots:
         self._directory = directory
         self._count = count
         self._ready: deque[Slot] = deque()
-        self._wanted = asyncio.Event()
+        self._missing = asyncio.Semaphore(0)
         self._filler: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to fill, behind the requests."""
-        self._wanted.set()
+        for _ in range(self._count):
+            self._missing.release()
         self._filler = asyncio.create_task(self._fill())
 
     @property
@@ -59,10 +62,10 @@ class Slots:
 
     async def take(self, namespaces: Namespaces) -> Slot:
         """A slot of one's own with these namespaces; `discard` gives it back."""
-        self._wanted.set()
         if _needs(namespaces) == _needs(USUAL):
             while self._ready:
                 slot = self._ready.popleft()
+                asyncio.get_running_loop().call_later(REFILL_DELAY_SECONDS, self._missing.release)
                 if not slot.supervisor.is_lost:
                     return slot
                 await self.discard(slot)
@@ -81,15 +84,15 @@ class Slots:
         self._ready.clear()
 
     async def _fill(self) -> None:
+        """One for each that is missing."""
         while True:
-            await self._wanted.wait()
-            self._wanted.clear()
-            while len(self._ready) < self._count:
-                try:
-                    self._ready.append(await self._make(USUAL))
-                except (NodeAgentError, OSError) as error:
-                    log.warning("no warm slot: %s", error)
-                    await asyncio.sleep(RETRY_SECONDS)
+            await self._missing.acquire()
+            try:
+                self._ready.append(await self._make(USUAL))
+            except (NodeAgentError, OSError) as error:
+                log.warning("no warm slot: %s", error)
+                self._missing.release()
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def _make(self, namespaces: Namespaces) -> Slot:
         pod_id = secrets.token_hex(32)
