@@ -1,4 +1,4 @@
-"""The same contract and kernel tests on a machine of its own, whose kernel has cgroup v2 alone."""
+"""What depends on cgroups, on a machine of its own, whose kernel has cgroup v2 alone: the same tests as here."""
 
 import os
 import sys
@@ -9,7 +9,15 @@ import pytest
 from tests.guest import machine, setup
 
 PROJECT = Path(__file__).parents[2]
-SUITES = ["tests/contract", "tests/kernel"]
+SUITES = [
+    "tests/contract/cgroups",
+    "tests/kernel/cgroups",
+    "tests/kernel/sandbox",
+    "tests/e2e/test_lifecycle.py",
+    "tests/e2e/test_logs_and_exec.py",
+    "tests/e2e/test_recovery.py",
+    "tests/e2e/test_resources.py",
+]
 SECONDS = 600
 
 
@@ -18,7 +26,7 @@ def guest() -> machine.Guest:
     if not setup.is_prepared("uml"):
         message = "the guest's kernel is not there: `make guest` unpacks it"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    return machine.Guest(kernel="uml", timeout_seconds=SECONDS)
+    return machine.Guest(kernel="uml", memory_mib=4096, timeout_seconds=SECONDS)
 
 
 @pytest.mark.guest
