@@ -24,7 +24,7 @@ from nodeagent.api import runtime_pb2 as pb
 from nodeagent.api import runtime_pb2_grpc as rpc
 from nodeagent.files import remove_tree
 from tests import images
-from tests.conformance import critest, suite
+from tests.conformance import apparmor, critest, suite
 from tests.conformance.critest import FAILED, PASSED, SKIPPED, Critest, Spec
 from tests.images import PROJECT
 from tests.registry import fill, running_registry
@@ -40,6 +40,8 @@ def main() -> int:
         sys.exit("critest is not there: `make tools` builds it with Go 1.26 or newer")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with temporary_folder() as root:
+        if "NODEAGENT_GUEST" in os.environ:
+            apparmor.put_in_path(root / "bin")
         names = [name for name in critest.names(PROGRAM) if re.search(options.focus, name)]
         wanted, skipped = suite.split(names, suite.absences())
         started = time.monotonic()

@@ -1,7 +1,8 @@
-"""The programs with which critest loads AppArmor profiles, `sudo apparmor_parser`, for a machine that has neither."""
+"""The programs that load AppArmor profiles, sudo (critest calls it) and apparmor_parser, where there are none."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from tests.images import DEBIAN
@@ -15,10 +16,11 @@ SCRIPTS = {
 }
 
 
-def write_programs(folder: Path) -> None:
-    """Scripts of these names: root needs no sudo, and the parser is that of an unpacked package."""
+def put_in_path(folder: Path) -> None:
+    """Scripts of these names, for all that is run from now on. The parser is that of an unpacked package."""
     folder.mkdir()
     for name, command in SCRIPTS.items():
         path = folder / name
         path.write_text(f"#!/bin/sh\n{command}\n")
         path.chmod(0o755)
+    os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.conformance import apparmor
 from tests.images import patch_critest
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
@@ -45,7 +44,6 @@ class Critest:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         patch_critest(program, self._program)
-        apparmor.write_programs(folder / "bin")
 
     @property
     def log(self) -> Path:
@@ -80,14 +78,13 @@ class Critest:
             "--ginkgo.no-color",
             *options,
         ]
-        path = f"{self._folder}/bin:{os.environ['PATH']}"
         with self.log.open("ab") as log:
             subprocess.run(
                 [self._program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "PATH": path, "TMPDIR": str(temporary)},
+                env={**os.environ, "TMPDIR": str(temporary)},
                 check=False,
             )
         if not report.exists():

@@ -19,7 +19,7 @@ UPSTREAM = ("docker.io", "registry.k8s.io", "k8s.gcr.io", "gcr.io", "quay.io", "
 # Specs of parts that are not there yet, by a regular expression of their names, and why.
 NOT_YET: dict[str, str] = {}
 # Specs that need what critest does not look for itself.
-HOST_PORTS = {r"port mapping": "the kernel has no nf_tables with the family inet"}
+HOST_PORTS = {r"port mapping with host port": "the kernel has no nf_tables with the family inet"}
 # Specs that leave something on the machine.
 GUEST_ONLY = {r"^\[k8s\.io\] AppArmor ": "it loads profiles into the kernel: only in a guest"}
 
