@@ -7,9 +7,11 @@ import resource
 import signal
 import socket
 from contextlib import AsyncExitStack
+from pathlib import Path
 
-from nodeagent import control
+from nodeagent import check, control
 from nodeagent.config import Config, Streaming, split_address
+from nodeagent.cri.features import Features
 from nodeagent.cri.server import Server
 from nodeagent.lifecycle.node import Node, open_node
 from nodeagent.metrics.server import MetricsServer
@@ -33,12 +35,27 @@ async def serve(config: Config) -> None:
         metrics = await stack.enter_async_context(MetricsServer.open(node, config.metrics))
         streaming = await stack.enter_async_context(_streaming(node, config.streaming))
         await stack.enter_async_context(
-            Server.open(node, config.listen, observe=metrics.observe, streaming=streaming)
+            Server.open(
+                node,
+                config.listen,
+                observe=metrics.observe,
+                streaming=streaming,
+                features=_features(config),
+            )
         )
         log.info("serving CRI v1 on %s", config.listen)
         notify("READY=1")
         await stop.wait()
         notify("STOPPING=1")
+
+
+def _features(config: Config) -> Features:
+    try:
+        mapped = check.maps_ids(Path(config.root))
+    except OSError as error:
+        log.warning("no pod can have a user namespace: %s", error)
+        mapped = False
+    return Features(user_namespaces=mapped, user_namespaces_host_network=mapped)
 
 
 def _streaming(node: Node, config: Streaming) -> StreamingServer:

@@ -9,10 +9,12 @@ from pathlib import Path
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
 from nodeagent.errors import NodeAgentError
-from nodeagent.linux import capabilities, syscalls
+from nodeagent.linux import capabilities, mounts, syscalls, userns
+from nodeagent.linux.userns import Extent
 
 NETLINK_NETFILTER = 12
 OLDEST_KERNEL = (5, 15)
+MAPPED_LAYERS_KERNEL = (5, 19)  # overlayfs takes idmapped lower layers
 # without it limits above our own cannot be given
 SYS_RESOURCE = 1 << capabilities.NAMES.index("SYS_RESOURCE")
 V2_CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
@@ -77,7 +79,11 @@ def _cgroups() -> list[Feature]:
 def _optional(config: Config) -> list[Feature]:
     return [
         _feature("seccomp filters", _has_seccomp, "containers run unconfined or not at all"),
-        _feature("user namespaces", _has_user_namespaces, "pods with a user namespace"),
+        _feature(
+            "user namespaces, idmapped mounts",
+            lambda: maps_ids(Path(config.root)),
+            "pods with a user namespace",
+        ),
         _feature("nf_tables", _has_nftables, "host ports and masquerade"),
         _feature(
             "AppArmor",
@@ -144,8 +150,23 @@ def _has_seccomp() -> bool:
     return "errno" in _read("/proc/sys/kernel/seccomp/actions_avail").split()
 
 
-def _has_user_namespaces() -> bool:
-    return int(_read("/proc/sys/user/max_user_namespaces") or 0) > 0
+def maps_ids(root: Path) -> bool:
+    """Whether pods may have user namespaces: the layers below `root` are to be seen through their mappings.
+
+    Raises OSError where the kernel or the file system refuses.
+    """
+    directory = next(path for path in (root, *root.parents) if path.is_dir())
+    extents = [Extent(0, 1 << 16, 1 << 16)]
+    made = userns.create(extents, extents)[syscalls.CLONE_NEWUSER]
+    try:
+        tree = syscalls.open_tree(syscalls.AT_FDCWD, str(directory), syscalls.OPEN_TREE_CLONE)
+        try:
+            mounts.map_ids(tree, made, recursive=False)
+        finally:
+            os.close(tree)
+    finally:
+        os.close(made)
+    return kernel_version(os.uname().release) >= MAPPED_LAYERS_KERNEL
 
 
 def _has_nftables() -> bool:

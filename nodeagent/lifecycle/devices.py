@@ -53,6 +53,7 @@ def _wanted(wanted: DeviceConfig) -> list[Device]:
     for key in ("mode", "uid", "gid"):
         if (value := getattr(wanted, key)) is not None:
             device[key] = value
+            device["of_node"] = device["of_node"] and key == "mode"
     return [device]
 
 
@@ -79,5 +80,6 @@ def _device(host_path: str, container_path: str) -> Device | None:
             mode=stat.S_IMODE(status.st_mode),
             uid=status.st_uid,
             gid=status.st_gid,
+            of_node=True,
         )
     return None

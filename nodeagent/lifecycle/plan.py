@@ -86,7 +86,7 @@ class Planner:
     def _process(self, sandbox: Sandbox, config: ContainerConfig, image: Image) -> ProcessPlan:
         capabilities = process.capability_sets(config.capabilities, privileged=config.privileged)
         seccomp = self._profiles.seccomp(config, capabilities["bounding"])
-        return ProcessPlan(
+        plan = ProcessPlan(
             env=process.environment(config, image.config, podfiles.hostname(sandbox.config)),
             cwd=config.working_dir or image.config.working_dir or "/",
             user=process.user(config, image.config),
@@ -100,6 +100,11 @@ class Planner:
             oom_score_adj=config.resources.oom_score_adj,
             umask=UMASK,
         )
+        user = sandbox.config.namespaces.user
+        if user is not None and user.mode == "pod":
+            plan["uid_map"] = [filesystems.id_map(mapping) for mapping in user.uids]
+            plan["gid_map"] = [filesystems.id_map(mapping) for mapping in user.gids]
+        return plan
 
     def device_rules(self, container: Container) -> list[Rule] | None:
         """What the container's cgroup shall allow."""

@@ -1,8 +1,9 @@
 """The files that a pod's containers find under /etc: hosts, hostname and resolv.conf.
 
-They live in the pod's directory and are bound into every container that does not bring its own.
+They live in the pod's directory, belong to its root and are bound into every container that does not bring its own.
 """
 
+import os
 import socket
 from pathlib import Path
 
@@ -31,6 +32,15 @@ def write(directory: Path, config: SandboxConfig, addresses: tuple[str, ...]) ->
     }
     for file, text in texts.items():
         write_atomic(str(directory / file), text.encode(), sync=False)
+        os.chown(directory / file, *_root(config))
+
+
+def _root(config: SandboxConfig) -> tuple[int, int]:
+    """Who the pod's root is on the node; its mapping begins with that."""
+    user = config.namespaces.user
+    if user is None or user.mode == "node":
+        return 0, 0
+    return user.uids[0].outside, user.gids[0].outside
 
 
 def hostname(config: SandboxConfig) -> str:

@@ -278,7 +278,9 @@ def _make_device(parent: int, device: Device, maps: IdMaps) -> None:
     name = os.path.basename(device["path"])
     kind = _DEVICE_KINDS[device["type"]]
     number = os.makedev(device["major"], device["minor"])
-    uid, gid = maps.uid(device["uid"]), maps.gid(device["gid"])
+    uid, gid = device["uid"], device["gid"]
+    if not device.get("of_node"):
+        uid, gid = maps.uid(uid), maps.gid(gid)
     try:
         os.mknod(name, kind | device["mode"], number, dir_fd=parent)
         os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)

@@ -38,11 +38,9 @@ def create(pod: Pod, family: Family, request: Request) -> None:
     join = request.take_all("join")
     fds = {name: fd for name in ("oom", "procs", "kill") if (fd := request.take(name)) is not None}
     try:
-        facts.make_directory(pod.directory, plan)
         _make(pod, family, plan, fds, join, target, request)
     except BaseException:
         protocol.close_all(fds.values())
-        facts.remove(pod.directory, plan["id"])
         raise
     finally:
         protocol.close_all(join)
@@ -88,8 +86,8 @@ def _make(
     fds.update(stdio.kept, pidfd=child.pidfd, status=ours.fileno())
     container.facts["pid"], container.facts["ticks"] = child.pid, process.start_ticks(child.pid)
     container.facts["pipes"] = {name: os.fstat(fd).st_ino for name, fd in stdio.kept.items()}
-    container.await_birth(Birth(pod.loop, ours, container), request)
     family[plan["id"]] = container
+    container.await_birth(Birth(pod.loop, ours, container), request)
 
 
 def _spawn(
@@ -101,7 +99,7 @@ def _spawn(
     target: int | None,
 ) -> Child:
     cgroup, tasks = split_join_fds(join)
-    given = init.InitFds(status, stdio.stdin, stdio.stdout, stdio.stderr, tasks)
+    given = init.InitFds(status, stdio.stdin, stdio.stdout, stdio.stderr, tasks, pod.userns)
     flags = syscalls.CLONE_NEWNS
     if container.plan["pid"] == "container":
         flags |= syscalls.CLONE_NEWPID
@@ -109,7 +107,7 @@ def _spawn(
         return pod.children.spawn(
             lambda: init.run(container.plan, given),
             container.ended,
-            keep=[fd for fd in (status, *stdio[:3], *tasks) if fd >= 0],
+            keep=[fd for fd in (status, *stdio[:3], pod.userns, *tasks) if fd >= 0],
             flags=flags,
             cgroup=cgroup,
         )

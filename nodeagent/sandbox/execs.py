@@ -163,13 +163,14 @@ class Execs:
         cgroup, tasks = split_join_fds(join)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         target = container.fds["pidfd"]
-        given = init.ExecFds(theirs.fileno(), target, stdin, stdout, stderr, tasks)
+        userns = self.pod.userns
+        given = init.ExecFds(theirs.fileno(), target, stdin, stdout, stderr, tasks, userns)
         try:
             with self.pod.children_join(target):
                 child = self.pod.children.spawn(
                     lambda: init.run_exec(exec_.plan, container.plan["process"], given),
                     exec_.ended,
-                    keep=[fd for fd in (*given[:5], *tasks) if fd >= 0],
+                    keep=[fd for fd in (*given[:5], userns, *tasks) if fd >= 0],
                     cgroup=cgroup,
                 )
         except BaseException:

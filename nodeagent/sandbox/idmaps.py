@@ -7,10 +7,10 @@ id n there belongs to id n of the namespace. What the runtime makes for a contai
 import os
 from typing import NamedTuple
 
-from nodeagent.errors import InvalidArgument, Unsupported
+from nodeagent.errors import FailedPrecondition, InvalidArgument, Unsupported
 from nodeagent.linux import mounts, syscalls, userns
 from nodeagent.linux.userns import Extent
-from nodeagent.sandbox.spec import IdMap, Mount, ProcessPlan
+from nodeagent.sandbox.spec import IdMap, Mount, PodPlan, ProcessPlan
 
 
 class IdMaps(NamedTuple):
@@ -42,8 +42,18 @@ class IdMaps(NamedTuple):
 
 
 def of_process(plan: ProcessPlan, descriptor: int) -> IdMaps:
-    """descriptor: of the pod's user namespace, or -1."""
+    """descriptor: of the pod's user namespace, -1 without one: who has mappings never gets the node's instead."""
+    if descriptor == -1 and "uid_map" in plan:
+        raise FailedPrecondition("the pod's user namespace is gone")
     return IdMaps(descriptor, extents(plan.get("uid_map", [])), extents(plan.get("gid_map", [])))
+
+
+def root_of(plan: PodPlan) -> tuple[int, int]:
+    """Who the pod's root is on the node: user and group."""
+    if "uid_map" not in plan:
+        return 0, 0
+    uids, gids = extents(plan["uid_map"]), extents(plan["gid_map"])
+    return userns.outside(0, uids), userns.outside(0, gids)
 
 
 def extents(lines: list[IdMap]) -> tuple[Extent, ...]:

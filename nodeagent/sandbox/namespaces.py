@@ -1,13 +1,16 @@
 """The namespaces of a pod and its /dev/shm: made by its supervisor, which lives in them, and pinned by mounts.
 
 The pins are below the pod's directory, in a mount that the agent has made private. They keep the namespaces when the
-supervisor dies, and lead a successor back into them.
+supervisor dies, and lead a successor back into them. Of a user namespace the supervisor makes the other namespaces,
+but stays in the node's itself: it has to write where the node's root may.
 """
 
 import os
 from collections.abc import Collection
 
-from nodeagent.linux import syscalls
+from nodeagent.linux import syscalls, userns
+from nodeagent.sandbox import idmaps
+from nodeagent.sandbox.spec import PodPlan
 
 DEFAULT_SHM_BYTES = 64 << 20
 
@@ -16,39 +19,79 @@ _FLAGS = {
     "ipc": syscalls.CLONE_NEWIPC,
     "uts": syscalls.CLONE_NEWUTS,
 }
+_PINNED = (*_FLAGS, "user")
 _NSFS_MAGIC = 0x6E736673
 _SHM_FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
 
 
-def make(pod: str, kinds: Collection[str]) -> None:
-    """Leave the node's namespaces of these kinds for new ones, and pin them. pod: the pod's directory."""
-    syscalls.unshare(sum(_FLAGS[kind] for kind in kinds))
+def make(plan: PodPlan) -> None:
+    """Leave the node's namespaces for new ones, of the kinds that the plan lists, and pin them."""
+    pod, kinds = plan["directory"], plan["namespaces"]
     os.makedirs(f"{pod}/ns", mode=0o700, exist_ok=True)
+    flags = sum(_FLAGS[kind] for kind in kinds if kind != "user")
+    if "user" in kinds:
+        _enter_owned(plan, flags)
+    else:
+        syscalls.unshare(flags)
     for kind in kinds:
-        pin = _pin(pod, kind)
-        os.close(os.open(pin, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        syscalls.mount(f"/proc/self/ns/{kind}", pin, "", syscalls.MS_BIND)
+        if kind != "user":
+            _make_pin(pod, kind, f"/proc/self/ns/{kind}")
     if "ipc" in kinds:
-        mount_shm(pod)
+        mount_shm(pod, *idmaps.root_of(plan))
+
+
+def _enter_owned(plan: PodPlan, flags: int) -> None:
+    """Go to new namespaces that belong to a new user namespace."""
+    uids, gids = idmaps.extents(plan["uid_map"]), idmaps.extents(plan["gid_map"])
+    made = userns.create(uids, gids, flags)
+    try:
+        owner = made[syscalls.CLONE_NEWUSER]
+        _make_pin(plan["directory"], "user", f"/proc/self/fd/{owner}")
+        for kind, descriptor in made.items():
+            if kind & flags:
+                syscalls.setns(descriptor, kind)
+    finally:
+        for descriptor in made.values():
+            os.close(descriptor)
+
+
+def _make_pin(pod: str, kind: str, source: str) -> None:
+    pin = _pin(pod, kind)
+    os.close(os.open(pin, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    syscalls.mount(source, pin, "", syscalls.MS_BIND)
 
 
 def enter(pod: str, kinds: Collection[str]) -> None:
     """Go where the pins of an earlier supervisor lead; without a pin there is no namespace."""
     for kind in kinds:
-        try:
-            descriptor = os.open(_pin(pod, kind), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-        try:
-            if syscalls.statfs_type(descriptor) == _NSFS_MAGIC:
+        descriptor = -1 if kind == "user" else _open_pin(pod, kind)
+        if descriptor != -1:
+            try:
                 syscalls.setns(descriptor, _FLAGS[kind])
-        finally:
-            os.close(descriptor)
+            finally:
+                os.close(descriptor)
 
 
-def mount_shm(pod: str) -> None:
+def user_namespace(pod: str) -> int:
+    """A descriptor of the pod's own, -1 without one."""
+    return _open_pin(pod, "user")
+
+
+def _open_pin(pod: str, kind: str) -> int:
+    """A descriptor of the namespace that is pinned, -1 if none is."""
+    try:
+        descriptor = os.open(_pin(pod, kind), os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return -1
+    if syscalls.statfs_type(descriptor) == _NSFS_MAGIC:
+        return descriptor
+    os.close(descriptor)
+    return -1
+
+
+def mount_shm(pod: str, uid: int, gid: int) -> None:
     os.makedirs(_shm(pod), mode=0o755, exist_ok=True)
-    options = f"mode=1777,size={DEFAULT_SHM_BYTES}"
+    options = f"mode=1777,uid={uid},gid={gid},size={DEFAULT_SHM_BYTES}"
     syscalls.mount("shm", _shm(pod), "tmpfs", _SHM_FLAGS, options)
 
 
@@ -59,7 +102,7 @@ def resize_shm(pod: str, size_bytes: int) -> None:
 
 def unpin(pod: str) -> None:
     """Remove all mounts that were made here. Idempotent; what still uses them goes on."""
-    for path in (_shm(pod), *(_pin(pod, kind) for kind in _FLAGS)):
+    for path in (_shm(pod), *(_pin(pod, kind) for kind in _PINNED)):
         try:
             syscalls.umount2(path, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
         except OSError:

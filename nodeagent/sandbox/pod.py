@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nodeagent.linux import syscalls
+from nodeagent.sandbox import idmaps, namespaces
 from nodeagent.sandbox.children import Children
 from nodeagent.sandbox.keeping import Keeper
 from nodeagent.sandbox.logs import Clock
@@ -16,12 +17,17 @@ from nodeagent.sandbox.spec import PodPlan
 
 
 class Pod:
-    """agent: who is told what happens; init_pidfd: of the first process of the PID namespace that containers share."""
+    """agent: who is told what happens; init_pidfd: of the first process of the PID namespace that containers share.
+
+    userns: the pod's user namespace, -1 without one; root: who its root is on the node.
+    """
 
     def __init__(self, plan: PodPlan, loop: Loop, keeper: Keeper) -> None:
         self.id = plan["id"]
         self.directory = plan["directory"]
         self.namespaces = plan["namespaces"]
+        self.userns = namespaces.user_namespace(plan["directory"])
+        self.root, _ = idmaps.root_of(plan)
         self.loop = loop
         self.keeper = keeper
         self.children = Children(loop)

@@ -79,7 +79,10 @@ class Rootfs(TypedDict):
 
 
 class Device(TypedDict):
-    """A node to make in the container's /dev (or to bind in a user namespace)."""
+    """A node to make in the container's /dev.
+
+    of_node: uid and gid are the node's, also where the pod has a user namespace: its root has no more rights to it.
+    """
 
     path: str
     type: Literal["c", "b", "p"]
@@ -88,6 +91,7 @@ class Device(TypedDict):
     mode: int
     uid: int
     gid: int
+    of_node: NotRequired[bool]
 
 
 class UserRequest(TypedDict):

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable
 from typing import NoReturn
 
-from nodeagent.errors import FailedPrecondition, NotFound, Unsupported
+from nodeagent.errors import FailedPrecondition, NotFound
 from nodeagent.linux import syscalls
 from nodeagent.sandbox import (
     creation,
@@ -46,12 +46,10 @@ def main(plan: PodPlan, keeper: int) -> NoReturn:
 
     def prepare() -> PodFacts:
         known: PodFacts = {"plan": plan, "init_pid": 0, "init_ticks": 0}
-        if "user" in plan["namespaces"]:
-            raise Unsupported(f'pod "{plan["id"]}": user namespaces')
         exits.make_directory(plan["directory"])
         podfile.save(known)
         try:
-            namespaces.make(plan["directory"], plan["namespaces"])
+            namespaces.make(plan)
             if "net" in plan["namespaces"]:
                 sysctls.write(sysctls.DEFAULTS)
         except BaseException:
@@ -158,7 +156,7 @@ class Supervisor:
             syscalls.sethostname(settings["hostname"])
         if settings["shm_bytes"] not in (None, namespaces.DEFAULT_SHM_BYTES) and "ipc" in owned:
             namespaces.resize_shm(self.pod.directory, int(settings["shm_bytes"] or 0))
-        sysctls.write(settings["sysctls"])
+        sysctls.write(settings["sysctls"], owner=self.pod.root)
         if settings["pid"] == "pod" and self.pod.init_pidfd is None:
             self._start_init()
         request.reply()

@@ -8,7 +8,8 @@ written only if it is of procfs.
 import errno
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 from nodeagent.errors import InvalidArgument, NodeAgentError, Unsupported
 from nodeagent.linux import syscalls
@@ -51,16 +52,32 @@ def check(sysctls: Mapping[str, str], owned: Collection[str]) -> None:
             )
 
 
-def write(sysctls: Mapping[str, str]) -> None:
-    """Write what `check` has let pass. Raises Unsupported for a name that this kernel does not have."""
+def write(sysctls: Mapping[str, str], owner: int = 0) -> None:
+    """Write what `check` has let pass. Raises Unsupported for a name that this kernel does not have.
+
+    owner: the root of the namespaces. Those of IPC go by who writes, and the node's root has no rights in them then.
+    """
     if not sysctls:
         return
     root = os.open(_ROOT, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        for name, value in sysctls.items():
-            _write(root, name, value)
+        with _acting_as(owner):
+            for name, value in sysctls.items():
+                _write(root, name, value)
     finally:
         os.close(root)
+
+
+@contextmanager
+def _acting_as(user: int) -> Iterator[None]:
+    if user == os.geteuid():
+        yield
+        return
+    os.seteuid(user)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def _write(root: int, name: str, value: str) -> None:
