@@ -19,6 +19,7 @@ CPU_USER = "cpuacct.usage_user"
 CPU_SYSTEM = "cpuacct.usage_sys"
 CPUSET_CPUS = "cpuset.cpus"
 CPUSET_MEMS = "cpuset.mems"
+CLONE_CHILDREN = "cgroup.clone_children"
 MEMORY_LIMIT = "memory.limit_in_bytes"
 MEMORY_SWAP_LIMIT = "memory.memsw.limit_in_bytes"
 MEMORY_USAGE = "memory.usage_in_bytes"
@@ -149,7 +150,7 @@ def resources(files: ControlFiles, page_sizes: Sequence[str]) -> Resources:
 def fill_cpuset(mount: str, path: str) -> None:
     """Give a new group the CPUs and memory nodes of its parent: nobody can join one that has none.
 
-    Parents that have none themselves are filled first.
+    Parents that have none themselves are filled first, and have the kernel fill their further children.
     """
     directory = mount + path
     for name in (CPUSET_CPUS, CPUSET_MEMS):
@@ -158,6 +159,8 @@ def fill_cpuset(mount: str, path: str) -> None:
         parent = os.path.dirname(path)
         if not _read(mount + parent, name):
             fill_cpuset(mount, parent)
+            with open(f"{mount}{parent}/{CLONE_CHILDREN}", "w", encoding="ascii") as file:
+                file.write("1")
         with open(f"{directory}/{name}", "w", encoding="ascii") as file:
             file.write(_read(mount + parent, name))
 
