@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from nodeagent.lifecycle import apparmor, privatemount
 from nodeagent.lifecycle.containers import Containers
 from nodeagent.lifecycle.events import Events
 from nodeagent.lifecycle.handover import joining_files
+from nodeagent.lifecycle.launchers import Launchers
 from nodeagent.lifecycle.places import Places
 from nodeagent.lifecycle.plan import Planner
 from nodeagent.lifecycle.profiles import Profiles
@@ -60,16 +62,15 @@ class Node:
     slots: Slots
     network: Network
     cgroups: Cgroups
-    launcher: Launcher
+    launchers: Launchers
 
     def status(self) -> NodeStatus:
         """Asked of the kernel where that is cheap, never remembered."""
         network = self.network.status()
-        lost = self.launcher.lost.is_set()
         return NodeStatus(
-            runtime_ready=not lost,
-            runtime_reason="LauncherLost" if lost else "",
-            runtime_message="the launcher died; restart the agent" if lost else "",
+            runtime_ready=True,
+            runtime_reason="",
+            runtime_message="",
             network_ready=network.ready,
             network_reason=network.reason,
             network_message=network.message,
@@ -120,9 +121,9 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
             default_parent=config.cgroup.parent or f"/nodeagent-{places.instance}",
         )
         network = await Network.start(config=config.network, store=store, instance=places.instance)
-        launcher = await _launcher(cgroups, places)
+        launchers = Launchers(partial(_launcher, cgroups, places))
         node = await stack.enter_async_context(
-            _recovered(config, places, store, images, cgroups, network, launcher)
+            _recovered(config, places, store, images, cgroups, network, launchers)
         )
         try:
             yield node
@@ -142,11 +143,11 @@ async def _recovered(
     images: Images,
     cgroups: Cgroups,
     network: Network,
-    launcher: Launcher,
+    launchers: Launchers,
 ) -> AsyncIterator[Node]:
     events = Events()
     registry = Registry(store, events)
-    supervision = Supervision(registry, launcher, places.pods)
+    supervision = Supervision(registry, launchers, places.pods)
     trash = Trash(places.trash)
     profiles = Profiles(config.seccomp.default_profile)
     planner = Planner(registry, images, cgroups, profiles, config, pods=places.pods)
@@ -160,7 +161,7 @@ async def _recovered(
         directory=places.containers,
     )
     sessions = Sessions(registry, containers, supervision)
-    slots = Slots(launcher, network, places.pods, config.slots)
+    slots = Slots(launchers, network, places.pods, config.slots)
     sandboxes = Sandboxes(
         registry=registry,
         slots=slots,
@@ -177,7 +178,7 @@ async def _recovered(
         containers=containers,
         network=network,
         images=images,
-        launcher=launcher,
+        launchers=launchers,
         trash=trash,
         places=places,
     )
@@ -197,7 +198,7 @@ async def _recovered(
             slots=slots,
             network=network,
             cgroups=cgroups,
-            launcher=launcher,
+            launchers=launchers,
         )
     finally:
         await supervision.close()
@@ -216,5 +217,6 @@ async def _leave(node: Node) -> None:
     await node.network.close(remove=not busy)
     if busy:
         return
-    await node.launcher.stop()
+    launcher = await node.launchers.get()
+    await launcher.stop()
     node.cgroups.remove_instance()

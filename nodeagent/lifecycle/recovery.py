@@ -15,6 +15,7 @@ from nodeagent import records
 from nodeagent.errors import NodeAgentError
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle.containers import Containers
+from nodeagent.lifecycle.launchers import Launchers
 from nodeagent.lifecycle.places import Places
 from nodeagent.lifecycle.registry import Registry, boot_id
 from nodeagent.lifecycle.slots import dismantle
@@ -22,7 +23,7 @@ from nodeagent.lifecycle.supervision import Supervision
 from nodeagent.lifecycle.trash import Trash
 from nodeagent.net.network import Network
 from nodeagent.records import Sandbox
-from nodeagent.sandbox.client import Launcher, Supervisor
+from nodeagent.sandbox.client import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Recovery:
         containers: Containers,
         network: Network,
         images: Images,
-        launcher: Launcher,
+        launchers: Launchers,
         trash: Trash,
         places: Places,
     ) -> None:
@@ -47,7 +48,7 @@ class Recovery:
         self._containers = containers
         self._network = network
         self._images = images
-        self._launcher = launcher
+        self._launchers = launchers
         self._trash = trash
         self._places = places
 
@@ -100,5 +101,6 @@ class Recovery:
         try:
             supervisor = await Supervisor.connect(directory, directory.name)
         except (OSError, NodeAgentError):
-            supervisor = await self._launcher.successor(directory.name, directory)
+            launcher = await self._launchers.get()
+            supervisor = await launcher.successor(directory.name, directory)
         await dismantle(directory.name, directory, supervisor, self._network)

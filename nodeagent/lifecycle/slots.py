@@ -15,9 +15,10 @@ from pathlib import Path
 from nodeagent import files
 from nodeagent.errors import NodeAgentError
 from nodeagent.lifecycle.filesystems import id_map
+from nodeagent.lifecycle.launchers import Launchers
 from nodeagent.net.network import Network
 from nodeagent.records import Namespaces
-from nodeagent.sandbox.client import Launcher, Supervisor
+from nodeagent.sandbox.client import Supervisor
 from nodeagent.sandbox.spec import PodPlan
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ class Slot:
 class Slots:
     """Gives slots, ready ones where it can, and keeps `count` of the usual kind ready."""
 
-    def __init__(self, launcher: Launcher, network: Network, directory: Path, count: int) -> None:
-        self._launcher = launcher
+    def __init__(self, launchers: Launchers, network: Network, directory: Path, count: int) -> None:
+        self._launchers = launchers
         self._network = network
         self._directory = directory
         self._count = count
@@ -101,7 +102,8 @@ class Slots:
         async with AsyncExitStack() as undo:
             directory.mkdir(mode=0o711)
             undo.callback(files.remove_tree, str(directory))
-            supervisor = await self._launcher.fork(_plan(pod_id, directory, namespaces))
+            launcher = await self._launchers.get()
+            supervisor = await launcher.fork(_plan(pod_id, directory, namespaces))
             undo.push_async_callback(supervisor.shutdown)
             addresses: tuple[str, ...] = ()
             if "net" in needs:

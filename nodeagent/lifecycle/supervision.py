@@ -11,9 +11,10 @@ from pathlib import Path
 
 from nodeagent import records
 from nodeagent.errors import NodeAgentError
+from nodeagent.lifecycle.launchers import Launchers
 from nodeagent.lifecycle.registry import Pod, Registry
 from nodeagent.records import Container
-from nodeagent.sandbox.client import Launcher, Supervisor
+from nodeagent.sandbox.client import Supervisor
 from nodeagent.sandbox.spec import Exit
 
 log = logging.getLogger(__name__)
@@ -22,9 +23,9 @@ log = logging.getLogger(__name__)
 class Supervision:
     """Watches supervisors, replaces dead ones, and writes the ends of containers into their records."""
 
-    def __init__(self, registry: Registry, launcher: Launcher, directory: Path) -> None:
+    def __init__(self, registry: Registry, launchers: Launchers, directory: Path) -> None:
         self._registry = registry
-        self._launcher = launcher
+        self._launchers = launchers
         self._directory = directory
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Event] = {}
@@ -104,7 +105,8 @@ class Supervision:
         await self._reconcile(sandbox_id, pod.supervisor)
 
     async def _successor(self, sandbox_id: str) -> Supervisor:
-        return await self._launcher.successor(sandbox_id, self._directory / sandbox_id)
+        launcher = await self._launchers.get()
+        return await launcher.successor(sandbox_id, self._directory / sandbox_id)
 
     async def _reconcile(self, sandbox_id: str, supervisor: Supervisor) -> None:
         """Bring the records to what the supervisor knows; a container that it does not know has ended unseen."""

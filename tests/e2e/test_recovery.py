@@ -93,3 +93,26 @@ def processes_below(root: str) -> list[str]:
             except OSError:
                 continue
     return found
+
+
+def test_a_killed_launcher_is_replaced(own_agent: RunningAgent, own_cri: Cri) -> None:
+    container = own_cri.run("sh", "-c", "trap 'exit 5' TERM; while :; do sleep 0.05; done")
+    os.kill(launcher_of(own_agent), signal.SIGKILL)
+    assert container.shell("echo works") == "works"
+    others = [own_cri.run() for _ in range(6)]  # more than there are warm slots
+    assert all(other.status.state == RUNNING for other in others)
+    own_agent.restart()
+    container.stop(timeout=10)
+    assert container.status.exit_code == 5
+
+
+def launcher_of(agent: RunningAgent) -> int:
+    wanted = f"nodeagent.sandbox.launcher {agent.root}/run".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                if (entry / "cmdline").read_bytes().startswith(wanted):
+                    return int(entry.name)
+            except OSError:
+                continue
+    raise LookupError(wanted)
