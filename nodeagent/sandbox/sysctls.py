@@ -55,7 +55,7 @@ def check(sysctls: Mapping[str, str], owned: Collection[str]) -> None:
 def write(sysctls: Mapping[str, str], owner: int = 0) -> None:
     """Write what `check` has let pass. Raises Unsupported for a name that this kernel does not have.
 
-    owner: the root of the namespaces. Those of IPC go by who writes, and the node's root has no rights in them then.
+    owner: the root of the namespaces. Of IPC the kernel asks who writes, of networks what capabilities they have.
     """
     if not sysctls:
         return
@@ -70,14 +70,18 @@ def write(sysctls: Mapping[str, str], owner: int = 0) -> None:
 
 @contextmanager
 def _acting_as(user: int) -> Iterator[None]:
+    """Be somebody else, with the capabilities that we have."""
     if user == os.geteuid():
         yield
         return
+    syscalls.prctl(syscalls.PR_SET_SECUREBITS, syscalls.SECBIT_NO_SETUID_FIXUP)
     os.seteuid(user)
     try:
         yield
     finally:
         os.seteuid(0)
+        syscalls.prctl(syscalls.PR_SET_SECUREBITS, 0)
+        syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)  # not what fs.suid_dumpable says
 
 
 def _write(root: int, name: str, value: str) -> None:
