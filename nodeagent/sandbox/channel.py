@@ -145,7 +145,12 @@ class Channel:
             protocol.close_all(message.fds)
             self._on_event(message.body)
             return
-        future = self._pending.get(message.body["id"])
+        number = message.body["id"]
+        if number is None:
+            log.error("%s: has not understood us: %s", self.name, message.body.get("text"))
+            self.close()
+            return
+        future = self._pending.get(number)
         if future is None or future.done():
             protocol.close_all(message.fds)
         else:

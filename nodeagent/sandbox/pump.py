@@ -61,8 +61,11 @@ class PipeSource:
         return os.read(self._workbench.reader, length) if length else b""
 
     def consume(self, length: int) -> None:
-        while length:
-            length -= os.splice(self.descriptor, self._workbench.null, length)
+        try:
+            while length:
+                length -= os.splice(self.descriptor, self._workbench.null, length)
+        except BlockingIOError:
+            pass  # the container has opened its own pipe for reading, and taken it
 
     def holds(self, transfer: Transfer) -> bool:
         try:

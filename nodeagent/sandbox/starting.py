@@ -12,6 +12,7 @@ from nodeagent.sandbox.launcher import READY
 
 log = logging.getLogger(__name__)
 
+_LOG = "launcher.log"
 _PATIENCE_SECONDS = 30.0
 _PACKAGE_ROOT = str(Path(__file__).parents[2])
 _BOOTSTRAP = (
@@ -25,6 +26,9 @@ async def start_launcher(state: str, python: str, join: Sequence[int]) -> None:
     executable, copy = await asyncio.to_thread(_copy, python)
     try:
         answer = await _try_start(f"/proc/self/fd/{copy}", state, python, join)
+    except OSError as error:  # a node may forbid to execute what is not in a file system
+        log.warning("a sealed copy of the interpreter: %s", error.strerror)
+        answer = b""
     finally:
         os.close(copy)
     if not answer:
@@ -32,7 +36,8 @@ async def start_launcher(state: str, python: str, join: Sequence[int]) -> None:
         log.warning("%s: cannot be run from a sealed copy; containers may reach it", executable)
         answer = await _try_start(executable, state, python, join)
     if answer != READY:
-        text = answer.decode(errors="replace") or "launcher: ended before it was ready"
+        text = answer.decode(errors="replace")
+        text = text or f"launcher: ended before it was ready, see {state}/{_LOG}"
         raise AlreadyExists(text) if "has a launcher" in text else Unavailable(text)
 
 
@@ -42,18 +47,19 @@ def _copy(python: str) -> tuple[str, int]:
 
 
 async def _try_start(executable: str, state: str, python: str, join: Sequence[int]) -> bytes:
+    """What the launcher says when it is ready, or why it cannot be; nothing if it just ends."""
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        await asyncio.to_thread(_spawn, executable, state, python, writer, join)
-    except BaseException:
-        os.close(reader)
-        raise
-    finally:
-        os.close(writer)
-    try:
-        return await _read(reader)
+        try:
+            pid = await asyncio.to_thread(_spawn, executable, state, python, writer, join)
+        finally:
+            os.close(writer)
+        answer = await _read(reader)
     finally:
         os.close(reader)
+    if answer != READY:
+        await asyncio.to_thread(os.waitpid, pid, 0)
+    return answer
 
 
 def _spawn(executable: str, state: str, python: str, ready: int, join: Sequence[int]) -> int:
@@ -67,7 +73,7 @@ def _spawn(executable: str, state: str, python: str, ready: int, join: Sequence[
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
             (os.POSIX_SPAWN_DUP2, 0, 1),
-            (os.POSIX_SPAWN_OPEN, 2, f"{state}/launcher.log", log_flags, 0o600),
+            (os.POSIX_SPAWN_OPEN, 2, f"{state}/{_LOG}", log_flags, 0o600),
             *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in (ready, *join)),
         ],
         setsid=True,
@@ -76,7 +82,6 @@ def _spawn(executable: str, state: str, python: str, ready: int, join: Sequence[
 
 
 async def _read(reader: int) -> bytes:
-    """What the launcher says; nothing if it ends."""
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
     loop.add_reader(reader, readable.set)

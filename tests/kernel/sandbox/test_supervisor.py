@@ -20,7 +20,7 @@ from nodeagent.errors import (
     Unavailable,
     Unsupported,
 )
-from nodeagent.sandbox import protocol
+from nodeagent.sandbox import protocol, starting
 from nodeagent.sandbox.client import Launcher, Supervisor
 from nodeagent.sandbox.spec import PodPlan
 from tests.kernel.sandbox.supervised import (
@@ -72,6 +72,22 @@ async def test_the_launcher_stays_while_there_are_pods(node: Node) -> None:
         await node.launcher.stop()
     await pod.supervisor.shutdown()
     assert await node.launcher.pods() == []
+
+
+async def test_an_interpreter_that_cannot_be_copied_is_used_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(starting, "sealed_copy", lambda _path: os.memfd_create("not a program"))
+    launcher = await Launcher.connect_or_start(tmp_path)
+    assert "cannot be run from a sealed copy" in caplog.text
+    assert os.readlink(f"/proc/{launcher.pid}/exe") == os.readlink("/proc/self/exe")
+    await launcher.stop()
+
+
+async def test_a_launcher_that_cannot_start_says_why(tmp_path: Path) -> None:
+    (tmp_path / "launcher.sock").mkdir()
+    with pytest.raises(Unavailable, match=r"launcher.sock"):
+        await Launcher.connect_or_start(tmp_path)
 
 
 async def test_a_pod_has_one_supervisor(node: Node) -> None:
@@ -200,6 +216,19 @@ async def test_the_first_process_of_a_shared_namespace_has_nothing(node: Node) -
         *([f"Cap{name}:", "0" * 16] for name in ("Inh", "Prm", "Eff")),
         ["CapAmb:", "0" * 16],
     ]
+
+
+async def test_a_container_may_see_the_processes_of_another(node: Node) -> None:
+    pod = await node.pod()
+    await pod.run("sleep 1000")
+    await pod.run("ps; sleep 1001", "debugger", pid="target", pid_target="main")
+    await eventually(lambda: any("sleep 1000" in line for line in pod.log("debugger")))
+    await pod.supervisor.stop("main", signal.SIGTERM, 0)
+    assert (await pod.supervisor.wait("debugger"))["code"] == 137
+    with pytest.raises(FailedPrecondition, match="is exited, not running"):
+        await pod.run("true", "late", pid="target", pid_target="main")
+    with pytest.raises(NotFound):
+        await pod.run("true", "lost", pid="target", pid_target="absent")
 
 
 async def test_dialing_reaches_what_listens_in_the_pod(node: Node) -> None:

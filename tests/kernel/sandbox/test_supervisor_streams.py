@@ -283,6 +283,17 @@ async def test_the_log_ends_though_others_hold_the_pipe(pod: Pod) -> None:
     assert pod.records() == [("stdout", "F", "rest")]
 
 
+async def test_a_container_that_reads_its_own_pipe_harms_nobody(pod: Pod) -> None:
+    await pod.run("cat /proc/self/fd/1 > /dev/null & i=0; while :; do i=$((i+1)); echo $i; done")
+    await pod.run("echo fine", "other")
+    await pod.supervisor.wait("other")
+    await asyncio.sleep(0.2)
+    assert pod.log("other") == ["fine"]
+    await pod.supervisor.stop("main", signal.SIGKILL, 0)
+    await pod.supervisor.wait("main")
+    assert all(tag == "F" for _, tag, _ in pod.records())
+
+
 # ---- attachments ----
 
 
