@@ -1,6 +1,7 @@
 """A real kubelet runs static pods on the agent. The tests are one story and stand in its order."""
 
 import json
+import os
 import re
 import time
 import urllib.request
@@ -228,7 +229,8 @@ def test_nothing_is_left_of_deleted_pods(node: Node) -> None:
     wait_for("no cgroup", lambda: not pod_cgroups(node), 20)
     sandboxes = node.agent.runtime.ListPodSandbox(pb.ListPodSandboxRequest()).items
     assert {sandbox.state for sandbox in sandboxes} <= {pb.SANDBOX_NOTREADY}
-    assert not [*(node.kubelet.root / "lib/pods").iterdir()]
+    folder = node.kubelet.root / "lib/pods"
+    wait_for("no volume", lambda: not os.listdir(folder), 20)
 
 
 def test_every_error_of_the_kubelet_is_explained(node: Node) -> None:
