@@ -38,6 +38,7 @@ class KeptPod:
         self.directory = directory
         self.peer: Peer | None = None
         self.request: Request | None = None
+        self.failure: Exception | None = None
         self.deposits: dict[str, Deposit] = {}
 
     def drop(self, container: str, names: Collection[str] | None = None) -> None:
@@ -172,9 +173,8 @@ class Launcher:
             pod.request = None
 
     def _has_failed(self, pod: KeptPod, message: Message) -> None:
-        if pod.request is not None:
-            pod.request.fail(protocol.read_error(message.body))
-            pod.request = None
+        """Told to who asked when nothing is left of it."""
+        pod.failure = protocol.read_error(message.body)
 
     def _keep(self, pod: KeptPod, message: Message) -> None:
         body = message.body
@@ -195,13 +195,13 @@ class Launcher:
         if pod.peer is not peer:
             return
         pod.peer = None
-        if pod.request is not None:
-            pod.request.fail(Unavailable(f'pod "{pod.id}": its supervisor died'))
-            pod.request = None
         for container, deposit in pod.deposits.items():
             self._children.adopt(deposit.pid, partial(self._container_ended, pod, container))
         if not pod.deposits:
             self._pods.pop(pod.id, None)
+        if pod.request is not None:
+            pod.request.fail(pod.failure or Unavailable(f'pod "{pod.id}": its supervisor died'))
+            pod.request = pod.failure = None
 
     # --- children ---
 

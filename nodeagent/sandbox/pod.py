@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from nodeagent.errors import FailedPrecondition
 from nodeagent.linux import syscalls
 from nodeagent.sandbox import idmaps, namespaces
 from nodeagent.sandbox.children import Children
@@ -44,11 +45,17 @@ class Pod:
 
     @contextmanager
     def children_join(self, target: int | None) -> Iterator[None]:
-        """Have children born in the PID namespace of the process of a pidfd; None is our own."""
+        """Have children born in the PID namespace of the process of a pidfd; None is our own.
+
+        Raises FailedPrecondition when that process has just ended.
+        """
         if target is None:
             yield
             return
-        syscalls.setns(target, syscalls.CLONE_NEWPID)
+        try:
+            syscalls.setns(target, syscalls.CLONE_NEWPID)
+        except ProcessLookupError:
+            raise FailedPrecondition("the container whose processes are joined has ended") from None
         try:
             yield
         finally:

@@ -225,6 +225,7 @@ async def test_a_container_may_see_the_processes_of_another(node: Node) -> None:
     await eventually(lambda: any("sleep 1000" in line for line in pod.log("debugger")))
     await pod.supervisor.stop("main", signal.SIGTERM, 0)
     assert (await pod.supervisor.wait("debugger"))["code"] == 137
+    await pod.supervisor.wait("main")
     with pytest.raises(FailedPrecondition, match="is exited, not running"):
         await pod.run("true", "late", pid="target", pid_target="main")
     with pytest.raises(NotFound):
