@@ -63,6 +63,9 @@ class Node:
     network: Network
     cgroups: Cgroups
     launchers: Launchers
+    registry: Registry
+    supervision: Supervision
+    trash: Trash
 
     def status(self) -> NodeStatus:
         """Asked of the kernel where that is cheap, never remembered."""
@@ -122,9 +125,12 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
         )
         network = await Network.start(config=config.network, store=store, instance=places.instance)
         launchers = Launchers(partial(_launcher, cgroups, places))
-        node = await stack.enter_async_context(
-            _recovered(config, places, store, images, cgroups, network, launchers)
-        )
+        node = _assemble(config, places, store, images, cgroups, network, launchers)
+        node.trash.start()
+        stack.push_async_callback(node.trash.close)
+        stack.push_async_callback(node.supervision.close)
+        await _recovery(node, places).run()
+        node.slots.start()
         try:
             yield node
         finally:
@@ -135,8 +141,7 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
             await _leave(node)
 
 
-@asynccontextmanager
-async def _recovered(
+def _assemble(
     config: Config,
     places: Places,
     store: Store,
@@ -144,23 +149,21 @@ async def _recovered(
     cgroups: Cgroups,
     network: Network,
     launchers: Launchers,
-) -> AsyncIterator[Node]:
+) -> Node:
     events = Events()
     registry = Registry(store, events)
     supervision = Supervision(registry, launchers, places.pods)
     trash = Trash(places.trash)
     profiles = Profiles(config.seccomp.default_profile)
-    planner = Planner(registry, images, cgroups, profiles, config, pods=places.pods)
     containers = Containers(
         registry=registry,
         supervision=supervision,
         images=images,
         cgroups=cgroups,
-        planner=planner,
+        planner=Planner(registry, images, cgroups, profiles, config, pods=places.pods),
         trash=trash,
         directory=places.containers,
     )
-    sessions = Sessions(registry, containers, supervision)
     slots = Slots(launchers, network, places.pods, config.slots)
     sandboxes = Sandboxes(
         registry=registry,
@@ -172,37 +175,36 @@ async def _recovered(
         directory=places.pods,
         handlers=frozenset(("", *config.handlers)),
     )
-    recovery = Recovery(
+    return Node(
+        config=config,
+        version=version("nodeagent"),
+        sandboxes=sandboxes,
+        containers=containers,
+        images=images,
+        stats=Stats(registry, containers, network, places.containers),
+        events=events,
+        sessions=Sessions(registry, containers, supervision),
+        slots=slots,
+        network=network,
+        cgroups=cgroups,
+        launchers=launchers,
         registry=registry,
         supervision=supervision,
-        containers=containers,
-        network=network,
-        images=images,
-        launchers=launchers,
         trash=trash,
+    )
+
+
+def _recovery(node: Node, places: Places) -> Recovery:
+    return Recovery(
+        registry=node.registry,
+        supervision=node.supervision,
+        containers=node.containers,
+        network=node.network,
+        images=node.images,
+        launchers=node.launchers,
+        trash=node.trash,
         places=places,
     )
-    trash.start()
-    try:
-        await recovery.run()
-        slots.start()
-        yield Node(
-            config=config,
-            version=version("nodeagent"),
-            sandboxes=sandboxes,
-            containers=containers,
-            images=images,
-            stats=Stats(registry, containers, network, places.containers),
-            events=events,
-            sessions=sessions,
-            slots=slots,
-            network=network,
-            cgroups=cgroups,
-            launchers=launchers,
-        )
-    finally:
-        await supervision.close()
-        await trash.close()
 
 
 async def _launcher(cgroups: Cgroups, places: Places) -> Launcher:
