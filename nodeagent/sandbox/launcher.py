@@ -58,7 +58,7 @@ class Launcher:
     def __init__(self, state: str, loop: Loop) -> None:
         self._path = f"{state}/{LAUNCHER_SOCKET}"
         self._loop = loop
-        self._children = Children(loop, self._stranger_ended)
+        self._children = Children(loop, self._hear_supervisors)
         self._pods: dict[str, KeptPod] = {}
         self._operations = {
             "fork": self._fork,
@@ -96,12 +96,11 @@ class Launcher:
 
     def _succeed(self, request: Request) -> None:
         """Reply when another supervisor serves the pod of one that has died."""
+        self._hear_supervisors()
         self._children.reap()
         pod = self._pods.get(request.body["pod"])
         if pod is None:
             pod = KeptPod(request.body["pod"], request.body["directory"])
-        if pod.peer is not None:
-            pod.peer.drain()
         if pod.peer is not None or _is_served(pod.directory):
             raise AlreadyExists(f'pod "{pod.id}": has a supervisor')
         kept = {name: deposit.fds for name, deposit in pod.deposits.items()}
@@ -129,10 +128,12 @@ class Launcher:
         self._pods[pod.id] = pod
 
     def _list(self, request: Request) -> None:
+        self._hear_supervisors()
         request.reply({"pods": list(self._pods)})
 
     def _stop(self, request: Request) -> None:
         """Only when no pod is left."""
+        self._hear_supervisors()
         if self._pods:
             raise FailedPrecondition(f"launcher: {len(self._pods)} pods are left")
         self._stop_when_alone(request)
@@ -205,8 +206,8 @@ class Launcher:
 
     # --- children ---
 
-    def _stranger_ended(self) -> None:
-        """A container may end together with its supervisor: hear first what that had to say."""
+    def _hear_supervisors(self) -> None:
+        """What they have said, and that they have died, comes before what is decided now."""
         for pod in tuple(self._pods.values()):
             if pod.peer is not None:
                 pod.peer.drain()
