@@ -29,7 +29,27 @@ def make_path(root: int, path: str, *, directory: bool, follow: bool = True) -> 
     try:
         return open_path(root, path, follow=follow)
     except FileNotFoundError:
-        return _Walk(root, path, _MAX_LINKS if follow else 0).run(directory)
+        made = _make_last(root, path, directory, follow)
+        return _Walk(root, path, _MAX_LINKS if follow else 0).run(directory) if made < 0 else made
+
+
+def _make_last(root: int, path: str, directory: bool, follow: bool) -> int:
+    """What is missing most often, in one step: the last name. -1 where that is not all."""
+    above, name = os.path.split(path)
+    if name in ("", ".", ".."):
+        return -1
+    try:
+        parent = open_path(root, above or ".", follow=follow)
+    except FileNotFoundError:
+        return -1
+    try:
+        made = _open_or_make(parent, name, directory)
+    finally:
+        os.close(parent)
+    if stat.S_ISLNK(os.fstat(made).st_mode):
+        os.close(made)
+        return -1
+    return made
 
 
 class _Walk:
