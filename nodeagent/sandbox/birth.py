@@ -59,6 +59,10 @@ class Birth:
         except (BrokenPipeError, ConnectionResetError):
             pass  # it has died, and the end of file says so
 
+    def abandon(self, error: Exception) -> None:
+        """Whatever it is doing, it has failed."""
+        self._finish(lambda: self._parent.failed(error))
+
     def conclude(self) -> None:
         """The process is dead: read what it has left."""
         while not self._over and self._receive():

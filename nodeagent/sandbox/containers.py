@@ -67,9 +67,15 @@ class Container:
     # --- creation ---
 
     def await_birth(self, birth: Birth, creation: Request) -> None:
-        """The process exists, and makes itself ready."""
+        """The process exists, and makes itself ready; so does, meanwhile, what shall be known of it."""
         self.birth = birth
         self._creation = creation
+        try:
+            facts.make_directory(self.pod.directory, self.plan)
+            if not self.plan["tty"]:
+                self.open_pump()
+        except OSError as error:
+            birth.abandon(error)
 
     def ready(self, identity: Identity, warnings: list[str], master: int | None) -> None:
         if master is not None:
@@ -77,7 +83,8 @@ class Container:
             self.fds["master"] = master
         self.facts["identity"], self.facts["warnings"] = identity, warnings
         self.facts["created_at"] = time.time_ns()
-        self.open_pump()
+        if self.pump is None:
+            self.open_pump()
         self.save()
         self.pod.keeper.keep(self.id, self.deposit())
         if self._creation is not None:

@@ -38,11 +38,9 @@ def create(pod: Pod, family: Family, request: Request) -> None:
     join = request.take_all("join")
     fds = {name: fd for name in ("oom", "procs", "kill") if (fd := request.take(name)) is not None}
     try:
-        facts.make_directory(pod.directory, plan)
         _make(pod, family, plan, fds, join, target, request)
     except BaseException:
         protocol.close_all(fds.values())
-        facts.remove(pod.directory, plan["id"])
         raise
     finally:
         protocol.close_all(join)
@@ -88,8 +86,8 @@ def _make(
     fds.update(stdio.kept, pidfd=child.pidfd, status=ours.fileno())
     container.facts["pid"], container.facts["ticks"] = child.pid, process.start_ticks(child.pid)
     container.facts["pipes"] = {name: os.fstat(fd).st_ino for name, fd in stdio.kept.items()}
-    container.await_birth(Birth(pod.loop, ours, container), request)
     family[plan["id"]] = container
+    container.await_birth(Birth(pod.loop, ours, container), request)
 
 
 def _spawn(
