@@ -142,7 +142,6 @@ async def test_a_creation_that_was_cut_off_is_forgotten(node: Node) -> None:
             await creating
         await pod.succeed()
         assert facts.listed(str(pod.directory)) == []
-        assert facts.listed(str(pod.directory)) == []
     finally:
         os.kill(found[0], signal.SIGCONT)
     await eventually(lambda: not exists(found[0]))
