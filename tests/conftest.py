@@ -16,6 +16,11 @@ PROJECT = Path(__file__).parent.parent
 TOOLS = PROJECT / ".tools/bin"
 IN_CI = bool(os.environ.get("CI"))
 WITHOUT_ROOT = PROJECT / "tests/unit"
+CLONING = (
+    PROJECT / "tests/kernel/sandbox",
+    PROJECT / "tests/kernel/linux",
+    PROJECT / "tests/security",
+)
 
 _FAILED = pytest.StashKey[bool]()
 
@@ -29,6 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First those that clone this process: later it has threads of gRPC, whose locks no child can take."""
+    items.sort(key=lambda item: not any(item.path.is_relative_to(f) for f in CLONING))
     if os.geteuid() == 0:
         return
     for item in items:

@@ -18,7 +18,7 @@ SUITES = [
     "tests/e2e/test_recovery.py",
     "tests/e2e/test_resources.py",
 ]
-SECONDS = 600
+SECONDS = 900
 
 
 @pytest.fixture

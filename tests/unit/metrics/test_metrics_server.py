@@ -1,7 +1,6 @@
 """The Prometheus endpoint: read by Prometheus' own parser."""
 
 import asyncio
-import time
 
 import aiohttp
 import pytest
@@ -127,10 +126,9 @@ async def test_a_large_scrape_leaves_the_loop_free() -> None:
         await node.containers.start(await node.containers.create(pod, config))
     async with MetricsServer.open(node.node, "") as server:
         scrape = asyncio.create_task(server.render())
-        longest, last = 0.0, time.perf_counter()
+        turns = 0
         while not scrape.done():
             await asyncio.sleep(0)
-            now = time.perf_counter()
-            longest, last = max(longest, now - last), now
+            turns += 1
     assert len(scrape.result()) > 100_000
-    assert longest < 0.05
+    assert turns > 100
