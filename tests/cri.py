@@ -144,6 +144,11 @@ class Container:
         assert answer.exit_code == 0, answer
         return answer.stdout.decode().strip()
 
+    def said(self, text: str, seconds: float = 10) -> None:
+        """Return once its log has this text."""
+        name = self.config.metadata.name
+        wait_for(f"{text} from {name}", lambda: self.log.exists() and text in self.output, seconds)
+
     def ended(self, seconds: float = 10) -> pb.ContainerStatus:
         """Its status once it is EXITED."""
         wait_for(

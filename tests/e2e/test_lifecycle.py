@@ -88,12 +88,13 @@ def test_a_program_that_is_missing(cri: Cri) -> None:
 
 
 def test_stop_signal_and_grace(cri: Cri) -> None:
-    polite = cri.run("sh", "-c", "trap 'exit 7' TERM; while :; do sleep 0.05; done")
-    polite.shell("true")
+    polite = cri.run("sh", "-c", "trap 'exit 7' TERM; echo set; while :; do sleep 0.05; done")
+    polite.said("set")
     polite.stop(timeout=10)
     assert polite.status.exit_code == 7
     polite.pod.remove()
-    deaf = cri.run("sh", "-c", "trap '' TERM; while :; do sleep 0.05; done")
+    deaf = cri.run("sh", "-c", "trap '' TERM; echo set; while :; do sleep 0.05; done")
+    deaf.said("set")
     deaf.stop(timeout=1)
     assert deaf.status.exit_code == 137
     deaf.pod.remove()

@@ -47,7 +47,8 @@ def test_an_orderly_stop_leaves_pods_running(own_agent: RunningAgent, own_cri: C
 
 
 def test_kill_deadline_outlives_the_agent(own_agent: RunningAgent, own_cri: Cri) -> None:
-    container = own_cri.run("sh", "-c", "trap '' TERM; while :; do sleep 0.05; done")
+    container = own_cri.run("sh", "-c", "trap '' TERM; echo set; while :; do sleep 0.05; done")
+    container.said("set")
     request = pb.StopContainerRequest(container_id=container.id, timeout=1)
     call = own_agent.runtime.StopContainer.future(request)
     time.sleep(0.2)
@@ -96,7 +97,10 @@ def processes_below(root: str) -> list[str]:
 
 
 def test_a_killed_launcher_is_replaced(own_agent: RunningAgent, own_cri: Cri) -> None:
-    container = own_cri.run("sh", "-c", "trap 'exit 5' TERM; while :; do sleep 0.05; done")
+    container = own_cri.run(
+        "sh", "-c", "trap 'exit 5' TERM; echo set; while :; do sleep 0.05; done"
+    )
+    container.said("set")
     os.kill(launcher_of(own_agent), signal.SIGKILL)
     assert container.shell("echo works") == "works"
     others = [own_cri.run() for _ in range(6)]  # more than there are warm slots
