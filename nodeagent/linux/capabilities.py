@@ -53,6 +53,7 @@ NAMES = (
     "CHECKPOINT_RESTORE",
 )
 SYS_ADMIN = 1 << NAMES.index("SYS_ADMIN")
+SYS_PTRACE = 1 << NAMES.index("SYS_PTRACE")
 
 _ALL_BITS = 2**64 - 1
 _NUMBERS = {name: number for number, name in enumerate(NAMES)}

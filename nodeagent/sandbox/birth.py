@@ -5,7 +5,8 @@
     preparing ── {"ready": …} ──► ready ── go ──► executing ── end of file ──► over: executed
         └────────── {"error": …}, or the process dies ────────────────────────► over: failed
 
-A process may be told to go before it is ready. `nodeagent.sandbox.init` is the other side.
+A process may be told to go before it is ready. One that is hidden answers "go" with ``{"successor": …}``: that is told
+to go in its turn, and executes the program. `nodeagent.sandbox.init` is the other side.
 """
 
 import socket
@@ -14,6 +15,7 @@ from typing import Protocol
 
 from nodeagent.errors import NodeAgentError
 from nodeagent.sandbox import protocol
+from nodeagent.sandbox.children import Child
 from nodeagent.sandbox.loop import Loop
 from nodeagent.sandbox.spec import Identity
 
@@ -32,12 +34,22 @@ class Parent(Protocol):
 
 
 class Birth:
-    """One birth; `status` is the supervisor's end of the socket pair, and belongs to the birth."""
+    """One birth; `status` is the supervisor's end of the socket pair, and belongs to the birth.
 
-    def __init__(self, loop: Loop, status: socket.socket, parent: Parent) -> None:
+    succeeded: gets the successor of a hidden process, and its pidfd for good.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        status: socket.socket,
+        parent: Parent,
+        succeeded: Callable[[Child], None] | None = None,
+    ) -> None:
         self._loop = loop
         self._status = status
         self._parent = parent
+        self._succeeded = succeeded
         self._gone = False
         self._over = False
         status.setblocking(False)
@@ -63,10 +75,14 @@ class Birth:
         """Whatever it is doing, it has failed."""
         self._finish(lambda: self._parent.failed(error))
 
-    def conclude(self) -> None:
-        """The process is dead: read what it has left."""
+    def listen(self) -> None:
+        """Read what has been said already."""
         while not self._over and self._receive():
             pass
+
+    def conclude(self) -> None:
+        """The process is dead: read what it has left."""
+        self.listen()
         if not self._over:
             self._finish(lambda: self._parent.failed(_died()))
 
@@ -94,10 +110,23 @@ class Birth:
             ready = message.body["ready"]
             master = message.fds.pop(0) if message.fds else None
             self._parent.ready(ready["identity"], ready["warnings"], master)
+        elif "successor" in message.body and self._succeeded is not None:
+            pidfd, status = message.fds
+            self._succeeded(Child(message.body["successor"], pidfd))
+            self._switch(status)
+            self.go()
         else:
             error = protocol.read_error(message.body)
             self._finish(lambda: self._parent.failed(error))
             protocol.close_all(message.fds)
+
+    def _switch(self, status: int) -> None:
+        """Listen to the successor alone."""
+        self._loop.forget(self._status.fileno())
+        self._status.close()
+        self._status = socket.socket(fileno=status)
+        self._status.setblocking(False)
+        self._loop.watch(status, self._ready)
 
     def _finish(self, tell: Callable[[], None]) -> None:
         self._over = True

@@ -59,6 +59,15 @@ class Children:
         """Tell `ended` when the process `pid` ends, if we are its parent by then."""
         self._owners[pid] = ended
 
+    def adopt_if_there(self, child: Child, ended: Ended) -> bool:
+        """As `adopt`; False if it has been reaped."""
+        try:
+            os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return False
+        self.adopt(child.pid, ended)
+        return True
+
     def any(self) -> bool:
         """Whether there are children, be they dead."""
         try:

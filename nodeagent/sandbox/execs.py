@@ -10,7 +10,8 @@ import socket
 from typing import Any
 
 from nodeagent.errors import AlreadyExists, FailedPrecondition, NotFound
-from nodeagent.sandbox import init, protocol
+from nodeagent.linux import capabilities
+from nodeagent.sandbox import exits, init, protocol
 from nodeagent.sandbox.birth import Birth
 from nodeagent.sandbox.children import Child
 from nodeagent.sandbox.containers import Container, set_size
@@ -43,15 +44,27 @@ class Exec:
         self._failure: Exception | None = None
         self._timer: Timer | None = None
         self._timed_out = False
+        self._killed = False
+        self._followed = False
         self._loop = execs.pod.loop
 
     def begin(self, child: Child, status: socket.socket) -> None:
         self.pid, self._pidfd = child
-        self._birth = Birth(self._loop, status, self)
+        self._birth = Birth(self._loop, status, self, self._follow)
         if self.plan["timeout_ms"] > 0:
             self._timer = self._loop.call_after(self.plan["timeout_ms"], self._time_out)
         if not self.plan["tty"]:
             self._birth.go()
+
+    def _follow(self, successor: Child) -> None:
+        """Be the process that goes on. One that was killed at once may have been reaped as a stranger already."""
+        os.close(self._pidfd)
+        self.pid, self._pidfd = successor
+        self._followed = True
+        if not self._execs.pod.children.adopt_if_there(successor, self.ended):
+            self._loop.call_after(0, lambda: self.ended(exits.SIGKILLED))
+        if self._killed:
+            self.kill()
 
     def ready(self, identity: Identity, warnings: list[str], master: int | None) -> None:
         if master is None or self._birth is None:
@@ -70,6 +83,10 @@ class Exec:
             self._request = None
 
     def failed(self, error: Exception) -> None:
+        """One whose time was over before its program ran has begun and ended."""
+        if self._timed_out:
+            self.executed()
+            return
         self._birth = None
         self._failure = error
         self.kill()
@@ -80,6 +97,7 @@ class Exec:
 
     def kill(self) -> None:
         """The whole tree, if it has a cgroup of its own."""
+        self._killed = True
         try:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         except ProcessLookupError:
@@ -106,6 +124,13 @@ class Exec:
         except OSError:  # EIO: nobody has the terminal open any more
             self._loop.forget(self._master)
 
+    def first_ended(self, code: int) -> None:
+        """A hidden process ends when its successor has been announced."""
+        if self._birth is not None:
+            self._birth.listen()
+        if not self._followed:
+            self.ended(code)
+
     def ended(self, code: int) -> None:
         if self._birth is not None:
             self._birth.conclude()
@@ -129,10 +154,11 @@ class Exec:
 
 
 class Execs:
-    """Those of a pod. Numbers are an agent's own: its successor's begin anew."""
+    """Those of a pod, whose containers are the family. Numbers are an agent's own: its successor's begin anew."""
 
-    def __init__(self, pod: Pod) -> None:
+    def __init__(self, pod: Pod, family: dict[str, Container]) -> None:
         self.pod = pod
+        self._family = family
         self._execs: dict[tuple[Peer, int], Exec] = {}
 
     def begin(self, container: Container, request: Request) -> None:
@@ -164,12 +190,21 @@ class Execs:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         target = container.fds["pidfd"]
         userns = self.pod.userns
-        given = init.ExecFds(theirs.fileno(), target, stdin, stdout, stderr, tasks, userns)
+        given = init.ExecFds(
+            theirs.fileno(),
+            target,
+            stdin,
+            stdout,
+            stderr,
+            tasks,
+            userns,
+            hidden=self._has_tracers(),
+        )
         try:
-            with self.pod.children_join(target):
+            with self.pod.children_join(None if given.hidden else target):
                 child = self.pod.children.spawn(
                     lambda: init.run_exec(exec_.plan, container.plan["process"], given),
-                    exec_.ended,
+                    exec_.first_ended,
                     keep=[fd for fd in (*given[:5], userns, *tasks) if fd >= 0],
                     cgroup=cgroup,
                 )
@@ -180,6 +215,16 @@ class Execs:
             theirs.close()
         self._execs[exec_.agent, exec_.number] = exec_
         exec_.begin(child, ours)
+
+    def _has_tracers(self) -> bool:
+        """Whether a process of the pod could take over one that is not a container's yet (ptrace(2)).
+
+        The capability counts in the node's user namespace only, where that process comes from.
+        """
+        return self.pod.userns == -1 and any(
+            container.plan["process"]["capabilities"]["bounding"] & capabilities.SYS_PTRACE
+            for container in self._family.values()
+        )
 
     def get(self, request: Request) -> Exec:
         number = request.body["exec"]

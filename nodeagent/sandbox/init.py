@@ -68,8 +68,8 @@ class ExecFds(NamedTuple):
 
     hidden: the process is born in the supervisor's PID namespace. Only when all is ready and it is told to go, a
     successor appears in the container's, a sibling of it: so nobody there, with CAP_SYS_PTRACE even, ever sees a
-    process that has more rights than the program. The successor is announced as ``{"successor": pid}`` with its pidfd,
-    and waits for another "go".
+    process that has more rights than the program. The successor is announced as ``{"successor": pid}`` with its pidfd
+    and a status socket of its own, where it waits for another "go".
     """
 
     status: int
@@ -197,7 +197,8 @@ def _finish(status: int, start: _Start) -> NoReturn:
     credentials.join_new_keyring()
     warnings += credentials.become(settings, identity)
     os.umask(settings["umask"])
-    _send(status, {"ready": {"identity": identity, "warnings": warnings}}, start.stdio.master)
+    master = [start.stdio.master] if start.stdio.is_terminal else []
+    _send(status, {"ready": {"identity": identity, "warnings": warnings}}, *master)
     _keep_only(status)
     _wait_for_go(status)
     if start.by_successor:
@@ -230,11 +231,19 @@ def _wait_for_go(status: int) -> None:
 
 
 def _continue_in_successor(status: int) -> None:
-    """Returns in the successor only; CLONE_PARENT makes it a child of the supervisor."""
+    """Returns in the successor only, whose `status` is its own; CLONE_PARENT makes it a child of the supervisor.
+
+    Nobody else has that socket open when the supervisor hears of it, so that its end is that of the successor.
+    """
+    theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid, pidfd = syscalls.clone3(syscalls.CLONE_PARENT, exit_signal=0)
     if pid:
-        _send(status, {"successor": pid}, pidfd)
+        ours.close()
+        _send(status, {"successor": pid}, pidfd, theirs.fileno())
         os._exit(0)
+    os.dup2(ours.fileno(), status, inheritable=False)
+    ours.close()
+    theirs.close()
     _wait_for_go(status)
 
 
@@ -250,12 +259,12 @@ def _text(error: BaseException) -> str:
     return f"{error.strerror or error}{named}"
 
 
-def _send(status: int, message: object, descriptor: int = -1) -> None:
+def _send(status: int, message: object, *descriptors: int) -> None:
     data = json.dumps(message).encode()
-    if descriptor == -1:
+    if not descriptors:
         os.write(status, data)
         return
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=status)
     channel.sendmsg([data], rights)
     channel.detach()

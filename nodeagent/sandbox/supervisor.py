@@ -93,7 +93,7 @@ class Supervisor:
         self._known = known
         self.pod = Pod(known["plan"], loop, keeper)
         self.containers: dict[str, Container] = {}
-        self.execs = Execs(self.pod)
+        self.execs = Execs(self.pod, self.containers)
         self.attachments = Attachments()
         self._closing: list[Request] = []
         self._operations = {

@@ -159,6 +159,7 @@ class Process:
         self.status = status
         self.stdout = stdout
         self.master = -1
+        self.others: list[int] = []
         self.message = self._receive()
 
     @property
@@ -172,10 +173,10 @@ class Process:
         return cast(dict[str, Any], self.message["ready"])
 
     def _receive(self) -> dict[str, Any]:
-        space = socket.CMSG_SPACE(4)
+        space = socket.CMSG_SPACE(8)
         data, ancillary, _, _ = self.status.recvmsg(65536, space)
         for _, _, rights in ancillary:
-            self.master = array.array("i", rights)[0]
+            self.master, *self.others = array.array("i", rights)
         return cast(dict[str, Any], json.loads(data)) if data else {}
 
     def go(self) -> dict[str, Any]:
@@ -191,6 +192,8 @@ class Process:
         os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
         os.close(self.pidfd)
         self.pidfd, self.master = self.master, master
+        self.status.close()
+        self.status = socket.socket(fileno=self.others.pop())
 
     def output(self) -> str:
         """All that it writes until it ends."""
