@@ -11,6 +11,7 @@ import signal
 import struct
 import time
 
+from nodeagent.sandbox import process, protocol
 from nodeagent.sandbox.spec import Exit
 
 SIGKILLED = 128 + 9
@@ -37,7 +38,7 @@ def record(pod: str, container: str, end: Exit) -> Exit:
     temporary = f"{path}.{os.getpid()}"
     file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        os.write(file, json.dumps(end).encode())
+        os.write(file, protocol.to_json(end))
         os.fsync(file)
         os.link(temporary, path)
     except FileExistsError:
@@ -108,8 +109,7 @@ def _status_of_reaped(pidfd: int) -> int | None:
 
 def _status_of_zombie(pid: int, pidfd: int) -> int | None:
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b") ")[2].split()
+        fields = process.stat_fields(pid)
         signal.pidfd_send_signal(pidfd, 0)  # fails once it is reaped, when others may have its pid
     except (FileNotFoundError, ProcessLookupError):
         return None

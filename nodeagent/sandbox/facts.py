@@ -9,6 +9,7 @@ import os
 from typing import TypedDict
 
 from nodeagent import files
+from nodeagent.sandbox import protocol
 from nodeagent.sandbox.spec import ContainerPlan, Identity
 
 _MODE = 0o600
@@ -38,13 +39,12 @@ class Facts(TypedDict):
 def make_directory(pod: str, plan: ContainerPlan) -> None:
     path = directory(pod, plan["id"])
     os.makedirs(path, mode=0o700)
-    text = json.dumps(plan, separators=(",", ":")).encode()
-    files.write_atomic(f"{path}/plan.json", text, _MODE, sync=False)
+    files.write_atomic(f"{path}/plan.json", protocol.to_json(plan), _MODE, sync=False)
 
 
 def save(pod: str, container: str, facts: Facts) -> None:
-    text = json.dumps(facts, separators=(",", ":")).encode()
-    files.write_atomic(f"{directory(pod, container)}/state.json", text, _MODE, sync=False)
+    path = f"{directory(pod, container)}/state.json"
+    files.write_atomic(path, protocol.to_json(facts), _MODE, sync=False)
 
 
 def load(pod: str, container: str) -> tuple[ContainerPlan, Facts]:

@@ -4,6 +4,7 @@ import json
 from typing import TypedDict
 
 from nodeagent import files
+from nodeagent.sandbox import protocol
 from nodeagent.sandbox.spec import PodPlan
 
 
@@ -16,7 +17,7 @@ class PodFacts(TypedDict):
 
 
 def save(known: PodFacts) -> None:
-    text = json.dumps(known, separators=(",", ":")).encode()
+    text = protocol.to_json(known)
     files.write_atomic(_path(known["plan"]["directory"]), text, 0o600, sync=False)
 
 

@@ -12,16 +12,19 @@ _OOM_SCORE_ADJ = "-999"
 def set_title(name: str, title: str) -> None:
     """What ps shows: the name, of 15 bytes, and as the command the title, in the memory of the arguments (proc(5))."""
     syscalls.set_name(name)
-    with open("/proc/self/stat", "rb") as file:
-        fields = file.read().rpartition(b") ")[2].split()
+    fields = stat_fields("self")
     start, end = int(fields[45]), int(fields[46])
     text = title.encode()[: end - start - 1].ljust(end - start, b"\0")
     try:
-        with open("/proc/self/mem", "r+b", buffering=0) as memory:
-            memory.seek(start)
-            memory.write(text)
+        memory = os.open("/proc/self/mem", os.O_WRONLY | os.O_CLOEXEC)
     except OSError:
-        pass  # a kernel may forbid it (proc_mem.restrict_write); the short name has to do then
+        return  # a kernel may forbid it (proc_mem.restrict_write); the short name has to do then
+    try:
+        os.pwrite(memory, text, start)
+    except OSError:
+        pass
+    finally:
+        os.close(memory)
 
 
 def hide() -> None:
@@ -47,8 +50,16 @@ def ignore_terminal() -> None:
 
 def start_ticks(pid: int) -> int:
     """When a process started, in clock ticks since boot: with its pid, this tells it from all others."""
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        return int(file.read().rpartition(b") ")[2].split()[19])
+    return int(stat_fields(pid)[19])
+
+
+def stat_fields(pid: int | str) -> list[bytes]:
+    """Of /proc/PID/stat, from the third field on, the state: the second may contain anything (proc(5))."""
+    file = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(file, 4096).rpartition(b") ")[2].split()
+    finally:
+        os.close(file)
 
 
 def is_running(pid: int, ticks: int) -> bool:

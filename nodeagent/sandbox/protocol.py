@@ -29,6 +29,7 @@ _RIGHTS_BYTES = socket.CMSG_LEN((MAX_DESCRIPTORS + 1) * array.array("i").itemsiz
 Body = dict[str, Any]
 T = TypeVar("T")
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
@@ -46,8 +47,7 @@ def send(connection: socket.socket, packet: bytes, fds: Sequence[int] = ()) -> N
         return
     memfd = os.memfd_create("message", os.MFD_CLOEXEC)
     try:
-        with open(memfd, "wb", closefd=False) as file:
-            file.write(packet)
+        os.write(memfd, packet)
         _send(connection, _IN_MEMFD, [memfd, *fds])
     finally:
         os.close(memfd)
@@ -60,10 +60,14 @@ def _send(connection: socket.socket, packet: bytes, fds: Sequence[int]) -> None:
 
 def encode(body: Body) -> bytes:
     """Raises ValueError for a message that is too long."""
-    packet = json.dumps(body, separators=(",", ":")).encode("ascii")
+    packet = to_json(body)
     if len(packet) > MAX_MESSAGE_BYTES:
         raise ValueError(f"a message of {len(packet)} bytes is longer than {MAX_MESSAGE_BYTES}")
     return packet
+
+
+def to_json(value: object) -> bytes:
+    return _encode(value).encode("ascii")
 
 
 def receive(connection: socket.socket) -> Message | None:
