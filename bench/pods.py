@@ -113,8 +113,8 @@ def running_agent(root: Path, registry: str) -> Iterator[RunningAgent]:
     agent.start()
     try:
         yield agent
-        agent.remove_pods()
     finally:
+        agent.remove_pods()
         agent.stop()
 
 
