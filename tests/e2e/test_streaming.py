@@ -3,6 +3,7 @@
 import hashlib
 import os
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -81,10 +82,11 @@ def test_port_forward(crictl: Path, cri: Cri, wire: str) -> None:
 
 def test_an_exec_outlives_the_agent(crictl: Path, own_cri: Cri) -> None:
     container = own_cri.run()
-    script = "sleep 1; echo done > /proof"
+    script = "echo begun > /begun; sleep 2; echo done > /proof"
     arguments = command(crictl, own_cri, "exec", "spdy", container.id, "sh", "-c", script)
     with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
-        wait_for("the command", lambda: "sleep 1" in container.shell("ps"))
+        wait_for("the command", lambda: container.exec("test", "-s", "/begun").exit_code == 0)
+        time.sleep(0.5)  # for the session to be answered: a client that leaves before ends its command
         own_cri.agent.restart()
     wait_for("its proof", lambda: container.exec("test", "-s", "/proof").exit_code == 0)
 
