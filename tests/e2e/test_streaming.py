@@ -86,7 +86,8 @@ def test_an_exec_outlives_the_agent(crictl: Path, own_cri: Cri) -> None:
     arguments = command(crictl, own_cri, "exec", "spdy", container.id, "sh", "-c", script)
     with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
         wait_for("the command", lambda: container.exec("test", "-s", "/begun").exit_code == 0)
-        time.sleep(0.5)  # for the session to be answered: a client that leaves before ends its command
+        # its session must have been answered: a client that leaves before ends its command
+        time.sleep(0.5)
         own_cri.agent.restart()
     wait_for("its proof", lambda: container.exec("test", "-s", "/proof").exit_code == 0)
 
