@@ -39,7 +39,8 @@ def set_size(fd: int, width: int, height: int) -> None:
 
 
 def _own_terminal() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a runner in the background ignores it
+    for number in (signal.SIGINT, signal.SIGHUP):  # who runs in the background may ignore them
+        signal.signal(number, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 

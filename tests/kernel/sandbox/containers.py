@@ -19,8 +19,8 @@ from unittest.mock import ANY
 from nodeagent.linux import capabilities, syscalls
 from nodeagent.sandbox import init, rootfs
 from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, ProcessPlan, UserRequest
+from tests.images import static_busybox
 
-BUSYBOX = Path("/usr/bin/busybox")
 DEFAULT_CAPABILITIES = (
     "CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP NET_BIND_SERVICE SYS_CHROOT KILL"
     " AUDIT_WRITE"
@@ -52,7 +52,7 @@ def make_layer(path: Path) -> Path:
     """An image layer with busybox, a few users and nothing else."""
     for directory in ("bin", "etc", "tmp", "home/app"):
         (path / directory).mkdir(parents=True)
-    shutil.copy2(BUSYBOX, path / "bin" / "busybox")
+    shutil.copy2(static_busybox(), path / "bin" / "busybox")
     for applet in _APPLETS:
         (path / "bin" / applet).symlink_to("busybox")
     (path / "etc" / "passwd").write_text(
