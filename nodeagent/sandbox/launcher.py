@@ -16,6 +16,7 @@ from functools import partial
 from typing import NoReturn
 
 from nodeagent.errors import AlreadyExists, FailedPrecondition, Unavailable
+from nodeagent.linux import immortal
 from nodeagent.sandbox import exits, peers, process, protocol, supervisor
 from nodeagent.sandbox.children import Children, close_others
 from nodeagent.sandbox.keeping import LAUNCHER_SOCKET, Deposit
@@ -280,8 +281,9 @@ def _prepare(state: str, join: Sequence[int]) -> Loop:
     _lock(state)
     loop = Loop()
     Launcher(state, loop)
-    # Forked children share what is never touched again.
+    # Forked children share what is never written to again.
     gc.collect()
+    immortal.immortalize()
     gc.freeze()
     gc.disable()
     return loop
