@@ -67,9 +67,11 @@ $(TOOLS)/crictl $(TOOLS)/critest &: tests/tools/go.mod tests/tools/go.sum
 
 KUBELET_VERSION := $(shell sed -n 's,^.*k8s.io/kubernetes \(v[0-9.]*\).*,\1,p' tests/kubelet/go.mod)
 
-$(TOOLS)/kubelet $(TOOLS)/grpc-health &: tests/kubelet/go.mod tests/kubelet/go.sum tests/kubelet/health/main.go
+$(TOOLS)/kubelet $(TOOLS)/grpc-health $(TOOLS)/kubelet-streams &: tests/kubelet/go.mod tests/kubelet/go.sum \
+  tests/kubelet/health/main.go tests/kubelet/streams/main.go
 	@test -n "$(HAVE_GO)" || { echo "Go 1.26 or newer is needed to build the kubelet" >&2; exit 1; }
 	cd tests/kubelet && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o ../../$(TOOLS)/grpc-health ./health
+	cd tests/kubelet && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o ../../$(TOOLS)/kubelet-streams ./streams
 	cd tests/kubelet && go build -trimpath -ldflags '-s -w -X k8s.io/component-base/version.gitVersion=$(KUBELET_VERSION)' \
 	  -o ../../$(TOOLS)/kubelet k8s.io/kubernetes/cmd/kubelet
 

@@ -1,7 +1,9 @@
 """A node for the tests: the agent, and the kubelet that drives it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -16,18 +18,27 @@ from tests.registry import Registry
 
 @dataclass(frozen=True, slots=True)
 class Node:
+    """host_folder: what pods see as a volume. outages: when the agent or the kubelet was stopped, and up again."""
+
     agent: RunningAgent
     kubelet: Kubelet
     cgroup: str
     host_port: int
     host_folder: Path
-    """What pods see as a volume."""
+    outages: list[tuple[datetime, datetime]] = field(default_factory=list)
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """Whatever is stopped here, the kubelet may complain of it."""
+        begin = datetime.now()  # noqa: DTZ005 as the kubelet's log
+        yield
+        self.outages.append((begin, datetime.now()))  # noqa: DTZ005
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def node(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """With every pod of `manifests` given to it."""
-    kubelet_program, health_program = _built("kubelet"), _built("grpc-health")
+    kubelet_program, health_program = built("kubelet"), built("grpc-health")
     registry.push(manifests.health_image(health_program))
     root = tmp_path_factory.mktemp("node")
     host_folder, host_port = root / "host", free_port()
@@ -53,6 +64,7 @@ def _pods(node: Node) -> list[manifests.Json]:
         manifests.web(node.host_port, node.host_folder),
         manifests.health(),
         manifests.once(),
+        manifests.listener(),
         manifests.crash(),
         manifests.hungry(),
         manifests.unhealthy(),
@@ -60,7 +72,8 @@ def _pods(node: Node) -> list[manifests.Json]:
     ]
 
 
-def _built(name: str) -> Path:
+def built(name: str) -> Path:
+    """A program of `make kubelet`. In CI it must be there."""
     path = TOOLS / name
     if not path.exists():
         message = f"{name} is not there: `make kubelet` builds it with Go 1.26 or newer"

@@ -101,6 +101,12 @@ def once() -> Json:
     return pod("once", shell("once", script), restartPolicy="Never")
 
 
+def listener() -> Json:
+    """Answers to what it is told on its standard input."""
+    script = "while read -r line; do echo got $line; done"
+    return pod("listener", shell("listener", script, stdin=True))
+
+
 def crash() -> Json:
     return pod("crash", shell("crash", "echo going down >&2; exit 3"))
 

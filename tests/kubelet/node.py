@@ -18,8 +18,9 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.node import free_port, wait_for
 
@@ -50,6 +51,11 @@ for name in {" ".join(SYSCTLS)}; do mount --bind "$1/$name" /proc/sys/$name; don
 shift
 exec "$@"
 """
+
+
+class LoggedError(NamedTuple):
+    at: datetime
+    text: str
 
 
 class Kubelet:
@@ -122,6 +128,12 @@ class Kubelet:
                 raise AssertionError(f"pod {name} not within {seconds:g} s: {what}\n{status}")
             time.sleep(0.2)
 
+    def url(self, verb: str, pod: str, container: str = "", **query: object) -> str:
+        """Of exec, attach, portForward or containerLogs; a list of values stands for one parameter each."""
+        place = f"{verb}/default/{pod}-{NODE}" + (f"/{container}" if container else "")
+        parameters = urllib.parse.urlencode(query, doseq=True)
+        return f"https://127.0.0.1:{self._port}/{place}?{parameters}"
+
     def run(self, pod: str, container: str, *command: str) -> str:
         """What a command in a container prints; the kubelet asks the runtime for it with ExecSync."""
         query = urllib.parse.urlencode({"cmd": " ".join(command)})
@@ -130,9 +142,10 @@ class Kubelet:
     def get(self, path: str) -> str:
         return self._request("GET", path)
 
-    def errors(self) -> list[str]:
+    def errors(self) -> list[LoggedError]:
         """The lines of its log that klog marks as errors."""
-        return re.findall(r"^E\d{4} \S+ +\d+ (.*)$", self.log.read_text(), re.MULTILINE)
+        lines = re.findall(r"^E(\d{4} \S+) +\d+ (.*)$", self.log.read_text(), re.MULTILINE)
+        return [LoggedError(_klog_time(time_), text) for time_, text in lines]
 
     def _answers(self) -> bool:
         assert self._process is not None
@@ -144,10 +157,8 @@ class Kubelet:
 
     def _request(self, method: str, path: str) -> str:
         request = urllib.request.Request(f"https://127.0.0.1:{self._port}{path}", method=method)
-        self_signed = ssl.create_default_context()
-        self_signed.check_hostname, self_signed.verify_mode = False, ssl.CERT_NONE
         try:
-            answer = urllib.request.urlopen(request, timeout=HTTP_SECONDS, context=self_signed)
+            answer = urllib.request.urlopen(request, timeout=HTTP_SECONDS, context=self_signed())
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace")
             raise OSError(f"{method} {path}: {error.code} {text}") from None
@@ -182,6 +193,18 @@ class Kubelet:
             "syncFrequency": "1s",
             "fileCheckFrequency": "1s",
         }
+
+
+def self_signed() -> ssl.SSLContext:
+    """Takes any certificate: the kubelet has made its own."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def _klog_time(text: str) -> datetime:
+    """klog leaves the year and the zone out: it means this year, and the machine's zone."""
+    return datetime.strptime(f"{datetime.now().year}{text}", "%Y%m%d %H:%M:%S.%f")  # noqa: DTZ005, DTZ007
 
 
 @contextmanager
