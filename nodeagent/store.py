@@ -32,18 +32,11 @@ class Store:
     def open(cls, path: Path) -> Self:
         """Open or make the file; raises `RuntimeError` where a newer agent wrote it."""
         db = sqlite3.connect(path, isolation_level=None)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = NORMAL")
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise RuntimeError(
-                f"{path}: schema {version} is newer than this agent's {SCHEMA_VERSION}"
-            )
-        for kind in KINDS:
-            db.execute(
-                f"CREATE TABLE IF NOT EXISTS {_table(kind)} (key TEXT PRIMARY KEY, body BLOB NOT NULL)"
-            )
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        try:
+            _prepare(db, path)
+        except BaseException:
+            db.close()
+            raise
         return cls(db)
 
     def close(self) -> None:
@@ -90,6 +83,19 @@ class Store:
     def sync(self) -> None:
         """Return once everything written so far would survive a power cut."""
         self._db.execute("PRAGMA wal_checkpoint(FULL)")
+
+
+def _prepare(db: sqlite3.Connection, path: Path) -> None:
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = NORMAL")
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if version > SCHEMA_VERSION:
+        raise RuntimeError(f"{path}: schema {version} is newer than this agent's {SCHEMA_VERSION}")
+    for kind in KINDS:
+        db.execute(
+            f"CREATE TABLE IF NOT EXISTS {_table(kind)} (key TEXT PRIMARY KEY, body BLOB NOT NULL)"
+        )
+    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def _table(kind: type[Record]) -> str:

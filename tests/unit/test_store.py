@@ -1,5 +1,6 @@
 """The store: records survive, whole or not at all."""
 
+import os
 import shutil
 import sqlite3
 from contextlib import closing
@@ -108,18 +109,18 @@ def test_the_file_of_a_newer_agent_is_refused(path: Path) -> None:
     db.close()
     with pytest.raises(RuntimeError, match="newer than this agent's"):
         Store.open(path)
+    assert not [name for name in os.listdir(path.parent) if name != path.name], "it is closed"
 
 
 @given(st.dictionaries(st.text(), st.text()), st.lists(st.tuples(st.text(), st.binary())))
 def test_texts_and_bytes_of_any_kind(labels: dict[str, str], envs: list[tuple[str, bytes]]) -> None:
-    store = Store(_memory())
     config = {"labels": labels, "annotations": labels, "envs": tuple(envs)}
     record = records.container(config=config)
-    store.put(record)
-    kept = store.get(type(record), record.key)
+    with closing(Store(_memory())) as store:
+        store.put(record)
+        kept = store.get(type(record), record.key)
     assert kept == record
     assert isinstance(kept.config, ContainerConfig)
-    store.close()
 
 
 def _memory() -> sqlite3.Connection:

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from ipaddress import ip_interface, ip_network
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
     consumes,
+    initialize,
     invariant,
     precondition,
     rule,
@@ -118,11 +120,15 @@ class Leasing(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.store = Store.open(Path(":memory:"))
         self.subnet = SUBNETS[0]
-        self.ipam = Ipam(self.store, PREFIX, (self.subnet, V6))
         self.expected: dict[str, Lease] = {}
         self.count = 0
+        self.cleanup = ExitStack()
+
+    @initialize()
+    def start(self) -> None:
+        self.store = self.cleanup.enter_context(closing(Store.open(Path(":memory:"))))
+        self.ipam = Ipam(self.store, PREFIX, (self.subnet, V6))
 
     @rule(target=pods)
     def attach(self) -> str:
@@ -178,7 +184,7 @@ class Leasing(RuleBasedStateMachine):
         assert {lease.pod_id: lease for lease in self.store.all(Lease)} == self.expected
 
     def teardown(self) -> None:
-        self.store.close()
+        self.cleanup.close()
 
 
 TestLeasing = Leasing.TestCase
