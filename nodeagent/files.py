@@ -27,6 +27,25 @@ def ensure_directory(path: str, mode: int = 0o755) -> None:
             raise _error(errno.ENOTDIR, path) from None
 
 
+def read_bounded(path: str, limit: int) -> bytes:
+    """The content of the regular file `path`, at most `limit` bytes; never waits for a writer.
+
+    Raises `OSError`: EINVAL where something else has the name, EFBIG where it is larger.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        data = b""
+        while chunk := os.read(file, limit + 1 - len(data)):
+            data += chunk
+    finally:
+        os.close(file)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit} bytes", path)
+    return data
+
+
 def sync_directory(path: str) -> None:
     """Make the names in the directory `path` durable."""
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from nodeagent import files
 from nodeagent.errors import InvalidArgument, NotFound, Unsupported
 from nodeagent.records import ContainerConfig, DeviceConfig, MountConfig
 
@@ -90,8 +91,7 @@ def _specs(directories: Iterable[Path]) -> Iterable[Spec]:
 
 
 def _read(path: Path) -> Spec:
-    with path.open("rb") as file:
-        return msgspec.json.decode(file.read(MAX_SPEC_BYTES), type=Spec)
+    return msgspec.json.decode(files.read_bounded(str(path), MAX_SPEC_BYTES), type=Spec)
 
 
 def _find(specs: Sequence[Spec], name: str) -> tuple[Spec, Device]:

@@ -5,6 +5,7 @@ exists, and goes after they are gone.
 """
 
 import asyncio
+import functools
 import json
 import logging
 import secrets
@@ -23,7 +24,8 @@ from nodeagent.images.catalog import Images
 from nodeagent.lifecycle import cdi, execs, process
 from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.handover import handover
-from nodeagent.lifecycle.plan import Planner, reference
+from nodeagent.lifecycle.hostpaths import HostPaths
+from nodeagent.lifecycle.plan import Planner, Seen, reference
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.lifecycle.supervision import Supervision
 from nodeagent.lifecycle.trash import Trash
@@ -57,6 +59,7 @@ class Containers:
         self._trash = trash
         self._directory = directory
         self._groups: dict[str, Cgroup] = {}
+        self._host_paths = HostPaths()
         self._flights = Flights(lambda container_id: container_id in registry.containers)
 
     def get(self, name: str) -> Container:
@@ -124,7 +127,8 @@ class Containers:
         supervisor: Supervisor,
         undo: AsyncExitStack,
     ) -> None:
-        plan = self._planner.plan(sandbox, container, image, self._directory / container.id)
+        seen = await self._look(container.config)
+        plan = self._planner.plan(sandbox, container, image, seen, self._directory / container.id)
         undo.callback(self._images.release, container.id)
         for needed in self._planner.images(container.config, image):
             self._images.hold(needed.id, container.id)
@@ -138,7 +142,7 @@ class Containers:
         self._groups[container.id] = group
         if sandbox.config.resources and not sandbox.config.cgroup_parent:
             self.limit_pod(sandbox, sandbox.config.overhead, sandbox.config.resources)
-        group.set_devices(self._planner.device_rules(container))
+        group.set_devices(seen.devices.rules)
         undo.push_async_callback(supervisor.remove, container.id)
         with handover(group) as fds:
             made = await supervisor.create(plan, fds)
@@ -156,6 +160,13 @@ class Containers:
             ),
             event="created",
         )
+
+    async def _look(self, config: ContainerConfig) -> Seen:
+        """Aside where it meets a path of the requester's; all else is memory and the node's own /dev."""
+        look = functools.partial(self._planner.look, config)
+        if config.devices or (config.seccomp is not None and config.seccomp.ref):
+            return await self._host_paths.look(f'container "{config.name}"', look)
+        return look()
 
     def _intention(self, sandbox: Sandbox, config: ContainerConfig, image: Image) -> Container:
         container_id = secrets.token_hex(32)

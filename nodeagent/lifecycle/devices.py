@@ -6,6 +6,7 @@ The nodes are read from the node's /dev when the container is planned; a directo
 import os
 import stat
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from nodeagent.cgroups.devices import DEFAULT_RULES, Rule
 from nodeagent.errors import InvalidArgument, NotFound
@@ -17,27 +18,24 @@ from nodeagent.sandbox.spec import Device
 _OWN = frozenset(("/dev/pts", "/dev/shm", "/dev/mqueue", "/dev/fd", "/dev/console", "/dev/ptmx"))
 
 
-def container_devices(config: ContainerConfig) -> list[Device]:
+class ContainerDevices(NamedTuple):
+    """rules: what the cgroup allows; None, everything, for a privileged container."""
+
+    nodes: list[Device]
+    rules: list[Rule] | None
+
+
+def container_devices(config: ContainerConfig) -> ContainerDevices:
     """The usual ones, those asked for, and all of the node's for a privileged container."""
     by_path = {device["path"]: device for device in rootfs.DEFAULT_DEVICES}
     if config.privileged:
         by_path |= {device["path"]: device for device in _below("/dev", "/dev")}
+    rules = list(DEFAULT_RULES)
     for wanted in config.devices:
-        by_path |= {device["path"]: device for device in _wanted(wanted)}
-    return list(by_path.values())
-
-
-def rules(config: ContainerConfig) -> list[Rule] | None:
-    """What the cgroup allows; None, everything, for a privileged container."""
-    if config.privileged:
-        return None
-    return [*DEFAULT_RULES, *(rule for wanted in config.devices for rule in _rules(wanted))]
-
-
-def _rules(wanted: DeviceConfig) -> Iterator[Rule]:
-    for device in _wanted(wanted):
-        if device["type"] != "p":
-            yield Rule(device["type"], device["major"], device["minor"], wanted.permissions)
+        for device in _wanted(wanted):
+            by_path[device["path"]] = device
+            rules.append(Rule(device["type"], device["major"], device["minor"], wanted.permissions))
+    return ContainerDevices(list(by_path.values()), None if config.privileged else rules)
 
 
 def _wanted(wanted: DeviceConfig) -> list[Device]:

@@ -6,19 +6,28 @@ The plan is complete: nothing in it is looked up again, so that it can be printe
 import base64
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from nodeagent.cgroups.devices import Rule
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
 from nodeagent.errors import InvalidArgument, NotFound
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle import devices, filesystems, podfiles, process
+from nodeagent.lifecycle.devices import ContainerDevices
 from nodeagent.lifecycle.profiles import Profiles
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.records import Container, ContainerConfig, Image, MountStatus, Sandbox
+from nodeagent.sandbox.seccomp_profile import Filter
 from nodeagent.sandbox.spec import ContainerPlan, ProcessPlan, Rlimit, Rootfs
 
 UMASK = 0o022
+
+
+class Seen(NamedTuple):
+    """What a container's config names on the node, as it was when the container was planned."""
+
+    devices: ContainerDevices
+    seccomp: Filter
 
 
 class Planner:
@@ -47,8 +56,16 @@ class Planner:
             for mount in cgroups.mounts()
         }
 
+    def look(self, config: ContainerConfig) -> Seen:
+        """Reads the node's files and nothing of the agent's. Raises InvalidArgument, NotFound, Unsupported."""
+        capabilities = process.capability_sets(config.capabilities, privileged=config.privileged)
+        return Seen(
+            devices=devices.container_devices(config),
+            seccomp=self._profiles.seccomp(config, capabilities["bounding"]),
+        )
+
     def plan(
-        self, sandbox: Sandbox, container: Container, image: Image, directory: Path
+        self, sandbox: Sandbox, container: Container, image: Image, seen: Seen, directory: Path
     ) -> ContainerPlan:
         """directory: the container's own, with `upper` and `work`. Raises InvalidArgument, NotFound, Unsupported."""
         config = container.config
@@ -60,7 +77,7 @@ class Planner:
         return ContainerPlan(
             id=container.id,
             argv=process.arguments(config, image.config),
-            process=self._process(sandbox, config, image),
+            process=self._process(sandbox, config, image, seen.seccomp),
             rootfs=Rootfs(
                 lower=[str(layer) for layer in self._images.lower_dirs(image)],
                 upper=str(directory / "upper"),
@@ -70,7 +87,7 @@ class Planner:
             mounts=filesystems.container_mounts(
                 sandbox, config, self._pods / sandbox.id, self._hierarchies, self._volume_layers
             ),
-            devices=devices.container_devices(config),
+            devices=seen.devices.nodes,
             masked_paths=[] if open_paths else list(masked),
             readonly_paths=[] if open_paths else list(readonly),
             pid=config.namespaces.pid,
@@ -83,14 +100,14 @@ class Planner:
             log_path=container.log_path,
         )
 
-    def _process(self, sandbox: Sandbox, config: ContainerConfig, image: Image) -> ProcessPlan:
-        capabilities = process.capability_sets(config.capabilities, privileged=config.privileged)
-        seccomp = self._profiles.seccomp(config, capabilities["bounding"])
+    def _process(
+        self, sandbox: Sandbox, config: ContainerConfig, image: Image, seccomp: Filter
+    ) -> ProcessPlan:
         plan = ProcessPlan(
             env=process.environment(config, image.config, podfiles.hostname(sandbox.config)),
             cwd=config.working_dir or image.config.working_dir or "/",
             user=process.user(config, image.config),
-            capabilities=capabilities,
+            capabilities=process.capability_sets(config.capabilities, privileged=config.privileged),
             no_new_privs=config.no_new_privs,
             seccomp=base64.b64encode(seccomp.program).decode(),
             seccomp_flags=seccomp.flags,
@@ -105,10 +122,6 @@ class Planner:
             plan["uid_map"] = [filesystems.id_map(mapping) for mapping in user.uids]
             plan["gid_map"] = [filesystems.id_map(mapping) for mapping in user.gids]
         return plan
-
-    def device_rules(self, container: Container) -> list[Rule] | None:
-        """What the container's cgroup shall allow."""
-        return devices.rules(container.config)
 
     def mount_statuses(self, config: ContainerConfig) -> tuple[MountStatus, ...]:
         """What was asked to be mounted, with the digest behind each image volume."""

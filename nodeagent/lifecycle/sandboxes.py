@@ -144,8 +144,10 @@ class Sandboxes:
         for task in tuple(pod.creating):
             task.cancel()
         await asyncio.gather(*pod.creating, return_exceptions=True)
-        await self._containers.stop_all(sandbox.id)
-        await self._network.detach(sandbox.id)
+        try:
+            await self._containers.stop_all(sandbox.id)
+        finally:
+            await self._network.detach(sandbox.id)
         if pod.supervisor is not None:
             await pod.supervisor.shutdown()
             pod.supervisor = None

@@ -19,7 +19,7 @@ from nodeagent.sandbox.idmaps import IdMaps
 from nodeagent.sandbox.spec import ContainerPlan, Device, Mount, Rootfs
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-_DEVICE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}
+_DEVICE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK}
 
 # On these, what is mounted must land where the path says: a link would move it away from its masks.
 _UNLINKED_TARGETS = frozenset(("proc", "sysfs"))

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from nodeagent import files
 from nodeagent.errors import InvalidArgument, NotFound, Unsupported
 from nodeagent.linux import capabilities, libseccomp, seccomp
 from nodeagent.linux.libseccomp import Condition, Rule
@@ -42,12 +43,11 @@ def runtime_default(held: int) -> Filter:
 def from_file(path: str, held: int) -> Filter:
     """The profile in the file `path`. Raises `NotFound`, `InvalidArgument` and `Unsupported`, which name it."""
     try:
-        with open(path, "rb") as file:
-            text = file.read(_MAX_PROFILE_BYTES + 1)
+        text = files.read_bounded(path, _MAX_PROFILE_BYTES)
     except FileNotFoundError:
         raise NotFound(f'seccomp profile "{path}": no such file') from None
-    if len(text) > _MAX_PROFILE_BYTES:
-        raise InvalidArgument(f'seccomp profile "{path}": larger than {_MAX_PROFILE_BYTES} bytes')
+    except OSError as error:
+        raise InvalidArgument(f'seccomp profile "{path}": {error.strerror}') from None
     try:
         return from_json(text, held)
     except (InvalidArgument, Unsupported) as error:

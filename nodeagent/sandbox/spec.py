@@ -85,7 +85,7 @@ class Device(TypedDict):
     """
 
     path: str
-    type: Literal["c", "b", "p"]
+    type: Literal["c", "b"]
     major: int
     minor: int
     mode: int

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent.files import ensure_directory, remove_tree, sync_directory, write_atomic
+from nodeagent.files import (
+    ensure_directory,
+    read_bounded,
+    remove_tree,
+    sync_directory,
+    write_atomic,
+)
 
 
 def test_write_atomic_creates_with_the_mode_whatever_the_umask(tmp_path: Path) -> None:
@@ -197,3 +203,19 @@ def test_a_directory_swapped_for_a_link_is_not_followed(tmp_path: Path) -> None:
 def test_remove_tree_refuses_paths_without_a_name(path: str) -> None:
     with pytest.raises(OSError, match="Invalid argument"):
         remove_tree(path)
+
+
+def test_read_bounded_takes_regular_files_up_to_its_limit(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert read_bounded(str(path), 5) == b"12345"
+    with pytest.raises(OSError, match="larger than 4 bytes"):
+        read_bounded(str(path), 4)
+
+
+def test_read_bounded_waits_for_nobody(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for path in (fifo, tmp_path):
+        with pytest.raises(OSError, match="not a regular file"):
+            read_bounded(str(path), 5)

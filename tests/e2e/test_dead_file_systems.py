@@ -1,0 +1,78 @@
+"""A file system whose server never answers holds up the requests that name it, and nothing else."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from nodeagent.api import runtime_pb2 as pb
+from nodeagent.linux import syscalls
+from tests.cri import Cri, options
+
+MNT_DETACH = 2
+
+# ContainerConfig fields that name a file below a directory of the node.
+NAMING: dict[str, Any] = {
+    "a volume": lambda path: {"mounts": [pb.Mount(host_path=path, container_path="/data")]},
+    "a device": lambda path: {
+        "linux": pb.LinuxContainerConfig(),
+        "devices": [pb.Device(host_path=path, container_path="/dev/it", permissions="r")],
+    },
+    "a seccomp profile": lambda path: {
+        "linux": options(
+            seccomp=pb.SecurityProfile(
+                profile_type=pb.SecurityProfile.Localhost, localhost_ref=path
+            )
+        )
+    },
+}
+
+
+@pytest.fixture
+def dead(tmp_path: Path) -> Iterator[str]:
+    """A file on a FUSE whose server reads no request."""
+    directory = tmp_path / "dead"
+    directory.mkdir()
+    server = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    data = f"fd={server},rootmode=40000,user_id=0,group_id=0"
+    syscalls.mount("nodeagent-test", str(directory), "fuse", 0, data)
+    try:
+        yield f"{directory}/file"
+    finally:
+        os.close(server)  # whoever waits gets ENOTCONN
+        syscalls.umount2(str(directory), MNT_DETACH)
+
+
+@pytest.mark.parametrize("naming", NAMING)
+def test_others_go_on_and_the_pod_can_be_removed(cri: Cri, dead: str, naming: str) -> None:
+    pod = cri.pod()
+    with waiting(cri, lambda: pod.container(**NAMING[naming](dead))):
+        pod.remove()
+
+
+@contextmanager
+def waiting(cri: Cri, call: Callable[[], object]) -> Iterator[None]:
+    """The call waits while other pods come and go, and fails, leaving nothing, by what is done inside."""
+    codes: list[grpc.StatusCode] = []
+    thread = threading.Thread(target=lambda: codes.append(code_of(call)))
+    thread.start()
+    other = cri.run("sh", "-c", "echo here; sleep 1000")
+    other.said("here")
+    assert other.shell("echo there") == "there"
+    other.pod.remove()
+    assert thread.is_alive(), codes
+    yield
+    thread.join(30)
+    assert codes == [grpc.StatusCode.UNAVAILABLE]
+
+
+def code_of(call: Callable[[], object]) -> grpc.StatusCode:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    code: grpc.StatusCode = caught.value.code()
+    return code
