@@ -1,6 +1,7 @@
 """The CRI as a test writes it: pods and containers in a line each, over the real socket."""
 
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,13 @@ class Pod:
     @property
     def ip(self) -> str:
         return self.status.network.ip
+
+    @property
+    def supervisor(self) -> int:
+        """Its process, which another may replace."""
+        request = pb.PodSandboxStatusRequest(pod_sandbox_id=self.id, verbose=True)
+        info = self.cri.agent.runtime.PodSandboxStatus(request, timeout=10).info
+        return int(json.loads(info["info"])["pid"])
 
     def container(self, *command: str, name: str = "main", **fields: Any) -> "Container":
         """CreateContainer; `fields` are of ContainerConfig."""

@@ -32,7 +32,7 @@ class Machine:
     def __init__(self, run: str, folder: Path) -> None:
         self._run = run
         self._folder = str(folder)
-        self._before = set(self._things())
+        self._before = {*self._things(), *_named_things()}
 
     def left(self, patience: float = PATIENCE_SECONDS) -> list[str]:
         """What is new and does not go away within `patience` seconds."""

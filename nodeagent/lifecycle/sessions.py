@@ -13,7 +13,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from nodeagent.cgroups.group import Cgroup
-from nodeagent.errors import FailedPrecondition, NodeAgentError
+from nodeagent.errors import FailedPrecondition, NodeAgentError, ResourceExhausted
 from nodeagent.lifecycle.containers import Containers
 from nodeagent.lifecycle.execs import discard
 from nodeagent.lifecycle.handover import close_all, handover
@@ -55,7 +55,8 @@ class Sessions:
         """The first process of a container, as it goes on from now."""
         container, supervisor = self._containers.running(request.container_id)
         streams = await supervisor.attach(container.id)
-        return Attached(self, supervisor, request, streams)
+        last = container.config.stdin_once and not request.tty
+        return Attached(self, supervisor, request, streams, input_ends_once=last)
 
     async def dial(self, request: PortForwardRequest, port: int) -> socket.socket:
         """A connection to 127.0.0.1, else ::1, as the pod sees it."""
@@ -159,15 +160,27 @@ async def _remove_after(handle: ExecHandle, group: Cgroup) -> None:
 
 
 class Attached:
-    """A container's first process, shared with its log and with other clients."""
+    """A container's first process, shared with its log and with other clients.
+
+    The end of a client's input is the container's if it has but one. Otherwise the client leaves by it: it is all that
+    crictl sends when somebody types the keys to detach.
+    """
 
     def __init__(
-        self, sessions: Sessions, supervisor: Supervisor, request: AttachRequest, streams: AttachIO
+        self,
+        sessions: Sessions,
+        supervisor: Supervisor,
+        request: AttachRequest,
+        streams: AttachIO,
+        *,
+        input_ends_once: bool,
     ) -> None:
         self._sessions = sessions
         self._supervisor = supervisor
         self._container_id = request.container_id
         self._streams = streams
+        self._input_ends_once = input_ends_once
+        self._left = asyncio.Event()
         self.stdin = streams.stdin if request.stdin else None
         self.stdout = streams.stdout if request.stdout else None
         self.stderr = streams.stderr if request.stderr else None
@@ -178,11 +191,27 @@ class Attached:
         self._sessions.do_behind(self._supervisor.resize(self._container_id, width, height))
 
     def end_stdin(self) -> None:
-        """With stdin_once the container reads the end of its input, too."""
         self._streams.close_stdin()
+        if not self._input_ends_once:
+            self._left.set()
 
     async def wait(self) -> int:
-        return await self._sessions.end_of(self._container_id)
+        """Until the container has ended, or this client is not attached any more."""
+        end = asyncio.ensure_future(self._sessions.end_of(self._container_id))
+        left = asyncio.ensure_future(self._left.wait())
+        cut_off = asyncio.ensure_future(self._streams.cut_off.wait())
+        try:
+            await asyncio.wait((end, left, cut_off), return_when=asyncio.FIRST_COMPLETED)
+            if end.done():
+                return end.result()
+            if left.done():
+                return 0
+            raise ResourceExhausted(
+                f'container "{self._container_id}": its output was read too slowly'
+            )
+        finally:
+            for waiter in (end, left, cut_off):
+                waiter.cancel()
 
     async def close(self) -> None:
         with self._streams:

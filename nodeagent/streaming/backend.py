@@ -106,12 +106,14 @@ class Process(Protocol):
     def end_stdin(self) -> None:
         """The client's input is over: all of it is in `stdin`, which is closed by now.
 
-        A process of exec sees its end of file by that alone; attach ends the container's stdin here if it is
-        ``stdin_once``.
+        A process of exec sees its end of file by that alone. Attach ends the container's stdin here if it is
+        ``stdin_once`` and no terminal; otherwise the client has left.
         """
 
     async def wait(self) -> int:
-        """The exit code, 128 + n for signal n, once the process has ended; for attach, the container's."""
+        """The exit code, 128 + n for signal n, once the process has ended; for attach, the container's, or 0 when the
+        client has left before.
+        """
 
     async def close(self) -> None:
         """The session is over, with or without the process; the three descriptors are closed already."""

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
 from tests import images
 from tests.cri import Cri
+from tests.e2e.streams import WIRES, Streams
 from tests.node import RunningAgent
 from tests.registry import Registry
 
@@ -53,6 +55,12 @@ def cri(agent: RunningAgent, registry: Registry) -> Cri:
 @pytest.fixture
 def own_cri(own_agent: RunningAgent, registry: Registry) -> Cri:
     return client(own_agent, registry)
+
+
+@pytest.fixture(params=WIRES)
+def streams(request: pytest.FixtureRequest, crictl: Path, cri: Cri) -> Streams:
+    """crictl over each wire."""
+    return Streams(crictl, cri, request.param)
 
 
 def client(agent: RunningAgent, registry: Registry) -> Cri:

@@ -1,6 +1,5 @@
 """Pods whose ids are not the node's."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -190,19 +189,13 @@ def test_status_says_so(cri: Cri) -> None:
     assert status.features.user_namespaces_host_network
 
 
-def supervisor(cri: Cri, pod: Pod) -> int:
-    request = pb.PodSandboxStatusRequest(pod_sandbox_id=pod.id, verbose=True)
-    info = cri.agent.runtime.PodSandboxStatus(request, timeout=10).info
-    return int(json.loads(info["info"])["pid"])
-
-
 def test_it_outlives_its_supervisor(own_cri: Cri) -> None:
     """What a successor starts is in the same user namespace."""
     pod = mapped_pod(own_cri)
     made = pod.run()
     before = made.shell("readlink /proc/self/ns/user")
-    lost = supervisor(own_cri, pod)
+    lost = pod.supervisor
     os.kill(lost, signal.SIGKILL)
-    wait_for("a successor", lambda: supervisor(own_cri, pod) not in (0, lost))
+    wait_for("a successor", lambda: pod.supervisor not in (0, lost))
     assert made.shell("readlink /proc/self/ns/user") == before
     assert pod.run(name="later").shell("readlink /proc/self/ns/user") == before

@@ -1,6 +1,7 @@
 """The check for leaks finds what a run can leave, and nothing when there is nothing."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +19,27 @@ def machine(tmp_path: Path) -> leaks.Machine:
 @pytest.fixture
 def orphan() -> Iterator[int]:
     """A process whose parent is gone."""
-    started = subprocess.run(
-        ["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"], capture_output=True, check=True
-    )
-    pid = int(started.stdout)
+    pid = without_parent(os.environ[leaks.VARIABLE])
     yield pid
-    os.kill(pid, 9)
+    os.kill(pid, signal.SIGKILL)
+
+
+def without_parent(run: str) -> int:
+    """A process of this run."""
+    started = subprocess.run(
+        ["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"],
+        env={**os.environ, leaks.VARIABLE: run},
+        capture_output=True,
+        check=True,
+    )
+    return int(started.stdout)
+
+
+def test_a_stranger_who_leaves_makes_nothing_new(tmp_path: Path) -> None:
+    stranger = without_parent("somebody else's")
+    machine = leaks.Machine(os.environ[leaks.VARIABLE], tmp_path)
+    os.kill(stranger, signal.SIGKILL)
+    assert machine.left(patience=1) == []
 
 
 def test_nothing_is_left_of_nothing(machine: leaks.Machine) -> None:

@@ -128,6 +128,7 @@ class Attachment:
     stdin: int | None = None
     stdout: int | None = None
     stderr: int | None = None
+    left: asyncio.Event = field(default_factory=asyncio.Event)
 
     def resize(self, width: int, height: int) -> None:
         raise OSError("no terminal")
@@ -135,9 +136,15 @@ class Attachment:
     def end_stdin(self) -> None:
         if self.once:
             self.container.end_stdin()
+        else:
+            self.left.set()
 
     async def wait(self) -> int:
-        return await self.container.wait()
+        ends = {asyncio.create_task(self.left.wait()), asyncio.create_task(self.container.wait())}
+        done, pending = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for waiter in pending:
+            waiter.cancel()
+        return 0 if self.left.is_set() else int(done.pop().result())
 
     async def close(self) -> None:
         self.container.detach(self)
