@@ -56,6 +56,19 @@ def test_attach(streams: Streams, cri: Cri) -> None:
     reader.pod.remove()
 
 
+def test_attach_to_what_goes_on(streams: Streams, cri: Cri) -> None:
+    """Who has no more to say leaves, with the answer; the container reads on."""
+    reader = cri.run("sh", "-c", "while read line; do echo got $line; done", stdin=True)
+    arguments = streams.command("attach", "-i", reader.id)
+    for word in ("one", "two"):
+        done = subprocess.run(
+            arguments, input=f"{word}\n", capture_output=True, text=True, timeout=30, check=True
+        )
+        assert done.stdout == f"got {word}\n"
+    assert reader.status.state == RUNNING
+    reader.pod.remove()
+
+
 def test_who_does_not_read_is_told_so(streams: Streams, cri: Cri) -> None:
     """Neither the container nor its log waits for a client, and a client does not wait for what it has missed."""
     script = f"read go; head -c {32 * MEBIBYTE} /dev/zero; echo; echo written; sleep 1000"
