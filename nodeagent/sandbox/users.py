@@ -60,6 +60,8 @@ def identify(request: UserRequest, passwd: bytes, group: bytes) -> Identity:
     groups = {gid, *request["groups"]}
     if request["merge_groups"]:
         groups.update(entry.gid for entry in parse_group(group) if user.name in entry.members)
+    if (highest := max(user.uid, *groups)) > _MAX_ID:
+        raise InvalidArgument(f"user or group {highest}: more than {_MAX_ID}")
     if len(groups) > _MAX_GROUPS:
         raise InvalidArgument(f"{len(groups)} groups for one process: more than {_MAX_GROUPS}")
     return {"uid": user.uid, "gid": gid, "groups": sorted(groups), "home": user.home}
