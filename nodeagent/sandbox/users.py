@@ -131,6 +131,8 @@ def read_file(root: int, path: str) -> bytes:
         file = confined.open_path(root, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except (FileNotFoundError, NotADirectoryError):
         return b""
+    except OSError as error:  # links in a circle, or to the node's descriptors
+        raise InvalidArgument(f"{path} of the image: {error.strerror}") from error
     try:
         return _read_bounded(file, path)
     finally:
