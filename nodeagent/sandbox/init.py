@@ -219,7 +219,8 @@ def _working_directory(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FailedPrecondition(f'working directory "{path}": {error.strerror}') from error
+        text = os.strerror(error.errno or 0)
+        raise FailedPrecondition(f'working directory "{path}": {text}') from error
 
 
 def _keep_only(status: int) -> None:

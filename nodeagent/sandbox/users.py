@@ -132,7 +132,7 @@ def read_file(root: int, path: str) -> bytes:
     except (FileNotFoundError, NotADirectoryError):
         return b""
     except OSError as error:  # links in a circle, or to the node's descriptors
-        raise InvalidArgument(f"{path} of the image: {error.strerror}") from error
+        raise InvalidArgument(f"{path} of the image: {os.strerror(error.errno or 0)}") from error
     try:
         return _read_bounded(file, path)
     finally:
