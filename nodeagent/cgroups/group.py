@@ -142,6 +142,7 @@ class Cgroup:
         self._tracker.freeze(timeout_s)
 
     def thaw(self) -> None:
+        """Let all run on, also those that were frozen by somebody else, in v1's freezer of a hybrid included."""
         self._require_own()
         self._tracker.thaw()
 
@@ -241,7 +242,8 @@ class ExecGroup(Cgroup):
 def _tracker(layout: Layout, path: str) -> Tracker:
     hierarchy = layout.hierarchies[0]
     if layout.unified:
-        return UnifiedTracker(hierarchy.directory(path))
+        freezers = [h.directory(path) for h in layout.legacy if "freezer" in h.controllers]
+        return UnifiedTracker(hierarchy.directory(path), *freezers)
     return LegacyTracker(hierarchy.directory(path), freezer="freezer" in hierarchy.controllers)
 
 

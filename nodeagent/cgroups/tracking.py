@@ -38,10 +38,11 @@ class Tracker(Protocol):
 
 
 class UnifiedTracker:
-    """By the cgroup2 directory of the group."""
+    """By the cgroup2 directory of the group. freezer: of a hybrid, the group's directory in v1's freezer."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, freezer: str | None = None) -> None:
         self._directory = directory
+        self._freezer = freezer
 
     def processes(self) -> list[int]:
         return _processes(self._directory)
@@ -51,6 +52,7 @@ class UnifiedTracker:
 
     def kill(self) -> None:
         _write(self._directory, "cgroup.kill", "1")
+        self._thaw_legacy()
 
     def freeze(self, timeout_s: float) -> None:
         _write(self._directory, "cgroup.freeze", "1")
@@ -74,6 +76,11 @@ class UnifiedTracker:
 
     def thaw(self) -> None:
         _write(self._directory, "cgroup.freeze", "0")
+        self._thaw_legacy()
+
+    def _thaw_legacy(self) -> None:
+        if self._freezer:
+            _thaw_legacy(self._freezer)
 
 
 class LegacyTracker:
@@ -94,7 +101,7 @@ class LegacyTracker:
     def kill(self) -> None:
         """Frozen processes cannot fork away from their signal."""
         if self._freezer:
-            self._set_state("FROZEN")
+            _set_state(self._directory, "FROZEN")
         try:
             seen: set[int] = set()
             while new := set(self.processes()) - seen:
@@ -110,20 +117,27 @@ class LegacyTracker:
         if not self._freezer:
             raise Unsupported("freeze: the freezer is not mounted")
         deadline = time.monotonic() + timeout_s
-        self._set_state("FROZEN")
+        _set_state(self._directory, "FROZEN")
         while (state := _read(self._directory, "freezer.state").strip()) not in ("FROZEN", ""):
             if time.monotonic() >= deadline:
                 self.thaw()
                 raise TimeoutError(f"{self._directory}: {state}, not frozen in time")
             time.sleep(_POLL_S)
-            self._set_state("FROZEN")
+            _set_state(self._directory, "FROZEN")
 
     def thaw(self) -> None:
         if self._freezer:
-            self._set_state("THAWED")
+            _thaw_legacy(self._directory)
 
-    def _set_state(self, state: str) -> None:
-        _write(self._directory, "freezer.state", state)
+
+def _thaw_legacy(directory: str) -> None:
+    """With the groups below: a privileged container may have frozen itself, and no signal reaches it (v1 only)."""
+    for group in tree.bottom_up(directory):
+        _set_state(group, "THAWED")
+
+
+def _set_state(directory: str, state: str) -> None:
+    _write(directory, "freezer.state", state)
 
 
 def _processes(directory: str) -> list[int]:

@@ -16,6 +16,7 @@ from nodeagent.records import ImageConfig
 
 MAX_DOCUMENT_BYTES = 4 << 20
 MAX_LAYERS = 200  # an overlay's options must fit into one page
+MAX_ID = (1 << 32) - 2  # (uid_t) -1 means "unchanged" to setresuid(2)
 
 _OCI = "application/vnd.oci.image."
 _DOCKER = "application/vnd.docker."
@@ -217,6 +218,7 @@ def _run_config(run: _Run) -> ImageConfig:
     )
     for field in config.__struct_fields__:
         _refuse_nul(field, getattr(config, field))
+    _check_ids(config.user)
     if any(entry.partition("=")[0] == "" for entry in config.env):
         raise InvalidArgument("config: env has an entry without a name")
     return config
@@ -229,6 +231,13 @@ def _refuse_nul(field: str, value: str | Strings | dict[str, str]) -> None:
         strings += value.values()
     if any("\0" in string for string in strings):
         raise InvalidArgument(f"config: {field} has a NUL character")
+
+
+def _check_ids(user: str) -> None:
+    """A number that is no id would leave the process root, or somebody whom nobody meant (CVE-2024-40635)."""
+    for part in user.split(":", 1):
+        if part.isdecimal() and not (part.isascii() and len(part) <= 10 and int(part) <= MAX_ID):
+            raise InvalidArgument(f'config: user "{user[:100]}" has a number that is no id')
 
 
 def _name(platform: Platform) -> str:

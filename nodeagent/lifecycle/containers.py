@@ -35,6 +35,7 @@ from nodeagent.sandbox.client import Supervisor
 log = logging.getLogger(__name__)
 
 KILL_PATIENCE_SECONDS = 10.0
+THAW_AFTER_SECONDS = 1.0
 
 
 class Containers:
@@ -234,11 +235,19 @@ class Containers:
         await self._supervisor(container).stop(
             container.id, container.stop_signal, round(timeout_s * 1000)
         )
+        if await self._ends_within(container, timeout_s + THAW_AFTER_SECONDS):
+            return
+        self.group(container).thaw()
+        if not await self._ends_within(container, KILL_PATIENCE_SECONDS):
+            raise TimeoutError(self._why_alive(container))
+
+    async def _ends_within(self, container: Container, seconds: float) -> bool:
         try:
-            async with asyncio.timeout(timeout_s + KILL_PATIENCE_SECONDS):
+            async with asyncio.timeout(seconds):
                 await self._supervision.ended(container.id)
         except TimeoutError:
-            raise TimeoutError(self._why_alive(container)) from None
+            return False
+        return True
 
     def _why_alive(self, container: Container) -> str:
         stuck = [

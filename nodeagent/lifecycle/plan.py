@@ -98,6 +98,7 @@ class Planner:
             stdin=config.stdin,
             stdin_once=config.stdin_once,
             log_path=container.log_path,
+            log_root=sandbox.config.log_directory,
         )
 
     def _process(

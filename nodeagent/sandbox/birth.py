@@ -95,6 +95,9 @@ class Birth:
             message = protocol.receive(self._status)
         except BlockingIOError:
             return False
+        except ConnectionResetError:  # comes before what it said: it has ended without reading "go"
+            self._gone = False
+            return True
         except (OSError, ValueError) as error:
             reason = NodeAgentError(f"init: {error}")
             self._finish(lambda: self._parent.failed(reason))

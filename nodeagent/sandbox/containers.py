@@ -120,7 +120,7 @@ class Container:
         """Reply when the program is executed, with the time at which it was let go."""
         if self.birth is None or self.pump is None or self.facts["started_at"] or self.exit:
             raise FailedPrecondition(f'container "{self.id}": is {self.state}, not created')
-        self.pump.start(self.plan["log_path"])
+        self.pump.start(self.plan["log_path"], self.plan.get("log_root", ""))
         self._start = request
         self.facts["started_at"] = time.time_ns()
         self.birth.go()

@@ -15,9 +15,11 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, NoReturn
 
+from nodeagent.errors import FailedPrecondition
 from nodeagent.linux import confined, mounts, syscalls
 from nodeagent.sandbox import assembly, console, credentials, idmaps, program, users
 from nodeagent.sandbox.idmaps import IdMaps
@@ -148,7 +150,8 @@ def _prepare_container(plan: ContainerPlan, fds: InitFds) -> _Start:
         syscalls.unshare(syscalls.CLONE_NEWCGROUP)
     built = assembly.assemble(plan, maps)
     identity = users.resolve(built.root, settings["user"])
-    cwd = confined.make_path(built.root, settings["cwd"], directory=True)
+    with _working_directory(settings["cwd"]):
+        cwd = confined.make_path(built.root, settings["cwd"], directory=True)
     stdio = _container_stdio(plan, fds, built.root)
     assembly.seal(built, plan["masked_paths"], plan["readonly_paths"])
     mounts.enter_root(built.root)
@@ -174,7 +177,8 @@ def _prepare_exec(plan: ExecPlan, settings: ProcessPlan, fds: ExecFds) -> _Start
     syscalls.setns(fds.target, syscalls.CLONE_NEWNS | syscalls.CLONE_NEWCGROUP | pid_namespace)
     root = os.open("/", _DIRECTORY)
     identity = users.resolve(root, settings["user"])
-    cwd = confined.open_path(root, settings["cwd"], _DIRECTORY)
+    with _working_directory(settings["cwd"]):
+        cwd = confined.open_path(root, settings["cwd"], _DIRECTORY)
     given = (fds.stdin, fds.stdout, fds.stderr)
     stdio = console.open_terminal(root) if plan["tty"] else console.with_null(root, *given)
     return _Start(plan["argv"], settings, identity, cwd, stdio, maps, 0, warnings, fds.hidden)
@@ -189,7 +193,9 @@ def _join_cgroups(tasks: tuple[int, ...]) -> None:
 def _finish(status: int, start: _Start) -> NoReturn:
     """The steps inside the container's root, until its program runs."""
     settings, identity, warnings = start.settings, start.identity, start.warnings
-    _enter_cwd(start.cwd, settings["cwd"])
+    with _working_directory(settings["cwd"]):
+        os.fchdir(start.cwd)
+        os.getcwd()  # fails where it cannot be reached from the root
     console.install(start.stdio, start.maps.uid(identity["uid"]))
     warnings += credentials.set_limits(settings["rlimits"])
     if not start.maps.is_node:
@@ -207,13 +213,14 @@ def _finish(status: int, start: _Start) -> NoReturn:
     program.execute(start.argv, settings, identity["home"])
 
 
-def _enter_cwd(directory: int, path: str) -> None:
-    """getcwd(2) fails where the directory cannot be reached from the root."""
+@contextmanager
+def _working_directory(path: str) -> Iterator[None]:
+    """Whatever is wrong with it is the doing of the container, or of who asks for it."""
     try:
-        os.fchdir(directory)
-        os.getcwd()
+        yield
     except OSError as error:
-        raise OSError(error.errno, f"working directory: {error.strerror}", path) from error
+        text = os.strerror(error.errno or 0)
+        raise FailedPrecondition(f'working directory "{path}": {text}') from error
 
 
 def _keep_only(status: int) -> None:

@@ -4,16 +4,20 @@ One line is ``2026-11-23T16:05:00.123456789Z stdout F text``: time, stream, a ta
 text longer than MAX_LINE_BYTES is cut into parts with the tag P; its last part, and every other line, has F.
 """
 
+import errno
 import os
 import stat
 import time
 
 from nodeagent.errors import FailedPrecondition
+from nodeagent.linux import confined
 
 MAX_LINE_BYTES = 16384
 
 _MODE = 0o640
 _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_SOMETHING_ELSE = frozenset((errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO))
 
 
 # ---- the format ----
@@ -69,12 +73,16 @@ class Clock:
 
 
 class LogFile:
-    """Appends whole lines to the file `path`. What cannot be written is dropped and counted, never waited for."""
+    """Appends whole lines to the file `path`. What cannot be written is dropped and counted, never waited for.
 
-    def __init__(self, path: str) -> None:
+    root: a directory above it, below which no link is followed; by default the one that it is in.
+    """
+
+    def __init__(self, path: str, root: str = "") -> None:
         self.path = path
         self.dropped_lines = 0
-        self._file = _open(path)
+        self._root = root or os.path.dirname(path)
+        self._file = _open(path, self._root)
 
     def write(self, lines: bytes) -> None:
         written = 0
@@ -101,7 +109,7 @@ class LogFile:
 
     def reopen(self) -> None:
         """Go on in a new file of the same name; with an error, in the old one."""
-        new = _open(self.path)
+        new = _open(self.path, self._root)
         os.close(self._file)
         self._file = new
 
@@ -109,15 +117,33 @@ class LogFile:
         os.close(self._file)
 
 
-def _open(path: str) -> int:
+def _open(path: str, root: str) -> int:
     """A container may share the directory: its links are not followed, its pipes not waited for."""
-    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
     try:
-        file = os.open(path, _FLAGS | os.O_EXCL, _MODE)
-        os.fchmod(file, _MODE)
-    except FileExistsError:
-        file = os.open(path, _FLAGS)
+        file = _open_below(root, os.path.relpath(path, root))
+    except OSError as error:
+        if error.errno in _SOMETHING_ELSE:
+            raise FailedPrecondition(f"log {path}: {os.strerror(error.errno)}") from error
+        raise
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise FailedPrecondition(f"log {path}: not a regular file")
+    return file
+
+
+def _open_below(root: str, path: str) -> int:
+    os.makedirs(root, mode=0o755, exist_ok=True)
+    above, name = os.path.split(path)
+    top = os.open(root, _DIRECTORY)
+    try:
+        directory = confined.make_path(top, above or ".", directory=True, follow=False)
+    finally:
+        os.close(top)
+    try:
+        file = os.open(name, _FLAGS | os.O_EXCL, _MODE, dir_fd=directory)
+        os.fchmod(file, _MODE)
+    except FileExistsError:
+        file = os.open(name, _FLAGS, dir_fd=directory)
+    finally:
+        os.close(directory)
     return file

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from nodeagent import errors
 
-MAX_MESSAGE_BYTES = 1 << 20
+MAX_MESSAGE_BYTES = 4 << 20  # twice the arguments and environment that execve(2) takes
 MAX_DESCRIPTORS = 64
 
 # The kernel copies a packet into one piece of memory, and by default allows a socket 208 KiB.
@@ -59,10 +59,12 @@ def _send(connection: socket.socket, packet: bytes, fds: Sequence[int]) -> None:
 
 
 def encode(body: Body) -> bytes:
-    """Raises ValueError for a message that is too long."""
+    """Raises ResourceExhausted for a message that is too long."""
     packet = to_json(body)
     if len(packet) > MAX_MESSAGE_BYTES:
-        raise ValueError(f"a message of {len(packet)} bytes is longer than {MAX_MESSAGE_BYTES}")
+        raise errors.ResourceExhausted(
+            f"a plan of {len(packet)} bytes is longer than {MAX_MESSAGE_BYTES}"
+        )
     return packet
 
 

@@ -188,10 +188,10 @@ class Pump:
     def dropped_lines(self) -> int:
         return self._log.dropped_lines if self._log else self._dropped_lines
 
-    def start(self, log_path: str) -> None:
+    def start(self, log_path: str, log_root: str = "") -> None:
         """Begin, or go on where another supervisor was stopped."""
         if log_path:
-            self._log = LogFile(log_path)
+            self._log = LogFile(log_path, log_root)
             for stream in self._streams.values():
                 stream.recover(self._log)
         for stream in self._streams.values():

@@ -163,7 +163,8 @@ class ContainerPlan(TypedDict):
     """A container, from its root file system to its first program.
 
     pid "target" joins the PID namespace of the container `pid_target` of the same pod.
-    log_path: absolute host path, or "" for no log. masked and readonly paths: of the container, absent ones skipped.
+    log_path: absolute host path, or "" for no log; no link is followed below log_root, a directory above it.
+    masked and readonly paths: of the container, absent ones skipped.
     cgroup_namespace: False only for containers that shall see the node's cgroups.
     """
 
@@ -183,6 +184,7 @@ class ContainerPlan(TypedDict):
     stdin: bool
     stdin_once: bool
     log_path: str
+    log_root: NotRequired[str]
 
 
 class ExecPlan(TypedDict):

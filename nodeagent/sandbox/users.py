@@ -60,6 +60,8 @@ def identify(request: UserRequest, passwd: bytes, group: bytes) -> Identity:
     groups = {gid, *request["groups"]}
     if request["merge_groups"]:
         groups.update(entry.gid for entry in parse_group(group) if user.name in entry.members)
+    if (highest := max(user.uid, *groups)) > _MAX_ID:
+        raise InvalidArgument(f"user or group {highest}: more than {_MAX_ID}")
     if len(groups) > _MAX_GROUPS:
         raise InvalidArgument(f"{len(groups)} groups for one process: more than {_MAX_GROUPS}")
     return {"uid": user.uid, "gid": gid, "groups": sorted(groups), "home": user.home}
@@ -129,6 +131,8 @@ def read_file(root: int, path: str) -> bytes:
         file = confined.open_path(root, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except (FileNotFoundError, NotADirectoryError):
         return b""
+    except OSError as error:  # links in a circle, or to the node's descriptors
+        raise InvalidArgument(f"{path} of the image: {os.strerror(error.errno or 0)}") from error
     try:
         return _read_bounded(file, path)
     finally:

@@ -167,7 +167,7 @@ def test_a_made_working_directory_is_roots(plan: Plan) -> None:
 
 def test_a_working_directory_that_is_a_file_is_named(plan: Plan) -> None:
     with start(plan("true", process={"cwd": "/etc/passwd/x"})) as process:
-        assert process.message["error"] == "OSError"
+        assert process.message["error"] == "FailedPrecondition"
         assert "/etc/passwd/x" in process.message["text"]
 
 

@@ -84,7 +84,7 @@ def test_a_missing_program_is_reported(container: Process) -> None:
 
 def test_a_missing_working_directory_is_not_made(container: Process) -> None:
     with start_exec(container, exec_plan(["/bin/true"]), process_plan(cwd="/absent")) as process:
-        assert process.message["error"] == "OSError"
+        assert process.message["error"] == "FailedPrecondition"
         assert "/absent" in process.message["text"]
     assert execute(container, "ls -d /absent")[0] == 1
 

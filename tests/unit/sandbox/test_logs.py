@@ -149,7 +149,7 @@ def test_a_reopening_that_fails_changes_nothing(tmp_path: Path) -> None:
     log = LogFile(str(path))
     path.rename(tmp_path / "log.1")
     path.mkdir()
-    with pytest.raises(OSError, match="log"):
+    with pytest.raises(FailedPrecondition, match="log: Is a directory"):
         log.reopen()
     log.write(b"line\n")
     log.close()
@@ -160,10 +160,25 @@ def test_links_and_pipes_of_a_container_are_refused(tmp_path: Path) -> None:
     (tmp_path / "target").write_bytes(b"")
     (tmp_path / "link").symlink_to(tmp_path / "target")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="link"):
+    with pytest.raises(FailedPrecondition, match="link"):
         LogFile(str(tmp_path / "link"))
-    with pytest.raises((OSError, FailedPrecondition), match="pipe"):
+    with pytest.raises(FailedPrecondition, match="pipe"):
         LogFile(str(tmp_path / "pipe"))
+
+
+def test_links_below_the_directory_of_the_pod_are_refused(tmp_path: Path) -> None:
+    """Above it they are the node's own."""
+    pod, outside = tmp_path / "logs" / "pod", tmp_path / "outside"
+    pod.mkdir(parents=True)
+    outside.mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "logs")
+    root = str(tmp_path / "linked" / "pod")
+    LogFile(f"{root}/main/0.log", root).close()
+    assert (pod / "main" / "0.log").exists()
+    (pod / "other").symlink_to(outside)
+    with pytest.raises(FailedPrecondition, match=r"other/0\.log: Too many levels"):
+        LogFile(f"{root}/other/0.log", root)
+    assert os.listdir(outside) == []
 
 
 def test_what_a_full_disk_refuses_is_dropped_and_no_line_is_torn(

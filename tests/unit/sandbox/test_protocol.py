@@ -55,7 +55,7 @@ def test_size_does_not_matter(pair: Pair, size: int) -> None:
 
 
 def test_a_message_has_a_bound() -> None:
-    with pytest.raises(ValueError, match="longer than"):
+    with pytest.raises(errors.ResourceExhausted, match="longer than"):
         protocol.encode({"text": "x" * protocol.MAX_MESSAGE_BYTES})
 
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -130,6 +131,12 @@ def test_lines_that_nearly_make_sense(entries: list[tuple[str, int, int]]) -> No
         assert user.name
         assert 0 <= user.uid <= 2**32 - 2
         assert 0 <= user.gid <= 2**32 - 2
+
+
+@pytest.mark.parametrize("changes", [{"uid": 2**32 - 1}, {"gid": 2**32 - 1}, {"groups": [2**32]}])
+def test_no_number_means_who_one_is_already(changes: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument, match="more than"):
+        users.identify({**request(uid=7), **changes}, PASSWD, GROUP)  # type: ignore[typeddict-item]
 
 
 def test_more_groups_than_the_kernel_takes_are_refused() -> None:
