@@ -15,6 +15,7 @@ from nodeagent.images.catalog import Images
 from nodeagent.lifecycle import devices, filesystems, podfiles, process
 from nodeagent.lifecycle.profiles import Profiles
 from nodeagent.lifecycle.registry import Registry
+from nodeagent.linux import syscalls
 from nodeagent.records import Container, ContainerConfig, Image, MountStatus, Sandbox
 from nodeagent.sandbox.spec import ContainerPlan, ProcessPlan, Rlimit, Rootfs
 
@@ -42,6 +43,7 @@ class Planner:
             Rlimit(resource=name, soft=soft, hard=hard)
             for name, soft, hard in config.rlimits.pairs()
         ]
+        _, self._held, _ = syscalls.capget()
         self._hierarchies = {
             mount.name: mount.options.split(",") if mount.type == "cgroup" else []
             for mount in cgroups.mounts()
@@ -84,7 +86,9 @@ class Planner:
         )
 
     def _process(self, sandbox: Sandbox, config: ContainerConfig, image: Image) -> ProcessPlan:
-        capabilities = process.capability_sets(config.capabilities, privileged=config.privileged)
+        capabilities = process.capability_sets(
+            config.capabilities, privileged=config.privileged, held=self._held
+        )
         seccomp = self._profiles.seccomp(config, capabilities["bounding"])
         plan = ProcessPlan(
             env=process.environment(config, image.config, podfiles.hostname(sandbox.config)),
