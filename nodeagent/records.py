@@ -142,6 +142,8 @@ class MountConfig(Config, frozen=True, kw_only=True):
     gids: tuple[IdMapping, ...] = ()
     image: str = ""
     image_user_specified: str = ""
+    image_annotations: Labels = {}
+    image_runtime_handler: str = ""
     image_sub_path: str = ""
     options: tuple[str, ...] = ()
 

@@ -66,6 +66,10 @@ class Cgroups:
         """What shows a container its own groups."""
         return self._layout.mounts()
 
+    def check_parent(self, parent: str) -> None:
+        """Raises InvalidArgument for one that no container can be below."""
+        self._names.container(parent, "container")
+
     def container_path(self, parent: str, container_id: str) -> str:
         """The path of a container's group below `parent`, or below the default parent if that is empty.
 

@@ -93,7 +93,7 @@ def _memory(wanted: Resources, now: Resources, files: ControlFiles) -> Iterator[
         both = wanted.memory_swap_limit_bytes or _keep_swap(limit, now)
     if both != UNLIMITED and (limit == UNLIMITED or both < limit):
         raise InvalidArgument(
-            f"memory_swap_limit_bytes: {both} of memory and swap is less than the memory limit {limit}"
+            f"memory_swap_limit_in_bytes: {both} of memory and swap is less than the memory limit {limit}"
         )
     steps = [(MEMORY_LIMIT, limit, now.memory_limit_bytes)]
     shrinks = now.memory_swap_limit_bytes == UNLIMITED or 0 <= both < now.memory_swap_limit_bytes
@@ -115,7 +115,7 @@ def _refuse_swap(both: int, limit: int) -> None:
     """Kernels before 6.1 may count no swap; then no swap, or any, can still be asked for."""
     if both not in (0, UNLIMITED, limit):
         raise Unsupported(
-            f"memory_swap_limit_bytes: {both}: this kernel does not account swap (swapaccount=1)"
+            f"memory_swap_limit_in_bytes: {both}: this kernel does not account swap (swapaccount=1)"
         )
 
 

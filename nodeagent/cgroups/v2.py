@@ -92,9 +92,9 @@ def _swap(wanted: Resources, now: Resources, files: ControlFiles) -> Iterator[Se
     try:
         swap = convert.swap_max(both, wanted.memory_limit_bytes or now.memory_limit_bytes)
     except ValueError as error:
-        raise InvalidArgument(f"memory_swap_limit_bytes: {error}") from None
+        raise InvalidArgument(f"memory_swap_limit_in_bytes: {error}") from None
     if swap > 0 and not files.has(MEMORY_SWAP_MAX):
-        raise Unsupported(f"memory_swap_limit_bytes: {both}: this kernel does not account swap")
+        raise Unsupported(f"memory_swap_limit_in_bytes: {both}: this kernel does not account swap")
     if files.has(MEMORY_SWAP_MAX):
         yield MEMORY_SWAP_MAX, to_max(swap)
 

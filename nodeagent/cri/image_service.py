@@ -5,9 +5,8 @@ import time
 from collections.abc import AsyncGenerator
 
 from nodeagent.api import runtime_pb2 as pb
-from nodeagent.cri import messages, validate, verbose
+from nodeagent.cri import messages, translate_images, validate, verbose
 from nodeagent.cri.listing import Listing
-from nodeagent.errors import InvalidArgument
 from nodeagent.images.auth import Auth
 from nodeagent.lifecycle.node import Node
 from nodeagent.records import Image
@@ -29,6 +28,7 @@ class ImageService:
             yield part
 
     def _select(self, images: list[Image], given: pb.ImageFilter) -> list[Image]:
+        translate_images.check(given.image, "filter.image", self._handlers)
         if not given.image.image:
             return images
         image = self._images.find(given.image.image)
@@ -36,7 +36,7 @@ class ImageService:
 
     async def ImageStatus(self, request: pb.ImageStatusRequest) -> pb.ImageStatusResponse:
         """An image that is not here is no error: the reply is empty."""
-        image = self._images.find(_name(request.image))
+        image = self._images.find(self._name(request.image))
         if image is None:
             return pb.ImageStatusResponse()
         info = verbose.image_info(image) if request.verbose else None
@@ -44,15 +44,12 @@ class ImageService:
 
     async def PullImage(self, request: pb.PullImageRequest) -> pb.PullImageResponse:
         """image_ref is the image's id, as everywhere else."""
-        handler = request.image.runtime_handler
-        if handler not in self._handlers:
-            raise InvalidArgument(f'image.runtime_handler: "{handler}" is not configured')
         auth = _auth(request.auth) if request.HasField("auth") else None
-        image = await self._images.pull(_name(request.image), auth)
+        image = await self._images.pull(self._name(request.image), auth)
         return pb.PullImageResponse(image_ref=image.id)
 
     async def RemoveImage(self, request: pb.RemoveImageRequest) -> pb.RemoveImageResponse:
-        await self._images.remove(_name(request.image))
+        await self._images.remove(self._name(request.image))
         return pb.RemoveImageResponse()
 
     async def ImageFsInfo(self, request: pb.ImageFsInfoRequest) -> pb.ImageFsInfoResponse:
@@ -68,9 +65,9 @@ class ImageService:
             image_filesystems=[filesystem], container_filesystems=[filesystem]
         )
 
-
-def _name(spec: pb.ImageSpec) -> str:
-    return validate.given(spec.image, "image.image")
+    def _name(self, spec: pb.ImageSpec) -> str:
+        translate_images.check(spec, "image", self._handlers)
+        return validate.given(spec.image, "image.image")
 
 
 def _auth(message: pb.AuthConfig) -> Auth:

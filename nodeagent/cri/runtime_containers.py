@@ -31,7 +31,7 @@ class ContainerCalls:
     ) -> pb.CreateContainerResponse:
         """What counts is the config that the pod was made with, not the copy in this request."""
         sandbox = self._sandboxes.get(sandbox_id(request.pod_sandbox_id))
-        config = container_config(request.config, sandbox.config)
+        config = container_config(request.config, sandbox.config, sandbox.runtime_handler)
         return pb.CreateContainerResponse(
             container_id=await self._containers.create(sandbox.id, config)
         )
@@ -75,9 +75,10 @@ class ContainerCalls:
     async def UpdateContainerResources(
         self, request: pb.UpdateContainerResourcesRequest
     ) -> pb.UpdateContainerResourcesResponse:
-        """The annotations are meant for plug-ins of a runtime; this one has none."""
         if request.HasField("windows"):
             raise Unsupported("windows: this is a Linux node")
+        if request.annotations:
+            raise Unsupported(f"annotations: {sorted(request.annotations)} mean nothing here")
         limits = resources(request.linux, "linux")
         await self._containers.update(container_id(request.container_id), limits)
         return pb.UpdateContainerResourcesResponse()

@@ -8,7 +8,7 @@ from functools import partial
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import listing, messages, validate, verbose
 from nodeagent.cri.listing import Listing
-from nodeagent.cri.translate_resources import resources
+from nodeagent.cri.translate_resources import overhead, pod_resources
 from nodeagent.cri.translate_sandbox import sandbox_config
 from nodeagent.lifecycle.node import Node
 from nodeagent.records import Sandbox
@@ -63,12 +63,12 @@ class SandboxCalls:
         self, request: pb.UpdatePodSandboxResourcesRequest
     ) -> pb.UpdatePodSandboxResourcesResponse:
         """A message that is absent changes nothing."""
-        overhead = request.overhead if request.HasField("overhead") else None
-        limits = request.resources if request.HasField("resources") else None
         await self._sandboxes.update_resources(
             sandbox_id(request.pod_sandbox_id),
-            None if overhead is None else resources(overhead, "overhead"),
-            None if limits is None else resources(limits, "resources"),
+            overhead(request.overhead, "overhead") if request.HasField("overhead") else None,
+            pod_resources(request.resources, "resources")
+            if request.HasField("resources")
+            else None,
         )
         return pb.UpdatePodSandboxResourcesResponse()
 

@@ -43,6 +43,8 @@ class StreamCalls:
         container = self._running(request.container_id)
         if request.tty != container.config.tty:
             raise InvalidArgument(f"tty: is {container.config.tty} in the container's config")
+        if request.stdin and not container.config.stdin:
+            raise InvalidArgument("stdin: the container was created without one")
         url = self._url(
             AttachRequest(
                 container_id=container.id,

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from nodeagent.api import runtime_pb2 as pb
-from nodeagent.cri import signals, validate
+from nodeagent.cri import signals, translate_images, validate
 from nodeagent.cri import translate_security as security
 from nodeagent.cri.translate_mounts import mounts
 from nodeagent.cri.translate_namespaces import container_namespaces
@@ -21,10 +21,13 @@ _USERNAME_BYTES = 256
 _RUNTIME_DEFAULT = Profile(kind="default")
 
 
-def container_config(message: pb.ContainerConfig, pod: SandboxConfig) -> ContainerConfig:
-    """pod: the config that the container's sandbox was made with."""
+def container_config(
+    message: pb.ContainerConfig, pod: SandboxConfig, handler: str = ""
+) -> ContainerConfig:
+    """pod: the config that the container's sandbox was made with; handler: its runtime handler."""
     if message.HasField("windows"):
         raise Unsupported("config.windows: this is a Linux node")
+    translate_images.check(message.image, "config.image", {"", handler})
     context = message.linux.security_context
     field = "config.linux.security_context"
     if context.privileged and not pod.privileged:
@@ -39,23 +42,21 @@ def container_config(message: pb.ContainerConfig, pod: SandboxConfig) -> Contain
             message.image.user_specified_image, "config.image.user_specified_image"
         ),
         image_annotations=validate.metadata(message.image.annotations, "config.image.annotations"),
-        image_runtime_handler=validate.text(
-            message.image.runtime_handler, "config.image.runtime_handler"
-        ),
+        image_runtime_handler=message.image.runtime_handler,
         command=validate.strings(message.command, "config.command"),
         args=validate.strings(message.args, "config.args"),
         working_dir=validate.optional_path(message.working_dir, "config.working_dir"),
         envs=_envs(message.envs),
-        mounts=mounts(message.mounts),
+        mounts=mounts(message.mounts, pod, handler),
         devices=_devices(message.devices),
         cdi_devices=_cdi_devices(message.CDI_devices),
         labels=validate.metadata(message.labels, "config.labels"),
         annotations=validate.metadata(message.annotations, "config.annotations"),
-        log_path=validate.relative_path(message.log_path, "config.log_path"),
+        log_path=_log_path(message.log_path, pod),
         stdin=message.stdin,
         stdin_once=message.stdin_once,
         tty=message.tty,
-        stop_signal=validate.word(message.stop_signal, signals.NUMBERS, "config.stop_signal"),
+        stop_signal=_stop_signal(message.stop_signal),
         resources=resources(message.linux.resources, "config.linux.resources"),
         namespaces=container_namespaces(
             context.namespace_options, pod, f"{field}.namespace_options"
@@ -92,6 +93,18 @@ def _user(context: pb.LinuxContainerSecurityContext, field: str) -> tuple[int | 
     if username and user is not None:
         validate.refuse(where, "run_as_user is given as well")
     return user, username
+
+
+def _log_path(value: str, pod: SandboxConfig) -> str:
+    if value and not pod.log_directory:
+        validate.refuse("config.log_path", "the pod has no log_directory that it could be in")
+    return validate.relative_path(value, "config.log_path")
+
+
+def _stop_signal(value: int) -> int:
+    if value not in signals.NUMBERS:
+        validate.refuse("config.stop_signal", f"{value} is not a signal")
+    return signals.NUMBERS[value]
 
 
 def _envs(messages: Sequence[pb.KeyValue]) -> tuple[tuple[str, bytes], ...]:

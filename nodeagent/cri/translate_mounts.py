@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from nodeagent.api import runtime_pb2 as pb
-from nodeagent.cri import validate
+from nodeagent.cri import translate_images, validate
 from nodeagent.cri.translate_namespaces import id_mappings, mapping_messages
-from nodeagent.records import MountConfig, MountStatus
+from nodeagent.records import MountConfig, MountStatus, SandboxConfig, UserNamespace
 
 _OPTIONS = ("noexec", "nodev", "nosuid")
 
@@ -18,12 +18,18 @@ _PROPAGATION: dict[int, Literal["private", "slave", "shared"]] = {
 _PROPAGATION_VALUE = {word: pb.MountPropagation.Name(n) for n, word in _PROPAGATION.items()}
 
 
-def mounts(messages: Sequence[pb.Mount]) -> tuple[MountConfig, ...]:
+def mounts(
+    messages: Sequence[pb.Mount], pod: SandboxConfig, handler: str
+) -> tuple[MountConfig, ...]:
+    """pod: the config that the container's sandbox was made with; handler: its runtime handler."""
     validate.bounded(messages, "config.mounts")
-    return tuple(_mount(m, f"config.mounts[{index}]") for index, m in enumerate(messages))
+    return tuple(
+        _mount(m, f"config.mounts[{index}]", pod, handler) for index, m in enumerate(messages)
+    )
 
 
-def _mount(message: pb.Mount, field: str) -> MountConfig:
+def _mount(message: pb.Mount, field: str, pod: SandboxConfig, handler: str) -> MountConfig:
+    translate_images.check(message.image, f"{field}.image", {"", handler})
     mount = MountConfig(
         container_path=validate.path(message.container_path, f"{field}.container_path"),
         host_path=validate.optional_path(message.host_path, f"{field}.host_path"),
@@ -37,10 +43,17 @@ def _mount(message: pb.Mount, field: str) -> MountConfig:
         image_user_specified=validate.text(
             message.image.user_specified_image, f"{field}.image.user_specified_image"
         ),
+        image_annotations=validate.metadata(
+            message.image.annotations, f"{field}.image.annotations"
+        ),
+        image_runtime_handler=message.image.runtime_handler,
         image_sub_path=validate.relative_path(message.image_sub_path, f"{field}.image_sub_path"),
         options=_options(message.mount_options, f"{field}.mount_options"),
     )
-    _check_source(mount, field, is_image=message.HasField("image"))
+    if message.HasField("image"):
+        _check_image(mount, field, pod)
+    else:
+        _check_bind(mount, field)
     _check_together(mount, field)
     return mount
 
@@ -52,13 +65,15 @@ def _options(values: Sequence[str], field: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def _check_source(mount: MountConfig, field: str, *, is_image: bool) -> None:
-    if not is_image:
-        if not mount.host_path:
-            validate.refuse(f"{field}.host_path", "is required without an image")
-        if mount.image_sub_path:
-            validate.refuse(f"{field}.image_sub_path", "needs an image")
-        return
+def _check_bind(mount: MountConfig, field: str) -> None:
+    if not mount.host_path:
+        validate.refuse(f"{field}.host_path", "is required without an image")
+    if mount.image_sub_path:
+        validate.refuse(f"{field}.image_sub_path", "needs an image")
+
+
+def _check_image(mount: MountConfig, field: str, pod: SandboxConfig) -> None:
+    """Its files are seen with the ids of the pod, as those of the container's own image are."""
     if mount.host_path:
         validate.refuse(f"{field}.image", "a mount has a host_path or an image, not both")
     validate.given(mount.image, f"{field}.image.image")
@@ -66,6 +81,9 @@ def _check_source(mount: MountConfig, field: str, *, is_image: bool) -> None:
         validate.refuse(f"{field}.readonly", "an image can only be mounted read-only")
     if mount.propagation != "private":
         validate.refuse(f"{field}.propagation", "an image can only be mounted private")
+    user = pod.namespaces.user or UserNamespace(mode="node")
+    if mount.uids and (mount.uids, mount.gids) != (user.uids, user.gids):
+        validate.refuse(f"{field}.uidMappings", "an image is mapped as its pod is, or not at all")
 
 
 def _check_together(mount: MountConfig, field: str) -> None:
@@ -97,5 +115,7 @@ def mount_message(status: MountStatus) -> pb.Mount:
     if mount.image:
         message.image.image = mount.image
         message.image.user_specified_image = mount.image_user_specified
+        message.image.annotations.update(mount.image_annotations)
+        message.image.runtime_handler = mount.image_runtime_handler
         message.image.image_ref = status.image_ref
     return message

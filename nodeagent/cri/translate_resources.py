@@ -16,6 +16,24 @@ _MIN_QUOTA_USEC = 1_000
 _MAX_UNIFIED = 256
 
 
+# What adds up: the limits of a pod are those of its containers and its overhead.
+_ADDABLE = frozenset(("cpu_period", "cpu_quota", "cpu_shares", "memory_limit_in_bytes"))
+
+
+def pod_resources(message: pb.LinuxContainerResources, field: str) -> Resources:
+    """Limits of the cgroup above containers."""
+    if message.oom_score_adj:
+        validate.refuse(f"{field}.oom_score_adj", "is of a container, a pod has none")
+    return resources(message, field)
+
+
+def overhead(message: pb.LinuxContainerResources, field: str) -> Resources:
+    for given, _ in message.ListFields():
+        if given.name not in _ADDABLE:
+            validate.refuse(f"{field}.{given.name}", "cannot be added to the limits of a pod")
+    return resources(message, field)
+
+
 def resources(message: pb.LinuxContainerResources, field: str) -> Resources:
     """0 is not set, -1 without limit."""
     memory = validate.number(

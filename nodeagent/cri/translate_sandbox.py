@@ -9,7 +9,7 @@ from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import translate_security as security
 from nodeagent.cri import validate
 from nodeagent.cri.translate_namespaces import pod_namespaces
-from nodeagent.cri.translate_resources import resources
+from nodeagent.cri.translate_resources import overhead, pod_resources
 from nodeagent.errors import Unsupported
 from nodeagent.records import DNS, Namespaces, PortMapping, SandboxConfig
 
@@ -46,7 +46,7 @@ def sandbox_config(message: pb.PodSandboxConfig) -> SandboxConfig:
         hostname=_hostname(message.hostname, namespaces),
         log_directory=validate.optional_path(message.log_directory, "config.log_directory"),
         dns=_dns(message.dns_config) if message.HasField("dns_config") else None,
-        port_mappings=_port_mappings(message.port_mappings),
+        port_mappings=_port_mappings(message.port_mappings, namespaces),
         labels=validate.metadata(message.labels, "config.labels"),
         annotations=validate.metadata(message.annotations, "config.annotations"),
         cgroup_parent=validate.optional_path(linux.cgroup_parent, "config.linux.cgroup_parent"),
@@ -62,12 +62,12 @@ def sandbox_config(message: pb.PodSandboxConfig) -> SandboxConfig:
         apparmor=security.apparmor(context, field),
         selinux=security.selinux(context, field),
         overhead=(
-            resources(linux.overhead, "config.linux.overhead")
+            overhead(linux.overhead, "config.linux.overhead")
             if linux.HasField("overhead")
             else None
         ),
         resources=(
-            resources(linux.resources, "config.linux.resources")
+            pod_resources(linux.resources, "config.linux.resources")
             if linux.HasField("resources")
             else None
         ),
@@ -105,11 +105,27 @@ def _words(values: Sequence[str], field: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-def _port_mappings(messages: Sequence[pb.PortMapping]) -> tuple[PortMapping, ...]:
+def _port_mappings(
+    messages: Sequence[pb.PortMapping], namespaces: Namespaces
+) -> tuple[PortMapping, ...]:
     """All of them; host port 0 is a mapping that is not published."""
     field = "config.port_mappings"
     validate.bounded(messages, field)
-    return tuple(_port_mapping(m, f"{field}[{index}]") for index, m in enumerate(messages))
+    mappings = tuple(_port_mapping(m, f"{field}[{index}]") for index, m in enumerate(messages))
+    if namespaces.network == "node":
+        for index, mapping in enumerate(mappings):
+            _already_published(mapping, f"{field}[{index}]")
+    return mappings
+
+
+def _already_published(mapping: PortMapping, field: str) -> None:
+    """On the node's network nothing is forwarded."""
+    if mapping.host_port not in (0, mapping.container_port):
+        validate.refuse(
+            f"{field}.host_port",
+            f"{mapping.host_port} is not the container's {mapping.container_port},"
+            " and the pod is on the node's network",
+        )
 
 
 def _port_mapping(message: pb.PortMapping, field: str) -> PortMapping:

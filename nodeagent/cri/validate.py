@@ -20,6 +20,7 @@ MAX_ID = (1 << 32) - 2  # (uid_t) -1 means "unchanged" to the kernel
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 T = TypeVar("T")
+W = TypeVar("W", bound=str)
 
 
 def refuse(field: str, problem: str) -> NoReturn:
@@ -102,10 +103,11 @@ def number(value: int, field: str, low: int, high: int) -> int:
     return value
 
 
-def word(value: int, words: Mapping[int, T], field: str) -> T:
+def word(value: int, words: Mapping[int, W], field: str) -> W:
     """What an enum value means; proto3 lets unknown ones pass."""
     if value not in words:
-        refuse(field, f"{value} is not a known value")
+        allowed = ", ".join(f"{number} ({meaning})" for number, meaning in words.items())
+        refuse(field, f"{value} is none of {allowed}")
     return words[value]
 
 

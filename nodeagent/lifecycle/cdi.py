@@ -45,7 +45,7 @@ class Mount(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class Edits(msgspec.Struct, frozen=True, rename="camel"):
-    """hooks and intelRdt are read to be refused, never to be skipped."""
+    """hooks, intelRdt and netDevices are read to be refused, never to be skipped."""
 
     env: tuple[str, ...] = ()
     device_nodes: tuple[DeviceNode, ...] = ()
@@ -53,6 +53,7 @@ class Edits(msgspec.Struct, frozen=True, rename="camel"):
     hooks: tuple[Any, ...] = ()
     additional_gids: tuple[int, ...] = msgspec.field(name="additionalGids", default=())
     intel_rdt: Any = None
+    net_devices: tuple[Any, ...] = ()
 
 
 class Device(msgspec.Struct, frozen=True, rename="camel"):
@@ -100,7 +101,9 @@ def _find(specs: Sequence[Spec], name: str) -> tuple[Spec, Device]:
         for device in spec.devices:
             if (spec.kind, device.name) == (kind, device_name):
                 return spec, device
-    raise NotFound(f'CDI device "{name}": no spec in {", ".join(map(str, DIRECTORIES))} has it')
+    raise NotFound(
+        f'CDI device "{name}": no JSON spec in {", ".join(map(str, DIRECTORIES))} has it'
+    )
 
 
 def _apply(config: ContainerConfig, edits: Edits, name: str) -> ContainerConfig:
@@ -108,6 +111,8 @@ def _apply(config: ContainerConfig, edits: Edits, name: str) -> ContainerConfig:
         raise Unsupported(f'CDI device "{name}": its spec has hooks, which this agent does not run')
     if edits.intel_rdt:
         raise Unsupported(f'CDI device "{name}": its spec asks for intelRdt')
+    if edits.net_devices:
+        raise Unsupported(f'CDI device "{name}": its spec moves network devices')
     return msgspec.structs.replace(
         config,
         envs=(*config.envs, *(_env(entry) for entry in edits.env)),

@@ -21,7 +21,7 @@ from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import AlreadyExists, FailedPrecondition, NotFound, StartError
 from nodeagent.images.catalog import Images
-from nodeagent.lifecycle import cdi, execs, process
+from nodeagent.lifecycle import cdi, execs, oomscore, process
 from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.handover import handover
 from nodeagent.lifecycle.hostpaths import HostPaths
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 KILL_PATIENCE_SECONDS = 10.0
 THAW_AFTER_SECONDS = 1.0
+USUAL_PERIOD_USEC = 100_000  # the kernel's
 
 
 class Containers:
@@ -141,8 +142,8 @@ class Containers:
         group = self._cgroups.create(container.cgroup_path, container.resources)
         undo.push_async_callback(self._remove_group, container)
         self._groups[container.id] = group
-        if sandbox.config.resources and not sandbox.config.cgroup_parent:
-            self.limit_pod(sandbox, sandbox.config.overhead, sandbox.config.resources)
+        if not sandbox.config.cgroup_parent:
+            self.limit_pod(sandbox)
         group.set_devices(seen.devices.rules)
         undo.push_async_callback(supervisor.remove, container.id)
         with handover(group) as fds:
@@ -291,16 +292,20 @@ class Containers:
         self._images.release(container.id)
         self._registry.forget(container)
 
-    def limit_pod(
-        self, sandbox: Sandbox, overhead: Resources | None, resources: Resources | None
-    ) -> None:
-        """Enforce a pod's own limits on the cgroup above its containers, which is made with the first of them."""
-        wanted = total(resources or Resources(), overhead or Resources())
+    def limit_pod(self, sandbox: Sandbox) -> None:
+        """Enforce a pod's own limits on the cgroup above its containers, which is made with the first of them.
+
+        Raises NotFound for one that is the caller's to make.
+        """
+        if sandbox.config.resources is None:
+            return
         try:
             group = self._cgroups.open_existing(sandbox.cgroup_parent)
         except NotFound:
+            if sandbox.config.cgroup_parent:
+                raise
             return
-        group.apply(wanted)
+        group.apply(total(sandbox.config.resources, sandbox.config.overhead or Resources()))
 
     async def _remove_group(self, container: Container) -> None:
         group = self._groups.pop(container.id, None)
@@ -320,8 +325,10 @@ class Containers:
             container = self._registry.container(container_id)
             if container.state == "exited":
                 raise FailedPrecondition(f'container "{name}": is exited')
-            self.group(container).apply(resources)
-            merged = _merge(container.resources, resources)
+            group, old = self.group(container), container.resources
+            with oomscore.changed(group.processes, old.oom_score_adj, resources.oom_score_adj):
+                group.apply(resources)
+            merged = merge(old, resources)
             self._registry.save(msgspec.structs.replace(container, resources=merged))
 
     async def exec_sync(
@@ -330,7 +337,7 @@ class Containers:
         """Run a command in a running container to its end; see `execs.exec_sync`."""
         container, supervisor = self.running(name)
         group = self.group(container)
-        return await execs.exec_sync(supervisor, group, container.id, argv, timeout_s)
+        return await execs.exec_sync(supervisor, group, container, argv, timeout_s)
 
     async def reopen_log(self, name: str) -> None:
         """After this the log file exists anew, and no byte goes to the old one."""
@@ -355,7 +362,8 @@ class Containers:
         await self._flights.close()
 
 
-def _merge(old: Resources, new: Resources) -> Resources:
+def merge(old: Resources, new: Resources) -> Resources:
+    """What is in force when `new` has been put upon `old`."""
     changes = {name: value for name in Resources.__struct_fields__ if (value := getattr(new, name))}
     for name in ("unified", "hugepage_limits"):
         if name in changes:
@@ -365,10 +373,15 @@ def _merge(old: Resources, new: Resources) -> Resources:
 
 def total(resources: Resources, overhead: Resources) -> Resources:
     """What a pod may use: its containers' sum and the overhead, where the containers have a limit."""
+    period = resources.cpu_period_usec or USUAL_PERIOD_USEC
+    quota = overhead.cpu_quota_usec * period // (overhead.cpu_period_usec or USUAL_PERIOD_USEC)
+    more = {
+        "cpu_quota_usec": quota,
+        "cpu_shares": overhead.cpu_shares,
+        "memory_limit_bytes": overhead.memory_limit_bytes,
+    }
     added = {
-        name: getattr(resources, name) + max(0, getattr(overhead, name))
-        for name in ("cpu_quota_usec", "cpu_shares", "memory_limit_bytes")
-        if getattr(resources, name) > 0
+        name: limit + max(0, more[name]) for name in more if (limit := getattr(resources, name)) > 0
     }
     return msgspec.structs.replace(resources, **added)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.lifecycle.handover import handover
+from nodeagent.records import Container
 from nodeagent.sandbox.client import ExecIO, Supervisor
 from nodeagent.sandbox.spec import ExecPlan
 
@@ -32,13 +33,17 @@ class ExecResult:
 async def exec_sync(
     supervisor: Supervisor,
     group: Cgroup,
-    container_id: str,
+    container: Container,
     argv: tuple[str, ...],
     timeout_s: float,
 ) -> ExecResult:
     """Run to the end. timeout_s 0 is no limit; raises TimeoutError when it is over, with the tree dead."""
     plan = ExecPlan(
-        container=container_id, argv=list(argv), tty=False, timeout_ms=round(timeout_s * 1000)
+        container=container.id,
+        argv=list(argv),
+        tty=False,
+        timeout_ms=round(timeout_s * 1000),
+        oom_score_adj=container.resources.oom_score_adj,
     )
     child = group.child(f"exec-{secrets.token_hex(4)}")
     try:
@@ -58,7 +63,7 @@ async def exec_sync(
         await discard(child)
     if end.timed_out:
         raise TimeoutError(
-            f'container "{container_id}": {argv[0]!r} ran longer than {timeout_s:g} s'
+            f'container "{container.id}": {argv[0]!r} ran longer than {timeout_s:g} s'
         )
     return ExecResult(stdout=stdout.data, stderr=stderr.data, exit_code=end.code)
 

@@ -16,9 +16,10 @@ from nodeagent.lifecycle import devices, filesystems, podfiles, process
 from nodeagent.lifecycle.devices import ContainerDevices
 from nodeagent.lifecycle.profiles import Profiles
 from nodeagent.lifecycle.registry import Registry
+from nodeagent.linux import syscalls
 from nodeagent.records import Container, ContainerConfig, Image, MountStatus, Sandbox
 from nodeagent.sandbox.seccomp_profile import Filter
-from nodeagent.sandbox.spec import ContainerPlan, ProcessPlan, Rlimit, Rootfs
+from nodeagent.sandbox.spec import Capabilities, ContainerPlan, ProcessPlan, Rlimit, Rootfs
 
 UMASK = 0o022
 
@@ -51,6 +52,7 @@ class Planner:
             Rlimit(resource=name, soft=soft, hard=hard)
             for name, soft, hard in config.rlimits.pairs()
         ]
+        _, self._held, _ = syscalls.capget()
         self._hierarchies = {
             mount.name: mount.options.split(",") if mount.type == "cgroup" else []
             for mount in cgroups.mounts()
@@ -58,10 +60,9 @@ class Planner:
 
     def look(self, config: ContainerConfig) -> Seen:
         """Reads the node's files and nothing of the agent's. Raises InvalidArgument, NotFound, Unsupported."""
-        capabilities = process.capability_sets(config.capabilities, privileged=config.privileged)
         return Seen(
             devices=devices.container_devices(config),
-            seccomp=self._profiles.seccomp(config, capabilities["bounding"]),
+            seccomp=self._profiles.seccomp(config, self._capabilities(config)["bounding"]),
         )
 
     def plan(
@@ -108,7 +109,7 @@ class Planner:
             env=process.environment(config, image.config, podfiles.hostname(sandbox.config)),
             cwd=config.working_dir or image.config.working_dir or "/",
             user=process.user(config, image.config),
-            capabilities=process.capability_sets(config.capabilities, privileged=config.privileged),
+            capabilities=self._capabilities(config),
             no_new_privs=config.no_new_privs,
             seccomp=base64.b64encode(seccomp.program).decode(),
             seccomp_flags=seccomp.flags,
@@ -123,6 +124,11 @@ class Planner:
             plan["uid_map"] = [filesystems.id_map(mapping) for mapping in user.uids]
             plan["gid_map"] = [filesystems.id_map(mapping) for mapping in user.gids]
         return plan
+
+    def _capabilities(self, config: ContainerConfig) -> Capabilities:
+        return process.capability_sets(
+            config.capabilities, privileged=config.privileged, held=self._held
+        )
 
     def mount_statuses(self, config: ContainerConfig) -> tuple[MountStatus, ...]:
         """What was asked to be mounted, with the digest behind each image volume."""

@@ -5,7 +5,7 @@ Every rule that an image's config and a container's config share is decided here
 
 import signal
 
-from nodeagent.errors import InvalidArgument
+from nodeagent.errors import InvalidArgument, Unsupported
 from nodeagent.linux import capabilities
 from nodeagent.records import CapabilityChange, ContainerConfig, ImageConfig
 from nodeagent.sandbox.spec import Capabilities, UserRequest
@@ -96,8 +96,11 @@ def stop_signal(config: ContainerConfig, image: ImageConfig) -> int:
         ) from None
 
 
-def capability_sets(change: CapabilityChange, *, privileged: bool) -> Capabilities:
-    """ALL first, then single additions, then drops; ambient additions are in all five sets."""
+def capability_sets(change: CapabilityChange, *, privileged: bool, held: int) -> Capabilities:
+    """ALL first, then single additions, then drops; ambient additions are in all five sets.
+
+    held: the agent's own; raises Unsupported for one that is added by name and is not among them.
+    """
     if privileged:
         return _sets(capabilities.known(), ambient=0)
     everything = capabilities.known()
@@ -105,7 +108,10 @@ def capability_sets(change: CapabilityChange, *, privileged: bool) -> Capabiliti
     if "ALL" in change.drop:
         effective = 0
     ambient = _mask(change.add_ambient) | (everything if "ALL" in change.add_ambient else 0)
-    effective = (effective | _mask(change.add) | ambient) & ~_mask(change.drop)
+    added = _mask(change.add) | _mask(change.add_ambient)
+    if missing := capabilities.names(added & ~held):
+        raise Unsupported(f"capabilities {', '.join(missing)}: the agent has not got them itself")
+    effective = (effective | added | ambient) & ~_mask(change.drop)
     return _sets(effective, ambient=ambient & effective)
 
 

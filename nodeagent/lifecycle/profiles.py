@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from nodeagent.errors import FailedPrecondition, Unsupported
+from nodeagent.errors import FailedPrecondition, InvalidArgument, Unsupported
 from nodeagent.lifecycle import apparmor
-from nodeagent.records import ContainerConfig, Profile
+from nodeagent.records import ContainerConfig
 from nodeagent.sandbox import seccomp_profile
 from nodeagent.sandbox.seccomp_profile import Filter
 
@@ -30,16 +30,17 @@ class Profiles:
 
     def apparmor(self, config: ContainerConfig) -> str:
         """The profile's name, or "" for none. Without a wish it is the default one, where there is that."""
-        profile = config.apparmor or Profile(kind="default")
-        if profile.kind == "unconfined" or config.privileged:
+        asked = config.apparmor
+        if config.privileged or (asked is not None and asked.kind == "unconfined"):
             return ""
-        if profile.kind == "default":
+        if asked is None:
             return apparmor.NAME if apparmor.is_loaded(apparmor.NAME) else ""
+        name = asked.ref or apparmor.NAME
         if not apparmor.is_enabled():
-            raise Unsupported(f'AppArmor profile "{profile.ref}": this kernel has no AppArmor')
-        if not apparmor.is_loaded(profile.ref):
-            raise FailedPrecondition(f'AppArmor profile "{profile.ref}": not loaded on this node')
-        return profile.ref
+            raise Unsupported(f'AppArmor profile "{name}": this kernel has no AppArmor')
+        if not apparmor.is_loaded(name):
+            raise FailedPrecondition(f'AppArmor profile "{name}": not loaded on this node')
+        return name
 
     def selinux(self, config: ContainerConfig) -> str:
         """The process label, or "" for none."""
@@ -48,4 +49,13 @@ class Profiles:
             return ""
         if not SELINUX.exists():
             raise Unsupported("selinux_options: this kernel has no SELinux")
-        return f"{options.user}:{options.role}:{options.type}:{options.level}"
+        parts = (options.user, options.role, options.type)
+        label = ":".join((*parts, options.level) if options.level else parts)
+        if not all(parts):
+            raise InvalidArgument(f'selinux_options: "{label}" lacks its user, role or type')
+        for mount in config.mounts:
+            if mount.selinux_relabel:
+                raise Unsupported(
+                    f'selinux_relabel of "{mount.container_path}": this agent labels no volumes'
+                )
+        return label

@@ -15,7 +15,7 @@ import msgspec
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import AlreadyExists, InvalidArgument, NotFound
 from nodeagent.lifecycle import podfiles
-from nodeagent.lifecycle.containers import Containers
+from nodeagent.lifecycle.containers import Containers, merge
 from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.registry import Pod, Registry, boot_id
 from nodeagent.lifecycle.slots import Slot, Slots, dismantle
@@ -81,6 +81,8 @@ class Sandboxes:
                 f'runtime handler "{runtime_handler}": not configured, there are '
                 + ", ".join(f'"{name}"' for name in sorted(self._handlers))
             )
+        if config.cgroup_parent:
+            self._cgroups.check_parent(config.cgroup_parent)
         key = _identity(config)
         what = f'pod sandbox "{config.namespace}/{config.name}"'
         return await self._flights.join(key, what, lambda: self._run(config, runtime_handler))
@@ -174,21 +176,24 @@ class Sandboxes:
     async def update_resources(
         self, name: str, overhead: Resources | None, resources: Resources | None
     ) -> None:
-        """Enforce the pod's limits on its cgroup and remember them."""
+        """Enforce the pod's limits on its cgroup and remember them. None, 0 and empty leave them as they are."""
         sandbox = self._registry.sandbox(name)
-        self._containers.limit_pod(sandbox, overhead, resources)
-        self._registry.save(
-            msgspec.structs.replace(
-                sandbox,
-                config=msgspec.structs.replace(
-                    sandbox.config, overhead=overhead, resources=resources
-                ),
-            )
+        config = msgspec.structs.replace(
+            sandbox.config,
+            overhead=_merged(sandbox.config.overhead, overhead),
+            resources=_merged(sandbox.config.resources, resources),
         )
+        changed = msgspec.structs.replace(sandbox, config=config)
+        self._containers.limit_pod(changed)
+        self._registry.save(changed)
 
     async def close(self) -> None:
         """Undo what is under way."""
         await self._flights.close()
+
+
+def _merged(old: Resources | None, new: Resources | None) -> Resources | None:
+    return merge(old, new) if old and new else new or old
 
 
 def _identity(config: SandboxConfig) -> tuple[str, str, str, int]:

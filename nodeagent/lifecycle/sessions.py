@@ -19,6 +19,7 @@ from nodeagent.lifecycle.execs import discard
 from nodeagent.lifecycle.handover import close_all, handover
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.lifecycle.supervision import Supervision
+from nodeagent.records import Container
 from nodeagent.sandbox.client import AttachIO, CgroupFds, ExecHandle, ExecIO, Supervisor
 from nodeagent.sandbox.spec import ExecPlan
 from nodeagent.streaming.backend import AttachRequest, ExecRequest, PortForwardRequest, Process
@@ -44,7 +45,7 @@ class Sessions:
         try:
             with handover(group) as fds:
                 run = _on_terminal if request.tty else _on_pipes
-                command = await run(supervisor, request, fds, size)
+                command = await run(supervisor, request, _plan(request, container), fds, size)
         except BaseException:
             await discard(group)
             raise
@@ -113,16 +114,16 @@ class Command:
 
 
 async def _on_terminal(
-    supervisor: Supervisor, request: ExecRequest, fds: CgroupFds, size: Size | None
+    supervisor: Supervisor, request: ExecRequest, plan: ExecPlan, fds: CgroupFds, size: Size | None
 ) -> Command:
-    handle = await supervisor.exec(_plan(request), ExecIO(), fds, size)
+    handle = await supervisor.exec(plan, ExecIO(), fds, size)
     assert handle.master is not None
     stdin = os.dup(handle.master) if request.stdin else None
     return Command(handle, stdin, handle.master, None)
 
 
 async def _on_pipes(
-    supervisor: Supervisor, request: ExecRequest, fds: CgroupFds, _: Size | None
+    supervisor: Supervisor, request: ExecRequest, plan: ExecPlan, fds: CgroupFds, _: Size | None
 ) -> Command:
     their_stdin, stdin = os.pipe2(os.O_CLOEXEC) if request.stdin else (None, None)
     stdout, their_stdout = os.pipe2(os.O_CLOEXEC) if request.stdout else (None, None)
@@ -133,7 +134,7 @@ async def _on_pipes(
             os.set_blocking(fd, False)
     streams = ExecIO(stdin=their_stdin, stdout=their_stdout, stderr=their_stderr)
     try:
-        handle = await supervisor.exec(_plan(request), streams, fds)
+        handle = await supervisor.exec(plan, streams, fds)
     except BaseException:
         close_all(ours)
         raise
@@ -142,9 +143,13 @@ async def _on_pipes(
     return Command(handle, *ours)
 
 
-def _plan(request: ExecRequest) -> ExecPlan:
+def _plan(request: ExecRequest, container: Container) -> ExecPlan:
     return ExecPlan(
-        container=request.container_id, argv=list(request.command), tty=request.tty, timeout_ms=0
+        container=container.id,
+        argv=list(request.command),
+        tty=request.tty,
+        timeout_ms=0,
+        oom_score_adj=container.resources.oom_score_adj,
     )
 
 

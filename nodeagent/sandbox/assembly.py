@@ -258,10 +258,11 @@ def has_own_dev(plan: ContainerPlan) -> bool:
 
 
 def _populate_dev(assembly: Assembly, plan: ContainerPlan) -> None:
-    """A /dev that is not ours may be the node's: nothing is made in it."""
+    """A /dev that is not ours may be the node's: nothing is made in it, it has to bring what was asked for."""
     own_dev = has_own_dev(plan)
-    devices = {device["path"]: device for device in rootfs.DEFAULT_DEVICES if own_dev}
-    devices |= {device["path"]: device for device in plan["devices"]}
+    usual = {device["path"]: device for device in rootfs.DEFAULT_DEVICES}
+    asked = {device["path"]: device for device in plan["devices"]}
+    devices = usual | asked if own_dev else asked
     parents: dict[str, int] = {}
     for path, device in devices.items():
         if own_dev or not path.startswith("/dev/"):
@@ -269,9 +270,17 @@ def _populate_dev(assembly: Assembly, plan: ContainerPlan) -> None:
             if parent not in parents:
                 parents[parent] = confined.make_path(assembly.root, parent, directory=True)
             _make_device(parents[parent], device, assembly.maps)
+        elif path not in usual and not plan["privileged"]:
+            _require_device(assembly.root, device)
     if own_dev:
         for name, target in rootfs.DEFAULT_LINKS.items():
             os.symlink(target, name, dir_fd=parents["/dev"])
+
+
+def _require_device(root: int, device: Device) -> None:
+    found = _find(root, device["path"])
+    if found is None or os.fstat(found).st_rdev != os.makedev(device["major"], device["minor"]):
+        raise InvalidArgument(f"device {device['path']}: what is mounted at /dev has not got it")
 
 
 def _make_device(parent: int, device: Device, maps: IdMaps) -> None:

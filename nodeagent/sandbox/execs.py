@@ -20,7 +20,7 @@ from nodeagent.sandbox.groups import Group
 from nodeagent.sandbox.loop import READABLE, Timer
 from nodeagent.sandbox.peers import Peer, Request
 from nodeagent.sandbox.pod import Pod
-from nodeagent.sandbox.spec import ExecPlan, Identity
+from nodeagent.sandbox.spec import ExecPlan, Identity, ProcessPlan
 
 
 class Exec:
@@ -47,6 +47,12 @@ class Exec:
         self._killed = False
         self._followed = False
         self._loop = execs.pod.loop
+
+    @property
+    def settings(self) -> ProcessPlan:
+        settings = self.container.plan["process"]
+        score = self.plan.get("oom_score_adj", settings["oom_score_adj"])
+        return {**settings, "oom_score_adj": score}
 
     def begin(self, child: Child, status: socket.socket) -> None:
         self.pid, self._pidfd = child
@@ -203,7 +209,7 @@ class Execs:
         try:
             with self.pod.children_join(None if given.hidden else target):
                 child = self.pod.children.spawn(
-                    lambda: init.run_exec(exec_.plan, container.plan["process"], given),
+                    lambda: init.run_exec(exec_.plan, exec_.settings, given),
                     exec_.first_ended,
                     keep=[fd for fd in (*given[:5], userns, *tasks) if fd >= 0],
                     cgroup=cgroup,

@@ -190,13 +190,14 @@ class ContainerPlan(TypedDict):
 class ExecPlan(TypedDict):
     """A further process in a running container; everything else is as in the container's ProcessPlan.
 
-    timeout_ms: the whole tree is killed then; 0 is never.
+    timeout_ms: the whole tree is killed then; 0 is never. oom_score_adj: where it may have changed since.
     """
 
     container: str
     argv: list[str]
     tty: bool
     timeout_ms: int
+    oom_score_adj: NotRequired[int]
 
 
 class Exit(TypedDict):

@@ -22,7 +22,8 @@ DEFAULTS = {
 
 _OWNERS = (
     (re.compile(r"net\..+"), "net"),
-    (re.compile(r"kernel\.(msg.*|sem|shm.*)"), "ipc"),
+    (re.compile(r"kernel\.(auto_msgmni|msg.*|sem|shm.*)"), "ipc"),
+    (re.compile(r"kernel\.domainname"), "uts"),
     (re.compile(r"fs\.mqueue\..+"), "ipc"),
 )
 _PART = re.compile(r"[A-Za-z0-9_.@:-]{1,255}")

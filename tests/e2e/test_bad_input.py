@@ -100,6 +100,11 @@ def test_malformed_pods(cri: Cri) -> None:
         "cgroup_parent",
         lambda: cri.pod(linux=pb.LinuxPodSandboxConfig(cgroup_parent="a/../b")),
     )
+    refused(
+        INVALID,
+        'cgroup "/": not an absolute path below the root',
+        lambda: cri.pod(linux=pb.LinuxPodSandboxConfig(cgroup_parent="/")),
+    )
     refused(INVALID, "log_directory", lambda: cri.pod(log_directory="relative"))
 
 

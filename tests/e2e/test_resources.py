@@ -1,14 +1,17 @@
 """Limits in force, statistics that are true, metrics that Prometheus can read."""
 
+import json
 import time
 import urllib.request
+from pathlib import Path
 
 import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nodeagent.api import runtime_pb2 as pb
-from tests.cri import Container, Cri, options
+from nodeagent.linux import capabilities, syscalls
+from tests.cri import Container, Cri, options, pod_options, refused
 from tests.node import wait_for
 
 LIMITS = pb.LinuxContainerResources(
@@ -53,6 +56,75 @@ def test_update_is_all_or_nothing(cri: Cri) -> None:
         cri.agent.runtime.UpdateContainerResources(request)
     assert container.shell(CPU_LIMIT).split()[0] == "50000"
     assert container.status.resources.linux.cpu_quota == 50_000
+    container.pod.remove()
+
+
+def test_update_of_the_oom_score(cri: Cri) -> None:
+    """Of processes that run, of those that are forked or executed later, and in the status."""
+    pod = cri.pod(linux=pod_options(pid=pb.CONTAINER))
+    container = pod.run("sh", "-c", "sleep 1000 & wait")
+    scores = "cat /proc/self/oom_score_adj /proc/1/oom_score_adj /proc/2/oom_score_adj"
+    assert set(container.shell(scores).split()) == {"0"}
+    update = pb.LinuxContainerResources(oom_score_adj=500)
+    request = pb.UpdateContainerResourcesRequest(container_id=container.id, linux=update)
+    cri.agent.runtime.UpdateContainerResources(request)
+    assert set(container.shell(scores).split()) == {"500"}
+    assert container.status.resources.linux.oom_score_adj == 500
+    request.linux.CopyFrom(pb.LinuxContainerResources(oom_score_adj=600, cpuset_cpus="999"))
+    with pytest.raises(grpc.RpcError):
+        cri.agent.runtime.UpdateContainerResources(request)
+    assert set(container.shell(scores).split()) == {"500"}
+    assert container.status.resources.linux.oom_score_adj == 500
+    container.pod.remove()
+
+
+def test_an_oom_score_that_cannot_be_had(cri: Cri) -> None:
+    """Either it is in force, or the answer says why it is not."""
+    container = cri.pod(linux=pod_options(pid=pb.CONTAINER)).run()
+    update = pb.LinuxContainerResources(oom_score_adj=-900)
+    request = pb.UpdateContainerResourcesRequest(container_id=container.id, linux=update)
+    wanted = -900 if capabilities.mask(["SYS_RESOURCE"]) & syscalls.capget()[1] else 0
+    if wanted:
+        cri.agent.runtime.UpdateContainerResources(request)
+    else:
+        refused(
+            grpc.StatusCode.PERMISSION_DENIED,
+            "oom_score_adj -900: needs CAP_SYS_RESOURCE",
+            lambda: cri.agent.runtime.UpdateContainerResources(request),
+        )
+    assert container.shell("cat /proc/1/oom_score_adj") == str(wanted)
+    assert container.status.resources.linux.oom_score_adj == wanted
+    container.pod.remove()
+
+
+def pod_memory_limit(container: Container) -> int:
+    """Of the cgroup above the container's, which the agent made for the pod."""
+    request = pb.ContainerStatusRequest(container_id=container.id, verbose=True)
+    info = json.loads(container.pod.cri.agent.runtime.ContainerStatus(request).info["info"])
+    parent = str(Path(info["cgroupPath"]).parent)
+    files = (
+        Path(f"/sys/fs/cgroup{parent}/memory.max"),
+        Path(f"/sys/fs/cgroup/memory{parent}/memory.limit_in_bytes"),
+    )
+    return next(int(file.read_text()) for file in files if file.exists())
+
+
+def test_limits_of_a_pod(cri: Cri) -> None:
+    """What an update does not speak of stays, the overhead too."""
+    mib = 1 << 20
+    linux = pb.LinuxPodSandboxConfig(
+        resources=pb.LinuxContainerResources(memory_limit_in_bytes=64 * mib, cpu_shares=512),
+        overhead=pb.LinuxContainerResources(memory_limit_in_bytes=8 * mib),
+    )
+    container = cri.pod(linux=linux).run()
+    assert pod_memory_limit(container) == 72 * mib
+    more = pb.LinuxContainerResources(memory_limit_in_bytes=128 * mib)
+    request = pb.UpdatePodSandboxResourcesRequest(pod_sandbox_id=container.pod.id, resources=more)
+    cri.agent.runtime.UpdatePodSandboxResources(request)
+    assert pod_memory_limit(container) == 136 * mib
+    status = pb.PodSandboxStatusRequest(pod_sandbox_id=container.pod.id, verbose=True)
+    info = json.loads(cri.agent.runtime.PodSandboxStatus(status).info["info"])
+    assert info["config"]["resources"] == {"cpu_shares": 512, "memory_limit_bytes": 128 * mib}
     container.pod.remove()
 
 

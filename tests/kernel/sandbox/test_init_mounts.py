@@ -1,6 +1,7 @@
 """The mount plan, executed: what a container sees, and what it does to the node."""
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -144,6 +145,25 @@ def test_a_dev_of_the_request_is_left_alone(plan: Plan, volume: Path) -> None:
         process.go()
         assert process.output() == "file\n"
     assert os.listdir(volume) == ["file"]
+
+
+def test_a_device_that_a_dev_of_the_request_lacks(plan: Plan, volume: Path) -> None:
+    """Asked for, it is there, be it by the mount, or the container is not made."""
+    added = [mount for mount in DEFAULT if not mount["target"].startswith("/dev")]
+    asked = rootfs.character_device("/dev/fuse", 10, 229)
+    mounts = [*added, rootfs.bind(str(volume), "/dev")]
+    for number in (None, 228):
+        if number:
+            os.mknod(volume / "fuse", stat.S_IFCHR | 0o666, os.makedev(10, number))
+        with start(plan("true", mounts=mounts, devices=[asked])) as process:
+            assert process.message["error"] == "InvalidArgument"
+            assert "device /dev/fuse: what is mounted at /dev" in process.message["text"]
+    os.unlink(volume / "fuse")
+    os.mknod(volume / "fuse", stat.S_IFCHR | 0o666, os.makedev(10, 229))
+    made = plan("ls /dev", mounts=mounts, devices=[asked])
+    with start(made, stdin=os.open("/dev/null", os.O_RDONLY)) as process:
+        process.go()
+        assert process.output() == "file\nfuse\n"
 
 
 # ---- masks ----

@@ -152,17 +152,22 @@ async def test_a_route_socket_is_inside_the_pod(node: Node) -> None:
 async def test_hostname_sysctls_and_shm(node: Node) -> None:
     pod = await node.pod(
         hostname="web-0",
-        sysctls={"net.ipv4.ip_forward": "1", "kernel.shm_rmid_forced": "1"},
+        sysctls={
+            "net.ipv4.ip_forward": "1",
+            "kernel.shm_rmid_forced": "1",
+            "kernel.domainname": "here",
+        },
         shm_bytes=1 << 20,
     )
     await pod.run("hostname; cat /proc/sys/net/ipv4/ip_forward /proc/sys/kernel/shm_rmid_forced")
     await pod.supervisor.wait("main")
     await pod.run(
-        "cat /proc/sys/kernel/hostname /proc/sys/net/ipv4/ip_unprivileged_port_start", "b"
+        "cd /proc/sys; cat kernel/hostname kernel/domainname net/ipv4/ip_unprivileged_port_start",
+        "b",
     )
     await pod.supervisor.wait("b")
     assert pod.log()[-2:] == ["1", "1"]
-    assert pod.log("b") == ["web-0", "0"]
+    assert pod.log("b") == ["web-0", "here", "0"]
     shm = os.statvfs(pod.directory / "shm")
     assert shm.f_blocks * shm.f_frsize == 1 << 20
     assert stat.S_IMODE((pod.directory / "shm").stat().st_mode) == 0o1777

@@ -70,7 +70,7 @@ def test_memory_from_no_limit(tmp_path: Path) -> None:
 
 
 def test_swap_below_the_memory_limit_in_force(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument, match="memory_swap_limit_bytes: 99"):
+    with pytest.raises(InvalidArgument, match="memory_swap_limit_in_bytes: 99"):
         plan(tmp_path, Resources(memory_swap_limit_bytes=99), LIMITED)
 
 

@@ -8,13 +8,15 @@ from google.protobuf.message import Message
 
 from nodeagent.api import runtime_pb2 as pb
 
-RESOURCES = """
-    cpu_period: 50000 cpu_quota: 25000 cpu_shares: 512
-    memory_limit_in_bytes: 1048576 memory_swap_limit_in_bytes: 2097152
-    oom_score_adj: -5 cpuset_cpus: "0-3,7" cpuset_mems: "0"
-    hugepage_limits { page_size: "2MB" limit: 4096 }
-    unified { key: "memory.high" value: "max" }
+OVERHEAD = "cpu_period: 50000 cpu_quota: 25000 cpu_shares: 512 memory_limit_in_bytes: 1048576"
+
+POD_RESOURCES = f"""
+    {OVERHEAD} memory_swap_limit_in_bytes: 2097152 cpuset_cpus: "0-3,7" cpuset_mems: "0"
+    hugepage_limits {{ page_size: "2MB" limit: 4096 }}
+    unified {{ key: "memory.high" value: "max" }}
 """
+
+RESOURCES = f"{POD_RESOURCES} oom_score_adj: -5"
 
 SANDBOX = f"""
     metadata {{ name: "web" uid: "u-1" namespace: "default" attempt: 3 }}
@@ -42,8 +44,8 @@ SANDBOX = f"""
         apparmor {{ profile_type: Localhost localhost_ref: "mine" }}
       }}
       sysctls {{ key: "net.ipv4.tcp_syncookies" value: "1" }}
-      overhead {{ {RESOURCES} }}
-      resources {{ {RESOURCES} }}
+      overhead {{ {OVERHEAD} }}
+      resources {{ {POD_RESOURCES} }}
     }}
 """
 
@@ -62,7 +64,10 @@ CONTAINER = f"""
     }}
     mounts {{
       container_path: "/model" readonly: true image_sub_path: "weights"
-      image {{ image: "sha256:def" user_specified_image: "model:1" }}
+      image {{
+        image: "sha256:def" user_specified_image: "model:1" runtime_handler: "h"
+        annotations {{ key: "k" value: "v" }}
+      }}
     }}
     devices {{ container_path: "/dev/a" host_path: "/dev/b" permissions: "rw" }}
     CDI_devices {{ name: "vendor.com/gpu=0" }}

@@ -64,6 +64,18 @@ async def test_pulls_that_are_malformed(client: Client) -> None:
     await pull(client, image=spec("a", handler="kata"))
 
 
+async def test_handlers_and_references_are_checked_in_every_call(client: Client) -> None:
+    for image in (spec("a", handler="gvisor"), pb.ImageSpec(image="a", image_ref="a@sha256:b")):
+        requests = (
+            client.images.ImageStatus(pb.ImageStatusRequest(image=image)),
+            client.images.RemoveImage(pb.RemoveImageRequest(image=image)),
+            client.images.ListImages(pb.ListImagesRequest(filter=pb.ImageFilter(image=image))),
+        )
+        for request in requests:
+            with pytest.raises(grpc.aio.AioRpcError, match=r"image\.(runtime_handler|image_ref): "):
+                await request
+
+
 async def test_an_image_that_is_not_here_is_no_error(client: Client) -> None:
     status = await client.images.ImageStatus(pb.ImageStatusRequest(image=spec("none")))
     assert not status.HasField("image")

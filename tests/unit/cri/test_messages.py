@@ -45,7 +45,7 @@ def test_a_pod_on_the_nodes_network_has_no_network() -> None:
 
 def test_a_container_comes_back_as_it_was_configured() -> None:
     asked = samples.container()
-    config = container_config(asked, POD)
+    config = container_config(asked, POD, "h")
     record = records.container(
         mounts=[MountStatus(config=mount, image_ref="m@sha256:1") for mount in config.mounts],
         resources=config.resources,

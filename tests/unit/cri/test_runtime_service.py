@@ -232,6 +232,17 @@ async def test_a_container_is_checked_against_its_pod(client: Client) -> None:
     assert await code(client.runtime.CreateContainer(request)) == grpc.StatusCode.NOT_FOUND
 
 
+async def test_an_image_may_be_meant_for_its_pods_handler(client: Client) -> None:
+    run = pb.RunPodSandboxRequest(config=samples.simple_sandbox(), runtime_handler="kata")
+    pod_id = (await client.runtime.RunPodSandbox(run)).pod_sandbox_id
+    config = samples.simple_container(image=pb.ImageSpec(image="busybox", runtime_handler="kata"))
+    request = pb.CreateContainerRequest(pod_sandbox_id=pod_id, config=config)
+    assert (await client.runtime.CreateContainer(request)).container_id
+    request.config.image.runtime_handler = "gvisor"
+    call = client.runtime.CreateContainer(request)
+    assert await code(call) == grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_verbose_status_of_a_container_is_json(client: Client) -> None:
     made = await container(client, command=["a"], envs=[pb.KeyValue(key="A", value=b"\xff=")])
     request = pb.ContainerStatusRequest(container_id=made.id, verbose=True)
@@ -250,9 +261,13 @@ async def test_update_of_a_containers_resources(client: Client) -> None:
     await client.runtime.UpdateContainerResources(request)
     status = await client.runtime.ContainerStatus(pb.ContainerStatusRequest(container_id=made.id))
     assert status.status.resources.linux.memory_limit_in_bytes == 1 << 20
-    request.windows.cpu_count = 1
-    call = client.runtime.UpdateContainerResources(request)
-    assert await code(call) == grpc.StatusCode.UNIMPLEMENTED
+    for field in (
+        {"windows": pb.WindowsContainerResources(cpu_count=1)},
+        {"annotations": {"a": "b"}},
+    ):
+        odd = pb.UpdateContainerResourcesRequest(container_id=made.id, **field)
+        call = client.runtime.UpdateContainerResources(odd)
+        assert await code(call) == grpc.StatusCode.UNIMPLEMENTED
 
 
 @pytest.mark.parametrize("seconds", [-1, 1 << 40])
@@ -322,6 +337,8 @@ async def test_streams_need_something_that_runs(client: Client) -> None:
     run.tty = run.stderr = True
     assert await code(client.runtime.Exec(run)) == grpc.StatusCode.INVALID_ARGUMENT
     attach = pb.AttachRequest(container_id=made.id, tty=True, stdout=True)
+    assert await code(client.runtime.Attach(attach)) == grpc.StatusCode.INVALID_ARGUMENT
+    attach = pb.AttachRequest(container_id=made.id, stdin=True, stdout=True)
     assert await code(client.runtime.Attach(attach)) == grpc.StatusCode.INVALID_ARGUMENT
     await client.runtime.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id=made.sandbox_id))
     forward = pb.PortForwardRequest(pod_sandbox_id=made.sandbox_id, port=[80])

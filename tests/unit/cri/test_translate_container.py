@@ -2,6 +2,7 @@
 
 import signal
 
+import msgspec
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
@@ -25,14 +26,19 @@ from tests.unit.cri import samples
 from tests.unit.cri.test_translate_sandbox import LIMITS
 
 POD = SandboxConfig(
-    name="web", uid="u-1", namespace="default", privileged=True, namespaces=Namespaces()
+    name="web",
+    uid="u-1",
+    namespace="default",
+    log_directory="/var/log/pods/web",
+    privileged=True,
+    namespaces=Namespaces(),
 )
-UNPRIVILEGED = SandboxConfig(name="web", uid="u-1", namespace="default")
+UNPRIVILEGED = msgspec.structs.replace(POD, privileged=False)
 BLOCK = (IdMapping(inside=0, outside=65_536, length=65_536),)
 
 
 def test_every_field_arrives() -> None:
-    assert container_config(samples.container(), POD) == ContainerConfig(
+    assert container_config(samples.container(), POD, "h") == ContainerConfig(
         name="main",
         attempt=2,
         image="sha256:abc",
@@ -59,6 +65,8 @@ def test_every_field_arrives() -> None:
                 readonly=True,
                 image="sha256:def",
                 image_user_specified="model:1",
+                image_annotations={"k": "v"},
+                image_runtime_handler="h",
                 image_sub_path="weights",
             ),
         ),
@@ -91,9 +99,7 @@ def test_every_field_arrives() -> None:
 
 CONTEXT = "linux.security_context."
 ELSEWHERE = {
-    "image.image_ref",  # of statuses only
-    "mounts.image.annotations",  # nothing of a volume depends on them
-    "mounts.image.runtime_handler",
+    "image.image_ref",
     "mounts.image.image_ref",
     "mounts.propagation",
     "mounts.uidMappings.container_id",
@@ -114,7 +120,8 @@ def test_no_field_is_forgotten(path: str) -> None:
     config = samples.container()
     assert samples.without(config, path), "the sample has not got this field"
     try:
-        assert container_config(config, POD) != container_config(samples.container(), POD)
+        whole = container_config(samples.container(), POD, "h")
+        assert container_config(config, POD, "h") != whole
     except InvalidArgument:
         return
 
@@ -168,6 +175,20 @@ def test_the_other_namespaces_are_the_pods() -> None:
         userns_options=pb.UserNamespace(mode=pb.POD, uids=[mapping], gids=[mapping]),
     )
     assert container_config(samples.in_container(namespace_options=options), pod).namespaces == own
+
+
+def test_an_image_volume_is_mapped_as_its_pod() -> None:
+    user = UserNamespace(mode="pod", uids=BLOCK, gids=BLOCK)
+    pod = msgspec.structs.replace(POD, namespaces=Namespaces(user=user))
+    mapping = pb.IDMapping(container_id=0, host_id=65_536, length=65_536)
+    config = container_config(volume(uidMappings=[mapping], gidMappings=[mapping]), pod)
+    assert (config.mounts[0].uids, config.mounts[0].gids) == (BLOCK, BLOCK)
+
+
+def test_a_log_needs_a_directory() -> None:
+    pod = SandboxConfig(name="web", uid="u-1", namespace="default")
+    with pytest.raises(InvalidArgument, match=r"config\.log_path: the pod has no log_directory"):
+        container_config(samples.simple_container(log_path="main.log"), pod)
 
 
 def test_users_by_name() -> None:
@@ -251,6 +272,14 @@ ROOT = pb.IDMapping(container_id=0, host_id=1, length=1)
         (pb.ContainerConfig(), "config.metadata.name: is required"),
         (pb.ContainerConfig(metadata=pb.ContainerMetadata(name="x")), "config.image.image"),
         (samples.simple_container(image=pb.ImageSpec(image="a\n")), "config.image.image"),
+        (
+            samples.simple_container(image=pb.ImageSpec(runtime_handler="h")),
+            'config.image.runtime_handler: "h" is none of ""',
+        ),
+        (
+            samples.simple_container(image=pb.ImageSpec(image_ref="a@sha256:b")),
+            "config.image.image_ref: is for answers",
+        ),
         (samples.simple_container(command=["a", "b\0"]), "config.command[1]: has a NUL"),
         (samples.simple_container(args=["\0"]), "config.args[0]"),
         (samples.simple_container(args=["x"] * 100_001), "config.args: has 100001 entries"),
@@ -280,6 +309,12 @@ ROOT = pb.IDMapping(container_id=0, host_id=1, length=1)
         (mount(image_sub_path="x"), "config.mounts[0].image_sub_path"),
         (volume(host_path="/b"), "config.mounts[0].image: a mount has a host_path or an image"),
         (volume(image=pb.ImageSpec()), "config.mounts[0].image.image"),
+        (volume(image=pb.ImageSpec(runtime_handler="h")), "mounts[0].image.runtime_handler"),
+        (volume(image=pb.ImageSpec(image_ref="r")), "mounts[0].image.image_ref"),
+        (
+            volume(uidMappings=[ROOT], gidMappings=[ROOT]),
+            "config.mounts[0].uidMappings: an image is mapped as its pod is",
+        ),
         (volume(readonly=False), "config.mounts[0].readonly"),
         (volume(propagation=1), "config.mounts[0].propagation"),
         (volume(image_sub_path="../etc"), "config.mounts[0].image_sub_path"),

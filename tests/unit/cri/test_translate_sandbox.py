@@ -1,5 +1,6 @@
 """PodSandboxConfig to record: every field arrives or is refused by its name."""
 
+import msgspec
 import pytest
 from google.protobuf.message import Message
 
@@ -19,6 +20,9 @@ from nodeagent.records import (
 )
 from tests.unit.cri import samples
 
+OVERHEAD = Resources(
+    cpu_period_usec=50_000, cpu_quota_usec=25_000, cpu_shares=512, memory_limit_bytes=1 << 20
+)
 LIMITS = Resources(
     cpu_period_usec=50_000,
     cpu_quota_usec=25_000,
@@ -68,13 +72,21 @@ def test_every_field_arrives() -> None:
         seccomp=Profile(kind="localhost", ref="/p.json"),
         apparmor=Profile(kind="localhost", ref="mine"),
         selinux=SELinux(user="u", role="r", type="t", level="s0:c1,c2"),
-        overhead=LIMITS,
-        resources=LIMITS,
+        overhead=OVERHEAD,
+        resources=msgspec.structs.replace(LIMITS, oom_score_adj=0),
     )
 
 
-# Those that the sample cannot have beside others, or has at their zero value.
+# Those that the sample cannot have beside others, or has at their zero value, and those that are refused.
 ELSEWHERE = {
+    "linux.resources.oom_score_adj",
+    "linux.overhead.memory_swap_limit_in_bytes",
+    "linux.overhead.oom_score_adj",
+    "linux.overhead.cpuset_cpus",
+    "linux.overhead.cpuset_mems",
+    "linux.overhead.hugepage_limits.page_size",
+    "linux.overhead.hugepage_limits.limit",
+    "linux.overhead.unified",
     "linux.security_context.seccomp_profile_path",
     "linux.security_context.namespace_options.network",
     "linux.security_context.namespace_options.ipc",
@@ -128,6 +140,12 @@ def test_a_mapping_without_host_port_is_kept() -> None:
     assert config.port_mappings == (PortMapping(protocol="tcp", container_port=80, host_port=0),)
 
 
+def test_ports_on_the_nodes_network_are_what_they_are() -> None:
+    mappings = [pb.PortMapping(container_port=80), pb.PortMapping(container_port=81, host_port=81)]
+    ports = sandbox_config(on_node(port_mappings=mappings)).port_mappings
+    assert [port.host_port for port in ports] == [0, 81]
+
+
 def test_network_and_ipc_of_the_node() -> None:
     options = pb.NamespaceOption(network=pb.NODE, ipc=pb.NODE, pid=pb.NODE)
     config = sandbox_config(samples.in_sandbox(namespace_options=options))
@@ -158,6 +176,10 @@ def users(**fields: object) -> pb.PodSandboxConfig:
 
 def limits(**fields: object) -> pb.PodSandboxConfig:
     return linux(resources=pb.LinuxContainerResources(**fields))  # type: ignore[arg-type]
+
+
+def overhead(**fields: object) -> pb.PodSandboxConfig:
+    return linux(overhead=pb.LinuxContainerResources(**fields))  # type: ignore[arg-type]
 
 
 def on_node(**fields: object) -> pb.PodSandboxConfig:
@@ -212,6 +234,10 @@ LOCALHOST = pb.SecurityProfile.Localhost
             samples.simple_sandbox(port_mappings=[pb.PortMapping(host_ip="here")]),
             "config.port_mappings[0].host_ip",
         ),
+        (
+            on_node(port_mappings=[pb.PortMapping(container_port=80, host_port=8080)]),
+            "port_mappings[0].host_port: 8080 is not the container's 80",
+        ),
         (linux(cgroup_parent="pods"), "config.linux.cgroup_parent"),
         (linux(cgroup_parent="/a/../b"), "config.linux.cgroup_parent"),
         (linux(sysctls={"kernel.shm_rmid_forced+x": "1"}), "config.linux.sysctls"),
@@ -223,7 +249,10 @@ LOCALHOST = pb.SecurityProfile.Localhost
         (on_node(linux=linux(sysctls={"net.core.somaxconn": "1"}).linux), "has not got"),
         (on_node(linux=linux(sysctls={"kernel.sem": "1"}).linux), "has not got"),
         (on_node(linux=linux(sysctls={"fs.mqueue.msg_max": "1"}).linux), "has not got"),
-        (namespaces(network=pb.CONTAINER), "namespace_options.network"),
+        (
+            namespaces(network=pb.CONTAINER),
+            "namespace_options.network: 1 is none of 0 (pod), 2 (node)",
+        ),
         (namespaces(ipc=pb.TARGET), "namespace_options.ipc"),
         (namespaces(pid=pb.TARGET, target_id="x"), "namespace_options.pid"),
         (namespaces(target_id="x"), "namespace_options.target_id"),
@@ -270,7 +299,7 @@ LOCALHOST = pb.SecurityProfile.Localhost
             limits(memory_limit_in_bytes=-1, memory_swap_limit_in_bytes=2),
             "resources.memory_swap_limit_in_bytes",
         ),
-        (limits(oom_score_adj=1001), "resources.oom_score_adj"),
+        (limits(oom_score_adj=1), "resources.oom_score_adj: is of a container"),
         (limits(cpuset_cpus="0-"), "resources.cpuset_cpus"),
         (limits(cpuset_mems="0\n1"), "resources.cpuset_mems"),
         (limits(hugepage_limits=[pb.HugepageLimit(page_size="2M")]), "hugepage_limits[0]"),
@@ -283,7 +312,9 @@ LOCALHOST = pb.SecurityProfile.Localhost
         (limits(unified={"memory": "1"}), "resources.unified"),
         (limits(unified={"memory.max": "1\n2"}), 'resources.unified["memory.max"]'),
         (limits(unified={f"a.b{n}": "" for n in range(257)}), "resources.unified"),
-        (linux(overhead=pb.LinuxContainerResources(cpu_shares=-1)), "linux.overhead.cpu_shares"),
+        (overhead(cpu_shares=-1), "linux.overhead.cpu_shares"),
+        (overhead(cpuset_cpus="0"), "linux.overhead.cpuset_cpus: cannot be added"),
+        (overhead(unified={"pids.max": "1"}), "linux.overhead.unified: cannot be added"),
     ],
 )
 def test_refusals_name_the_field(config: Message, field: str) -> None:

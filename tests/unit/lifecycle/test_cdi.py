@@ -21,6 +21,8 @@ SPEC = {
             },
         },
         {"name": "hooked", "containerEdits": {"hooks": [{"hookName": "createContainer"}]}},
+        {"name": "cache", "containerEdits": {"intelRdt": {"closID": "a"}}},
+        {"name": "nic", "containerEdits": {"netDevices": [{"hostInterfaceName": "eth1"}]}},
     ],
     "containerEdits": {
         "mounts": [
@@ -63,9 +65,13 @@ def test_unknown_device(directory: Path) -> None:
         inject(config("vendor.com/gpu=1"), [directory])
 
 
-def test_hooks_are_refused(directory: Path) -> None:
-    with pytest.raises(Unsupported, match="hooks"):
-        inject(config("vendor.com/gpu=hooked"), [directory])
+@pytest.mark.parametrize(
+    ("device", "text"),
+    [("hooked", "hooks"), ("cache", "intelRdt"), ("nic", "moves network devices")],
+)
+def test_what_nobody_here_can_do_is_refused(directory: Path, device: str, text: str) -> None:
+    with pytest.raises(Unsupported, match=text):
+        inject(config(f"vendor.com/gpu={device}"), [directory])
 
 
 def test_without_devices_nothing_is_read(tmp_path: Path) -> None:

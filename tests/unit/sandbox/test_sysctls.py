@@ -16,6 +16,8 @@ ALL = ("net", "ipc", "uts")
         "kernel.shm_rmid_forced",
         "kernel.msgmax",
         "kernel.sem",
+        "kernel.auto_msgmni",
+        "kernel.domainname",
         "fs.mqueue.msg_max",
     ],
 )

@@ -1,0 +1,32 @@
+"""What limits add up to."""
+
+from nodeagent.lifecycle.containers import merge, total
+from nodeagent.records import Resources
+
+
+def test_a_pod_has_the_limits_of_its_containers_and_its_overhead() -> None:
+    containers = Resources(cpu_quota_usec=50_000, cpu_shares=512, memory_limit_bytes=1000)
+    overhead = Resources(cpu_quota_usec=10_000, cpu_shares=2, memory_limit_bytes=24)
+    assert total(containers, overhead) == Resources(
+        cpu_quota_usec=60_000, cpu_shares=514, memory_limit_bytes=1024
+    )
+
+
+def test_overhead_limits_nothing_alone() -> None:
+    overhead = Resources(cpu_quota_usec=10_000, cpu_shares=2, memory_limit_bytes=24)
+    for containers in (Resources(), Resources(cpu_quota_usec=-1, memory_limit_bytes=-1)):
+        assert total(containers, overhead) == containers
+
+
+def test_quotas_of_different_periods() -> None:
+    containers = Resources(cpu_period_usec=50_000, cpu_quota_usec=50_000)
+    overhead = Resources(cpu_quota_usec=10_000)
+    assert total(containers, overhead).cpu_quota_usec == 55_000
+
+
+def test_what_is_not_set_stays() -> None:
+    old = Resources(cpu_shares=2, memory_limit_bytes=5, unified={"a.b": "1", "c.d": "1"})
+    new = Resources(memory_limit_bytes=-1, unified={"c.d": "2"})
+    assert merge(old, new) == Resources(
+        cpu_shares=2, memory_limit_bytes=-1, unified={"a.b": "1", "c.d": "2"}
+    )
