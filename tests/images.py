@@ -177,11 +177,11 @@ def _programs_identity() -> bytes:
     return repr([(str(path), path.stat().st_size) for path in programs]).encode()
 
 
-def _compiled(source: str) -> bytes:
-    """The static program that gcc makes of `source`; no build ID, so the same bytes each time."""
+def compiled(source: str, kind: str = "-static") -> bytes:
+    """What gcc makes of `source`: a static program, or a library; no build ID, so the same bytes each time."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "main.c").write_text(source)
-        command = "gcc -Os -static -s -Wl,--build-id=none -o main main.c"
+        command = f"gcc -Os {kind} -s -Wl,--build-id=none -o main main.c"
         subprocess.run(command.split(), cwd=folder, check=True)
         return Path(folder, "main").read_bytes()
 
@@ -427,7 +427,7 @@ def _marked(repository: str, *tags: str) -> Image:
 
 
 def _pause(version: str) -> Image:
-    tree = _cached("pause", lambda: Tree().file("pause", _compiled(PAUSE), 0o755))
+    tree = _cached("pause", lambda: Tree().file("pause", compiled(PAUSE), 0o755))
     config = {
         "Env": [PATH],
         "Entrypoint": ["/pause"],
@@ -456,7 +456,7 @@ def _kubernetes() -> list[Image]:
     repository = "e2e-test-images/"
     httpd = (_base(), _cached("httpd", _httpd))
     httpd_config = {"Env": [PATH], "Cmd": ["httpd-foreground"], "StopSignal": "SIGKILL"}
-    setuid = _cached("nnp", lambda: Tree().file("nnp", _compiled(EFFECTIVE_UID), 0o4755))
+    setuid = _cached("nnp", lambda: Tree().file("nnp", compiled(EFFECTIVE_UID), 0o4755))
     return [
         *(_pause(version) for version in ("3.9", "3.10", "3.10.1", "3.10.2")),
         Image(

@@ -1,0 +1,67 @@
+"""A real agent to attack, images made for it, and a check that the node's files stay as they are."""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from nodeagent.api import runtime_pb2 as pb
+from tests import fake_registry, images
+from tests.cri import Cri
+from tests.e2e.conftest import agent, cri
+from tests.registry import Registry
+from tests.tars import Member
+
+__all__ = ["agent", "cri"]
+
+PullHostile = Callable[..., pb.ImageSpec]
+
+_tags = itertools.count()
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Iterator[Path]:
+    """A directory of the node that nothing may get at."""
+    path = tmp_path / "outside"
+    path.mkdir()
+    (path / "precious").write_text("precious")
+    yield path
+    assert os.listdir(path) == ["precious"]
+    assert (path / "precious").read_text() == "precious"
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Path:
+    path = tmp_path / "volume"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def hostile(cri: Cri, registry: Registry) -> PullHostile:
+    """hostile(*members, **config): pull busybox with a layer of these members on top, and this config."""
+
+    def pull(*members: Member, **config: Any) -> pb.ImageSpec:
+        layers = images.busybox().layers
+        if members:
+            layers += (fake_registry.layer(*members),)
+        tag = str(next(_tags))
+        registry.push(images.Image("test/hostile", (tag,), layers, {**images.SHELL, **config}))
+        spec = pb.ImageSpec(image=f"{registry.host}/test/hostile:{tag}")
+        cri.agent.images.PullImage(pb.PullImageRequest(image=spec), timeout=30)
+        return spec
+
+    return pull
+
+
+def attempted(call: Callable[[], object]) -> str:
+    """What an attack says that may be refused; empty where it is not."""
+    try:
+        call()
+    except grpc.RpcError as error:
+        return error.details() or error.code().name
+    return ""
