@@ -74,7 +74,7 @@ def test_exec_timeout_kills_the_tree(cri: Cri) -> None:
     script = "sleep 777 & sleep 777"
     call = partial(container.exec, "sh", "-c", script, timeout=1)
     refused(grpc.StatusCode.DEADLINE_EXCEEDED, container.id, call)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 30
     assert "777" not in container.shell("ps")
     container.pod.remove()
 
@@ -82,9 +82,9 @@ def test_exec_timeout_kills_the_tree(cri: Cri) -> None:
 def test_background_child_does_not_hold_the_exec(cri: Cri) -> None:
     container = cri.run()
     begin = time.monotonic()
-    answer = container.exec("sh", "-c", "sleep 5 & echo done", timeout=10)
+    answer = container.exec("sh", "-c", "sleep 60 & echo done", timeout=50)
     assert answer.stdout == b"done\n"
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 30
     container.pod.remove()
 
 

@@ -6,7 +6,6 @@ import gzip
 import os
 import stat
 import tarfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -402,8 +401,6 @@ def test_the_disk_keeps_a_reserve(workshop: Workshop, monkeypatch: pytest.Monkey
 
 def test_deep_trees(workshop: Workshop) -> None:
     path = "/".join(["d"] * 1900)
-    started = time.perf_counter()
     root = workshop.unpack(*(file(f"{path}/{number}") for number in range(50)))
     files.remove_tree(str(root))
     assert not root.exists()
-    assert time.perf_counter() - started < 5
