@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from nodeagent.errors import InvalidArgument, NotFound, Unsupported
+from nodeagent.images.tar import MAX_ID
 from nodeagent.records import ImageConfig
 
 MAX_DOCUMENT_BYTES = 4 << 20
@@ -219,7 +220,17 @@ def _run_config(run: _Run) -> ImageConfig:
         _refuse_nul(field, getattr(config, field))
     if any(entry.partition("=")[0] == "" for entry in config.env):
         raise InvalidArgument("config: env has an entry without a name")
+    if not all(map(_is_user, config.user.split(":"))):
+        raise InvalidArgument(f'config: user "{config.user[:100]}" has a number that is no id')
     return config
+
+
+def _is_user(text: str) -> bool:
+    """A name, or the number of a user or group."""
+    if not text.isdecimal():
+        return True
+    digits = text.lstrip("0")
+    return text.isascii() and len(digits) <= 10 and int(digits or "0") <= MAX_ID
 
 
 def _refuse_nul(field: str, value: str | Strings | dict[str, str]) -> None:
