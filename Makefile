@@ -5,6 +5,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 TOOLS := .tools/bin
 PEER := .tools/peer
+FUZZ := .cache/fuzz/venv
 GO_MINOR := $(shell go env GOVERSION 2>/dev/null | sed -n 's/^go1\.\([0-9]*\).*/\1/p')
 HAVE_GO := $(shell test "$(GO_MINOR)" -ge 26 2>/dev/null && echo yes)
 
@@ -16,7 +17,7 @@ DEBIAN := .cache/debian
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test-setup tools peer guest demo test conformance conformance-v2 kubelet lint proto lock bench bench-peer clean
+.PHONY: help setup test-setup tools peer guest demo test fuzz conformance conformance-v2 kubelet lint proto lock bench bench-peer clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +80,12 @@ guest: setup ## Unpack the kernel of the tests' cgroup v2 machine (x86-64)
 	$(call install,e2fsprogs kmod)
 	$(PYTHON) -m tests.guest --setup uml
 
+# An environment of its own, because atheris is not there for every machine.
+$(FUZZ)/.ready: requirements.txt tests/fuzz/requirements.txt | $(PYTHON)
+	$(PYTHON) -m venv --clear $(FUZZ)
+	$(FUZZ)/bin/python -m pip install --quiet --require-hashes -r requirements.txt -r tests/fuzz/requirements.txt
+	@touch $@
+
 peer: $(PEER)/.ready
 $(PEER)/.ready: bench/peer/go.mod bench/peer/go.sum
 	@test -n "$(HAVE_GO)" || { echo "Go 1.26 or newer is needed to build containerd and runc" >&2; exit 1; }
@@ -108,6 +115,11 @@ endif
 ifneq ($(CI),)
 test: $(TOOLS)/kubelet
 endif
+
+# The longer form of tests/fuzz; what it has found interesting stays in .cache, and is where the next run begins.
+SECONDS := 10
+fuzz: setup $(FUZZ)/.ready ## Fuzz all that parses foreign bytes (SECONDS=10 for each)
+	$(FUZZ)/bin/python -m tests.fuzz --seconds $(SECONDS)
 
 conformance: test-setup tools ## Run critest, the public validation suite of the CRI
 	$(PYTHON) -m tests.conformance
@@ -145,6 +157,7 @@ COMPILE := CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/pip-compile --quiet --
 lock: setup ## Pin the newest dependencies that pyproject.toml allows
 	$(COMPILE) --upgrade -o requirements.txt pyproject.toml
 	$(COMPILE) --upgrade --extra dev -c requirements.txt -o requirements-dev.txt pyproject.toml
+	$(COMPILE) --upgrade -c requirements.txt -o tests/fuzz/requirements.txt tests/fuzz/requirements.in
 
 bench: setup ## Measure pods on an agent of its own
 	$(PYTHON) -m bench.pods

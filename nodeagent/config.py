@@ -170,7 +170,7 @@ def _read(path: Path) -> Source:
     try:
         text = path.read_text(encoding="utf-8")
         return Source(str(path), text, tomllib.loads(text))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"{path}: not TOML: {error}") from None
 
 

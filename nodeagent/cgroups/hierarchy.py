@@ -86,11 +86,12 @@ class Layout:
 def detect(root: str, mountinfo: str) -> Layout:
     """The hierarchies mounted at `root`, or directly below it, by the text of /proc/PID/mountinfo.
 
-    Of a tree that is mounted twice the first is taken.
+    Of a tree that is mounted twice the first is taken. Mount points may have any character in them that does not end a
+    line for the kernel.
     """
     unified: Hierarchy | None = None
     legacy: dict[str, Hierarchy] = {}
-    for line in mountinfo.splitlines():
+    for line in filter(None, mountinfo.split("\n")):
         mount, kind, options = _fields(line)
         if mount != root and os.path.dirname(mount) != root:
             continue

@@ -7,6 +7,7 @@ from nodeagent.cgroups import hierarchy, limits, paths, systemd, tree
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.hierarchy import ContainerMount, Layout
 from nodeagent.errors import NotFound, Unsupported
+from nodeagent.linux.mounts import mount_table
 from nodeagent.records import Resources
 
 Driver = Literal["cgroupfs", "systemd"]
@@ -45,8 +46,7 @@ class Cgroups:
 
         Raises Unsupported where no cgroup hierarchy is mounted at `root`.
         """
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            layout = hierarchy.detect(root, file.read())
+        layout = hierarchy.detect(root, mount_table())
         if not layout.hierarchies:
             raise Unsupported(f"{root}: no cgroup hierarchy is mounted there")
         if driver == "auto":

@@ -130,7 +130,7 @@ class Archive:
             entries = msgspec.json.decode(
                 self._read("manifest.json"), type=tuple[_DockerImage, ...]
             )
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidArgument(f"archive: manifest.json: {error}") from None
         for entry in entries:
             names = tuple(parse(name) for name in entry.repo_tags or ())

@@ -82,25 +82,37 @@ class _TokenAnswer(msgspec.Struct):
 def credentials(auth: Auth | None, domain: str, host: Host) -> Credentials:
     """Those that `host` may see for an image of the registry `domain`.
 
-    They belong to the host that the caller names, else to the registry of the image; a mirror of it gets none.
+    They belong to the host that the caller names, else to the registry of the image; a mirror of it gets none. Raises
+    `InvalidArgument`.
     """
     if auth is None:
         return ANONYMOUS
-    home = normal_name(auth.server_address or domain)
+    home = _home(auth.server_address or domain)
     is_registry = not host.mirror and home == normal_name(domain)
     if host.name != home and not is_registry:
         return ANONYMOUS
     username, password = auth.username, auth.password
     if auth.auth and not username:
         username, password = _decoded(auth.auth)
+    if not _is_one_word(auth.registry_token):
+        raise InvalidArgument("auth: registry_token is no token")
     return Credentials(username, password, auth.identity_token, auth.registry_token)
+
+
+def _home(address: str) -> str:
+    try:
+        return normal_name(address)
+    except ValueError as error:
+        raise InvalidArgument(f'auth: server_address "{address[:200]}": {error}') from None
 
 
 def parse_challenges(headers: Iterable[str]) -> list[Challenge]:
     """All challenges (RFC 9110, 11.6.1); what can't be read ends the list."""
     challenges: list[Challenge] = []
     for header in headers:
-        text = header[:_MAX_CHALLENGE]
+        text = header[:_MAX_CHALLENGE].replace("\t", " ")
+        if not text.isprintable():
+            break
         at = 0
         while (at := _after_separators(text, at)) < len(text):
             if challenges and (match := _PARAMETER.match(text, at)):
@@ -139,12 +151,17 @@ def parse_token(body: bytes) -> str:
     """The bearer token in a token service's answer. Raises `PermissionDenied`."""
     try:
         answer = msgspec.json.decode(body, type=_TokenAnswer)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise PermissionDenied("the token service's answer is malformed") from None
     token = answer.token or answer.access_token or ""
-    if not token or not token.isascii() or not token.isprintable():
+    if not token or not _is_one_word(token):
         raise PermissionDenied("the token service's answer has no token")
     return token
+
+
+def _is_one_word(text: str) -> bool:
+    """What may stand in a header, and in a URL that is not to be quoted."""
+    return text.isascii() and text.isprintable() and " " not in text
 
 
 def _after_separators(text: str, at: int) -> int:
@@ -158,7 +175,7 @@ def _check_realm(realm: str, root: str) -> None:
         parts = urlsplit(realm)
         allowed = {"https", urlsplit(root).scheme}
         plain = parts.hostname and parts.port != 0 and "@" not in parts.netloc
-        if parts.scheme in allowed and plain:
+        if parts.scheme in allowed and plain and _is_one_word(realm):
             return
     except ValueError:
         pass

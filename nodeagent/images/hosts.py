@@ -110,7 +110,7 @@ def _find(domain: str, directory: Path) -> Path | None:
 def _read(file: Path, domain: str) -> Iterator[Host]:
     try:
         document = tomllib.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidArgument(f"{file}: {error}") from None
     whole = _convert(document, _File, str(file))
     for url, table in whole.host.items():

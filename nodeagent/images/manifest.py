@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from nodeagent.errors import InvalidArgument, NotFound, Unsupported
+from nodeagent.images.tar import MAX_ID
 from nodeagent.records import ImageConfig
 
 MAX_DOCUMENT_BYTES = 4 << 20
@@ -218,10 +219,19 @@ def _run_config(run: _Run) -> ImageConfig:
     )
     for field in config.__struct_fields__:
         _refuse_nul(field, getattr(config, field))
-    _check_ids(config.user)
     if any(entry.partition("=")[0] == "" for entry in config.env):
         raise InvalidArgument("config: env has an entry without a name")
+    if not all(map(_is_user, config.user.split(":"))):
+        raise InvalidArgument(f'config: user "{config.user[:100]}" has a number that is no id')
     return config
+
+
+def _is_user(text: str) -> bool:
+    """A name, or the number of a user or group: others would leave the process root, or somebody nobody meant."""
+    if not text.isdecimal():
+        return True
+    digits = text.lstrip("0")
+    return text.isascii() and len(digits) <= 10 and int(digits or "0") <= MAX_ID
 
 
 def _refuse_nul(field: str, value: str | Strings | dict[str, str]) -> None:
@@ -231,13 +241,6 @@ def _refuse_nul(field: str, value: str | Strings | dict[str, str]) -> None:
         strings += value.values()
     if any("\0" in string for string in strings):
         raise InvalidArgument(f"config: {field} has a NUL character")
-
-
-def _check_ids(user: str) -> None:
-    """A number that is no id would leave the process root, or somebody whom nobody meant (CVE-2024-40635)."""
-    for part in user.split(":", 1):
-        if part.isdecimal() and not (part.isascii() and len(part) <= 10 and int(part) <= MAX_ID):
-            raise InvalidArgument(f'config: user "{user[:100]}" has a number that is no id')
 
 
 def _name(platform: Platform) -> str:

@@ -67,7 +67,7 @@ def tls_context(host: Host) -> ssl.SSLContext | bool:
             context.load_verify_locations(cafile=path)
         for path, key in host.client:
             context.load_cert_chain(path, key)
-    except (OSError, ssl.SSLError) as error:
+    except (OSError, ValueError) as error:
         raise InvalidArgument(f"{path}: {error}") from None
     if host.skip_verify:
         context.check_hostname = False
@@ -257,7 +257,7 @@ async def _explanation(response: aiohttp.ClientResponse) -> str:
     try:
         body = await response.content.read(_MAX_ERROR_BYTES)
         errors = msgspec.json.decode(body, type=_ErrorBody).errors
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return ""
     texts = (f": {error.code.lower()} {error.message}" for error in errors[:3])
     return "".join(char if char.isprintable() else " " for text in texts for char in text)[:300]
@@ -279,6 +279,8 @@ def _redirection(base: URL, location: str) -> URL:
     try:
         target = base.join(URL(location, encoded=True))
         target.origin()
+        if not location.isascii():
+            raise ValueError(location)
     except ValueError:
         raise RegistryUnavailable(f"{base}: redirects to a malformed URL") from None
     if target.scheme not in ("http", "https") or target.user is not None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from nodeagent import files
 from nodeagent.errors import InvalidArgument, NotFound, Unsupported
@@ -26,15 +27,18 @@ _OPTIONS = {"noexec", "nodev", "nosuid"}
 _IGNORED_OPTIONS = {"bind", "rbind", "rprivate", "private", "rw"}
 
 
+Id = Annotated[int, Meta(ge=0, le=(1 << 32) - 2)]
+
+
 class DeviceNode(msgspec.Struct, frozen=True, rename="camel"):
     """hostPath is `path` where it is absent; type and numbers are read from the node itself."""
 
     path: str
     host_path: str = ""
     permissions: str = "rwm"
-    file_mode: int | None = None
-    uid: int | None = None
-    gid: int | None = None
+    file_mode: Annotated[int, Meta(ge=0, le=0o7777)] | None = None
+    uid: Id | None = None
+    gid: Id | None = None
 
 
 class Mount(msgspec.Struct, frozen=True, rename="camel"):
@@ -51,7 +55,7 @@ class Edits(msgspec.Struct, frozen=True, rename="camel"):
     device_nodes: tuple[DeviceNode, ...] = ()
     mounts: tuple[Mount, ...] = ()
     hooks: tuple[Any, ...] = ()
-    additional_gids: tuple[int, ...] = msgspec.field(name="additionalGids", default=())
+    additional_gids: tuple[Id, ...] = msgspec.field(name="additionalGids", default=())
     intel_rdt: Any = None
     net_devices: tuple[Any, ...] = ()
 
@@ -87,7 +91,7 @@ def _specs(directories: Iterable[Path]) -> Iterable[Spec]:
         for path in sorted(directory.glob("*.json")):
             try:
                 yield _read(path)
-            except (OSError, msgspec.DecodeError) as error:
+            except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 log.warning("CDI spec %s: %s", path, error)
 
 

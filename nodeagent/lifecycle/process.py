@@ -3,6 +3,7 @@
 Every rule that an image's config and a container's config share is decided here, once, at creation.
 """
 
+import re
 import signal
 
 from nodeagent.errors import InvalidArgument, Unsupported
@@ -27,6 +28,8 @@ DEFAULT_CAPABILITIES = (
     "SETUID",
     "SYS_CHROOT",
 )
+
+_SIGNAL_NUMBER = re.compile("[0-9]{1,3}")
 
 
 def arguments(config: ContainerConfig, image: ImageConfig) -> list[str]:
@@ -81,9 +84,9 @@ def stop_signal(config: ContainerConfig, image: ImageConfig) -> int:
     text = image.stop_signal.upper().removeprefix("SIG")
     if not text:
         return signal.SIGTERM
-    if text.isdecimal() and 1 <= int(text) <= signal.SIGRTMAX:
+    if _SIGNAL_NUMBER.fullmatch(text) and 1 <= int(text) <= signal.SIGRTMAX:
         return int(text)
-    if text.startswith(("RTMIN+", "RTMAX-")) and text[6:].isdecimal():
+    if text.startswith(("RTMIN+", "RTMAX-")) and _SIGNAL_NUMBER.fullmatch(text[6:]):
         offset = int(text[6:])
         number = signal.SIGRTMIN + offset if text[3] == "I" else signal.SIGRTMAX - offset
         if signal.SIGRTMIN <= number <= signal.SIGRTMAX:

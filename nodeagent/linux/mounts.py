@@ -140,13 +140,20 @@ def filesystem_of(descriptor: int) -> str:
     return fields[fields.index("-") + 1]
 
 
+def mount_table() -> str:
+    """/proc/self/mountinfo: a newline ends each line, a space each field; other white space may be in a name."""
+    with open(
+        "/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n"
+    ) as file:
+        return file.read()
+
+
 def _mountinfo(descriptor: int) -> list[str]:
     """The fields of the mount that an open file was reached through; optional ones end with a hyphen (proc(5))."""
     mount_id = str(syscalls.statx_mount_id(descriptor))
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
-        for line in table:
-            if line.startswith(f"{mount_id} "):
-                return line.split()
+    for line in mount_table().split("\n"):
+        if line.startswith(f"{mount_id} "):
+            return line.split(" ")
     raise OSError(f"mount {mount_id} is not in /proc/self/mountinfo")
 
 

@@ -145,11 +145,11 @@ class Channel:
             protocol.close_all(message.fds)
             self._on_event(message.body)
             return
-        number = message.body["id"]
-        if number is None:
-            log.error("%s: has not understood us: %s", self.name, message.body.get("text"))
-            self.close()
-            return
+        try:
+            number = protocol.checked_reply(message).body["id"]
+        except ValueError:
+            protocol.close_all(message.fds)
+            raise
         future = self._pending.get(number)
         if future is None or future.done():
             protocol.close_all(message.fds)

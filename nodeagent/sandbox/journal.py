@@ -57,6 +57,8 @@ class Journal:
         if len(data) < _HEADER.size:
             return
         slot, under_way, length, next_length, taken, inode, size, head, tail = _HEADER.unpack(data)
+        if slot >= len(_SLOTS) or max(length, next_length) > MAX_LINE_BYTES:
+            return  # not written here
         self._slot = slot
         self.rest = self._read_slot(slot, length)
         if under_way:

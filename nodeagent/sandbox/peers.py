@@ -117,6 +117,8 @@ class Request:
     def __init__(self, peer: Peer, message: protocol.Message) -> None:
         self.peer = peer
         self.body = message.body
+        number = message.body.get("id")
+        self._number = number if isinstance(number, int) else None
         names = message.body.get("fds")
         if not isinstance(names, list) or len(names) != len(message.fds):
             names = [None] * len(message.fds)
@@ -139,10 +141,10 @@ class Request:
         self._fds = []
 
     def reply(self, result: Mapping[str, Any] | None = None, fds: Sequence[int] = ()) -> None:
-        self.peer.send({"id": self.body.get("id"), "result": result or {}}, fds)
+        self.peer.send({"id": self._number, "result": result or {}}, fds)
 
     def fail(self, error: BaseException) -> None:
-        self.peer.send({"id": self.body.get("id"), **protocol.describe_error(error)})
+        self.peer.send({"id": self._number, **protocol.describe_error(error)})
 
 
 Operation = Callable[[Request], None]

@@ -20,6 +20,7 @@ from nodeagent import errors
 
 MAX_MESSAGE_BYTES = 4 << 20  # twice the arguments and environment that execve(2) takes
 MAX_DESCRIPTORS = 64
+MAX_ERROR_TEXT = 4096
 
 # The kernel copies a packet into one piece of memory, and by default allows a socket 208 KiB.
 _MAX_PACKET_BYTES = 32 << 10
@@ -180,13 +181,31 @@ def describe_error(error: BaseException) -> Body:
     if isinstance(error, OSError) and not isinstance(error, TimeoutError):
         filename = error.filename if isinstance(error.filename, str) else None
         text = error.strerror or str(error)
+        text = text[:MAX_ERROR_TEXT]
         return {"error": "OSError", "text": text, "errno": error.errno, "path": filename}
     name = type(error).__name__
     known = isinstance(error, (errors.NodeAgentError, TimeoutError))
     return {
         "error": name if known else "NodeAgentError",
-        "text": str(error) if known else repr(error),
+        "text": (str(error) if known else repr(error))[:MAX_ERROR_TEXT],
     }
+
+
+def checked_reply(message: Message) -> Message:
+    """`message`, if it is a result with the names of its descriptors, or an error; raises ValueError."""
+    body, result = message.body, message.body.get("result")
+    if not isinstance(body.get("id"), int):
+        raise ValueError(f"a reply to no request: {body.get('text')!r:.200}")
+    if "error" in body:
+        if not isinstance(body["error"], str) or not isinstance(body.get("text"), str):
+            raise ValueError("a reply with an error that has no name or no text")
+        return message
+    names = result.get("fds", []) if isinstance(result, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("a reply without a result")
+    if len(names) != len(message.fds) or len(set(names)) != len(names):
+        raise ValueError(f"a reply with {len(message.fds)} descriptors named {names}")
+    return message
 
 
 def read_error(body: Body) -> Exception:
@@ -194,7 +213,7 @@ def read_error(body: Body) -> Exception:
     name, text = body["error"], body["text"]
     if name == "OSError":
         number = body.get("errno")
-        return OSError(number, text, body.get("path")) if number else OSError(text)
+        return OSError(number, text, body.get("path")) if isinstance(number, int) else OSError(text)
     if name == "TimeoutError":
         return TimeoutError(text)
     kind = getattr(errors, name, None)

@@ -6,6 +6,7 @@ as well. Actions that notify a listener are not supported.
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -98,11 +99,14 @@ _FLAGS = {
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
+_VERSION_PART = re.compile("[0-9]{1,9}")
+
+
 def decode(text: bytes, held: set[str]) -> Profile:
     """A profile's text, for processes with the named capabilities. Raises `InvalidArgument` and `Unsupported`."""
     try:
         profile = msgspec.json.decode(text, type=_Profile)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidArgument(str(error)) from error
     entries = profile.syscalls or []
     return Profile(
@@ -185,7 +189,7 @@ def _kernel() -> tuple[int, ...]:
 def _version(text: str) -> tuple[int, ...]:
     """Major and minor of a kernel's version."""
     parts = text.split(".")[:2]
-    if not all(part.isdecimal() for part in parts):
+    if not all(_VERSION_PART.fullmatch(part) for part in parts):
         raise InvalidArgument(f"minKernel {text!r}: not a version")
     return tuple(map(int, parts))
 

@@ -8,6 +8,7 @@ import binascii
 from dataclasses import dataclass
 
 from websockets.datastructures import Headers
+from websockets.exceptions import InvalidHandshake
 from websockets.frames import CloseCode, Frame, Opcode
 from websockets.http11 import Request as HandshakeRequest
 from websockets.protocol import Protocol, Side, State
@@ -37,9 +38,12 @@ def accept(request: http1.Request, subprotocol: str | None) -> tuple[int, list[t
 
     The sub-protocol is kept from `websockets`: names as those of Kubernetes, with a slash, are no tokens to it.
     """
-    headers = Headers(
-        (key, value) for key, value in request.headers if key != SUBPROTOCOL_HEADER.lower()
-    )
+    try:
+        headers = Headers(
+            (key, value) for key, value in request.headers if key != SUBPROTOCOL_HEADER.lower()
+        )
+    except InvalidHandshake:  # a header that is longer, or has other characters, than it likes
+        return 400, []
     response = ServerProtocol().accept(HandshakeRequest(request.path, headers))
     answer = [(SUBPROTOCOL_HEADER, subprotocol)] if subprotocol else []
     return response.status_code, [*response.headers.raw_items(), *answer]

@@ -1,4 +1,4 @@
-"""A moment of fuzzing in every run, and what hostile clients would have us keep."""
+"""Streaming clients that know their protocols, but not when to do what; and what they would have us keep."""
 
 import struct
 import tracemalloc
@@ -15,6 +15,7 @@ from nodeagent.streaming import portforward, remotecommand, spdy
 from nodeagent.streaming.spdy_frames import Reset, Type, control_frame, data_head
 from nodeagent.streaming.spdy_headers import DICTIONARY
 from tests.fuzz.streaming import COMMAND, TARGETS, Receive
+from tests.fuzz.target import Target
 
 PIECES = 2000
 KINDS = ["stdin", "stdout", "error", "resize", "data", "nonsense"]
@@ -72,14 +73,14 @@ def websocket_frames() -> st.SearchStrategy[bytes]:
     return st.lists(frame | st.binary(max_size=10), max_size=10).map(b"".join)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("target", TARGETS, ids=[target.name for target in TARGETS])
 @given(
     step=st.binary(min_size=1, max_size=1),
     data=st.binary(max_size=200) | spdy_frames() | spdy_sessions() | websocket_frames(),
 )
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
-def test_no_input_raises(name: str, step: bytes, data: bytes) -> None:
-    TARGETS[name](step + data)
+def test_no_input_raises(target: Target, step: bytes, data: bytes) -> None:
+    target(step + data)
 
 
 # --- memory ---

@@ -100,6 +100,11 @@ def test_broken_toml_is_refused_with_its_line(tmp_path: Path) -> None:
     assert re.search(rf"{path}: not TOML: .*line 2", refusal(path))
 
 
+@pytest.mark.parametrize("value", ["[" * 20_000, "9" * 5_000])
+def test_toml_that_is_too_much_is_refused(tmp_path: Path, value: str) -> None:
+    assert "not TOML" in refusal(write(tmp_path, f"slots = {value}"))
+
+
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_bytes(b"root = '\xff'")

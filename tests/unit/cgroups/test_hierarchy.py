@@ -56,3 +56,10 @@ def test_other_mounts_are_no_hierarchies(tmp_path: Path) -> None:
     )
     found = hierarchy.detect(str(tmp_path), text)
     assert [h.mount for h in found.hierarchies] == [str(tmp_path / "pids")]
+
+
+def test_a_mount_point_may_have_any_white_space_in_its_name(tmp_path: Path) -> None:
+    text = line(tmp_path / "a\rb\x0b\x0c\x1c\x85\u2028c", "tmpfs", "size=1") + line(
+        tmp_path / "pids", "cgroup", "pids"
+    )
+    assert hierarchy.detect(str(tmp_path), text).controllers == {"pids"}

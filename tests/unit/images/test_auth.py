@@ -194,3 +194,36 @@ def test_token(body: bytes) -> None:
 def test_no_token(body: bytes) -> None:
     with pytest.raises(PermissionDenied):
         parse_token(body)
+
+
+@pytest.mark.parametrize("text", ["http://[", "a.b:port", "https://a.b:99999/v1/"])
+def test_a_malformed_server_address_is_refused(text: str) -> None:
+    with pytest.raises(InvalidArgument, match="server_address"):
+        credentials(Auth(username="me", server_address=text), "a.b", REGISTRY)
+
+
+@pytest.mark.parametrize("token", ["a\nb", "a b", "é"])
+def test_what_is_no_token_is_refused_and_not_shown(token: str) -> None:
+    with pytest.raises(InvalidArgument, match="registry_token") as refusal:
+        credentials(Auth(registry_token=token), "a.b", REGISTRY)
+    assert token not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "realm", ["https://t.\udc94/", "https://t.é/", "\x00https://t/", "https://t/ "]
+)
+def test_a_realm_is_one_word(realm: str) -> None:
+    """What urllib and yarl would understand differently, or a header cannot hold."""
+    with pytest.raises(PermissionDenied, match="no token service"):
+        token_request(Challenge("bearer", {"realm": realm}), ANONYMOUS, "s", root=REGISTRY.root)
+
+
+def test_bytes_that_are_no_text_end_the_challenges() -> None:
+    assert parse_challenges(["Basic", 'Bearer realm="https://t/",service="\udcff"', "Basic"]) == [
+        Challenge("basic", {})
+    ]
+
+
+def test_a_token_answer_without_a_bottom_is_malformed() -> None:
+    with pytest.raises(PermissionDenied, match="malformed"):
+        parse_token(b'{"token":"t","x":' + b"[" * 200_000)

@@ -124,6 +124,8 @@ def test_a_changed_file_is_seen(tmp_path: Path) -> None:
         ('[host."http://m".header]\na = "c\\nd"', r'host "http://m".*header "a"'),
         ('[host."http://m"]\nproxy = "socks5://p"', r'host "http://m".*proxy'),
         ('[host."m?x"]', r'host "m\?x"'),
+        ("a = " + "[" * 20_000, ""),
+        ("a = " + "9" * 5_000, ""),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, key: str) -> None:

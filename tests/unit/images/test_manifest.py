@@ -174,6 +174,8 @@ def test_config_is_read_whole() -> None:
         {"User": "1000:4294967295"},
         {"User": "9" * 5000},
         {"User": "١٠٠٠"},
+        {"User": "app:" + "9" * 5000},
+        {"User": "٣"},
         {"Entrypoint": "sh"},
         {"Cmd": {"a": "b"}},
         {"Labels": {"a\0": "b"}},
@@ -184,6 +186,11 @@ def test_config_is_read_whole() -> None:
 def test_malformed_configs(run: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument, match="config"):
         parse_image(image(**run), 1)
+
+
+@pytest.mark.parametrize("user", ["4294967294:0", "0001000", "a9:", ":5", "²"])
+def test_users(user: str) -> None:
+    assert parse_image(image(User=user), 1).config.user == user
 
 
 def test_layers_and_diff_ids_must_agree() -> None:

@@ -41,6 +41,10 @@ def config(*names: str) -> ContainerConfig:
 def directory(tmp_path: Path) -> Path:
     (tmp_path / "gpu.json").write_text(json.dumps(SPEC))
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "bytes.json").write_bytes(b'{"kind":"\xff"}')
+    (tmp_path / "deep.json").write_bytes(b'{"x":' + b"[" * 200_000)
+    gids = {**SPEC, "kind": "vendor.com/gid", "containerEdits": {"additionalGids": [1 << 70]}}
+    (tmp_path / "gid.json").write_text(json.dumps(gids))
     return tmp_path
 
 

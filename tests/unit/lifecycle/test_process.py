@@ -72,7 +72,9 @@ def test_stop_signal(image_signal: str, wanted: int) -> None:
     assert process.stop_signal(config(stop_signal=2), ImageConfig(stop_signal=image_signal)) == 2
 
 
-@pytest.mark.parametrize("name", ["SIGNOPE", "0", "99", "RTMIN+99"])
+@pytest.mark.parametrize(
+    "name", ["SIGNOPE", "0", "99", "RTMIN+99", "٣", "9" * 5000, "RTMIN+" + "9" * 5000]
+)
 def test_unknown_stop_signal(name: str) -> None:
     with pytest.raises(InvalidArgument, match="stop signal"):
         process.stop_signal(config(), ImageConfig(stop_signal=name))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent.sandbox.journal import Journal
+from nodeagent.sandbox.journal import Journal, Transfer
 from nodeagent.sandbox.logs import Clock, LogFile
 from nodeagent.sandbox.pump import PipeSource, Stream, Workbench
 
@@ -125,6 +125,17 @@ def test_a_log_that_was_rotated_meanwhile_is_not_cut(tmp_path: Path) -> None:
 def test_a_journal_of_garbage_length_is_a_new_one(tmp_path: Path) -> None:
     file = os.open(tmp_path / "journal", os.O_RDWR | os.O_CREAT)
     os.write(file, b"short")
+    journal = Journal(file, 0)
+    assert (journal.rest, journal.transfer) == (b"", None)
+    os.close(file)
+
+
+@pytest.mark.parametrize("offset", [0, 2, 6])
+def test_a_journal_with_an_impossible_header_is_a_new_one(tmp_path: Path, offset: int) -> None:
+    """A place that is none, or a length that nothing here has."""
+    file = os.open(tmp_path / "journal", os.O_RDWR | os.O_CREAT)
+    Journal(file, 0).begin(b"rest", Transfer.of(b"rest", 1, 2))
+    os.pwrite(file, b"\xff" * 4, offset)
     journal = Journal(file, 0)
     assert (journal.rest, journal.transfer) == (b"", None)
     os.close(file)

@@ -1,5 +1,6 @@
 """Messages over a socket pair: what goes in comes out, what is malformed is refused, nothing is left open."""
 
+import asyncio
 import os
 import socket
 from collections.abc import Iterator
@@ -9,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeagent import errors
-from nodeagent.sandbox import protocol
+from nodeagent.sandbox import peers, protocol
+from nodeagent.sandbox.channel import Channel
+from nodeagent.sandbox.loop import Loop
 from nodeagent.sandbox.protocol import Body, Message
 
 Pair = tuple[socket.socket, socket.socket]
@@ -141,3 +144,50 @@ def test_a_path_of_any_length_is_an_address(tmp_path_factory: pytest.TempPathFac
         listener.listen()
         with protocol.address(f"{directory}/socket") as address:
             client.connect(address)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"result": {}},
+        {"id": None, "error": "InvalidArgument", "text": "not understood"},
+        {"id": [], "result": {}},
+        {"id": 1},
+        {"id": 1, "result": []},
+        {"id": 1, "result": {}},
+        {"id": 1, "result": {"fds": "ab"}},
+        {"id": 1, "result": {"fds": ["a"]}},
+        {"id": 1, "result": {"fds": ["a", "a"]}},
+        {"id": 1, "result": {"fds": [[], {}]}},
+        {"id": 1, "error": [], "text": "x"},
+        {"id": 1, "error": "NotFound"},
+    ],
+)
+async def test_a_malformed_reply_ends_the_connection(pair: Pair, body: Body) -> None:
+    """The agent cannot know what else of it was meant; who waits is told, and no descriptor stays."""
+    ended = asyncio.Event()
+    before = open_descriptors()
+    channel = Channel(pair[0].dup(), "supervisor", lambda _event: None, ended.set)
+    protocol.send(pair[1], protocol.encode(body), [pair[1].fileno()] * 2)
+    with pytest.raises(errors.Unavailable, match="supervisor"):
+        await channel.request("op")
+    await ended.wait()
+    channel.forget()
+    assert open_descriptors() == before
+
+
+def test_the_text_of_an_error_is_bounded(pair: Pair) -> None:
+    """Or the reply that says what was wrong with the longest request would be too long itself."""
+    answers: list[Message] = []
+    peer = peers.Peer(
+        Loop(), pair[1], lambda peer, message: peers.perform({}, peer, message), lambda _peer: None
+    )
+    name = "\x01" * (protocol.MAX_MESSAGE_BYTES // 6 - 100)
+    protocol.send(pair[0], protocol.encode({"id": 1, "op": name}))
+    protocol.send(pair[0], protocol.encode({"id": name, "op": "x"}))
+    pair[0].shutdown(socket.SHUT_WR)
+    peer.drain()
+    while answer := protocol.receive(pair[0]):
+        answers.append(answer)
+    assert [answer.body["id"] for answer in answers] == [1, None]
+    assert all(answer.body["error"] == "InvalidArgument" for answer in answers)

@@ -319,6 +319,11 @@ CONDITION = (
         (CONDITION.replace('"value": 0', '"value": -1'), "value -1"),
         (CONDITION.replace("SCMP_CMP_EQ", "SCMP_CMP"), "SCMP_CMP"),
         (CONDITION.replace("getpid", "mseal"), "conditions on mseal"),
+        ('{"defaultAction": "x", "y": ' + "[" * 200_000, "recursion"),
+        (
+            CONDITION.replace('"args"', f'"includes": {{"minKernel": "{"9" * 5000}"}}, "args"'),
+            "minKernel",
+        ),
     ],
 )
 def test_malformed_profiles_are_refused(profile: str, text: str) -> None:

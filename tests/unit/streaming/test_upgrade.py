@@ -118,3 +118,11 @@ def test_channels_need_ports() -> None:
     with pytest.raises(Refused) as refusal:
         upgrade.forward(websocket("v4.channel.k8s.io"), PortForwardRequest(sandbox_id="s"), clock)
     assert refusal.value.status == 400
+
+
+def test_a_header_that_only_h11_takes_is_a_bad_request() -> None:
+    usual = websocket("v5.channel.k8s.io")
+    request = http1.Request("GET", "/", (*usual.headers, ("cookie", "a\x7fb")))
+    with pytest.raises(Refused) as refusal:
+        upgrade.command(request, EXEC)
+    assert refusal.value.status == 400

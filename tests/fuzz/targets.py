@@ -1,0 +1,9 @@
+"""The table of fuzz targets: everything that reads what others wrote, by name."""
+
+from tests.fuzz import cri, images, node, sandbox, streaming
+
+TARGETS = {
+    target.name: target
+    for module in (images, sandbox, node, cri, streaming)
+    for target in module.TARGETS
+}

@@ -1,0 +1,25 @@
+"""What the table of mounts says about a mount whose name tries to say something else."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nodeagent.linux import mounts, syscalls
+
+
+@pytest.mark.parametrize("name", ["a\u3000-\u3000proc", "a\r1b\x0bc\u2028d"])
+def test_white_space_in_a_name(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / name
+    directory.mkdir()
+    syscalls.mount("tmpfs", str(directory), "tmpfs", 0, "")
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            assert mounts.filesystem_of(descriptor) == "tmpfs"
+            assert mounts.propagation_of(descriptor) in ("private", "shared", "slave")
+            assert f" {directory} " in mounts.mount_table()
+        finally:
+            os.close(descriptor)
+    finally:
+        syscalls.umount2(str(directory), syscalls.MNT_DETACH)
