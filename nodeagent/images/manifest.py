@@ -17,7 +17,6 @@ from nodeagent.records import ImageConfig
 
 MAX_DOCUMENT_BYTES = 4 << 20
 MAX_LAYERS = 200  # an overlay's options must fit into one page
-MAX_ID = (1 << 32) - 2  # (uid_t) -1 means "unchanged" to setresuid(2)
 
 _OCI = "application/vnd.oci.image."
 _DOCKER = "application/vnd.docker."

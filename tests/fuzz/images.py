@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from yarl import URL
 
 from nodeagent.api import runtime_pb2 as pb
-from nodeagent.cri import image_service, messages, verbose
+from nodeagent.cri import image_service, messages, translate_images, verbose
 from nodeagent.errors import (
     DataLoss,
     InvalidArgument,
@@ -355,7 +355,8 @@ ANSWERS = (
 def pull_request(data: bytes) -> None:
     """Whatever credentials come with it, a registry that wants them is asked."""
     request = pb.PullImageRequest.FromString(data)
-    found = reference.parse(image_service._name(request.image))
+    translate_images.check(request.image, "image", ("",))
+    found = reference.parse(request.image.image)
     host = Host(root=f"http://{found.domain}/v2")
     known = auth.credentials(image_service._auth(request.auth), found.domain, host)
     wanted = b'HTTP/1.1 401 No\r\nWWW-Authenticate: %s realm="http://t.example/"\r\nContent-Length: 0\r\n\r\n'
