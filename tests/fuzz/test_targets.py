@@ -39,7 +39,12 @@ def test_examples_are_valid(target: Target) -> None:
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("mutate", [mutation.changed, mutation.rewritten], ids=["bytes", "values"])
 @given(number=st.integers(0, 15), seed=st.integers(0, (1 << 32) - 1))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=150,
+    derandomize=True,  # a run that fails tells of the change; `make fuzz` looks for what is new
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 def test_errors_are_those_that_are_documented(
     target: Target, mutate: Mutate, number: int, seed: int
 ) -> None:
