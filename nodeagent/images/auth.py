@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from nodeagent.errors import InvalidArgument, PermissionDenied
-from nodeagent.images.hosts import Host, normal_name
+from nodeagent.images.hosts import Host, http_url, normal_name
 
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
 _SCHEME = re.compile(rf"({_TOKEN})(?:\s+|$)")
@@ -160,7 +160,7 @@ def parse_token(body: bytes) -> str:
 
 
 def _is_one_word(text: str) -> bool:
-    """What may stand in a header, and in a URL that is not to be quoted."""
+    """What may stand in an Authorization header."""
     return text.isascii() and text.isprintable() and " " not in text
 
 
@@ -172,10 +172,7 @@ def _after_separators(text: str, at: int) -> int:
 
 def _check_realm(realm: str, root: str) -> None:
     try:
-        parts = urlsplit(realm)
-        allowed = {"https", urlsplit(root).scheme}
-        plain = parts.hostname and parts.port != 0 and "@" not in parts.netloc
-        if parts.scheme in allowed and plain and _is_one_word(realm):
+        if http_url(realm).scheme in ("https", urlsplit(root).scheme):
             return
     except ValueError:
         pass

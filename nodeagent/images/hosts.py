@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
+from yarl import URL
 
 from nodeagent.errors import InvalidArgument
 from nodeagent.images.reference import DEFAULT_DOMAIN
@@ -95,6 +96,19 @@ def normal_name(url: str) -> str:
     return name if parts.port in (None, _PORTS.get(parts.scheme)) else f"{name}:{parts.port}"
 
 
+def http_url(text: str, base: URL | None = None) -> URL:
+    """The URL of a server that can be asked, kept byte for byte; relative to `base`, if there is one.
+
+    Raises `ValueError`.
+    """
+    if not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError("has characters that no URL has")
+    url = URL(text, encoded=True) if base is None else base.join(URL(text, encoded=True))
+    if url.scheme not in _PORTS or not url.host or not url.port or "@" in url.authority:
+        raise ValueError('not "https://host" or "http://host"')
+    return url
+
+
 def is_loopback(name: str) -> bool:
     """Whether a host's name or address is this machine's, without asking anybody."""
     return name in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]+){3}", name) is not None
@@ -150,11 +164,10 @@ def _default_root(domain: str) -> str:
 def _root(url: str, as_it_is: bool, where: str) -> str:
     """The root of the API below which repositories are."""
     try:
-        parts = urlsplit(url if "://" in url else f"https://{url}")
-        _ = parts.port
+        parts = urlsplit(str(http_url(url if "://" in url else f"https://{url}")))
     except ValueError as error:
         raise InvalidArgument(f'{where}: "{url}": {error}') from None
-    if parts.scheme not in _PORTS or not parts.hostname or "@" in parts.netloc or parts.query:
+    if parts.query:
         raise InvalidArgument(f'{where}: "{url}" is not "https://host" or "http://host"')
     netloc = DOCKER_HUB if parts.netloc in _HUB_NAMES else parts.netloc
     path = parts.path.rstrip("/")

@@ -19,7 +19,7 @@ from yarl import URL
 from nodeagent.errors import InvalidArgument, NotFound, PermissionDenied, RegistryUnavailable
 from nodeagent.images import auth, manifest
 from nodeagent.images.auth import Credentials
-from nodeagent.images.hosts import Host, is_loopback
+from nodeagent.images.hosts import Host, http_url, is_loopback
 from nodeagent.images.manifest import Descriptor
 
 SILENCE_SECONDS = 20.0
@@ -277,14 +277,9 @@ def _raise_for_status(status: int, explanation: str, url: str) -> None:
 def _redirection(base: URL, location: str) -> URL:
     """Where to go next. Signed URLs must stay as they are, byte for byte."""
     try:
-        target = base.join(URL(location, encoded=True))
-        target.origin()
-        if not location.isascii():
-            raise ValueError(location)
+        target = http_url(location, base)
     except ValueError:
-        raise RegistryUnavailable(f"{base}: redirects to a malformed URL") from None
-    if target.scheme not in ("http", "https") or target.user is not None:
-        raise RegistryUnavailable(f"{base}: redirects to a URL that is not HTTP")
+        raise RegistryUnavailable(f"{base}: redirects to a URL that cannot be asked") from None
     if base.scheme == "https" and target.scheme == "http":
         raise RegistryUnavailable(f"{base}: redirects from HTTPS to plain HTTP")
     return target

@@ -11,7 +11,6 @@ from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -26,7 +25,7 @@ from nodeagent.errors import (
 )
 from nodeagent.images import manifest
 from nodeagent.images.auth import ANONYMOUS, Auth, credentials
-from nodeagent.images.hosts import Host, hosts_of
+from nodeagent.images.hosts import Host, hosts_of, http_url
 from nodeagent.images.manifest import Descriptor
 from nodeagent.images.reference import Reference, is_digest
 from nodeagent.images.registry import Endpoint, tls_context
@@ -130,8 +129,7 @@ class Source:
 
     def _foreign(self, descriptor: Descriptor) -> list[Stream]:
         """Layers may be elsewhere (image-spec ``descriptor.md``, urls); nobody there gets to know any secret."""
-        urls = [url for url in descriptor.urls or () if urlsplit(url).scheme in ("http", "https")]
-        hosts = [Host(root=url) for url in urls[:_MAX_URLS]]
+        hosts = [Host(root=url) for url in filter(_is_url, descriptor.urls or ())][:_MAX_URLS]
         return [
             Endpoint(self._session, host, True, ANONYMOUS, domain="", repository="").content
             for host in hosts
@@ -157,6 +155,13 @@ class Source:
         if isinstance(said[-1], RegistryUnavailable):
             return RegistryUnavailable(f"RegistryUnavailable: {text}")
         return type(said[-1])(text)
+
+
+def _is_url(text: str) -> bool:
+    try:
+        return bool(http_url(text))
+    except ValueError:
+        return False
 
 
 class _Patience:

@@ -37,6 +37,7 @@ from nodeagent.images.content import Blob, BlobReader
 from nodeagent.images.hosts import Host
 from nodeagent.images.manifest import Index
 from nodeagent.images.registry import Endpoint, open_session
+from nodeagent.images.source import Source
 from nodeagent.lifecycle import process
 from nodeagent.records import ContainerConfig, Image
 from tests import tars
@@ -74,6 +75,11 @@ def image_manifest(data: bytes) -> None:
     found = manifest.parse_manifest(document, media_type.decode("latin-1"))
     if isinstance(found, Index):
         manifest.choose(found)
+        return
+    unasked: Any = None
+    source = Source(unasked, reference.parse("a"), ())
+    for layer in found.layers:
+        source._foreign(layer)
 
 
 def descriptor(media_type: str, **fields: object) -> dict[str, object]:

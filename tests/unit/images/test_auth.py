@@ -210,7 +210,7 @@ def test_what_is_no_token_is_refused_and_not_shown(token: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "realm", ["https://t.\udc94/", "https://t.é/", "\x00https://t/", "https://t/ "]
+    "realm", ["https://t.\udc94/", "https://t.é/", "\x00https://t/", "https://t/ ", "https://t\\\\"]
 )
 def test_a_realm_is_one_word(realm: str) -> None:
     """What urllib and yarl would understand differently, or a header cannot hold."""
