@@ -22,7 +22,6 @@ from nodeagent.images.source import Source
         "//[",
         "ftp://a/",
         "https://u@a/",
-        "https://@a/",
     ],
 )
 def test_a_malformed_redirection_is_refused(location: str) -> None:
