@@ -15,6 +15,7 @@ CPU_SHARES = "cpu.shares"
 CPU_PERIOD = "cpu.cfs_period_us"
 CPU_QUOTA = "cpu.cfs_quota_us"
 CPU_STAT = "cpu.stat"
+CPU_USAGE = "cpuacct.usage"
 CPU_USER = "cpuacct.usage_user"
 CPU_SYSTEM = "cpuacct.usage_sys"
 CPUSET_CPUS = "cpuset.cpus"
@@ -202,15 +203,15 @@ def _write(files: ControlFiles, name: str, value: str) -> None:
 
 
 def cpu(files: ControlFiles) -> CpuStats | None:
-    user, system = files.sample(CPU_USER), files.sample(CPU_SYSTEM)
-    if user is None or system is None:
+    """The usage is measured, where it is spent is sampled at ticks: the parts need not add up."""
+    usage, user, system = map(files.sample, (CPU_USAGE, CPU_USER, CPU_SYSTEM))
+    if usage is None or user is None or system is None:
         return None
     throttling = parse.flat_keyed(files.sample(CPU_STAT) or b"")
-    user_ns, system_ns = int(user), int(system)
     return CpuStats(
-        usage_ns=user_ns + system_ns,
-        user_ns=user_ns,
-        system_ns=system_ns,
+        usage_ns=int(usage),
+        user_ns=int(user),
+        system_ns=int(system),
         periods=int(throttling.get(b"nr_periods", 0)),
         throttled_periods=int(throttling.get(b"nr_throttled", 0)),
         throttled_ns=int(throttling.get(b"throttled_time", 0)),

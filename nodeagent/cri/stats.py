@@ -4,10 +4,13 @@ from collections.abc import Sequence
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cgroups.parse import Pressure, PressureLine
-from nodeagent.cgroups.stats import CpuStats, MemoryStats
+from nodeagent.cgroups.stats import CpuStats, MemoryStats, PressureStats
 from nodeagent.cri import messages
-from nodeagent.lifecycle.stats import ContainerUsage, DiskUsage, SandboxUsage
+from nodeagent.lifecycle.disk import DiskUsage
+from nodeagent.lifecycle.stats import ContainerUsage, GroupUsage, SandboxUsage
 from nodeagent.net.stats import InterfaceStats
+
+_NO_PRESSURE = PressureStats(cpu=None, memory=None, io=None)
 
 # --- containers -----------------------------------------------------------------------------------------------------
 
@@ -55,7 +58,10 @@ def _swap(usage: ContainerUsage) -> pb.SwapUsage | None:
 
 
 def sandbox_stats(usage: SandboxUsage) -> pb.PodSandboxStats:
+    """By the pod's own group; without one, it is the sum of its running containers."""
     sandbox = usage.sandbox
+    parts: Sequence[GroupUsage] = [usage.group] if usage.group else usage.containers
+    pressure = usage.group.cgroup.pressure if usage.group else _NO_PRESSURE
     return pb.PodSandboxStats(
         attributes=pb.PodSandboxAttributes(
             id=sandbox.id,
@@ -64,18 +70,17 @@ def sandbox_stats(usage: SandboxUsage) -> pb.PodSandboxStats:
             annotations=sandbox.config.annotations,
         ),
         linux=pb.LinuxPodSandboxStats(
-            cpu=_cpu(usage.containers, usage.at_ns, None),
-            memory=_memory(usage.containers, usage.at_ns, None),
+            cpu=_cpu(parts, usage.at_ns, pressure.cpu),
+            memory=_memory(parts, usage.at_ns, pressure.memory),
             network=_network(usage.interfaces, usage.at_ns),
-            process=pb.ProcessUsage(
-                timestamp=usage.at_ns, process_count=_value(_processes(usage.containers))
-            ),
+            io=_io(usage.at_ns, pressure.io),
+            process=pb.ProcessUsage(timestamp=usage.at_ns, process_count=_value(_processes(parts))),
             containers=[container_stats(container) for container in usage.containers],
         ),
     )
 
 
-def _processes(usages: Sequence[ContainerUsage]) -> int:
+def _processes(usages: Sequence[GroupUsage]) -> int:
     return sum(usage.cgroup.pids.current for usage in usages if usage.cgroup.pids)
 
 
@@ -100,9 +105,7 @@ def _interface(stats: InterfaceStats) -> pb.NetworkInterfaceUsage:
 # --- sums over one or more containers -------------------------------------------------------------------------------
 
 
-def _cpu(
-    usages: Sequence[ContainerUsage], at_ns: int, pressure: Pressure | None
-) -> pb.CpuUsage | None:
+def _cpu(usages: Sequence[GroupUsage], at_ns: int, pressure: Pressure | None) -> pb.CpuUsage | None:
     known: list[CpuStats] = [usage.cgroup.cpu for usage in usages if usage.cgroup.cpu]
     if usages and not known:
         return None
@@ -116,7 +119,7 @@ def _cpu(
 
 
 def _memory(
-    usages: Sequence[ContainerUsage], at_ns: int, pressure: Pressure | None
+    usages: Sequence[GroupUsage], at_ns: int, pressure: Pressure | None
 ) -> pb.MemoryUsage | None:
     known: list[MemoryStats] = [usage.cgroup.memory for usage in usages if usage.cgroup.memory]
     if usages and not known:

@@ -19,6 +19,7 @@ import msgspec
 from nodeagent import records
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.manager import Cgroups
+from nodeagent.cgroups.stats import CgroupStats
 from nodeagent.errors import AlreadyExists, FailedPrecondition, NotFound, StartError
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle import cdi, execs, oomscore, process
@@ -291,6 +292,14 @@ class Containers:
         self._trash.take(self._directory / container.id)
         self._images.release(container.id)
         self._registry.forget(container)
+
+    def pod_stats(self, sandbox: Sandbox) -> CgroupStats:
+        """Of the cgroup above a pod's containers. Raises NotFound: it is made with the first of them."""
+        group = self._cgroups.open_existing(sandbox.cgroup_parent)
+        try:
+            return group.stats()
+        finally:
+            group.close()
 
     def limit_pod(self, sandbox: Sandbox) -> None:
         """Enforce a pod's own limits on the cgroup above its containers, which is made with the first of them.

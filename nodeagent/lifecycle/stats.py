@@ -1,55 +1,52 @@
 """What containers and pods use now: cgroup accounting, writable layers, network.
 
-One container whose cgroup vanished is left out; it never fails a list. The size of a writable layer is measured behind
-the requests, by a walk in a thread at most every `DISK_SECONDS` while somebody asks.
+One container whose cgroup vanished is left out; it never fails a list.
 """
 
 import asyncio
-import os
 import time
+from collections import Counter
 from collections.abc import Iterable
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from nodeagent.cgroups.stats import CgroupStats
 from nodeagent.errors import NotFound
 from nodeagent.lifecycle.containers import Containers
+from nodeagent.lifecycle.disk import Disks, DiskUsage
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.net.network import InterfaceStats, Network
 from nodeagent.records import Container, Sandbox
 
-DISK_SECONDS = 10.0
 RATE_SECONDS = 1.0
 READ_AT_ONCE = 50  # of a cgroup costs 0.1 ms, and requests wait for the loop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DiskUsage:
-    """A writable layer. mountpoint: a directory on its file system."""
+class GroupUsage:
+    """usage_nano_cores: over the time since an earlier reading at least RATE_SECONDS ago; None before there is one."""
 
-    mountpoint: str
-    used_bytes: int
-    inodes_used: int
-    at_ns: int
+    cgroup: CgroupStats
+    usage_nano_cores: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ContainerUsage:
-    """usage_nano_cores: over the time since an earlier reading at least RATE_SECONDS ago; None before there is one."""
-
+class ContainerUsage(GroupUsage):
     container: Container
-    cgroup: CgroupStats
     at_ns: int
-    usage_nano_cores: int | None
     disk: DiskUsage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SandboxUsage:
-    """interfaces: empty on the node's network."""
+    """interfaces: empty on the node's network.
+
+    group: the one above its containers, which counts what those used that have ended; None where there is none, or
+    where other pods are in it.
+    """
 
     sandbox: Sandbox
+    group: GroupUsage | None
     containers: tuple[ContainerUsage, ...]
     interfaces: tuple[InterfaceStats, ...]
     at_ns: int
@@ -57,17 +54,11 @@ class SandboxUsage:
 
 @dataclass(slots=True)
 class _Rate:
-    """The last reading that rates are computed from, and the last rate."""
+    """The last reading that rates are computed from, at a time of `time.monotonic_ns`, and the last rate."""
 
     at_ns: int
     usage_ns: int
     nano_cores: int | None = None
-
-
-@dataclass(slots=True)
-class _Disk:
-    usage: DiskUsage
-    walk: asyncio.Task[None] | None = field(default=None)
 
 
 class Stats:
@@ -79,9 +70,8 @@ class Stats:
         self._registry = registry
         self._containers = containers
         self._network = network
-        self._directory = directory
         self._rates: dict[str, _Rate] = {}
-        self._disks: dict[str, _Disk] = {}
+        self._disks = Disks(directory)
 
     async def container(self, name: str) -> ContainerUsage:
         """Raises NotFound, also for a container that has ended: its cgroup is gone."""
@@ -89,32 +79,47 @@ class Stats:
 
     async def containers(self) -> list[ContainerUsage]:
         """Of every running container."""
-        self._drop_stale()
         return await self._read_all(self._registry.visible_containers())
 
     async def sandbox(self, name: str) -> SandboxUsage:
         sandbox = self._registry.sandbox(name)
-        interfaces = self._network.all_interface_stats()
-        return await self._pod(sandbox, interfaces)
+        return await self._pod(sandbox, self._network.all_interface_stats(), self._tenants())
 
     async def sandboxes(self) -> list[SandboxUsage]:
         """Of every READY pod."""
-        interfaces = self._network.all_interface_stats()
-        ready = [s for s in self._registry.visible_sandboxes() if s.ready]
+        interfaces, tenants = self._network.all_interface_stats(), self._tenants()
         found = []
-        for sandbox in ready:
-            found.append(await self._pod(sandbox, interfaces))
+        for sandbox in self._ready():
+            found.append(await self._pod(sandbox, interfaces, tenants))
             await asyncio.sleep(0)
         return found
 
-    async def _pod(self, sandbox: Sandbox, interfaces: dict[str, InterfaceStats]) -> SandboxUsage:
+    def _ready(self) -> list[Sandbox]:
+        return [s for s in self._registry.visible_sandboxes() if s.ready]
+
+    def _tenants(self) -> Counter[str]:
+        """How many READY pods have each cgroup for their containers."""
+        return Counter(sandbox.cgroup_parent for sandbox in self._ready())
+
+    async def _pod(
+        self, sandbox: Sandbox, interfaces: dict[str, InterfaceStats], tenants: Counter[str]
+    ) -> SandboxUsage:
         own = interfaces.get(sandbox.id)
+        containers = tuple(await self._read_all(self._containers.of(sandbox.id)))
         return SandboxUsage(
             sandbox=sandbox,
-            containers=tuple(await self._read_all(self._containers.of(sandbox.id))),
+            group=self._group(sandbox) if tenants[sandbox.cgroup_parent] == 1 else None,
+            containers=containers,
             interfaces=(own,) if own else (),
             at_ns=time.time_ns(),
         )
+
+    def _group(self, sandbox: Sandbox) -> GroupUsage | None:
+        try:
+            cgroup = self._containers.pod_stats(sandbox)
+        except NotFound:
+            return None
+        return GroupUsage(cgroup=cgroup, usage_nano_cores=self._rate(sandbox.id, cgroup))
 
     async def _read_all(self, containers: Iterable[Container]) -> list[ContainerUsage]:
         found = []
@@ -132,21 +137,22 @@ class Stats:
         if container.state == "exited":
             raise NotFound(f'container "{container.id}": has ended, there is nothing to measure')
         cgroup = self._containers.group(container).stats()
-        at_ns = time.time_ns()
         return ContainerUsage(
             container=container,
             cgroup=cgroup,
-            at_ns=at_ns,
-            usage_nano_cores=self._rate(
-                container.id, at_ns, cgroup.cpu.usage_ns if cgroup.cpu else 0
-            ),
-            disk=await self._disk(container.id),
+            at_ns=cgroup.at_ns,
+            usage_nano_cores=self._rate(container.id, cgroup),
+            disk=await self._disks.usage(container.id),
         )
 
-    def _rate(self, container_id: str, at_ns: int, usage_ns: int) -> int | None:
-        last = self._rates.get(container_id)
+    def _rate(self, object_id: str, cgroup: CgroupStats) -> int | None:
+        if cgroup.cpu is None:
+            return None
+        at_ns, usage_ns = time.monotonic_ns(), cgroup.cpu.usage_ns
+        last = self._rates.get(object_id)
         if last is None:
-            self._rates[container_id] = _Rate(at_ns, usage_ns)
+            self._drop_stale()
+            self._rates[object_id] = _Rate(at_ns, usage_ns)
             return None
         elapsed = at_ns - last.at_ns
         if elapsed >= RATE_SECONDS * 1e9:
@@ -154,36 +160,8 @@ class Stats:
             last.at_ns, last.usage_ns = at_ns, usage_ns
         return last.nano_cores
 
-    async def _disk(self, container_id: str) -> DiskUsage:
-        disk = self._disks.get(container_id)
-        if disk is None:
-            usage = await asyncio.to_thread(measure, self._directory / container_id / "upper")
-            disk = self._disks[container_id] = _Disk(usage)
-        elif disk.walk is None and time.time_ns() - disk.usage.at_ns > DISK_SECONDS * 1e9:
-            disk.walk = asyncio.create_task(self._walk(container_id, disk))
-        return disk.usage
-
-    async def _walk(self, container_id: str, disk: _Disk) -> None:
-        disk.usage = await asyncio.to_thread(measure, self._directory / container_id / "upper")
-        disk.walk = None
-
     def _drop_stale(self) -> None:
-        for table in (self._rates, self._disks):
-            for container_id in table.keys() - self._registry.containers.keys():
-                del table[container_id]
-
-
-def measure(directory: Path) -> DiskUsage:
-    """Bytes allocated and inodes below a directory, links not followed; what vanishes meanwhile is not counted."""
-    used_bytes = inodes = 0
-    for _, directories, names, parent in os.fwalk(directory, follow_symlinks=False):
-        for name in (*directories, *names):
-            with suppress(FileNotFoundError):
-                used_bytes += os.stat(name, dir_fd=parent, follow_symlinks=False).st_blocks * 512
-                inodes += 1
-    return DiskUsage(
-        mountpoint=str(directory.parents[1]),
-        used_bytes=used_bytes,
-        inodes_used=inodes,
-        at_ns=time.time_ns(),
-    )
+        known = self._registry.containers.keys() | self._registry.sandboxes.keys()
+        for object_id in self._rates.keys() - known:
+            del self._rates[object_id]
+        self._disks.keep(known)

@@ -143,7 +143,9 @@ INSPECTED: tuple[Family[Inspected], ...] = (
     ),
     _value("memory_failcnt", "How often the memory limit was hit", _limit_hits, "counter"),
     _value("last_seen", "When this was measured, Unix time", lambda i: i.usage.at_ns * NANO),
-    _filesystem("usage_bytes", "Size of the writable layer", lambda i: i.usage.disk.used_bytes),
+    _filesystem(
+        "usage_bytes", "Size of the writable layer", lambda i: i.usage.disk.used_bytes or 0
+    ),
     _filesystem("limit_bytes", "Size of its file system", lambda i: i.filesystem.size_bytes),
     _filesystem("inodes_total", "Inodes of its file system", lambda i: i.filesystem.inodes),
     _filesystem("inodes_free", "Free inodes there", lambda i: i.filesystem.inodes_free),

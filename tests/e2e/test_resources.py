@@ -155,6 +155,20 @@ def test_statistics(cri: Cri) -> None:
     container.pod.remove()
 
 
+def test_what_has_ended_stays_in_the_accounts_of_its_pod(cri: Cri) -> None:
+    burnt_ns = 300_000_000
+    pod = cri.pod()
+    pod.run(name="witness")
+    script = "while [ $(($(cut -d' ' -f14,15 /proc/$$/stat | tr ' ' '+'))) -lt 30 ]; do :; done"
+    pod.run("sh", "-c", script).ended(60)
+    request = pb.PodSandboxStatsRequest(pod_sandbox_id=pod.id)
+    linux = cri.agent.runtime.PodSandboxStats(request).stats.linux
+    assert linux.cpu.usage_core_nano_seconds.value > 0.8 * burnt_ns
+    assert [c.attributes.metadata.name for c in linux.containers] == ["witness"]
+    assert linux.process.process_count.value == 1
+    pod.remove()
+
+
 def test_written_bytes_are_counted(cri: Cri) -> None:
     container = cri.pod().container(
         "sh", "-c", "dd if=/dev/zero of=/file bs=1M count=8; sleep 1000"

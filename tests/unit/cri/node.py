@@ -26,10 +26,11 @@ from nodeagent.config import Config
 from nodeagent.cri.server import MAX_MESSAGE_BYTES, Server
 from nodeagent.errors import FailedPrecondition, NotFound
 from nodeagent.images.usage import Counters
+from nodeagent.lifecycle.disk import DiskUsage
 from nodeagent.lifecycle.events import Events
 from nodeagent.lifecycle.execs import ExecResult
 from nodeagent.lifecycle.node import Node, NodeStatus
-from nodeagent.lifecycle.stats import ContainerUsage, DiskUsage, SandboxUsage
+from nodeagent.lifecycle.stats import ContainerUsage, SandboxUsage
 from nodeagent.net.stats import InterfaceStats
 from nodeagent.records import Container, ContainerConfig, Image, Resources, Sandbox, SandboxConfig
 from tests.unit.cri import records
@@ -188,6 +189,7 @@ class FakeStats:
         sandbox = self._node.sandboxes.get(name)
         return SandboxUsage(
             sandbox=sandbox,
+            group=None,
             containers=tuple(map(self._usage, self._node.containers.of(sandbox.id))),
             interfaces=(interface(),) if sandbox.config.namespaces.network == "pod" else (),
             at_ns=9 * SECOND,

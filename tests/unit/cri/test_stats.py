@@ -9,7 +9,8 @@ from google.protobuf.message import Message
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cgroups.stats import CgroupStats, PressureStats
 from nodeagent.cri import stats
-from nodeagent.lifecycle.stats import ContainerUsage, DiskUsage, SandboxUsage
+from nodeagent.lifecycle.disk import DiskUsage
+from nodeagent.lifecycle.stats import ContainerUsage, GroupUsage, SandboxUsage
 from tests.unit.cri import records
 from tests.unit.cri.node import SECOND, full_cgroup, interface
 
@@ -27,7 +28,11 @@ def usage(cgroup: CgroupStats | None = None, **fields: Any) -> ContainerUsage:
 
 
 def pod(*containers: ContainerUsage, **fields: Any) -> SandboxUsage:
-    values: dict[str, Any] = {"interfaces": (interface(),), "at_ns": 9 * SECOND} | fields
+    values: dict[str, Any] = {
+        "group": None,
+        "interfaces": (interface(),),
+        "at_ns": 9 * SECOND,
+    } | fields
     return SandboxUsage(sandbox=records.sandbox(), containers=containers, **values)
 
 
@@ -74,7 +79,7 @@ def test_without_limits_nothing_is_available() -> None:
     assert not message.swap.HasField("swap_available_bytes")
 
 
-def test_a_pod_is_the_sum_of_its_containers() -> None:
+def test_a_pod_without_group_is_the_sum_of_its_containers() -> None:
     message = stats.sandbox_stats(pod(usage(), usage()))
     linux = message.linux
     assert message.attributes.metadata.uid == "u"
@@ -88,6 +93,17 @@ def test_a_pod_is_the_sum_of_its_containers() -> None:
     assert linux.network.default_interface.rx_bytes.value == 1
     assert linux.network.default_interface.tx_errors.value == 7
     assert not linux.network.interfaces
+
+
+def test_a_pod_is_what_its_group_says() -> None:
+    group = GroupUsage(cgroup=full_cgroup(), usage_nano_cores=77)
+    linux = stats.sandbox_stats(pod(usage(), usage(), group=group)).linux
+    assert linux.cpu.usage_core_nano_seconds.value == 2_500_000_000
+    assert linux.cpu.usage_nano_cores.value == 77
+    assert linux.memory.available_bytes.value == 4200
+    assert linux.process.process_count.value == 6
+    assert linux.cpu.psi.Some.Avg10 == linux.memory.psi.Some.Avg10 == linux.io.psi.Some.Avg10 == 1.5
+    assert len(linux.containers) == 2
 
 
 def test_a_pod_on_the_nodes_network_has_no_network() -> None:
