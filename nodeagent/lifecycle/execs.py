@@ -19,6 +19,7 @@ from nodeagent.sandbox.spec import ExecPlan
 
 MAX_OUTPUT_BYTES = 16 << 20
 READ_BYTES = 1 << 16
+KILL_PATIENCE_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,10 @@ async def exec_sync(
     argv: tuple[str, ...],
     timeout_s: float,
 ) -> ExecResult:
-    """Run to the end. timeout_s 0 is no limit; raises TimeoutError when it is over, with the tree dead."""
+    """Run to the end. timeout_s 0 is no limit; raises TimeoutError when it is over, with the tree dead.
+
+    The supervisor ends it in time; who cannot be killed, in a frozen container, is not waited for.
+    """
     plan = ExecPlan(
         container=container.id,
         argv=list(argv),
@@ -45,6 +49,16 @@ async def exec_sync(
         timeout_ms=round(timeout_s * 1000),
         oom_score_adj=container.resources.oom_score_adj,
     )
+    try:
+        async with asyncio.timeout(timeout_s + KILL_PATIENCE_SECONDS if timeout_s else None):
+            return await _run(supervisor, group, plan)
+    except TimeoutError:
+        raise TimeoutError(
+            f'container "{container.id}": {argv[0]!r} ran longer than {timeout_s:g} s'
+        ) from None
+
+
+async def _run(supervisor: Supervisor, group: Cgroup, plan: ExecPlan) -> ExecResult:
     child = group.child(f"exec-{secrets.token_hex(4)}")
     try:
         with Capture.open() as stdout, Capture.open() as stderr, handover(child) as fds:
@@ -62,9 +76,7 @@ async def exec_sync(
     finally:
         await discard(child)
     if end.timed_out:
-        raise TimeoutError(
-            f'container "{container.id}": {argv[0]!r} ran longer than {timeout_s:g} s'
-        )
+        raise TimeoutError
     return ExecResult(stdout=stdout.data, stderr=stderr.data, exit_code=end.code)
 
 

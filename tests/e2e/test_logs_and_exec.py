@@ -79,6 +79,15 @@ def test_exec_timeout_kills_the_tree(cri: Cri) -> None:
     container.pod.remove()
 
 
+def test_exec_timeout_holds_where_nothing_can_be_killed(cri: Cri) -> None:
+    container = cri.run()
+    for freezer in Path("/sys/fs/cgroup").glob(f"**/{container.id}/freezer.state"):
+        freezer.write_text("FROZEN")
+    call = partial(container.exec, "sleep", "100", timeout=1)
+    refused(grpc.StatusCode.DEADLINE_EXCEEDED, "'sleep' ran longer than 1 s", call)
+    container.pod.remove()
+
+
 def test_background_child_does_not_hold_the_exec(cri: Cri) -> None:
     container = cri.run()
     begin = time.monotonic()
