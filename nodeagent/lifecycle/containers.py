@@ -10,7 +10,7 @@ import json
 import logging
 import secrets
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from nodeagent.cgroups.manager import Cgroups
 from nodeagent.cgroups.stats import CgroupStats
 from nodeagent.errors import AlreadyExists, FailedPrecondition, NotFound, StartError
 from nodeagent.images.catalog import Images
-from nodeagent.lifecycle import cdi, execs, process
+from nodeagent.lifecycle import cdi, execs, oomscore, process
 from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.handover import handover
 from nodeagent.lifecycle.hostpaths import HostPaths
@@ -329,9 +329,18 @@ class Containers:
             container = self._registry.container(container_id)
             if container.state == "exited":
                 raise FailedPrecondition(f'container "{name}": is exited')
-            self.group(container).apply(resources)
-            merged = _merge(container.resources, resources)
+            merged = records.updated(container.resources, resources)
+            with ExitStack() as undo:
+                self._adjust_oom_score(container, merged.oom_score_adj, undo)
+                self.group(container).apply(resources)
+                undo.pop_all()
             self._registry.save(msgspec.structs.replace(container, resources=merged))
+
+    def _adjust_oom_score(self, container: Container, score: int, undo: ExitStack) -> None:
+        before = container.resources.oom_score_adj
+        if score != before:
+            undo.callback(oomscore.adjust, self.group(container), before)
+            oomscore.adjust(self.group(container), score)
 
     async def exec_sync(
         self, name: str, argv: tuple[str, ...], timeout_s: float
@@ -362,14 +371,6 @@ class Containers:
     async def close(self) -> None:
         """Undo what is under way."""
         await self._flights.close()
-
-
-def _merge(old: Resources, new: Resources) -> Resources:
-    changes = {name: value for name in Resources.__struct_fields__ if (value := getattr(new, name))}
-    for name in ("unified", "hugepage_limits"):
-        if name in changes:
-            changes[name] = {**getattr(old, name), **changes[name]}
-    return msgspec.structs.replace(old, **changes)
 
 
 def total(resources: Resources, overhead: Resources) -> Resources:

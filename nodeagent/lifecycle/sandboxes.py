@@ -21,7 +21,7 @@ from nodeagent.lifecycle.registry import Pod, Registry, boot_id
 from nodeagent.lifecycle.slots import Slot, Slots, dismantle
 from nodeagent.lifecycle.supervision import Supervision
 from nodeagent.net.network import Network
-from nodeagent.records import Resources, Sandbox, SandboxConfig
+from nodeagent.records import Resources, Sandbox, SandboxConfig, updated
 from nodeagent.sandbox.spec import PodSettings
 
 DEFAULT_SHM_BYTES = 64 << 20
@@ -174,8 +174,10 @@ class Sandboxes:
     async def update_resources(
         self, name: str, overhead: Resources | None, resources: Resources | None
     ) -> None:
-        """Enforce the pod's limits on its cgroup and remember them."""
+        """Enforce the pod's limits on its cgroup and remember them; None, 0 and empty leave a limit as it is."""
         sandbox = self._registry.sandbox(name)
+        overhead = _updated(sandbox.config.overhead, overhead)
+        resources = _updated(sandbox.config.resources, resources)
         self._containers.limit_pod(sandbox, overhead, resources)
         self._registry.save(
             msgspec.structs.replace(
@@ -193,6 +195,10 @@ class Sandboxes:
 
 def _identity(config: SandboxConfig) -> tuple[str, str, str, int]:
     return config.uid, config.namespace, config.name, config.attempt
+
+
+def _updated(old: Resources | None, new: Resources | None) -> Resources | None:
+    return old if new is None else updated(old or Resources(), new)
 
 
 def _settings(config: SandboxConfig) -> PodSettings:

@@ -1,13 +1,17 @@
 """Limits in force, statistics that are true, metrics that Prometheus can read."""
 
+import json
+import os
 import time
 import urllib.request
+from typing import Any
 
 import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nodeagent.api import runtime_pb2 as pb
+from nodeagent.cgroups.manager import Cgroups
 from tests.cri import Container, Cri, options
 from tests.node import wait_for
 
@@ -54,6 +58,74 @@ def test_update_is_all_or_nothing(cri: Cri) -> None:
     assert container.shell(CPU_LIMIT).split()[0] == "50000"
     assert container.status.resources.linux.cpu_quota == 50_000
     container.pod.remove()
+
+
+def test_update_of_memory_alone_leaves_the_swap(cri: Cri) -> None:
+    mib = 1 << 20
+    limits = pb.LinuxContainerResources(
+        memory_limit_in_bytes=64 * mib, memory_swap_limit_in_bytes=64 * mib
+    )
+    container = cri.run(linux=pb.LinuxContainerConfig(resources=limits))
+    for memory, both in ((96 * mib, 96 * mib), (-1, -1)):
+        update(container, memory_limit_in_bytes=memory)
+        resources = container.status.resources.linux
+        assert resources.memory_limit_in_bytes == memory
+        assert resources.memory_swap_limit_in_bytes == both
+    container.pod.remove()
+
+
+def test_update_of_oom_score(cri: Cri) -> None:
+    scores = "for p in /proc/[0-9]*; do case $(tr '\\0' ' ' < $p/cmdline) in sleep*) cat $p/oom_score_adj; esac; done"
+    limits = pb.LinuxContainerResources(oom_score_adj=600)
+    container = cri.run(
+        "sh", "-c", "sleep 1000 & exec sleep 1000", linux=pb.LinuxContainerConfig(resources=limits)
+    )
+    wait_for("both", lambda: container.shell(scores).split() == ["600", "600"])
+    update(container, oom_score_adj=700)
+    assert container.shell(scores).split() == ["700", "700"]
+    assert container.status.resources.linux.oom_score_adj == 700
+    with pytest.raises(grpc.RpcError):
+        update(container, oom_score_adj=800, cpuset_cpus="999")
+    assert container.shell(scores).split() == ["700", "700"]
+    assert container.status.resources.linux.oom_score_adj == 700
+    container.pod.remove()
+
+
+def update(container: Container, **limits: Any) -> None:
+    request = pb.UpdateContainerResourcesRequest(
+        container_id=container.id, linux=pb.LinuxContainerResources(**limits)
+    )
+    container.pod.cri.agent.runtime.UpdateContainerResources(request)
+
+
+def test_update_of_a_pod_changes_what_it_names(cri: Cri) -> None:
+    mib = 1 << 20
+    limit = pb.LinuxContainerResources(memory_limit_in_bytes=64 * mib, cpu_quota=50_000)
+    overhead = pb.LinuxContainerResources(memory_limit_in_bytes=16 * mib, cpu_quota=10_000)
+    pod = cri.pod(linux=pb.LinuxPodSandboxConfig(resources=limit, overhead=overhead))
+    container = pod.run()
+    assert available(container) == (80 * mib, 60_000)
+    for changes, expected in (
+        ({"resources": pb.LinuxContainerResources(cpu_quota=70_000)}, (80 * mib, 80_000)),
+        ({"overhead": pb.LinuxContainerResources(cpu_quota=20_000)}, (80 * mib, 90_000)),
+    ):
+        request = pb.UpdatePodSandboxResourcesRequest(pod_sandbox_id=pod.id, **changes)
+        cri.agent.runtime.UpdatePodSandboxResources(request)
+        assert available(container) == expected
+    container.stop()
+    container.remove()
+    assert available(pod.run(name="next")) == (80 * mib, 90_000)
+    pod.remove()
+
+
+def available(container: Container) -> tuple[int, int]:
+    """Memory limit and CPU quota of the group above a container's."""
+    request = pb.ContainerStatusRequest(container_id=container.id, verbose=True)
+    info = container.pod.cri.agent.runtime.ContainerStatus(request).info["info"]
+    parent = os.path.dirname(json.loads(info)["cgroupPath"])
+    node = Cgroups.open(driver="cgroupfs", default_parent="/unused")
+    limits = node.open_existing(parent).resources()
+    return limits.memory_limit_bytes, limits.cpu_quota_usec
 
 
 def test_statistics(cri: Cri) -> None:
