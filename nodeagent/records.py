@@ -6,7 +6,7 @@ writes it, and only then is it published.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -85,6 +85,26 @@ class Resources(Config, frozen=True, kw_only=True):
     pids_limit: int = 0
     hugepage_limits: dict[str, int] = {}
     unified: dict[str, str] = {}
+
+
+def updated(old: Resources, new: Resources) -> Resources:
+    """`old` with what is set in `new`. A memory limit alone leaves as much swap as there was."""
+    changes: dict[str, Any] = {
+        name: value for name in Resources.__struct_fields__ if (value := getattr(new, name))
+    }
+    for name in ("unified", "hugepage_limits"):
+        if name in changes:
+            changes[name] = {**getattr(old, name), **changes[name]}
+    if new.memory_limit_bytes and not new.memory_swap_limit_bytes:
+        changes["memory_swap_limit_bytes"] = _same_swap(old, new.memory_limit_bytes)
+    return msgspec.structs.replace(old, **changes)
+
+
+def _same_swap(old: Resources, memory_limit_bytes: int) -> int:
+    both = old.memory_swap_limit_bytes
+    if both <= 0:
+        return both
+    return -1 if memory_limit_bytes < 0 else both - old.memory_limit_bytes + memory_limit_bytes
 
 
 class PortMapping(Config, frozen=True, kw_only=True):

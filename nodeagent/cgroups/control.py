@@ -162,9 +162,9 @@ def _rest(file: int) -> bytes:
 
 
 def reverse(name: str, value: str, old: str) -> str:
-    """What undoes the writing of `value` to the file `name` that held `old`."""
+    """What undoes the writing of `value` to the file `name` that held `old`; to write nothing would change nothing."""
     if name not in _LINE_RESET:
-        return old.strip()
+        return old.strip() or "\n"
     key = value.split(maxsplit=1)[0]
     if key.isdigit():
         key = "default"

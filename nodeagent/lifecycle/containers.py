@@ -337,7 +337,7 @@ class Containers:
             group, old = self.group(container), container.resources
             with oomscore.changed(group.processes, old.oom_score_adj, resources.oom_score_adj):
                 group.apply(resources)
-            merged = merge(old, resources)
+            merged = records.updated(old, resources)
             self._registry.save(msgspec.structs.replace(container, resources=merged))
 
     async def exec_sync(
@@ -369,15 +369,6 @@ class Containers:
     async def close(self) -> None:
         """Undo what is under way."""
         await self._flights.close()
-
-
-def merge(old: Resources, new: Resources) -> Resources:
-    """What is in force when `new` has been put upon `old`."""
-    changes = {name: value for name in Resources.__struct_fields__ if (value := getattr(new, name))}
-    for name in ("unified", "hugepage_limits"):
-        if name in changes:
-            changes[name] = {**getattr(old, name), **changes[name]}
-    return msgspec.structs.replace(old, **changes)
 
 
 def total(resources: Resources, overhead: Resources) -> Resources:

@@ -12,10 +12,11 @@ from typing import Any
 
 import msgspec
 
+from nodeagent import records
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import AlreadyExists, InvalidArgument, NotFound
 from nodeagent.lifecycle import podfiles
-from nodeagent.lifecycle.containers import Containers, merge
+from nodeagent.lifecycle.containers import Containers
 from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.registry import Pod, Registry, boot_id
 from nodeagent.lifecycle.slots import Slot, Slots, dismantle
@@ -180,8 +181,8 @@ class Sandboxes:
         sandbox = self._registry.sandbox(name)
         config = msgspec.structs.replace(
             sandbox.config,
-            overhead=_merged(sandbox.config.overhead, overhead),
-            resources=_merged(sandbox.config.resources, resources),
+            overhead=_updated(sandbox.config.overhead, overhead),
+            resources=_updated(sandbox.config.resources, resources),
         )
         changed = msgspec.structs.replace(sandbox, config=config)
         self._containers.limit_pod(changed)
@@ -192,8 +193,8 @@ class Sandboxes:
         await self._flights.close()
 
 
-def _merged(old: Resources | None, new: Resources | None) -> Resources | None:
-    return merge(old, new) if old and new else new or old
+def _updated(old: Resources | None, new: Resources | None) -> Resources | None:
+    return records.updated(old, new) if old and new else new or old
 
 
 def _identity(config: SandboxConfig) -> tuple[str, str, str, int]:

@@ -59,10 +59,28 @@ def test_update_is_all_or_nothing(cri: Cri) -> None:
     container.pod.remove()
 
 
+def test_update_of_memory_alone_leaves_the_swap(cri: Cri) -> None:
+    mib = 1 << 20
+    limits = pb.LinuxContainerResources(
+        memory_limit_in_bytes=64 * mib, memory_swap_limit_in_bytes=64 * mib
+    )
+    container = cri.run(linux=pb.LinuxContainerConfig(resources=limits))
+    for memory, both in ((96 * mib, 96 * mib), (-1, -1)):
+        update = pb.LinuxContainerResources(memory_limit_in_bytes=memory)
+        cri.agent.runtime.UpdateContainerResources(
+            pb.UpdateContainerResourcesRequest(container_id=container.id, linux=update)
+        )
+        resources = container.status.resources.linux
+        assert resources.memory_limit_in_bytes == memory
+        assert resources.memory_swap_limit_in_bytes == both
+    container.pod.remove()
+
+
 def test_update_of_the_oom_score(cri: Cri) -> None:
     """Of processes that run, of those that are forked or executed later, and in the status."""
     pod = cri.pod(linux=pod_options(pid=pb.CONTAINER))
-    container = pod.run("sh", "-c", "sleep 1000 & wait")
+    container = pod.run("sh", "-c", "sleep 1000 & echo up; wait")
+    container.said("up")
     scores = "cat /proc/self/oom_score_adj /proc/1/oom_score_adj /proc/2/oom_score_adj"
     assert set(container.shell(scores).split()) == {"0"}
     update = pb.LinuxContainerResources(oom_score_adj=500)

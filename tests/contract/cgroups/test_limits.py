@@ -110,6 +110,15 @@ def test_cpuset(group: Cgroup, cgroups: Cgroups) -> None:
     assert group.resources().cpuset_cpus == "0"
 
 
+def test_a_cpuset_is_set_back(group: Cgroup, cgroups: Cgroups) -> None:
+    if "cpuset" not in cgroups.controllers:
+        pytest.skip("no cpuset here")
+    before = group.resources()
+    with pytest.raises(NodeAgentError, match=r"cpuset\.mems"):
+        group.apply(Resources(cpuset_cpus="0", cpuset_mems="60000"))
+    assert group.resources() == before
+
+
 def test_all_or_nothing(group: Cgroup) -> None:
     group.apply(Resources(memory_limit_bytes=64 * MIB, cpu_quota_usec=20_000, cpu_shares=512))
     before = group.resources()

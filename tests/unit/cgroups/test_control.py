@@ -50,6 +50,10 @@ def test_a_device_line_is_set_back_by_its_device() -> None:
     assert reverse("memory.max", "1", "max\n") == "max"
 
 
+def test_an_empty_list_is_set_back_by_a_write_that_is_not_empty() -> None:
+    assert reverse("cpuset.cpus", "0", "\n") == "\n"
+
+
 def test_samples_are_fresh_and_of_any_length(tmp_path: Path) -> None:
     file = tmp_path / "memory.stat"
     file.write_bytes(b"anon 1\n")

@@ -1,6 +1,6 @@
 """What limits add up to."""
 
-from nodeagent.lifecycle.containers import merge, total
+from nodeagent.lifecycle.containers import total
 from nodeagent.records import Resources
 
 
@@ -22,11 +22,3 @@ def test_quotas_of_different_periods() -> None:
     containers = Resources(cpu_period_usec=50_000, cpu_quota_usec=50_000)
     overhead = Resources(cpu_quota_usec=10_000)
     assert total(containers, overhead).cpu_quota_usec == 55_000
-
-
-def test_what_is_not_set_stays() -> None:
-    old = Resources(cpu_shares=2, memory_limit_bytes=5, unified={"a.b": "1", "c.d": "1"})
-    new = Resources(memory_limit_bytes=-1, unified={"c.d": "2"})
-    assert merge(old, new) == Resources(
-        cpu_shares=2, memory_limit_bytes=-1, unified={"a.b": "1", "c.d": "2"}
-    )
