@@ -169,6 +169,25 @@ def test_what_has_ended_stays_in_the_accounts_of_its_pod(cri: Cri) -> None:
     pod.remove()
 
 
+def test_pods_in_one_group_have_accounts_of_their_own(cri: Cri) -> None:
+    shared = pb.LinuxPodSandboxConfig(cgroup_parent=f"/na-test-{os.getpid()}/shared")
+    one, other = cri.pod(linux=shared), cri.pod(linux=shared)
+    one.run("sh", "-c", "sleep 1000 & sleep 1000 & wait")
+    other.run()
+
+    def processes(pod_id: str) -> int:
+        request = pb.PodSandboxStatsRequest(pod_sandbox_id=pod_id)
+        linux = cri.agent.runtime.PodSandboxStats(request).stats.linux
+        count: int = linux.process.process_count.value
+        return count
+
+    wait_for("three", lambda: processes(one.id) == 3)
+    assert processes(other.id) == 1
+    one.remove()
+    wait_for("the group is the other's", lambda: processes(other.id) == 1)
+    other.remove()
+
+
 def test_written_bytes_are_counted(cri: Cri) -> None:
     container = cri.pod().container(
         "sh", "-c", "dd if=/dev/zero of=/file bs=1M count=8; sleep 1000"
