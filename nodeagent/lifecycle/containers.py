@@ -10,7 +10,7 @@ import json
 import logging
 import secrets
 import time
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -312,13 +312,10 @@ class Containers:
         group.apply(wanted)
 
     async def _remove_group(self, container: Container) -> None:
-        group = self._groups.pop(container.id, None)
-        if group is None:
-            try:
-                group = self._cgroups.open_existing(container.cgroup_path)
-            except NotFound:
-                return
-        await asyncio.to_thread(group.remove)
+        """The group stays known until it is gone, or who asks for its usage meanwhile would open it again for good."""
+        with suppress(NotFound):
+            await asyncio.to_thread(self.group(container).remove)
+        self._groups.pop(container.id, None)
 
     # --- running containers ---
 
