@@ -78,12 +78,12 @@ class ControlFiles:
 
     def sample(self, name: str) -> bytes | None:
         """The text now, through a descriptor that is kept; None where the file cannot be read."""
-        file = self._kept.get(name)
-        if file is None:
-            file = self._kept[name] = self._open(name)
-        if file == _ABSENT:
-            return None
         try:
+            file = self._kept.get(name)
+            if file is None:
+                file = self._kept[name] = self._open(name)
+            if file == _ABSENT:
+                return None
             data = os.pread(file, _CHUNK, 0)
             return data if len(data) < _CHUNK else data + _rest(file)
         except OSError:
@@ -93,7 +93,7 @@ class ControlFiles:
         path = self.path(name)
         try:
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC) if path else _ABSENT
-        except OSError:
+        except FileNotFoundError:
             return _ABSENT
 
     def write(self, settings: Sequence[Setting]) -> None:

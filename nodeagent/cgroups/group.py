@@ -207,11 +207,13 @@ class Cgroup:
         Kills nothing; waits up to `timeout_s` for processes that are ending. Raises FailedPrecondition where some stay,
         and for a group that this agent did not make.
         """
-        self.close()
         deadline = time.monotonic() + timeout_s
-        for hierarchy in self._own:
-            tree.remove(hierarchy.mount, self.path, deadline)
-            tree.remove_empty_parents(hierarchy.mount, self.path)
+        try:
+            for hierarchy in self._own:
+                tree.remove(hierarchy.mount, self.path, deadline)
+                tree.remove_empty_parents(hierarchy.mount, self.path)
+        finally:
+            self.close()
 
     def _require_own(self) -> None:
         tree.require_group(self._tracking.mount, self.path)

@@ -10,7 +10,7 @@ import json
 import logging
 import secrets
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -317,13 +317,10 @@ class Containers:
         group.apply(total(sandbox.config.resources, sandbox.config.overhead or Resources()))
 
     async def _remove_group(self, container: Container) -> None:
-        group = self._groups.pop(container.id, None)
-        if group is None:
-            try:
-                group = self._cgroups.open_existing(container.cgroup_path)
-            except NotFound:
-                return
-        await asyncio.to_thread(group.remove)
+        """The group stays known until it is gone, or who asks for its usage meanwhile would open it again for good."""
+        with suppress(NotFound):
+            await asyncio.to_thread(self.group(container).remove)
+        self._groups.pop(container.id, None)
 
     # --- running containers ---
 

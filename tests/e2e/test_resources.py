@@ -1,8 +1,12 @@
 """Limits in force, statistics that are true, metrics that Prometheus can read."""
 
+import itertools
 import json
+import os
+import threading
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -187,6 +191,25 @@ def test_what_has_ended_stays_in_the_accounts_of_its_pod(cri: Cri) -> None:
     pod.remove()
 
 
+def test_pods_in_one_group_have_accounts_of_their_own(cri: Cri) -> None:
+    shared = pb.LinuxPodSandboxConfig(cgroup_parent=f"/na-test-{os.getpid()}/shared")
+    one, other = cri.pod(linux=shared), cri.pod(linux=shared)
+    one.run("sh", "-c", "sleep 1000 & sleep 1000 & wait")
+    other.run()
+
+    def processes(pod_id: str) -> int:
+        request = pb.PodSandboxStatsRequest(pod_sandbox_id=pod_id)
+        linux = cri.agent.runtime.PodSandboxStats(request).stats.linux
+        count: int = linux.process.process_count.value
+        return count
+
+    wait_for("three", lambda: processes(one.id) == 3)
+    assert processes(other.id) == 1
+    one.remove()
+    wait_for("the group is the other's", lambda: processes(other.id) == 1)
+    other.remove()
+
+
 def test_written_bytes_are_counted(cri: Cri) -> None:
     container = cri.pod().container(
         "sh", "-c", "dd if=/dev/zero of=/file bs=1M count=8; sleep 1000"
@@ -198,6 +221,42 @@ def test_written_bytes_are_counted(cri: Cri) -> None:
     assert layer.used_bytes.value >= 1 << 20
     assert layer.inodes_used.value >= 1
     container.pod.remove()
+
+
+def test_who_asks_while_a_container_is_removed_leaves_no_file_open(cri: Cri) -> None:
+    pod = cri.pod()
+    asked = [pod.container(name=f"c{number}") for number in range(20)]
+    removed = threading.Event()
+
+    def ask() -> None:
+        for container in itertools.cycle(asked):
+            if removed.is_set():
+                return
+            request = pb.ContainerStatsRequest(container_id=container.id)
+            with suppress(grpc.RpcError):
+                cri.agent.runtime.ContainerStats(request, timeout=10)
+
+    askers = [threading.Thread(target=ask) for _ in range(4)]
+    for asker in askers:
+        asker.start()
+    for container in asked:
+        container.remove()
+    removed.set()
+    for asker in askers:
+        asker.join()
+    pod.remove()
+    files = Path(f"/proc/{cri.agent.pid}/fd")
+    gone = {container.id for container in asked}
+    left = [path for file in files.iterdir() if gone & {*(path := target(file)).split("/")}]
+    assert not left
+
+
+def target(file: Path) -> str:
+    """Where a descriptor leads, if it is still open."""
+    try:
+        return os.readlink(file)
+    except FileNotFoundError:
+        return ""
 
 
 def test_metrics(cri: Cri) -> None:

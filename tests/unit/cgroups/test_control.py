@@ -1,5 +1,6 @@
 """Transactions on files of a plain directory; what only the kernel refuses is tested in tests/contract/cgroups."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,19 @@ def test_a_device_line_is_set_back_by_its_device() -> None:
 
 def test_an_empty_list_is_set_back_by_a_write_that_is_not_empty() -> None:
     assert reverse("cpuset.cpus", "0", "\n") == "\n"
+
+
+def test_a_file_that_could_not_be_opened_once_can_be_read_later(tmp_path: Path) -> None:
+    (tmp_path / "memory.stat").write_bytes(b"anon 1\n")
+    files = ControlFiles({"": str(tmp_path)})
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        assert files.sample("memory.stat") is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert files.sample("memory.stat") == b"anon 1\n"
+    files.close()
 
 
 def test_samples_are_fresh_and_of_any_length(tmp_path: Path) -> None:
