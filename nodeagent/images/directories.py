@@ -8,6 +8,7 @@ import errno
 import os
 from collections.abc import Callable
 
+from nodeagent.images.whiteouts import is_whiteout, make_opaque
 from nodeagent.linux import confined
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -67,7 +68,7 @@ class Directories:
     def _open_or_make(self, path: str) -> int:
         try:
             return confined.open_path(self.root, path, _PATH)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             self._make(path)
         return confined.open_path(self.root, path, _PATH)
 
@@ -90,6 +91,25 @@ class Directories:
             return confined.open_path(self.root, path or ".", _PATH)
         except FileNotFoundError:
             return None
+        except NotADirectoryError:
+            return self._in_place_of_whiteout(path)
+
+    def _in_place_of_whiteout(self, path: str) -> int | None:
+        """A directory that hides what the whiteout at `path` hid; None where something else ends the path."""
+        try:
+            parent, name = open_parent(self.root, path)
+        except NotADirectoryError:
+            return None
+        try:
+            if not is_whiteout(os.stat(name, dir_fd=parent, follow_symlinks=False)):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+            os.unlink(name, dir_fd=parent)
+            directory = self._step_down(parent, path)
+            os.chmod(f"/proc/self/fd/{directory}", 0o755)
+            make_opaque(parent, name)
+            return directory
+        finally:
+            os.close(parent)
 
     def _step_down(self, directory: int, path: str) -> int:
         """Make the last component of the path, in the directory that the rest of it leads to."""

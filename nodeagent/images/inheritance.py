@@ -1,8 +1,9 @@
 """What an unpacked layer takes from the layers below it, so that it is right as a lower layer of an overlay.
 
 A layer's archive may leave out directories that it has files in: in an overlay the uppermost directory's owner and mode
-count, so they are copied from below. And it may have hard links to files of a layer below: an overlay can't have
-those, so the file is copied.
+count, so they are copied from below. It may have hard links to files of a layer below: an overlay can't have those,
+so the file is copied. And it may have whiteouts that hide nothing: they go, because a directory that only one layer
+has shows them as names that nobody can open.
 """
 
 import os
@@ -14,16 +15,20 @@ from pathlib import Path
 from nodeagent.errors import ResourceExhausted
 from nodeagent.images.budget import Budget, is_full
 from nodeagent.images.directories import DIRECTORY, open_existing
-from nodeagent.images.layers import NEW_FILE, OPAQUE_XATTR, Unpacked, is_whiteout, malformed
+from nodeagent.images.layers import NEW_FILE, Unpacked, malformed
 from nodeagent.images.tar import shown
+from nodeagent.images.whiteouts import is_opaque, is_whiteout
 
 _ANYTHING = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _COPY_BYTES = 1 << 20
 
 
 def complete(directory: Path, layer: Unpacked, below: Sequence[Path], budget: Budget) -> None:
-    """Fill in what is implied and linked. below: the layers under it, uppermost first; none of them is changed."""
-    if not (below and layer.implied) and not layer.links:
+    """Fill in what is implied and linked, take out whiteouts that hide nothing.
+
+    below: the layers under it, uppermost first; none of them is changed.
+    """
+    if not (below and layer.implied) and not layer.links and not layer.whiteouts:
         return
     with _opened(directory) as root:
         try:
@@ -33,6 +38,8 @@ def complete(directory: Path, layer: Unpacked, below: Sequence[Path], budget: Bu
                 size = _copy(root, name, target, below, budget)
                 layer.used_bytes += size
                 layer.inodes += 1
+            for path in layer.whiteouts:
+                layer.inodes -= _remove_idle_whiteout(root, path, below)
         except OSError as error:
             if is_full(error):
                 raise ResourceExhausted(f"completing a layer: {error}") from None
@@ -48,8 +55,8 @@ def find(path: str, layers: Sequence[Path]) -> Iterator[int | None]:
     found = None
     for layer in layers:
         with _opened(layer) as root:
-            found, final = _step_down(root, path)
-        if final:
+            found, hides = _step_down(root, path)
+        if found is not None or hides:
             break
     try:
         yield found
@@ -59,8 +66,8 @@ def find(path: str, layers: Sequence[Path]) -> Iterator[int | None]:
 
 
 def _step_down(root: int, path: str) -> tuple[int | None, bool]:
-    """What one layer has at `path`, and whether that hides all layers below."""
-    current, opaque = os.dup(root), _is_opaque(root)
+    """What one layer has at `path`, and whether what leads there, or a whiteout, hides all layers below."""
+    current, opaque = os.dup(root), is_opaque(root)
     for name in path.split("/"):
         try:
             following = os.open(name, _ANYTHING, dir_fd=current)
@@ -71,17 +78,11 @@ def _step_down(root: int, path: str) -> tuple[int | None, bool]:
         finally:
             os.close(current)
         current = following
-        opaque = opaque or _is_opaque(current)
+        opaque = opaque or is_opaque(current)
     if is_whiteout(os.fstat(current)):
         os.close(current)
         return None, True
-    return current, True
-
-
-def _is_opaque(descriptor: int) -> bool:
-    if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
-        return False
-    return OPAQUE_XATTR in os.listxattr(f"/proc/self/fd/{descriptor}")
+    return current, opaque
 
 
 def _inherit_directory(root: int, path: str, below: Sequence[Path]) -> None:
@@ -94,6 +95,30 @@ def _inherit_directory(root: int, path: str, below: Sequence[Path]) -> None:
                 _copy_attributes(source, directory)
     finally:
         os.close(directory)
+
+
+def _remove_idle_whiteout(root: int, path: str, below: Sequence[Path]) -> bool:
+    parent, _, name = path.rpartition("/")
+    directory, opaque = _step_down(root, parent or ".")
+    if directory is None:
+        return False  # replaced by a later entry
+    try:
+        with find(path, () if opaque else below) as hidden:
+            return hidden is None and _unlink_whiteout(directory, name)
+    finally:
+        os.close(directory)
+
+
+def _unlink_whiteout(directory: int, name: str) -> bool:
+    try:
+        if not is_whiteout(os.stat(name, dir_fd=directory, follow_symlinks=False)):
+            return False  # replaced by a later entry
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    before = os.fstat(directory)
+    os.unlink(name, dir_fd=directory)
+    os.utime(".", ns=(before.st_atime_ns, before.st_mtime_ns), dir_fd=directory)
+    return True
 
 
 def _copy(root: int, name: str, target: str, below: Sequence[Path], budget: Budget) -> int:
@@ -126,8 +151,9 @@ def _copy_file(source: int, status: os.stat_result, directory: int, name: str) -
         os.symlink(os.readlink("", dir_fd=source), name, dir_fd=directory)
     else:
         os.mknod(name, status.st_mode, status.st_rdev, dir_fd=directory)
-        os.chmod(name, stat.S_IMODE(status.st_mode), dir_fd=directory)
     os.chown(name, status.st_uid, status.st_gid, dir_fd=directory, follow_symlinks=False)
+    if not stat.S_ISLNK(status.st_mode):
+        os.chmod(name, stat.S_IMODE(status.st_mode), dir_fd=directory)
     times = (status.st_atime_ns, status.st_mtime_ns)
     os.utime(name, ns=times, dir_fd=directory, follow_symlinks=False)
 

@@ -26,10 +26,10 @@ from nodeagent.images.budget import BOMB_BYTES, BOMB_RATIO, Budget, is_full
 from nodeagent.images.compression import decompressed
 from nodeagent.images.content import BlobReader
 from nodeagent.images.directories import DIRECTORY, Directories, memory_of, open_parent
+from nodeagent.images.whiteouts import make_opaque, make_whiteout
 
 WHITEOUT = ".wh."
 OPAQUE = ".wh..wh..opq"
-OPAQUE_XATTR = "trusted.overlay.opaque"
 _AUFS = ".wh..wh."  # names that aufs kept for itself; old images have them
 
 _MAX_PATH = 4096
@@ -54,7 +54,8 @@ T = TypeVar("T")
 @dataclass(slots=True)
 class Unpacked:
     """An unpacked layer. implied: directories that it has files in but does not describe; links: hard links, by
-    name, to files that it does not have. Both are to be completed from the layers below it.
+    name, to files that it does not have. Both are to be completed from the layers below it. whiteouts: which of them
+    hide something is to be seen there.
 
     opaque: it hides all of these; an overlay mount does not look for that in the root of a layer.
     """
@@ -64,6 +65,7 @@ class Unpacked:
     opaque: bool = False
     implied: dict[str, None] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
+    whiteouts: dict[str, None] = field(default_factory=dict)
 
 
 def unpack(source: BlobReader, directory: Path, diff_id: str, budget: Budget) -> Unpacked:
@@ -120,6 +122,7 @@ class _Unpacker:
         self._directories = Directories(root, self._imply)
         self._budget = budget
         self._postponed_bytes = 0
+        self._whiteout_bytes = 0
         self._makers: dict[tar.Kind, Callable[[int, str, str, tar.Entry], None]] = {
             "directory": self._make_directory,
             "symlink": self._make_symlink,
@@ -187,15 +190,14 @@ class _Unpacker:
         self._describe_directory(os.open(name, DIRECTORY, dir_fd=directory), path, entry)
 
     def _replace_by_directory(self, directory: int, name: str) -> None:
-        """A directory where the layer has something: one that is there stays, a whiteout makes it opaque."""
+        """A directory where the layer has something: one that is there stays, all else hid what is below."""
         status = os.stat(name, dir_fd=directory, follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
             return
         self._remove(directory, name)
         os.mkdir(name, 0o755, dir_fd=directory)
+        make_opaque(directory, name)
         self._count(_DISK_BLOCK)
-        if is_whiteout(status):
-            _make_opaque(directory, name)
 
     def _describe_directory(self, descriptor: int, path: str, entry: tar.Entry) -> None:
         """Takes the descriptor."""
@@ -253,7 +255,7 @@ class _Unpacker:
         if any(part.startswith(WHITEOUT) for part in above):
             raise malformed(f"{parent}/{name}", "in a whiteout")
         if name == OPAQUE:
-            _make_opaque(self._directories.get(parent), ".")
+            make_opaque(self._directories.get(parent), ".")
             self.result.opaque |= not parent
         elif name.startswith(WHITEOUT):
             self._make_whiteout(parent, name.removeprefix(WHITEOUT))
@@ -265,15 +267,25 @@ class _Unpacker:
         """Hides `name` of the layers below; what this layer has under the name stays."""
         if name in ("", ".", ".."):
             raise malformed(f"{parent}/{WHITEOUT}{name}", "hides nothing that can be")
+        path = f"{parent}/{name}" if parent else name
+        if path in self.result.links:
+            return
         directory = self._directories.get(parent)
         try:
-            os.mknod(name, stat.S_IFCHR, 0, dir_fd=directory)
+            make_whiteout(directory, name)
         except FileExistsError:
             status = os.stat(name, dir_fd=directory, follow_symlinks=False)
             if stat.S_ISDIR(status.st_mode):
-                _make_opaque(directory, name)
+                make_opaque(directory, name)
             return
         self._count(0)
+        self._remember_whiteout(path)
+
+    def _remember_whiteout(self, path: str) -> None:
+        """Beyond the bound, those that hide nothing stay, which does little harm."""
+        self._whiteout_bytes += memory_of(path)
+        if self._whiteout_bytes <= _MAX_POSTPONED_BYTES:
+            self.result.whiteouts[path] = None
 
     # --- all kinds ---
 
@@ -328,21 +340,9 @@ def malformed(name: str, why: str) -> InvalidArgument:
     return InvalidArgument(f'layer entry "{tar.shown(name)}": {why}')
 
 
-def is_whiteout(status: os.stat_result) -> bool:
-    return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
-
-
 def write_all(file: int, data: memoryview) -> None:
     while data:
         data = data[os.write(file, data) :]
-
-
-def _make_opaque(directory: int, name: str) -> None:
-    descriptor = os.open(name, DIRECTORY, dir_fd=directory)
-    try:
-        os.setxattr(descriptor, OPAQUE_XATTR, b"y")
-    finally:
-        os.close(descriptor)
 
 
 def _describe_open(descriptor: int, entry: tar.Entry) -> None:

@@ -14,7 +14,7 @@ import zstandard
 
 from nodeagent import files
 from nodeagent.errors import InvalidArgument, ResourceExhausted, Unsupported
-from nodeagent.images import budget, directories, layers
+from nodeagent.images import budget, directories, layers, whiteouts
 from nodeagent.images.layer_store import LayerStore
 from nodeagent.images.staging import Staging
 from nodeagent.store import Store
@@ -276,9 +276,10 @@ def test_a_whiteout_is_no_way_to_the_host(host: Host, workshop: Workshop) -> Non
 
 
 def test_whiteouts_of_every_type(workshop: Workshop) -> None:
+    workshop.unpack(file("a"), file("b"), file("c"))
     root = workshop.unpack(directory(".wh.a"), symlink(".wh.b", "/etc"), link(".wh.c", "none"))
     for name in "abc":
-        assert layers.is_whiteout((root / name).lstat())
+        assert whiteouts.is_whiteout((root / name).lstat())
 
 
 # --- attributes and types ---

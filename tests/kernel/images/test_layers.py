@@ -13,6 +13,7 @@ import pytest
 import zstandard
 
 from nodeagent.errors import DataLoss, InvalidArgument
+from nodeagent.images.whiteouts import is_whiteout
 from nodeagent.linux import mounts, syscalls
 from tests.tars import (
     Member,
@@ -216,12 +217,62 @@ def test_whiteouts(workshop: Workshop) -> None:
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_whiteout_hides_only_what_is_below(workshop: Workshop, order: int) -> None:
     workshop.unpack(*BASE)
-    members = [[file(".wh.gone"), file(".wh.file")], [directory("gone"), file("file", b"new")]]
+    members = [
+        [file(".wh.gone"), file(".wh.file"), file("keep/.wh.old")],
+        [directory("gone"), file("file", b"new"), link("keep/old", "anew/old")],
+    ]
     workshop.unpack(*(entry for group in members[::order] for entry in group))
     with overlay(workshop) as merged:
         assert names(merged) == ["anew", "file", "gone", "keep"]
         assert names(merged / "gone") == []
         assert (merged / "file").read_bytes() == b"new"
+        assert names(merged / "keep") == ["old"]
+
+
+def test_a_whiteout_and_then_what_is_in_its_place(workshop: Workshop) -> None:
+    workshop.unpack(*BASE)
+    root = workshop.unpack(
+        file(".wh.gone"), file("gone/new/file"), file("keep/.wh.old"), link("keep/old/link", "file")
+    )
+    with overlay(workshop) as merged:
+        assert names(merged / "gone") == ["new"]
+        assert names(merged / "keep/old") == ["link"]
+    assert stat.S_IMODE((root / "gone").stat().st_mode) == 0o755
+
+
+def test_what_is_no_whiteout_is_no_directory(workshop: Workshop) -> None:
+    with pytest.raises(InvalidArgument, match="Not a directory"):
+        workshop.unpack(char("a", 1, 3), file("a/b/c"))
+
+
+def test_a_directory_in_the_place_of_anything_hides_what_is_below(workshop: Workshop) -> None:
+    workshop.unpack(*BASE)
+    workshop.unpack(file("gone"), directory("gone"), symlink("keep", "x"), directory("keep"))
+    with overlay(workshop) as merged:
+        assert names(merged / "gone") + names(merged / "keep") == []
+
+
+def test_whiteouts_that_hide_nothing_are_not_seen(workshop: Workshop) -> None:
+    """A directory that only one layer has is listed as it is there."""
+    workshop.unpack(*BASE, file("first/.wh.never-was"), file("gone/dir/below"), file("link/x"))
+    root = workshop.unpack(
+        directory("new", mtime=1000),
+        file("new/.wh.never-was"),
+        file("file/.wh.never-was"),
+        file("anew/.wh.old"),
+        file("anew/.wh..wh..opq"),
+        file("gone/.wh.old"),
+        file("gone/.wh.dir"),
+        file("gone/dir/.wh.below"),
+        file("link/.wh.x"),
+        symlink("link", "nowhere"),
+    )
+    with overlay(workshop) as merged:
+        for name in ("first", "new", "file", "anew", "gone/dir"):
+            assert names(merged / name) == []
+        assert names(merged / "gone") == ["dir"]
+    assert is_whiteout((root / "gone/old").lstat())
+    assert (root / "new").stat().st_mtime == 1000
 
 
 def test_names_of_aufs_are_left_out(workshop: Workshop) -> None:
@@ -256,9 +307,14 @@ def test_hard_links_to_layers_below_are_copies(workshop: Workshop) -> None:
         directory("d", mtime=1000),
         file("d/a", b"content", mode=0o4711, uid=3, mtime=2000, xattrs={"user.x": "y"}),
         symlink("d/s", "a"),
+        member("d/p", tarfile.FIFOTYPE, mode=0o4711, uid=3),
     )
     root = workshop.unpack(
-        directory("d", mtime=1000), link("d/b", "d/a"), link("d/t", "d/s"), link("d/c", "d/b")
+        directory("d", mtime=1000),
+        link("d/b", "d/a"),
+        link("d/t", "d/s"),
+        link("d/c", "d/b"),
+        link("d/q", "d/p"),
     )
     status = (root / "d/b").stat()
     assert (root / "d/b").read_bytes() == b"content"
@@ -266,6 +322,8 @@ def test_hard_links_to_layers_below_are_copies(workshop: Workshop) -> None:
     assert status.st_mtime == 2000
     assert os.getxattr(root / "d/b", "user.x") == b"y"
     assert os.readlink(root / "d/t") == "a"
+    status = (root / "d/q").stat()
+    assert (status.st_mode, status.st_uid) == (stat.S_IFIFO | 0o4711, 3)
     assert (root / "d").stat().st_mtime == 1000
 
 
