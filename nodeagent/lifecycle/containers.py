@@ -20,7 +20,14 @@ from nodeagent import records
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.cgroups.stats import CgroupStats
-from nodeagent.errors import AlreadyExists, FailedPrecondition, NotFound, StartError
+from nodeagent.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    NodeAgentError,
+    NotFound,
+    StartError,
+    Unavailable,
+)
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle import cdi, execs, oomscore, process
 from nodeagent.lifecycle.flights import Flights
@@ -261,13 +268,16 @@ class Containers:
         return f"{text}; uninterruptible: {', '.join(stuck)}" if stuck else text
 
     async def stop_all(self, sandbox_id: str) -> None:
-        """Kill every container of a pod, all at once; raises when one of them would not end."""
+        """Kill every container of a pod, all at once; raises when one of them would not end.
+
+        What cannot be asked of a supervisor that has died is left to the end of the pod.
+        """
         running = [c for c in self._registry.members(sandbox_id) if c.state == "running"]
         results = await asyncio.gather(
             *(self.stop(container.id, 0) for container in running), return_exceptions=True
         )
         for result in results:
-            if isinstance(result, BaseException):
+            if isinstance(result, BaseException) and not isinstance(result, Unavailable):
                 raise result
 
     # --- remove ---
@@ -292,6 +302,21 @@ class Containers:
         self._trash.take(self._directory / container.id)
         self._images.release(container.id)
         self._registry.forget(container)
+
+    async def undo(self, container: Container) -> None:
+        """As `clear`, after a crash; what cannot be removed yet keeps its record, and nobody from serving."""
+        try:
+            await self.clear(container)
+        except (NodeAgentError, OSError) as error:
+            log.error('container "%s": what was made of it is left: %s', container.id, error)
+
+    async def kill_all(self, sandbox_id: str) -> None:
+        """Kill what runs of a pod that has no supervisor and gets none."""
+        for container in self._registry.members(sandbox_id):
+            try:
+                await asyncio.to_thread(self.group(container).kill)
+            except (NodeAgentError, OSError) as error:
+                log.error('container "%s": not killed: %s', container.id, error)
 
     def pod_stats(self, sandbox: Sandbox) -> CgroupStats:
         """Of the cgroup above a pod's containers. Raises NotFound: it is made with the first of them."""
@@ -319,7 +344,7 @@ class Containers:
     async def _remove_group(self, container: Container) -> None:
         """The group stays known until it is gone, or who asks for its usage meanwhile would open it again for good."""
         with suppress(NotFound):
-            await asyncio.to_thread(self.group(container).remove)
+            await asyncio.to_thread(_end, self.group(container))
         self._groups.pop(container.id, None)
 
     # --- running containers ---
@@ -366,6 +391,13 @@ class Containers:
     async def close(self) -> None:
         """Undo what is under way."""
         await self._flights.close()
+
+
+def _end(group: Cgroup) -> None:
+    """Also of processes that no supervisor knew of."""
+    if group.populated():
+        group.kill()
+    group.remove()
 
 
 def total(resources: Resources, overhead: Resources) -> Resources:

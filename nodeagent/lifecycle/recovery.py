@@ -23,6 +23,7 @@ from nodeagent.lifecycle.supervision import Supervision
 from nodeagent.lifecycle.trash import Trash
 from nodeagent.net.network import Network
 from nodeagent.records import Sandbox
+from nodeagent.sandbox import namespaces
 from nodeagent.sandbox.client import Supervisor
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ class Recovery:
         try:
             await self._supervision.adopt(sandbox.id)
         except (NodeAgentError, OSError) as error:
-            log.error('pod sandbox "%s": cannot be taken over: %s', sandbox.id, error)
+            log.error('pod sandbox "%s": cannot be taken over, it ends: %s', sandbox.id, error)
+            await self._containers.kill_all(sandbox.id)
             self._rebooted(sandbox)
 
     def _rebooted(self, sandbox: Sandbox) -> None:
@@ -83,24 +85,36 @@ class Recovery:
     async def _undo_intentions(self) -> None:
         for container in list(self._registry.containers.values()):
             if not container.created_at:
-                await self._containers.clear(container)
+                await self._containers.undo(container)
         for sandbox in list(self._registry.sandboxes.values()):
             if not sandbox.ready_at:
                 self._registry.forget(sandbox)
 
     async def _dismantle_strangers(self) -> None:
         """Remove pods without a record, which were slots or cut off, and directories without an owner."""
-        for directory in self._places.pods.iterdir():
-            if directory.name not in self._registry.pods:
-                await self._dismantle(directory)
+        launcher = await self._launchers.get()
+        known = {directory.name for directory in self._places.pods.iterdir()}
+        for pod_id in known.union(await launcher.pods()) - self._registry.pods.keys():
+            await self._dismantle(self._places.pods / pod_id)
         for directory in self._places.containers.iterdir():
             if directory.name not in self._registry.containers:
                 self._trash.take(directory)
 
     async def _dismantle(self, directory: Path) -> None:
+        """What cannot be removed now is left to the next start, and keeps nobody from serving."""
         try:
-            supervisor = await Supervisor.connect(directory, directory.name)
-        except (OSError, NodeAgentError):
-            launcher = await self._launchers.get()
-            supervisor = await launcher.successor(directory.name, directory)
-        await dismantle(directory.name, directory, supervisor, self._network)
+            supervisor = await self._reach(directory)
+            await dismantle(directory.name, directory, supervisor, self._network)
+        except (NodeAgentError, OSError) as error:
+            log.error('pod "%s": not removed: %s', directory.name, error)
+
+    async def _reach(self, directory: Path) -> Supervisor | None:
+        """The supervisor of a pod that goes; None where there can be none, and nothing is left of one."""
+        try:
+            return await self._supervision.reach(directory.name)
+        except (NodeAgentError, OSError) as error:
+            log.error('pod "%s": is removed without a supervisor: %s', directory.name, error)
+        launcher = await self._launchers.get()
+        await launcher.abandon(directory.name)
+        namespaces.unpin(str(directory))
+        return None

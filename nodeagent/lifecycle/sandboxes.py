@@ -151,9 +151,7 @@ class Sandboxes:
             await self._containers.stop_all(sandbox.id)
         finally:
             await self._network.detach(sandbox.id)
-        if pod.supervisor is not None:
-            await pod.supervisor.shutdown()
-            pod.supervisor = None
+        await self._supervision.shut_down(sandbox.id)
         current = self._registry.sandboxes[sandbox.id]
         if not current.stopped_at:
             self._registry.save(

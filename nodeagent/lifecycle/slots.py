@@ -74,6 +74,8 @@ class Slots:
 
     async def discard(self, slot: Slot) -> None:
         """Undo everything of a slot. A slot that is partly gone is fine."""
+        if slot.supervisor.is_lost:
+            await self._launchers.get()  # which makes its successor
         await dismantle(slot.id, slot.directory, slot.supervisor, self._network)
 
     async def close(self) -> None:

@@ -7,17 +7,22 @@ containers notice nothing. What ended in between is read from exit records; only
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from nodeagent import records
-from nodeagent.errors import NodeAgentError
+from nodeagent.errors import NodeAgentError, Unavailable
 from nodeagent.lifecycle.launchers import Launchers
 from nodeagent.lifecycle.registry import Pod, Registry
 from nodeagent.records import Container
+from nodeagent.sandbox import exits
 from nodeagent.sandbox.client import Supervisor
 from nodeagent.sandbox.spec import Exit
 
 log = logging.getLogger(__name__)
+
+PAUSES_SECONDS = (0.1, 0.3, 1.0)
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 30.0
 
 
 class Supervision:
@@ -44,16 +49,34 @@ class Supervision:
 
     async def adopt(self, sandbox_id: str) -> None:
         """Take a pod over from the agent before us."""
-        try:
-            supervisor = await Supervisor.connect(self._directory / sandbox_id, sandbox_id)
-        except (OSError, NodeAgentError):
-            log.warning(
-                'pod sandbox "%s": its supervisor is gone, starting a successor', sandbox_id
-            )
-            supervisor = await self._successor(sandbox_id)
+        supervisor = await self.reach(sandbox_id)
         self._registry.pods[sandbox_id] = Pod(supervisor)
         self.watch(sandbox_id, supervisor)
-        await self._reconcile(sandbox_id, supervisor)
+        with suppress(Unavailable):  # if it dies now, its successor will be asked
+            await self._reconcile(sandbox_id, supervisor)
+
+    async def reach(self, sandbox_id: str) -> Supervisor:
+        """The pod's supervisor, or a successor of one that has died. One may just be coming, or going."""
+        for pause in PAUSES_SECONDS:
+            try:
+                return await self._reach(sandbox_id)
+            except (NodeAgentError, OSError) as error:
+                log.warning('pod "%s": no supervisor, trying again: %s', sandbox_id, error)
+                await asyncio.sleep(pause)
+        return await self._reach(sandbox_id)
+
+    async def shut_down(self, sandbox_id: str) -> None:
+        """End the pod's processes and its supervisor; the records of its containers then say how they ended."""
+        self.unwatch(sandbox_id)
+        pod = self._registry.pods[sandbox_id]
+        if pod.supervisor is not None:
+            if pod.supervisor.is_lost:
+                await self._launchers.get()
+            await pod.supervisor.shutdown()
+            pod.supervisor = None
+        for container in self._registry.members(sandbox_id):
+            if container.state == "running":
+                self._ended_unheard(container)
 
     async def ended(self, container_id: str) -> None:
         """Return once the container's record says that it is not running."""
@@ -92,25 +115,47 @@ class Supervision:
         else:
             self.ended_as(records.exited(container, end["code"], end["at"], oom=end["oom"]))
 
+    def _ended_unheard(self, container: Container) -> None:
+        """Of what nobody told us, there is the exit record."""
+        end = exits.read(str(self._directory / container.sandbox_id), container.id)
+        if end is None:
+            self.ended_as(records.lost(container, time.time_ns()))
+        else:
+            self._exited(container.id, end)
+
     # --- succession ---
 
     async def _succeed(self, sandbox_id: str, supervisor: Supervisor) -> None:
         await supervisor.lost.wait()
-        pod = self._registry.pods.get(sandbox_id)
-        if pod is None or pod.closing:
-            return
         log.warning('pod sandbox "%s": its supervisor died, starting a successor', sandbox_id)
-        pod.supervisor = await self._successor(sandbox_id)
-        self.watch(sandbox_id, pod.supervisor)
-        await self._reconcile(sandbox_id, pod.supervisor)
+        pause = FIRST_PAUSE_SECONDS
+        while (pod := self._registry.pods.get(sandbox_id)) is not None:
+            try:
+                pod.supervisor = await self._reach(sandbox_id)
+                self.watch(sandbox_id, pod.supervisor)
+                await self._reconcile(sandbox_id, pod.supervisor)
+            except (NodeAgentError, OSError) as error:
+                if pod.supervisor is not supervisor:
+                    return  # the successor died as well, and is watched
+                log.warning('pod sandbox "%s": no successor: %s', sandbox_id, error)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            else:
+                return
 
-    async def _successor(self, sandbox_id: str) -> Supervisor:
-        launcher = await self._launchers.get()
-        return await launcher.successor(sandbox_id, self._directory / sandbox_id)
+    async def _reach(self, sandbox_id: str) -> Supervisor:
+        directory = self._directory / sandbox_id
+        try:
+            return await Supervisor.connect(directory, sandbox_id)
+        except OSError:
+            launcher = await self._launchers.get()
+            return await launcher.successor(sandbox_id, directory)
 
     async def _reconcile(self, sandbox_id: str, supervisor: Supervisor) -> None:
         """Bring the records to what the supervisor knows; a container that it does not know has ended unseen."""
         known = {state.id: state for state in await supervisor.state()}
+        for stranger in known.keys() - self._registry.containers.keys():
+            await supervisor.remove(stranger)  # made for a caller that was never told
         for container in self._registry.members(sandbox_id):
             if not container.created_at or container.state == "exited":
                 continue

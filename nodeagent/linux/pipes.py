@@ -1,6 +1,7 @@
 """tee(2), the call on pipes that Python lacks."""
 
 import ctypes
+import errno
 import os
 
 _SPLICE_F_NONBLOCK = 2
@@ -16,8 +17,10 @@ def tee(source: int, target: int, length: int) -> int:
 
     Never blocks: raises BlockingIOError when there is nothing, or no room.
     """
-    result: int = _syscall(_NUMBER, source, target, length, _SPLICE_F_NONBLOCK)
-    if result < 0:
+    while True:
+        result: int = _syscall(_NUMBER, source, target, length, _SPLICE_F_NONBLOCK)
+        if result >= 0:
+            return result
         code = ctypes.get_errno()
-        raise OSError(code, f"tee: {os.strerror(code)}")
-    return result
+        if code != errno.EINTR:  # a signal came first, as SIGCHLD does (PEP 475)
+            raise OSError(code, f"tee: {os.strerror(code)}")

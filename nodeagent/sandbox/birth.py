@@ -51,6 +51,7 @@ class Birth:
         self._parent = parent
         self._succeeded = succeeded
         self._gone = False
+        self._resumed = False
         self._over = False
         status.setblocking(False)
         loop.watch(status.fileno(), self._ready)
@@ -70,6 +71,11 @@ class Birth:
             self._status.send(_GO, socket.MSG_NOSIGNAL)
         except (BrokenPipeError, ConnectionResetError):
             pass  # it has died, and the end of file says so
+
+    def go_on(self) -> None:
+        """As `go`, for who cannot know whether a supervisor before has said so already."""
+        self._resumed = True
+        self.go()
 
     def abandon(self, error: Exception) -> None:
         """Whatever it is doing, it has failed."""
@@ -96,7 +102,7 @@ class Birth:
         except BlockingIOError:
             return False
         except ConnectionResetError:  # comes before what it said: it has ended without reading "go"
-            self._gone = False
+            self._gone = self._resumed  # or it has executed the program, having read the first "go"
             return True
         except (OSError, ValueError) as error:
             reason = NodeAgentError(f"init: {error}")

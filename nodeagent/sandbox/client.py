@@ -40,6 +40,9 @@ __all__ = [
 
 Size = tuple[int, int]
 
+# A process that dies closes its connections some time before it is seen to be dead.
+_DEATH_SECONDS = 5.0
+
 
 class Supervisor:
     """A pod's supervisor. `lost` is set when it has died. on_exit: told the end of every container, from now on."""
@@ -117,18 +120,29 @@ class Supervisor:
         self.close()
 
     async def _shut_down_by_successor(self) -> None:
-        if not self.is_lost:
-            raise self._channel.unavailable()
+        try:
+            async with asyncio.timeout(_DEATH_SECONDS):
+                await self.lost.wait()
+        except TimeoutError:
+            raise self._channel.unavailable() from None
         if not self._directory.exists():
             return
+        try:
+            successor = await self._successor()
+        except OSError as error:
+            raise Unavailable(
+                f'pod "{self.pod_id}": no successor of its supervisor: {error}'
+            ) from None
+        await successor.shutdown()
+
+    async def _successor(self) -> "Supervisor":
         launcher = await Launcher.connect(self._directory.parents[1])
         try:
-            successor = await launcher.successor(self.pod_id, self._directory)
+            return await launcher.successor(self.pod_id, self._directory)
         except AlreadyExists:
-            successor = await Supervisor.connect(self._directory, self.pod_id)
+            return await Supervisor.connect(self._directory, self.pod_id)
         finally:
             launcher.close()
-        await successor.shutdown()
 
     # --- containers ---
 
@@ -315,6 +329,10 @@ class Launcher:
         reply = await self._channel.request("list")
         pods: list[str] = reply.result["pods"]
         return pods
+
+    async def abandon(self, pod_id: str) -> None:
+        """Kill the pod's supervisor, if it has one, and keep nothing for a successor. Idempotent."""
+        await self._channel.request("abandon", pod=pod_id)
 
     async def stop(self) -> None:
         """Raises FailedPrecondition while pods are left."""

@@ -22,7 +22,7 @@ from nodeagent.sandbox.birth import Birth
 from nodeagent.sandbox.facts import Facts
 from nodeagent.sandbox.groups import Group
 from nodeagent.sandbox.keeping import Deposit
-from nodeagent.sandbox.loop import Timer
+from nodeagent.sandbox.loop import Timer, guarded, report
 from nodeagent.sandbox.peers import Request
 from nodeagent.sandbox.pod import Pod
 from nodeagent.sandbox.protocol import Body
@@ -82,10 +82,14 @@ class Container:
             os.set_blocking(master, False)
             self.fds["master"] = master
         self.facts["identity"], self.facts["warnings"] = identity, warnings
-        self.facts["created_at"] = time.time_ns()
-        if self.pump is None:
-            self.open_pump()
-        self.save()
+        try:
+            if self.pump is None:
+                self.open_pump()
+            self._save(created_at=time.time_ns())
+        except OSError as error:
+            if self.birth is not None:
+                self.birth.abandon(error)
+            return
         self.pod.keeper.keep(self.id, self.deposit())
         if self._creation is not None:
             self._creation.reply(self.describe())
@@ -120,14 +124,17 @@ class Container:
         """Reply when the program is executed, with the time at which it was let go."""
         if self.birth is None or self.pump is None or self.facts["started_at"] or self.exit:
             raise FailedPrecondition(f'container "{self.id}": is {self.state}, not created')
-        self.pump.start(self.plan["log_path"], self.plan.get("log_root", ""))
+        self._save(started_at=time.time_ns())  # first: a successor of ours has to go on with it
+        try:
+            self.pump.start(self.plan["log_path"], self.plan.get("log_root", ""))
+        except BaseException:
+            self._save(started_at=0)
+            raise
         self._start = request
-        self.facts["started_at"] = time.time_ns()
         self.birth.go()
 
     def executed(self) -> None:
         self._forget_birth()
-        self.save()
         if self._start is not None:
             self._start.reply({"at": self.facts["started_at"]})
             self._start = None
@@ -160,7 +167,7 @@ class Container:
         if not self.facts["deadline"] or deadline < self.facts["deadline"]:
             self.facts["deadline"] = deadline
             self.keep_deadline()
-        self.save()
+        self._save()
 
     def keep_deadline(self) -> None:
         if self._deadline is not None:
@@ -195,11 +202,15 @@ class Container:
         if self.plan["pid"] != "container":
             self.group.kill()
         if self.pump is not None:
-            self.pump.finish()
-        if self._start is not None:
+            guarded(self.pump.finish)
+        if self._failure is not None and self.facts["started_at"]:
             code = START_FAILED
         oom = code == exits.SIGKILLED and not self.facts["killed"] and self._oom_struck()
-        self.exit = exits.record(self.pod.directory, self.id, exits.describe(code, oom=oom))
+        self.exit = exits.describe(code, oom=oom)
+        try:
+            self.exit = exits.record(self.pod.directory, self.id, self.exit)
+        except OSError as error:  # a full disk: it has ended all the same
+            report(f"container {self.id}: exit code {code} is not recorded: {error}")
         self._release()
         self.pod.keeper.drop(self.id)
         self.pod.loop.call_after(0, self._tell_end)
@@ -294,8 +305,15 @@ class Container:
     def deposit(self) -> Deposit:
         return Deposit(self.facts["pid"], self.facts["oom_kills"], self.fds)
 
-    def save(self) -> None:
-        facts.save(self.pod.directory, self.id, self.facts)
+    def _save(self, *, created_at: int | None = None, started_at: int | None = None) -> None:
+        """Write down what is known and what has just happened, or know none of the latter."""
+        known = self.facts.copy()
+        if created_at is not None:
+            known["created_at"] = created_at
+        if started_at is not None:
+            known["started_at"] = started_at
+        facts.save(self.pod.directory, self.id, known)
+        self.facts = known
 
 
 def set_size(master: int, width: int, height: int) -> None:

@@ -137,9 +137,8 @@ def restore(pod: Pod, family: Family, kept: dict[str, dict[str, int]]) -> None:
     for container_id in facts.listed(pod.directory):
         try:
             plan, known = facts.load(pod.directory, container_id)
-        except (
-            FileNotFoundError
-        ):  # its process has ended, for lack of a supervisor to tell that it is ready
+        except (FileNotFoundError, ValueError):
+            # Its process has ended, for lack of a supervisor to tell that it is ready.
             facts.remove(pod.directory, container_id)
             continue
         fds = kept.pop(container_id, {})
@@ -178,5 +177,7 @@ def _watch(container: Container) -> None:
     if "status" in container.fds:
         status = socket.socket(fileno=container.fds["status"])
         container.birth = Birth(container.pod.loop, status, container)
+        if container.facts["started_at"]:
+            container.birth.go_on()
     container.watch()
     container.keep_deadline()

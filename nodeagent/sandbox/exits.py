@@ -50,11 +50,11 @@ def record(pod: str, container: str, end: Exit) -> Exit:
 
 
 def read(pod: str, container: str) -> Exit | None:
-    """The record of a container, None without one."""
+    """The record of a container, None without one that can be read."""
     try:
         with open(_path(pod, container), "rb") as file:
             end: Exit = json.loads(file.read())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
     return end
 

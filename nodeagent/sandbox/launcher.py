@@ -9,6 +9,7 @@ import fcntl
 import gc
 import os
 import resource
+import signal
 import socket
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -32,12 +33,13 @@ _STOP_PAUSE_MS = 2
 
 
 class KeptPod:
-    """A pod as the launcher knows it. peer: its supervisor. request: who waits until that serves the pod."""
+    """A pod as the launcher knows it. peer: its supervisor, of that pid. request: who waits until it serves the pod."""
 
     def __init__(self, pod_id: str, directory: str) -> None:
         self.id = pod_id
         self.directory = directory
         self.peer: Peer | None = None
+        self.pid = 0
         self.request: Request | None = None
         self.failure: Exception | None = None
         self.deposits: dict[str, Deposit] = {}
@@ -64,6 +66,7 @@ class Launcher:
         self._operations = {
             "fork": self._fork,
             "successor": self._succeed,
+            "abandon": self._abandon,
             "list": self._list,
             "stop": self._stop,
         }
@@ -125,8 +128,17 @@ class Launcher:
                 peer.close()
                 raise
         os.close(child.pidfd)
-        pod.peer, pod.request = peer, request
+        pod.peer, pod.pid, pod.request = peer, child.pid, request
         self._pods[pod.id] = pod
+
+    def _abandon(self, request: Request) -> None:
+        """For a pod that nobody can do anything with; its containers are somebody else's to kill."""
+        pod = self._pods.get(request.body["pod"])
+        if pod is not None:
+            self._is_done(pod, request)
+            if pod.peer is not None:
+                os.kill(pod.pid, signal.SIGKILL)
+        request.reply()
 
     def _list(self, request: Request) -> None:
         self._hear_supervisors()
@@ -158,7 +170,7 @@ class Launcher:
         if pod.peer is not None:
             pod.peer.close()
         self._pods[pod_id] = pod
-        pod.peer = peer
+        pod.peer, pod.pid = peer, peer.pid
         peer.received = partial(self._supervisor_says, pod)
         peer.closed = partial(self._supervisor_gone, pod)
 
@@ -187,7 +199,7 @@ class Launcher:
     def _drop(self, pod: KeptPod, message: Message) -> None:
         pod.drop(message.body["container"], message.body["names"])
 
-    def _is_done(self, pod: KeptPod, _message: Message) -> None:
+    def _is_done(self, pod: KeptPod, _message: object) -> None:
         for container in tuple(pod.deposits):
             pod.drop(container)
         self._pods.pop(pod.id, None)

@@ -32,6 +32,7 @@ class Peer:
     ) -> None:
         self._loop = loop
         self._connection = connection
+        self.pid = protocol.peer_of(connection).pid
         self.received = received
         self.closed = closed
         self._waiting: deque[tuple[bytes, list[int]]] = deque()

@@ -1,9 +1,13 @@
 """The agent dies; nothing else does."""
 
+import functools
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+import grpc
 
 from nodeagent.api import runtime_pb2 as pb
 from tests.cri import EXITED, RUNNING, Cri
@@ -113,3 +117,39 @@ def launcher_of(agent: RunningAgent) -> int:
             except OSError:
                 continue
     raise LookupError(wanted)
+
+
+def test_a_pod_whose_supervisor_dies_is_stopped_all_the_same(own_cri: Cri) -> None:
+    for _ in range(5):
+        container = own_cri.run()
+        pod = container.pod
+        os.kill(pod.supervisor, signal.SIGKILL)
+        wait_for("the pod's stop", functools.partial(succeeds, pod.stop))
+        assert (container.status.state, container.status.exit_code) == (EXITED, 137)
+        pod.remove()
+
+
+def test_a_supervisor_that_dies_with_its_launcher_is_succeeded(
+    own_agent: RunningAgent, own_cri: Cri
+) -> None:
+    container = own_cri.run(
+        "sh", "-c", "trap 'exit 5' TERM; echo set; while :; do sleep 0.05; done"
+    )
+    container.said("set")
+    supervisor = container.pod.supervisor
+    os.kill(launcher_of(own_agent), signal.SIGKILL)
+    os.kill(supervisor, signal.SIGKILL)
+    wait_for("a successor", lambda: succeeds(lambda: container.shell("echo works")))
+    container.stop(timeout=10)
+    assert container.status.state == EXITED
+
+
+def succeeds(call: Callable[[], object]) -> bool:
+    """False where the agent says that another attempt may succeed."""
+    try:
+        call()
+    except grpc.RpcError as error:
+        if error.code() != grpc.StatusCode.UNAVAILABLE:
+            raise
+        return False
+    return True

@@ -129,6 +129,27 @@ async def test_a_created_container_can_be_started_by_a_successor(node: Node) -> 
     assert pod.log() == ["hello"]
 
 
+@pytest.mark.parametrize("succeeded", ["before it reads", "after it is executed"])
+async def test_a_start_that_was_cut_off_is_finished(node: Node, succeeded: str) -> None:
+    pod = await node.pod()
+    made = await pod.supervisor.create(pod.plan("echo hello; sleep 0.3; exit 4"), NO_CGROUP)
+    os.kill(made.pid, signal.SIGSTOP)
+    starting = asyncio.create_task(pod.supervisor.start("main"))
+    await eventually(pod.log_path().exists)
+    await pod.kill_supervisor()
+    if succeeded == "before it reads":
+        await pod.succeed()
+    os.kill(made.pid, signal.SIGCONT)
+    if succeeded != "before it reads":
+        await eventually(lambda: Path(f"/proc/{made.pid}/comm").read_text() == "sh\n")
+        await pod.succeed()
+    assert (await state(pod)).started_at > 0
+    assert (await pod.supervisor.wait("main"))["code"] == 4
+    assert pod.log() == ["hello"]
+    with pytest.raises(Unavailable):
+        await starting
+
+
 async def test_a_creation_that_was_cut_off_is_forgotten(node: Node) -> None:
     pod = await node.pod()
     creating = asyncio.create_task(pod.supervisor.create(pod.plan("true"), NO_CGROUP))

@@ -54,3 +54,16 @@ def test_only_who_has_read_go_can_have_executed(reads: bool) -> None:
     process.close()
     birth.listen()
     assert (parent.end == "executed") is reads
+
+
+def test_who_has_read_one_go_of_two_can_have_executed() -> None:
+    """A successor says it again: of a process that is gone, its end is known from elsewhere."""
+    parent = Parent()
+    ours, process = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.send(b"g")
+    birth = Birth(Loop(), ours, parent)
+    birth.go_on()
+    process.recv(1)
+    process.close()
+    birth.listen()
+    assert parent.end == "executed"
