@@ -47,7 +47,7 @@ EXPLAINED = {
 # What it logs, besides, while the agent or itself is stopped, and until it has connected again.
 OF_AN_OUTAGE = (
     "code = Unavailable",
-    "connection error",
+    "connection error|error reading from server",  # the texts of Unavailable, where it drops the code
     "code = Canceled desc = context canceled",
     "container runtime is down",
     "PLEG is not healthy",
