@@ -82,11 +82,15 @@ class _TokenAnswer(msgspec.Struct):
 def credentials(auth: Auth | None, domain: str, host: Host) -> Credentials:
     """Those that `host` may see for an image of the registry `domain`.
 
-    They belong to the host that the caller names, else to the registry of the image; a mirror of it gets none.
+    They belong to the host that the caller names, else to the registry of the image; a mirror of it gets none. Raises
+    `InvalidArgument`.
     """
     if auth is None:
         return ANONYMOUS
-    home = normal_name(auth.server_address or domain)
+    try:
+        home = normal_name(auth.server_address or domain)
+    except ValueError:
+        raise InvalidArgument("auth.server_address: not the address of a registry") from None
     is_registry = not host.mirror and home == normal_name(domain)
     if host.name != home and not is_registry:
         return ANONYMOUS
