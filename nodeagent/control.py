@@ -5,6 +5,7 @@ only root can reach. Without an agent the command opens the root directory itsel
 """
 
 import asyncio
+import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator
@@ -67,8 +68,14 @@ async def serve(config: Config, images: Images) -> AsyncIterator[None]:
 def load(config: Config, file: str) -> list[str]:
     """The names of the images in a tar file, or on standard input for "-", after loading them."""
     with sys.stdin.buffer if file == "-" else Path(file).open("rb") as archive:
-        running = socket_path(config).exists()
+        running = _is_served(socket_path(config))
         return asyncio.run((_send if running else _load_here)(config, archive))
+
+
+def _is_served(path: Path) -> bool:
+    """An agent that was killed leaves its socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 async def _send(config: Config, archive: BinaryIO) -> list[str]:

@@ -102,8 +102,8 @@ def credentials(auth: Auth | None, domain: str, host: Host) -> Credentials:
 def _home(address: str) -> str:
     try:
         return normal_name(address)
-    except ValueError as error:
-        raise InvalidArgument(f'auth: server_address "{address[:200]}": {error}') from None
+    except ValueError:  # it may have a password in it
+        raise InvalidArgument("auth: server_address is no address of a registry") from None
 
 
 def parse_challenges(headers: Iterable[str]) -> list[Challenge]:

@@ -1,4 +1,7 @@
-"""Blobs from registries into files: each is fetched once, however many wait for it."""
+"""Blobs from registries into files: each is fetched once for an image, however many of its layers it is.
+
+Images share layers, not blobs: what one's servers and credentials make of a blob is not the other's affair.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -16,7 +19,7 @@ from nodeagent.images.source import Source
 from nodeagent.images.staging import Staging
 from nodeagent.images.usage import Counters
 
-Key = tuple[str, int]
+Key = tuple[Source, str, int]
 
 
 @dataclass(slots=True)
@@ -50,10 +53,10 @@ class Downloads:
         self, descriptor: Descriptor, source: Source, attempt: int
     ) -> AsyncIterator[Arrival]:
         """The arriving blob; its file goes with the last who has it open."""
-        key = (descriptor.digest, attempt)
+        key = (source, descriptor.digest, attempt)
         arrival = self._arrivals.get(key)
         if arrival is None:
-            arrival = self._arrivals[key] = self._start(key, descriptor, source)
+            arrival = self._arrivals[key] = self._start(key, descriptor)
         arrival.users += 1
         try:
             yield arrival
@@ -65,9 +68,9 @@ class Downloads:
                 await ended(arrival.task)
                 arrival.blob.remove()
 
-    def _start(self, key: Key, descriptor: Descriptor, source: Source) -> Arrival:
+    def _start(self, key: Key, descriptor: Descriptor) -> Arrival:
         blob = Blob(self._staging.path("blob"), descriptor.digest, descriptor.size)
-        arrival = Arrival(blob, asyncio.create_task(self._fetch(blob, descriptor, source, key[1])))
+        arrival = Arrival(blob, asyncio.create_task(self._fetch(blob, descriptor, key)))
         arrival.task.add_done_callback(lambda _task: self._landed(key, arrival))
         return arrival
 
@@ -76,9 +79,8 @@ class Downloads:
         if arrival.task.cancelled() or arrival.task.exception():
             self._forget(key, arrival)
 
-    async def _fetch(
-        self, blob: Blob, descriptor: Descriptor, source: Source, attempt: int
-    ) -> None:
+    async def _fetch(self, blob: Blob, descriptor: Descriptor, key: Key) -> None:
+        source, _, attempt = key
         try:
             async with aclosing(source.blob(descriptor, attempt)) as chunks:
                 async for chunk in chunks:

@@ -93,10 +93,13 @@ class Source:
         """A small blob, verified."""
         if descriptor.size > manifest.MAX_DOCUMENT_BYTES:
             raise self._error([InvalidArgument(f"config of {descriptor.size} bytes")])
-        data = b"".join([chunk async for chunk in self.blob(descriptor)])
-        if manifest.digest(data) != descriptor.digest:
-            raise self._error([DataLoss(f"{descriptor.digest} has {manifest.digest(data)}")])
-        return data
+        errors = []
+        for attempt in range(self.attempts):
+            data = b"".join([chunk async for chunk in self.blob(descriptor, attempt)])
+            if manifest.digest(data) == descriptor.digest:
+                return data
+            errors.append(DataLoss(f"{descriptor.digest} has {manifest.digest(data)}"))
+        raise self._error(errors)
 
     async def blob(self, descriptor: Descriptor, attempt: int = 0) -> AsyncGenerator[bytes]:
         """As many bytes as the blob shall have; its digest is not looked at. A later attempt asks fewer hosts."""
@@ -109,6 +112,10 @@ class Source:
             try:
                 async with aclosing(stream(offset)) as chunks:
                     async for chunk in chunks:
+                        if offset + len(chunk) > descriptor.size:
+                            raise DataLoss(
+                                f"{descriptor.digest}: longer than its {descriptor.size} bytes"
+                            )
                         offset += len(chunk)
                         yield chunk
                 if offset >= descriptor.size:

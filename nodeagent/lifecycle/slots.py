@@ -67,10 +67,14 @@ class Slots:
             while self._ready:
                 slot = self._ready.popleft()
                 asyncio.get_running_loop().call_later(REFILL_DELAY_SECONDS, self._missing.release)
-                if not slot.supervisor.is_lost:
+                if self._is_good(slot):
                     return slot
                 await self.discard(slot)
         return await self._make(namespaces)
+
+    def _is_good(self, slot: Slot) -> bool:
+        """The pod CIDR may be another one than when the slot was made."""
+        return not slot.supervisor.is_lost and self._network.hands_out(slot.addresses)
 
     async def discard(self, slot: Slot) -> None:
         """Undo everything of a slot. A slot that is partly gone is fine."""

@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from ipaddress import ip_interface
 from typing import Self
 
 import msgspec
@@ -164,10 +165,10 @@ class Network:
 
     async def recover(self, pods: Collection[str]) -> None:
         """Give up everything of pods that are not among `pods`, and declare the table as the store has it."""
+        for pod_id in {port.pod_id for port in self._host_ports.all()}.difference(pods):
+            self._withdraw(pod_id)
         for pod_id in self._ipam.leases.keys() - set(pods):
             self._release(pod_id)
-        for pod_id in {port.pod_id for port in self._host_ports.all()}.difference(pods):
-            self._host_ports.release(pod_id)
         if self._nat is not None:
             self._nat.declare()
         present = links.names(self._link_prefix)
@@ -196,6 +197,10 @@ class Network:
         await self._set_up(msgspec.structs.replace(self._choices, pod_cidrs=pod_cidrs))
         if self._nat is not None:
             self._nat.declare(self._ruleset())
+
+    def hands_out(self, addresses: Sequence[str]) -> bool:
+        """Whether these, of a lease, are of the subnets that new pods get theirs from."""
+        return tuple(ip_interface(address).network for address in addresses) == self._side.subnets
 
     # --- what is ---
 
@@ -306,7 +311,8 @@ class Network:
         if self._nat is not None and self._config.host_ports:
             self._nat.remove(gone)
         if any(port.protocol == "udp" for port in ports):
-            addresses = [i.ip for i in interfaces(self._ipam.leases[pod_id])]
+            lease = self._ipam.leases.get(pod_id)
+            addresses = [interface.ip for interface in interfaces(lease)] if lease else []
             self._run_behind(partial(conntrack.forget_flows_to, addresses))
 
     def _elements(self, ports: Sequence[HostPort]) -> list[Element]:

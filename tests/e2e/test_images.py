@@ -94,6 +94,15 @@ def test_load_into_a_running_agent(agent: RunningAgent, tmp_path: Path) -> None:
     remove(agent, name)
 
 
+def test_load_beside_an_agent_that_was_killed(own_agent: RunningAgent, tmp_path: Path) -> None:
+    archive = tmp_path / "image.tar"
+    images.write_archive(images.pause(), archive)
+    own_agent.kill()
+    subprocess.run(own_agent.command("image load", str(archive)), check=True)
+    own_agent.start()
+    assert status(own_agent, f"{images.pause().repository}:{images.pause().tags[0]}").image.id
+
+
 def test_images_survive_a_crash(own_agent: RunningAgent, registry: Registry) -> None:
     image_id = pull(own_agent, f"{registry.host}/k8s-staging-cri-tools/test-image-2")
     own_agent.restart()

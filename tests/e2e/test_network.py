@@ -94,6 +94,17 @@ def test_sysctls_of_the_node_are_refused(cri: Cri, name: str) -> None:
         assert file.read() == before
 
 
+def test_every_pod_is_of_the_pod_cidr(own_cri: Cri) -> None:
+    """Also those that were prepared before it was told."""
+    agent = own_cri.agent
+    metrics = f"http://{agent.metrics}/metrics"
+    wait_for("a warm slot", lambda: "nodeagent_warm_slots 0.0" not in fetch(metrics))
+    config = pb.RuntimeConfig(network_config=pb.NetworkConfig(pod_cidr="10.233.77.0/24"))
+    agent.runtime.UpdateRuntimeConfig(pb.UpdateRuntimeConfigRequest(runtime_config=config))
+    for _ in range(6):
+        assert own_cri.pod().ip.startswith("10.233.77.")
+
+
 def test_pod_gives_its_address_back(cri: Cri) -> None:
     pods: list[Pod] = [cri.pod() for _ in range(3)]
     assert len({pod.ip for pod in pods}) == 3

@@ -220,6 +220,25 @@ async def test_a_mirror_with_wrong_content(place: Place, servers: tuple[Server, 
     assert place.left("layers", "staging", "blobs/sha256") == []
 
 
+@pytest.mark.parametrize("length", [-1, 0, 1])
+async def test_a_mirror_with_a_wrong_config(
+    place: Place, servers: tuple[Server, Server], length: int
+) -> None:
+    mirror, server = servers
+    mirror.add(SAMPLE)
+    server.add(SAMPLE)
+    config = SAMPLE._config("amd64")
+    path = f"/v2/test/image/blobs/{made.digest(config)}"
+    mirror.contents[path] = bytes(len(config) + length), ""
+    name = mirrored(place, mirror, server)
+    async with place.open() as images:
+        await images.pull(name)
+        await images.remove(name)
+        server.contents[path] = bytes(len(config)), ""
+        with pytest.raises(DataLoss, match=made.digest(config)):
+            await images.pull(name)
+
+
 async def test_a_proxy_as_configured(place: Place, server: Server) -> None:
     server.add(SAMPLE)
     place.hosts("a.b", f'server = "http://registry.invalid"\nproxy = "{server.url}"')
@@ -290,6 +309,28 @@ async def test_configs_are_verified(images: Images, server: Server) -> None:
     server.contents[f"/v2/test/image/blobs/{config}"] = b"{}", ""
     with pytest.raises((DataLoss, RegistryUnavailable), match=config):
         await images.pull(f"{server.host}/test/image:1")
+
+
+async def test_a_config_without_end(images: Images, server: Server) -> None:
+    server.add(SAMPLE)
+    config = made.digest(SAMPLE._config("amd64"))
+    sent = 0
+
+    async def go_on(request: web.Request) -> web.StreamResponse | None:
+        nonlocal sent
+        if config not in request.path:
+            return None
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while sent < 256 << 20:
+            await response.write(bytes(1 << 20))
+            sent += 1 << 20
+        return response
+
+    server.hooks.append(go_on)
+    with pytest.raises(DataLoss, match=f"{config}: longer"):
+        await images.pull(f"{server.host}/test/image:1")
+    assert sent < 64 << 20
 
 
 @pytest.mark.parametrize(
@@ -587,13 +628,14 @@ async def test_a_plain_token_service_of_a_tls_registry(
 # --- sharing ---
 
 
+@pytest.mark.parametrize("below", [(), (layer(tars.file("below")),)])
 async def test_a_shared_failure_is_not_the_others_failure(
-    place: Place, servers: tuple[Server, Server]
+    place: Place, servers: tuple[Server, Server], below: tuple[made.Layer, ...]
 ) -> None:
-    """The layer that two images share breaks for the one that began to fetch it."""
+    """What two images share, a layer or only its blob, breaks for the one that began to fetch it."""
     bad, good = servers
     bad.add(SAMPLE)
-    good.add(SAMPLE)
+    good.add(image(*below, *SAMPLE.layers))
 
     async def stall(request: web.Request) -> web.StreamResponse | None:
         if BIG not in request.path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -486,31 +487,30 @@ async def test_two_addresses_of_the_node_lead_to_one_port(
     assert elements("bound4") == []
 
 
+async def answered(client: socket.socket) -> bool:
+    try:
+        return await ask_again(client, (NODE4, DNS.host_port), 0.1) == NEIGHBOUR4
+    except (TimeoutError, ConnectionRefusedError):
+        return False
+
+
 @needs_nf_tables
 async def test_udp_client_that_never_pauses_follows_the_port(
     world: World, network: Network, new_pod: PodMaker
 ) -> None:
     client = world.neighbour.socket(2, 2)
     client.bind(("", 4444))
-    where = (NODE4, DNS.host_port)
-
-    async def answered() -> bool:
-        try:
-            return await ask_again(client, where, 0.1) == NEIGHBOUR4
-        except (TimeoutError, ConnectionRefusedError):
-            return False
-
     # Dropped by the node rather than refused, the first packets leave a flow that nothing translates.
     nft("add", "table", "inet", "quiet")
     nft("add", "chain", "inet", "quiet", "output", "{ type filter hook output priority 0; }")
     nft("add", "rule", "inet", "quiet", "output", "meta", "l4proto", "icmp", "drop")
-    assert not await answered()
+    assert not await answered(client)
     for _ in range(2):
         pod, pod4, _ = await new_pod(network)
         await network.publish(pod.id, [DNS])
         async with udp_echo_of_peer(pod.namespace, (pod4, DNS.container_port)):
             async with asyncio.timeout(5):
-                while not await answered():
+                while not await answered(client):
                     pass
         await network.detach(pod.id)
         pod.route.close()
@@ -559,6 +559,27 @@ async def test_recovery_drops_what_belongs_to_no_pod(
     await until(lambda: len(links_of_pods(world.node)) == 1)
     await until(lambda: [lease.pod_id for lease in store.all(Lease)] == [kept.id])
     await second.close(remove=True)
+
+
+@needs_nf_tables
+async def test_recovery_forgets_flows_to_pods_that_are_gone(
+    world: World, store: Store, new_pod: PodMaker
+) -> None:
+    client = world.neighbour.socket(2, 2)
+    client.bind(("", 4444))
+    for _ in range(2):
+        network = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+        await network.recover([])
+        pod, pod4, _ = await new_pod(network)
+        await network.publish(pod.id, [DNS])
+        async with udp_echo_of_peer(pod.namespace, (pod4, DNS.container_port)):
+            async with asyncio.timeout(5):
+                while not await answered(client):
+                    pass
+        await network.close(remove=False)
+    client.close()
+    network = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    await network.close(remove=True)
 
 
 async def test_recovery_plugs_pods_into_a_new_bridge(

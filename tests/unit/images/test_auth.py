@@ -72,6 +72,12 @@ def test_malformed_pair_is_not_shown(text: str) -> None:
     assert text not in str(caught.value).replace("auth: not base64 of a name and a password", "")
 
 
+@pytest.mark.parametrize("address", ["a:b", "https://[::1", "http://a:99999"])
+def test_malformed_address(address: str) -> None:
+    with pytest.raises(InvalidArgument, match="server_address"):
+        credentials(Auth(username="me", server_address=address), "a.b", Host(root="https://a.b/v2"))
+
+
 def test_secrets_are_in_no_repr() -> None:
     auth = Auth(
         username="me",
