@@ -55,18 +55,12 @@ async def exec_sync(
             stdout.drain()
             stderr.drain()
     finally:
-        await discard(child)
+        await asyncio.to_thread(group.discard, child)
     if end.timed_out:
         raise TimeoutError(
             f'container "{container_id}": {argv[0]!r} ran longer than {timeout_s:g} s'
         )
     return ExecResult(stdout=stdout.data, stderr=stderr.data, exit_code=end.code)
-
-
-async def discard(group: Cgroup) -> None:
-    """Remove the group of a command that has ended. One with processes that it left behind goes with the container."""
-    if not group.populated():
-        await asyncio.to_thread(group.remove)
 
 
 class Capture:
