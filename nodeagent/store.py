@@ -6,6 +6,7 @@ file is what the next agent reads. It is used from the event loop's thread only:
 needs more (a pulled image) calls `sync`.
 """
 
+import logging
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,10 @@ from typing import Self, TypeVar
 
 import msgspec
 
+from nodeagent.errors import DataLoss
 from nodeagent.records import KINDS, Record
+
+log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 
@@ -30,10 +34,16 @@ class Store:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open or make the file; raises `RuntimeError` where a newer agent wrote it."""
-        db = sqlite3.connect(path, isolation_level=None)
+        """Open or make the file; raises `DataLoss` where it is none of ours, or a newer agent's."""
+        try:
+            db = sqlite3.connect(path, isolation_level=None)
+        except sqlite3.Error as error:
+            raise DataLoss(f"{path}: {error}") from error
         try:
             _prepare(db, path)
+        except sqlite3.Error as error:
+            db.close()
+            raise DataLoss(f"{path}: {error}") from error
         except BaseException:
             db.close()
             raise
@@ -75,10 +85,16 @@ class Store:
         return msgspec.json.decode(row[0], type=kind) if row else None
 
     def all(self, kind: type[R]) -> list[R]:
-        """Every record of a type, in the order of its keys."""
-        rows = self._db.execute(f"SELECT body FROM {_table(kind)} ORDER BY key")
+        """Every record of a type, in the order of its keys; one that cannot be read is passed over, and stays."""
+        rows = self._db.execute(f"SELECT key, body FROM {_table(kind)} ORDER BY key")
         decoder = msgspec.json.Decoder(kind)
-        return [decoder.decode(body) for (body,) in rows]
+        records = []
+        for key, body in rows:
+            try:
+                records.append(decoder.decode(body))
+            except msgspec.DecodeError as error:
+                log.error('%s "%s": the record cannot be read: %s', kind.__name__, key, error)
+        return records
 
     def sync(self) -> None:
         """Return once everything written so far would survive a power cut."""
@@ -90,7 +106,7 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
     db.execute("PRAGMA synchronous = NORMAL")
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version > SCHEMA_VERSION:
-        raise RuntimeError(f"{path}: schema {version} is newer than this agent's {SCHEMA_VERSION}")
+        raise DataLoss(f"{path}: schema {version} is newer than this agent's {SCHEMA_VERSION}")
     for kind in KINDS:
         db.execute(
             f"CREATE TABLE IF NOT EXISTS {_table(kind)} (key TEXT PRIMARY KEY, body BLOB NOT NULL)"

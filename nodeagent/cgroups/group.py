@@ -23,7 +23,7 @@ from nodeagent.cgroups.stats import (
     PressureStats,
 )
 from nodeagent.cgroups.tracking import LegacyTracker, Tracker, UnifiedTracker
-from nodeagent.errors import NotFound
+from nodeagent.errors import FailedPrecondition, NotFound
 from nodeagent.records import Resources
 
 _FREEZE_TIMEOUT_S = 2.0
@@ -67,6 +67,8 @@ class Cgroup:
         self._files = ControlFiles(_directories(layout, path))
         self._pressure = ControlFiles({"": self._tracking.directory(path)})
         self._lock = threading.Lock()
+        self._left: list[Cgroup] = []
+        self._leaving = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Cgroup({self.path!r})"
@@ -155,6 +157,13 @@ class Cgroup:
         child.make()
         return child
 
+    def discard(self, child: "Cgroup") -> None:
+        """Remove the group of an exec that has ended. One with processes, which it left or which are still dying, goes
+        with a later one, or with this group.
+        """
+        with self._leaving:
+            self._left = [group for group in (*self._left, child) if not _removed(group)]
+
     # --- accounting ---
 
     def stats(self) -> CgroupStats:
@@ -239,6 +248,14 @@ class ExecGroup(Cgroup):
     def join_fds(self) -> list[int]:
         paths = dict.fromkeys(self._layout.hierarchies, self._container)
         return descriptors.join_fds(self._layout, paths | {self._tracking: self.path})
+
+
+def _removed(group: Cgroup) -> bool:
+    try:
+        group.remove(timeout_s=0)
+    except FailedPrecondition:
+        return False
+    return True
 
 
 def _tracker(layout: Layout, path: str) -> Tracker:

@@ -310,6 +310,15 @@ class Containers:
         except (NodeAgentError, OSError) as error:
             log.error('container "%s": what was made of it is left: %s', container.id, error)
 
+    async def clear_stranger(self, container_id: str) -> None:
+        """Remove what there is of a container without a record, of whichever pod it was."""
+        parents = {sandbox.cgroup_parent for sandbox in self._registry.sandboxes.values()}
+        for parent in parents:
+            with suppress(NotFound):
+                path = self._cgroups.container_path(parent, container_id)
+                await asyncio.to_thread(_end, self._cgroups.open_existing(path))
+        self._trash.take(self._directory / container_id)
+
     async def kill_all(self, sandbox_id: str) -> None:
         """Kill what runs of a pod that has no supervisor and gets none."""
         for container in self._registry.members(sandbox_id):

@@ -74,16 +74,10 @@ async def _run(supervisor: Supervisor, group: Cgroup, plan: ExecPlan) -> ExecRes
             stdout.drain()
             stderr.drain()
     finally:
-        await discard(child)
+        await asyncio.to_thread(group.discard, child)
     if end.timed_out:
         raise TimeoutError
     return ExecResult(stdout=stdout.data, stderr=stderr.data, exit_code=end.code)
-
-
-async def discard(group: Cgroup) -> None:
-    """Remove the group of a command that has ended. One with processes that it left behind goes with the container."""
-    if not group.populated():
-        await asyncio.to_thread(group.remove)
 
 
 class Capture:

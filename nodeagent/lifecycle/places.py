@@ -52,14 +52,20 @@ class Places:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """Hold the lock of the root directory: two agents on one would undo each other's work."""
-        files.ensure_directory(str(self.root), mode=MODE)
-        lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise AlreadyExists(f"{self.root}: another agent has this root directory") from None
+        """Hold the locks of both directories: two agents on one would undo each other's work."""
+        with _locked(self.root), _locked(self.state):
             yield
-        finally:
-            os.close(lock)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    files.ensure_directory(str(directory), mode=MODE)
+    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyExists(f"{directory}: another agent has this directory") from None
+        yield
+    finally:
+        os.close(lock)

@@ -61,8 +61,8 @@ class Recovery:
         self._images.release_others(self._registry.containers.keys())
         ready = [s for s in self._registry.sandboxes.values() if s.ready]
         await asyncio.gather(*(self._adopt(sandbox) for sandbox in ready))
-        await self._undo_intentions()
         await self._dismantle_strangers()
+        await self._undo_intentions()
         await self._network.recover(self._registry.pods.keys())
 
     async def _adopt(self, sandbox: Sandbox) -> None:
@@ -84,21 +84,21 @@ class Recovery:
 
     async def _undo_intentions(self) -> None:
         for container in list(self._registry.containers.values()):
-            if not container.created_at:
+            if not container.created_at or container.sandbox_id not in self._registry.sandboxes:
                 await self._containers.undo(container)
         for sandbox in list(self._registry.sandboxes.values()):
             if not sandbox.ready_at:
                 self._registry.forget(sandbox)
 
     async def _dismantle_strangers(self) -> None:
-        """Remove pods without a record, which were slots or cut off, and directories without an owner."""
+        """Remove pods without a record, which were slots or cut off, and containers without one."""
         launcher = await self._launchers.get()
         known = {directory.name for directory in self._places.pods.iterdir()}
         for pod_id in known.union(await launcher.pods()) - self._registry.pods.keys():
             await self._dismantle(self._places.pods / pod_id)
         for directory in self._places.containers.iterdir():
             if directory.name not in self._registry.containers:
-                self._trash.take(directory)
+                await self._containers.clear_stranger(directory.name)
 
     async def _dismantle(self, directory: Path) -> None:
         """What cannot be removed now is left to the next start, and keeps nobody from serving."""

@@ -15,7 +15,6 @@ from typing import Any
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.errors import FailedPrecondition, NodeAgentError, ResourceExhausted
 from nodeagent.lifecycle.containers import Containers
-from nodeagent.lifecycle.execs import discard
 from nodeagent.lifecycle.handover import close_all, handover
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.lifecycle.supervision import Supervision
@@ -41,15 +40,16 @@ class Sessions:
     async def exec(self, request: ExecRequest, size: Size | None) -> Process:
         """Start a command in a running container, in a cgroup of its own."""
         container, supervisor = self._containers.running(request.container_id)
-        group = self._containers.group(container).child(f"exec-{secrets.token_hex(4)}")
+        whole = self._containers.group(container)
+        group = whole.child(f"exec-{secrets.token_hex(4)}")
         try:
             with handover(group) as fds:
                 run = _on_terminal if request.tty else _on_pipes
                 command = await run(supervisor, request, _plan(request, container), fds, size)
         except BaseException:
-            await discard(group)
+            await asyncio.to_thread(whole.discard, group)
             raise
-        self.do_behind(_remove_after(command.handle, group))
+        self.do_behind(_remove_after(command.handle, whole, group))
         return command
 
     async def attach(self, request: AttachRequest) -> Process:
@@ -153,12 +153,12 @@ def _plan(request: ExecRequest, container: Container) -> ExecPlan:
     )
 
 
-async def _remove_after(handle: ExecHandle, group: Cgroup) -> None:
+async def _remove_after(handle: ExecHandle, whole: Cgroup, group: Cgroup) -> None:
     try:
         await handle.wait()
     except NodeAgentError:
         return  # its supervisor died: the group goes with the container's
-    await discard(group)
+    await asyncio.to_thread(whole.discard, group)
 
 
 # --- attaching ---

@@ -76,6 +76,16 @@ class Children:
             return False
         return True
 
+    def kill(self) -> None:
+        """Send SIGKILL to all there are, known or not (proc(5); not every kernel lists them)."""
+        try:
+            with open(f"/proc/self/task/{os.getpid()}/children") as file:
+                pids = file.read().split()
+        except FileNotFoundError:
+            return
+        for pid in pids:
+            os.kill(int(pid), signal.SIGKILL)
+
     def _signalled(self, _events: int) -> None:
         try:
             os.read(self._pipe[0], 4096)

@@ -152,8 +152,12 @@ class Launcher:
         self._stop_when_alone(request)
 
     def _stop_when_alone(self, request: Request) -> None:
-        """Supervisors that have ended their pods are reaped by us, and not by whoever would inherit them."""
+        """Supervisors that have ended their pods are reaped by us, and not by whoever would inherit them.
+
+        What abandoned pods have left ends with us.
+        """
         if self._children.any():
+            self._children.kill()
             self._loop.call_after(_STOP_PAUSE_MS, lambda: self._stop_when_alone(request))
             return
         os.unlink(self._path)

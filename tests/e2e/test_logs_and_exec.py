@@ -1,5 +1,6 @@
 """Logs as the kubelet reads them, and commands in running containers."""
 
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -85,6 +86,23 @@ def test_exec_timeout_holds_where_nothing_can_be_killed(cri: Cri) -> None:
         freezer.write_text("FROZEN")
     call = partial(container.exec, "sleep", "100", timeout=1)
     refused(grpc.StatusCode.DEADLINE_EXCEEDED, "'sleep' ran longer than 1 s", call)
+    container.pod.remove()
+
+
+def test_groups_of_probes_do_not_pile_up(cri: Cri) -> None:
+    """A probe that times out each time, or leaves something for a while, must not fill the node with groups."""
+    container = cri.run()
+    for _ in range(2):
+        call = partial(container.exec, "sh", "-c", "sleep 777 & sleep 777", timeout=1)
+        refused(grpc.StatusCode.DEADLINE_EXCEEDED, container.id, call)
+    container.exec("sh", "-c", "sleep 0.1 &")
+
+    def none_is_left() -> bool:
+        container.exec("true")
+        groups = [path for path, _, _ in os.walk("/sys/fs/cgroup") if container.id in path]
+        return not any("/exec-" in path for path in groups)
+
+    wait_for("no group of an exec", none_is_left)
     container.pod.remove()
 
 

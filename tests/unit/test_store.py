@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nodeagent.errors import DataLoss
 from nodeagent.records import ContainerConfig, HostPort, Lease
 from nodeagent.store import SCHEMA_VERSION, Store
 from tests.unit.cri import records
@@ -107,9 +108,25 @@ def test_the_file_of_a_newer_agent_is_refused(path: Path) -> None:
     db = sqlite3.connect(path)
     db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     db.close()
-    with pytest.raises(RuntimeError, match="newer than this agent's"):
+    with pytest.raises(DataLoss, match="newer than this agent's"):
         Store.open(path)
     assert not [name for name in os.listdir(path.parent) if name != path.name], "it is closed"
+
+
+def test_a_file_of_something_else_is_refused(path: Path) -> None:
+    path.write_bytes(b"x" * 4096)
+    with pytest.raises(DataLoss, match="not a database"):
+        Store.open(path)
+
+
+def test_a_record_that_cannot_be_read_is_passed_over(path: Path) -> None:
+    with closing(Store.open(path)) as store:
+        store.put(lease("a"))
+        store.put(lease("b"))
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("UPDATE record_lease SET body = substr(body, 1, 9) WHERE key = 'a'")
+    with closing(Store.open(path)) as store:
+        assert store.all(Lease) == [lease("b")]
 
 
 @given(st.dictionaries(st.text(), st.text()), st.lists(st.tuples(st.text(), st.binary())))

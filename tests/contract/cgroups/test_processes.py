@@ -161,6 +161,18 @@ def test_an_exec_is_killed_alone(group: Cgroup, spawn: Spawn) -> None:
     exec_group.remove()
 
 
+def test_what_an_exec_leaves_is_removed_with_a_later_one(group: Cgroup, spawn: Spawn) -> None:
+    left, ended = group.child("exec-1"), group.child("exec-2")
+    process = ready(spawn(left, WAIT))
+    group.discard(left)
+    assert left.processes() == [process.pid]
+    process.kill()
+    process.wait()
+    group.discard(ended)
+    assert not left.exists()
+    assert not ended.exists()
+
+
 def test_an_exec_is_watched_and_has_no_limits(group: Cgroup, layout: Layout, spawn: Spawn) -> None:
     group.apply(Resources(pids_limit=5))
     exec_group = group.child("exec-1")

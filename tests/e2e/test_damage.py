@@ -1,0 +1,103 @@
+"""What others do to an agent's files, groups and tables: one pod may be lost by it, the node never."""
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from nodeagent.api import runtime_pb2 as pb
+from tests.cri import EXITED, Container, Cri
+from tests.node import RunningAgent, wait_for
+
+
+def crash(agent: RunningAgent, container: Container) -> Path:
+    """Kill the agent and a pod's supervisor; returns the pod's directory."""
+    supervisor = container.pod.supervisor
+    agent.kill()
+    os.kill(supervisor, signal.SIGKILL)
+    return agent.root / "run/pods" / container.pod.id
+
+
+def test_a_pod_that_nobody_can_take_over_ends(own_agent: RunningAgent, own_cri: Cri) -> None:
+    container, other = own_cri.run(), own_cri.run()
+    (crash(own_agent, container) / "pod.json").write_text("{")
+    own_agent.start()
+    assert container.pod.status.state == pb.SANDBOX_NOTREADY
+    assert (container.status.state, container.status.reason) == (EXITED, "Unknown")
+    assert other.shell("echo works") == "works"
+    container.pod.remove()
+
+
+def test_a_supervisor_that_nobody_can_reach_ends(own_agent: RunningAgent, own_cri: Cri) -> None:
+    container, other = own_cri.run(), own_cri.run()
+    own_agent.kill()
+    shutil.rmtree(own_agent.root / "run/pods" / container.pod.id, ignore_errors=True)  # but mounts
+    own_agent.start()
+    assert container.pod.status.state == pb.SANDBOX_NOTREADY
+    assert other.shell("echo works") == "works"
+    container.pod.remove()
+
+
+def test_one_container_that_nothing_is_known_of(own_agent: RunningAgent, own_cri: Cri) -> None:
+    container = own_cri.run()
+    other = container.pod.run(name="other")
+    directory = crash(own_agent, container) / "containers" / container.id
+    (directory / "state.json").write_text("{")
+    own_agent.start()
+    assert container.status.reason == "Unknown"
+    assert other.shell("echo works") == "works"
+    container.remove()
+
+
+@pytest.mark.parametrize("kind", ["container", "sandbox", "lease"])
+def test_a_record_that_cannot_be_read(own_agent: RunningAgent, own_cri: Cri, kind: str) -> None:
+    container, other = own_cri.run(), own_cri.run()
+    own_agent.kill()
+    key = container.id if kind == "container" else container.pod.id
+    with closing(sqlite3.connect(own_agent.root / "lib/state.db", isolation_level=None)) as db:
+        db.execute(f"UPDATE record_{kind} SET body = substr(body, 1, 20) WHERE key = ?", (key,))
+    own_agent.start()
+    assert other.shell("echo works") == "works"
+    listed = own_agent.runtime.ListContainers(pb.ListContainersRequest()).containers
+    kept = {container.id, other.id} if kind == "lease" else {other.id}
+    assert {item.id for item in listed} == kept
+
+
+def test_a_group_that_others_removed(own_agent: RunningAgent, own_cri: Cri) -> None:
+    """As the kubelet does with all below a pod's group, once it wants the pod to be gone."""
+    container = own_cri.run()
+    groups = [Path(path) for path, _, _ in os.walk("/sys/fs/cgroup") if path.endswith(container.id)]
+    for pid in (groups[0] / "cgroup.procs").read_text().split():
+        os.kill(int(pid), signal.SIGKILL)
+    assert container.ended().exit_code == 137
+    wait_for("empty groups", lambda: all(map(is_removed, groups)))
+    container.pod.stop()
+    own_agent.restart()
+    container.remove()
+    container.pod.remove()
+
+
+def is_removed(group: Path) -> bool:
+    try:
+        group.rmdir()
+    except OSError:
+        return not group.exists()
+    return True
+
+
+def test_another_agent_cannot_have_the_state_directory(
+    own_agent: RunningAgent, own_cri: Cri, tmp_path: Path
+) -> None:
+    container = own_cri.run()
+    second = RunningAgent(tmp_path / "second")
+    command = second.command("serve", "--listen", second.endpoint)
+    command[command.index("--state") + 1] = str(own_agent.root / "run")
+    refused = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 1
+    assert "another agent has this directory" in refused.stderr
+    assert container.shell("echo works") == "works"
