@@ -4,23 +4,31 @@ One table a record type, one row a record: its key and its JSON. The records liv
 file is what the next agent reads. It is used from the event loop's thread only: a write of one record takes about
 50 µs (WAL, no fsync), and one that a crash of the *machine* loses belonged to a pod that is gone with it. Whoever
 needs more (a pulled image) calls `sync`.
+
+What is written to stop and to remove must find room on a full disk, or nothing would ever be freed again: the database
+and its log have free pages from the start, and a file beside them gives way where an agent starts on a full disk.
 """
 
+import errno
 import logging
+import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self, TypeVar
 
 import msgspec
 
-from nodeagent.errors import DataLoss
+from nodeagent.errors import DataLoss, ResourceExhausted
 from nodeagent.records import KINDS, Record
 
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+
+_ROOM_BYTES = 512 << 10
+_RESERVE_BYTES = 4 * _ROOM_BYTES
 
 R = TypeVar("R", bound=Record)
 
@@ -35,18 +43,16 @@ class Store:
     @classmethod
     def open(cls, path: Path) -> Self:
         """Open or make the file; raises `DataLoss` where it is none of ours, or a newer agent's."""
+        reserve = path.with_name(f"{path.name}.reserve")
         try:
-            db = sqlite3.connect(path, isolation_level=None)
-        except sqlite3.Error as error:
-            raise DataLoss(f"{path}: {error}") from error
-        try:
-            _prepare(db, path)
-        except sqlite3.Error as error:
-            db.close()
-            raise DataLoss(f"{path}: {error}") from error
-        except BaseException:
-            db.close()
-            raise
+            db = _open(path)
+        except sqlite3.Error:
+            reserve.unlink(missing_ok=True)
+            try:
+                db = _open(path)
+            except sqlite3.Error as error:
+                raise DataLoss(f"{path}: {error}") from error
+        _keep_reserve(reserve)
         return cls(db)
 
     def close(self) -> None:
@@ -56,29 +62,54 @@ class Store:
     def transaction(self) -> Iterator[None]:
         """All writes inside become durable together, or none does. Nested ones join the outermost."""
         if self._depth == 0:
-            self._db.execute("BEGIN IMMEDIATE")
+            self._write("BEGIN IMMEDIATE")
         self._depth += 1
         try:
             yield
+            if self._depth == 1:
+                self._write("COMMIT")
         except BaseException:
-            self._depth -= 1
-            if self._depth == 0:
-                self._db.execute("ROLLBACK")
+            if self._depth == 1:
+                self._roll_back()
             raise
-        self._depth -= 1
-        if self._depth == 0:
-            self._db.execute("COMMIT")
+        finally:
+            self._depth -= 1
+
+    def _roll_back(self) -> None:
+        if self._db.in_transaction:  # SQLite may have done so by itself
+            self._db.execute("ROLLBACK")
+        self._reuse_log()
 
     def put(self, record: Record) -> None:
         """Insert or replace."""
-        self._db.execute(
+        self._write(
             f"INSERT OR REPLACE INTO {_table(type(record))} VALUES (?, ?)",
             (record.key, msgspec.json.encode(record)),
         )
 
     def delete(self, kind: type[Record], key: str) -> None:
         """Forget a record; one that is not there is forgotten already."""
-        self._db.execute(f"DELETE FROM {_table(kind)} WHERE key = ?", (key,))
+        self._write(f"DELETE FROM {_table(kind)} WHERE key = ?", (key,))
+
+    def _write(self, statement: str, parameters: tuple[object, ...] = ()) -> None:
+        """Raises ResourceExhausted on a full disk, and OSError on one that fails."""
+        try:
+            try:
+                self._db.execute(statement, parameters)
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_FULL or self._depth:
+                    raise
+                self._reuse_log()
+                self._db.execute(statement, parameters)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise ResourceExhausted(f"state.db: {error}") from error
+            raise OSError(errno.EIO, f"state.db: {error}") from error
+
+    def _reuse_log(self) -> None:
+        """Have the log written from its beginning again, where it has room."""
+        with suppress(sqlite3.Error):
+            self._db.execute("PRAGMA wal_checkpoint(RESTART)")
 
     def get(self, kind: type[R], key: str) -> R | None:
         row = self._db.execute(f"SELECT body FROM {_table(kind)} WHERE key = ?", (key,)).fetchone()
@@ -99,6 +130,37 @@ class Store:
     def sync(self) -> None:
         """Return once everything written so far would survive a power cut."""
         self._db.execute("PRAGMA wal_checkpoint(FULL)")
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, isolation_level=None)
+    try:
+        _prepare(db, path)
+        _make_room(db)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _make_room(db: sqlite3.Connection) -> None:
+    """Pages once written stay in both files, and are used again."""
+    with suppress(sqlite3.Error):
+        db.execute("CREATE TABLE IF NOT EXISTS room (body BLOB)")
+        db.execute("INSERT INTO room VALUES (zeroblob(?))", (_ROOM_BYTES,))
+        db.execute("PRAGMA wal_checkpoint(RESTART)")
+        db.execute("DELETE FROM room")
+        db.execute("PRAGMA wal_checkpoint(RESTART)")
+
+
+def _keep_reserve(path: Path) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(file, 0, _RESERVE_BYTES)
+    except OSError as error:
+        log.warning("%s: %s", path, error.strerror)
+    finally:
+        os.close(file)
 
 
 def _prepare(db: sqlite3.Connection, path: Path) -> None:

@@ -5,15 +5,18 @@ Lists and statuses are answered from here, never from a kernel file or a process
 
 import asyncio
 import functools
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound
+from nodeagent.errors import FailedPrecondition, InvalidArgument, NodeAgentError, NotFound
 from nodeagent.lifecycle.events import Events, Kind
 from nodeagent.records import Container, Record, Sandbox
 from nodeagent.sandbox.client import Supervisor
 from nodeagent.store import Store
+
+log = logging.getLogger(__name__)
 
 
 class Pod:
@@ -93,6 +96,17 @@ class Registry:
     def save(self, record: Sandbox | Container, event: Kind | None = None) -> None:
         """Write, publish, then tell; the record is unchanged everywhere when the write fails."""
         self.store.put(record)
+        self._publish(record, event)
+
+    def note(self, record: Sandbox | Container, event: Kind) -> None:
+        """As `save`, of what has happened whether it can be written or not; another agent is told by supervisors."""
+        try:
+            self.store.put(record)
+        except (NodeAgentError, OSError) as error:
+            log.error('"%s" is %s: not written: %s', record.id, event, error)
+        self._publish(record, event)
+
+    def _publish(self, record: Sandbox | Container, event: Kind | None) -> None:
         if isinstance(record, Sandbox):
             self.sandboxes[record.id] = record
         else:

@@ -154,8 +154,8 @@ class Sandboxes:
         await self._supervision.shut_down(sandbox.id)
         current = self._registry.sandboxes[sandbox.id]
         if not current.stopped_at:
-            self._registry.save(
-                msgspec.structs.replace(current, stopped_at=time.time_ns()), event="stopped"
+            self._registry.note(
+                msgspec.structs.replace(current, stopped_at=time.time_ns()), "stopped"
             )
 
     async def remove(self, name: str) -> None:

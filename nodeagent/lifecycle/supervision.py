@@ -94,14 +94,14 @@ class Supervision:
 
     def started(self, container: Container, at: int) -> None:
         """Publish that a container runs, and at once its end where the news of that came first."""
-        self._registry.save(records.started(container, at), event="started")
+        self._registry.note(records.started(container, at), "started")
         end = self._early.pop(container.id, None)
         if end is not None:
             self._exited(container.id, end)
 
     def ended_as(self, container: Container) -> None:
         """Publish that a container has ended, and wake who waits for it."""
-        self._registry.save(container, event="stopped")
+        self._registry.note(container, "stopped")
         event = self._ends.pop(container.id, None)
         if event is not None:
             event.set()

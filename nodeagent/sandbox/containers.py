@@ -167,7 +167,10 @@ class Container:
         if not self.facts["deadline"] or deadline < self.facts["deadline"]:
             self.facts["deadline"] = deadline
             self.keep_deadline()
-        self._save()
+        try:
+            self._save()
+        except OSError as error:  # a full disk: we keep the deadline, a successor would not
+            report(f"container {self.id}: its deadline is not recorded: {error}")
 
     def keep_deadline(self) -> None:
         if self._deadline is not None:

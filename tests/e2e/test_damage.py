@@ -5,14 +5,17 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
+from nodeagent.linux import syscalls
 from tests.cri import EXITED, Container, Cri
+from tests.e2e.conftest import client
 from tests.node import RunningAgent, wait_for
+from tests.registry import Registry
 
 
 def crash(agent: RunningAgent, container: Container) -> Path:
@@ -101,3 +104,41 @@ def test_another_agent_cannot_have_the_state_directory(
     assert refused.returncode == 1
     assert "another agent has this directory" in refused.stderr
     assert container.shell("echo works") == "works"
+
+
+@pytest.mark.parametrize("place", ["lib", "run"])
+def test_a_full_disk(tmp_path: Path, registry: Registry, place: str) -> None:
+    """Containers end, pods go, and an agent starts: or nothing would ever be freed."""
+    agent = RunningAgent(tmp_path / "agent")
+    agent.trust(registry.host)
+    disk = agent.root / place
+    disk.mkdir()
+    syscalls.mount("disk", str(disk), "tmpfs", 0, "size=16m")
+    try:
+        agent.start()
+        cri = client(agent, registry)
+        script = "trap 'exit 5' TERM; echo set; while :; do sleep 0.05; done"
+        containers = [cri.run("sh", "-c", script) for _ in "123"]
+        containers[0].said("set")
+        fill_up(disk / "ballast")
+        containers[0].stop(timeout=30)
+        assert containers[0].status.exit_code == 5
+        containers[0].remove()
+        containers[1].pod.stop()
+        agent.kill()
+        agent.start()
+        assert containers[1].status.state == EXITED
+        assert containers[2].shell("echo works") == "works"
+        agent.remove_pods()
+        assert agent.stop() == 0
+        (disk / "ballast").unlink()
+    finally:
+        agent.stop()
+        syscalls.umount2(str(disk), syscalls.MNT_DETACH)
+
+
+def fill_up(path: Path) -> None:
+    """To the last page."""
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
