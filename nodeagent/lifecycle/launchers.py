@@ -1,12 +1,18 @@
-"""The launcher, whichever it is now. One that died is replaced when it is next needed: supervisors live without it."""
+"""The launcher, whichever it is now. One that died is replaced at once.
+
+Supervisors live without it, but nobody keeps then what their successors would need.
+"""
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from nodeagent.errors import NodeAgentError
 from nodeagent.sandbox.client import Launcher
 
 log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 1.0
 
 
 class Launchers:
@@ -16,6 +22,26 @@ class Launchers:
         self._start = start
         self._lock = asyncio.Lock()
         self._current: Launcher | None = None
+        self._keeper: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """See that there always is one."""
+        self._keeper = asyncio.create_task(self._keep())
+
+    async def close(self) -> None:
+        """Let the one that there is go on, or end."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+
+    async def _keep(self) -> None:
+        while True:
+            try:
+                launcher = await self.get()
+                await launcher.lost.wait()
+            except (NodeAgentError, OSError) as error:
+                log.error("no launcher: %s", error)
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def get(self) -> Launcher:
         """A launcher that lives, as far as anybody knows."""

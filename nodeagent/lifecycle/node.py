@@ -130,6 +130,7 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
         stack.push_async_callback(node.trash.close)
         stack.push_async_callback(node.supervision.close)
         await _recovery(node, places).run()
+        node.launchers.start()
         node.slots.start()
         try:
             yield node
@@ -138,6 +139,7 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
             await node.sandboxes.close()
             await node.containers.close()
             await node.slots.close()
+            await node.launchers.close()
             await _leave(node)
 
 

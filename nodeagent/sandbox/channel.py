@@ -97,6 +97,10 @@ class Channel:
         result = message.body["result"]
         return Reply(result, dict(zip(result.get("fds", ()), message.fds, strict=True)))
 
+    @property
+    def is_open(self) -> bool:
+        return self._is_open
+
     def post(self, operation: str, **members: object) -> None:
         """Ask for something whose outcome is of no interest."""
         packet = protocol.encode({"id": next(self._numbers), "op": operation, **members})

@@ -43,6 +43,9 @@ Size = tuple[int, int]
 # A process that dies closes its connections some time before it is seen to be dead.
 _DEATH_SECONDS = 5.0
 
+# Without its launcher, a supervisor comes up within this time, or not at all.
+_ORPHAN_POLLS, _ORPHAN_POLL_SECONDS = 20, 0.1
+
 
 class Supervisor:
     """A pod's supervisor. `lost` is set when it has died. on_exit: told the end of every container, from now on."""
@@ -316,8 +319,14 @@ class Launcher:
             raise
 
     async def _fork(self, plan: PodPlan) -> Supervisor:
-        await self._channel.request("fork", plan=plan)
-        return await Supervisor.connect(Path(plan["directory"]), plan["id"])
+        pod_id, directory = plan["id"], Path(plan["directory"])
+        try:
+            await self._channel.request("fork", plan=plan)
+        except Unavailable:
+            if not self._channel.is_open:
+                await _end_orphan(pod_id, directory)
+            raise
+        return await Supervisor.connect(directory, pod_id)
 
     async def successor(self, pod_id: str, directory: Path) -> Supervisor:
         """Another supervisor for a pod whose own has died; raises AlreadyExists where it has not."""
@@ -339,3 +348,15 @@ class Launcher:
         await self._channel.request("stop")
         await self.lost.wait()
         self.close()
+
+
+async def _end_orphan(pod_id: str, directory: Path) -> None:
+    """The launcher may have died after it forked: a supervisor that comes up in spite of it is not wanted."""
+    for _ in range(_ORPHAN_POLLS):
+        try:
+            supervisor = await Supervisor.connect(directory, pod_id)
+        except OSError:
+            await asyncio.sleep(_ORPHAN_POLL_SECONDS)
+        else:
+            await supervisor.shutdown()
+            return

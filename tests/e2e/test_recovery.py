@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -105,6 +106,18 @@ def test_a_killed_launcher_is_replaced(own_agent: RunningAgent, own_cri: Cri) ->
     own_agent.restart()
     container.stop(timeout=10)
     assert container.status.exit_code == 5
+
+
+def test_a_launcher_is_replaced_before_it_is_needed(own_agent: RunningAgent) -> None:
+    killed = launcher_of(own_agent)
+    os.kill(killed, signal.SIGKILL)
+
+    def is_replaced() -> bool:
+        with suppress(LookupError):
+            return launcher_of(own_agent) != killed
+        return False
+
+    wait_for("another launcher", is_replaced)
 
 
 def launcher_of(agent: RunningAgent) -> int:

@@ -11,6 +11,7 @@ import pytest
 from nodeagent.errors import Unavailable
 from nodeagent.sandbox import facts
 from nodeagent.sandbox.client import ContainerState, ExecIO, Launcher
+from nodeagent.sandbox.spec import PodPlan
 from tests.kernel.sandbox.supervised import (
     NO_CGROUP,
     Node,
@@ -265,6 +266,23 @@ async def test_supervisors_outlive_the_launcher_and_go_to_the_next(node: Node) -
     await pod.supervisor.stop("main", signal.SIGTERM, 60_000)
     assert (await pod.supervisor.wait("main"))["code"] == 7
     assert is_counted_without_a_gap(pod.log())
+
+
+async def test_a_fork_that_the_launcher_does_not_live_to_answer_is_undone(node: Node) -> None:
+    directory = node.state / "pods" / "f0"
+    directory.mkdir()
+    plan = PodPlan(id="f0", directory=str(directory), namespaces=["net"])
+    forking = asyncio.create_task(node.launcher.fork(plan))
+    while not (found := children(node.launcher.pid)):  # noqa: ASYNC110 another process does it
+        await asyncio.sleep(0)
+    os.kill(found[0], signal.SIGSTOP)
+    await kill_launcher(node)
+    os.kill(found[0], signal.SIGCONT)
+    with pytest.raises(Unavailable):
+        await forking
+    await eventually(lambda: not exists(found[0]))
+    assert not mounts_below(directory)
+    await node.connect()
 
 
 async def test_launcher_and_supervisor_die_together(node: Node) -> None:
