@@ -26,9 +26,15 @@ from typing import Self
 import msgspec
 
 from nodeagent.config import Network as NetworkConfig
-from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
+from nodeagent.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NodeAgentError,
+    NotFound,
+    Unsupported,
+)
 from nodeagent.net import bridge, conntrack, links, setup, stats, sysctls
-from nodeagent.net.addresses import gateway, parse_pod_cidr
+from nodeagent.net.addresses import Subnet, gateway, parse_pod_cidr
 from nodeagent.net.hostports import HostPorts
 from nodeagent.net.ipam import Ipam, interfaces
 from nodeagent.net.nat import Nat
@@ -74,8 +80,10 @@ class Network:
         self._nat: Nat | None = None
         self._nat_missing = ""
         self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="net")
+        self._setting_up = asyncio.Lock()
+        self._bridge_lost = asyncio.Event()
         self._released = asyncio.Event()
-        self._reaper: asyncio.Task[None] | None = None
+        self._tasks: tuple[asyncio.Task[None], ...] = ()
 
     @classmethod
     async def start(cls, *, config: NetworkConfig, store: Store, instance: str) -> Self:
@@ -88,15 +96,18 @@ class Network:
         network = cls(config, store, instance)
         await network._set_up(store.get(NodeNetwork, "node") or NodeNetwork())
         network._open_nat()
-        network._reaper = asyncio.create_task(network._reap())
+        network._tasks = (
+            asyncio.create_task(network._reap()),
+            asyncio.create_task(network._mend()),
+        )
         network._released.set()
         return network
 
     async def close(self, *, remove: bool) -> None:
         """Stop. With `remove` all that the kernel has of this network goes, else it stays for the next agent."""
-        if self._reaper is not None:
-            self._reaper.cancel()
-            await asyncio.gather(self._reaper, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if remove:
             await self._remove()
         self._workers.shutdown()
@@ -171,9 +182,7 @@ class Network:
             self._release(pod_id)
         if self._nat is not None:
             self._nat.declare()
-        present = links.names(self._link_prefix)
-        held = {lease.link for lease in self._ipam.leases.values() if not lease.released_at}
-        await self._run(partial(links.plug_in, present & held, self._side))
+        present = await self._plug_in()
         for stray in present.difference(lease.link for lease in self._ipam.leases.values()):
             await self._run(partial(links.delete, stray))
 
@@ -186,6 +195,10 @@ class Network:
         if not cidr:
             return
         subnets = parse_pod_cidr(cidr)
+        async with self._setting_up:
+            await self._use_pod_cidr(cidr, subnets)
+
+    async def _use_pod_cidr(self, cidr: str, subnets: Sequence[Subnet]) -> None:
         pod_cidrs = tuple(map(str, subnets))
         if pod_cidrs == self._choices.pod_cidrs:
             return
@@ -205,9 +218,13 @@ class Network:
     # --- what is ---
 
     def status(self) -> NetworkStatus:
-        """How it is now. What others undid of the table or the kernel's settings is made good by the way."""
+        """How it is now. What others undid of the table or the kernel's settings is made good by the way, the bridge
+        behind the requests.
+        """
         problems = self._problems()
         if not bridge.is_up(self._side.bridge):
+            self._bridge_lost.set()
+        if self._bridge_lost.is_set():
             return NetworkStatus(
                 ready=False,
                 reason="BridgeDown",
@@ -251,6 +268,28 @@ class Network:
         self._ipam.use(self._side.subnets)
         self._choices = setup.with_choice(choices, self._config.subnet4, self._side.subnets)
         self._store.put(self._choices)
+
+    async def _mend(self) -> None:
+        """Make the bridge anew where others took it away or set it down."""
+        while True:
+            await self._bridge_lost.wait()
+            log.warning("bridge %s: is missing or down, it is made anew", self._side.bridge)
+            try:
+                async with self._setting_up:
+                    await self._set_up(self._choices)
+                sysctls.apply(self._settings())
+                await self._plug_in()
+                self._bridge_lost.clear()
+            except (NodeAgentError, OSError) as error:
+                log.warning("%s", error)
+                await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _plug_in(self) -> set[str]:
+        """Make the links of pods ports of the bridge. Returns all links that are there."""
+        present = links.names(self._link_prefix)
+        held = {lease.link for lease in self._ipam.leases.values() if not lease.released_at}
+        await self._run(partial(links.plug_in, present & held, self._side))
+        return present
 
     def _plan(self, choices: NodeNetwork) -> setup.Plan:
         return setup.Plan(

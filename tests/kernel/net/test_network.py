@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from tests.kernel.net.world import (
     needs_nf_tables,
     tcp_echo_of_peer,
     udp_echo_of_peer,
+    until,
 )
 
 OTHER_INSTANCE = "ffeeddcc"
@@ -63,13 +63,6 @@ def nft(*arguments: str) -> list[dict[str, Any]]:
 def elements(name: str, kind: str = "map") -> list[Any]:
     (listed,) = nft("list", kind, "inet", TABLE, name)
     return list(listed[kind].get("elem", []))
-
-
-async def until(condition: Any, seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        await asyncio.sleep(0.01)
 
 
 def links_of_pods(node: Namespace) -> list[str]:
@@ -182,18 +175,39 @@ async def test_what_is_off_is_not_made(
     await network.close(remove=True)
 
 
-async def test_status_tells_a_bridge_that_is_down_or_gone(world: World, network: Network) -> None:
+@pytest.mark.parametrize("verb", ["set", "del"])
+async def test_a_bridge_that_is_down_or_gone_is_told_and_made_good(
+    world: World, network: Network, new_pod: PodMaker, verb: str
+) -> None:
     assert network.status().ready
+    pod, pod4, _ = await new_pod(network)
     async with world.node.routing() as ipr:
-        index = world.node.links()[BRIDGE]
-        await ipr.link("set", index=index, state="down")
-        status = network.status()
-        assert (status.ready, status.reason) == (False, "BridgeDown")
-        assert BRIDGE in status.message
-        await ipr.link("set", index=index, state="up")
-        assert network.status().ready
-        await ipr.link("del", index=index)
-        assert not network.status().ready
+        await ipr.link(verb, index=world.node.links()[BRIDGE], state="down")
+    status = network.status()
+    assert (status.ready, status.reason) == (False, "BridgeDown")
+    assert BRIDGE in status.message
+    await until(lambda: network.status().ready)
+    other, _, other6 = await new_pod(network)
+    async with (
+        tcp_echo_of_peer(pod.namespace, (pod4, 80)),
+        tcp_echo_of_peer(other.namespace, (other6, 80)),
+    ):
+        assert await ask_tcp(other.namespace, (pod4, 80))
+        assert await ask_tcp(pod.namespace, (other6, 80))
+
+
+async def test_a_bridge_that_cannot_be_made_is_tried_again(
+    world: World, network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nodeagent.net.network._RETRY_SECONDS", 0.05)
+    async with world.node.routing() as ipr:
+        await ipr.link("del", index=world.node.links()[BRIDGE])
+        await ipr.link("add", ifname=BRIDGE, kind="veth", peer="nowhere")
+        for _ in range(20):
+            assert not network.status().ready
+            await asyncio.sleep(0.01)
+        await ipr.link("del", index=world.node.links()[BRIDGE])
+    await until(lambda: network.status().ready)
 
 
 @needs_nf_tables

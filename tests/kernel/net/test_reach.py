@@ -20,6 +20,7 @@ from tests.kernel.net.world import (
     needs_nf_tables,
     tcp_echo_of_peer,
     udp_echo_of_peer,
+    until,
 )
 
 PORT = 8080
@@ -212,6 +213,8 @@ async def test_traffic_is_counted_as_the_pod_sees_it(
     for _ in range(10):
         sender.sendto(bytes(1000), (pod4, PORT))
     sender.close()
+    received = before.rx_bytes + 10_000
+    await until(lambda: network.all_interface_stats()[pod.id].rx_bytes > received)
     after = network.all_interface_stats()
     assert after.keys() == {pod.id, idle.id}
     assert after[pod.id].name == "eth0"
