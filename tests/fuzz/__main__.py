@@ -47,6 +47,8 @@ def fuzz(name: str, seconds: int) -> bool:
     corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(TARGETS[name].seeds):
         (corpus / f"seed-{number}").write_bytes(seed)
+    log = FINDINGS / f"{name}.log"
+    log.unlink(missing_ok=True)
     options = {
         "max_total_time": seconds,
         "timeout": HANG_SECONDS,
@@ -60,7 +62,6 @@ def fuzz(name: str, seconds: int) -> bool:
         command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
     )
     output = ended.stdout.decode(errors="replace")
-    log = FINDINGS / f"{name}.log"
     runs, coverage = _last(r"^#(\d+)", output), _last(r" cov: (\d+)", output)
     verdict = "no findings"
     if ended.returncode:
