@@ -1,7 +1,7 @@
 """A repository over all the hosts that have it, as one caller may see it.
 
-Hosts are tried in their order. A blob that breaks off, or whose host is stalled, is resumed at the next host where it
-stopped; nobody waits for a bad mirror for long.
+Hosts are tried in their order, those that are busy or out of reach for some rounds. A blob that breaks off, or whose
+host is stalled, is resumed at the next host where it stopped; nobody waits for a bad mirror for long.
 """
 
 import asyncio
@@ -145,13 +145,22 @@ class Source:
     async def _first(
         self, endpoints: Sequence[Endpoint], ask: Callable[[Endpoint], Awaitable[T]]
     ) -> T:
-        errors: list[NodeAgentError] = []
-        for endpoint in endpoints:
+        asked = deque(endpoints)
+        errors: dict[Endpoint, NodeAgentError] = {}
+        patience = _Patience()
+        while asked:
+            endpoint = asked[0]
             try:
                 return await ask(endpoint)
-            except (*_REFUSALS, RegistryUnavailable) as error:
-                errors.append(error)
-        raise self._error(errors)
+            except RegistryUnavailable as error:
+                errors[endpoint] = error
+                asked.rotate(-1)
+                if not await patience.lasts(0, len(asked)):
+                    break
+            except _REFUSALS as error:
+                errors[endpoint] = error
+                asked.popleft()
+        raise self._error(errors.values())
 
     def _error(self, errors: Iterable[NodeAgentError]) -> NodeAgentError:
         """That of the last host, which is the registry itself, with what all of them said."""

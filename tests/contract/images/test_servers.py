@@ -128,6 +128,32 @@ async def test_a_server_that_always_breaks_off_is_given_up(images: Images, serve
     assert len(server.asked(BIG)) == source.ROUNDS
 
 
+@pytest.mark.parametrize("status", [0, 429, 503])
+async def test_every_question_is_asked_again(images: Images, server: Server, status: int) -> None:
+    server.add(SAMPLE)
+    Guard(server, "Bearer the-token", bearer(server))
+    token_service(server)
+    failed = set()
+
+    async def fail_once(request: web.Request) -> web.StreamResponse | None:
+        if request.path in failed:
+            return None
+        failed.add(request.path)
+        if not status:
+            assert request.transport is not None
+            request.transport.close()
+        return web.Response(status=status or 200)
+
+    server.hooks.insert(0, fail_once)
+    await images.pull(f"{server.host}/test/image:1")
+    assert "/token" in failed
+    server.hooks.insert(0, refusing(status or 500, "/manifests/"))
+    before = len(server.requests)
+    with pytest.raises(RegistryUnavailable):
+        await images.pull(f"{server.host}/test/image:1")
+    assert len(server.requests) - before == source.ROUNDS
+
+
 # --- mirrors ---
 
 
