@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from nodeagent.lifecycle.trash import Trash
 from nodeagent.net.network import Network
 from nodeagent.sandbox.client import Launcher
 from nodeagent.store import Store
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,5 +225,8 @@ async def _leave(node: Node) -> None:
     if busy:
         return
     launcher = await node.launchers.get()
+    for stray in await launcher.pods():
+        log.error('pod "%s": is nobody\'s, its supervisor is killed', stray)
+        await launcher.abandon(stray)
     await launcher.stop()
     node.cgroups.remove_instance()
