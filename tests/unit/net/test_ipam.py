@@ -2,6 +2,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from ipaddress import ip_interface, ip_network
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import settings
@@ -127,7 +128,8 @@ class Leasing(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.store = self.cleanup.enter_context(closing(Store.open(Path(":memory:"))))
+        directory = self.cleanup.enter_context(TemporaryDirectory(prefix="na-test-"))
+        self.store = self.cleanup.enter_context(closing(Store.open(Path(directory, "state.db"))))
         self.ipam = Ipam(self.store, PREFIX, (self.subnet, V6))
 
     @rule(target=pods)
