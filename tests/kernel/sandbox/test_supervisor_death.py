@@ -133,7 +133,8 @@ async def test_a_created_container_can_be_started_by_a_successor(node: Node) -> 
 @pytest.mark.parametrize("succeeded", ["before it reads", "after it is executed"])
 async def test_a_start_that_was_cut_off_is_finished(node: Node, succeeded: str) -> None:
     pod = await node.pod()
-    made = await pod.supervisor.create(pod.plan("echo hello; sleep 0.3; exit 4"), NO_CGROUP)
+    script = "trap 'exit 4' TERM; echo hello; while :; do sleep 0.02; done"
+    made = await pod.supervisor.create(pod.plan(script), NO_CGROUP)
     os.kill(made.pid, signal.SIGSTOP)
     starting = asyncio.create_task(pod.supervisor.start("main"))
     await eventually(pod.log_path().exists)
@@ -145,8 +146,9 @@ async def test_a_start_that_was_cut_off_is_finished(node: Node, succeeded: str) 
         await eventually(lambda: Path(f"/proc/{made.pid}/comm").read_text() == "sh\n")
         await pod.succeed()
     assert (await state(pod)).started_at > 0
+    await eventually(lambda: pod.log() == ["hello"])
+    await pod.supervisor.stop("main", signal.SIGTERM, 60_000)
     assert (await pod.supervisor.wait("main"))["code"] == 4
-    assert pod.log() == ["hello"]
     with pytest.raises(Unavailable):
         await starting
 
