@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import images, leaks
 from tests.registry import Registry, fill, running_registry
@@ -21,6 +22,10 @@ CLONING = (
     PROJECT / "tests/kernel/linux",
     PROJECT / "tests/security",
 )
+
+# Nothing is timed: the machine may be busy.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 _FAILED = pytest.StashKey[bool]()
 

@@ -174,7 +174,10 @@ def _prepare_exec(plan: ExecPlan, settings: ProcessPlan, fds: ExecFds) -> _Start
     credentials.write_labels(settings)
     warnings = credentials.set_oom_score(settings)
     pid_namespace = syscalls.CLONE_NEWPID if fds.hidden else 0  # of children (pid_namespaces(7))
-    syscalls.setns(fds.target, syscalls.CLONE_NEWNS | syscalls.CLONE_NEWCGROUP | pid_namespace)
+    try:
+        syscalls.setns(fds.target, syscalls.CLONE_NEWNS | syscalls.CLONE_NEWCGROUP | pid_namespace)
+    except ProcessLookupError:
+        raise FailedPrecondition(f'container "{plan["container"]}": has just ended') from None
     root = os.open("/", _DIRECTORY)
     identity = users.resolve(root, settings["user"])
     with _working_directory(settings["cwd"]):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import count, islice
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from websockets.frames import Frame, Opcode
 
@@ -78,7 +78,7 @@ def websocket_frames() -> st.SearchStrategy[bytes]:
     step=st.binary(min_size=1, max_size=1),
     data=st.binary(max_size=200) | spdy_frames() | spdy_sessions() | websocket_frames(),
 )
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 def test_no_input_raises(target: Target, step: bytes, data: bytes) -> None:
     target(step + data)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz import mutation
@@ -42,8 +42,6 @@ def test_examples_are_valid(target: Target) -> None:
 @settings(
     max_examples=150,
     derandomize=True,  # a run that fails tells of the change; `make fuzz` looks for what is new
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
 )
 def test_errors_are_those_that_are_documented(
     target: Target, mutate: Mutate, number: int, seed: int

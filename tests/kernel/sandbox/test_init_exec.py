@@ -2,6 +2,7 @@
 
 import base64
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,15 @@ def test_a_missing_program_is_reported(container: Process) -> None:
             "error": "StartError",
             "text": 'exec "/bin/nope": no such file or directory',
         }
+
+
+def test_a_container_that_has_just_ended(container: Process) -> None:
+    os.kill(container.pid, signal.SIGKILL)
+    container.wait()
+    plan = exec_plan(["/bin/true"])
+    with start_exec(container, plan, process_plan(), hidden=True) as process:
+        assert process.message["error"] == "FailedPrecondition"
+        assert "has just ended" in process.message["text"]
 
 
 def test_a_missing_working_directory_is_not_made(container: Process) -> None:

@@ -85,7 +85,7 @@ def check_container(config: ContainerConfig) -> None:
     assert not any("\0" in argument for argument in (*config.command, *config.args))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(messages(pb.PodSandboxConfig))
 def test_sandboxes(config: pb.PodSandboxConfig) -> None:
     config.ClearField("windows")
@@ -99,7 +99,7 @@ def test_sandboxes(config: pb.PodSandboxConfig) -> None:
     assert not record.cgroup_parent or clean(record.cgroup_parent)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(messages(pb.ContainerConfig))
 def test_containers(config: pb.ContainerConfig) -> None:
     config.ClearField("windows")
@@ -112,7 +112,7 @@ def test_containers(config: pb.ContainerConfig) -> None:
     check_container(record)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(messages(pb.LinuxContainerSecurityContext), st.lists(messages(pb.Mount, 2), max_size=2))
 def test_parts_of_containers(
     context: pb.LinuxContainerSecurityContext, mounts: list[pb.Mount]
