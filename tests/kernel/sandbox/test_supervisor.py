@@ -267,7 +267,7 @@ async def test_the_life_of_a_container(node: Node) -> None:
     end = await pod.supervisor.wait("main")
     assert (end["code"], end["oom"]) == (3, False)
     assert end["at"] >= at
-    assert ends == [("main", end)]
+    await eventually(lambda: ends == [("main", end)])
     assert sorted(pod.records()) == [
         ("stderr", "F", "err"),
         ("stdout", "F", "out"),
@@ -463,7 +463,7 @@ async def test_the_last_agent_is_told(node: Node) -> None:
     pod.supervisor.on_exit = lambda container, _end: ends.append(container)
     await pod.supervisor.stop("main", signal.SIGKILL, 0)
     await pod.supervisor.wait("main")
-    assert ends == ["main"]
+    await eventually(lambda: ends == ["main"])
     with pytest.raises(Unavailable):
         await first.state()
     assert not first.is_lost

@@ -340,7 +340,7 @@ async def test_an_agent_that_comes_back_finds_everything(node: Node) -> None:
     pod.supervisor.on_exit = lambda container, end: ends.append((container, end["code"]))
     await pod.supervisor.stop("two", signal.SIGTERM, 0)
     await pod.supervisor.wait("two")
-    assert ends == [("two", 137)]
+    await eventually(lambda: ends == [("two", 137)])
 
 
 async def test_a_waiting_exec_is_told_of_the_supervisors_death(node: Node) -> None:
