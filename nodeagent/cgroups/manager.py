@@ -97,6 +97,10 @@ class Cgroups:
             raise NotFound(f'cgroup "{path}": does not exist')
         return group
 
+    def remove(self, path: str) -> None:
+        """Remove what others have left of a group, and its parents that were made for it and are empty."""
+        self._group(path).remove()
+
     def instance_group(self) -> Cgroup:
         """The group for processes of the agent itself, in the default parent: made, or found again.
 

@@ -352,8 +352,12 @@ class Containers:
 
     async def _remove_group(self, container: Container) -> None:
         """The group stays known until it is gone, or who asks for its usage meanwhile would open it again for good."""
-        with suppress(NotFound):
-            await asyncio.to_thread(_end, self.group(container))
+        try:
+            group = self.group(container)
+        except NotFound:
+            await asyncio.to_thread(self._cgroups.remove, container.cgroup_path)
+            return
+        await asyncio.to_thread(_end, group)
         self._groups.pop(container.id, None)
 
     # --- running containers ---
