@@ -210,7 +210,7 @@ async def test_an_oom_kill_without_a_supervisor_is_noticed(pod: Pod, fds: Cgroup
 async def test_all_of_a_container_without_a_pid_namespace_ends_with_it(
     pod: Pod, group: Cgroup, fds: CgroupFds, how: str
 ) -> None:
-    last = "sleep 0.2" if how == "exit" else "sleep 1003"
+    last = "sleep 2" if how == "exit" else "sleep 1003"
     await pod.run(f"sleep 1001 & (sleep 1002 &); {last}", pid="node", cgroup=fds)
     await eventually(lambda: len(group.processes()) >= 3)
     processes = group.processes()
