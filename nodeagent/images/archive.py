@@ -64,7 +64,7 @@ class _Arrived:
     blob: Blob
 
     async def complete(self) -> None:
-        pass
+        """All of it came with the archive."""
 
 
 class Archive:
