@@ -44,7 +44,10 @@ class Launchers:
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def get(self) -> Launcher:
-        """A launcher that lives, as far as anybody knows."""
+        """A launcher that lives, as far as anybody knows. One that is being started comes up, whoever is cancelled."""
+        return await asyncio.shield(asyncio.ensure_future(self._get()))
+
+    async def _get(self) -> Launcher:
         async with self._lock:
             if self._current is not None and self._current.lost.is_set():
                 log.warning("the launcher died, starting another")

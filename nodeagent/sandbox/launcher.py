@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import NoReturn
 
@@ -275,7 +276,8 @@ def main(state: str, ready: int, *join: int) -> None:
     except Exception as error:  # noqa: BLE001 whatever it is, the agent shall know
         os.write(ready, f"launcher: {error}".encode())
         sys.exit(1)
-    os.write(ready, READY)
+    with suppress(BrokenPipeError):  # the agent did not live to read it
+        os.write(ready, READY)
     os.close(ready)
     loop.run()
 

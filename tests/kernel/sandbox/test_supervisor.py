@@ -7,6 +7,7 @@ import socket
 import stat
 import struct
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,27 @@ async def test_an_interpreter_that_cannot_be_copied_is_used_itself(
     assert "cannot be run from a sealed copy" in caplog.text
     assert os.readlink(f"/proc/{launcher.pid}/exe") == os.readlink("/proc/self/exe")
     await launcher.stop()
+
+
+async def test_a_launcher_comes_up_though_nobody_waits_for_it(tmp_path: Path) -> None:
+    starting_it = asyncio.create_task(Launcher.connect_or_start(tmp_path))
+    while not (tmp_path / "launcher.log").exists():  # noqa: ASYNC110 another process does it
+        await asyncio.sleep(0)
+    starting_it.cancel()
+    with suppress(asyncio.CancelledError):
+        await starting_it
+    launcher = await connected(tmp_path)
+    assert await launcher.pods() == []
+    await launcher.stop()
+
+
+async def connected(state: Path) -> Launcher:
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                return await Launcher.connect(state)
+            except OSError:
+                await asyncio.sleep(0.01)
 
 
 async def test_a_launcher_that_cannot_start_says_why(tmp_path: Path) -> None:
