@@ -50,6 +50,7 @@ class Slots:
         self._ready: deque[Slot] = deque()
         self._missing = asyncio.Semaphore(0)
         self._filler: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     def start(self) -> None:
         """Begin to fill, behind the requests."""
@@ -84,6 +85,7 @@ class Slots:
 
     async def close(self) -> None:
         """Stop filling and discard what is ready."""
+        self._is_closed = True
         if self._filler is not None:
             self._filler.cancel()
             await asyncio.gather(self._filler, return_exceptions=True)
@@ -91,8 +93,8 @@ class Slots:
         self._ready.clear()
 
     async def _fill(self) -> None:
-        """One for each that is missing."""
-        while True:
+        """One for each that is missing. A slot that cannot be undone must not make up for our cancellation."""
+        while not self._is_closed:
             await self._missing.acquire()
             try:
                 self._ready.append(await self._make(USUAL))

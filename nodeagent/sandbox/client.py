@@ -5,9 +5,10 @@ import itertools
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from nodeagent.errors import AlreadyExists, Unavailable
+from nodeagent.errors import AlreadyExists, NodeAgentError, Unavailable
 from nodeagent.sandbox import supervisor
 from nodeagent.sandbox.channel import Channel
 from nodeagent.sandbox.handles import (
@@ -314,8 +315,9 @@ class Launcher:
         try:
             return await asyncio.shield(forking)
         except asyncio.CancelledError:
-            forked = await forking
-            await forked.shutdown()
+            with suppress(NodeAgentError, OSError):
+                forked = await forking
+                await forked.shutdown()
             raise
 
     async def _fork(self, plan: PodPlan) -> Supervisor:

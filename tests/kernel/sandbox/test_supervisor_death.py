@@ -287,6 +287,21 @@ async def test_a_fork_that_the_launcher_does_not_live_to_answer_is_undone(node: 
     await node.connect()
 
 
+async def test_a_fork_that_is_cancelled_stays_so_when_the_launcher_dies(node: Node) -> None:
+    os.kill(node.launcher.pid, signal.SIGSTOP)
+    directory = node.state / "pods" / "f0"
+    directory.mkdir()
+    forking = asyncio.create_task(
+        node.launcher.fork(PodPlan(id="f0", directory=str(directory), namespaces=["net"]))
+    )
+    await asyncio.sleep(0.1)
+    forking.cancel()
+    await kill_launcher(node)
+    with pytest.raises(asyncio.CancelledError):
+        await forking
+    await node.connect()
+
+
 async def test_launcher_and_supervisor_die_together(node: Node) -> None:
     pod = await node.pod(hostname="web-0")
     await pod.run("trap 'exit 7' TERM; trap '' PIPE; while :; do sleep 0.02; done")

@@ -243,7 +243,7 @@ STUBBORN = {
         echo up; exec sleep 1000""",
     "stopped": "sleep 1000 & kill -STOP $!; echo up; kill -STOP $$; sleep 1000",
     "fills its log": "exec yes",
-    "forks": "bomb() { bomb | bomb & }; bomb; echo up; exec sleep 1000",
+    "forks": "bomb() { bomb | bomb & }; (bomb); echo up; exec sleep 1000",
 }
 FROZEN = {"frozen": FREEZE.format(group="."), "in part": FREEZE.format(group="below")}
 
