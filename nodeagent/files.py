@@ -19,7 +19,14 @@ def ensure_directory(path: str, mode: int = 0o755) -> None:
 
     Raises `NotADirectoryError` where something else, or a link, has the name.
     """
-    os.makedirs(os.path.dirname(path) or ".", mode=0o755, exist_ok=True)
+    try:
+        _make_if_absent(path, mode)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path) or ".", mode=0o755, exist_ok=True)
+        _make_if_absent(path, mode)
+
+
+def _make_if_absent(path: str, mode: int) -> None:
     try:
         os.mkdir(path, mode)
     except FileExistsError:

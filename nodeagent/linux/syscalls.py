@@ -8,7 +8,7 @@ import ctypes
 import os
 import struct
 from collections.abc import Callable
-from ctypes import c_char_p, c_int, c_long, c_size_t, c_uint, c_ulong, c_void_p
+from ctypes import c_char, c_char_p, c_int, c_long, c_size_t, c_uint, c_ulong, c_void_p
 
 # of openat2(2), open_tree(2), move_mount(2), statx(2)
 AT_FDCWD = -100
@@ -101,6 +101,7 @@ PROC_SUPER_MAGIC = 0x9FA0
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _CAPABILITY_VERSION_3 = 0x20080522
 _STATX_MNT_ID = 0x1000
+_Statfs = c_char * 120
 
 # A lookup inside a root answers EAGAIN while others rename or mount near it; the attempts are bounded.
 _OPENAT2_ATTEMPTS = 1000
@@ -330,7 +331,7 @@ def syncfs(descriptor: int) -> None:
 
 def statfs_type(descriptor: int) -> int:
     """f_type of fstatfs(2): which file system an open file is of."""
-    data = ctypes.create_string_buffer(120)
+    data = _Statfs()
     _fstatfs(descriptor, descriptor, data)
     return int.from_bytes(data.raw[:8], "little")
 

@@ -11,6 +11,7 @@ import signal
 import struct
 import time
 
+from nodeagent import files
 from nodeagent.sandbox import process, protocol
 from nodeagent.sandbox.spec import Exit
 
@@ -26,7 +27,7 @@ _PIDFD_INFO_EXIT = 1 << 3
 
 
 def make_directory(pod: str) -> None:
-    os.makedirs(f"{pod}/{_DIRECTORY}", mode=0o700, exist_ok=True)
+    files.ensure_directory(f"{pod}/{_DIRECTORY}", 0o700)
 
 
 def record(pod: str, container: str, end: Exit) -> Exit:

@@ -120,7 +120,7 @@ class LogFile:
 def _open(path: str, root: str) -> int:
     """A container may share the directory: its links are not followed, its pipes not waited for."""
     try:
-        file = _open_below(root, os.path.relpath(path, root))
+        file = _open_below(root, path.removeprefix(f"{root}/"))
     except OSError as error:
         if error.errno in _SOMETHING_ELSE:
             raise FailedPrecondition(f"log {path}: {os.strerror(error.errno)}") from error
@@ -131,10 +131,17 @@ def _open(path: str, root: str) -> int:
     return file
 
 
+def _open_root(root: str) -> int:
+    try:
+        return os.open(root, _DIRECTORY)
+    except FileNotFoundError:
+        os.makedirs(root, mode=0o755, exist_ok=True)
+        return os.open(root, _DIRECTORY)
+
+
 def _open_below(root: str, path: str) -> int:
-    os.makedirs(root, mode=0o755, exist_ok=True)
-    above, name = os.path.split(path)
-    top = os.open(root, _DIRECTORY)
+    above, _, name = path.rpartition("/")
+    top = _open_root(root)
     try:
         directory = confined.make_path(top, above or ".", directory=True, follow=False)
     finally:

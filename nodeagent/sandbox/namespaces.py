@@ -8,6 +8,7 @@ but stays in the node's itself: it has to write where the node's root may.
 import os
 from collections.abc import Collection
 
+from nodeagent import files
 from nodeagent.linux import syscalls, userns
 from nodeagent.sandbox import idmaps
 from nodeagent.sandbox.spec import PodPlan
@@ -27,7 +28,7 @@ _SHM_FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
 def make(plan: PodPlan) -> None:
     """Leave the node's namespaces for new ones, of the kinds that the plan lists, and pin them."""
     pod, kinds = plan["directory"], plan["namespaces"]
-    os.makedirs(f"{pod}/ns", mode=0o700, exist_ok=True)
+    files.ensure_directory(f"{pod}/ns", 0o700)
     flags = sum(_FLAGS[kind] for kind in kinds if kind != "user")
     if "user" in kinds:
         _enter_owned(plan, flags)
@@ -90,7 +91,7 @@ def _open_pin(pod: str, kind: str) -> int:
 
 
 def mount_shm(pod: str, uid: int, gid: int) -> None:
-    os.makedirs(_shm(pod), mode=0o755, exist_ok=True)
+    files.ensure_directory(_shm(pod))
     options = f"mode=1777,uid={uid},gid={gid},size={DEFAULT_SHM_BYTES}"
     syscalls.mount("shm", _shm(pod), "tmpfs", _SHM_FLAGS, options)
 

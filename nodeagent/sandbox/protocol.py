@@ -25,6 +25,7 @@ MAX_ERROR_TEXT = 4096
 # The kernel copies a packet into one piece of memory, and by default allows a socket 208 KiB.
 _MAX_PACKET_BYTES = 32 << 10
 _IN_MEMFD = b"\0"
+_CUT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 _RIGHTS_BYTES = socket.CMSG_LEN((MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
 
 Body = dict[str, Any]
@@ -82,7 +83,7 @@ def receive(connection: socket.socket) -> Message | None:
     if not packet and not fds:
         return None
     try:
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        if flags & _CUT:
             raise ValueError("a packet is too long or has too many descriptors")
         if packet == _IN_MEMFD and fds:
             packet = _take_memfd(fds.pop(0))
@@ -113,7 +114,7 @@ def _take_memfd(memfd: int) -> bytes:
 
 def _decode(packet: bytes) -> Body:
     try:
-        body = json.loads(packet)
+        body = json.loads(packet.decode())
     except RecursionError:
         raise ValueError("a message is nested too deeply") from None
     if not isinstance(body, dict):
@@ -130,7 +131,7 @@ def named(pairs: Iterable[tuple[str, int | None]]) -> tuple[list[str], list[int]
 @contextmanager
 def address(path: str) -> Iterator[str]:
     """`path` as an address of a socket, which has at most 108 bytes (unix(7)): through its directory."""
-    directory, name = os.path.split(path)
+    directory, _, name = path.rpartition("/")
     descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{descriptor}/{name}"

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable
 from typing import NoReturn
 
+from nodeagent import files
 from nodeagent.errors import FailedPrecondition, NotFound
 from nodeagent.linux import syscalls
 from nodeagent.sandbox import (
@@ -164,7 +165,7 @@ class Supervisor:
     def _start_init(self) -> None:
         """The process that owns the PID namespace which the containers share."""
         directory = f"{self.pod.directory}/ns"
-        os.makedirs(directory, mode=0o700, exist_ok=True)
+        files.ensure_directory(directory, 0o700)
         child = self.pod.children.spawn(
             lambda: podinit.main(directory),
             self._init_ended,
