@@ -1,31 +1,64 @@
-"""Objects without a reference count, for processes that are forked and shall go on sharing their memory.
+"""Memory that a process prepares before it forks children, which shall go on sharing it.
 
 CPython counts references in the object itself, so that a child which merely uses an object writes to it, and the kernel
 copies the page. An immortal object (PEP 683) has no count. It is for a process that ends by _exit(2) or execve(2):
 whatever is immortal is never freed, and nothing happens at its end.
+
+New objects go where old ones left room, here and there in the memory that is shared. Where there is no room, they lie
+side by side on pages of their own.
 """
 
 import ctypes
 import gc
 import sys
+from collections.abc import Container
 from types import CodeType
 
 _IMMORTAL = 0xFFFFFFFF  # in the lower half of ob_refcnt: so Python 3.12 and 3.13 spell it, and 3.14 takes it
 _CountedHalf = ctypes.c_uint32  # little-endian, as all that we run on
+
+# Of CPython's allocator: objects of up to 512 bytes come from pools of 16 KiB, each for one size, a multiple of 16.
+_POOL_BITS = 14
+_STEP_BYTES, _MAX_SMALL_BYTES = 16, 512
+_FLOAT_BYTES, _EMPTY_BYTES = sys.getsizeof(0.0), sys.getsizeof(b"")
 
 
 def immortalize() -> bool:
     """Make all that there is immortal; False, and nothing done, where the interpreter cannot (before 3.12)."""
     if not _is_supported():
         return False
+    pools = {0}
     todo = [*gc.get_objects(), *sys.modules.values()]
     while todo:
         thing = todo.pop()
         if thing is todo or sys.getrefcount(thing) >= _IMMORTAL:
             continue
         _make_immortal(thing)
+        pools.add(_pool(thing))
         todo.extend(_parts(thing))
+    _fill(pools)
     return True
+
+
+def _fill(pools: Container[int]) -> None:
+    """Leave no room between what there is: small objects are made, and kept, until one is in another pool."""
+    for size_bytes in range(_STEP_BYTES, _MAX_SMALL_BYTES + 1, _STEP_BYTES):
+        pool = 0
+        while pool in pools:
+            filler = _filler(size_bytes)
+            _make_immortal(filler)
+            pool = _pool(filler)
+
+
+def _filler(size_bytes: int) -> object:
+    """An object of that size, or less by a step at most."""
+    if size_bytes < _FLOAT_BYTES:
+        return object()
+    return float(size_bytes) if size_bytes < _EMPTY_BYTES else bytes(size_bytes - _EMPTY_BYTES)
+
+
+def _pool(thing: object) -> int:
+    return id(thing) >> _POOL_BITS
 
 
 def _parts(thing: object) -> list[object]:

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from nodeagent.errors import AlreadyExists, FailedPrecondition, Unavailable
 from nodeagent.linux import immortal
-from nodeagent.sandbox import exits, peers, process, protocol, supervisor
+from nodeagent.sandbox import exits, peers, process, protocol, rehearsal, supervisor
 from nodeagent.sandbox.children import Children, close_others
 from nodeagent.sandbox.keeping import LAUNCHER_SOCKET, Deposit
 from nodeagent.sandbox.loop import Loop, guarded, report
@@ -272,7 +272,7 @@ def main(state: str, ready: int, *join: int) -> None:
     """Run until stopped. ready: a pipe that gets READY, or why it cannot be. join: of a cgroup, files to write 0 to."""
     close_others([ready, *join])
     try:
-        loop = _prepare(state, join)
+        loop = _prepare(state, ready, join)
     except Exception as error:  # noqa: BLE001 whatever it is, the agent shall know
         os.write(ready, f"launcher: {error}".encode())
         sys.exit(1)
@@ -282,7 +282,7 @@ def main(state: str, ready: int, *join: int) -> None:
     loop.run()
 
 
-def _prepare(state: str, join: Sequence[int]) -> Loop:
+def _prepare(state: str, ready: int, join: Sequence[int]) -> Loop:
     process.hide()
     process.ignore_terminal()
     process.set_title("na-launcher", f"nodeagent.sandbox.launcher {state}")
@@ -296,7 +296,8 @@ def _prepare(state: str, join: Sequence[int]) -> Loop:
         report(f"launcher: {refusal}")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    _lock(state)
+    lock = _lock(state)
+    _rehearse(state, keep=[ready, lock])
     loop = Loop()
     Launcher(state, loop)
     # Forked children share what is never written to again.
@@ -307,10 +308,21 @@ def _prepare(state: str, join: Sequence[int]) -> Loop:
     return loop
 
 
-def _lock(state: str) -> None:
+def _rehearse(state: str, keep: Collection[int]) -> None:
+    """Without it, supervisors only need more memory. Objects go before the descriptors that they would close."""
+    try:
+        rehearsal.rehearse(f"{state}/rehearsal")
+    except Exception as error:  # noqa: BLE001 whatever it is, a pod will tell
+        report(f"launcher: no rehearsal: {error}")
+    gc.collect()
+    close_others(keep)
+
+
+def _lock(state: str) -> int:
     """There is one launcher for a state directory; the lock ends with the process."""
     file = os.open(f"{state}/{LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise AlreadyExists(f"{state}: has a launcher") from None
+    return file

@@ -44,42 +44,43 @@ Kept = dict[str, dict[str, int]]
 
 def main(plan: PodPlan, keeper: int) -> NoReturn:
     """Make the pod's namespaces and serve it."""
+    _run(plan["id"], plan["directory"], keeper, lambda: prepare(plan), {})
 
-    def prepare() -> PodFacts:
-        known: PodFacts = {"plan": plan, "init_pid": 0, "init_ticks": 0}
-        exits.make_directory(plan["directory"])
-        podfile.save(known)
-        try:
-            namespaces.make(plan)
-            if "net" in plan["namespaces"]:
-                sysctls.write(sysctls.DEFAULTS)
-        except BaseException:
-            namespaces.unpin(plan["directory"])
-            raise
-        return known
 
-    _run(plan["id"], plan["directory"], keeper, prepare, {})
+def prepare(plan: PodPlan) -> PodFacts:
+    """Make what the pod has for itself, and go there."""
+    known: PodFacts = {"plan": plan, "init_pid": 0, "init_ticks": 0}
+    exits.make_directory(plan["directory"])
+    podfile.save(known)
+    try:
+        namespaces.make(plan)
+        if "net" in plan["namespaces"]:
+            sysctls.write(sysctls.DEFAULTS)
+    except BaseException:
+        namespaces.unpin(plan["directory"])
+        raise
+    return known
 
 
 def succeed(pod_id: str, directory: str, keeper: int, kept: Kept) -> NoReturn:
     """Take a pod over from a supervisor that has died. kept: descriptors by container and name."""
 
-    def prepare() -> PodFacts:
+    def find() -> PodFacts:
         known = podfile.load(pod_id, directory)
         namespaces.enter(directory, known["plan"]["namespaces"])
         return known
 
-    _run(pod_id, directory, keeper, prepare, kept)
+    _run(pod_id, directory, keeper, find, kept)
 
 
 def _run(
-    pod_id: str, directory: str, keeper: int, prepare: Callable[[], PodFacts], kept: Kept
+    pod_id: str, directory: str, keeper: int, known: Callable[[], PodFacts], kept: Kept
 ) -> NoReturn:
     process.set_title(f"na-pod-{pod_id[:8]}", f"nodeagent.sandbox.supervisor {pod_id}")
     loop = Loop()
     connection = Keeper(loop, pod_id, directory, socket.socket(fileno=keeper))
     try:
-        Supervisor(prepare(), loop, connection, kept)
+        Supervisor(known(), loop, connection, kept)
     except Exception as error:  # noqa: BLE001 whatever it is, the launcher tells who asked for the pod
         connection.fail(error)
         os._exit(1)
