@@ -18,6 +18,7 @@ HUGEPAGES = "/sys/kernel/mm/hugepages"
 class Names(Protocol):
     """What the modules `paths` (for cgroupfs) and `systemd` have in common."""
 
+    def parent(self, path: str) -> str: ...
     def container(self, parent: str, container_id: str) -> str: ...
     def pod(self, default_parent: str, pod_id: str) -> str: ...
 
@@ -66,9 +67,9 @@ class Cgroups:
         """What shows a container its own groups."""
         return self._layout.mounts()
 
-    def check_parent(self, parent: str) -> None:
-        """Raises InvalidArgument for one that no container can be below."""
-        self._names.container(parent, "container")
+    def parent_path(self, parent: str) -> str:
+        """The whole path of a parent that a caller names. Raises InvalidArgument for one that cannot be."""
+        return self._names.parent(parent)
 
     def container_path(self, parent: str, container_id: str) -> str:
         """The path of a container's group below `parent`, or below the default parent if that is empty.

@@ -29,6 +29,11 @@ def check_name(name: str) -> str:
     return name
 
 
+def parent(path: str) -> str:
+    """A parent that a caller names, under the cgroupfs driver."""
+    return check(path)
+
+
 def container(parent: str, container_id: str) -> str:
     """The group of a container under the cgroupfs driver."""
     return f"{check(parent)}/{check_name(container_id)}"

@@ -26,6 +26,11 @@ def manages_node() -> bool:
     return os.path.isdir("/run/systemd/system")
 
 
+def parent(path: str) -> str:
+    """The slice that a caller names, by its name alone or its whole path."""
+    return expand_slice(paths.check(path))
+
+
 def container(parent: str, container_id: str) -> str:
     """The group of a container; `parent` is a slice."""
     scope = f"nodeagent-{paths.check_name(container_id)}.scope"

@@ -49,7 +49,9 @@ def sandbox_config(message: pb.PodSandboxConfig) -> SandboxConfig:
         port_mappings=_port_mappings(message.port_mappings, namespaces),
         labels=validate.metadata(message.labels, "config.labels"),
         annotations=validate.metadata(message.annotations, "config.annotations"),
-        cgroup_parent=validate.optional_path(linux.cgroup_parent, "config.linux.cgroup_parent"),
+        cgroup_parent=validate.optional_path(
+            _rooted(linux.cgroup_parent), "config.linux.cgroup_parent"
+        ),
         namespaces=namespaces,
         sysctls=_sysctls(linux, namespaces),
         privileged=context.privileged,
@@ -72,6 +74,12 @@ def sandbox_config(message: pb.PodSandboxConfig) -> SandboxConfig:
             else None
         ),
     )
+
+
+def _rooted(cgroup_parent: str) -> str:
+    """A slice may come without its place, as systemd names it."""
+    is_name = cgroup_parent.endswith(".slice") and "/" not in cgroup_parent
+    return f"/{cgroup_parent}" if is_name else cgroup_parent
 
 
 def _hostname(value: str, namespaces: Namespaces) -> str:

@@ -82,20 +82,19 @@ class Sandboxes:
                 f'runtime handler "{runtime_handler}": not configured, there are '
                 + ", ".join(f'"{name}"' for name in sorted(self._handlers))
             )
-        if config.cgroup_parent:
-            self._cgroups.check_parent(config.cgroup_parent)
+        parent = self._cgroups.parent_path(config.cgroup_parent) if config.cgroup_parent else ""
         key = _identity(config)
         what = f'pod sandbox "{config.namespace}/{config.name}"'
-        return await self._flights.join(key, what, lambda: self._run(config, runtime_handler))
+        return await self._flights.join(key, what, lambda: self._run(config, runtime_handler, parent))
 
-    async def _run(self, config: SandboxConfig, runtime_handler: str) -> str:
+    async def _run(self, config: SandboxConfig, runtime_handler: str, cgroup_parent: str) -> str:
         self._refuse_twin(config)
         slot = await self._slots.take(config.namespaces)
         sandbox = Sandbox(
             id=slot.id,
             config=config,
             runtime_handler=runtime_handler,
-            cgroup_parent=config.cgroup_parent or self._cgroups.pod_path(slot.id),
+            cgroup_parent=cgroup_parent or self._cgroups.pod_path(slot.id),
             boot_id=boot_id(),
             created_at=time.time_ns(),
             addresses=tuple(address.partition("/")[0] for address in slot.addresses),

@@ -1,6 +1,6 @@
 import pytest
 
-from nodeagent.cgroups import systemd
+from nodeagent.cgroups import paths, systemd
 from nodeagent.errors import InvalidArgument
 
 ID = "0123456789abcdef" * 4
@@ -18,6 +18,14 @@ def test_systemd(parent: str) -> None:
         "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1_2.slice"
         f"/nodeagent-{ID}.scope/container"
     )
+
+
+def test_parents_of_callers() -> None:
+    whole = "/kubepods.slice/kubepods-pod1.slice"
+    assert systemd.parent("/kubepods-pod1.slice") == systemd.parent(f"{whole}/") == whole
+    assert paths.parent(f"{whole}/") == whole
+    with pytest.raises(InvalidArgument, match="slice"):
+        systemd.parent("/kubepods")
 
 
 def test_slice_at_the_top() -> None:

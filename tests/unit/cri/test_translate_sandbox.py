@@ -133,6 +133,12 @@ def test_paths_are_shortened_and_labels_kept() -> None:
     assert config.labels == config.annotations == labels
 
 
+def test_a_slice_by_its_name() -> None:
+    linux = pb.LinuxPodSandboxConfig(cgroup_parent="kubepods-pod1.slice")
+    config = sandbox_config(samples.simple_sandbox(linux=linux))
+    assert config.cgroup_parent == "/kubepods-pod1.slice"
+
+
 def test_a_mapping_without_host_port_is_kept() -> None:
     config = sandbox_config(
         samples.simple_sandbox(port_mappings=[pb.PortMapping(container_port=80)])
