@@ -168,7 +168,7 @@ class Containers:
                 gid=identity["gid"],
                 groups=tuple(identity["groups"]),
             ),
-            event="created",
+            "created",
         )
 
     async def _look(self, config: ContainerConfig) -> Seen:

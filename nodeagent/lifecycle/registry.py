@@ -6,7 +6,7 @@ Lists and statuses are answered from here, never from a kernel file or a process
 import asyncio
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -93,10 +93,10 @@ class Registry:
 
     # --- writing ---
 
-    def save(self, record: Sandbox | Container, event: Kind | None = None) -> None:
+    def save(self, record: Sandbox | Container, *events: Kind) -> None:
         """Write, publish, then tell; the record is unchanged everywhere when the write fails."""
         self.store.put(record)
-        self._publish(record, event)
+        self._publish(record, events)
 
     def note(self, record: Sandbox | Container, event: Kind) -> None:
         """As `save`, of what has happened whether it can be written or not; another agent is told by supervisors."""
@@ -104,15 +104,15 @@ class Registry:
             self.store.put(record)
         except (NodeAgentError, OSError) as error:
             log.error('"%s" is %s: not written: %s', record.id, event, error)
-        self._publish(record, event)
+        self._publish(record, (event,))
 
-    def _publish(self, record: Sandbox | Container, event: Kind | None) -> None:
+    def _publish(self, record: Sandbox | Container, events: Sequence[Kind]) -> None:
         if isinstance(record, Sandbox):
             self.sandboxes[record.id] = record
         else:
             self.containers[record.id] = record
             self._members.setdefault(record.sandbox_id, {})[record.id] = None
-        if event is not None:
+        for event in events:
             self._tell(event, record)
 
     def forget(self, record: Sandbox | Container) -> None:

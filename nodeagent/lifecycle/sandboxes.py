@@ -85,7 +85,9 @@ class Sandboxes:
         parent = self._cgroups.parent_path(config.cgroup_parent) if config.cgroup_parent else ""
         key = _identity(config)
         what = f'pod sandbox "{config.namespace}/{config.name}"'
-        return await self._flights.join(key, what, lambda: self._run(config, runtime_handler, parent))
+        return await self._flights.join(
+            key, what, lambda: self._run(config, runtime_handler, parent)
+        )
 
     async def _run(self, config: SandboxConfig, runtime_handler: str, cgroup_parent: str) -> str:
         self._refuse_twin(config)
@@ -106,7 +108,7 @@ class Sandboxes:
             await self._settle(slot, sandbox)
             self._registry.pods[slot.id] = Pod(slot.supervisor)
             self._registry.save(
-                msgspec.structs.replace(sandbox, ready_at=time.time_ns()), event="created"
+                msgspec.structs.replace(sandbox, ready_at=time.time_ns()), "created", "started"
             )
             undo.pop_all()
         self._supervision.watch(slot.id, slot.supervisor)

@@ -8,9 +8,7 @@ for one byte, "go", and execute the program; the socket closes itself when that 
 After the node's file system is left, nothing is imported any more.
 """
 
-import array
 import gc
-import json
 import os
 import signal
 import socket
@@ -21,7 +19,7 @@ from typing import NamedTuple, NoReturn
 
 from nodeagent.errors import FailedPrecondition
 from nodeagent.linux import confined, mounts, syscalls
-from nodeagent.sandbox import assembly, console, credentials, idmaps, program, users
+from nodeagent.sandbox import assembly, console, credentials, idmaps, program, protocol, users
 from nodeagent.sandbox.idmaps import IdMaps
 from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, Identity, ProcessPlan
 
@@ -269,12 +267,7 @@ def _text(error: BaseException) -> str:
     return f"{error.strerror or error}{named}"
 
 
-def _send(status: int, message: object, *descriptors: int) -> None:
-    data = json.dumps(message).encode()
-    if not descriptors:
-        os.write(status, data)
-        return
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+def _send(status: int, message: protocol.Body, *descriptors: int) -> None:
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=status)
-    channel.sendmsg([data], rights)
+    protocol.send(channel, protocol.encode(message), descriptors)
     channel.detach()

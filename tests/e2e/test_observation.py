@@ -90,6 +90,7 @@ def test_events_tell_a_life(cri: Cri, events: list[Any]) -> None:
     wait_for("the last event", lambda: (pod.id, 3) in kinds(events, pod.id, container.id))
     assert kinds(events, pod.id, container.id) == [
         (pod.id, pb.CONTAINER_CREATED_EVENT),
+        (pod.id, pb.CONTAINER_STARTED_EVENT),
         (container.id, pb.CONTAINER_CREATED_EVENT),
         (container.id, pb.CONTAINER_STARTED_EVENT),
         (container.id, pb.CONTAINER_STOPPED_EVENT),

@@ -24,6 +24,7 @@ from nodeagent.errors import (
 from nodeagent.sandbox import protocol, starting
 from nodeagent.sandbox.client import Launcher, Supervisor
 from nodeagent.sandbox.spec import PodPlan
+from tests.kernel.sandbox.containers import user
 from tests.kernel.sandbox.supervised import (
     NO_CGROUP,
     Node,
@@ -301,6 +302,17 @@ async def test_the_life_of_a_container(node: Node) -> None:
     assert await pod.supervisor.state() == []
     assert list((pod.directory / "containers").iterdir()) == []
     assert list((pod.directory / "exits").iterdir()) == []
+
+
+async def test_as_many_groups_as_the_kernel_allows(node: Node) -> None:
+    """More than fit in a packet."""
+    pod = await node.pod()
+    process = {"user": user(groups=list(range(1, 65536)))}
+    made = await pod.supervisor.create(pod.plan("id -G | wc -w", process=process), NO_CGROUP)
+    assert made.identity["groups"] == list(range(65536))
+    await pod.supervisor.start("main")
+    await pod.supervisor.wait("main")
+    assert pod.log() == ["65536"]
 
 
 async def test_the_log_is_there_though_nothing_is_written(node: Node) -> None:
