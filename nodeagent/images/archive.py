@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 import msgspec
 
-from nodeagent.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
+from nodeagent.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted, Unsupported
 from nodeagent.images import manifest, tar
 from nodeagent.images.budget import Budget, is_full
 from nodeagent.images.compression import decompressed
@@ -210,11 +210,13 @@ def _spool(source: BinaryIO, directory: Path, budget: Budget) -> Archive:
     return Archive(files, links)
 
 
-def _spool_file(path: Path, pieces: Iterator[memoryview], budget: Budget) -> File:
+def _spool_file(path: Path, pieces: Iterator[tar.Piece], budget: Budget) -> File:
     content, size = hashlib.sha256(), 0
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         for piece in pieces:
+            if isinstance(piece, tar.Hole):
+                raise Unsupported("archive: has a sparse file")
             budget.spend(size_bytes=len(piece))
             content.update(piece)
             size += len(piece)

@@ -45,7 +45,15 @@ _REFUSED_XATTRS = ("trusted.overlay.", "user.overlay.")
 
 # These tell about the archive, not about the node.
 _MALFORMED_ERRNOS = frozenset(
-    (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.EPERM, errno.EMLINK)
+    (
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+        errno.ELOOP,
+        errno.EINVAL,
+        errno.EPERM,
+        errno.EMLINK,
+        errno.EFBIG,
+    )
 )
 
 T = TypeVar("T")
@@ -132,7 +140,7 @@ class _Unpacker:
             "fifo": self._make_node,
         }
 
-    def add(self, entry: tar.Entry, pieces: Iterator[memoryview]) -> None:
+    def add(self, entry: tar.Entry, pieces: Iterator[tar.Piece]) -> None:
         self._budget.spend(entries=1)
         try:
             self._add(entry, pieces)
@@ -147,7 +155,7 @@ class _Unpacker:
     def close(self) -> None:
         self._directories.close()
 
-    def _add(self, entry: tar.Entry, pieces: Iterator[memoryview]) -> None:
+    def _add(self, entry: tar.Entry, pieces: Iterator[tar.Piece]) -> None:
         path = clean_path(entry.name)
         parent, _, name = path.rpartition("/")
         if WHITEOUT in path and self._is_whiteout(parent, name):
@@ -162,18 +170,17 @@ class _Unpacker:
     # --- entries ---
 
     def _make_file(
-        self, directory: int, name: str, entry: tar.Entry, pieces: Iterator[memoryview]
+        self, directory: int, name: str, entry: tar.Entry, pieces: Iterator[tar.Piece]
     ) -> None:
         create = partial(os.open, name, NEW_FILE, 0o600, dir_fd=directory)
         file = self._anew(directory, name, create)
         try:
-            for piece in pieces:
-                write_all(file, piece)
+            written = _write_content(file, pieces)
             _describe_open(file, entry)
             os.utime(file, ns=(entry.mtime_ns, entry.mtime_ns))
         finally:
             os.close(file)
-        self._count(entry.size)
+        self._count(written)
 
     def _describe_root(self, entry: tar.Entry) -> None:
         if entry.kind != "directory":
@@ -338,6 +345,18 @@ def clean_path(name: str) -> str:
 
 def malformed(name: str, why: str) -> InvalidArgument:
     return InvalidArgument(f'layer entry "{tar.shown(name)}": {why}')
+
+
+def _write_content(file: int, pieces: Iterator[tar.Piece]) -> int:
+    """How many bytes it takes: a hole is length without data."""
+    written = 0
+    for piece in pieces:
+        if isinstance(piece, tar.Hole):
+            os.ftruncate(file, os.lseek(file, piece.size, os.SEEK_CUR))
+        else:
+            write_all(file, piece)
+            written += len(piece)
+    return written
 
 
 def write_all(file: int, data: memoryview) -> None:

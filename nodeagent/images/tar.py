@@ -1,8 +1,9 @@
 """Tar archives as a stream of entries: V7, ustar, pax (POSIX.1-2017, "pax Interchange Format") and GNU.
 
 A pure parser: chunks of bytes in, of any length, entries out; nothing is opened or written. It refuses what it cannot
-read faithfully (sparse files, unknown types) and whatever is malformed, by `InvalidArgument` or `Unsupported`. What an
-entry's name or target may be is not judged here.
+read faithfully (unknown types) and whatever is malformed, by `InvalidArgument` or `Unsupported`. What an entry's name
+or target may be is not judged here. Sparse files come in each of the four ways of GNU tar (its manual, "Sparse
+Formats").
 """
 
 import re
@@ -20,6 +21,7 @@ MAX_METADATA_HEADERS = 16  # before one entry
 MAX_SIZE = 1 << 50
 MAX_ID = (1 << 32) - 2  # the highest number means "leave it" to chown(2)
 MAX_SECONDS = 1 << 33
+MAX_REGIONS = 1 << 17  # of a sparse file, where it has data
 
 Kind = Literal["file", "directory", "symlink", "link", "char", "block", "fifo"]
 
@@ -34,8 +36,13 @@ _KINDS: dict[bytes, Kind] = {
     b"5": "directory",
     b"6": "fifo",
     b"7": "file",
+    b"S": "file",
 }
 _XATTR = b"SCHILY.xattr."
+_SPARSE = b"GNU.sparse."
+_SPARSE_MAP = b"GNU.sparse.map"
+_SPARSE_PAIR = (b"GNU.sparse.offset", b"GNU.sparse.numbytes")  # once for each region
+_SPARSE_SIZES = (b"GNU.sparse.realsize", b"GNU.sparse.size")
 _RECORD_LENGTH = re.compile(rb"([1-9][0-9]{0,6}) ")
 _DECIMAL = re.compile(rb"(-?)([0-9]{1,20})(?:\.([0-9]*))?")
 
@@ -53,6 +60,30 @@ class Entry(msgspec.Struct, kw_only=True):
     target: str
     device: tuple[int, int]
     xattrs: dict[str, bytes]
+
+
+class Hole(NamedTuple):
+    """A part of a file that is zeros, and takes no space in the archive."""
+
+    size: int
+
+
+Piece = memoryview | Hole
+
+
+class _Region(NamedTuple):
+    """Where a sparse file has data."""
+
+    offset: int
+    size: int
+
+
+class _Member(NamedTuple):
+    """An entry, and how many bytes of content follow its header. regions: of a sparse file, in order."""
+
+    entry: Entry
+    stored: int
+    regions: list[_Region] | None = None
 
 
 class _Raw(NamedTuple):
@@ -76,18 +107,29 @@ class _Raw(NamedTuple):
     prefix: bytes
 
 
-def read(chunks: Iterator[bytes]) -> Iterator[tuple[Entry, Iterator[memoryview]]]:
+def read(chunks: Iterator[bytes]) -> Iterator[tuple[Entry, Iterator[Piece]]]:
     """Each entry with the pieces of its content, which are to be used before the next entry is asked for.
 
     Ends at the end-of-archive mark or with the chunks; what follows the mark stays in `chunks`.
     """
     source = _Bytes(chunks)
-    while entry := _next_entry(source):
-        content = source.pieces(entry.size)
-        yield entry, content
-        for _ in content:
-            pass
-        source.skip(-entry.size % BLOCK)
+    while member := _next_member(source):
+        end = source.taken + member.stored
+        yield member.entry, _content(source, member)
+        source.skip(end - source.taken)
+        source.skip(-member.stored % BLOCK)
+
+
+def _content(source: "_Bytes", member: _Member) -> Iterator[Piece]:
+    if member.regions is None:
+        yield from source.pieces(member.stored)
+        return
+    at = 0
+    for offset, size in (*member.regions, _Region(member.entry.size, 0)):
+        if offset > at:
+            yield Hole(offset - at)
+        yield from source.pieces(size)
+        at = offset + size
 
 
 def shown(name: str) -> str:
@@ -96,9 +138,10 @@ def shown(name: str) -> str:
 
 
 class _Bytes:
-    """Exact amounts of bytes out of chunks of any length."""
+    """Exact amounts of bytes out of chunks of any length. taken: how many there have been."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
+        self.taken = 0
         self._chunks = chunks
         self._chunk = memoryview(b"")
         self._at = 0
@@ -107,6 +150,7 @@ class _Bytes:
         end = self._at + size
         if end <= len(self._chunk):
             start, self._at = self._at, end
+            self.taken += size
             return bytes(self._chunk[start:end])
         return b"".join(self.pieces(size))
 
@@ -116,6 +160,7 @@ class _Bytes:
             piece = self._chunk[start : start + size]
             if piece:
                 self._at += len(piece)
+                self.taken += len(piece)
                 size -= len(piece)
                 yield piece
             elif not self._refill():
@@ -136,7 +181,7 @@ class _Bytes:
         return False
 
 
-def _next_entry(source: _Bytes) -> Entry | None:
+def _next_member(source: _Bytes) -> _Member | None:
     """Read headers up to and including that of a member; None at the end of the archive."""
     records: dict[bytes, bytes] = {}
     for _ in range(MAX_METADATA_HEADERS):
@@ -150,7 +195,7 @@ def _next_entry(source: _Bytes) -> Entry | None:
         if raw.type in b"xXgLK":
             _read_metadata(source, raw, records)
         else:
-            return _entry(raw, records)
+            return _member(source, raw, records)
     return _malformed(f"more than {MAX_METADATA_HEADERS} extended headers for a member")
 
 
@@ -187,7 +232,11 @@ def _read_metadata(source: _Bytes, raw: _Raw, records: dict[bytes, bytes]) -> No
     data = source.take(size)
     source.skip(-size % BLOCK)
     if raw.type in b"xX":
-        records.update(_pax_records(data))
+        pairs = list(_pax_records(data))
+        records.update(pairs)
+        numbers = [value for key, value in pairs if key in _SPARSE_PAIR]
+        if numbers:
+            records[_SPARSE_MAP] = b",".join(numbers)
     elif raw.type == b"L":
         records.setdefault(b"path", data.partition(b"\0")[0])
     elif raw.type == b"K":
@@ -205,8 +254,6 @@ def _pax_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         key, equals, value = data[match.end() : end - 1].partition(b"=")
         if not equals or not key:
             _malformed("a pax record without a key")
-        if key.startswith(b"GNU.sparse."):
-            raise Unsupported("tar: a sparse file")
         yield key, value
         at = end
 
@@ -214,12 +261,29 @@ def _pax_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 # --- members ---
 
 
+def _member(source: _Bytes, raw: _Raw, records: dict[bytes, bytes]) -> _Member:
+    entry = _entry(raw, records)
+    if entry.kind != "file":
+        return _Member(entry, 0)
+    stored = entry.size
+    if raw.type == b"S":
+        regions, entry.size = _old_regions(source, raw)
+    elif any(key.startswith(_SPARSE) for key in records):
+        start = source.taken
+        regions, entry.size = _pax_regions(source, records)
+        stored -= source.taken - start
+    else:
+        return _Member(entry, stored)
+    _check_regions(regions, stored, entry.size)
+    return _Member(entry, stored, regions)
+
+
 def _entry(raw: _Raw, records: dict[bytes, bytes]) -> Entry:
+    """size: in the archive, of what follows."""
     kind = _KINDS.get(raw.type)
     if kind is None:
-        what = "a sparse file" if raw.type == b"S" else f"an entry of type {raw.type!r}"
-        raise Unsupported(f"tar: {what}")
-    name = _text(records.get(b"path") or _ustar_name(raw))
+        raise Unsupported(f"tar: an entry of type {raw.type!r}")
+    name = _text(records.get(b"GNU.sparse.name") or records.get(b"path") or _ustar_name(raw))
     if kind == "file" and name.endswith("/"):
         kind = "directory"  # V7 had no type for them
     return Entry(
@@ -234,6 +298,81 @@ def _entry(raw: _Raw, records: dict[bytes, bytes]) -> Entry:
         device=_device(raw) if kind in ("char", "block") else (0, 0),
         xattrs=_xattrs(records) if records else {},
     )
+
+
+# --- sparse files ---
+
+
+def _old_regions(source: _Bytes, raw: _Raw) -> tuple[list[_Region], int]:
+    """Four of them in the header, more in blocks of their own that follow it; and the size of the file."""
+    fields, more, size = raw.prefix[41:137], raw.prefix[137], raw.prefix[138:150]
+    regions: list[_Region] = []
+    while True:
+        for at in range(0, len(fields), 24):
+            offset, length = fields[at : at + 12], fields[at + 12 : at + 24]
+            if offset[0]:  # the rest are unused
+                regions.append(_Region(_number(offset, "offset"), _number(length, "size")))
+        if not more:
+            return regions, _number(size, "size")
+        if len(regions) > MAX_REGIONS:
+            _malformed("a sparse file in too many regions")
+        block = source.take(BLOCK)
+        fields, more = block[:504], block[504]
+
+
+def _pax_regions(source: _Bytes, records: dict[bytes, bytes]) -> tuple[list[_Region], int]:
+    """From the extended header, or from before the data."""
+    size = next((records[key] for key in _SPARSE_SIZES if key in records), b"")
+    version = records.get(b"GNU.sparse.major", b"0"), records.get(b"GNU.sparse.minor", b"0")
+    if version == (b"1", b"0"):
+        numbers = list(_numbers_before(source))
+    elif _SPARSE_MAP in records and version[0] == b"0":
+        text = records[_SPARSE_MAP]
+        numbers = [_decimal(number) for number in text.split(b",")] if text else []
+    else:
+        raise Unsupported("tar: a sparse file of an unknown version")
+    if len(numbers) % 2 or len(numbers) > 2 * MAX_REGIONS:
+        _malformed("a sparse file with a wrong map")
+    return list(map(_Region, numbers[::2], numbers[1::2])), _decimal(size)
+
+
+def _numbers_before(source: _Bytes) -> Iterator[int]:
+    """A number on each line, the first of them that of the regions, in whole blocks."""
+    lines = _lines(source)
+    regions = _decimal(next(lines))
+    if regions > MAX_REGIONS:
+        _malformed("a sparse file in too many regions")
+    for _ in range(2 * regions):
+        yield _decimal(next(lines))
+
+
+def _lines(source: _Bytes) -> Iterator[bytes]:
+    """Of whole blocks, none of which is taken before the last line of the one before is used."""
+    rest = b""
+    while True:
+        *lines, rest = (rest + source.take(BLOCK)).split(b"\n")
+        if len(rest) > BLOCK:
+            _malformed("a sparse file with a wrong map")
+        yield from lines
+
+
+def _check_regions(regions: list[_Region], stored: int, size: int) -> None:
+    at = 0
+    for region in regions:
+        if region.offset < at or region.size < 0:
+            _malformed("a sparse file whose regions overlap")
+        at = region.offset + region.size
+    if not at <= size <= MAX_SIZE or sum(region.size for region in regions) != stored:
+        _malformed(f"a sparse file of {size} bytes with a wrong map")
+
+
+def _decimal(value: bytes) -> int:
+    if not value.isdigit() or len(value) > 20:
+        _malformed("a number of a sparse file is none")
+    return int(value)
+
+
+# --- fields ---
 
 
 def _ustar_name(raw: _Raw) -> bytes:

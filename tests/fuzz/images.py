@@ -179,15 +179,24 @@ def tar_entries(data: bytes) -> None:
     data = with_checksums(data[1:])
     whole = read_tar(iter([data]))
     assert read_tar(in_steps(steps + data)) == whole
-    assert sum(entry.size for entry, _ in whole[0]) <= len(data)
+    assert sum(len(content) for _, content, _ in whole[0]) <= len(data)
 
 
-def read_tar(chunks: Iterator[bytes]) -> tuple[list[tuple[tar.Entry, bytes]], str]:
-    found: list[tuple[tar.Entry, bytes]] = []
+Holes = list[tuple[int, int]]  # after how much data, and of what size
+
+
+def read_tar(chunks: Iterator[bytes]) -> tuple[list[tuple[tar.Entry, bytes, Holes]], str]:
+    found: list[tuple[tar.Entry, bytes, Holes]] = []
     try:
         for entry, pieces in tar.read(chunks):
-            found.append((entry, b"".join(pieces)))
-            assert len(found[-1][1]) == entry.size
+            content, holes = bytearray(), Holes()
+            for piece in pieces:
+                if isinstance(piece, tar.Hole):
+                    holes.append((len(content), piece.size))
+                else:
+                    content += piece
+            assert len(content) + sum(size for _, size in holes) == entry.size
+            found.append((entry, bytes(content), holes))
     except (InvalidArgument, Unsupported) as error:
         return found, str(error)
     return found, ""

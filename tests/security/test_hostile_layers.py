@@ -312,10 +312,23 @@ def test_owners_that_mean_something_else(workshop: Workshop, owner: int) -> None
         workshop.unpack(file("a", pax_headers={"uid": str(owner)}))
 
 
-@pytest.mark.parametrize("kind", [b"S", b"D", b"M", b"s"])
-def test_sparse_files_and_unknown_types(workshop: Workshop, kind: bytes) -> None:
+@pytest.mark.parametrize("kind", [b"D", b"M", b"s"])
+def test_unknown_types(workshop: Workshop, kind: bytes) -> None:
     with pytest.raises(Unsupported, match="tar: "):
         workshop.unpack(member("a", kind))
+
+
+def test_a_hole_takes_no_disk(workshop: Workshop) -> None:
+    sparse = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(1 << 40)}
+    root = workshop.unpack(file("a", b"x", pax_headers=sparse))
+    status = (root / "a").stat()
+    assert (status.st_size, status.st_blocks <= 16) == (1 << 40, True)
+
+
+def test_a_hole_that_no_file_can_have(workshop: Workshop) -> None:
+    sparse = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(1 << 50)}
+    with pytest.raises(InvalidArgument, match=r"Invalid argument|File too large"):
+        workshop.unpack(file("a", b"x", pax_headers=sparse))
 
 
 async def test_only_root_gets_at_the_layers(tmp_path: Path) -> None:

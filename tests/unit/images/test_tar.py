@@ -1,8 +1,10 @@
 """The tar reader against Python's own writer, and against damage."""
 
 import io
+import subprocess
 import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,7 +56,10 @@ def block(**fields: bytes) -> bytes:
 
 
 def read(data: bytes, *sizes: int) -> list[tuple[tar.Entry, bytes]]:
-    return [(entry, b"".join(pieces)) for entry, pieces in tar.read(split(data, *sizes))]
+    return [
+        (entry, b"".join(bytes(p.size) if isinstance(p, tar.Hole) else p for p in pieces))
+        for entry, pieces in tar.read(split(data, *sizes))
+    ]
 
 
 def split(data: bytes, *sizes: int) -> Iterator[bytes]:
@@ -191,11 +196,100 @@ def test_malformed_records(key: str, value: str) -> None:
         read(archive((info("a", pax_headers={key: value}), b"")))
 
 
-def test_sparse_and_unknown_are_unsupported() -> None:
-    sparse = archive((info("a", pax_headers={"GNU.sparse.major": "1"}), b""))
-    for data in (block(type=b"S"), block(type=b"D"), sparse):
+def test_unknown_types_and_versions_are_unsupported() -> None:
+    sparse = archive((info("a", pax_headers={"GNU.sparse.major": "2"}), b""))
+    for data in (block(type=b"D"), block(type=b"M"), sparse):
         with pytest.raises(Unsupported, match=r"^tar: "):
             read(data)
+
+
+# --- sparse files ---
+
+SPARSE_FORMATS = {
+    "old": ["--format=gnu"],
+    "0.0": ["--format=posix", "--sparse-version=0.0"],
+    "0.1": ["--format=posix", "--sparse-version=0.1"],
+    "1.0": ["--format=posix", "--sparse-version=1.0"],
+}
+KIB = 1 << 10
+SPARSE = {  # where there is data, and the size
+    "holes around": ([64 * KIB, 256 * KIB], 512 * KIB),
+    "data first": ([0], 256 * KIB),
+    "data last": ([252 * KIB], 256 * KIB),
+    "more than a header has": ([n * 64 * KIB for n in range(7)], 512 * KIB),
+    "more than two blocks have": ([n * 64 * KIB for n in range(60)], 4096 * KIB),
+    "nothing": ([], 1024 * KIB),
+}
+
+
+@pytest.mark.parametrize("step", [0, 1000])
+@pytest.mark.parametrize("form", SPARSE_FORMATS)
+@pytest.mark.parametrize("layout", SPARSE)
+def test_sparse_files(tmp_path: Path, layout: str, form: str, step: int) -> None:
+    offsets, size = SPARSE[layout]
+    name = f"{'long' * 30}/sparse"
+    path = tmp_path / name
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        for offset in offsets:
+            file.seek(offset)
+            file.write(b"%4d" % (offset // KIB) * KIB)
+        file.truncate(size)
+    (tmp_path / "after").write_text("the next one")
+    command = ["tar", "--sparse", *SPARSE_FORMATS[form], "-cf", "-", name, "after"]
+    made = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True).stdout
+    assert len(made) < size
+    [(entry, content), (after, text)] = read(made, *([step] if step else []))
+    assert (entry.name, entry.kind, entry.size) == (name, "file", size)
+    assert content == path.read_bytes()
+    assert (after.name, text) == ("after", b"the next one")
+
+
+def test_what_is_not_read_of_a_sparse_file_is_passed_over() -> None:
+    """A hole may be larger than anybody would read."""
+    header = {"GNU.sparse.map": "0,5", "GNU.sparse.size": str(tar.MAX_SIZE)}
+    made = archive((info("a", pax_headers=header), b"begin"), (info("b"), b"next"))
+    assert [entry.name for entry, _ in tar.read(split(made))] == ["a", "b"]
+    [pieces, _] = [list(pieces) for _, pieces in tar.read(split(made))]
+    assert pieces == [b"begin", tar.Hole(tar.MAX_SIZE - 5)]
+
+
+@pytest.mark.parametrize(
+    ("records", "content"),
+    [
+        ({"map": "0,2,1,3", "size": "9"}, b"12345"),  # overlap
+        ({"map": "2,5,0,0", "size": "9"}, b"12345"),  # not in order
+        ({"map": "0,5", "size": "4"}, b"12345"),  # longer than the file
+        ({"map": "0,4", "size": "9"}, b"12345"),  # not all of what is stored
+        ({"map": "0", "size": "9"}, b"12345"),
+        ({"map": "0,x", "size": "9"}, b"12345"),
+        ({"map": "0,-5", "size": "9"}, b"12345"),
+        ({"map": "0,5", "size": ""}, b"12345"),
+        ({"map": "0,5"}, b"12345"),
+        ({"map": "0,5", "size": str(tar.MAX_SIZE + 1)}, b"12345"),
+        ({"map": ",".join(["0,0"] * (tar.MAX_REGIONS + 1)), "size": "5"}, b""),
+        ({"major": "1", "minor": "0", "realsize": "9"}, b"9" * 2000),
+        ({"major": "1", "minor": "0", "realsize": "9"}, b"1\n0\n".ljust(512, b"\0")),
+        ({"major": "1", "minor": "0", "realsize": "9"}, b"1000000\n" + b"0\n" * 2000000),
+    ],
+)
+def test_malformed_sparse_files(records: dict[str, str], content: bytes) -> None:
+    headers = {f"GNU.sparse.{key}": value for key, value in records.items()}
+    with pytest.raises(InvalidArgument, match=r"^tar: "):
+        read(archive((info("a", pax_headers=headers), content)))
+
+
+def test_malformed_sparse_files_of_old() -> None:
+    def sparse(*fields: int, more: bytes = b"\0", size: int = 9) -> bytes:
+        numbers = b"".join(b"%011o\0" % field for field in fields).ljust(96, b"\0")
+        prefix = bytes(41) + numbers + more + b"%011o\0" % size
+        return block(type=b"S", size=b"%011o\0" % 5, magic=b"ustar ", prefix=prefix)
+
+    whole = sparse(2, 5) + b"12345".ljust(512, b"\0")
+    assert [content for _, content in read(whole)] == [b"\0\0" + b"12345" + b"\0\0"]
+    for header in (sparse(0, 4), sparse(5, 5), sparse(2, 2, 0, 3), sparse(more=b"\1"), sparse()):
+        with pytest.raises(InvalidArgument, match=r"^tar: "):
+            read(header + b"12345".ljust(512, b"\0"))
 
 
 NAMES = st.text(st.characters(exclude_characters="\0/", codec="utf-8"), min_size=1, max_size=150)
