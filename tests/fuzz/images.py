@@ -219,6 +219,18 @@ LAYERS = (
     *(tars.archive(*LAYER, form=form) for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)),
     tars.archive(*LAYER[:4], form=tarfile.USTAR_FORMAT),
     tars.archive(tars.file("a"), tars.directory("a"), tars.symlink("a", "b"), tars.file("a/c")),
+    *(
+        tars.archive(
+            tars.file("s", data, pax_headers={f"GNU.sparse.{key}": value for key, value in headers})
+        )
+        for headers, data in (
+            ((("map", "2,5"), ("size", "9")), b"12345"),
+            (
+                (("major", "1"), ("minor", "0"), ("realsize", "9"), ("name", "t")),
+                b"1\n2\n5\n".ljust(512, b"\0") + b"12345",
+            ),
+        )
+    ),
 )
 
 
