@@ -15,6 +15,9 @@ WRITABLE = select.EPOLLOUT
 
 Handler = Callable[[int], None]
 
+# Cancelled timers are swept when there are so many in all, and then twice as many as were left.
+_SWEEP_AT = 64
+
 
 class Timer:
     """An action that is due at `at`, in ns of the monotonic clock."""
@@ -39,6 +42,7 @@ class Loop:
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
         self._timers: list[Timer] = []
+        self._sweep_at = _SWEEP_AT
         self._running = False
 
     def watch(self, descriptor: int, handler: Handler, events: int = READABLE) -> None:
@@ -56,9 +60,17 @@ class Loop:
 
     def call_at(self, at: int, action: Callable[[], None]) -> Timer:
         """at: ns of the monotonic clock."""
+        if len(self._timers) >= self._sweep_at:
+            self._sweep()
         timer = Timer(at, action)
         heapq.heappush(self._timers, timer)
         return timer
+
+    def _sweep(self) -> None:
+        """A command that ends in a millisecond leaves the timer of its timeout, which may be an hour."""
+        self._timers = [timer for timer in self._timers if timer.action is not None]
+        heapq.heapify(self._timers)
+        self._sweep_at = max(_SWEEP_AT, 2 * len(self._timers))
 
     def call_after(self, delay_ms: int, action: Callable[[], None]) -> Timer:
         return self.call_at(time.monotonic_ns() + delay_ms * 1_000_000, action)
