@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, NoReturn
 
@@ -59,7 +59,7 @@ class InitFds(NamedTuple):
     stdin: int = -1
     stdout: int = -1
     stderr: int = -1
-    cgroups: tuple[int, ...] = ()
+    cgroups: Sequence[int] = ()
     userns: int = -1
 
 
@@ -77,7 +77,7 @@ class ExecFds(NamedTuple):
     stdin: int = -1
     stdout: int = -1
     stderr: int = -1
-    cgroups: tuple[int, ...] = ()
+    cgroups: Sequence[int] = ()
     userns: int = -1
     hidden: bool = False
 
@@ -185,7 +185,7 @@ def _prepare_exec(plan: ExecPlan, settings: ProcessPlan, fds: ExecFds) -> _Start
     return _Start(plan["argv"], settings, identity, cwd, stdio, maps, 0, warnings, fds.hidden)
 
 
-def _join_cgroups(tasks: tuple[int, ...]) -> None:
+def _join_cgroups(tasks: Sequence[int]) -> None:
     """`tasks` moves a process of one thread without the grace period that writers of `cgroup.procs` wait for."""
     for file in tasks:
         os.write(file, b"0")

@@ -203,6 +203,13 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in text.split()]
 
 
+def private_kib(pid: int) -> int:
+    """What a process shares with no other."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    [private] = [line for line in rollup.splitlines() if line.startswith("Private_Dirty:")]
+    return int(private.split()[1])
+
+
 def mounts_below(directory: Path) -> list[str]:
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     return [line for line in lines if f" {directory}/" in line]

@@ -9,7 +9,7 @@ import pytest
 
 from nodeagent.linux import syscalls
 from nodeagent.sandbox.client import Launcher
-from tests.kernel.sandbox.supervised import Node, running_node
+from tests.kernel.sandbox.supervised import Node, private_kib, running_node
 
 PROJECT = Path(__file__).parents[3]
 IMMORTAL_SINCE = (3, 12)
@@ -83,9 +83,3 @@ async def test_supervisors_share_what_it_was_good_for(node: Node) -> None:
     for pod in pods:
         await pod.run("sleep 1000")
     assert max(private_kib(pod.supervisor.pid) for pod in pods) < MAX_PRIVATE_KIB
-
-
-def private_kib(pid: int) -> int:
-    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    [private] = [line for line in rollup.splitlines() if line.startswith("Private_Dirty:")]
-    return int(private.split()[1])

@@ -24,6 +24,7 @@ from tests.kernel.sandbox.supervised import (
     children,
     eventually,
     exists,
+    private_kib,
     running_node,
 )
 
@@ -67,6 +68,19 @@ async def test_an_exec_runs_in_the_container(pod: Pod) -> None:
     assert await (await pod.exec("exit 7")).wait() == ExecExit(code=7, timed_out=False)
     assert await (await pod.exec("kill -9 $$")).wait() == ExecExit(code=137, timed_out=False)
     assert children(pod.supervisor.pid) == [(await pod.supervisor.state())[0].pid]
+
+
+async def test_execs_leave_nothing_in_memory(pod: Pod, fds: CgroupFds) -> None:
+    """As probes run them, for weeks."""
+    await pod.run("sleep 1000", cgroup=fds)
+
+    async def execute(times: int) -> int:
+        for _ in range(times):
+            await (await pod.exec(["true"], cgroup=fds, timeout_ms=60_000)).wait()
+        return private_kib(pod.supervisor.pid)
+
+    before = await execute(100)
+    assert await execute(200) - before <= 12
 
 
 async def test_an_exec_is_in_the_namespaces_of_the_container(node: Node) -> None:
