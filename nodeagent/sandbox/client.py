@@ -44,8 +44,8 @@ Size = tuple[int, int]
 # A process that dies closes its connections some time before it is seen to be dead.
 _DEATH_SECONDS = 5.0
 
-# Without its launcher, a supervisor comes up within this time, or not at all.
-_ORPHAN_POLLS, _ORPHAN_POLL_SECONDS = 20, 0.1
+# What somebody else has started, or left, comes up within this time, or not at all.
+_POLLS, _POLL_SECONDS = 20, 0.1
 
 
 class Supervisor:
@@ -294,7 +294,17 @@ class Launcher:
         try:
             await start_launcher(str(state), python, join_fds)
         except AlreadyExists:
-            pass  # somebody else was faster
+            return await cls._connect_to_another(state)
+        return await cls.connect(state)
+
+    @classmethod
+    async def _connect_to_another(cls, state: Path) -> "Launcher":
+        """Somebody else was faster with a launcher, which may not listen yet."""
+        for _ in range(_POLLS):
+            try:
+                return await cls.connect(state)
+            except OSError:
+                await asyncio.sleep(_POLL_SECONDS)
         return await cls.connect(state)
 
     @property
@@ -354,11 +364,11 @@ class Launcher:
 
 async def _end_orphan(pod_id: str, directory: Path) -> None:
     """The launcher may have died after it forked: a supervisor that comes up in spite of it is not wanted."""
-    for _ in range(_ORPHAN_POLLS):
+    for _ in range(_POLLS):
         try:
             supervisor = await Supervisor.connect(directory, pod_id)
         except OSError:
-            await asyncio.sleep(_ORPHAN_POLL_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
         else:
             await supervisor.shutdown()
             return

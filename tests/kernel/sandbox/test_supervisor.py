@@ -67,6 +67,14 @@ async def test_there_is_one_launcher(node: Node) -> None:
         other.close()
 
 
+async def test_who_starts_one_at_the_same_moment_gets_the_same(tmp_path: Path) -> None:
+    launchers = await asyncio.gather(*(Launcher.connect_or_start(tmp_path) for _ in range(3)))
+    assert len({launcher.pid for launcher in launchers}) == 1
+    for launcher in launchers[1:]:
+        launcher.close()
+    await launchers[0].stop()
+
+
 async def test_the_launcher_stays_while_there_are_pods(node: Node) -> None:
     pod = await node.pod()
     assert await node.launcher.pods() == [pod.id]
