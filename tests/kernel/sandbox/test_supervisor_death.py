@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent.errors import Unavailable
-from nodeagent.sandbox import facts
+from nodeagent.sandbox import facts, process
 from nodeagent.sandbox.client import ContainerState, ExecIO, Launcher
 from nodeagent.sandbox.spec import PodPlan
 from tests.kernel.sandbox.supervised import (
@@ -138,6 +138,7 @@ async def test_a_start_that_was_cut_off_is_finished(node: Node, succeeded: str) 
     os.kill(made.pid, signal.SIGSTOP)
     starting = asyncio.create_task(pod.supervisor.start("main"))
     await eventually(pod.log_path().exists)
+    await eventually(lambda: process.stat_fields(pod.supervisor.pid)[0] == b"S")  # has said "go"
     await pod.kill_supervisor()
     if succeeded == "before it reads":
         await pod.succeed()
