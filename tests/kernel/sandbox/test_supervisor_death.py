@@ -240,6 +240,7 @@ async def test_nothing_is_left_open(node: Node) -> None:
     await pod.run("true", "warm")
     await pod.supervisor.wait("warm")
     await pod.supervisor.remove("warm")
+    await node.launcher.pods()  # which first hears what supervisors have let go
     processes = (node.launcher.pid, pod.supervisor.pid)
     before = [len(os.listdir(f"/proc/{pid}/fd")) for pid in processes]
     for number in range(3):
