@@ -49,13 +49,16 @@ def _play(directory: str) -> None:
     keeper = Keeper(loop, _POD, directory, ours)
     pod = supervisor.Supervisor(supervisor.prepare(plan), loop, keeper, {}).pod
     agent = _Agent(loop, f"{directory}/{supervisor.SOCKET}", _requests(directory))
-    patience = loop.call_after(_PATIENCE_MS, loop.stop)
+
+    def give_up() -> None:
+        agent.failure = TimeoutError(f"not over after {_PATIENCE_MS} ms")
+        pod.children.kill()
+        loop.stop()
+
+    loop.call_after(_PATIENCE_MS, give_up)
     loop.run()
     agent.close()
     launcher.close()
-    if patience.action is None:
-        pod.children.kill()
-        raise TimeoutError(f"{_PATIENCE_MS} ms")
     if agent.failure is not None:
         raise agent.failure
 

@@ -57,6 +57,17 @@ def test_what_cannot_be_done_here_is_said(tmp_path: Path) -> None:
         syscalls.umount2(str(tmp_path / "merged"), 0)
 
 
+def test_one_that_does_not_end_is_given_up(tmp_path: Path) -> None:
+    script = SCRIPT.replace(
+        "import rehearse\n",
+        "import rehearse; import nodeagent.sandbox.rehearsal as r; r._PATIENCE_MS = 0\n",
+    )
+    command = [sys.executable, "-I", "-S", "-c", script, str(tmp_path / "rehearsal")]
+    played = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert "TimeoutError: not over after 0 ms" in played.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 async def test_a_launcher_does_without(tmp_path: Path) -> None:
     directory = tmp_path / "rehearsal"
     directory.mkdir()
