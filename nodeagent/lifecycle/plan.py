@@ -18,6 +18,7 @@ from nodeagent.lifecycle.profiles import Profiles
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.linux import syscalls
 from nodeagent.records import Container, ContainerConfig, Image, MountStatus, Sandbox
+from nodeagent.sandbox import seccomp_successor
 from nodeagent.sandbox.seccomp_profile import Filter
 from nodeagent.sandbox.spec import Capabilities, ContainerPlan, ProcessPlan, Rlimit, Rootfs
 
@@ -118,6 +119,7 @@ class Planner:
             rlimits=self._rlimits,
             oom_score_adj=config.resources.oom_score_adj,
             umask=UMASK,
+            forbidden_calls=list(seccomp_successor.forbidden(seccomp.program)),
         )
         user = sandbox.config.namespaces.user
         if user is not None and user.mode == "pod":
