@@ -8,9 +8,11 @@ however many others stay silent.
 import asyncio
 import ipaddress
 import logging
+import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from nodeagent.serving import descriptors
@@ -30,6 +32,20 @@ def bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET if ipaddress.ip_address(host).version == 4 else socket.AF_INET6
     listening = socket.create_server((host, port), family=family, backlog=BACKLOG)
     listening.setblocking(False)
+    return listening
+
+
+def bind_unix(path: Path) -> socket.socket:
+    """A stream socket that only its owner can connect to. What has its name already is replaced."""
+    path.unlink(missing_ok=True)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        os.fchmod(listening.fileno(), 0o600)  # bind(2) gives the file the mode of the socket
+        listening.bind(str(path))
+        listening.listen(BACKLOG)
+    except BaseException:
+        listening.close()
+        raise
     return listening
 
 
