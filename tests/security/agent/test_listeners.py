@@ -156,7 +156,7 @@ def test_idle_clients_of_the_streaming_server(
 ) -> None:
     before = descriptors(agent)
     with idle_clients(streaming_address(container)) as clients:
-        wait_for("the end of the oldest", lambda: is_closed(clients[0]), seconds=60)
+        wait_for("the end of the oldest", lambda: is_closed(clients[0]), seconds=20)
         arguments = Streams(crictl, cri, wire).command("exec", container.id, "echo", "hello")
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
         assert done.stdout == "hello\n", done.stderr
