@@ -57,17 +57,12 @@ class Place:
         self.protected_until = now + PROTECTED_S
         self.kept = False
         self.patience = asyncio.timeout_at(now + head_s)
-        self.task: asyncio.Task[None] | None = None
 
     def keep(self, seconds: float | None = None) -> None:
         """The request is here: the connection is not closed for others, and only after this time, if any."""
         self.kept = True
         now = asyncio.get_running_loop().time()
         self.patience.reschedule(None if seconds is None else now + seconds)
-
-    def clear(self) -> None:
-        assert self.task is not None
-        self.task.cancel()
 
 
 Serve = Callable[[socket.socket, Place], Coroutine[Any, Any, None]]
@@ -89,7 +84,7 @@ class Listener:
         self._limit = places
         self._head_s = head_s
         self._loop = asyncio.get_running_loop()
-        self._places: dict[Place, None] = {}  # the oldest first
+        self._places: dict[Place, asyncio.Task[None]] = {}  # the oldest first
         self._freed = asyncio.Event()
         self._silent_until = 0.0
 
@@ -114,8 +109,7 @@ class Listener:
                     connection.close()
                     raise
                 place = Place(self._head_s)
-                place.task = tasks.create_task(self._occupy(place, connection))
-                self._places[place] = None
+                self._places[place] = tasks.create_task(self._occupy(place, connection))
                 # One connection in each turn of the loop, so that a flood of them leaves time for everything else; and
                 # the new task makes its first step, before which it could be cancelled without closing the connection.
                 await asyncio.sleep(0)
@@ -145,13 +139,13 @@ class Listener:
         """Return when one more connection can have a place."""
         while len(self._places) >= self._limit:
             oldest = next((place for place in self._places if not place.kept), None)
-            when = None if oldest is None else oldest.protected_until
+            look_again_at = None if oldest is None else oldest.protected_until
             if oldest is not None and oldest.protected_until <= self._loop.time():
-                oldest.clear()
-                when = None
+                self._places[oldest].cancel()
+                look_again_at = None
             self._freed.clear()
             with suppress(TimeoutError):
-                async with asyncio.timeout_at(when):
+                async with asyncio.timeout_at(look_again_at):
                     await self._freed.wait()
 
     async def _occupy(self, place: Place, connection: socket.socket) -> None:

@@ -101,6 +101,16 @@ def test_switching() -> None:
     assert headers == ["Upgrade: SPDY/3.1", "Connection: Upgrade", "", ""]
 
 
+def test_the_answer_to_head_has_no_body() -> None:
+    exchange = Exchange()
+    exchange.receive_data(b"HEAD / HTTP/1.1\r\nHost: h\r\n\r\n")
+    head, _, body = exchange.answer(200, b"body", [("X", "y")]).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200")
+    assert b"content-length: 4" in head
+    assert b"connection: close" in head
+    assert body == b""
+
+
 def test_a_refusal_is_a_whole_answer() -> None:
     connection = Exchange()
     connection.receive_data(SPDY_HEAD)
