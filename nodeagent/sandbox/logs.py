@@ -163,7 +163,17 @@ def _open_below(root: str, path: str) -> int:
         file = os.open(name, _FLAGS | os.O_EXCL, _MODE, dir_fd=directory)
         os.fchmod(file, _MODE)
     except FileExistsError:
-        file = os.open(name, _FLAGS, dir_fd=directory)
+        file = _open_existing(name, directory)
     finally:
         os.close(directory)
+    return file
+
+
+def _open_existing(name: str, directory: int) -> int:
+    """A file that has other names is left to those: whoever made them may have meant us to write to another's file."""
+    file = os.open(name, _FLAGS, dir_fd=directory)
+    if os.fstat(file).st_nlink > 1:
+        os.close(file)
+        os.unlink(name, dir_fd=directory)
+        file = os.open(name, _FLAGS | os.O_EXCL, _MODE, dir_fd=directory)
     return file
