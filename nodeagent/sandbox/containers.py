@@ -298,8 +298,11 @@ class Container:
         return "created" if self.facts["created_at"] else "creating"
 
     def describe(self) -> Body:
-        dropped = self.pump.dropped_lines if self.pump else 0
-        return {"id": self.id, **self.facts, "exit": self.exit, "dropped_log_lines": dropped}
+        log = {
+            "dropped_log_lines": self.pump.dropped_lines if self.pump else 0,
+            "held_back_ms": self.pump.held_back_ms if self.pump else 0,
+        }
+        return {"id": self.id, **self.facts, "exit": self.exit, **log}
 
     def deposit(self) -> Deposit:
         return Deposit(self.facts["pid"], self.facts["oom_kills"], self.fds)

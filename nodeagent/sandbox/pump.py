@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from nodeagent.errors import FailedPrecondition
 from nodeagent.sandbox.journal import CHUNK_BYTES, Journal, Spool, Transfer
 from nodeagent.sandbox.logs import Clock, LogFile, format_end, format_lines
 from nodeagent.sandbox.loop import Loop, Timer, report
@@ -223,6 +224,14 @@ class Pump:
             if stream.source.holds:  # before any other: the journal keeps one stream's output
                 self._take(stream, stream.source.take())
         self._watch()
+
+    def go_on(self, log_path: str, log_root: str = "") -> None:
+        """Like start, for a container that runs: a log that cannot be opened any more is lost alone."""
+        try:
+            self.start(log_path, log_root)
+        except (FailedPrecondition, OSError) as error:
+            report(f"output is not logged any more: {error}")
+            self.start("")
 
     def _watch(self) -> None:
         self._pause = None
