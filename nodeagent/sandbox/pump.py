@@ -26,6 +26,7 @@ _CHUNKS_PER_TURN = 16
 _DRAIN_CHUNKS = 64
 # What a limit counts for output that is shorter: to wake up and look costs as much as to write so much.
 _LEAST_COST_BYTES = 4096
+_TIOCGPTPEER = 0x5441
 
 
 # ---- where output comes from ----
@@ -45,6 +46,9 @@ class Source(Protocol):
 
     def release(self) -> None:
         """What was taken is in the log."""
+
+    def close(self) -> None:
+        """There is no more to read. The descriptor stays its owner's."""
 
 
 class PipeSource:
@@ -69,6 +73,9 @@ class PipeSource:
     def release(self) -> None:
         self._spool.clear()
 
+    def close(self) -> None:
+        """It holds nothing open."""
+
 
 class TerminalSource:
     """The master of a pty. splice(2) does not take it: what was read and not yet written, a killed supervisor loses."""
@@ -77,17 +84,34 @@ class TerminalSource:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        self._slave = _open_slave(descriptor)
 
     def take(self) -> bytes:
         try:
             return os.read(self.descriptor, CHUNK_BYTES)
         except OSError as error:
-            if error.errno == errno.EIO:  # nobody has the slave open
+            if error.errno == errno.EIO:  # the terminal was hung up
                 return b""
             raise
 
     def release(self) -> None:
         """It has gone already."""
+
+    def close(self) -> None:
+        if self._slave >= 0:
+            os.close(self._slave)
+            self._slave = -1
+
+
+def _open_slave(master: int) -> int:
+    """Held open, or a container that lets go of its terminal for a moment would be at the end of its output.
+
+    ioctl_tty(2): this needs no path, and works from another mount namespace. -1 where it was hung up.
+    """
+    try:
+        return fcntl.ioctl(master, _TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return -1
 
 
 # ---- where it goes to ----
@@ -290,6 +314,7 @@ class Pump:
 
     def _end(self, stream: Stream) -> None:
         self._loop.forget(stream.source.descriptor)
+        stream.source.close()
         del self._streams[stream.name]
         if self._log is not None:
             stream.end(self._log, self._clock)
@@ -312,6 +337,7 @@ class Pump:
             self._pause.cancel()
         for stream in self._streams.values():
             self._loop.forget(stream.source.descriptor)
+            stream.source.close()
         self._streams.clear()
         for tap in self.taps.values():
             tap.close()
