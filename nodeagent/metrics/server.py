@@ -15,7 +15,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 
 from nodeagent.config import split_address
 from nodeagent.lifecycle.node import Node
-from nodeagent.metrics.collectors import NodeCollector, RpcMetrics, UsageCollector
+from nodeagent.metrics.collectors import LogCollector, NodeCollector, RpcMetrics, UsageCollector
 from nodeagent.serving import http1, listener
 from nodeagent.serving.listener import Listener, Place
 
@@ -99,6 +99,7 @@ class MetricsServer:
         now = CollectorRegistry()
         now.register(NodeCollector(self._node))
         now.register(UsageCollector(await self._node.stats.sandboxes()))
+        now.register(LogCollector(await self._node.stats.logs()))
         return await asyncio.to_thread(
             lambda: b"".join(generate_latest(registry) for registry in (self._agent, now))
         )

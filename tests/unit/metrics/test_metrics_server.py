@@ -48,6 +48,14 @@ async def test_containers_with_their_labels() -> None:
     assert value(found, "container_network_receive_bytes_total", **network) == 1
 
 
+async def test_what_became_of_the_output_of_containers() -> None:
+    async with MetricsServer.open((await running_pod()).node, "") as server:
+        found = await scraped(server)
+    labels = {"namespace": "prod", "pod": "web", "container": "main"}
+    assert value(found, "nodeagent_container_log_dropped_lines_total", **labels) == 3
+    assert value(found, "nodeagent_container_log_held_back_seconds_total", **labels) == 1.5
+
+
 async def test_the_node_and_the_agent() -> None:
     async with MetricsServer.open((await running_pod()).node, "") as server:
         found = await scraped(server)
