@@ -24,6 +24,7 @@ OPEN_TREE_CLONE = 0x1
 OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 MOVE_MOUNT_F_EMPTY_PATH = 0x04
 MOVE_MOUNT_T_EMPTY_PATH = 0x40
+MOVE_MOUNT_SET_GROUP = 0x100
 
 # of fsopen(2), fsconfig(2), fsmount(2)
 FSOPEN_CLOEXEC = 0x1
@@ -367,6 +368,12 @@ def move_mount(source: int, target: int, target_path: str = "") -> None:
     """Attach the mount of the descriptor `source` at `target_path` below `target`, or at `target` itself."""
     flags = MOVE_MOUNT_F_EMPTY_PATH | (0 if target_path else MOVE_MOUNT_T_EMPTY_PATH)
     _move_mount(target_path or target, source, b"", target, os.fsencode(target_path), flags)
+
+
+def set_mount_group(source: int, target: int) -> None:
+    """Put the private mount with root `target` into the peer group of the one with root `source` (Linux 5.15)."""
+    flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH | MOVE_MOUNT_SET_GROUP
+    _move_mount(target, source, b"", target, b"", flags)
 
 
 def mount_setattr(

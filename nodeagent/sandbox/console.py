@@ -64,9 +64,9 @@ def _open_device(root: int, path: str, number: int, *, follow: bool = True) -> i
     return device
 
 
-def bind_console(root: int, terminal: Stdio) -> None:
-    """Make the terminal the file /dev/console inside `root`."""
-    target = confined.make_path(root, "/dev/console", directory=False, follow=False)
+def bind_console(dev: int, terminal: Stdio) -> None:
+    """Make the terminal the file `console` of the container's own /dev."""
+    target = confined.make_path(dev, "console", directory=False, follow=False)
     syscalls.move_mount(mounts.clone_tree(terminal.stdin, recursive=False), target)
 
 

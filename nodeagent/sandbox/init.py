@@ -150,19 +150,19 @@ def _prepare_container(plan: ContainerPlan, fds: InitFds) -> _Start:
     identity = users.resolve(built.root, settings["user"])
     with _working_directory(settings["cwd"]):
         cwd = confined.make_path(built.root, settings["cwd"], directory=True)
-    stdio = _container_stdio(plan, fds, built.root)
+    stdio = _container_stdio(plan, fds, built)
     assembly.seal(built, plan["masked_paths"], plan["readonly_paths"])
     mounts.enter_root(built.root)
     owned = syscalls.CLONE_NEWNS | (syscalls.CLONE_NEWCGROUP if plan["cgroup_namespace"] else 0)
     return _Start(plan["argv"], settings, identity, cwd, stdio, maps, owned, warnings)
 
 
-def _container_stdio(plan: ContainerPlan, fds: InitFds, root: int) -> console.Stdio:
+def _container_stdio(plan: ContainerPlan, fds: InitFds, built: assembly.Assembly) -> console.Stdio:
     if not plan["tty"]:
-        return console.with_null(root, fds.stdin, fds.stdout, fds.stderr)
-    terminal = console.open_terminal(root)
-    if assembly.has_own_dev(plan):
-        console.bind_console(root, terminal)
+        return console.with_null(built.root, fds.stdin, fds.stdout, fds.stderr)
+    terminal = console.open_terminal(built.root)
+    if built.dev != -1:
+        console.bind_console(built.dev, terminal)
     return terminal
 
 
