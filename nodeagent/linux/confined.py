@@ -21,6 +21,23 @@ def open_path(root: int, path: str, flags: int = os.O_PATH, *, follow: bool = Tr
     return syscalls.openat2(root, path, flags, resolve=resolve)
 
 
+def own_descriptors() -> int:
+    """/proc/self/fd of the procfs that is mounted now, for `open_again` after others may have covered or left it."""
+    directory = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    if syscalls.statfs_type(directory) != syscalls.PROC_SUPER_MAGIC:
+        os.close(directory)
+        raise OSError(errno.EXDEV, "not a directory of procfs", "/proc/self/fd")
+    return directory
+
+
+def open_again(own: int, descriptor: int, flags: int) -> int:
+    """Open for use what an O_PATH descriptor stands for, which was looked at before: that and nothing else.
+
+    To open is to act: a tape rewinds, a watchdog starts, a FIFO waits. own: of `own_descriptors`.
+    """
+    return os.open(str(descriptor), flags | os.O_CLOEXEC, dir_fd=own)
+
+
 def make_path(root: int, path: str, *, directory: bool, follow: bool = True) -> int:
     """Open (O_PATH) a directory, or a file, inside `root`; whatever part of the path is missing is made.
 

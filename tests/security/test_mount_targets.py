@@ -1,8 +1,10 @@
 """Where mounts and devices land: never where a link of an image or of a volume leads, where that would matter."""
 
+import ctypes
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -305,3 +307,56 @@ def test_the_node_gets_no_mount_of_the_runtime(
     assert set(after) - set(before) == {"new"}  # what the container has mounted is seen
     for name in sorted(after, reverse=True):
         syscalls.umount2(str(shared / name), syscalls.MNT_DETACH)
+
+
+# ---- what is looked at before it is opened ----
+
+IN_OPEN = 0x20
+
+
+@contextmanager
+def never_opened(path: Path) -> Iterator[None]:
+    """Nobody opens this file, unless it is with O_PATH (inotify(7))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    watcher = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        assert libc.inotify_add_watch(watcher, os.fsencode(path), IN_OPEN) >= 0
+        yield
+        with pytest.raises(BlockingIOError):
+            os.read(watcher, 4096)
+    finally:
+        os.close(watcher)
+
+
+FOREIGN = {
+    "fifo": stat.S_IFIFO,
+    "character device": stat.S_IFCHR,
+    "block device": stat.S_IFBLK,
+    "socket": stat.S_IFSOCK,
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("name", ["passwd", "group"])
+def test_user_files_that_are_none_are_never_opened(
+    plan: Plan, volume: Path, kind: str, name: str
+) -> None:
+    os.mknod(volume / name, FOREIGN[kind] | 0o666, os.makedev(1, 5))
+    with never_opened(volume / name):
+        text = refusal(plan("true", mounts=with_mounts(rootfs.bind(str(volume), "/etc"))))
+        assert f"/etc/{name} of the image: not a regular file" in text
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("tty", [False, True], ids=["null", "terminal"])
+def test_devices_that_are_others_are_never_opened(
+    plan: Plan, volume: Path, kind: str, tty: bool
+) -> None:
+    (volume / "pts").mkdir()
+    name = "pts/ptmx" if tty else "null"
+    os.mknod(volume / name, FOREIGN[kind] | 0o666, os.makedev(1, 5))
+    own = [mount for mount in DEFAULT if not mount["target"].startswith("/dev")]
+    made = plan("true", mounts=[*own, rootfs.bind(str(volume), "/dev")], tty=tty)
+    with never_opened(volume / name), start(made) as process:
+        assert process.message["error"] == "OSError"
+        assert f"/dev/{name}" in process.message["text"]
