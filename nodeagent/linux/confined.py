@@ -12,6 +12,7 @@ import stat
 from nodeagent.linux import syscalls
 
 _INSIDE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
+_UNFOLLOWED = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_LINKS = 40  # as in path_resolution(7)
 
 
@@ -60,7 +61,8 @@ def _make_last(root: int, path: str, directory: bool, follow: bool) -> int:
     except FileNotFoundError:
         return -1
     try:
-        made = _open_or_make(parent, name, directory)
+        _make(parent, name, directory)
+        made = os.open(name, _UNFOLLOWED, dir_fd=parent)
     finally:
         os.close(parent)
     if stat.S_ISLNK(os.fstat(made).st_mode):
@@ -114,12 +116,11 @@ def _components(path: str) -> list[str]:
 
 
 def _open_or_make(directory: int, name: str, as_directory: bool) -> int:
-    flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        return os.open(name, flags, dir_fd=directory)
+        return os.open(name, _UNFOLLOWED, dir_fd=directory)
     except FileNotFoundError:
         _make(directory, name, as_directory)
-        return os.open(name, flags, dir_fd=directory)
+        return os.open(name, _UNFOLLOWED, dir_fd=directory)
 
 
 def _make(directory: int, name: str, as_directory: bool) -> None:

@@ -9,12 +9,10 @@ detached and attached when it is complete. Descriptors are left open: all of the
 import errno
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 from nodeagent import files
-from nodeagent.errors import FailedPrecondition, InvalidArgument, NodeAgentError, NotFound
+from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound
 from nodeagent.linux import confined, mounts, syscalls
 from nodeagent.sandbox import idmaps, rootfs
 from nodeagent.sandbox.idmaps import IdMaps
@@ -85,8 +83,7 @@ def assemble(plan: ContainerPlan, maps: IdMaps) -> Assembly:
     assembly = Assembly(root, dev, scratch, maps, sealed, shares)
     _make_devices_outside_dev(root, plan, maps)
     for mount, source in zip(plan["mounts"], sources, strict=True):
-        with _step(mount):
-            _attach(assembly, mount, _tree(assembly, mount, source))
+        _execute(assembly, mount, source)
     _require_devices(assembly, plan)
     return assembly
 
@@ -204,16 +201,17 @@ def _attach_mapped(scratch: Scratch, path: str, directory: int, maps: IdMaps) ->
     return tree
 
 
-@contextmanager
-def _step(mount: Mount) -> Iterator[None]:
-    """An error of the kernel names the step of the plan that it is about."""
+def _execute(assembly: Assembly, mount: Mount, source: Source) -> None:
     try:
-        yield
-    except NodeAgentError:
-        raise
+        _attach(assembly, mount, _tree(assembly, mount, source))
     except OSError as error:
-        text = f"mount {rootfs.describe(mount)}: {error.strerror or error}"
-        raise OSError(error.errno, text, error.filename) from error
+        raise _of_step(mount, error) from error
+
+
+def _of_step(mount: Mount, error: OSError) -> OSError:
+    """An error of the kernel, with the step of the plan that it is about."""
+    text = f"mount {rootfs.describe(mount)}: {error.strerror or error}"
+    return OSError(error.errno, text, error.filename)
 
 
 def _tree(assembly: Assembly, mount: Mount, source: Source) -> int:
@@ -229,7 +227,7 @@ def _tree(assembly: Assembly, mount: Mount, source: Source) -> int:
 
 
 def _attach(assembly: Assembly, mount: Mount, tree: int) -> None:
-    directory = _is_directory(tree)
+    directory = mount["kind"] == "fs" or _is_directory(tree)
     target = _open_target(assembly, mount, directory)
     if directory != _is_directory(target):
         code = errno.ENOTDIR if directory else errno.EISDIR
@@ -337,8 +335,10 @@ def _make_dev(plan: ContainerPlan, maps: IdMaps) -> int:
     """
     for mount in plan["mounts"]:
         if _is_own_dev(mount):
-            with _step(mount):
+            try:
                 dev = _make_filesystem(mount, maps)
+            except OSError as error:
+                raise _of_step(mount, error) from error
             _populate_dev(dev, plan, maps)
             return dev
     return -1
