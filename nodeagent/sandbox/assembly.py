@@ -56,6 +56,7 @@ class Assembly(NamedTuple):
     """A root file system in the making. sealed: mounts that become read-only when all is in place.
 
     dev: the root of the container's own /dev, by which all in it is reached; -1 where the request mounts one.
+    devices: st_dev of the image's own file system and of that /dev, where most mounts land.
     shares: whether a volume propagates mounts to the node.
     """
 
@@ -64,6 +65,7 @@ class Assembly(NamedTuple):
     scratch: Scratch
     maps: IdMaps
     sealed: list[int]
+    devices: tuple[int, ...]
     shares: bool
 
 
@@ -80,7 +82,8 @@ def assemble(plan: ContainerPlan, maps: IdMaps) -> Assembly:
     dev = _make_dev(plan, maps)
     sealed = [root] if plan["rootfs"]["readonly"] else []
     shares = any(mount["propagation"] == "shared" for mount in plan["mounts"])
-    assembly = Assembly(root, dev, scratch, maps, sealed, shares)
+    devices = tuple(os.fstat(place).st_dev for place in (root, dev) if place != -1)
+    assembly = Assembly(root, dev, scratch, maps, sealed, devices, shares)
     _make_devices_outside_dev(root, plan, maps)
     for mount, source in zip(plan["mounts"], sources, strict=True):
         _execute(assembly, mount, source)
@@ -229,11 +232,12 @@ def _tree(assembly: Assembly, mount: Mount, source: Source) -> int:
 def _attach(assembly: Assembly, mount: Mount, tree: int) -> None:
     directory = mount["kind"] == "fs" or _is_directory(tree)
     target = _open_target(assembly, mount, directory)
-    if directory != _is_directory(target):
+    status = os.fstat(target)
+    if directory != stat.S_ISDIR(status.st_mode):
         code = errno.ENOTDIR if directory else errno.EISDIR
         raise OSError(code, os.strerror(code))
     if mount["kind"] != "fs":
-        _refuse_in_procfs(mount, target, tree)
+        _check_procfs(assembly, mount, status, tree)
     _move_mount(assembly, tree, target)
 
 
@@ -270,25 +274,24 @@ def _open_target(assembly: Assembly, mount: Mount, directory: bool) -> int:
         ) from error
 
 
-def _refuse_in_procfs(mount: Mount, target: int, tree: int) -> None:
-    """By what the target is, since links lead to procfs as well.
+def _check_procfs(assembly: Assembly, mount: Mount, target: os.stat_result, tree: int) -> None:
+    """Nothing of a request covers procfs, be it that a link leads there: what counts is what the target is.
 
     A program of the container that sets a label or a limit would write it into a file of whoever asked for the mount.
     """
     path = mount["target"]
     if path == "/proc":
-        if not _is_procfs(tree) or os.fstat(tree).st_ino != _PROC_ROOT_INO:
+        status = os.fstat(tree)
+        if status.st_ino != _PROC_ROOT_INO or status.st_dev not in mounts.devices_of("proc"):
             text = "only a whole procfs can be mounted there"
             raise InvalidArgument(f"mount {rootfs.describe(mount)}: {text}")
-    elif _is_procfs(target) and path not in rootfs.MOUNTABLE_IN_PROCFS:
+    elif path not in rootfs.MOUNTABLE_IN_PROCFS and (
+        target.st_dev not in assembly.devices and target.st_dev in mounts.devices_of("proc")
+    ):
         raise InvalidArgument(
             f"mount {rootfs.describe(mount)}: is inside of procfs; only these files of it can be covered,"
             f" by their names: {', '.join(sorted(rootfs.MOUNTABLE_IN_PROCFS))}"
         )
-
-
-def _is_procfs(descriptor: int) -> bool:
-    return syscalls.statfs_type(descriptor) == syscalls.PROC_SUPER_MAGIC
 
 
 def _is_directory(descriptor: int) -> bool:
