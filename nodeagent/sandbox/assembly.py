@@ -9,6 +9,7 @@ detached and attached when it is complete. Descriptors are left open: all of the
 import errno
 import os
 import stat
+from contextlib import suppress
 from typing import NamedTuple
 
 from nodeagent import files
@@ -368,8 +369,9 @@ def _make_devices_outside_dev(root: int, plan: ContainerPlan, maps: IdMaps) -> N
     """In the image's own file system, while nothing is mounted in it: a volume never gets one."""
     for device in plan["devices"]:
         if not device["path"].startswith("/dev/"):
-            parent = os.path.dirname(device["path"])
-            _make_device(confined.make_path(root, parent, directory=True), device, maps)
+            parent = confined.make_path(root, os.path.dirname(device["path"]), directory=True)
+            with suppress(FileExistsError):  # of the image, or of a start that is repeated
+                _make_device(parent, device, maps)
 
 
 def _require_devices(assembly: Assembly, plan: ContainerPlan) -> None:
@@ -389,8 +391,8 @@ def _require_device(root: int, device: Device) -> None:
     found = _find(root, device["path"])
     if found is None or os.fstat(found).st_rdev != os.makedev(device["major"], device["minor"]):
         raise InvalidArgument(
-            f"device {device['path']}: is covered by a mount that has not got it;"
-            " mount something else there, or ask for the device at another path"
+            f"device {device['path']}: an image or a mount has something else there;"
+            " ask for the device at another path"
         )
 
 

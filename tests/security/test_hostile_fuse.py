@@ -61,6 +61,7 @@ def test_a_mount_in_a_directory_that_is_a_link_at_times(
         inner = image("/v/a/b", volume)
     made = plan("true", mounts=with_mounts(rootfs.bind(str(point), "/v"), inner))
     usual = mounted_usually(plan)
+    allowed = {"v", outside.parts[1], *(["dev"] if where == "/dev" else [])}
     seen = set()
     with serving(point, {"a": turns, "b": turns}):
         for _ in range(ATTEMPTS):
@@ -68,8 +69,8 @@ def test_a_mount_in_a_directory_that_is_a_link_at_times(
                 seen.add(process.message.get("error", "ready"))
                 if "ready" in process.message:
                     added = mounted(process) - usual
-                    assert {path.split("/")[1] for path in added} <= {"v", outside.parts[1]}
-    assert "ready" in seen, process.message
+                    assert {path.split("/")[1] for path in added} <= allowed
+    assert "ready" in seen
     assert seen <= {"ready", "OSError", "InvalidArgument"}
 
 

@@ -182,6 +182,16 @@ def test_a_device_in_the_image_s_own_file_system(plan: Plan, upper: Path, path: 
     assert run(made) == (0, "1:5\n")
 
 
+def test_what_the_image_has_in_the_place_of_a_device(plan: Plan, upper: Path) -> None:
+    device = rootfs.character_device("/opt/device", 1, 5)
+    (upper / "opt").mkdir()
+    (upper / "opt" / "device").symlink_to("/dev/null")
+    assert "device /opt/device" in refusal(plan("true", devices=[device]))
+    (upper / "opt" / "device").unlink()
+    for _ in range(2):  # the second start finds what the first has made
+        assert run(plan("stat -c %t:%T /opt/device", devices=[device])) == (0, "1:5\n")
+
+
 # ---- procfs ----
 
 
