@@ -17,7 +17,12 @@ _LOOKUP, _FORGET, _GETATTR, _READLINK, _OPEN, _READ = 1, 2, 3, 5, 14, 15
 _RELEASE, _FLUSH, _INIT, _OPENDIR, _READDIR, _RELEASEDIR = 18, 25, 26, 27, 28, 29
 _ACCESS, _INTERRUPT, _BATCH_FORGET = 34, 36, 42
 _SILENT = (_FORGET, _BATCH_FORGET, _INTERRUPT)
+MAX_REQUEST_BYTES = 1 << 17
 _HEADER = struct.Struct("=IIQQIIII")
+
+_INIT_ANSWER = struct.pack("=4I2H2I2H8I", 7, 31, 0, 0, 8, 6, 1 << 16, 1, *[0] * 10)
+# The whole first answer of a server; its bytes 8 to 15 are those of the request.
+HELLO = struct.pack("=IiQ", 16 + len(_INIT_ANSWER), 0, 0) + _INIT_ANSWER
 
 
 class Node(NamedTuple):
@@ -70,7 +75,7 @@ class _Server:
     def run(self) -> None:
         while True:
             try:
-                request = os.read(self._device, 1 << 17)
+                request = os.read(self._device, MAX_REQUEST_BYTES)
             except OSError as error:
                 if error.errno in (errno.ENOENT, errno.EINTR):  # given up by whoever asked
                     continue
@@ -89,7 +94,7 @@ class _Server:
     def _answer(self, opcode: int, number: int, body: bytes) -> tuple[int, bytes]:
         node = self._nodes[number]
         if opcode == _INIT:
-            return 0, struct.pack("=4I2H2I2H8I", 7, 31, 0, 0, 8, 6, 1 << 16, 1, *[0] * 10)
+            return 0, _INIT_ANSWER
         if opcode == _LOOKUP:
             return self._look_up(number, body.rstrip(b"\0").decode())
         if opcode == _GETATTR:
