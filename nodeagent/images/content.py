@@ -14,6 +14,7 @@ from pathlib import Path
 from nodeagent import files
 from nodeagent.errors import DataLoss, Unavailable
 from nodeagent.images import manifest
+from nodeagent.images.budget import Disk, require_space
 
 
 class Blob:
@@ -29,6 +30,7 @@ class Blob:
         self.size = size
         self.received = size if complete else 0
         self._hash = hashlib.sha256()
+        self._disk = Disk(path.parent)
         self._complete = complete
         self._failure: Exception | None = None
         self._changed = threading.Condition()
@@ -36,9 +38,10 @@ class Blob:
         self._file = os.open(path, flags | os.O_CLOEXEC, 0o600)
 
     def append(self, data: bytes) -> None:
-        """Add the next bytes; more than the size is a `DataLoss`."""
+        """Add the next bytes; more than the size is a `DataLoss`. Raises `ResourceExhausted` at the disk's reserve."""
         if self.received + len(data) > self.size:
             raise DataLoss(f"{self.digest}: longer than its {self.size} bytes")
+        self._disk.write(len(data))
         self._hash.update(data)
         view = memoryview(data)
         while view:
@@ -148,8 +151,9 @@ class Documents:
         return self._path(manifest.digest(data)).name in self._sizes
 
     def put(self, data: bytes) -> None:
-        """Keep a document; it is durable after the next sync of the file system."""
+        """Keep a document; it is durable after the next sync of the file system. Raises `ResourceExhausted`."""
         path = self._path(manifest.digest(data))
+        require_space(self._directory, len(data))
         files.write_atomic(str(path), data, mode=0o600, sync=False)
         self._sizes[path.name] = len(data)
 

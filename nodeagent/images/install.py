@@ -115,6 +115,7 @@ class Installer:
             directory,
             max_bytes=self._limits.max_image_bytes,
             max_entries=self._limits.max_image_entries,
+            blob_bytes=plan.size_bytes,
         )
         job = _Job(plan, plan.chain_ids, content, budget)
         try:

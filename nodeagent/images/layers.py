@@ -22,7 +22,7 @@ from typing import TypeVar
 from nodeagent import files
 from nodeagent.errors import DataLoss, InvalidArgument, ResourceExhausted
 from nodeagent.images import tar
-from nodeagent.images.budget import BOMB_BYTES, BOMB_RATIO, Budget, is_full
+from nodeagent.images.budget import Budget, bomb_limit, is_full
 from nodeagent.images.compression import decompressed
 from nodeagent.images.content import BlobReader
 from nodeagent.images.directories import DIRECTORY, Directories, memory_of, open_parent
@@ -111,7 +111,7 @@ def _measured(
     source: BlobReader, hashed: Callable[[bytes], None], budget: Budget
 ) -> Iterator[bytes]:
     blob = source.blob
-    total, bomb = 0, max(BOMB_BYTES, BOMB_RATIO * blob.size)
+    total, bomb = 0, bomb_limit(blob.size)
     for chunk in decompressed(source):
         source.check()
         budget.spend(size_bytes=len(chunk))
@@ -175,12 +175,12 @@ class _Unpacker:
         create = partial(os.open, name, NEW_FILE, 0o600, dir_fd=directory)
         file = self._anew(directory, name, create)
         try:
-            written = _write_content(file, pieces)
+            taken = _write_content(file, pieces, self._budget)
             _describe_open(file, entry)
             os.utime(file, ns=(entry.mtime_ns, entry.mtime_ns))
         finally:
             os.close(file)
-        self._count(written)
+        self._count(taken)
 
     def _describe_root(self, entry: tar.Entry) -> None:
         if entry.kind != "directory":
@@ -347,16 +347,28 @@ def malformed(name: str, why: str) -> InvalidArgument:
     return InvalidArgument(f'layer entry "{tar.shown(name)}": {why}')
 
 
-def _write_content(file: int, pieces: Iterator[tar.Piece]) -> int:
-    """How many bytes it takes: a hole is length without data."""
-    written = 0
+def _write_content(file: int, pieces: Iterator[tar.Piece], budget: Budget) -> int:
+    """How many bytes of disk it takes, in whole blocks: a hole is length without data.
+
+    What a sparse file's regions take beyond their data is spent before it is written: a byte in each of its 100,000
+    regions is a block in each of them.
+    """
+    at = allocated = taken = 0
+    sparse = False
     for piece in pieces:
         if isinstance(piece, tar.Hole):
-            os.ftruncate(file, os.lseek(file, piece.size, os.SEEK_CUR))
-        else:
-            write_all(file, piece)
-            written += len(piece)
-    return written
+            sparse = True
+            at = os.lseek(file, piece.size, os.SEEK_CUR)
+            os.ftruncate(file, at)
+            continue
+        start = max(allocated, at - at % _DISK_BLOCK)
+        at += len(piece)
+        allocated = at + -at % _DISK_BLOCK
+        if sparse:
+            budget.add(max(0, allocated - start - len(piece)))
+        write_all(file, piece)
+        taken += allocated - start
+    return taken
 
 
 def write_all(file: int, data: memoryview) -> None:
