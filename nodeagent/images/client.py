@@ -145,15 +145,14 @@ class Client:
 
     @asynccontextmanager
     async def get(
-        self, url: URL, headers: Mapping[str, str], own: Mapping[str, str], *, led: str = ""
+        self, url: URL, headers: Mapping[str, str], own: Mapping[str, str], *, led: str
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The response to a GET, of any status but a redirect's, at the end of all redirects.
 
         own: headers for the host itself only. led: see `exchange`. The response is to be read in the block: errors
         that are raised there are told as those of the server.
         """
-        led = led or f"{_place(url)}: redirects to"
-        for _ in range(_MAX_REDIRECTS + 1):
+        for left in reversed(range(_MAX_REDIRECTS + 1)):
             sent = CIMultiDict(headers)
             if self.is_own(url):
                 sent.extend(own)
@@ -161,14 +160,20 @@ class Client:
                 if response.status not in _REDIRECTS:
                     yield response
                     return
-                url = _redirection(url, response.headers.get("Location", ""))
-        raise RegistryUnavailable(f"{led} {url.origin()}: more than {_MAX_REDIRECTS} redirects")
+                if not left:
+                    raise RegistryUnavailable(
+                        f"{_place(url)}: more than {_MAX_REDIRECTS} redirects"
+                    )
+                target = _redirection(url, response.headers.get("Location", ""))
+            if self.is_own(url):
+                led = f"{_place(url)}: redirects to {target.origin()}"
+            url = target
 
     @asynccontextmanager
     async def exchange(
         self, method: str, url: URL, *, led: str, **options: Any
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """One request and its response. led: who says that this server is to be asked, for the text of an error."""
+        """One request and its response. led: how the host led to another server, for the text of an error."""
         try:
             with _network_errors(url):
                 async with self._visit(method, url, led, options) as response:
@@ -178,9 +183,9 @@ class Client:
         except NodeAgentError as error:
             if self.is_own(url):
                 raise
-            log.warning("%s %s: %s", led, url.origin(), error)
+            log.warning("%s: %s", led, error)
             raise RegistryUnavailable(
-                f"{led} {url.origin()}: no usable answer from there; the agent's log says why"
+                f"{led}: no usable answer from there; the agent's log says why"
             ) from None
 
     @asynccontextmanager
@@ -190,9 +195,10 @@ class Client:
         own = self.is_own(url)
         # Once the host has answered, it is no further in: its name may mean another address by now.
         limit = Scope.NODE if own and self._scope is None else max(self.scope, self._floor)
+        named = scope_of_name(url.host or "")
+        if named > limit:
+            raise _refusal(led, limit)
         proxy = self._host.proxy or _proxy(url)
-        if proxy and scope_of_name(url.host or "") > limit:
-            raise _refusal(led, url, limit)
         visit = Visit(Scope.NODE if proxy else limit)
         visit.begin()
         try:
@@ -206,11 +212,11 @@ class Client:
                 **options,
             ) as response:
                 if own:
-                    self._answered(scope_of_name(url.host or "") if proxy else visit.reached)
+                    self._answered(named if proxy else visit.reached)
                 yield response
         except (aiohttp.ClientError, OSError):
             if visit.refused and visit.reached is None:
-                raise _refusal(led, url, limit) from None
+                raise _refusal(led, limit) from None
             raise
 
     def _answered(self, scope: Scope | None) -> None:
@@ -298,12 +304,12 @@ def _redirection(base: URL, location: str) -> URL:
     return target
 
 
-def _refusal(led: str, url: URL, limit: Scope) -> _Refused:
+def _refusal(led: str, limit: Scope) -> _Refused:
     if limit is Scope.PUBLIC:
-        why = "no public address, as the registry has (images.private_redirects)"
+        why = "to no public address, as the registry has (images.private_redirects)"
     else:
-        why = "a loopback, link-local or metadata address, which the registry is not at itself"
-    return _Refused(f"{led} {url.origin()}: refused, it is {why}")
+        why = "to a loopback, link-local or metadata address, which the registry is not at itself"
+    return _Refused(f"{led}: refused, it leads {why}")
 
 
 def _proxy(url: URL) -> str | None:

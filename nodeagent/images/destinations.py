@@ -88,8 +88,9 @@ _WITH_IPV4 = tuple(
 
 
 def scope_of(address: str) -> Scope:
-    """Of an address as the kernel has it, with or without the zone of a link-local one."""
-    return _scope(ip_address(address))
+    """Of an address, with or without a zone. What cannot be read as one is as far in as can be."""
+    found = _literal(address)
+    return Scope.NODE if found is None else _scope(found)
 
 
 def scope_of_name(host: str) -> Scope:

@@ -66,14 +66,18 @@ class Endpoint:
         self, url: URL, headers: Mapping[str, str]
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """A successful response; answers one challenge of the server."""
-        async with self._client.get(url, headers, self._own_headers()) as response:
+        async with self._client.get(
+            url, headers, self._own_headers(), led=self.host.root
+        ) as response:
             challenges = self._challenges(response)
             if not challenges:
                 await raise_for_status(response)
                 yield response
                 return
         await self._authorize(challenges)
-        async with self._client.get(url, headers, self._own_headers()) as response:
+        async with self._client.get(
+            url, headers, self._own_headers(), led=self.host.root
+        ) as response:
             await raise_for_status(response)
             yield response
 
@@ -109,22 +113,23 @@ class Endpoint:
         if asked.authorization:
             options["headers"] = {"Authorization": asked.authorization}
         method, url = ("POST", url) if asked.form else ("GET", url.update_query(asked.query))
-        led = f"{self.host.root}: has its token service at"
+        led = f"{self.host.root}: has its token service at {url.origin()}"
         async with self._client.exchange(method, url, led=led, **options) as response:
             denied = response.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
             if not denied or self._client.is_own(url):
                 await raise_for_status(response)
                 return auth.parse_token(await read_bounded(response, _MAX_TOKEN_BYTES))
         # Told of another server as well, for the credentials may be wrong; all else is told as one.
-        raise PermissionDenied(f"{led} {url.origin()}: access denied, or no such repository")
+        raise PermissionDenied(f"{led}: access denied, or no such repository")
 
 
 async def elsewhere(
     client: Client, url: str, descriptor: Descriptor, offset: int
 ) -> AsyncGenerator[bytes]:
     """A layer that is kept outside of any registry, from `offset` on."""
-    led = f"{descriptor.digest}: is kept at"
-    async with client.get(URL(url, encoded=True), _range(offset), {}, led=led) as response:
+    place = URL(url, encoded=True)
+    led = f"{descriptor.digest}: is kept at {place.origin()}"
+    async with client.get(place, _range(offset), {}, led=led) as response:
         await raise_for_status(response)
         async for chunk in _exactly(response, descriptor, offset):
             yield chunk

@@ -99,7 +99,7 @@ class Source:
         async def ask(endpoint: Endpoint) -> tuple[bytes, str]:
             data, media_type = await endpoint.manifest(version)
             if is_digest(version) and manifest.digest(data) != version:
-                raise DataLoss(f"{endpoint.host.root}: {version} has {manifest.digest(data)}")
+                raise DataLoss(f"{endpoint.host.root}: {version} is another manifest there")
             return data, media_type
 
         return await self._first(self._pullers if is_digest(version) else self._resolvers, ask)
@@ -113,7 +113,7 @@ class Source:
             data = b"".join([chunk async for chunk in self.blob(descriptor, attempt)])
             if manifest.digest(data) == descriptor.digest:
                 return data
-            errors.append(DataLoss(f"{descriptor.digest} has {manifest.digest(data)}"))
+            errors.append(DataLoss(f"{descriptor.digest}: got {len(data)} bytes of another digest"))
         raise self._error(errors)
 
     async def blob(self, descriptor: Descriptor, attempt: int = 0) -> AsyncGenerator[bytes]:
