@@ -16,6 +16,8 @@ from nodeagent.errors import DataLoss, Unavailable
 from nodeagent.images import manifest
 from nodeagent.images.budget import Disk, require_space
 
+_LOOK_SECONDS = 0.2
+
 
 class Blob:
     """A file that one thread writes from its start, while others read what is there so far.
@@ -106,6 +108,12 @@ class BlobReader(io.RawIOBase):
     def stop(self) -> None:
         self.stopped = True
         self.blob.wake()
+
+    def take(self, turn: threading.Lock) -> None:
+        """Acquire it when the blob is there and verified, so that nobody who has the turn waits for a server."""
+        self.blob.read_at(memoryview(bytearray(1)), self.blob.size, self)
+        while not turn.acquire(timeout=_LOOK_SECONDS):
+            self.check()
 
     def check(self) -> None:
         if self.stopped:

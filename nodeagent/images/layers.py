@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -86,13 +86,13 @@ def unpack(source: BlobReader, directory: Path, diff_id: str, budget: Budget) ->
     root = os.open(directory, DIRECTORY)
     content = hashlib.sha256()
     try:
-        chunks = _measured(source, content.update, budget)
-        with closing(_Unpacker(root, budget)) as unpacker:
-            for entry, pieces in tar.read(chunks):
-                unpacker.add(entry, pieces)
-            unpacker.finish()
-        for _ in chunks:
-            pass
+        with closing(_measured(source, content.update, budget)) as chunks:
+            with closing(_Unpacker(root, budget)) as unpacker:
+                for entry, pieces in tar.read(chunks):
+                    unpacker.add(entry, pieces)
+                unpacker.finish()
+            for _ in chunks:
+                pass
     except OSError as error:
         if is_full(error):
             raise ResourceExhausted(f"unpacking {source.blob.digest}: {error}") from None
@@ -109,17 +109,20 @@ def unpack(source: BlobReader, directory: Path, diff_id: str, budget: Budget) ->
 
 def _measured(
     source: BlobReader, hashed: Callable[[bytes], None], budget: Budget
-) -> Iterator[bytes]:
+) -> Generator[bytes]:
     blob = source.blob
     total, bomb = 0, bomb_limit(blob.size)
-    for chunk in decompressed(source):
-        source.check()
-        budget.spend(size_bytes=len(chunk))
-        total += len(chunk)
-        if total > bomb:
-            raise ResourceExhausted(f"{blob.digest}: {blob.size} bytes unpack to more than {bomb}")
-        hashed(chunk)
-        yield chunk
+    with closing(decompressed(source, source)) as chunks:
+        for chunk in chunks:
+            source.check()
+            budget.spend(size_bytes=len(chunk))
+            total += len(chunk)
+            if total > bomb:
+                raise ResourceExhausted(
+                    f"{blob.digest}: {blob.size} bytes unpack to more than {bomb}"
+                )
+            hashed(chunk)
+            yield chunk
 
 
 class _Unpacker:

@@ -466,8 +466,22 @@ def test_a_window_larger_than_memory(workshop: Workshop) -> None:
     parameters = zstandard.ZstdCompressionParameters(window_log=29, enable_ldm=True)
     compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     tar = archive(file("a", os.urandom(1 << 20)))
-    with pytest.raises(InvalidArgument, match="zstd"):
+    with pytest.raises(InvalidArgument, match="zstd data that needs a window"):
         workshop.unpack_blob(compressor.compress(tar) + compressor.flush(), digest(tar))
+
+
+def test_a_large_window_of_a_bad_layer_is_given_back(workshop: Workshop) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=27, enable_ldm=True)
+    for name in ("../bad", "good"):
+        compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+        tar = archive(file("first", bytes(1 << 20)), file(name, os.urandom(1 << 20)))
+        blob = compressor.compress(tar) + compressor.flush()
+        if name == "good":
+            workshop.unpack_blob(blob, digest(tar))
+            continue
+        with pytest.raises(InvalidArgument, match=r"\.\.") as kept:
+            workshop.unpack_blob(blob, digest(tar))
+    assert kept.value.__traceback__  # as it is while the error is on its way to the caller
 
 
 def test_the_disk_keeps_a_reserve(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
