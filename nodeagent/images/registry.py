@@ -19,6 +19,7 @@ from nodeagent.images.client import Client, raise_for_status, read_bounded, rece
 from nodeagent.images.destinations import Scope
 from nodeagent.images.hosts import Host
 from nodeagent.images.manifest import Descriptor
+from nodeagent.images.reference import is_digest
 
 _MAX_TOKEN_BYTES = 1 << 20
 
@@ -44,11 +45,16 @@ class Endpoint:
         return self._client.scope
 
     async def manifest(self, version: str) -> tuple[bytes, str]:
-        """The document that a tag or a digest names, and its media type."""
+        """The document that a tag or a digest names, and its media type. Raises as `parse_manifest`, and `DataLoss`."""
         url = self._url("manifests", version)
         async with self._get(url, {"Accept": manifest.ACCEPT}) as response:
             data = await read_bounded(response, manifest.MAX_DOCUMENT_BYTES)
-            return data, response.headers.get("Content-Type", "")
+            media_type = response.headers.get("Content-Type", "")
+            # Here, where the answer of another server becomes no error's text.
+            if is_digest(version) and manifest.digest(data) != version:
+                raise DataLoss(f"{self.host.root}: {version} is another document there")
+            manifest.parse_manifest(data, media_type)
+            return data, media_type
 
     async def blob(self, descriptor: Descriptor, offset: int) -> AsyncGenerator[bytes]:
         """The bytes of a blob from `offset` on, as they come: as many as there shall be."""

@@ -95,14 +95,8 @@ class Source:
 
     async def manifest(self, version: str) -> tuple[bytes, str]:
         """The document of a tag or a digest, and its media type."""
-
-        async def ask(endpoint: Endpoint) -> tuple[bytes, str]:
-            data, media_type = await endpoint.manifest(version)
-            if is_digest(version) and manifest.digest(data) != version:
-                raise DataLoss(f"{endpoint.host.root}: {version} is another manifest there")
-            return data, media_type
-
-        return await self._first(self._pullers if is_digest(version) else self._resolvers, ask)
+        endpoints = self._pullers if is_digest(version) else self._resolvers
+        return await self._first(endpoints, lambda endpoint: endpoint.manifest(version))
 
     async def document(self, descriptor: Descriptor) -> bytes:
         """A small blob, verified."""
