@@ -8,7 +8,7 @@
         set node4       addresses of the node that pods have asked                 (likewise node6)
 
         chain guard        raw: from the bridge nothing may come to or from 127.0.0.0/8
-        chain prerouting   to an address of the node → chain publish
+        chain prerouting   to an address of the node, but not 127.0.0.0/8 → chain publish
         chain output       the same, for what the node itself sends
         chain publish      destination NAT by the maps
         chain postrouting  source NAT: see `_postrouting`
@@ -126,6 +126,9 @@ class Ruleset:
         if self.host_ports:
             yield from (("guard", rule) for rule in self._guard())
             yield from (("publish", rule) for rule in self._publish())
+            # What comes from elsewhere to 127.0.0.1 is for nobody: without translation the kernel drops it. A port that
+            # is published on loopback only would be open to the node's neighbours.
+            yield "prerouting", (_IPV4.is_(), _IPV4.to(_LOOPBACK4), nft.return_())
             yield from (("prerouting", rule) for rule in self._remember())
             for chain in ("prerouting", "output"):
                 yield chain, (_TO_NODE, nft.jump("publish"))
