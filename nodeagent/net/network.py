@@ -312,7 +312,7 @@ class Network:
 
     def _settings(self) -> dict[str, str]:
         is_guarded = self._nat is not None and self._config.host_ports
-        return self._side.settings | sysctls.of_bridge(self._side.bridge, loopback=is_guarded)
+        return self._side.settings | sysctls.loopback(self._side.bridge, routed=is_guarded)
 
     def _ruleset(self) -> Ruleset:
         return Ruleset(
