@@ -92,16 +92,9 @@ class Ruleset:
 
     def declare(self, elements: Sequence[Element]) -> list[Request]:
         """The whole table anew with these elements, in place of what there is of it."""
-        table = self.table
-        return [
-            table.create(),  # or else there may be nothing to delete
-            table.delete(),
-            table.create(),
-            *(map(table.add_set, self._sets()) if self.host_ports else ()),
-            *map(table.add_chain, self._chains()),
-            *(table.add_rule(chain, *rule) for chain, rule in self._rules()),
-            *(table.add_elements(elements) if self.host_ports else ()),
-        ]
+        if not self.host_ports:
+            return self.table.replace((), self._chains(), self._rules(), ())
+        return self.table.replace(self._sets(), self._chains(), self._rules(), elements)
 
     def _families(self) -> list[Family]:
         return [_FAMILIES[version] for version in sorted({s.version for s in self.subnets})]
