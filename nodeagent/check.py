@@ -1,9 +1,9 @@
 """`nodeagent check`: what the kernel and the machine offer, and what is lost where they do not."""
 
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 
 from nodeagent.cgroups.manager import Cgroups
@@ -11,12 +11,26 @@ from nodeagent.config import Config
 from nodeagent.errors import NodeAgentError
 from nodeagent.linux import capabilities, mounts, syscalls, userns
 from nodeagent.linux.userns import Extent
+from nodeagent.net import nftables
+from nodeagent.net.declared import Declaration
+from nodeagent.net.nftables import Table
+from nodeagent.net.ruleset import Ruleset
+from nodeagent.net.spoofing import SpoofFilter
 
-NETLINK_NETFILTER = 12
 OLDEST_KERNEL = (5, 15)
 MAPPED_LAYERS_KERNEL = (5, 19)  # overlayfs takes idmapped lower layers
 # without it limits above our own cannot be given
 SYS_RESOURCE = 1 << capabilities.NAMES.index("SYS_RESOURCE")
+_HOST_PORTS = Ruleset(
+    table=Table("nodeagent_check"),
+    bridge="na",
+    subnets=(IPv4Network("0.0.0.0/0"), IPv6Network("::/0")),
+    masquerade=True,
+    host_ports=True,
+)
+_SPOOF_PROTECTION = SpoofFilter(
+    table=Table("nodeagent_check", nftables.NFPROTO_BRIDGE), link_prefix="nv"
+)
 V2_CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
 
 
@@ -84,7 +98,12 @@ def _optional(config: Config) -> list[Feature]:
             lambda: maps_ids(Path(config.root)),
             "pods with a user namespace",
         ),
-        _feature("nf_tables", _has_nftables, "host ports and masquerade"),
+        _feature("nf_tables", lambda: _takes(_HOST_PORTS), "host ports and masquerade"),
+        _feature(
+            "nf_tables on bridges",
+            lambda: _takes(_SPOOF_PROTECTION),
+            "protection against spoofing by pods",
+        ),
         _feature(
             "AppArmor",
             lambda: _read("/sys/module/apparmor/parameters/enabled").startswith("Y"),
@@ -169,14 +188,11 @@ def maps_ids(root: Path) -> bool:
     return kernel_version(os.uname().release) >= MAPPED_LAYERS_KERNEL
 
 
-def _has_nftables() -> bool:
-    """Asks for the generation of the rule set (NFT_MSG_GETGEN)."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as netlink:
-        netlink.settimeout(1)
-        get_generation = (10 << 8) | 16
-        header = (20).to_bytes(4, "little") + get_generation.to_bytes(2, "little")
-        netlink.send(header + (1).to_bytes(2, "little") + bytes(8) + bytes(4))
-        return int.from_bytes(netlink.recv(4096)[4:6], "little") != 2  # NLMSG_ERROR
+def _takes(declaration: Declaration) -> bool:
+    """Whether the kernel would take a table, which is not made. Raises OSError where it refuses."""
+    with nftables.connect() as connection:
+        nftables.try_out(connection, declaration.declare([]))
+    return True
 
 
 def _read(path: str) -> str:

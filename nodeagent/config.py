@@ -60,6 +60,9 @@ class Network(Table, frozen=True, kw_only=True):
     mtu: Annotated[int, Meta(ge=0, le=65_535), doc("0: as the node's default route")] = 0
     masquerade: Annotated[bool, doc("pods reach other networks with the node's address")] = True
     host_ports: Annotated[bool, doc("publish ports of pods on the node")] = True
+    spoof_protection: Annotated[
+        bool, doc("pods send from their own addresses only; off: a pod can route for others")
+    ] = True
 
 
 class Images(Table, frozen=True, kw_only=True):

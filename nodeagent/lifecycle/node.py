@@ -79,7 +79,7 @@ class Node:
             runtime_message="",
             network_ready=network.ready,
             network_reason=network.reason,
-            network_message=network.message,
+            network_message=network.message or "; ".join(network.problems),
         )
 
     @property

@@ -45,8 +45,10 @@ async def rtnetlink() -> AsyncIterator[IPRoute]:
 # --- the bridge -----------------------------------------------------------------------------------------------------
 
 
-async def ensure(ipr: IPRoute, name: str, *, mac: bytes, mtu: int) -> int:
-    """The index of the bridge `name` with this MAC address, which is up and has this MTU.
+async def ensure(
+    ipr: IPRoute, name: str, *, mac: bytes, mtu: int, settings: Mapping[str, str]
+) -> int:
+    """The index of the bridge `name` with this MAC address, which is up and has this MTU and these settings.
 
     Raises `AlreadyExists` where the name is another link's.
     """
@@ -57,8 +59,11 @@ async def ensure(ipr: IPRoute, name: str, *, mac: bytes, mtu: int) -> int:
     if link is None or not _is_ours(link, mac):
         raise AlreadyExists(f'link "{name}": is there already, and is not a bridge of this agent')
     index = int(link["index"])
-    sysctls.disable_link_local(name)
+    sysctls.apply(settings)
     with _explained(f"bridge {name}: set up"):
+        # Snooping waits for a querier before it withholds multicast, neighbour discovery included, from ports that have
+        # not asked for it. Any pod can be that querier, and leave its neighbours no time to ask.
+        await ipr.link("set", index=index, kind="bridge", br_mcast_snooping=0)
         await ipr.link("set", index=index, mtu=mtu, state="up")
     return index
 

@@ -14,7 +14,7 @@ from ipaddress import ip_interface
 import msgspec
 
 from nodeagent.errors import ResourceExhausted
-from nodeagent.net.addresses import Address, Interface, Subnet, gateway
+from nodeagent.net.addresses import Address, Interface, Subnet, gateway, link_local, mac_of
 from nodeagent.records import Lease
 from nodeagent.store import Store
 
@@ -133,3 +133,14 @@ class Ipam:
 
 def interfaces(lease: Lease) -> list[Interface]:
     return [ip_interface(address) for address in lease.addresses]
+
+
+def mac(lease: Lease) -> bytes:
+    """Of the pod's end of the link."""
+    return mac_of(interfaces(lease)[0])
+
+
+def with_link_local(lease: Lease) -> list[Interface]:
+    """All addresses of the pod's end of the link: with IPv6 there is a link-local one."""
+    own = interfaces(lease)
+    return [*own, link_local(mac(lease))] if any(i.version == 6 for i in own) else own

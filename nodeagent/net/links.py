@@ -6,9 +6,8 @@ import errno
 import socket
 from collections.abc import Iterable
 
-from nodeagent.net import veth
-from nodeagent.net.addresses import gateway, link_local, mac_of
-from nodeagent.net.ipam import interfaces
+from nodeagent.net import ipam, sysctls, veth
+from nodeagent.net.addresses import gateway
 from nodeagent.net.netlink import NETLINK_ROUTE, Connection
 from nodeagent.net.setup import NodeSide
 from nodeagent.records import Lease
@@ -21,11 +20,8 @@ def connect(
 
     Raises `FileExistsError` where it is there already, unless that is how it should be.
     """
-    addresses = interfaces(lease)
-    mac = mac_of(addresses[0])
-    gateways = [gateway(address.network).ip for address in addresses]
-    if any(address.version == 6 for address in addresses):
-        addresses.append(link_local(mac))
+    mac = ipam.mac(lease)
+    gateways = [gateway(address.network).ip for address in ipam.interfaces(lease)]
     with Connection.open(NETLINK_ROUTE) as node:
         try:
             veth.create(
@@ -34,7 +30,8 @@ def connect(
         except FileExistsError:
             if is_new:
                 raise
-        veth.configure(Connection(route_socket), addresses, gateways)
+        sysctls.apply(sysctls.of_port(lease.link))
+        veth.configure(Connection(route_socket), ipam.with_link_local(lease), gateways)
 
 
 def plug_in(names: Iterable[str], side: NodeSide) -> None:
@@ -42,6 +39,7 @@ def plug_in(names: Iterable[str], side: NodeSide) -> None:
     with Connection.open(NETLINK_ROUTE) as node:
         for name in names:
             veth.plug_in(node, name, bridge=side.index)
+            sysctls.apply(sysctls.of_port(name))
 
 
 def delete(name: str) -> None:

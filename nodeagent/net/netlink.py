@@ -66,6 +66,11 @@ def u8(kind: int, value: int) -> bytes:
     return attribute(kind, value.to_bytes(1, "little"))
 
 
+def u16(kind: int, value: int) -> bytes:
+    """In the machine's byte order, as rtnetlink wants it."""
+    return attribute(kind, struct.pack("=H", value))
+
+
 def u32(kind: int, value: int) -> bytes:
     """In the machine's byte order, as rtnetlink wants it."""
     return attribute(kind, struct.pack("=I", value))
@@ -216,13 +221,15 @@ class Connection:
                     return
                 yield message.body
 
-    def commit(self, begin: Request, requests: Sequence[Request], end: Request) -> None:
+    def commit(self, begin: Request, requests: Sequence[Request], end: Request | None) -> None:
         """A batch of nfnetlink between its two framing messages: all of it happens, or nothing.
 
-        Raises the `OSError` of the first request that was refused.
+        Without its end the kernel tries everything and undoes it. Raises the `OSError` of the first request that was
+        refused.
         """
-        batch = {next(self._sequences): request for request in (begin, *requests, end)}
-        *_, last, _ = batch
+        framed = (begin, *requests) if end is None else (begin, *requests, end)
+        batch = {next(self._sequences): request for request in framed}
+        last = list(batch)[len(requests)]
         # Refusals are reported unasked; the last acknowledgement shows that the batch was read to its end.
         self._send(
             request.pack(number, NLM_F_ACK if number == last else 0)

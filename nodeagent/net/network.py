@@ -1,13 +1,14 @@
 """Pods' network: what the rest of the agent asks for.
 
 Each pod has a veth pair on a bridge of the agent's own, addresses by leases in the store, and its ports on the node by
-an nf_tables table of the agent's own. Kernel calls that may wait for the routing lock, which others hold for tens of
-milliseconds while they delete links, are made in threads.
+an nf_tables table of the agent's own; another one drops what it sends from addresses that it was not given. Kernel
+calls that may wait for the routing lock, which others hold for tens of milliseconds while they delete links, are made
+in threads.
 
 ::
 
-    attach                                     detach                          the link is gone
-    ──────► lease held, link, eth0 configured ───────► lease released, no port ────────────────► forgotten
+    attach                                              detach                          the link is gone
+    ──────► lease held, may send, link, eth0 configured ───────► lease released, no port ────────────────► forgotten
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -33,13 +34,14 @@ from nodeagent.errors import (
     NotFound,
     Unsupported,
 )
-from nodeagent.net import bridge, conntrack, links, setup, stats, sysctls
+from nodeagent.net import bridge, conntrack, links, nftables, setup, spoofing, stats, sysctls
 from nodeagent.net.addresses import Subnet, gateway, parse_pod_cidr
+from nodeagent.net.declared import DeclaredTable
 from nodeagent.net.hostports import HostPorts
 from nodeagent.net.ipam import Ipam, interfaces
-from nodeagent.net.nat import Nat
-from nodeagent.net.nftables import Element, Table
+from nodeagent.net.nftables import NFPROTO_BRIDGE, Element, Table
 from nodeagent.net.ruleset import Ruleset, elements
+from nodeagent.net.spoofing import SpoofFilter
 from nodeagent.net.stats import InterfaceStats
 from nodeagent.records import HostPort, Lease, NodeNetwork, PortMapping
 from nodeagent.store import Store
@@ -77,10 +79,13 @@ class Network:
         self._host_ports = HostPorts(store)
         self._choices: NodeNetwork
         self._side: setup.NodeSide
-        self._nat: Nat | None = None
+        self._nat: DeclaredTable | None = None
         self._nat_missing = ""
+        self._filter: DeclaredTable | None = None
+        self._filter_missing = ""
         self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="net")
         self._setting_up = asyncio.Lock()
+        self._forgetting = asyncio.Lock()
         self._bridge_lost = asyncio.Event()
         self._released = asyncio.Event()
         self._tasks: tuple[asyncio.Task[None], ...] = ()
@@ -95,7 +100,7 @@ class Network:
             raise InvalidArgument("network: subnet4 and subnet6 are both empty")
         network = cls(config, store, instance)
         await network._set_up(store.get(NodeNetwork, "node") or NodeNetwork())
-        network._open_nat()
+        network._open_tables()
         network._tasks = (
             asyncio.create_task(network._reap()),
             asyncio.create_task(network._mend()),
@@ -111,8 +116,8 @@ class Network:
         if remove:
             await self._remove()
         self._workers.shutdown()
-        if self._nat is not None:
-            self._nat.close()
+        for table in self._tables():
+            table.close()
 
     # --- pods ---
 
@@ -125,19 +130,24 @@ class Network:
         lease = self._ipam.leases.get(pod_id)
         if lease is not None and lease.released_at:
             await self._run(partial(links.delete, lease.link))
-            self._ipam.forget(lease)
+            await self._forget([lease])
             lease = None
         is_new = lease is None
         lease = lease or self._ipam.acquire(pod_id)
         try:
-            await self._run(
-                partial(links.connect, lease, self._side, netns_fd, route_socket, is_new=is_new)
-            )
+            await self._run(partial(self._connect, lease, netns_fd, route_socket, is_new=is_new))
         except BaseException:
             if is_new:
                 self._release(pod_id)
             raise
         return lease
+
+    def _connect(
+        self, lease: Lease, netns_fd: int, route_socket: socket.socket, *, is_new: bool
+    ) -> None:
+        if self._filter is not None:
+            self._filter.add(list(spoofing.elements(lease)))
+        links.connect(lease, self._side, netns_fd, route_socket, is_new=is_new)
 
     async def publish(self, pod_id: str, mappings: Sequence[PortMapping]) -> None:
         """Forward ports of the node to a pod, in place of those that it had. A mapping with host_port 0 is none.
@@ -180,8 +190,8 @@ class Network:
             self._withdraw(pod_id)
         for pod_id in self._ipam.leases.keys() - set(pods):
             self._release(pod_id)
-        if self._nat is not None:
-            self._nat.declare()
+        for table in self._tables():
+            table.declare()
         present = await self._plug_in()
         for stray in present.difference(lease.link for lease in self._ipam.leases.values()):
             await self._run(partial(links.delete, stray))
@@ -247,16 +257,19 @@ class Network:
         }
 
     def _problems(self) -> list[str]:
+        return [*self._side.problems, *self._missing()]
+
+    def _missing(self) -> Iterator[str]:
+        """What is configured and this kernel has not got."""
         wanted = {"host ports": self._config.host_ports, "masquerade": self._config.masquerade}
-        missing = [f"no {what}: {self._nat_missing}" for what in wanted if wanted[what]]
-        return [*self._side.problems, *(missing if self._nat_missing else ())]
+        if self._nat_missing:
+            yield from (f"no {what}: {self._nat_missing}" for what in wanted if wanted[what])
+        if self._filter_missing:
+            yield f"no protection against spoofing by pods: {self._filter_missing}"
 
     def _repair(self) -> None:
-        if self._nat is not None and not self._nat.is_declared():
-            log.warning(
-                "nft table %s: was deleted, it is declared anew", self._ruleset().table.name
-            )
-            self._nat.declare()
+        for table in self._tables():
+            table.repair()
         for name in sysctls.differing(self._settings()):
             log.warning("sysctl %s: was changed, it is set again", name)
         sysctls.apply(self._settings())
@@ -299,20 +312,42 @@ class Network:
             held=self._ipam.subnets,
         )
 
-    def _open_nat(self) -> None:
+    def _open_tables(self) -> None:
         if not self._config.host_ports:
             sysctls.apply(self._settings())  # before the guard, which an earlier agent had, goes
         try:
-            self._nat = Nat.open(self._ruleset(), lambda: self._elements(self._host_ports.all()))
+            self._nat = DeclaredTable.open(
+                self._ruleset(), lambda: self._elements(self._host_ports.all())
+            )
         except Unsupported as error:
             self._nat_missing = str(error)
-            for problem in self._problems():
-                log.warning("%s", problem)
         sysctls.apply(self._settings())
+        self._open_filter()
+        for problem in self._missing():
+            log.warning("%s", problem)
+
+    def _open_filter(self) -> None:
+        table = Table(f"nodeagent_{self._instance}", NFPROTO_BRIDGE)
+        if not self._config.spoof_protection:
+            nftables.discard(table)  # which an earlier agent had
+            return
+        declaration = SpoofFilter(table=table, link_prefix=self._link_prefix)
+        try:
+            self._filter = DeclaredTable.open(declaration, self._senders)
+        except Unsupported as error:
+            self._filter_missing = str(error)
+
+    def _senders(self) -> list[Element]:
+        """Asked by threads, too."""
+        held = [lease for lease in list(self._ipam.leases.values()) if not lease.released_at]
+        return [element for lease in held for element in spoofing.elements(lease)]
+
+    def _tables(self) -> list[DeclaredTable]:
+        return [table for table in (self._nat, self._filter) if table is not None]
 
     def _settings(self) -> dict[str, str]:
         is_guarded = self._nat is not None and self._config.host_ports
-        return self._side.settings | sysctls.of_bridge(self._side.bridge, loopback=is_guarded)
+        return self._side.settings | sysctls.loopback(self._side.bridge, routed=is_guarded)
 
     def _ruleset(self) -> Ruleset:
         return Ruleset(
@@ -324,8 +359,8 @@ class Network:
         )
 
     async def _remove(self) -> None:
-        if self._nat is not None:
-            self._nat.delete()
+        for table in self._tables():
+            table.delete()
         for name in links.names(self._link_prefix):
             await self._run(partial(links.delete, name))
         for lease in list(self._ipam.leases.values()):
@@ -334,7 +369,7 @@ class Network:
 
     # --- host ports ---
 
-    def _host_port_nat(self) -> Nat:
+    def _host_port_nat(self) -> DeclaredTable:
         if not self._config.host_ports:
             raise FailedPrecondition("host ports: network.host_ports of the configuration is off")
         if self._nat is None:
@@ -375,18 +410,28 @@ class Network:
             self._released.clear()
             while released := self._ipam.released():
                 await asyncio.sleep(_REAP_SECONDS)
-                for lease in released:
-                    await self._reap_one(lease)
+                try:
+                    await self._forget([one for one in released if not links.exists(one.link)])
+                    await self._delete_links_of(released)
+                except OSError as error:
+                    log.warning("%s", error)
+                    await asyncio.sleep(_RETRY_SECONDS)
 
-    async def _reap_one(self, lease: Lease) -> None:
-        if not links.exists(lease.link):
-            self._ipam.forget(lease)
-        elif time.time_ns() - lease.released_at > _PATIENCE_NS:
-            try:
+    async def _delete_links_of(self, released: Sequence[Lease]) -> None:
+        for lease in released:
+            overdue = time.time_ns() - lease.released_at > _PATIENCE_NS
+            if overdue and links.exists(lease.link):
                 await self._run(partial(links.delete, lease.link))
-            except OSError as error:
-                log.warning("%s", error)
-                await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _forget(self, released: Sequence[Lease]) -> None:
+        """Leases whose links are gone, once each: nothing sends from their addresses any more, others may get them."""
+        async with self._forgetting:
+            gone = [lease for lease in released if self._ipam.leases.get(lease.pod_id) == lease]
+            senders = [element for lease in gone for element in spoofing.elements(lease)]
+            if self._filter is not None and senders:
+                await self._run(partial(self._filter.remove, senders))
+            for lease in gone:
+                self._ipam.forget(lease)
 
     # --- threads ---
 

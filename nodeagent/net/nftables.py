@@ -27,10 +27,14 @@ from nodeagent.net.netlink import (
 # of linux/netfilter.h and linux/socket.h
 NFPROTO_INET = 1
 NFPROTO_IPV4 = 2
+NFPROTO_BRIDGE = 7
 NFPROTO_IPV6 = 10
+_FAMILIES = {NFPROTO_INET: "inet", NFPROTO_BRIDGE: "bridge"}
 HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
 _DROP = 0
+_ACCEPT = 1
 _JUMP = -3
+_GOTO = -4
 _RETURN = -5
 
 _NFNL_SUBSYS_NFTABLES = 10
@@ -63,8 +67,10 @@ class DataType:
 
 IPV4_ADDR = DataType(7, 4)
 IPV6_ADDR = DataType(8, 16)
+ETHER_ADDR = DataType(9, 6)
 INET_PROTO = DataType(12, 1)
 INET_SERVICE = DataType(13, 2)
+IFNAME = DataType(41, 16)
 
 
 def _type_number(types: Sequence[DataType]) -> int:
@@ -119,11 +125,19 @@ NFPROTO = _meta(15, 1)
 L4PROTO = _meta(16, 1)
 IIFNAME = _meta(6, 16)
 OIFNAME = _meta(7, 16)
+ETHER_SADDR = _payload(0, 6, 6)
+ETHER_TYPE = _payload(0, 12, 2)
+ARP_KINDS = _payload(1, 0, 6)  # of hardware and protocol: types, and lengths of addresses
+ARP_SADDR_ETHER = _payload(1, 8, 6)
+ARP_SADDR_IP = _payload(1, 14, 4)
 IP_SADDR = _payload(1, 12, 4)
 IP_DADDR = _payload(1, 16, 4)
 IP6_SADDR = _payload(1, 8, 16)
 IP6_DADDR = _payload(1, 24, 16)
 TH_DPORT = _payload(2, 2, 2)
+ICMPV6_TYPE = _payload(2, 0, 1)
+ND_TARGET = _payload(2, 8, 16)
+FRAGMENT_OFFSET = Load("exthdr", 2, u8(2, 44) + be32(3, 2) + be32(4, 2))  # and three flags
 CT_ORIGINAL_IP_DADDR = Load("ct", 4, be32(2, 20) + u8(3, 0))
 CT_ORIGINAL_IP6_DADDR = Load("ct", 16, be32(2, 22) + u8(3, 0))
 FIB_DADDR_TYPE = Load("fib", 4, be32(2, 3) + be32(3, 2))
@@ -134,6 +148,7 @@ _REGISTER = 8  # NFT_REG32_00, the first of sixteen with 32 bits
 
 
 def equal(load: Load, value: bytes) -> bytes:
+    """The loaded value, or its first bytes where `value` has fewer."""
     return load.into(_REGISTER) + _compare(0, value)
 
 
@@ -144,7 +159,16 @@ def differs(load: Load, value: bytes) -> bytes:
 def within(load: Load, prefix: bytes, prefixlen: int) -> bytes:
     """The value's first `prefixlen` bits are those of `prefix`."""
     mask = ((1 << prefixlen) - 1) << (load.size * 8 - prefixlen)
-    masked = _expression(
+    return _masked(load, mask) + _compare(0, prefix)
+
+
+def has_bits(load: Load, mask: int) -> bytes:
+    """Any of the bits of `mask` is set."""
+    return _masked(load, mask) + _compare(1, bytes(load.size))
+
+
+def _masked(load: Load, mask: int) -> bytes:
+    return load.into(_REGISTER) + _expression(
         "bitwise",
         be32(1, _REGISTER),
         be32(2, _REGISTER),
@@ -152,7 +176,6 @@ def within(load: Load, prefix: bytes, prefixlen: int) -> bytes:
         nested(4, attribute(1, mask.to_bytes(load.size, "big"))),
         nested(5, attribute(1, bytes(load.size))),
     )
-    return load.into(_REGISTER) + masked + _compare(0, prefix)
 
 
 def interface(name: str) -> bytes:
@@ -188,6 +211,11 @@ def masquerade() -> bytes:
     return _expression("masq")
 
 
+def accept() -> bytes:
+    """No later rule of this table is asked; other tables are."""
+    return _verdict(_ACCEPT)
+
+
 def drop() -> bytes:
     return _verdict(_DROP)
 
@@ -198,6 +226,10 @@ def return_() -> bytes:
 
 def jump(chain: str) -> bytes:
     return _verdict(_JUMP, text(2, chain))
+
+
+def goto(chain: str) -> bytes:
+    return _verdict(_GOTO, text(2, chain))
 
 
 def _compare(operation: int, value: bytes) -> bytes:
@@ -253,11 +285,15 @@ class Element:
 
 
 class Table:
-    """Messages about one table of family inet, and what is in it."""
+    """Messages about one table, of family inet unless told otherwise, and what is in it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, nfproto: int = NFPROTO_INET) -> None:
         self.name = name
-        self._label = f"nft table inet {name}"
+        self._nfproto = nfproto
+        self._label = f"nft table {_FAMILIES[nfproto]} {name}"
+
+    def __str__(self) -> str:
+        return self._label
 
     def create(self) -> Request:
         return self._request("create", _NEWTABLE, text(1, self.name), flags=NLM_F_CREATE)
@@ -267,6 +303,27 @@ class Table:
 
     def delete(self) -> Request:
         return self._request("delete", _DELTABLE, text(1, self.name))
+
+    def remove(self) -> list[Request]:
+        """Delete the table whether it is there or not."""
+        return [self.create(), self.delete()]
+
+    def replace(
+        self,
+        sets: Iterable[Set],
+        chains: Iterable[Chain],
+        rules: Iterable[tuple[str, tuple[bytes, ...]]],
+        elements: Iterable[Element],
+    ) -> list[Request]:
+        """The table with all of this, in place of what there is of it. A rule: its chain, then what it consists of."""
+        return [
+            *self.remove(),
+            self.create(),
+            *map(self.add_set, sets),
+            *map(self.add_chain, chains),
+            *(self.add_rule(chain, *rule) for chain, rule in rules),
+            *self.add_elements(elements),
+        ]
 
     def add_chain(self, chain: Chain) -> Request:
         body = [text(1, self.name), text(3, chain.name)]
@@ -327,7 +384,7 @@ class Table:
         ]
 
     def _request(self, verb: str, kind: int, *body: bytes, flags: int = 0) -> Request:
-        header = _NFGENMSG.pack(NFPROTO_INET, 0, 0)
+        header = _NFGENMSG.pack(self._nfproto, 0, 0)
         kind |= _NFNL_SUBSYS_NFTABLES << 8
         return Request(f"{self._label}: {verb}", kind, flags, header + b"".join(body))
 
@@ -347,11 +404,25 @@ def connect() -> Connection:
     return Connection.open(NETLINK_NETFILTER)
 
 
+def discard(table: Table) -> None:
+    """Delete a table, if there is one: a kernel that cannot have it has none."""
+    try:
+        with connect() as connection:
+            transact(connection, table.remove())
+    except OSError:
+        pass
+
+
 def transact(connection: Connection, requests: Sequence[Request]) -> None:
     """All of the requests, or none. Raises the `OSError` of the first that was refused."""
+    connection.commit(_framing("begin", _BATCH_BEGIN), requests, _framing("end", _BATCH_END))
+
+
+def try_out(connection: Connection, requests: Sequence[Request]) -> None:
+    """As `transact`, but nothing happens."""
+    connection.commit(_framing("begin", _BATCH_BEGIN), requests, None)
+
+
+def _framing(what: str, kind: int) -> Request:
     header = _NFGENMSG.pack(0, 0, _NFNL_SUBSYS_NFTABLES)
-    connection.commit(
-        Request("nft transaction: begin", _BATCH_BEGIN, 0, header),
-        requests,
-        Request("nft transaction: end", _BATCH_END, 0, header),
-    )
+    return Request(f"nft transaction: {what}", kind, 0, header)

@@ -8,7 +8,7 @@
         set node4       addresses of the node that pods have asked                 (likewise node6)
 
         chain guard        raw: from the bridge nothing may come to or from 127.0.0.0/8
-        chain prerouting   to an address of the node → chain publish
+        chain prerouting   to an address of the node, but not 127.0.0.0/8 → chain publish
         chain output       the same, for what the node itself sends
         chain publish      destination NAT by the maps
         chain postrouting  source NAT: see `_postrouting`
@@ -92,16 +92,9 @@ class Ruleset:
 
     def declare(self, elements: Sequence[Element]) -> list[Request]:
         """The whole table anew with these elements, in place of what there is of it."""
-        table = self.table
-        return [
-            table.create(),  # or else there may be nothing to delete
-            table.delete(),
-            table.create(),
-            *(map(table.add_set, self._sets()) if self.host_ports else ()),
-            *map(table.add_chain, self._chains()),
-            *(table.add_rule(chain, *rule) for chain, rule in self._rules()),
-            *(table.add_elements(elements) if self.host_ports else ()),
-        ]
+        if not self.host_ports:
+            return self.table.replace((), self._chains(), self._rules(), ())
+        return self.table.replace(self._sets(), self._chains(), self._rules(), elements)
 
     def _families(self) -> list[Family]:
         return [_FAMILIES[version] for version in sorted({s.version for s in self.subnets})]
@@ -126,6 +119,9 @@ class Ruleset:
         if self.host_ports:
             yield from (("guard", rule) for rule in self._guard())
             yield from (("publish", rule) for rule in self._publish())
+            # What comes from elsewhere to 127.0.0.1 is for nobody: without translation the kernel drops it. A port that
+            # is published on loopback only would be open to the node's neighbours.
+            yield "prerouting", (_IPV4.is_(), _IPV4.to(_LOOPBACK4), nft.return_())
             yield from (("prerouting", rule) for rule in self._remember())
             for chain in ("prerouting", "output"):
                 yield chain, (_TO_NODE, nft.jump("publish"))

@@ -61,6 +61,12 @@ class Plan:
     def mac(self) -> bytes:
         return mac_of_bridge(self.instance)
 
+    @property
+    def versions(self) -> set[int]:
+        """Of IP: those that new pods get addresses of, and those that pods have."""
+        configured = {4: self.config.subnet4, 6: self.config.subnet6}
+        return {v for v, subnet in configured.items() if subnet} | {s.version for s in self.held}
+
     def subnets(self, taken: Collection[Subnet], seed: int) -> tuple[Subnet, ...]:
         """Of new pods, IPv4 first: the pod CIDR, else the configured one, else in place of the default a free one."""
         given = {subnet.version: subnet for subnet in map(ip_network, self.choices.pod_cidrs)}
@@ -89,9 +95,12 @@ async def set_up(plan: Plan) -> NodeSide:
     """Make what is missing of the node's side and correct what is not as it should be."""
     async with bridge.rtnetlink() as ipr:
         mtu = plan.config.mtu or await bridge.default_mtu(ipr)
-        index = await bridge.ensure(ipr, plan.bridge, mac=plan.mac, mtu=mtu)
+        of_bridge = sysctls.of_bridge(
+            plan.bridge, plan.versions, check_source=plan.config.spoof_protection
+        )
+        index = await bridge.ensure(ipr, plan.bridge, mac=plan.mac, mtu=mtu, settings=of_bridge)
         subnets, problems = await _settle(ipr, plan, index)
-        settings = await _apply_settings(ipr, plan, index, subnets)
+        settings = await _apply_settings(ipr, plan, index, subnets) | of_bridge
     return NodeSide(
         bridge=plan.bridge,
         index=index,
@@ -123,16 +132,16 @@ async def _settle(
     for seed in range(_ATTEMPTS):
         subnets = plan.subnets(taken, seed)
         addresses = [gateway(s) for s in dict.fromkeys((*subnets, *plan.held))]
-        await bridge.ensure_addresses(ipr, index, [*addresses, *_link_local(plan, subnets)])
+        await bridge.ensure_addresses(ipr, index, [*addresses, *_link_local(plan)])
         taken = await bridge.routed_subnets(ipr, but=index)
         if not plan.must_move(subnets, taken):
             return subnets, tuple(_overlaps(subnets, taken))
     raise Unavailable(f"bridge {plan.bridge}: the node's routes change all the time")
 
 
-def _link_local(plan: Plan, subnets: Sequence[Subnet]) -> list[Interface]:
+def _link_local(plan: Plan) -> list[Interface]:
     """The kernel asks for a pod's MAC address from a link-local address when it forwards to it."""
-    return [link_local(plan.mac)] if any(s.version == 6 for s in subnets) else []
+    return [link_local(plan.mac)] if 6 in plan.versions else []
 
 
 def _overlaps(subnets: Sequence[Subnet], taken: Collection[Subnet]) -> list[str]:

@@ -6,7 +6,7 @@ A name is a path below /proc/sys, because a link's name may have dots.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 ROOT = "/proc/sys"
 
@@ -32,19 +32,48 @@ def of_node(versions: Sequence[int], advertised: Sequence[str]) -> dict[str, str
     return wanted
 
 
-def of_bridge(bridge: str, *, loopback: bool) -> dict[str, str]:
-    """What the bridge must have; it goes with it. loopback: the node reaches ports of pods by 127.0.0.1.
+def of_bridge(bridge: str, versions: Collection[int], *, check_source: bool) -> dict[str, str]:
+    """What the bridge must have, before it is up: who is on it is no router of the node (CVE-2020-10749).
+
+    versions: of IP that pods have. check_source: what comes by the bridge from an address that no route by the bridge
+    leads to is dropped. No IPv6 address by itself means no duplicate address detection, which pods could make fail
+    (accept_dad). ARP stays as the node has it (arp_ignore, arp_announce, proxy_arp): pods may reach, hence ask for, any
+    address of the node, and for no other does it answer unless its owner wants that.
+    """
+    return {
+        f"net/ipv4/conf/{bridge}/accept_redirects": "0",
+        f"net/ipv4/conf/{bridge}/send_redirects": "0",
+        f"net/ipv4/conf/{bridge}/accept_source_route": "0",
+        f"net/ipv4/conf/{bridge}/rp_filter": "1" if check_source else "0",
+    } | _of_ipv6(
+        bridge,
+        {
+            "addr_gen_mode": _NO_LINK_LOCAL,
+            "accept_ra": "0",
+            "autoconf": "0",
+            "accept_redirects": "0",
+            "disable_ipv6": "0" if 6 in versions else "1",
+        },
+    )
+
+
+def of_port(link: str) -> dict[str, str]:
+    """What the node's end of a pod's link must have. It needs no IPv6; what else it has, `veth` sets by netlink."""
+    return _of_ipv6(link, {"accept_ra": "0", "disable_ipv6": "1"})
+
+
+def loopback(bridge: str, *, routed: bool) -> dict[str, str]:
+    """routed: the node reaches ports of pods by 127.0.0.1.
 
     That alone would let pods reach the node's own services there (CVE-2020-8558): it needs the table's guard.
     """
-    return {f"net/ipv4/conf/{bridge}/route_localnet": "1" if loopback else "0"}
+    return {f"net/ipv4/conf/{bridge}/route_localnet": "1" if routed else "0"}
 
 
-def disable_link_local(link: str) -> None:
-    """No IPv6 address by itself, hence no duplicate address detection; before the link is up."""
-    name = f"net/ipv6/conf/{link}/addr_gen_mode"
-    if os.path.exists(f"{ROOT}/{name}"):  # not in a kernel without IPv6
-        write(name, _NO_LINK_LOCAL)
+def _of_ipv6(link: str, wanted: Mapping[str, str]) -> dict[str, str]:
+    if not os.path.exists(f"{ROOT}/net/ipv6"):  # a kernel without IPv6
+        return {}
+    return {f"net/ipv6/conf/{link}/{name}": value for name, value in wanted.items()}
 
 
 def differing(wanted: Mapping[str, str]) -> dict[str, str]:

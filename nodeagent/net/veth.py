@@ -23,6 +23,7 @@ from nodeagent.net.netlink import (
     nested,
     text,
     u8,
+    u16,
     u32,
 )
 
@@ -51,10 +52,21 @@ _IFLA_INFO_DATA = 2
 _IFLA_INFO_SLAVE_KIND = 4
 _IFLA_INFO_SLAVE_DATA = 5
 _IFLA_BRPORT_MODE = 4
+_IFLA_BRPORT_GROUP_FWD_MASK = 31
+_IFLA_INET_CONF = 1
 _IFLA_INET6_ADDR_GEN_MODE = 8
 _IN6_ADDR_GEN_MODE_NONE = 1
 _VETH_INFO_PEER = 1
 _RTEXT_FILTER_SKIP_STATS = 8
+
+# of linux/ip.h: settings of net/ipv4/conf
+_IPV4_DEVCONF_FORWARDING = 1
+_IPV4_DEVCONF_RP_FILTER = 8
+_IPV4_DEVCONF_ARP_IGNORE = 19
+_NO_ARP_ANSWER = 8
+
+# Of the addresses 01:80:c2:00:00:00 to :0f all but that of PAUSE frames, which the kernel takes for itself.
+_ALL_LINK_LOCAL_GROUPS = 0xFFFD
 
 # of linux/if_addr.h and linux/rtnetlink.h
 _IFA_ADDRESS = 1
@@ -113,11 +125,27 @@ def plug_in(node: Connection, name: str, *, bridge: int) -> None:
 
 
 def _configure_port(name: str) -> tuple[Request, Request]:
-    # A pod reaches its own published port through the port it came from when bridged packets are translated
-    # (br_netfilter); for that the port needs hairpin mode.
-    hairpin = (
+    """What a port has: the node hears a pod by the bridge only, never by the port itself.
+
+    - hairpin mode: a pod reaches its own published port through the port it came from when bridged packets are
+      translated (br_netfilter);
+    - frames to link-local groups (IEEE 802.1Q, table 8-1) go through the bridge as all others do. The kernel would hand
+      them, whatever is in them, to the node's IP as come by the port, past the bridge's tables and settings;
+    - IPv4 neither answers nor believes what comes by the port while the bridge is gone.
+    """
+    as_port = (
         text(_IFLA_INFO_SLAVE_KIND, "bridge"),
-        nested(_IFLA_INFO_SLAVE_DATA, u8(_IFLA_BRPORT_MODE, 1)),
+        nested(
+            _IFLA_INFO_SLAVE_DATA,
+            u8(_IFLA_BRPORT_MODE, 1),
+            u16(_IFLA_BRPORT_GROUP_FWD_MASK, _ALL_LINK_LOCAL_GROUPS),
+        ),
+    )
+    deaf = nested(
+        _IFLA_INET_CONF,
+        u32(_IPV4_DEVCONF_FORWARDING, 0),
+        u32(_IPV4_DEVCONF_RP_FILTER, 1),
+        u32(_IPV4_DEVCONF_ARP_IGNORE, _NO_ARP_ANSWER),
     )
     named = text(_IFLA_IFNAME, name)
     return (
@@ -125,7 +153,10 @@ def _configure_port(name: str) -> tuple[Request, Request]:
             f"link {name}: configure as a port",
             _RTM_NEWLINK,
             0,
-            _link() + named + nested(_IFLA_LINKINFO, *hairpin) + _without_link_local(),
+            _link()
+            + named
+            + nested(_IFLA_LINKINFO, *as_port)
+            + nested(_IFLA_AF_SPEC, nested(socket.AF_INET, deaf), *_without_link_local()),
         ),
         Request(f"link {name}: set up", _RTM_NEWLINK, 0, _link(flags=_IFF_UP) + named),
     )
@@ -149,7 +180,7 @@ def configure(pod: Connection, addresses: Sequence[Interface], gateways: Sequenc
             f"link {POD_LINK}: configure",
             _RTM_NEWLINK,
             0,
-            _link(index=index) + _without_link_local(),
+            _link(index=index) + nested(_IFLA_AF_SPEC, *_without_link_local()),
         ),
         _set_up(POD_LINK, index),
         *(_add_address(index, address) for address in addresses),
@@ -192,9 +223,8 @@ def _link(*, index: int = 0, flags: int = 0) -> bytes:
 
 
 @functools.cache
-def _without_link_local() -> bytes:
+def _without_link_local() -> tuple[bytes, ...]:
     """No IPv6 address by itself, hence no duplicate address detection; before the link is up."""
     if not os.path.exists("/proc/sys/net/ipv6"):
-        return b""  # a kernel without IPv6 refuses to hear of it
-    mode = nested(socket.AF_INET6, u8(_IFLA_INET6_ADDR_GEN_MODE, _IN6_ADDR_GEN_MODE_NONE))
-    return nested(_IFLA_AF_SPEC, mode)
+        return ()  # a kernel without IPv6 refuses to hear of it
+    return (nested(socket.AF_INET6, u8(_IFLA_INET6_ADDR_GEN_MODE, _IN6_ADDR_GEN_MODE_NONE)),)

@@ -97,6 +97,16 @@ def test_transaction_happens_whole_or_not_at_all(nf: Connection) -> None:
 
 
 @needs_nf_tables
+def test_what_is_tried_out_does_not_happen(nf: Connection) -> None:
+    table = Table("tried")
+    nftables.try_out(nf, [table.create(), table.add_set(Set("some", (IPV4_ADDR,)))])
+    with pytest.raises(FileNotFoundError):
+        nf.ask(table.look_up())
+    with pytest.raises(FileNotFoundError, match="add to nowhere"):
+        nftables.try_out(nf, table.add_elements([Element("nowhere", bytes(4))]))
+
+
+@needs_nf_tables
 def test_transaction_may_be_long(nf: Connection) -> None:
     table = Table("long")
     addresses = [os.urandom(4) for _ in range(5000)]

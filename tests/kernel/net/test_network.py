@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from nodeagent import check
+from nodeagent.config import Config
 from nodeagent.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -20,7 +22,7 @@ from nodeagent.errors import (
     Unsupported,
 )
 from nodeagent.linux import syscalls
-from nodeagent.net.nat import Nat
+from nodeagent.net.declared import DeclaredTable
 from nodeagent.net.network import Network, NetworkConfig, PortMapping
 from nodeagent.net.nftables import Table
 from nodeagent.net.ruleset import Ruleset
@@ -28,6 +30,7 @@ from nodeagent.records import HostPort, Lease
 from nodeagent.store import Store
 from tests.kernel.net.conftest import DUAL_STACK, INSTANCE, PodMaker, World
 from tests.kernel.net.world import (
+    HAS_BRIDGE_TABLES,
     NEIGHBOUR4,
     NODE4,
     Namespace,
@@ -35,6 +38,7 @@ from tests.kernel.net.world import (
     ask_again,
     ask_tcp,
     has_nf_tables,
+    needs_bridge_tables,
     needs_nf_tables,
     tcp_echo_of_peer,
     udp_echo_of_peer,
@@ -63,6 +67,18 @@ def nft(*arguments: str) -> list[dict[str, Any]]:
 def elements(name: str, kind: str = "map") -> list[Any]:
     (listed,) = nft("list", kind, "inet", TABLE, name)
     return list(listed[kind].get("elem", []))
+
+
+def senders(name: str) -> set[tuple[str, ...]]:
+    """What a set of the filter has: port, MAC address, address."""
+    (listed,) = nft("list", "set", "bridge", TABLE, name)
+    return {tuple(element["concat"]) for element in listed["set"].get("elem", [])}
+
+
+def lease_of(store: Store, pod: Pod) -> Lease:
+    lease = store.get(Lease, pod.id)
+    assert lease is not None
+    return lease
 
 
 def links_of_pods(node: Namespace) -> list[str]:
@@ -131,6 +147,15 @@ async def test_table_is_what_nft_shows(network: Network, new_pod: PodMaker) -> N
     nft_text("-c", "-f", "-", given=shown)
 
 
+@needs_bridge_tables
+@pytest.mark.usefixtures("network")
+async def test_filter_is_what_nft_shows() -> None:
+    shown = nft_text("list", "table", "bridge", TABLE)
+    assert f'iifname "nv{INSTANCE}*" goto from_pod' in shown
+    assert "iifname . ether saddr . ip saddr @ipv4 accept" in shown
+    assert "icmpv6 type nd-neighbor-advert iifname . ether saddr . " in shown
+
+
 @needs_nf_tables
 async def test_what_is_switched_off_goes(
     world: World, store: Store, new_pod: PodMaker, caplog: pytest.LogCaptureFixture
@@ -139,10 +164,12 @@ async def test_what_is_switched_off_goes(
     pod, _, _ = await new_pod(network)
     await network.publish(pod.id, [WEB])
     await network.close(remove=False)
-    config = NetworkConfig(masquerade=False, host_ports=False)
+    config = NetworkConfig(masquerade=False, host_ports=False, spoof_protection=False)
     network = await Network.start(config=config, store=store, instance=INSTANCE)
     shown = json.dumps(nft("list", "ruleset"))
     assert TABLE in shown
+    assert "bridge" not in shown
+    assert world.node.read(f"net/ipv4/conf/{BRIDGE}/rp_filter") == "0"
     assert "masquerade" not in shown
     assert "any4" not in shown
     assert world.node.read(f"net/ipv4/conf/{BRIDGE}/route_localnet") == "0"
@@ -162,7 +189,7 @@ async def test_what_is_off_is_not_made(
     config = NetworkConfig(masquerade=masquerade, host_ports=host_ports)
     network = await Network.start(config=config, store=store, instance=INSTANCE)
     pod, pod4, _ = await new_pod(network)
-    shown = json.dumps(nft("list", "ruleset"))
+    shown = json.dumps(nft("list", "table", "inet", TABLE))
     assert ('"masquerade"' in shown) is (masquerade or host_ports)
     assert ('"!="' in shown) is masquerade
     assert ("any4" in shown) is host_ports
@@ -217,10 +244,17 @@ async def test_status_makes_good_what_others_undid(
     pod, _, _ = await new_pod(network)
     await network.publish(pod.id, [WEB])
     nft("flush", "ruleset")
-    world.node.write("net/ipv4/ip_forward", "0")
+    for name, value in (
+        ("net/ipv4/ip_forward", "0"),
+        (f"net/ipv6/conf/{BRIDGE}/accept_ra", "2"),
+        (f"net/ipv4/conf/{BRIDGE}/rp_filter", "0"),
+    ):
+        world.node.write(name, value)
     assert network.status().ready
-    assert len(elements("any4")) == 1
+    assert len(elements("any4")) == len(senders("ipv4")) == 1
     assert world.node.read("net/ipv4/ip_forward") == "1"
+    assert world.node.read(f"net/ipv6/conf/{BRIDGE}/accept_ra") == "0"
+    assert world.node.read(f"net/ipv4/conf/{BRIDGE}/rp_filter") == "1"
 
 
 @needs_nf_tables
@@ -238,6 +272,18 @@ async def test_ports_survive_that_somebody_flushed_the_table(
     assert len(elements("any4")) == 1
 
 
+@needs_bridge_tables
+async def test_pods_may_send_although_somebody_flushed_the_filter(
+    network: Network, new_pod: PodMaker
+) -> None:
+    await new_pod(network)
+    nft("flush", "ruleset")
+    pod, pod4, _ = await new_pod(network)
+    assert len(senders("ipv4")) == 2
+    async with tcp_echo_of_peer(pod.namespace, (pod4, 80)):
+        assert await ask_tcp(pod.namespace, (pod4, 80)) == pod4
+
+
 async def test_a_link_of_somebody_else_is_not_taken(world: World, store: Store) -> None:
     async with world.node.routing() as ipr:
         await ipr.link("add", ifname="br0", kind="bridge")
@@ -253,9 +299,12 @@ async def test_without_nf_tables_it_says_what_is_missing(
 ) -> None:
     status = network.status()
     assert status.ready
-    ports, masquerade = status.problems
+    ports, masquerade, *others = status.problems
     assert ports.startswith("no host ports: nf_tables")
     assert masquerade.startswith("no masquerade: nf_tables")
+    assert [problem.partition(": ")[0] for problem in others] == (
+        [] if HAS_BRIDGE_TABLES else ["no protection against spoofing by pods"]
+    )
     pod, pod4, _ = await new_pod(network)
     with pytest.raises(Unsupported, match="host ports: nf_tables"):
         await network.publish(pod.id, [WEB])
@@ -266,6 +315,14 @@ async def test_without_nf_tables_it_says_what_is_missing(
     assert world.node.read(f"net/ipv4/conf/{BRIDGE}/route_localnet") == "0"
 
 
+@pytest.mark.usefixtures("world")
+async def test_check_tells_what_this_kernel_takes() -> None:
+    present = {feature.name: feature.present for feature in check.features(Config())}
+    assert present["nf_tables"] == has_nf_tables()
+    assert present["nf_tables on bridges"] == HAS_BRIDGE_TABLES
+    assert nft("list", "tables") == []
+
+
 @needs_nf_tables
 async def test_without_permission_it_says_so(world: World) -> None:
     """As in a container whose kernel would have nf_tables."""
@@ -274,7 +331,7 @@ async def test_without_permission_it_says_so(world: World) -> None:
         syscalls.capset(effective & ~(1 << CAP_NET_ADMIN), permitted, inheritable)
         try:
             with pytest.raises(Unsupported, match="not permitted"):
-                Nat.open(RULESET, list)
+                DeclaredTable.open(RULESET, list)
         finally:
             syscalls.capset(effective, permitted, inheritable)
 
@@ -356,6 +413,62 @@ async def test_eth0_of_a_pod(network: Network, new_pod: PodMaker) -> None:
     assert {address for address, *_ in addresses} >= {pod4, pod6}
     assert not any(tentative for *_, tentative in addresses)
     assert gateways == {"10.88.0.1", "fd00:1::1"}
+
+
+@pytest.mark.skipif(not Path("/proc/sys/net/ipv6").exists(), reason="this kernel has no IPv6")
+@pytest.mark.parametrize(
+    ("config", "disabled"), [(NetworkConfig(), "1"), (DUAL_STACK, "0")], ids=["ipv4", "dual"]
+)
+async def test_the_node_takes_nothing_from_pods_to_set_itself_up(
+    world: World, store: Store, new_pod: PodMaker, config: NetworkConfig, disabled: str
+) -> None:
+    network = await Network.start(config=config, store=store, instance=INSTANCE)
+    pod, _, _ = await new_pod(network)
+    conf6 = f"net/ipv6/conf/{BRIDGE}"
+    for name in ("accept_ra", "autoconf", "accept_redirects"):
+        assert world.node.read(f"{conf6}/{name}") == "0"
+    for name in ("accept_redirects", "send_redirects", "accept_source_route"):
+        assert world.node.read(f"net/ipv4/conf/{BRIDGE}/{name}") == "0"
+    assert world.node.read(f"{conf6}/disable_ipv6") == disabled
+    port = lease_of(store, pod).link
+    assert world.node.read(f"net/ipv6/conf/{port}/disable_ipv6") == "1"
+    assert world.node.read(f"net/ipv6/conf/{port}/accept_ra") == "0"
+    assert world.node.read(f"net/ipv4/conf/{port}/rp_filter") == "1"
+    await network.close(remove=True)
+
+
+async def test_ipv6_may_be_added_to_and_taken_from_a_bridge(
+    world: World, store: Store, new_pod: PodMaker
+) -> None:
+    configs = (NetworkConfig(), DUAL_STACK, NetworkConfig())
+    pods: list[tuple[Pod, str, str]] = []
+    for config in configs:
+        network = await Network.start(config=config, store=store, instance=INSTANCE)
+        await network.recover([pod.id for pod, *_ in pods])
+        pods.append(await new_pod(network))
+        await network.close(remove=False)
+    # A pod that was given IPv6 keeps it.
+    network = await Network.start(config=NetworkConfig(), store=store, instance=INSTANCE)
+    dual, _, dual6 = pods[1]
+    async with tcp_echo_of_peer(dual.namespace, (dual6, 80)):
+        assert await ask_tcp(world.node, (dual6, 80)) == "fd00:1::1"
+    await network.close(remove=True)
+
+
+@needs_bridge_tables
+async def test_a_pod_may_send_from_its_addresses_until_its_link_is_gone(
+    store: Store, network: Network, new_pod: PodMaker
+) -> None:
+    kept, kept4, _ = await new_pod(network)
+    pod, pod4, pod6 = await new_pod(network)
+    mac = "0a:6e:0a:58:00:03"
+    link = lease_of(store, pod).link
+    assert (link, mac, pod4) in senders("ipv4")
+    assert senders("ipv6") >= {(link, mac, pod6), (link, mac, "fe80::86e:aff:fe58:3")}
+    await network.detach(pod.id)
+    await until(lambda: store.get(Lease, pod.id) is None)
+    assert {address for *_, address in senders("ipv4")} == {kept4}
+    assert {name for name, *_ in senders("ipv6")} == {lease_of(store, kept).link}
 
 
 async def test_mtu_is_that_of_the_default_route(world: World, store: Store) -> None:
@@ -569,7 +682,7 @@ async def test_recovery_drops_what_belongs_to_no_pod(
     second = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
     await second.recover({kept.id})
     assert [port.pod_id for port in store.all(HostPort)] == [kept.id]
-    assert len(elements("any4")) == 1
+    assert len(elements("any4")) == len(senders("ipv4")) == 1
     await until(lambda: len(links_of_pods(world.node)) == 1)
     await until(lambda: [lease.pod_id for lease in store.all(Lease)] == [kept.id])
     await second.close(remove=True)

@@ -108,9 +108,9 @@ async def until(condition: Any, seconds: float = 20.0) -> None:
         await asyncio.sleep(0.01)
 
 
-def has_nf_tables() -> bool:
-    """Whether this kernel has tables of family inet."""
-    table = nftables.Table("probe")
+def has_nf_tables(nfproto: int = nftables.NFPROTO_INET) -> bool:
+    """Whether this kernel has tables of a family."""
+    table = nftables.Table("probe", nfproto)
     try:
         with Namespace.new() as namespace, namespace.entered(), nftables.connect() as connection:
             nftables.transact(connection, [table.create(), table.delete()])
@@ -119,7 +119,12 @@ def has_nf_tables() -> bool:
     return True
 
 
+HAS_BRIDGE_TABLES = has_nf_tables(nftables.NFPROTO_BRIDGE)
+
 needs_nf_tables = pytest.mark.skipif(not has_nf_tables(), reason="this kernel has no nf_tables")
+needs_bridge_tables = pytest.mark.skipif(
+    not HAS_BRIDGE_TABLES, reason="this kernel has no nf_tables on bridges"
+)
 
 
 @dataclass(slots=True)

@@ -42,3 +42,20 @@ def test_what_differs_is_set_and_can_be_restored(settings: Path) -> None:
 def test_settings_of_a_link_that_is_gone_need_no_restoring(settings: Path) -> None:
     sysctls.restore({"net/ipv6/conf/gone/accept_ra": "1", "net/ipv4/ip_forward": "1"})
     assert (settings / "net/ipv4/ip_forward").read_text() == "1"
+
+
+def test_kernel_without_ipv6_is_asked_for_nothing_of_it(settings: Path) -> None:
+    assert not any("ipv6" in name for name in sysctls.of_bridge("na0", {4}, check_source=True))
+    assert sysctls.of_port("nv0") == {}
+
+
+def test_link_with_dots_in_its_name(settings: Path) -> None:
+    (settings / "net/ipv6").mkdir()
+    assert "net/ipv6/conf/na.0/accept_ra" in sysctls.of_bridge("na.0", {4}, check_source=True)
+
+
+def test_bridge_has_ipv6_where_pods_have_it(settings: Path) -> None:
+    (settings / "net/ipv6").mkdir()
+    for versions, disabled in (({4}, "1"), ({6}, "0"), ({4, 6}, "0")):
+        wanted = sysctls.of_bridge("na0", versions, check_source=True)
+        assert wanted["net/ipv6/conf/na0/disable_ipv6"] == disabled
