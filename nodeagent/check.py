@@ -9,6 +9,7 @@ from pathlib import Path
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
 from nodeagent.errors import NodeAgentError
+from nodeagent.lifecycle import apparmor
 from nodeagent.linux import capabilities, mounts, syscalls, userns
 from nodeagent.linux.userns import Extent
 
@@ -85,10 +86,12 @@ def _optional(config: Config) -> list[Feature]:
             "pods with a user namespace",
         ),
         _feature("nf_tables", _has_nftables, "host ports and masquerade"),
+        _feature("AppArmor", apparmor.is_enabled, "AppArmor profiles"),
         _feature(
-            "AppArmor",
-            lambda: _read("/sys/module/apparmor/parameters/enabled").startswith("Y"),
-            "AppArmor profiles",
+            "AppArmor default profile",
+            apparmor.has_default,
+            f"containers that name no profile run without one; {apparmor.PARSER} loads it",
+            detail=apparmor.NAME,
         ),
         _feature("SELinux", lambda: Path("/sys/fs/selinux/enforce").exists(), "SELinux labels"),
         _feature(

@@ -3,8 +3,10 @@
 The plan is complete: nothing in it is looked up again, so that it can be printed, kept and tested without root.
 """
 
+import asyncio
 import base64
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ from nodeagent.errors import InvalidArgument, NotFound
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle import devices, filesystems, podfiles, process
 from nodeagent.lifecycle.devices import ContainerDevices
+from nodeagent.lifecycle.hostpaths import HostPaths
 from nodeagent.lifecycle.profiles import Profiles
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.linux import syscalls
@@ -29,6 +32,7 @@ class Seen(NamedTuple):
 
     devices: ContainerDevices
     seccomp: Filter
+    apparmor: str
 
 
 class Planner:
@@ -47,6 +51,7 @@ class Planner:
         self._registry = registry
         self._images = images
         self._profiles = profiles
+        self._host_paths = HostPaths()
         self._pods = pods
         self._rlimits = [
             Rlimit(resource=name, soft=soft, hard=hard)
@@ -58,12 +63,28 @@ class Planner:
             for mount in cgroups.mounts()
         }
 
-    def look(self, config: ContainerConfig) -> Seen:
-        """Reads the node's files and nothing of the agent's. Raises InvalidArgument, NotFound, Unsupported."""
+    async def look(self, config: ContainerConfig) -> Seen:
+        """Aside where it meets a path of the requester's; all else is memory, and the node's own /dev and /sys.
+
+        Raises FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted and Unsupported.
+        """
+        what = f'container "{config.name}"'
+        asked = [
+            await self._host_paths.look(what, wanted.host_path, partial(devices.named, wanted))
+            for wanted in config.devices
+        ]
+        seccomp = partial(self._profiles.seccomp, config, self._capabilities(config)["bounding"])
+        path = config.seccomp.ref if config.seccomp is not None else ""
         return Seen(
-            devices=devices.container_devices(config),
-            seccomp=self._profiles.seccomp(config, self._capabilities(config)["bounding"]),
+            devices=devices.container_devices(config, asked),
+            seccomp=await self._host_paths.look(what, path, seccomp) if path else seccomp(),
+            apparmor=await self._apparmor(config),
         )
+
+    async def _apparmor(self, config: ContainerConfig) -> str:
+        if self._profiles.must_load_apparmor(config):
+            return await asyncio.to_thread(self._profiles.apparmor, config)
+        return self._profiles.apparmor(config)
 
     def plan(
         self, sandbox: Sandbox, container: Container, image: Image, seen: Seen, directory: Path
@@ -78,7 +99,7 @@ class Planner:
         return ContainerPlan(
             id=container.id,
             argv=process.arguments(config, image.config),
-            process=self._process(sandbox, config, image, seen.seccomp),
+            process=self._process(sandbox, config, image, seen),
             rootfs=Rootfs(
                 lower=[str(layer) for layer in self._images.lower_dirs(image)],
                 upper=str(directory / "upper"),
@@ -103,7 +124,7 @@ class Planner:
         )
 
     def _process(
-        self, sandbox: Sandbox, config: ContainerConfig, image: Image, seccomp: Filter
+        self, sandbox: Sandbox, config: ContainerConfig, image: Image, seen: Seen
     ) -> ProcessPlan:
         plan = ProcessPlan(
             env=process.environment(config, image.config, podfiles.hostname(sandbox.config)),
@@ -111,9 +132,9 @@ class Planner:
             user=process.user(config, image.config),
             capabilities=self._capabilities(config),
             no_new_privs=config.no_new_privs,
-            seccomp=base64.b64encode(seccomp.program).decode(),
-            seccomp_flags=seccomp.flags,
-            apparmor=self._profiles.apparmor(config),
+            seccomp=base64.b64encode(seen.seccomp.program).decode(),
+            seccomp_flags=seen.seccomp.flags,
+            apparmor=seen.apparmor,
             selinux=self._profiles.selinux(config),
             rlimits=self._rlimits,
             oom_score_adj=config.resources.oom_score_adj,

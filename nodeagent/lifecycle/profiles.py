@@ -29,18 +29,26 @@ class Profiles:
         return seccomp_profile.runtime_default(capabilities)
 
     def apparmor(self, config: ContainerConfig) -> str:
-        """The profile's name, or "" for none. Without a wish it is the default one, where there is that."""
+        """The profile's name, or "" for none. May have to load the default one: see `must_load_apparmor`."""
         asked = config.apparmor
-        if config.privileged or (asked is not None and asked.kind == "unconfined"):
+        if asked is not None and asked.kind == "unconfined":
             return ""
-        if asked is None:
-            return apparmor.NAME if apparmor.is_loaded(apparmor.NAME) else ""
-        name = asked.ref or apparmor.NAME
-        if not apparmor.is_enabled():
-            raise Unsupported(f'AppArmor profile "{name}": this kernel has no AppArmor')
-        if not apparmor.is_loaded(name):
-            raise FailedPrecondition(f'AppArmor profile "{name}": not loaded on this node')
-        return name
+        if asked is not None and asked.kind == "localhost":
+            _require_apparmor(asked.ref)
+            if not apparmor.is_loaded(asked.ref):
+                raise FailedPrecondition(f'AppArmor profile "{asked.ref}": not loaded on this node')
+            return asked.ref
+        if config.privileged or (asked is None and not apparmor.has_default()):
+            return ""
+        _require_apparmor(apparmor.NAME)
+        apparmor.ensure_default()
+        return apparmor.NAME
+
+    def must_load_apparmor(self, config: ContainerConfig) -> bool:
+        """Whether `apparmor` would start the parser, for somebody has unloaded the default profile."""
+        asked = config.apparmor
+        wants_default = not config.privileged and (asked is None or asked.kind == "default")
+        return wants_default and apparmor.is_enabled() and not apparmor.is_loaded(apparmor.NAME)
 
     def selinux(self, config: ContainerConfig) -> str:
         """The process label, or "" for none."""
@@ -59,3 +67,8 @@ class Profiles:
                     f'selinux_relabel of "{mount.container_path}": this agent labels no volumes'
                 )
         return label
+
+
+def _require_apparmor(name: str) -> None:
+    if not apparmor.is_enabled():
+        raise Unsupported(f'AppArmor profile "{name}": this kernel has no AppArmor')

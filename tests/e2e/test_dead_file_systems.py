@@ -13,6 +13,7 @@ import pytest
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.linux import syscalls
 from tests.cri import Cri, options
+from tests.node import wait_for
 
 MNT_DETACH = 2
 
@@ -53,6 +54,38 @@ def test_others_go_on_and_the_pod_can_be_removed(cri: Cri, dead: str, naming: st
     pod = cri.pod()
     with waiting(cri, lambda: pod.container(**NAMING[naming](dead))):
         pod.remove()
+
+
+def test_however_many_wait_others_go_on(cri: Cri, dead: str) -> None:
+    """More than may wait for one file system; those that name a device elsewhere are none of them."""
+    pod = cri.pod()
+    requests = [
+        pb.CreateContainerRequest(
+            pod_sandbox_id=pod.id,
+            sandbox_config=pod.config,
+            config=pb.ContainerConfig(
+                metadata=pb.ContainerMetadata(name=f"waiting-{number}"),
+                image=pb.ImageSpec(image=cri.image),
+                **NAMING["a device"](dead),
+            ),
+        )
+        for number in range(70)
+    ]
+    calls = [cri.agent.runtime.CreateContainer.future(request) for request in requests]
+    wait_for("those that are too many", lambda: sum(call.done() for call in calls) == 6)
+    refusals = [call.exception() for call in calls if call.done()]
+    assert {error.code() for error in refusals} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert all(os.path.dirname(dead) in error.details() for error in refusals)
+    other = cri.run(
+        devices=[pb.Device(host_path="/dev/null", container_path="/dev/it", permissions="r")]
+    )
+    assert other.shell("test -c /dev/it && echo there") == "there"
+    other.pod.remove()
+    pod.remove()
+    assert {code_of(call.result) for call in calls} == {
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.UNAVAILABLE,
+    }
 
 
 @contextmanager
