@@ -80,6 +80,42 @@ def test_parents_are_shared_by_threads(cgroups: Cgroups, layout: Layout) -> None
     assert directories(layout, TOP) == []
 
 
+def nested(directory: str, levels: int, name: str) -> int:
+    """The innermost of groups within one another, open; their path is longer than any system call takes."""
+    here = os.open(directory, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir(name, dir_fd=here)
+        inside = os.open(name, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inside
+    return here
+
+
+def test_groups_nested_deeper_than_paths_are_long(
+    cgroups: Cgroups, group: Cgroup, layout: Layout, spawn: Spawn
+) -> None:
+    """As a container can make them that mounts its cgroups: it is killed and removed as any other."""
+    process = spawn(group, "print('ready', flush=True); input()")
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    for hierarchy in layout.hierarchies:
+        innermost = nested(hierarchy.directory(group.path), 25, "x" * 200)
+        if hierarchy is layout.hierarchies[0]:  # a new group of cpuset has no processor yet
+            file = os.open("cgroup.procs", os.O_WRONLY, dir_fd=innermost)
+            os.write(file, str(process.pid).encode())
+            os.close(file)
+        os.close(innermost)
+    assert group.processes() == [process.pid]
+    assert group.populated()
+    with pytest.raises(FailedPrecondition, match=r"not removed, processes [0-9]+ are in x+$"):
+        group.remove(timeout_s=0)
+    group.kill()
+    process.wait(10)
+    assert not group.populated()
+    group.remove()
+    assert directories(layout, group.path) == []
+
+
 def test_parents_of_others_stay(cgroups: Cgroups, layout: Layout) -> None:
     with foreign(layout, TOP):
         group = cgroups.create(f"{TOP}/group")
