@@ -92,7 +92,7 @@ class Planner:
         """directory: the container's own, with `upper` and `work`. Raises InvalidArgument, NotFound, Unsupported."""
         config = container.config
         open_paths = config.privileged
-        masked = filesystems.MASKED_PATHS if config.masked_paths is None else config.masked_paths
+        masked = filesystems.masked_paths() if config.masked_paths is None else config.masked_paths
         readonly = (
             filesystems.READONLY_PATHS if config.readonly_paths is None else config.readonly_paths
         )
