@@ -66,7 +66,7 @@ def _cgroups() -> list[Feature]:
     kind = Feature(name="cgroups", present=True, needed=True, detail=cgroups.hierarchy)
     aliases = {"io": {"io", "blkio"}}
     names = (*V2_CONTROLLERS, "hugetlb")
-    return [kind] + [
+    return [kind, *_delegation(cgroups)] + [
         Feature(
             name=f"cgroup controller {name}",
             present=bool(aliases.get(name, {name}) & cgroups.controllers),
@@ -74,6 +74,21 @@ def _cgroups() -> list[Feature]:
             loss=f"limits and statistics of {name}",
         )
         for name in names
+    ]
+
+
+def _delegation(cgroups: Cgroups) -> list[Feature]:
+    """On v2 only: v1 has no boundary between a container that mounts its groups and their limits."""
+    if cgroups.hierarchy != "v2":
+        return []
+    (mount,) = cgroups.mounts()
+    return [
+        Feature(
+            name="cgroup2 with nsdelegate",
+            present="nsdelegate" in mount.options.split(","),
+            needed=False,
+            loss="containers that mount their own cgroup can lift its limits, up to their pod's",
+        )
     ]
 
 

@@ -65,6 +65,8 @@ class Cgroup:
         self._tracking = layout.hierarchies[0]
         self._tracker = _tracker(layout, path)
         self._files = ControlFiles(_directories(layout, path))
+        fenced = path if layout.legacy else paths.fence(path)
+        self._fence = ControlFiles(_directories(layout, fenced))
         self._pressure = ControlFiles({"": self._tracking.directory(path)})
         self._lock = threading.Lock()
         self._left: list[Cgroup] = []
@@ -93,9 +95,12 @@ class Cgroup:
         return self._version.resources(self._files, self._page_sizes)
 
     def set_devices(self, rules: Sequence[Rule] | None) -> None:
-        """Allow the use of devices by `rules` alone; None allows all that the groups above allow."""
+        """Allow the use of devices by `rules` alone; None allows all that the groups above allow.
+
+        On v2 a container's rules are those of the group above its own: see `paths.fence`.
+        """
         self._require_own()
-        self._version.set_devices(self._files, rules)
+        self._version.set_devices(self._fence, rules)
 
     # --- processes ---
 

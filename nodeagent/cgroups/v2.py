@@ -156,9 +156,12 @@ def enable(mount: str, path: str, controllers: AbstractSet[str]) -> None:
 
     Raises FailedPrecondition where one of those has processes of its own, for then it cannot.
     """
-    if controllers <= _words(mount + os.path.dirname(path), SUBTREE_CONTROL):
-        return
-    for directory in (mount, *(mount + parent for parent in tree.ancestors(path))):
+    lacking = []
+    for directory in (*(mount + parent for parent in reversed(tree.ancestors(path))), mount):
+        if controllers <= _words(directory, SUBTREE_CONTROL):
+            break
+        lacking.append(directory)
+    for directory in reversed(lacking):
         missing = controllers & _words(directory, "cgroup.controllers")
         missing -= _words(directory, SUBTREE_CONTROL)
         if missing:

@@ -18,6 +18,7 @@ SUITES = [
     "tests/e2e/test_recovery.py",
     "tests/e2e/test_resources.py",
     "tests/security/agent/test_apparmor.py",
+    "tests/security/agent/test_cgroups.py",
 ]
 SECONDS = 900
 

@@ -48,8 +48,9 @@ def test_the_machine_is_understood() -> None:
 
 
 def test_a_container_goes_below_its_parent(cgroups: Cgroups) -> None:
-    assert cgroups.container_path("/kubepods/pod1", "abc") == "/kubepods/pod1/abc"
-    assert cgroups.container_path("", "abc") == f"{TOP}/default/abc"
+    inner = "/container" if cgroups.hierarchy == "v2" else ""
+    assert cgroups.container_path("/kubepods/pod1", "abc") == f"/kubepods/pod1/abc{inner}"
+    assert cgroups.container_path("", "abc") == f"{TOP}/default/abc{inner}"
     with pytest.raises(InvalidArgument):
         cgroups.container_path("/a/../..", "abc")
 
