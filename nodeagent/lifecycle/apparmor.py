@@ -42,7 +42,11 @@ def is_loaded(name: str) -> bool:
 
 def has_default() -> bool:
     """Whether containers that name no profile get the default one: it is loaded, or can be."""
-    return is_enabled() and (is_loaded(NAME) or shutil.which(PARSER) is not None)
+    return is_enabled() and (is_loaded(NAME) or has_parser())
+
+
+def has_parser() -> bool:
+    return shutil.which(PARSER) is not None
 
 
 def prepare() -> None:
@@ -63,7 +67,7 @@ def ensure_default() -> None:
     with _loading:
         if is_loaded(NAME):
             return
-        if shutil.which(PARSER) is None:
+        if not has_parser():
             raise FailedPrecondition(
                 f'AppArmor profile "{NAME}": not loaded, and {PARSER} is not installed; '
                 "until then, containers that name no profile run without one"

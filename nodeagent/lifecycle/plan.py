@@ -3,7 +3,6 @@
 The plan is complete: nothing in it is looked up again, so that it can be printed, kept and tested without root.
 """
 
-import asyncio
 import base64
 from collections.abc import Sequence
 from functools import partial
@@ -78,13 +77,8 @@ class Planner:
         return Seen(
             devices=devices.container_devices(config, asked),
             seccomp=await self._host_paths.look(what, path, seccomp) if path else seccomp(),
-            apparmor=await self._apparmor(config),
+            apparmor=await self._profiles.apparmor(config),
         )
-
-    async def _apparmor(self, config: ContainerConfig) -> str:
-        if self._profiles.must_load_apparmor(config):
-            return await asyncio.to_thread(self._profiles.apparmor, config)
-        return self._profiles.apparmor(config)
 
     def plan(
         self, sandbox: Sandbox, container: Container, image: Image, seen: Seen, directory: Path

@@ -37,6 +37,10 @@ def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return listed
 
 
+def load_default(listed: Path) -> None:
+    listed.write_text(f"{apparmor.NAME} (enforce)\n")
+
+
 def install_parser(folder: Path, script: str) -> None:
     program = folder / "bin/apparmor_parser"
     program.parent.mkdir()
@@ -49,44 +53,41 @@ def selinux(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(profiles, "SELINUX", tmp_path)
 
 
-def test_apparmor(loaded: Path) -> None:
+async def test_apparmor(loaded: Path) -> None:
     mine = Profile(kind="localhost", ref="mine")
-    assert PROFILES.apparmor(config(apparmor=mine)) == "mine"
-    assert PROFILES.apparmor(config(apparmor=mine, privileged=True)) == "mine"
-    assert PROFILES.apparmor(config(apparmor=Profile(kind="unconfined"))) == ""
-    assert PROFILES.apparmor(config()) == ""
-    loaded.write_text(f"{apparmor.NAME} (enforce)\n")
-    assert PROFILES.apparmor(config()) == apparmor.NAME
-    assert PROFILES.apparmor(config(apparmor=DEFAULT)) == apparmor.NAME
+    assert await PROFILES.apparmor(config(apparmor=mine)) == "mine"
+    assert await PROFILES.apparmor(config(apparmor=mine, privileged=True)) == "mine"
+    assert await PROFILES.apparmor(config(apparmor=Profile(kind="unconfined"))) == ""
+    assert await PROFILES.apparmor(config()) == ""
+    load_default(loaded)
+    assert await PROFILES.apparmor(config()) == apparmor.NAME
+    assert await PROFILES.apparmor(config(apparmor=DEFAULT)) == apparmor.NAME
     for asked in (None, DEFAULT):
-        assert PROFILES.apparmor(config(apparmor=asked, privileged=True)) == ""
+        assert await PROFILES.apparmor(config(apparmor=asked, privileged=True)) == ""
 
 
-def test_the_default_profile_is_loaded_when_it_is_not_there(loaded: Path) -> None:
+async def test_the_default_profile_is_loaded_when_it_is_not_there(loaded: Path) -> None:
     install_parser(loaded.parent, f'echo "{apparmor.NAME} (enforce)" > {loaded}')
-    assert PROFILES.must_load_apparmor(config())
-    assert not PROFILES.must_load_apparmor(config(privileged=True))
-    assert PROFILES.apparmor(config()) == apparmor.NAME
-    assert not PROFILES.must_load_apparmor(config())
+    assert await PROFILES.apparmor(config()) == apparmor.NAME
 
 
 @pytest.mark.parametrize("asked", [None, DEFAULT])
-def test_nobody_runs_without_the_default_profile_where_loading_fails(
+async def test_nobody_runs_without_the_default_profile_where_loading_fails(
     loaded: Path, asked: Profile | None
 ) -> None:
     install_parser(loaded.parent, "echo no such feature >&2; exit 1")
     with pytest.raises(FailedPrecondition, match="no such feature"):
-        PROFILES.apparmor(config(apparmor=asked))
+        await PROFILES.apparmor(config(apparmor=asked))
 
 
 @pytest.mark.parametrize("profile", [DEFAULT, Profile(kind="localhost", ref="other")])
-def test_apparmor_that_is_asked_for_but_not_there(loaded: Path, profile: Profile) -> None:
+async def test_apparmor_that_is_asked_for_but_not_there(loaded: Path, profile: Profile) -> None:
     with pytest.raises(FailedPrecondition, match="not loaded"):
-        PROFILES.apparmor(config(apparmor=profile))
+        await PROFILES.apparmor(config(apparmor=profile))
     apparmor.ENABLED.write_text("N\n")
     with pytest.raises(Unsupported, match="no AppArmor"):
-        PROFILES.apparmor(config(apparmor=profile))
-    assert PROFILES.apparmor(config()) == ""
+        await PROFILES.apparmor(config(apparmor=profile))
+    assert await PROFILES.apparmor(config()) == ""
 
 
 def test_the_default_profile_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
