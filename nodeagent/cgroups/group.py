@@ -65,8 +65,7 @@ class Cgroup:
         self._tracking = layout.hierarchies[0]
         self._tracker = _tracker(layout, path)
         self._files = ControlFiles(_directories(layout, path))
-        fenced = path if layout.legacy else paths.fence(path)
-        self._fence = ControlFiles(_directories(layout, fenced))
+        self._fence = path if layout.legacy else paths.fence(path)
         self._pressure = ControlFiles({"": self._tracking.directory(path)})
         self._lock = threading.Lock()
         self._left: list[Cgroup] = []
@@ -100,7 +99,7 @@ class Cgroup:
         On v2 a container's rules are those of the group above its own: see `paths.fence`.
         """
         self._require_own()
-        self._version.set_devices(self._fence, rules)
+        self._version.set_devices(ControlFiles(_directories(self._layout, self._fence)), rules)
 
     # --- processes ---
 
@@ -212,6 +211,8 @@ class Cgroup:
             if self._version is v2:
                 wanted = v2.CONTROLLERS & self._layout.controllers
                 v2.enable(self._tracking.mount, self.path, wanted)
+                if self._fence != self.path:
+                    v2.limit_descendants(self._tracking.directory(self._fence))
             self._version.apply(self._files, resources, limits.NEW)
             undo.pop_all()
 

@@ -32,6 +32,9 @@ HUGETLB_RESERVATION_MAX = "hugetlb.{}.rsvd.max"
 HUGETLB_CURRENT = "hugetlb.{}.current"
 IO_STAT = "io.stat"
 SUBTREE_CONTROL = "cgroup.subtree_control"
+MAX_DESCENDANTS = "cgroup.max.descendants"
+
+DESCENDANTS = 4096  # enough for a node in a container, with a hundred pods
 
 CONTROLLERS = frozenset({"cpu", "cpuset", "hugetlb", "io", "memory", "pids"})
 
@@ -166,6 +169,15 @@ def enable(mount: str, path: str, controllers: AbstractSet[str]) -> None:
         missing -= _words(directory, SUBTREE_CONTROL)
         if missing:
             _pass_on(directory, missing)
+
+
+def limit_descendants(directory: str) -> None:
+    """How many groups a container may make below its own, if it can make any.
+
+    A node has room for 65,535 groups with a memory controller; when they are gone, no container can be started.
+    """
+    with open(f"{directory}/{MAX_DESCENDANTS}", "w", encoding="ascii") as file:
+        file.write(str(DESCENDANTS))
 
 
 def _pass_on(directory: str, controllers: AbstractSet[str]) -> None:

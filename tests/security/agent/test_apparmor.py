@@ -16,6 +16,7 @@ from nodeagent.lifecycle import apparmor
 from tests.conformance.apparmor import put_in_path
 from tests.cri import Cri, options, pod_options, refused
 from tests.e2e.conftest import client, running_agent
+from tests.e2e.test_user_namespaces import user_namespace
 from tests.registry import Registry
 
 PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
@@ -97,6 +98,14 @@ def test_the_program_and_its_execs_are_confined(
     container.said(CONFINED)
     assert container.shell(CURRENT) == CONFINED
     container.pod.remove()
+
+
+def test_root_of_a_user_namespace_is_confined_as_well(cri: Cri) -> None:
+    space = pb.NamespaceOption(pid=pb.CONTAINER, userns_options=user_namespace())
+    pod = cri.pod(linux=pod_options(pid=pb.CONTAINER, userns_options=user_namespace()))
+    container = pod.run(linux=options(namespace_options=space))
+    assert container.shell(CURRENT) == CONFINED
+    pod.remove()
 
 
 @pytest.mark.parametrize(

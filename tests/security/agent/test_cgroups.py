@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
+from nodeagent.cgroups.v2 import DESCENDANTS
 from tests import images, tars
 from tests.cri import Container, Cri, options
 from tests.e2e.test_user_namespaces import user_namespace
@@ -157,6 +158,19 @@ def test_a_group_below_has_the_limits_of_the_one_above(attacker: Attacker) -> No
     assert made == (attacker.kind in ("admin", "privileged"))
     assert not attacker.does("echo +memory > $g/cgroup.subtree_control")
     assert attacker.group().parent.name == attacker.container.id
+
+
+def test_the_node_s_groups_cannot_be_used_up(cri: Cri, image: pb.ImageSpec) -> None:
+    """The limit is that of a group that the container does not see, so that it cannot be lifted from inside."""
+    attacker = Attacker(cri, image, "admin")
+    assert attacker.does("[ $(cat $g/cgroup.max.descendants) = max ]")
+    pile = f"{MOUNTED}; cd $g; mkdir $(seq 1 {DESCENDANTS + 100}) 2>&1 | head -n 1"
+    said = attacker.container.exec("sh", "-c", pile, timeout=100).stdout.decode()
+    assert "Resource temporarily unavailable" in said
+    group = attacker.group()
+    assert len([path for path in group.iterdir() if path.is_dir()]) <= DESCENDANTS
+    attacker.pod.remove()
+    assert not group.parent.exists()
 
 
 def test_nobody_gets_out_of_his_group(attacker: Attacker) -> None:
