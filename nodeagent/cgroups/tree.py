@@ -197,7 +197,14 @@ def read(path: str, parent: int | None = None) -> str:
 
 
 def remove_empty_parents(mount: str, path: str) -> None:
-    """Remove the groups above `path` that were made for it, or its like, and that nobody needs any more."""
+    """Remove the groups above `path` that were made for it, or its like, and that nobody needs any more.
+
+    One that has gone already, as the kubelet removes all below a pod's group, does not protect those above it.
+    """
     for parent in reversed(ancestors(path)):
-        if kind(mount + parent) != PARENT or not _rmdir(mount + parent):
+        directory = mount + parent
+        if kind(directory) != PARENT:
+            if os.path.isdir(directory):
+                return
+        elif not _rmdir(directory):
             return

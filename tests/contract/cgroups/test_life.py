@@ -71,6 +71,17 @@ def test_parents_stay_while_they_are_needed(cgroups: Cgroups, layout: Layout) ->
     assert directories(layout, TOP) == []
 
 
+def test_parents_go_although_others_removed_what_is_between(
+    cgroups: Cgroups, layout: Layout
+) -> None:
+    group = cgroups.create(f"{TOP}/a/b/c")
+    for hierarchy in layout.hierarchies:
+        os.rmdir(hierarchy.directory(f"{TOP}/a/b/c"))
+        os.rmdir(hierarchy.directory(f"{TOP}/a/b"))
+    group.remove()
+    assert directories(layout, TOP) == []
+
+
 def test_parents_are_shared_by_threads(cgroups: Cgroups, layout: Layout) -> None:
     def churn(name: int) -> None:
         for _ in range(30):
