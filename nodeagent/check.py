@@ -9,6 +9,7 @@ from pathlib import Path
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
 from nodeagent.errors import NodeAgentError
+from nodeagent.lifecycle import apparmor
 from nodeagent.linux import capabilities, mounts, syscalls, userns
 from nodeagent.linux.userns import Extent
 from nodeagent.net import nftables
@@ -79,7 +80,7 @@ def _cgroups() -> list[Feature]:
     kind = Feature(name="cgroups", present=True, needed=True, detail=cgroups.hierarchy)
     aliases = {"io": {"io", "blkio"}}
     names = (*V2_CONTROLLERS, "hugetlb")
-    return [kind] + [
+    return [kind, *_delegation(cgroups)] + [
         Feature(
             name=f"cgroup controller {name}",
             present=bool(aliases.get(name, {name}) & cgroups.controllers),
@@ -87,6 +88,21 @@ def _cgroups() -> list[Feature]:
             loss=f"limits and statistics of {name}",
         )
         for name in names
+    ]
+
+
+def _delegation(cgroups: Cgroups) -> list[Feature]:
+    """On v2 only: v1 has no boundary between a container that mounts its groups and their limits."""
+    if cgroups.hierarchy != "v2":
+        return []
+    (mount,) = cgroups.mounts()
+    return [
+        Feature(
+            name="cgroup2 with nsdelegate",
+            present="nsdelegate" in mount.options.split(","),
+            needed=False,
+            loss="containers that mount their own cgroup can lift its limits, up to their pod's",
+        )
     ]
 
 
@@ -104,10 +120,12 @@ def _optional(config: Config) -> list[Feature]:
             lambda: _takes(_SPOOF_PROTECTION),
             "protection against spoofing by pods",
         ),
+        _feature("AppArmor", apparmor.is_enabled, "AppArmor profiles"),
         _feature(
-            "AppArmor",
-            lambda: _read("/sys/module/apparmor/parameters/enabled").startswith("Y"),
-            "AppArmor profiles",
+            "AppArmor default profile",
+            apparmor.has_default,
+            f"containers that name no profile run without one; {apparmor.PARSER} loads it",
+            detail=apparmor.NAME,
         ),
         _feature("SELinux", lambda: Path("/sys/fs/selinux/enforce").exists(), "SELinux labels"),
         _feature(

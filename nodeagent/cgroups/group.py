@@ -65,6 +65,7 @@ class Cgroup:
         self._tracking = layout.hierarchies[0]
         self._tracker = _tracker(layout, path)
         self._files = ControlFiles(_directories(layout, path))
+        self._fence = path if layout.legacy else paths.fence(path)
         self._pressure = ControlFiles({"": self._tracking.directory(path)})
         self._lock = threading.Lock()
         self._left: list[Cgroup] = []
@@ -93,9 +94,12 @@ class Cgroup:
         return self._version.resources(self._files, self._page_sizes)
 
     def set_devices(self, rules: Sequence[Rule] | None) -> None:
-        """Allow the use of devices by `rules` alone; None allows all that the groups above allow."""
+        """Allow the use of devices by `rules` alone; None allows all that the groups above allow.
+
+        On v2 a container's rules are those of the group above its own: see `paths.fence`.
+        """
         self._require_own()
-        self._version.set_devices(self._files, rules)
+        self._version.set_devices(ControlFiles(_directories(self._layout, self._fence)), rules)
 
     # --- processes ---
 
@@ -207,6 +211,8 @@ class Cgroup:
             if self._version is v2:
                 wanted = v2.CONTROLLERS & self._layout.controllers
                 v2.enable(self._tracking.mount, self.path, wanted)
+                if self._fence != self.path:
+                    v2.limit_descendants(self._tracking.directory(self._fence))
             self._version.apply(self._files, resources, limits.NEW)
             undo.pop_all()
 

@@ -76,7 +76,8 @@ class Cgroups:
 
         Raises InvalidArgument for a parent that is not an absolute, clean path or, with systemd, not a slice.
         """
-        return self._names.container(parent or self.default_parent, container_id)
+        path = self._names.container(parent or self.default_parent, container_id)
+        return path if self._layout.legacy else f"{path}/{paths.INNER}"
 
     def pod_path(self, pod_id: str) -> str:
         """The parent for containers of a pod that comes without one; made with the first of them."""

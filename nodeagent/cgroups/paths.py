@@ -3,9 +3,13 @@
 A path begins with "/" at the mount point of its hierarchy, under both drivers.
 """
 
+import os.path
 import re
 
 from nodeagent.errors import InvalidArgument
+
+INNER = "container"
+"""The group of a container on cgroup v2, below one that only it has, and that it does not see."""
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
 _MAX_NAME = 255
@@ -37,6 +41,16 @@ def parent(path: str) -> str:
 def container(parent: str, container_id: str) -> str:
     """The group of a container under the cgroupfs driver."""
     return f"{check(parent)}/{check_name(container_id)}"
+
+
+def fence(path: str) -> str:
+    """The group whose device rules hold for the container with the group `path`: the one above it, if that is its own.
+
+    Whoever has SYS_ADMIN or BPF can detach device programs from any group that he can open, and to a container its own
+    is the root of all groups.
+    """
+    above, name = os.path.split(path)
+    return above if name == INNER else path
 
 
 def pod(default_parent: str, pod_id: str) -> str:

@@ -6,11 +6,11 @@ of its own for each container (a delegated scope) prevents that, at the price of
 fail or linger, and of device rules that a reload replaces.
 
 The kernel prevents it as well: a group cannot give up a controller that one below it passes on (cgroup-v2.rst,
-"Enabling and Disabling"; the write fails with EBUSY). So the limits and the processes of a container are one level
-below the group that looks like its scope, and that one passes all controllers on::
+"Enabling and Disabling"; the write fails with EBUSY). On v2 the limits and the processes of a container are one level
+below its group, whichever the driver (`paths.INNER`), and here that group looks like a scope::
 
-    kubepods.slice / kubepods-pod1.slice / nodeagent-ID.scope / container
-    systemd's, or the kubelet's            passes on            limits, device program, processes
+    kubepods.slice / kubepods-pod1.slice / nodeagent-ID.scope           / container
+    systemd's, or the kubelet's            passes on, device program      limits, processes
 """
 
 import os
@@ -33,8 +33,7 @@ def parent(path: str) -> str:
 
 def container(parent: str, container_id: str) -> str:
     """The group of a container; `parent` is a slice."""
-    scope = f"nodeagent-{paths.check_name(container_id)}.scope"
-    return f"{expand_slice(paths.check(parent))}/{scope}/container"
+    return f"{expand_slice(paths.check(parent))}/nodeagent-{paths.check_name(container_id)}.scope"
 
 
 def pod(default_parent: str, pod_id: str) -> str:

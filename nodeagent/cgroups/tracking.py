@@ -94,9 +94,7 @@ class LegacyTracker:
         return _processes(self._directory)
 
     def populated(self) -> bool:
-        return any(
-            _read(directory, "cgroup.procs") for directory in tree.bottom_up(self._directory)
-        )
+        return any(_processes_of(*group) for group in tree.bottom_up(self._directory))
 
     def kill(self) -> None:
         """Frozen processes cannot fork away from their signal."""
@@ -132,18 +130,22 @@ class LegacyTracker:
 
 def _thaw_legacy(directory: str) -> None:
     """With the groups below: a privileged container may have frozen itself, and no signal reaches it (v1 only)."""
-    for group in tree.bottom_up(directory):
-        _set_state(group, "THAWED")
+    for parent, name in tree.bottom_up(directory):
+        _set_state(name, "THAWED", parent)
 
 
-def _set_state(directory: str, state: str) -> None:
-    _write(directory, "freezer.state", state)
+def _set_state(directory: str, state: str, parent: int | None = None) -> None:
+    _write(directory, "freezer.state", state, parent)
 
 
 def _processes(directory: str) -> list[int]:
     """A process that is not visible from this PID namespace is shown as 0."""
-    texts = [_read(group, "cgroup.procs") for group in tree.bottom_up(directory)]
+    texts = [_processes_of(*group) for group in tree.bottom_up(directory)]
     return sorted({int(pid) for text in texts for pid in text.split()} - {0})
+
+
+def _processes_of(parent: int, name: str) -> str:
+    return _read(name, "cgroup.procs", parent)
 
 
 def _kill(pid: int) -> None:
@@ -153,22 +155,24 @@ def _kill(pid: int) -> None:
         pass
 
 
-def _read(directory: str, name: str) -> str:
+def _read(directory: str, name: str, parent: int | None = None) -> str:
     """Empty for a group that has gone, and for the processes of a threaded group, which its domain lists."""
     try:
-        with open(f"{directory}/{name}", encoding="ascii") as file:
-            return file.read()
+        return tree.read(f"{directory}/{name}", parent)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
             return ""
         raise
 
 
-def _write(directory: str, name: str, value: str) -> None:
+def _write(directory: str, name: str, value: str, parent: int | None = None) -> None:
     """A group that has gone needs no writing."""
     try:
-        with open(f"{directory}/{name}", "w", encoding="ascii") as file:
-            file.write(value)
+        file = os.open(f"{directory}/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            os.write(file, value.encode())
+        finally:
+            os.close(file)
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENODEV):
             raise

@@ -7,6 +7,7 @@ ever removed but by rmdir(2), which refuses a group that has processes.
 import errno
 import os
 import time
+from collections.abc import Iterator
 
 from nodeagent.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 
@@ -18,6 +19,9 @@ PARENT = b"parent"
 
 # A parent that is seen to be there can be removed, with its last child, before the next step.
 _ATTEMPTS = 10
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_GONE = frozenset((errno.ENOENT, errno.ENODEV))
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.05
 
@@ -80,18 +84,56 @@ def kind(directory: str) -> bytes | None:
         raise
 
 
-def bottom_up(directory: str) -> list[str]:
-    """`directory` and all groups below it, each after those inside it. Empty where it does not exist."""
-    found, position = [directory], 0
-    while position < len(found):
-        try:
-            with os.scandir(found[position]) as entries:
-                found += [e.path for e in entries if e.is_dir(follow_symlinks=False)]
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV):
-                raise
-        position += 1
-    return found[::-1]
+def bottom_up(directory: str) -> Iterator[tuple[int, str]]:
+    """`directory` and all groups below it, each after those inside it, as a name in an open directory.
+
+    A container may nest groups deeper than a path can be long, and than there are descriptors: one is open at a time,
+    and the way up is "..". Nothing where `directory` does not exist.
+    """
+    try:
+        descriptor = os.open(os.path.dirname(directory), _DIRECTORY)
+    except FileNotFoundError:
+        return
+    entered: list[str] = []  # the way from the top to the open directory
+    waiting = [[os.path.basename(directory)]]  # at each level of it, what is still to be entered
+    try:
+        while True:
+            if waiting[-1]:
+                name = waiting[-1].pop()
+                if (inside := _enter(descriptor, name)) is not None:
+                    descriptor = inside
+                    entered.append(name)
+                    waiting.append(_groups_in(descriptor))
+                continue
+            waiting.pop()
+            if not waiting or (above := _enter(descriptor, "..")) is None:
+                return
+            descriptor = above
+            yield descriptor, entered.pop()
+    finally:
+        os.close(descriptor)
+
+
+def _enter(descriptor: int, name: str) -> int | None:
+    """The open directory, in the place of `descriptor`; None, which leaves that open, for one that has gone."""
+    try:
+        inside = os.open(name, _DIRECTORY, dir_fd=descriptor)
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
+        return None
+    os.close(descriptor)
+    return inside
+
+
+def _groups_in(descriptor: int) -> list[str]:
+    try:
+        with os.scandir(descriptor) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
+        return []
 
 
 def require_group(mount: str, path: str) -> None:
@@ -110,17 +152,26 @@ def remove(mount: str, path: str, deadline: float) -> None:
     if _rmdir(mount + path):
         return
     pause = _FIRST_PAUSE_S
-    while busy := [directory for directory in bottom_up(mount + path) if not _rmdir(directory)]:
+    while reason := _remove_all(mount + path):
         if time.monotonic() >= deadline:
-            raise FailedPrecondition(f'cgroup "{path}": not removed, {_reason(busy[0])}')
+            raise FailedPrecondition(f'cgroup "{path}": not removed, {reason}')
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
-def _rmdir(directory: str) -> bool:
+def _remove_all(directory: str) -> str:
+    """Why a part of it stays, or ""."""
+    reason = ""
+    for parent, name in bottom_up(directory):
+        if not _rmdir(name, parent):
+            reason = reason or _reason(name, parent)
+    return reason
+
+
+def _rmdir(directory: str, parent: int | None = None) -> bool:
     """False where processes or groups are in it."""
     try:
-        os.rmdir(directory)
+        os.rmdir(directory, dir_fd=parent)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -130,19 +181,30 @@ def _rmdir(directory: str) -> bool:
     return True
 
 
-def _reason(directory: str) -> str:
+def _reason(name: str, parent: int) -> str:
     try:
-        with open(f"{directory}/cgroup.procs", encoding="ascii") as file:
-            pids = file.read().split()
+        pids = read(f"{name}/cgroup.procs", parent).split()
     except OSError:
         pids = []
-    return (
-        f"processes {', '.join(pids[:10])} are in {directory}" if pids else f"{directory} is busy"
-    )
+    return f"processes {', '.join(pids[:10])} are in {name}" if pids else f"{name} is busy"
+
+
+def read(path: str, parent: int | None = None) -> str:
+    """The text of a control file; `path` is relative to the open directory `parent`."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=parent)
+    with open(file, encoding="ascii") as text:
+        return text.read()
 
 
 def remove_empty_parents(mount: str, path: str) -> None:
-    """Remove the groups above `path` that were made for it, or its like, and that nobody needs any more."""
+    """Remove the groups above `path` that were made for it, or its like, and that nobody needs any more.
+
+    One that has gone already, as the kubelet removes all below a pod's group, does not protect those above it.
+    """
     for parent in reversed(ancestors(path)):
-        if kind(mount + parent) != PARENT or not _rmdir(mount + parent):
+        directory = mount + parent
+        if kind(directory) != PARENT:
+            if os.path.isdir(directory):
+                return
+        elif not _rmdir(directory):
             return

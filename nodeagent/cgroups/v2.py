@@ -32,6 +32,9 @@ HUGETLB_RESERVATION_MAX = "hugetlb.{}.rsvd.max"
 HUGETLB_CURRENT = "hugetlb.{}.current"
 IO_STAT = "io.stat"
 SUBTREE_CONTROL = "cgroup.subtree_control"
+MAX_DESCENDANTS = "cgroup.max.descendants"
+
+DESCENDANTS = 4096  # enough for a node in a container, with a hundred pods
 
 CONTROLLERS = frozenset({"cpu", "cpuset", "hugetlb", "io", "memory", "pids"})
 
@@ -156,13 +159,25 @@ def enable(mount: str, path: str, controllers: AbstractSet[str]) -> None:
 
     Raises FailedPrecondition where one of those has processes of its own, for then it cannot.
     """
-    if controllers <= _words(mount + os.path.dirname(path), SUBTREE_CONTROL):
-        return
-    for directory in (mount, *(mount + parent for parent in tree.ancestors(path))):
+    lacking = []
+    for directory in (*(mount + parent for parent in reversed(tree.ancestors(path))), mount):
+        if controllers <= _words(directory, SUBTREE_CONTROL):
+            break
+        lacking.append(directory)
+    for directory in reversed(lacking):
         missing = controllers & _words(directory, "cgroup.controllers")
         missing -= _words(directory, SUBTREE_CONTROL)
         if missing:
             _pass_on(directory, missing)
+
+
+def limit_descendants(directory: str) -> None:
+    """How many groups a container may make below its own, if it can make any.
+
+    A node has room for 65,535 groups with a memory controller; when they are gone, no container can be started.
+    """
+    with open(f"{directory}/{MAX_DESCENDANTS}", "w", encoding="ascii") as file:
+        file.write(str(DESCENDANTS))
 
 
 def _pass_on(directory: str, controllers: AbstractSet[str]) -> None:

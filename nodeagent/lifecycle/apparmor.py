@@ -1,50 +1,29 @@
-"""AppArmor: the default profile of containers, and whether a profile is loaded.
+"""AppArmor: which profiles the kernel has, and loading the default one.
 
-The profile is compiled and loaded by AppArmor's own parser, once, when the agent starts; where the kernel has AppArmor
-but the node no parser, containers without a profile of their own run unconfined, and the agent says so.
+The default profile is the file `nodeagent-default.apparmor` beside this module. AppArmor's own parser compiles and
+loads it when the agent starts, and again if somebody has unloaded it by the time that a container needs it. A profile
+of this name that is loaded already is left alone: it is that of an agent that ran before, or the administrator's own.
 """
 
 import logging
+import shutil
 import subprocess
+import threading
 from pathlib import Path
+
+from nodeagent.errors import FailedPrecondition
 
 log = logging.getLogger(__name__)
 
 NAME = "nodeagent-default"
 ENABLED = Path("/sys/module/apparmor/parameters/enabled")
 PROFILES = Path("/sys/kernel/security/apparmor/profiles")
+# Keeps newer kernels from mediating what the profile's author could not know of (apparmor.d(5), "Feature ABI").
+ABI = Path("/etc/apparmor.d/abi/3.0")
 PARSER = "apparmor_parser"
 PARSER_SECONDS = 30
 
-# Everything that a container does in its own namespaces, and nothing of what lies below the node's /proc and /sys.
-DEFAULT = f"""
-#include <tunables/global>
-
-profile {NAME} flags=(attach_disconnected,mediate_deleted) {{
-  #include <abstractions/base>
-
-  network,
-  capability,
-  file,
-  umount,
-  signal (receive) peer=unconfined,
-  signal (send, receive) peer={NAME},
-  ptrace (trace, read, tracedby, readby) peer={NAME},
-
-  deny mount,
-
-  # of the node's kernel, which a namespace does not hide
-  deny @{{PROC}}/{{kcore,kmem,mem,sysrq-trigger}} rwklx,
-  deny @{{PROC}}/{{acpi,asound,bus,fs,irq,scsi}}/** wklx,
-  deny @{{PROC}}/sys/{{abi,crypto,debug,dev,fs,vm}}/** wklx,
-  deny @{{PROC}}/sys/kernel/{{core,kexec,kptr,modprobe,modules,panic,perf}}* wklx,
-  deny @{{PROC}}/sys/kernel/{{poweroff,printk,randomize,sysrq,unprivileged}}* wklx,
-  deny @{{PROC}}/sys/kernel/{{keys,random,seccomp,yama}}/** wklx,
-  deny /sys/{{block,bus,class,dev,devices,hypervisor,kernel,module,power}}/** wklx,
-  deny /sys/fs/{{bpf,btrfs,ext4,f2fs,fuse,pstore,selinux,smackfs,xfs}}/** wklx,
-  deny /sys/{{firmware,devices/virtual/powercap,kernel/security}}/** rwklx,
-}}
-"""
+_loading = threading.Lock()
 
 
 def is_enabled() -> bool:
@@ -61,19 +40,57 @@ def is_loaded(name: str) -> bool:
         return False
 
 
-def load_default() -> None:
-    """Load the default profile, or say why there is none. Takes a part of a second; for the start of the agent."""
+def has_default() -> bool:
+    """Whether containers that name no profile get the default one: it is loaded, or can be."""
+    return is_enabled() and (is_loaded(NAME) or has_parser())
+
+
+def has_parser() -> bool:
+    return shutil.which(PARSER) is not None
+
+
+def prepare() -> None:
+    """Load the default profile, or say in the log why there is none. For the agent's start."""
     if not is_enabled():
         return
     try:
+        ensure_default()
+    except FailedPrecondition as error:
+        log.warning("%s", error)
+
+
+def ensure_default() -> None:
+    """Return when the default profile is loaded, which takes a part of a second where it is not.
+
+    Raises FailedPrecondition without a parser, and where the parser or the kernel refuses.
+    """
+    with _loading:
+        if is_loaded(NAME):
+            return
+        if not has_parser():
+            raise FailedPrecondition(
+                f'AppArmor profile "{NAME}": not loaded, and {PARSER} is not installed; '
+                "until then, containers that name no profile run without one"
+            )
+        _load(text())
+
+
+def text() -> str:
+    """The default profile, as the parser of this node takes it."""
+    profile = Path(__file__).with_name(f"{NAME}.apparmor").read_text()
+    return f"abi <abi/{ABI.name}>,\n{profile}" if ABI.exists() else profile
+
+
+def _load(profile: str) -> None:
+    try:
         subprocess.run(
-            [PARSER, "-Kr"],
-            input=DEFAULT,
+            [PARSER, "--skip-cache", "--replace"],
+            input=profile,
             text=True,
             capture_output=True,
             timeout=PARSER_SECONDS,
             check=True,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        text = getattr(error, "stderr", "") or error
-        log.warning("AppArmor: no default profile, containers run unconfined by it: %s", text)
+        reason = (getattr(error, "stderr", "") or str(error)).strip()
+        raise FailedPrecondition(f'AppArmor profile "{NAME}": not loaded: {reason}') from error

@@ -5,7 +5,6 @@ exists, and goes after they are gone.
 """
 
 import asyncio
-import functools
 import json
 import logging
 import secrets
@@ -32,8 +31,7 @@ from nodeagent.images.catalog import Images
 from nodeagent.lifecycle import cdi, execs, oomscore, process
 from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.handover import handover
-from nodeagent.lifecycle.hostpaths import HostPaths
-from nodeagent.lifecycle.plan import Planner, Seen, reference
+from nodeagent.lifecycle.plan import Planner, reference
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.lifecycle.supervision import Supervision
 from nodeagent.lifecycle.trash import Trash
@@ -70,7 +68,6 @@ class Containers:
         self._trash = trash
         self._directory = directory
         self._groups: dict[str, Cgroup] = {}
-        self._host_paths = HostPaths()
         self._flights = Flights(lambda container_id: container_id in registry.containers)
 
     def get(self, name: str) -> Container:
@@ -138,7 +135,7 @@ class Containers:
         supervisor: Supervisor,
         undo: AsyncExitStack,
     ) -> None:
-        seen = await self._look(container.config)
+        seen = await self._planner.look(container.config)
         plan = self._planner.plan(sandbox, container, image, seen, self._directory / container.id)
         undo.callback(self._images.release, container.id)
         for needed in self._planner.images(container.config, image):
@@ -171,13 +168,6 @@ class Containers:
             ),
             "created",
         )
-
-    async def _look(self, config: ContainerConfig) -> Seen:
-        """Aside where it meets a path of the requester's; all else is memory and the node's own /dev."""
-        look = functools.partial(self._planner.look, config)
-        if config.devices or (config.seccomp is not None and config.seccomp.ref):
-            return await self._host_paths.look(f'container "{config.name}"', look)
-        return look()
 
     def _intention(self, sandbox: Sandbox, config: ContainerConfig, image: Image) -> Container:
         container_id = secrets.token_hex(32)

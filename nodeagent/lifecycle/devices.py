@@ -5,7 +5,7 @@ The nodes are read from the node's /dev when the container is planned; a directo
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from nodeagent.cgroups.devices import DEFAULT_RULES, Rule
@@ -25,20 +25,27 @@ class ContainerDevices(NamedTuple):
     rules: list[Rule] | None
 
 
-def container_devices(config: ContainerConfig) -> ContainerDevices:
-    """The usual ones, those asked for, and all of the node's for a privileged container."""
+def container_devices(config: ContainerConfig, asked: Sequence[list[Device]]) -> ContainerDevices:
+    """The usual ones, those asked for, and all of the node's for a privileged container.
+
+    asked: for each device of the config, what `named` returned.
+    """
     by_path = {device["path"]: device for device in rootfs.DEFAULT_DEVICES}
     if config.privileged:
         by_path |= {device["path"]: device for device in _below("/dev", "/dev")}
     rules = list(DEFAULT_RULES)
-    for wanted in config.devices:
-        for device in _wanted(wanted):
+    for wanted, found in zip(config.devices, asked, strict=True):
+        for device in found:
             by_path[device["path"]] = device
             rules.append(Rule(device["type"], device["major"], device["minor"], wanted.permissions))
     return ContainerDevices(list(by_path.values()), None if config.privileged else rules)
 
 
-def _wanted(wanted: DeviceConfig) -> list[Device]:
+def named(wanted: DeviceConfig) -> list[Device]:
+    """The device that is asked for, or all in the directory. May hang with its file system.
+
+    Raises NotFound and InvalidArgument.
+    """
     try:
         host_path = os.path.realpath(wanted.host_path)
         if os.path.isdir(host_path):

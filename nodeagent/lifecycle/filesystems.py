@@ -3,6 +3,7 @@
 Parents come before what is mounted in them; of two mounts on one path the caller's is taken.
 """
 
+import functools
 import posixpath
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,9 +27,18 @@ MASKED_PATHS = (
     "/sys/devices/virtual/powercap",
     "/sys/firmware",
 )
+# Of each processor that counts how often it was too hot: when other tenants of the node work, and when they do not.
+THERMAL_COUNTERS = "devices/system/cpu/cpu[0-9]*/thermal_throttle"
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
 Hierarchies = dict[str, list[str]]
+
+
+@functools.cache
+def masked_paths(sysfs: Path = Path("/sys")) -> tuple[str, ...]:
+    """What is masked where the caller names nothing: the same in every container of a node."""
+    counters = sorted(path.relative_to(sysfs) for path in sysfs.glob(THERMAL_COUNTERS))
+    return (*MASKED_PATHS, *(f"/sys/{path}" for path in counters))
 
 
 def container_mounts(

@@ -5,36 +5,58 @@ own, so that it holds up the request that named it and nothing else: no event lo
 """
 
 import asyncio
+import os.path
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from nodeagent.errors import ResourceExhausted
+from nodeagent.linux.mounts import mount_table
 
 T = TypeVar("T")
 
+_MOUNT_POINT = 4  # field of a line of /proc/self/mountinfo
+
 
 class HostPaths:
-    """limit: of looks under way; one that never returns is under way until the agent ends."""
+    """limit: of looks under way at one file system; one that never returns is under way until the agent ends.
+
+    A file system is told by the name of the path, for to resolve a link can hang as well.
+    """
 
     def __init__(self, limit: int = 64) -> None:
         self._limit = limit
-        self.under_way: set[Future[Any]] = set()
+        self.under_way: dict[Future[Any], str] = {}
 
-    async def look(self, what: str, function: Callable[[], T]) -> T:
-        """What `function` returns or raises. Raises ResourceExhausted, with `what`, at the limit."""
-        if len(self.under_way) >= self._limit:
-            raise ResourceExhausted(
-                f"{what}: {self._limit} looks at paths of this node have not returned; "
-                "is one of its file systems dead?"
-            )
+    async def look(self, what: str, path: str, function: Callable[[], T]) -> T:
+        """What `function`, which is about `path`, returns or raises.
+
+        Raises ResourceExhausted, with `what`, at the limit of the file system that the path is on.
+        """
+        self._refuse_dead(what, path)
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()  # a caller that gives up does not end it
-        self.under_way.add(future)
-        future.add_done_callback(self.under_way.discard)
+        self.under_way[future] = path
+        future.add_done_callback(self.under_way.pop)
         threading.Thread(target=_run, args=(function, future), daemon=True).start()
         return await asyncio.wrap_future(future)
+
+    def _refuse_dead(self, what: str, path: str) -> None:
+        """The table of mounts is read only when there is something to count."""
+        if len(self.under_way) < self._limit:
+            return
+        points = mount_points(mount_table())
+        mount = mount_point(path, points)
+        blocked = sum(
+            mount_point(other, points) == mount for other in list(self.under_way.values())
+        )
+        if blocked >= self._limit:
+            raise ResourceExhausted(
+                f'{what}: "{path}": {blocked} lookups on the filesystem at {mount} are still blocked; '
+                "is it hung (NFS?)"
+            )
 
 
 def _run(function: Callable[[], T], future: Future[T]) -> None:
@@ -44,3 +66,17 @@ def _run(function: Callable[[], T], future: Future[T]) -> None:
         future.set_exception(error)
     else:
         future.set_result(result)
+
+
+def mount_points(mountinfo: str) -> set[str]:
+    """The kernel writes blanks, tabs, line feeds and backslashes of a name in octal (proc_pid_mountinfo(5))."""
+    names = (line.split(" ")[_MOUNT_POINT] for line in mountinfo.split("\n") if line)
+    return {re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), name) for name in names}
+
+
+def mount_point(path: str, points: set[str]) -> str:
+    """The last mount point on the way to `path`, by its name alone."""
+    path = os.path.normpath("/" + path.lstrip("/"))  # which keeps two slashes at the front
+    while path not in points and path != "/":
+        path = os.path.dirname(path)
+    return path

@@ -121,7 +121,7 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
         stack.enter_context(places.owned())
         places.make()
         stack.enter_context(privatemount.mounted(places.pods))
-        await asyncio.to_thread(apparmor.load_default)
+        await asyncio.to_thread(apparmor.prepare)
         store, images = await stack.enter_async_context(open_images(config, places))
         cgroups = Cgroups.open(
             driver=config.cgroup.driver,

@@ -5,6 +5,7 @@ The plan is complete: nothing in it is looked up again, so that it can be printe
 
 import base64
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from nodeagent.errors import InvalidArgument, NotFound
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle import devices, filesystems, podfiles, process
 from nodeagent.lifecycle.devices import ContainerDevices
+from nodeagent.lifecycle.hostpaths import HostPaths
 from nodeagent.lifecycle.profiles import Profiles
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.linux import syscalls
@@ -37,6 +39,7 @@ class Seen(NamedTuple):
 
     devices: ContainerDevices
     seccomp: Filter
+    apparmor: str
 
 
 class Planner:
@@ -55,6 +58,7 @@ class Planner:
         self._registry = registry
         self._images = images
         self._profiles = profiles
+        self._host_paths = HostPaths()
         self._pods = pods
         self._rlimits = [
             Rlimit(resource=name, soft=soft, hard=hard)
@@ -67,11 +71,22 @@ class Planner:
             for mount in cgroups.mounts()
         }
 
-    def look(self, config: ContainerConfig) -> Seen:
-        """Reads the node's files and nothing of the agent's. Raises InvalidArgument, NotFound, Unsupported."""
+    async def look(self, config: ContainerConfig) -> Seen:
+        """Aside where it meets a path of the requester's; all else is memory, and the node's own /dev and /sys.
+
+        Raises FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted and Unsupported.
+        """
+        what = f'container "{config.name}"'
+        asked = [
+            await self._host_paths.look(what, wanted.host_path, partial(devices.named, wanted))
+            for wanted in config.devices
+        ]
+        seccomp = partial(self._profiles.seccomp, config, self._capabilities(config)["bounding"])
+        path = config.seccomp.ref if config.seccomp is not None else ""
         return Seen(
-            devices=devices.container_devices(config),
-            seccomp=self._profiles.seccomp(config, self._capabilities(config)["bounding"]),
+            devices=devices.container_devices(config, asked),
+            seccomp=await self._host_paths.look(what, path, seccomp) if path else seccomp(),
+            apparmor=await self._profiles.apparmor(config),
         )
 
     def plan(
@@ -80,14 +95,14 @@ class Planner:
         """directory: the container's own, with `upper` and `work`. Raises InvalidArgument, NotFound, Unsupported."""
         config = container.config
         open_paths = config.privileged
-        masked = filesystems.MASKED_PATHS if config.masked_paths is None else config.masked_paths
+        masked = filesystems.masked_paths() if config.masked_paths is None else config.masked_paths
         readonly = (
             filesystems.READONLY_PATHS if config.readonly_paths is None else config.readonly_paths
         )
         plan = ContainerPlan(
             id=container.id,
             argv=process.arguments(config, image.config),
-            process=self._process(sandbox, config, image, seen.seccomp),
+            process=self._process(sandbox, config, image, seen),
             rootfs=Rootfs(
                 lower=[str(layer) for layer in self._images.lower_dirs(image)],
                 upper=str(directory / "upper"),
@@ -117,7 +132,7 @@ class Planner:
         return plan
 
     def _process(
-        self, sandbox: Sandbox, config: ContainerConfig, image: Image, seccomp: Filter
+        self, sandbox: Sandbox, config: ContainerConfig, image: Image, seen: Seen
     ) -> ProcessPlan:
         plan = ProcessPlan(
             env=process.environment(config, image.config, podfiles.hostname(sandbox.config)),
@@ -125,9 +140,9 @@ class Planner:
             user=process.user(config, image.config),
             capabilities=self._capabilities(config),
             no_new_privs=config.no_new_privs,
-            seccomp=base64.b64encode(seccomp.program).decode(),
-            seccomp_flags=seccomp.flags,
-            apparmor=self._profiles.apparmor(config),
+            seccomp=base64.b64encode(seen.seccomp.program).decode(),
+            seccomp_flags=seen.seccomp.flags,
+            apparmor=seen.apparmor,
             selinux=self._profiles.selinux(config),
             rlimits=self._rlimits,
             oom_score_adj=config.resources.oom_score_adj,

@@ -1,5 +1,6 @@
 """Which seccomp, AppArmor and SELinux confinement a container gets; refused where the node cannot give it."""
 
+import asyncio
 from pathlib import Path
 
 from nodeagent.errors import FailedPrecondition, InvalidArgument, Unsupported
@@ -28,19 +29,14 @@ class Profiles:
             return seccomp_profile.from_file(path, capabilities)
         return seccomp_profile.runtime_default(capabilities)
 
-    def apparmor(self, config: ContainerConfig) -> str:
-        """The profile's name, or "" for none. Without a wish it is the default one, where there is that."""
+    async def apparmor(self, config: ContainerConfig) -> str:
+        """The profile's name, or "" for none. Loads the default one where somebody has unloaded it."""
         asked = config.apparmor
+        if asked is not None and asked.kind == "localhost":
+            return _loaded_apparmor(asked.ref)
         if config.privileged or (asked is not None and asked.kind == "unconfined"):
             return ""
-        if asked is None:
-            return apparmor.NAME if apparmor.is_loaded(apparmor.NAME) else ""
-        name = asked.ref or apparmor.NAME
-        if not apparmor.is_enabled():
-            raise Unsupported(f'AppArmor profile "{name}": this kernel has no AppArmor')
-        if not apparmor.is_loaded(name):
-            raise FailedPrecondition(f'AppArmor profile "{name}": not loaded on this node')
-        return name
+        return await _default_apparmor(required=asked is not None)
 
     def selinux(self, config: ContainerConfig) -> str:
         """The process label, or "" for none."""
@@ -59,3 +55,24 @@ class Profiles:
                     f'selinux_relabel of "{mount.container_path}": this agent labels no volumes'
                 )
         return label
+
+
+def _loaded_apparmor(name: str) -> str:
+    if not apparmor.is_enabled():
+        raise Unsupported(f'AppArmor profile "{name}": this kernel has no AppArmor')
+    if not apparmor.is_loaded(name):
+        raise FailedPrecondition(f'AppArmor profile "{name}": not loaded on this node')
+    return name
+
+
+async def _default_apparmor(*, required: bool) -> str:
+    """Without AppArmor or its parser there is none, unless it is required. Who can load it never does without."""
+    if not apparmor.is_enabled():
+        if required:
+            raise Unsupported("AppArmor profile RuntimeDefault: this kernel has no AppArmor")
+        return ""
+    if not apparmor.is_loaded(apparmor.NAME):
+        if not required and not apparmor.has_parser():
+            return ""
+        await asyncio.to_thread(apparmor.ensure_default)
+    return apparmor.NAME

@@ -22,6 +22,10 @@ _BPF_CGROUP_DEVICE = 6
 _BPF_F_ALLOW_MULTI = 1 << 1
 _BPF_F_REPLACE = 1 << 2
 
+# Of the part of union bpf_attr that BPF_PROG_QUERY uses. Linux 6.17 to 7.1 write its last field, `revision`, whatever
+# size the caller gives: into whatever comes behind a shorter buffer.
+_QUERY_BYTES = 64
+
 # BPF_CGROUP_MAX_PROGS of the kernel.
 _MAX_PROGRAMS = 64
 
@@ -78,7 +82,7 @@ def prog_query(cgroup: int) -> list[int]:
     attributes = struct.pack(
         "=IIIIQII", cgroup, _BPF_CGROUP_DEVICE, 0, 0, ctypes.addressof(ids), _MAX_PROGRAMS, 0
     )
-    _, answer = _bpf(_BPF_PROG_QUERY, attributes)
+    _, answer = _bpf(_BPF_PROG_QUERY, attributes.ljust(_QUERY_BYTES, b"\0"))
     (count,) = struct.unpack_from("=I", answer, 24)
     return list(ids[:count])
 

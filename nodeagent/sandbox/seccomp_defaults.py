@@ -26,21 +26,21 @@ ALLOWED = """
     getuid32 getxattr getxattrat inotify_add_watch inotify_init inotify_init1 inotify_rm_watch
     io_cancel io_destroy io_getevents io_pgetevents io_pgetevents_time64 io_setup io_submit ioctl
     ioprio_get ioprio_set ipc kill landlock_add_rule landlock_create_ruleset
-    landlock_restrict_self lchown lchown32 lgetxattr link linkat listen listxattr listxattrat
-    llistxattr lremovexattr lseek lsetxattr lsm_get_self_attr lsm_list_modules lsm_set_self_attr
-    lstat lstat64 madvise map_shadow_stack membarrier memfd_create memfd_secret mincore mkdir
-    mkdirat mknod mknodat mlock mlock2 mlockall mmap mmap2 modify_ldt mprotect mq_getsetattr
-    mq_notify mq_open mq_timedreceive mq_timedreceive_time64 mq_timedsend mq_timedsend_time64
-    mq_unlink mremap mseal msgctl msgget msgrcv msgsnd msync munlock munlockall munmap
-    name_to_handle_at nanosleep newfstatat open openat openat2 pause pidfd_open pidfd_send_signal
-    pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll ppoll_time64 prctl pread64 preadv
-    preadv2 prlimit64 process_mrelease process_vm_readv process_vm_writev pselect6 pselect6_time64
-    ptrace pwrite64 pwritev pwritev2 read readahead readlink readlinkat readv recv recvfrom
-    recvmmsg recvmmsg_time64 recvmsg remap_file_pages removexattr removexattrat rename renameat
-    renameat2 restart_syscall riscv_hwprobe rmdir rseq rt_sigaction rt_sigpending rt_sigprocmask
-    rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait rt_sigtimedwait_time64
-    rt_tgsigqueueinfo sched_get_priority_max sched_get_priority_min sched_getaffinity
-    sched_getattr sched_getparam sched_getscheduler sched_rr_get_interval
+    landlock_restrict_self lchown lchown32 lgetxattr link linkat listen listmount listxattr
+    listxattrat llistxattr lremovexattr lseek lsetxattr lsm_get_self_attr lsm_list_modules
+    lsm_set_self_attr lstat lstat64 madvise map_shadow_stack membarrier memfd_create memfd_secret
+    mincore mkdir mkdirat mknod mknodat mlock mlock2 mlockall mmap mmap2 modify_ldt mprotect
+    mq_getsetattr mq_notify mq_open mq_timedreceive mq_timedreceive_time64 mq_timedsend
+    mq_timedsend_time64 mq_unlink mremap mseal msgctl msgget msgrcv msgsnd msync munlock
+    munlockall munmap name_to_handle_at nanosleep newfstatat open openat openat2 pause pidfd_open
+    pidfd_send_signal pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll ppoll_time64 prctl
+    pread64 preadv preadv2 prlimit64 process_mrelease process_vm_readv process_vm_writev pselect6
+    pselect6_time64 ptrace pwrite64 pwritev pwritev2 read readahead readlink readlinkat readv recv
+    recvfrom recvmmsg recvmmsg_time64 recvmsg remap_file_pages removexattr removexattrat rename
+    renameat renameat2 restart_syscall riscv_hwprobe rmdir rseq rt_sigaction rt_sigpending
+    rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait
+    rt_sigtimedwait_time64 rt_tgsigqueueinfo sched_get_priority_max sched_get_priority_min
+    sched_getaffinity sched_getattr sched_getparam sched_getscheduler sched_rr_get_interval
     sched_rr_get_interval_time64 sched_setaffinity sched_setattr sched_setparam sched_setscheduler
     sched_yield seccomp select semctl semget semop semtimedop semtimedop_time64 send sendfile
     sendfile64 sendmmsg sendmsg sendto set_robust_list set_thread_area set_tid_address set_tls
@@ -48,12 +48,12 @@ ALLOWED = """
     setpgid setpriority setregid setregid32 setresgid setresgid32 setresuid setresuid32 setreuid
     setreuid32 setrlimit setsid setsockopt setuid setuid32 setxattr setxattrat shmat shmctl shmdt
     shmget shutdown sigaction sigaltstack signal signalfd signalfd4 sigpending sigprocmask
-    sigreturn sigsuspend socketpair splice stat stat64 statfs statfs64 statx symlink symlinkat
-    sync sync_file_range sync_file_range2 syncfs sysinfo tee tgkill time timer_create timer_delete
-    timer_getoverrun timer_gettime timer_gettime64 timer_settime timer_settime64 timerfd_create
-    timerfd_gettime timerfd_gettime64 timerfd_settime timerfd_settime64 times tkill truncate
-    truncate64 ugetrlimit umask uname unlink unlinkat uretprobe utime utimensat utimensat_time64
-    utimes vfork vmsplice wait4 waitid waitpid write writev
+    sigreturn sigsuspend socketpair splice stat stat64 statfs statfs64 statmount statx symlink
+    symlinkat sync sync_file_range sync_file_range2 syncfs sysinfo tee tgkill time timer_create
+    timer_delete timer_getoverrun timer_gettime timer_gettime64 timer_settime timer_settime64
+    timerfd_create timerfd_gettime timerfd_gettime64 timerfd_settime timerfd_settime64 times tkill
+    truncate truncate64 ugetrlimit umask uname unlink unlinkat uretprobe utime utimensat
+    utimensat_time64 utimes vfork vmsplice wait4 waitid waitpid write writev
 """.split()
 
 # Allowed besides to those who hold the capability, without which the kernel would refuse most of it anyway.
@@ -62,9 +62,9 @@ ALLOWED_WITH = {
     "DAC_READ_SEARCH": "open_by_handle_at".split(),
     "PERFMON": "perf_event_open".split(),
     "SYS_ADMIN": """
-        bpf clone clone3 fanotify_init fsconfig fsmount fsopen fspick listmount lookup_dcookie mount mount_setattr
+        bpf clone clone3 fanotify_init fsconfig fsmount fsopen fspick lookup_dcookie mount mount_setattr
         move_mount open_tree open_tree_attr perf_event_open pivot_root quotactl quotactl_fd setdomainname sethostname
-        setns statmount syslog umount umount2 unshare
+        setns syslog umount umount2 unshare
     """.split(),
     "SYS_BOOT": "reboot".split(),
     "SYS_CHROOT": "chroot".split(),

@@ -74,9 +74,9 @@ def test_a_record_that_cannot_be_read(own_agent: RunningAgent, own_cri: Cri, kin
 def test_a_group_that_others_removed(own_agent: RunningAgent, own_cri: Cri) -> None:
     """As the kubelet does with all below a pod's group, once it wants the pod to be gone."""
     container = own_cri.run()
-    groups = [Path(path) for path, _, _ in os.walk("/sys/fs/cgroup") if path.endswith(container.id)]
-    for pid in (groups[0] / "cgroup.procs").read_text().split():
-        os.kill(int(pid), signal.SIGKILL)
+    walk = os.walk("/sys/fs/cgroup", topdown=False)
+    groups = [Path(path) for path, _, _ in walk if container.id in path]
+    os.kill(int((groups[0] / "cgroup.procs").read_text()), signal.SIGKILL)
     assert container.ended().exit_code == 137
     wait_for("empty groups", lambda: all(map(is_removed, groups)))
     container.pod.stop()

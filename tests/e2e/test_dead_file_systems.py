@@ -15,6 +15,7 @@ import pytest
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.linux import syscalls
 from tests.cri import Cri, options
+from tests.node import wait_for
 from tests.security import fuse
 
 MNT_DETACH = 2
@@ -103,6 +104,38 @@ def test_a_volume_whose_server_never_answers(cri: Cri, mute: Mute, target: str) 
     with waiting(cri, lambda: pod.container(mounts=mounts), grpc.StatusCode.INTERNAL):
         mute.server.kill()
     pod.remove()
+
+
+def test_however_many_wait_others_go_on(cri: Cri, dead: str) -> None:
+    """More than may wait for one file system; those that name a device elsewhere are none of them."""
+    pod = cri.pod()
+    requests = [
+        pb.CreateContainerRequest(
+            pod_sandbox_id=pod.id,
+            sandbox_config=pod.config,
+            config=pb.ContainerConfig(
+                metadata=pb.ContainerMetadata(name=f"waiting-{number}"),
+                image=pb.ImageSpec(image=cri.image),
+                **NAMING["a device"](dead),
+            ),
+        )
+        for number in range(70)
+    ]
+    calls = [cri.agent.runtime.CreateContainer.future(request) for request in requests]
+    wait_for("those that are too many", lambda: sum(call.done() for call in calls) == 6, seconds=60)
+    refusals = [call.exception() for call in calls if call.done()]
+    assert {error.code() for error in refusals} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert all(os.path.dirname(dead) in error.details() for error in refusals)
+    other = cri.run(
+        devices=[pb.Device(host_path="/dev/null", container_path="/dev/it", permissions="r")]
+    )
+    assert other.shell("test -c /dev/it && echo there") == "there"
+    other.pod.remove()
+    pod.remove()
+    assert {code_of(call.result) for call in calls} == {
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.UNAVAILABLE,
+    }
 
 
 @contextmanager

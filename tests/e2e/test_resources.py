@@ -120,10 +120,10 @@ def test_an_oom_score_that_cannot_be_had(cri: Cri) -> None:
 
 
 def pod_memory_limit(container: Container) -> int:
-    """Of the cgroup above the container's, which the agent made for the pod."""
+    """Of the cgroup that the agent made for the pod: on v2, two levels above the container's."""
     request = pb.ContainerStatusRequest(container_id=container.id, verbose=True)
     info = json.loads(container.pod.cri.agent.runtime.ContainerStatus(request).info["info"])
-    parent = str(Path(info["cgroupPath"]).parent)
+    parent = info["cgroupPath"].partition(f"/{container.id}")[0]
     files = (
         Path(f"/sys/fs/cgroup{parent}/memory.max"),
         Path(f"/sys/fs/cgroup/memory{parent}/memory.limit_in_bytes"),

@@ -77,7 +77,7 @@ ln -sf /proc/self/fd dev/fd
 ln -sf fd/0 dev/stdin
 ln -sf fd/1 dev/stdout
 ln -sf fd/2 dev/stderr
-mount -t cgroup2 cgroup2 sys/fs/cgroup || die cgroup2
+mount -t cgroup2 -o nsdelegate cgroup2 sys/fs/cgroup || die cgroup2
 for controller in $(cat sys/fs/cgroup/cgroup.controllers); do
 	echo "+$controller" >sys/fs/cgroup/cgroup.subtree_control
 done

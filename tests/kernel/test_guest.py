@@ -17,6 +17,8 @@ SUITES = [
     "tests/e2e/test_logs_and_exec.py",
     "tests/e2e/test_recovery.py",
     "tests/e2e/test_resources.py",
+    "tests/security/agent/test_apparmor.py",
+    "tests/security/agent/test_cgroups.py",
 ]
 SECONDS = 900
 

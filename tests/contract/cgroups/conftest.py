@@ -38,8 +38,8 @@ def layout(request: pytest.FixtureRequest) -> Iterator[Layout]:
     yield layout
     left = [h for h in LAYOUT.hierarchies if os.path.isdir(h.directory(TOP))]
     for h in left:
-        for directory in tree.bottom_up(h.directory(TOP)):
-            os.rmdir(directory)
+        for parent, name in tree.bottom_up(h.directory(TOP)):
+            os.rmdir(name, dir_fd=parent)
     assert not left, f"{TOP} is left in {left}"
 
 

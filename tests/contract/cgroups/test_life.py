@@ -48,8 +48,9 @@ def test_the_machine_is_understood() -> None:
 
 
 def test_a_container_goes_below_its_parent(cgroups: Cgroups) -> None:
-    assert cgroups.container_path("/kubepods/pod1", "abc") == "/kubepods/pod1/abc"
-    assert cgroups.container_path("", "abc") == f"{TOP}/default/abc"
+    inner = "/container" if cgroups.hierarchy == "v2" else ""
+    assert cgroups.container_path("/kubepods/pod1", "abc") == f"/kubepods/pod1/abc{inner}"
+    assert cgroups.container_path("", "abc") == f"{TOP}/default/abc{inner}"
     with pytest.raises(InvalidArgument):
         cgroups.container_path("/a/../..", "abc")
 
@@ -70,6 +71,17 @@ def test_parents_stay_while_they_are_needed(cgroups: Cgroups, layout: Layout) ->
     assert directories(layout, TOP) == []
 
 
+def test_parents_go_although_others_removed_what_is_between(
+    cgroups: Cgroups, layout: Layout
+) -> None:
+    group = cgroups.create(f"{TOP}/a/b/c")
+    for hierarchy in layout.hierarchies:
+        os.rmdir(hierarchy.directory(f"{TOP}/a/b/c"))
+        os.rmdir(hierarchy.directory(f"{TOP}/a/b"))
+    group.remove()
+    assert directories(layout, TOP) == []
+
+
 def test_parents_are_shared_by_threads(cgroups: Cgroups, layout: Layout) -> None:
     def churn(name: int) -> None:
         for _ in range(30):
@@ -78,6 +90,42 @@ def test_parents_are_shared_by_threads(cgroups: Cgroups, layout: Layout) -> None
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(churn, range(4)))
     assert directories(layout, TOP) == []
+
+
+def nested(directory: str, levels: int, name: str) -> int:
+    """The innermost of groups within one another, open; their path is longer than any system call takes."""
+    here = os.open(directory, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir(name, dir_fd=here)
+        inside = os.open(name, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inside
+    return here
+
+
+def test_groups_nested_deeper_than_paths_are_long(
+    cgroups: Cgroups, group: Cgroup, layout: Layout, spawn: Spawn
+) -> None:
+    """As a container can make them that mounts its cgroups: it is killed and removed as any other."""
+    process = spawn(group, "print('ready', flush=True); input()")
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    for hierarchy in layout.hierarchies:
+        innermost = nested(hierarchy.directory(group.path), 25, "x" * 200)
+        if hierarchy is layout.hierarchies[0]:  # a new group of cpuset has no processor yet
+            file = os.open("cgroup.procs", os.O_WRONLY, dir_fd=innermost)
+            os.write(file, str(process.pid).encode())
+            os.close(file)
+        os.close(innermost)
+    assert group.processes() == [process.pid]
+    assert group.populated()
+    with pytest.raises(FailedPrecondition, match=r"not removed, processes [0-9]+ are in x+$"):
+        group.remove(timeout_s=0)
+    group.kill()
+    process.wait(10)
+    assert not group.populated()
+    group.remove()
+    assert directories(layout, group.path) == []
 
 
 def test_parents_of_others_stay(cgroups: Cgroups, layout: Layout) -> None:

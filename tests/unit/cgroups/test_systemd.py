@@ -16,7 +16,7 @@ ID = "0123456789abcdef" * 4
 def test_systemd(parent: str) -> None:
     assert systemd.container(parent, ID) == (
         "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1_2.slice"
-        f"/nodeagent-{ID}.scope/container"
+        f"/nodeagent-{ID}.scope"
     )
 
 
@@ -29,7 +29,7 @@ def test_parents_of_callers() -> None:
 
 
 def test_slice_at_the_top() -> None:
-    assert systemd.container("/test.slice", "x") == "/test.slice/nodeagent-x.scope/container"
+    assert systemd.container("/test.slice", "x") == "/test.slice/nodeagent-x.scope"
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,29 @@ def test_names_holes_and_links(layer: Path, tmp_path: Path) -> None:
     assert usage.mountpoint == str(tmp_path)
 
 
+def test_files_with_several_names_beyond_those_that_are_remembered(
+    layer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A walk's memory is not the container's to choose; the sum is right all the same."""
+    monkeypatch.setattr(disk, "REMEMBERED", 10)
+    (layer / "names").mkdir()
+    for number in range(50):
+        (layer / f"file-{number}").write_bytes(b"x" * 5_000)
+        for name in range(number % 3 + 1):
+            os.link(layer / f"file-{number}", layer / f"names/{number}-{name}")
+    usage = measure(layer)
+    assert (usage.used_bytes, usage.inodes_used) == du(layer)
+
+
+def test_a_walk_remembers_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "REMEMBERED", 10)
+    linked: set[int] = set()
+    pairs = [os.stat_result((0o100644, inode, 1, 2, 0, 0, 0, 0, 0, 0)) for inode in range(1000)]
+    shares = [disk._share(status, linked) for status in pairs]
+    assert shares == [1.0] * 10 + [0.5] * 990
+    assert len(linked) == 10
+
+
 def test_a_layer_that_has_gone(tmp_path: Path) -> None:
     usage = measure(tmp_path / "id/upper")
     assert (usage.used_bytes, usage.inodes_used) == (0, 0)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent.errors import InvalidArgument
-from nodeagent.lifecycle.filesystems import container_mounts
+from nodeagent.lifecycle.filesystems import MASKED_PATHS, container_mounts, masked_paths
 from nodeagent.records import ContainerConfig, MountConfig, Namespaces, Sandbox, SandboxConfig
 from nodeagent.sandbox.spec import Mount
 
@@ -47,6 +47,16 @@ def test_the_caller_s_mount_replaces_the_default() -> None:
     plan = mounts(MountConfig(container_path="/etc/hosts", host_path="/kubelet/hosts"))
     assert of(plan, "/etc/hosts")["source"] == "/kubelet/hosts"
     assert of(plan, "/etc/hostname")["source"] == "/run/pod/hostname"
+
+
+def test_thermal_counters_are_masked_where_there_are_any(tmp_path: Path) -> None:
+    for name in ("cpu0", "cpu12", "cpufreq"):
+        (tmp_path / "devices/system/cpu" / name / "thermal_throttle").mkdir(parents=True)
+    (tmp_path / "devices/system/cpu/cpu1").mkdir()
+    assert masked_paths(tmp_path)[len(MASKED_PATHS) :] == (
+        "/sys/devices/system/cpu/cpu0/thermal_throttle",
+        "/sys/devices/system/cpu/cpu12/thermal_throttle",
+    )
 
 
 def test_one_path_twice_is_refused() -> None:

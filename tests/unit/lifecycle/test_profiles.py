@@ -1,6 +1,11 @@
 """Confinement is given as it was asked for, or refused."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from subprocess import PIPE
+from zipfile import ZipFile
 
 import pytest
 
@@ -8,6 +13,8 @@ from nodeagent.errors import FailedPrecondition, InvalidArgument, Unsupported
 from nodeagent.lifecycle import apparmor, profiles
 from nodeagent.lifecycle.profiles import Profiles
 from nodeagent.records import ContainerConfig, MountConfig, Profile, SELinux
+from tests.conformance.apparmor import put_in_path
+from tests.images import DEBIAN, PROJECT
 
 PROFILES = Profiles("")
 DEFAULT = Profile(kind="default")
@@ -20,13 +27,25 @@ def config(**fields: object) -> ContainerConfig:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A kernel with AppArmor; the list of its profiles."""
+    """A kernel with AppArmor, a node without its parser; the list of the kernel's profiles."""
     enabled, listed = tmp_path / "enabled", tmp_path / "profiles"
     enabled.write_text("Y\n")
     listed.write_text("mine (enforce)\n")
     monkeypatch.setattr(apparmor, "ENABLED", enabled)
     monkeypatch.setattr(apparmor, "PROFILES", listed)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     return listed
+
+
+def load_default(listed: Path) -> None:
+    listed.write_text(f"{apparmor.NAME} (enforce)\n")
+
+
+def install_parser(folder: Path, script: str) -> None:
+    program = folder / "bin/apparmor_parser"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
 
 
 @pytest.fixture
@@ -34,22 +53,59 @@ def selinux(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(profiles, "SELINUX", tmp_path)
 
 
-def test_apparmor(loaded: Path) -> None:
-    assert PROFILES.apparmor(config(apparmor=Profile(kind="localhost", ref="mine"))) == "mine"
-    assert PROFILES.apparmor(config(apparmor=Profile(kind="unconfined"))) == ""
-    assert PROFILES.apparmor(config()) == ""
-    loaded.write_text(f"{apparmor.NAME} (enforce)\n")
-    assert PROFILES.apparmor(config()) == PROFILES.apparmor(config(apparmor=DEFAULT))
-    assert PROFILES.apparmor(config(apparmor=DEFAULT, privileged=True)) == ""
+async def test_apparmor(loaded: Path) -> None:
+    mine = Profile(kind="localhost", ref="mine")
+    assert await PROFILES.apparmor(config(apparmor=mine)) == "mine"
+    assert await PROFILES.apparmor(config(apparmor=mine, privileged=True)) == "mine"
+    assert await PROFILES.apparmor(config(apparmor=Profile(kind="unconfined"))) == ""
+    assert await PROFILES.apparmor(config()) == ""
+    load_default(loaded)
+    assert await PROFILES.apparmor(config()) == apparmor.NAME
+    assert await PROFILES.apparmor(config(apparmor=DEFAULT)) == apparmor.NAME
+    for asked in (None, DEFAULT):
+        assert await PROFILES.apparmor(config(apparmor=asked, privileged=True)) == ""
+
+
+async def test_the_default_profile_is_loaded_when_it_is_not_there(loaded: Path) -> None:
+    install_parser(loaded.parent, f'echo "{apparmor.NAME} (enforce)" > {loaded}')
+    assert await PROFILES.apparmor(config()) == apparmor.NAME
+
+
+@pytest.mark.parametrize("asked", [None, DEFAULT])
+async def test_nobody_runs_without_the_default_profile_where_loading_fails(
+    loaded: Path, asked: Profile | None
+) -> None:
+    install_parser(loaded.parent, "echo no such feature >&2; exit 1")
+    with pytest.raises(FailedPrecondition, match="no such feature"):
+        await PROFILES.apparmor(config(apparmor=asked))
 
 
 @pytest.mark.parametrize("profile", [DEFAULT, Profile(kind="localhost", ref="other")])
-def test_apparmor_that_is_asked_for_but_not_there(loaded: Path, profile: Profile) -> None:
+async def test_apparmor_that_is_asked_for_but_not_there(loaded: Path, profile: Profile) -> None:
     with pytest.raises(FailedPrecondition, match="not loaded"):
-        PROFILES.apparmor(config(apparmor=profile))
+        await PROFILES.apparmor(config(apparmor=profile))
     apparmor.ENABLED.write_text("N\n")
     with pytest.raises(Unsupported, match="no AppArmor"):
-        PROFILES.apparmor(config(apparmor=profile))
+        await PROFILES.apparmor(config(apparmor=profile))
+    assert await PROFILES.apparmor(config()) == ""
+
+
+def test_the_default_profile_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the real parser, against the features that the package comes with; nothing is loaded."""
+    if not DEBIAN.joinpath("apparmor").exists():
+        pytest.skip("the parser is not unpacked: `make test-setup` does so")
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    put_in_path(tmp_path / "bin")
+    command = ["apparmor_parser", "--skip-kernel-load", "--skip-cache", "--stdout"]
+    done = subprocess.run(command, input=apparmor.text().encode(), stdout=PIPE, check=True)
+    assert apparmor.NAME.encode() in done.stdout
+
+
+def test_a_wheel_has_the_default_profile(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "flit_core.wheel", "--outdir", str(tmp_path), str(PROJECT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.iterdir()
+    assert f"nodeagent/lifecycle/{apparmor.NAME}.apparmor" in ZipFile(wheel).namelist()
 
 
 @pytest.mark.usefixtures("selinux")
