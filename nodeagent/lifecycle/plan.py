@@ -147,7 +147,7 @@ class Planner:
             rlimits=self._rlimits,
             oom_score_adj=config.resources.oom_score_adj,
             umask=UMASK,
-            forbidden_calls=list(seccomp_successor.forbidden(seccomp.program)),
+            forbidden_calls=list(seccomp_successor.forbidden(seen.seccomp.program)),
         )
         user = sandbox.config.namespaces.user
         if user is not None and user.mode == "pod":

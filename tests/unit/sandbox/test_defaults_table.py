@@ -10,11 +10,10 @@ from collections.abc import Mapping
 
 from nodeagent.cgroups.devices import DEFAULT_RULES
 from nodeagent.lifecycle import filesystems, process
-from nodeagent.linux import capabilities, libseccomp
+from nodeagent.linux import bpf_classic, capabilities, libseccomp, seccomp
 from nodeagent.records import CapabilityChange
 from nodeagent.sandbox import seccomp_defaults as ours
 from nodeagent.sandbox import seccomp_profile
-from tests.unit.sandbox import bpf
 
 # ---- system calls ----
 
@@ -135,9 +134,10 @@ NAMESPACES = 0x7E020000  # of clone: mount, UTS, IPC, user, PID, network, cgroup
 
 def allows(name: str, argument: int, *held: str) -> bool:
     compiled = seccomp_profile.runtime_default(capabilities.mask(held))
-    number, machine = libseccomp.number_of(name), bpf.NATIVE[os.uname().machine]
+    number = libseccomp.number_of(name)
     assert number is not None
-    action = bpf.evaluate(compiled.program, number, argument, arch=machine)
+    data = bpf_classic.seccomp_data(number, seccomp.AUDIT_ARCH, [argument])
+    action = bpf_classic.run(compiled.program, data)
     assert action in (libseccomp.ACT_ALLOW, libseccomp.ACT_ERRNO | errno.EPERM)
     return action == libseccomp.ACT_ALLOW
 
