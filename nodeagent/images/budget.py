@@ -13,7 +13,7 @@ BOMB_RATIO = 250
 
 _RESERVE_BYTES = 512 << 20
 _RESERVE_SHARE = 50  # of the file system, where that is less
-_CHECK_BYTES = 4 << 20
+CHECK_BYTES = 4 << 20
 
 
 class Budget:
@@ -35,13 +35,36 @@ class Budget:
             self._bytes += size_bytes
             check = self._bytes >= self._next_check
             if check:
-                self._next_check = self._bytes + _CHECK_BYTES
+                self._next_check = self._bytes + CHECK_BYTES
         if self._entries > self._max_entries:
             raise ResourceExhausted(f"the image has more than {self._max_entries} files")
         if self._bytes > self._max_bytes:
             raise ResourceExhausted(f"the image unpacks to more than {self._max_bytes} bytes")
         if check:
-            require_space(self._directory, _CHECK_BYTES)
+            require_space(self._directory, CHECK_BYTES)
+
+    def _return(self, entries: int, size_bytes: int) -> None:
+        with self._lock:
+            self._entries -= entries
+            self._bytes -= size_bytes
+            self._next_check -= size_bytes
+
+
+class Share(Budget):
+    """What one attempt at a layer spends of an image's budget; given back where nothing comes of it."""
+
+    def __init__(self, whole: Budget) -> None:
+        self._whole = whole
+        self._bytes = 0
+        self._entries = 0
+
+    def spend(self, entries: int = 0, size_bytes: int = 0) -> None:
+        self._entries += entries
+        self._bytes += size_bytes
+        self._whole.spend(entries, size_bytes)
+
+    def give_back(self) -> None:
+        self._whole._return(self._entries, self._bytes)  # noqa: SLF001 (its own kind)
 
 
 def require_space(directory: Path, size_bytes: int) -> None:

@@ -21,6 +21,7 @@ from nodeagent.images import auth, manifest
 from nodeagent.images.auth import Credentials
 from nodeagent.images.hosts import Host, http_url, is_loopback
 from nodeagent.images.manifest import Descriptor
+from nodeagent.images.resolver import Resolver
 
 SILENCE_SECONDS = 20.0
 FLOOR_WINDOW_SECONDS = 10.0
@@ -46,7 +47,7 @@ class _ErrorBody(msgspec.Struct):
 def open_session() -> aiohttp.ClientSession:
     """What all servers share: no cookies, no decompression, nothing that is followed by itself."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, resolver=Resolver()),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         read_bufsize=_BUFFER_BYTES,
