@@ -41,7 +41,8 @@ __all__ = ["Auth", "Counters", "FsUsage", "Images", "Limits"]
 log = logging.getLogger(__name__)
 
 _WRITERS = 4
-_THREADS = 8
+_THREADS = 4
+_LOADERS = 2
 
 
 class Images:
@@ -65,9 +66,11 @@ class Images:
         self._staging = Staging(root / "staging")
         resources.push_async_callback(self._staging.close)
         self._layers = LayerStore(root / "layers", self._staging, store)
-        # Threads of the event loop are for the whole agent: loading an archive would keep one for minutes.
+        # The event loop's own threads are for the whole agent: a sync may last, and an archive takes minutes.
         self._threads = ThreadPoolExecutor(_THREADS, "images")
         resources.callback(self._threads.shutdown)
+        self._loaders = ThreadPoolExecutor(_LOADERS, "archive")
+        resources.callback(self._loaders.shutdown)
         writers = ThreadPoolExecutor(_WRITERS, "blob")
         resources.callback(writers.shutdown)
         self._downloads = Downloads(self._staging, writers, self.counters)
@@ -139,8 +142,8 @@ class Images:
         directory = self._staging.path("archive")
         try:
             spool = partial(archive.spool, source, directory, self._limits.max_image_bytes)
-            contents = await to_the_end(self._threads, spool)
-            images = await to_the_end(self._threads, contents.images)
+            contents = await to_the_end(self._loaders, spool)
+            images = await to_the_end(self._loaders, contents.images)
             taken = [await self._load(loaded, contents) for loaded in images]
             return list({image.id: image for image in taken}.values())
         finally:

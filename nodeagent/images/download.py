@@ -144,15 +144,16 @@ class Downloads:
         return True
 
     async def _take_in(self, arrival: Arrival, stream: AsyncGenerator[bytes]) -> None:
-        unchecked = CHECK_BYTES
+        blob, checked_bytes = arrival.blob, 0
         async with aclosing(stream) as chunks:
             async for chunk in chunks:
                 self._counters.fetched_bytes += len(chunk)
-                unchecked += len(chunk)
-                if unchecked >= CHECK_BYTES:
-                    require_space(self._staging.directory, CHECK_BYTES)
-                    unchecked = 0
-                await to_the_end(self._writers, partial(arrival.blob.append, chunk))
+                if len(chunk) > checked_bytes:  # other pulls need the same disk
+                    rest = blob.size - blob.received
+                    checked_bytes = min(max(CHECK_BYTES, len(chunk)), rest)
+                    require_space(self._staging.directory, checked_bytes)
+                checked_bytes -= len(chunk)
+                await to_the_end(self._writers, partial(blob.append, chunk))
                 arrival.tell()
 
     def _forget(self, key: Key, arrival: Arrival) -> None:

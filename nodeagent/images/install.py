@@ -99,7 +99,7 @@ class Plan:
 
 
 class _Job:
-    """One pull. turns: to fetch and unpack a layer; outlasted: other pulls that it has waited for in vain."""
+    """One pull. turns: to fetch and unpack a layer; alone: layers for which it has waited for others in vain."""
 
     def __init__(self, plan: Plan, content: Content, budget: Budget, turns: int) -> None:
         self.plan = plan
@@ -109,7 +109,7 @@ class _Job:
         self.turns = asyncio.Semaphore(turns)
         self.arriving: dict[str, Arriving] = {}
         self.unpacked: dict[str, asyncio.Future[None]] = {}
-        self.outlasted: set[_Job] = set()
+        self.alone: set[str] = set()
 
     def descriptor(self, chain_id: str) -> Descriptor:
         return self.plan.manifest.layers[self.chain_ids.index(chain_id)]
@@ -188,10 +188,10 @@ class Installer:
                 await self._follow(job, chain_id, flight)
 
     def _under_way(self, job: _Job, chain_id: str) -> Flight[None] | None:
-        """The job's own flight, else another's that it still has hope in."""
+        """The job's own flight, else another's, unless the job is to make the layer alone."""
         flights = self._flights.of(chain_id)
         ours = [flight for flight in flights if flight.owner is job]
-        others = [flight for flight in flights if flight.owner not in job.outlasted]
+        others = [] if chain_id in job.alone else flights
         return next(iter([*ours, *others]), None)
 
     async def _begin(self, job: _Job, number: int) -> None:
@@ -209,16 +209,16 @@ class Installer:
         flight.result()
 
     async def _follow(self, job: _Job, chain_id: str, flight: Flight[None]) -> None:
-        """Leave a layer to another pull, for as long as the job would be no better off alone."""
+        """Leave a layer to another pull, for as long as the job would be no better off alone; then for good."""
         other = flight.owner
         assert isinstance(other, _Job)
         async with self._flights.awaited(flight):
             before = other.received_bytes(chain_id)
             while not await flight.ended(timeout_seconds=PATIENCE_SECONDS):
                 if not _is_promising(job, other, chain_id, before):
-                    job.outlasted.add(other)
-                    return
+                    break
                 before = other.received_bytes(chain_id)
+        job.alone.add(chain_id)
 
     # --- how it is made ---
 
