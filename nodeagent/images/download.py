@@ -113,7 +113,7 @@ class Downloads:
         blob = arrival.blob
         try:
             while not await self._receive(arrival, descriptor, source, attempt):
-                log.info("%s: slower than others that wait, goes on later", blob.digest)
+                log.debug("%s: slower than others that wait, goes on later", blob.digest)
             blob.finish()
         except asyncio.CancelledError:
             blob.fail(Unavailable(f"{blob.digest}: cancelled"))

@@ -26,7 +26,7 @@ from nodeagent.images.catalog import Images, Limits
 from nodeagent.linux import syscalls
 from tests import tars
 from tests.fake_registry import Server, image, layer, serving
-from tests.images import Layer
+from tests.images import Layer, write_archive
 from tests.places import Place
 
 PATIENCE = 60.0  # of the tests, with pulls that nothing holds up
@@ -230,6 +230,24 @@ async def test_a_layer_of_a_registry_that_has_stopped(
         server.hooks.clear()
         await pull(images, f"{server.host}/test/image:2")
         async with asyncio.timeout(PATIENCE):
+            await stalled
+
+
+async def test_an_archive_does_not_wait_for_a_registry(
+    place: Place, servers: tuple[Server, Server], tmp_path: Path
+) -> None:
+    """All that is to be loaded is here."""
+    hostile, _ = servers
+    hostile.add(OTHER)
+    stall = Stall(hostile, OTHER.layers)
+    archive = tmp_path / "archive.tar"
+    write_archive(OTHER, archive)
+    async with place.open() as images, asyncio.TaskGroup() as group:
+        stalled = group.create_task(images.pull(f"{hostile.host}/test/image:1"))
+        await until(lambda: len(stall.stalled) == 2)
+        async with asyncio.timeout(PATIENCE):
+            (loaded,) = await images.load(archive)
+            assert (images.lower_dirs(loaded)[0] / "honest").read_bytes() == b"content"
             await stalled
 
 
