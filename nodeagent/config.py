@@ -73,6 +73,9 @@ class Images(Table, frozen=True, kw_only=True):
     max_image_entries: Annotated[
         int, Meta(ge=1_000), doc("files of an image; one with more is refused")
     ] = 2_000_000
+    private_redirects: Annotated[
+        bool, doc("registries at public addresses may lead to private ones; never to loopback")
+    ] = True
 
 
 class Rlimits(Table, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 from functools import partial
 
 from nodeagent.errors import NodeAgentError, ResourceExhausted, Unavailable
-from nodeagent.images.budget import CHECK_BYTES, is_full, require_space
+from nodeagent.images.budget import is_full
 from nodeagent.images.concurrency import ended, to_the_end
 from nodeagent.images.content import Blob
 from nodeagent.images.manifest import Descriptor
@@ -144,16 +144,10 @@ class Downloads:
         return True
 
     async def _take_in(self, arrival: Arrival, stream: AsyncGenerator[bytes]) -> None:
-        blob, checked_bytes = arrival.blob, 0
         async with aclosing(stream) as chunks:
             async for chunk in chunks:
                 self._counters.fetched_bytes += len(chunk)
-                if len(chunk) > checked_bytes:  # other pulls need the same disk
-                    rest = blob.size - blob.received
-                    checked_bytes = min(max(CHECK_BYTES, len(chunk)), rest)
-                    require_space(self._staging.directory, checked_bytes)
-                checked_bytes -= len(chunk)
-                await to_the_end(self._writers, partial(blob.append, chunk))
+                await to_the_end(self._writers, partial(arrival.blob.append, chunk))
                 arrival.tell()
 
     def _forget(self, key: Key, arrival: Arrival) -> None:

@@ -35,11 +35,14 @@ _WORTHWHILE_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """layers_at_once: of one pull; so many threads work at unpacking, over all pulls. max_image_*: of one, unpacked."""
+    """layers_at_once: of one pull; so many threads work at unpacking, over all pulls. max_image_*: of one, unpacked.
+    private_redirects: also of registries at public addresses.
+    """
 
     layers_at_once: int = 4
     max_image_bytes: int = 64 << 30
     max_image_entries: int = 2_000_000
+    private_redirects: bool = True
 
 
 class Arriving(Protocol):
@@ -149,6 +152,7 @@ class Installer:
             directory,
             max_bytes=self._limits.max_image_bytes,
             max_entries=self._limits.max_image_entries,
+            blob_bytes=plan.size_bytes,
         )
         job = _Job(plan, content, budget, self._limits.layers_at_once)
         try:
