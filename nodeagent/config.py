@@ -68,7 +68,7 @@ class Network(Table, frozen=True, kw_only=True):
 class Images(Table, frozen=True, kw_only=True):
     pinned: Annotated[tuple[str, ...], doc("references, * for any text, never to be removed")] = ()
     max_concurrent_downloads: Annotated[
-        int, Meta(ge=1, le=64), doc("blobs at a time, over all pulls")
+        int, Meta(ge=1, le=64), doc("layers of one pull at a time")
     ] = 4
     max_image_bytes: Annotated[
         int, Meta(ge=1 << 20), doc("unpacked; a larger image is refused")

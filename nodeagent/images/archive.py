@@ -6,7 +6,7 @@ the layers under names of ours, and known by the digest that they really have.
 
 import hashlib
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Hashable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +60,13 @@ class _DockerImage(msgspec.Struct, rename="pascal"):
     repo_tags: tuple[str, ...] | None = None
 
 
-@dataclass(slots=True)
+@dataclass
 class _Arrived:
     blob: Blob
+    is_complete = True
+
+    async def reaches(self, _size_bytes: int) -> None:
+        """All of it came with the archive."""
 
     async def complete(self) -> None:
         """All of it came with the archive."""
@@ -77,6 +81,9 @@ class Archive:
         self._by_digest = {file.digest: file for file in files.values()}
 
     attempts = 1
+
+    def origin(self, descriptor: Descriptor) -> Hashable:
+        return (self, descriptor.digest)
 
     @asynccontextmanager
     async def open(self, descriptor: Descriptor, _attempt: int) -> AsyncIterator[_Arrived]:

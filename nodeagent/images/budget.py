@@ -78,6 +78,38 @@ class Budget:
         """Raises `ResourceExhausted` where the disk has no room for so much, of which nothing is spent yet."""
         require_space(self._disk.directory, size_bytes)
 
+    def _return(self, entries: int, size_bytes: int, added_bytes: int) -> None:
+        with self._lock:
+            self._entries -= entries
+            self._bytes -= size_bytes
+            self._added -= added_bytes
+
+
+class Share(Budget):
+    """What one attempt at a layer spends of an image's budget; given back where nothing comes of it."""
+
+    def __init__(self, whole: Budget) -> None:
+        self._whole = whole
+        self._bytes = 0
+        self._entries = 0
+        self._added = 0
+
+    def spend(self, entries: int = 0, size_bytes: int = 0) -> None:
+        self._entries += entries
+        self._bytes += size_bytes
+        self._whole.spend(entries, size_bytes)
+
+    def add(self, size_bytes: int) -> None:
+        self._bytes += size_bytes
+        self._added += size_bytes
+        self._whole.add(size_bytes)
+
+    def require(self, size_bytes: int) -> None:
+        self._whole.require(size_bytes)
+
+    def give_back(self) -> None:
+        self._whole._return(self._entries, self._bytes, self._added)  # noqa: SLF001 (its own kind)
+
 
 def bomb_limit(blob_bytes: int) -> int:
     """How much blobs of this size may become."""

@@ -42,6 +42,8 @@ __all__ = ["Auth", "Counters", "FsUsage", "Images", "Limits"]
 log = logging.getLogger(__name__)
 
 _WRITERS = 4
+_THREADS = 4
+_LOADERS = 2
 
 
 class Images:
@@ -65,13 +67,18 @@ class Images:
         self._staging = Staging(root / "staging")
         resources.push_async_callback(self._staging.close)
         self._layers = LayerStore(root / "layers", self._staging, store)
-        self._installer = Installer(self._layers, self._staging, limits, self.counters)
-        resources.push_async_callback(self._installer.close)
+        # The event loop's own threads are for the whole agent: a sync may last, and an archive takes minutes.
+        self._threads = ThreadPoolExecutor(_THREADS, "images")
+        resources.callback(self._threads.shutdown)
+        self._loaders = ThreadPoolExecutor(_LOADERS, "archive")
+        resources.callback(self._loaders.shutdown)
         writers = ThreadPoolExecutor(_WRITERS, "blob")
         resources.callback(writers.shutdown)
         self._downloads = Downloads(self._staging, writers, self.counters)
         self._session = open_session()
         resources.push_async_callback(self._session.close)
+        self._installer = Installer(self._layers, self._staging, limits, self.counters)
+        resources.push_async_callback(self._installer.close)
         self._pulls: Flights[Image] = Flights()
         resources.push_async_callback(self._pulls.close)
         self._images = NamedImages(store, pinned)
@@ -136,8 +143,8 @@ class Images:
         directory = self._staging.path("archive")
         try:
             spool = partial(archive.spool, source, directory, self._limits.max_image_bytes)
-            contents = await to_the_end(None, spool)
-            images = await asyncio.to_thread(contents.images)
+            contents = await to_the_end(self._loaders, spool)
+            images = await to_the_end(self._loaders, contents.images)
             taken = [await self._load(loaded, contents) for loaded in images]
             return list({image.id: image for image in taken}.values())
         finally:
@@ -191,13 +198,13 @@ class Images:
         self._layers.recorded(layers)
         missing = [data for data in plan.documents if not self._documents.has(data)]
         for data in missing:
-            await to_the_end(None, partial(self._documents.put, data))
+            await to_the_end(self._threads, partial(self._documents.put, data))
         if changed or missing:
             await self._sync()
         return image
 
     async def _sync(self) -> None:
-        await to_the_end(None, partial(_sync_file_system, self._root))
+        await to_the_end(self._threads, partial(_sync_file_system, self._root))
 
     # --- going ---
 

@@ -15,8 +15,13 @@ from nodeagent import files
 from nodeagent.errors import DataLoss, Unavailable
 from nodeagent.images import manifest
 from nodeagent.images.budget import Disk, require_space
+from nodeagent.images.slots import Permits
 
 _LOOK_SECONDS = 0.2
+
+
+class Starved(Exception):
+    """A reader that waits for bytes was asked to give way."""
 
 
 class Blob:
@@ -80,12 +85,16 @@ class Blob:
 
     def read_at(self, buffer: memoryview, offset: int, reader: "BlobReader") -> int:
         """Fill the buffer as far as possible; waits for the first byte. 0 at the verified end."""
+        if not self._is_decided(offset):
+            self._wait(offset, reader)
         with self._changed:
-            self._changed.wait_for(lambda: self._is_decided(offset) or reader.stopped)
             if self._failure is not None:
                 raise self._failure
             available = self.received - offset
+            starved = not self._is_decided(offset)
         reader.check()
+        if starved:
+            raise Starved(self.digest)
         return os.preadv(self._file, [buffer[:available]], offset) if available else 0
 
     def wake(self) -> None:
@@ -93,31 +102,63 @@ class Blob:
         with self._changed:
             self._changed.notify_all()
 
+    def _wait(self, offset: int, reader: "BlobReader") -> None:
+        """Others may work meanwhile."""
+        reader.permits.release()
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_decided(offset) or reader.is_leaving)
+        finally:
+            reader.permits.acquire()
+
     def _is_decided(self, offset: int) -> bool:
         return self._complete or self._failure is not None or self.received > offset
 
 
 class BlobReader(io.RawIOBase):
-    """Reads a blob from its start, until another thread stops it."""
+    """Reads a blob from its start, until another thread stops it. Its thread has one of the permits."""
 
-    def __init__(self, blob: Blob) -> None:
+    def __init__(self, blob: Blob, permits: Permits | None = None) -> None:
         self.blob = blob
-        self.stopped = False
+        self.permits = permits or Permits(1)
+        self._stopped = False
+        self._gives_way = False
         self._at = 0
 
+    @property
+    def position(self) -> int:
+        return self._at
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it waits for nothing any more."""
+        return self._stopped or self._gives_way
+
     def stop(self) -> None:
-        self.stopped = True
+        self._stopped = True
+        self.blob.wake()
+
+    def give_way(self) -> None:
+        """Raise `Starved` instead of waiting for bytes."""
+        self._gives_way = True
         self.blob.wake()
 
     def take(self, turn: threading.Lock) -> None:
         """Acquire it when the blob is there and verified, so that nobody who has the turn waits for a server."""
         self.blob.read_at(memoryview(bytearray(1)), self.blob.size, self)
-        while not turn.acquire(timeout=_LOOK_SECONDS):
-            self.check()
+        self.permits.release()  # others may work meanwhile
+        try:
+            while not turn.acquire(timeout=_LOOK_SECONDS):
+                if self._stopped:
+                    raise Unavailable(f"{self.blob.digest}: cancelled")
+        finally:
+            self.permits.acquire()
 
     def check(self) -> None:
-        if self.stopped:
+        """To be called now and then by who reads: ends what was stopped, and lets others work, too."""
+        if self._stopped:
             raise Unavailable(f"{self.blob.digest}: cancelled")
+        self.permits.pass_on()
 
     def readable(self) -> bool:
         return True

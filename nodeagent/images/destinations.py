@@ -21,6 +21,8 @@ import aiohttp
 from aiohttp.connector import Connection
 from aiohttp.tracing import Trace
 
+from nodeagent.images.resolver import Resolver
+
 Address = IPv4Address | IPv6Address
 
 
@@ -163,7 +165,7 @@ class Connector(aiohttp.TCPConnector):
     """Connects a request only to where its `Visit` may get, and says there where it got."""
 
     def __init__(self) -> None:
-        super().__init__(limit=0, socket_factory=_socket)
+        super().__init__(limit=0, resolver=Resolver(), socket_factory=_socket)
 
     async def connect(
         self,

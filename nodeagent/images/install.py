@@ -1,13 +1,14 @@
 """The way of an image's layers onto this node: fetched, unpacked while they arrive, completed from below, taken in.
 
 Layers are unpacked side by side, each in a directory of its own; only their completion goes from the lowest up. Two
-images that share a layer share the work for it.
+images that share a layer share the work for it, but neither depends on the other's servers: a pull that waits in vain
+for another one makes the layer itself, and whichever is ready first is taken.
 """
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,21 +16,27 @@ from typing import Protocol
 
 from nodeagent.errors import DataLoss, InvalidArgument, Unsupported
 from nodeagent.images import inheritance, layers
-from nodeagent.images.budget import Budget, require_space
-from nodeagent.images.concurrency import Flights, to_the_end
-from nodeagent.images.content import Blob, BlobReader
+from nodeagent.images.budget import Budget, Share, require_space
+from nodeagent.images.concurrency import Flight, Flights, to_the_end
+from nodeagent.images.content import Blob, BlobReader, Starved
 from nodeagent.images.layer_store import LayerStore
 from nodeagent.images.layers import Unpacked
 from nodeagent.images.manifest import Descriptor, Image, Manifest
+from nodeagent.images.slots import Permits, Slots
 from nodeagent.images.staging import Staging
 from nodeagent.images.usage import Counters
 from nodeagent.records import Layer
 
+PATIENCE_SECONDS = 5.0  # with a layer that another pull makes
+
+_UNPACKERS = 32  # threads; those that wait for bytes do not work
+_WORTHWHILE_BYTES = 1 << 20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """max_image_*: of one image, unpacked. layers_at_once: over all images. private_redirects: also of registries at
-    public addresses.
+    """layers_at_once: of one pull; so many threads work at unpacking, over all pulls. max_image_*: of one, unpacked.
+    private_redirects: also of registries at public addresses.
     """
 
     layers_at_once: int = 4
@@ -44,6 +51,13 @@ class Arriving(Protocol):
     @property
     def blob(self) -> Blob: ...
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of it is there and verified."""
+
+    def reaches(self, size_bytes: int) -> Awaitable[None]:
+        """Return once so much of it is there, or nothing more will come."""
+
     def complete(self) -> Awaitable[None]:
         """Return once it is verified; raises what went wrong."""
 
@@ -54,6 +68,9 @@ class Content(Protocol):
     @property
     def attempts(self) -> int:
         """How many different answers there may be to the question for a blob."""
+
+    def origin(self, descriptor: Descriptor) -> Hashable:
+        """The same for equal blobs that come from the same servers."""
 
     def open(
         self, descriptor: Descriptor, attempt: int
@@ -84,12 +101,29 @@ class Plan:
         return self.manifest.config.size + sum(layer.size for layer in self.manifest.layers)
 
 
-@dataclass(frozen=True, slots=True)
 class _Job:
-    plan: Plan
-    chain_ids: tuple[str, ...]
-    content: Content
-    budget: Budget
+    """One pull. turns: to fetch and unpack a layer; alone: layers for which it has waited for others in vain."""
+
+    def __init__(self, plan: Plan, content: Content, budget: Budget, turns: int) -> None:
+        self.plan = plan
+        self.chain_ids = plan.chain_ids
+        self.content = content
+        self.budget = budget
+        self.turns = asyncio.Semaphore(turns)
+        self.arriving: dict[str, Arriving] = {}
+        self.unpacked: dict[str, asyncio.Future[None]] = {}
+        self.alone: set[str] = set()
+
+    def descriptor(self, chain_id: str) -> Descriptor:
+        return self.plan.manifest.layers[self.chain_ids.index(chain_id)]
+
+    def origin(self, chain_id: str) -> Hashable:
+        return self.content.origin(self.descriptor(chain_id))
+
+    def received_bytes(self, chain_id: str) -> int:
+        """How much of the layer's blob has come."""
+        arriving = self.arriving.get(chain_id)
+        return arriving.blob.received if arriving else 0
 
 
 class Installer:
@@ -103,9 +137,9 @@ class Installer:
         self._limits = limits
         self._counters = counters
         self._flights: Flights[None] = Flights()
-        self._slots = asyncio.Semaphore(limits.layers_at_once)
-        # One thread for each slot: they wait for blobs to arrive.
-        self._unpackers = ThreadPoolExecutor(limits.layers_at_once, "unpack")
+        self._slots = Slots(_UNPACKERS)
+        self._threads = ThreadPoolExecutor(_UNPACKERS, "unpack")
+        self._permits = Permits(limits.layers_at_once)
 
     async def install(self, plan: Plan, content: Content) -> None:
         """Return with every layer of the plan in the store; the caller keeps them pinned. Raises as `unpack` does."""
@@ -120,7 +154,7 @@ class Installer:
             max_entries=self._limits.max_image_entries,
             blob_bytes=plan.size_bytes,
         )
-        job = _Job(plan, plan.chain_ids, content, budget)
+        job = _Job(plan, content, budget, self._limits.layers_at_once)
         try:
             async with asyncio.TaskGroup() as group:
                 for number in range(len(job.chain_ids)):
@@ -130,7 +164,7 @@ class Installer:
 
     async def close(self) -> None:
         await self._flights.close()
-        self._unpackers.shutdown()
+        self._threads.shutdown()
 
     def _missing(self, plan: Plan) -> dict[str, Descriptor]:
         """The layers that are not here, by chain ID."""
@@ -141,52 +175,140 @@ class Installer:
         self._counters.skipped_bytes += sum(layer.size for layer in present)
         return missing
 
+    # --- which pull makes a layer ---
+
     async def _ensure(self, job: _Job, number: int) -> None:
+        """Return with the layer in the store, whichever pull has made it. Another's failure is not the job's."""
         chain_id = job.chain_ids[number]
-        if chain_id not in self._store:
-            await self._flights.join(chain_id, lambda: self._make(job, number), owner=job)
+        while chain_id not in self._store:
+            flight = self._under_way(job, chain_id)
+            if flight is None:
+                await self._begin(job, number)
+            elif flight.owner is job:
+                async with self._flights.awaited(flight):
+                    await flight.ended()
+                flight.result()
+            else:
+                await self._follow(job, chain_id, flight)
+
+    def _under_way(self, job: _Job, chain_id: str) -> Flight[None] | None:
+        """The job's own flight, else another's, unless the job is to make the layer alone."""
+        flights = self._flights.of(chain_id)
+        ours = [flight for flight in flights if flight.owner is job]
+        others = [] if chain_id in job.alone else flights
+        return next(iter([*ours, *others]), None)
+
+    async def _begin(self, job: _Job, number: int) -> None:
+        """Make a layer when it is its turn, the lowest first, unless another pull has begun by then."""
+        chain_id = job.chain_ids[number]
+        async with AsyncExitStack() as stack:
+            async with job.turns:
+                if chain_id in self._store or self._under_way(job, chain_id):
+                    return
+                job.unpacked[chain_id] = asyncio.get_running_loop().create_future()
+                flight = self._flights.start(chain_id, self._make(job, number), job)
+                await stack.enter_async_context(self._flights.awaited(flight))
+                await flight.ended(until=job.unpacked[chain_id])
+            await flight.ended()
+        flight.result()
+
+    async def _follow(self, job: _Job, chain_id: str, flight: Flight[None]) -> None:
+        """Leave a layer to another pull, for as long as the job would be no better off alone; then for good."""
+        other = flight.owner
+        assert isinstance(other, _Job)
+        async with self._flights.awaited(flight):
+            before = other.received_bytes(chain_id)
+            while not await flight.ended(timeout_seconds=PATIENCE_SECONDS):
+                if not _is_promising(job, other, chain_id, before):
+                    break
+                before = other.received_bytes(chain_id)
+        job.alone.add(chain_id)
+
+    # --- how it is made ---
 
     async def _make(self, job: _Job, number: int) -> None:
-        directory, unpacked = await self._unpack(job, number)
+        chain_id = job.chain_ids[number]
+        directory, unpacked = await self._fetch_and_unpack(job, number)
         try:
+            job.unpacked[chain_id].set_result(None)
             if number:
                 await self._ensure(job, number - 1)
             below = [self._store.path(chain) for chain in reversed(job.chain_ids[:number])]
             complete = partial(inheritance.complete, directory, unpacked, below, job.budget)
-            await to_the_end(self._unpackers, complete)
+            async with self._slots.taken(job):
+                await to_the_end(self._threads, complete)
+            if chain_id in self._store:  # another pull's came in the meantime
+                self._staging.discard(directory)
+                return
             self._store.add(_record(job, number, unpacked), directory)
             self._counters.layers_fetched += 1
         except BaseException:
             self._staging.discard(directory)
             raise
 
-    async def _unpack(self, job: _Job, number: int, attempt: int = 0) -> tuple[Path, Unpacked]:
-        """A layer in a directory of its own. A server that sent wrong content is not asked again."""
-        directory = self._staging.path("layer")
-        try:
-            return directory, await self._fetch_and_unpack(job, number, attempt, directory)
-        except BaseException as error:
-            self._staging.discard(directory)
-            last = attempt + 1 == job.content.attempts
-            if last or not isinstance(error, DataLoss):
-                raise
-        return await self._unpack(job, number, attempt + 1)
-
     async def _fetch_and_unpack(
-        self, job: _Job, number: int, attempt: int, directory: Path
-    ) -> Unpacked:
+        self, job: _Job, number: int, attempt: int = 0
+    ) -> tuple[Path, Unpacked]:
+        """A layer in a directory of its own. A server that sent wrong content is not asked again."""
         descriptor = job.plan.manifest.layers[number]
-        async with self._slots, job.content.open(descriptor, attempt) as arriving:
-            reader = BlobReader(arriving.blob)
-            diff_id = job.plan.image.diff_ids[number]
-            unpack = partial(layers.unpack, reader, directory, diff_id, job.budget)
-            try:
-                unpacked = await to_the_end(self._unpackers, unpack, on_cancel=reader.stop)
-            except (InvalidArgument, Unsupported):
-                await arriving.complete()  # where the blob is another one, that is what went wrong
+        try:
+            async with job.content.open(descriptor, attempt) as arriving:
+                job.arriving[job.chain_ids[number]] = arriving
+                return await self._unpack(job, number, arriving)
+        except DataLoss:
+            if attempt + 1 == job.content.attempts:
                 raise
-            await arriving.complete()
-            return unpacked
+        return await self._fetch_and_unpack(job, number, attempt + 1)
+
+    async def _unpack(self, job: _Job, number: int, arriving: Arriving) -> tuple[Path, Unpacked]:
+        """Begin with the first bytes. What had to give way begins anew with twice as many, so that it is worth it."""
+        enough = 1
+        while True:
+            await arriving.reaches(enough)
+            directory = self._staging.path("layer")
+            share = Share(job.budget)
+            try:
+                return directory, await self._unpack_into(directory, job, number, arriving, share)
+            except BaseException as error:
+                self._staging.discard(directory)
+                share.give_back()
+                if not isinstance(error, Starved):
+                    raise
+            enough = 2 * max(arriving.blob.received, _WORTHWHILE_BYTES)
+
+    async def _unpack_into(
+        self, directory: Path, job: _Job, number: int, arriving: Arriving, budget: Budget
+    ) -> Unpacked:
+        reader = BlobReader(arriving.blob, self._permits)
+        diff_id = job.plan.image.diff_ids[number]
+
+        def unpack() -> Unpacked:
+            with self._permits:
+                return layers.unpack(reader, directory, diff_id, budget)
+
+        try:
+            async with self._slots.taken(job, lambda: reader.position, reader.give_way):
+                unpacked = await to_the_end(self._threads, unpack, on_cancel=reader.stop)
+        except (InvalidArgument, Unsupported):
+            await arriving.complete()  # where the blob is another one, that is what went wrong
+            raise
+        await arriving.complete()
+        return unpacked
+
+
+def _is_promising(job: _Job, other: _Job, chain_id: str, before_bytes: int) -> bool:
+    """Whether a layer that another pull makes would take the job longer.
+
+    Other servers may be as slow as they like, so a little progress says nothing. The same ones would serve the job no
+    faster, unless they have stopped.
+    """
+    if other.unpacked[chain_id].done():
+        return True  # what is below it is missing for both
+    if job.origin(chain_id) != other.origin(chain_id):
+        return False
+    arriving = other.arriving.get(chain_id)
+    complete = arriving is not None and arriving.is_complete
+    return complete or other.received_bytes(chain_id) > before_bytes
 
 
 def _record(job: _Job, number: int, unpacked: Unpacked) -> Layer:

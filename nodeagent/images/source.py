@@ -93,6 +93,10 @@ class Source:
         """How often a blob may turn out to be another one before there is no host left to believe."""
         return max(1, len(self._pullers))
 
+    def places(self, descriptor: Descriptor) -> tuple[str, ...]:
+        """Where a blob is fetched from, in this order."""
+        return (*(descriptor.urls or ()), *(puller.host.root for puller in self._pullers))
+
     async def manifest(self, version: str) -> tuple[bytes, str]:
         """The document of a tag or a digest, and its media type."""
         endpoints = self._pullers if is_digest(version) else self._resolvers
@@ -110,12 +114,13 @@ class Source:
             errors.append(DataLoss(f"{descriptor.digest}: got {len(data)} bytes of another digest"))
         raise self._error(errors)
 
-    async def blob(self, descriptor: Descriptor, attempt: int = 0) -> AsyncGenerator[bytes]:
-        """As many bytes as the blob shall have; its digest is not looked at. A later attempt asks fewer hosts."""
+    async def blob(
+        self, descriptor: Descriptor, attempt: int = 0, offset: int = 0
+    ) -> AsyncGenerator[bytes]:
+        """The blob's bytes from `offset` on; its digest is not looked at. A later attempt asks fewer hosts."""
         streams = deque([*self._foreign(descriptor), *self._own(descriptor)][attempt:])
         errors: dict[Stream, NodeAgentError] = {}
         patience = _Patience()
-        offset = 0
         while streams:
             stream, before = streams[0], offset
             try:

@@ -96,6 +96,68 @@ async def test_another_owner_tries_again() -> None:
     assert await second == 1
 
 
+async def race(flights: Flights[int], *works: Work) -> list[asyncio.Task[int]]:
+    """Each work's owner waits for its own flight."""
+
+    async def fly(work: Work) -> int:
+        flight = flights.start("key", work.run(), owner=work)
+        async with flights.awaited(flight):
+            await flight.ended()
+        return flight.result()
+
+    tasks = [asyncio.create_task(fly(work)) for work in works]
+    await settled()
+    return tasks
+
+
+async def test_the_first_of_several_is_the_result_of_all() -> None:
+    flights: Flights[int] = Flights()
+    slow, fast = Work(), Work()
+    fast.begun = 6
+    tasks = await race(flights, slow, fast)
+    assert [flight.owner for flight in flights.of("key")] == [slow, fast]
+    fast.go.set()
+    assert await asyncio.gather(*tasks) == [7, 7]
+    assert (slow.cancelled, fast.cancelled, len(flights)) == (1, 0, 0)
+
+
+async def test_a_failure_ends_no_other_flight() -> None:
+    flights: Flights[int] = Flights()
+    bad, good = Work(), Work()
+    bad.error = NotFound("no")
+    tasks = await race(flights, bad, good)
+    bad.go.set()
+    await asyncio.wait([tasks[0]])
+    assert isinstance(tasks[0].exception(), NotFound)
+    assert good.cancelled == 0
+    good.go.set()
+    assert await tasks[1] == 1
+
+
+async def test_two_that_land_at_once() -> None:
+    flights: Flights[int] = Flights()
+    works = Work(), Work()
+    tasks = await race(flights, *works)
+    for work in works:
+        work.go.set()
+    assert await asyncio.gather(*tasks) == [1, 1]
+    await flights.close()
+    assert len(flights) == 0
+
+
+async def test_waiting_ends_as_told() -> None:
+    flights: Flights[int] = Flights()
+    work = Work()
+    flight = flights.start("key", work.run())
+    async with flights.awaited(flight):
+        told = asyncio.get_running_loop().create_future()
+        told.set_result(None)
+        assert not await flight.ended(until=told)
+        assert not await flight.ended(timeout_seconds=0)
+        work.go.set()
+        assert await flight.ended()
+
+
 async def test_closing_ends_all() -> None:
     flights: Flights[int] = Flights()
     work = Work()

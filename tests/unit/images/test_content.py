@@ -21,7 +21,8 @@ from nodeagent.errors import (
 )
 from nodeagent.images import budget
 from nodeagent.images.compression import decompressed
-from nodeagent.images.content import Blob, BlobReader, Documents
+from nodeagent.images.content import Blob, BlobReader, Documents, Starved
+from nodeagent.images.slots import Permits
 from tests.tars import digest
 
 DATA = bytes(range(256)) * 40
@@ -78,6 +79,39 @@ def test_a_reader_is_stopped_alone(tmp_path: Path) -> None:
     made.append(DATA)
     made.finish()
     assert going.read() == DATA
+    made.remove()
+
+
+def test_a_reader_that_waits_gives_way(tmp_path: Path) -> None:
+    made = blob(tmp_path)
+    made.append(DATA[:10])
+    reader = BlobReader(made)
+    reader.give_way()
+    assert reader.read(10) == DATA[:10]  # it does not have to wait
+    with pytest.raises(Starved):
+        reader.read(1)
+    waiting = BlobReader(made)
+    threading.Timer(0.01, waiting.give_way).start()
+    with pytest.raises(Starved):
+        waiting.read()
+    made.remove()
+
+
+def test_a_reader_that_waits_lets_others_work(tmp_path: Path) -> None:
+    made, permits, read = blob(tmp_path), Permits(1), list[bytes]()
+
+    def work() -> None:
+        with permits:
+            read.append(BlobReader(made, permits).readall())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    with permits:  # which it has, until it waits
+        made.append(DATA)
+        made.finish()
+    thread.join(60)
+    assert read == [DATA]
+    assert permits._free == 1
     made.remove()
 
 

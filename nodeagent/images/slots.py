@@ -1,0 +1,164 @@
+"""Bounds on what the pulls of a node do at once, none of which work can hold on to by being slow.
+
+Registries decide how fast a layer comes, so a bound must not count layers, but those that move. `Slots` bounds what
+waiting takes (connections, threads, buffers): whoever is slow gives way to those who wait. `Permits` bounds threads
+that work: one that waits for bytes has none.
+"""
+
+import asyncio
+import threading
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Hashable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+PRESS_SECONDS = 1.0  # between two looks of one who waits
+PACE_SECONDS = 2.0  # over at least so long a time is pace measured
+FLOOR_BYTES_PER_SECOND = 64 << 10  # for each second that somebody waits
+
+
+class _Holder:
+    """Work in a slot. position: how many bytes it has got to; give_way: asks it to leave."""
+
+    def __init__(self, position: Callable[[], int], give_way: Callable[[], None]) -> None:
+        self.give_way = give_way
+        self.taken_at = _now()
+        self.asked = False
+        self._position = position
+        self._marks = deque([(self.taken_at, position())], maxlen=2)
+
+    def bytes_per_second(self, now: float) -> float:
+        """Over the last PACE_SECONDS or more, since it is asked for now and then only."""
+        since, start = self._marks[0]
+        position = self._position()
+        if now - self._marks[-1][0] > PACE_SECONDS:
+            self._marks.append((now, position))
+        return (position - start) / max(now - since, 0.001)
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    owner: Hashable
+    turn: "asyncio.Future[None]"
+
+
+class Slots:
+    """So many pieces of work at a time; those who have least of them come first.
+
+    Whoever waits asks the slowest to give way, at a pace below a floor that rises with the time it has waited. grace:
+    for how many seconds nobody is asked to.
+    """
+
+    def __init__(self, count: int, grace_seconds: float = 0.0) -> None:
+        self._free = count
+        self._grace_seconds = grace_seconds
+        self._held: Counter[Hashable] = Counter()
+        self._holders: set[_Holder] = set()
+        self._waiting: list[_Waiter] = []
+
+    @asynccontextmanager
+    async def taken(
+        self,
+        owner: Hashable,
+        position: Callable[[], int] | None = None,
+        give_way: Callable[[], None] | None = None,
+    ) -> AsyncIterator[None]:
+        """Have a slot while the block runs. Work without `position` and `give_way` waits for nobody, and keeps it."""
+        await self._turn(owner)
+        holder = None
+        if position and give_way:
+            holder = _Holder(position, give_way)
+            self._holders.add(holder)
+        try:
+            yield
+        finally:
+            if holder:
+                self._holders.discard(holder)
+            self._release(owner)
+
+    async def _turn(self, owner: Hashable) -> None:
+        waiter = _Waiter(owner, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiter)
+        self._grant()
+        began = _now()
+        try:
+            while not waiter.turn.done():
+                await asyncio.wait([waiter.turn], timeout=PRESS_SECONDS)
+                if not waiter.turn.done():
+                    self._press(_now() - began)
+        except asyncio.CancelledError:
+            if waiter.turn.done():
+                self._release(owner)
+            else:
+                self._waiting.remove(waiter)
+            raise
+
+    def _grant(self) -> None:
+        while self._free and self._waiting:
+            waiter = min(self._waiting, key=lambda waiting: self._held[waiting.owner])
+            self._waiting.remove(waiter)
+            self._held[waiter.owner] += 1
+            self._free -= 1
+            waiter.turn.set_result(None)
+
+    def _release(self, owner: Hashable) -> None:
+        self._free += 1
+        self._held[owner] -= 1
+        if not self._held[owner]:
+            del self._held[owner]
+        self._grant()
+
+    def _press(self, waited_seconds: float) -> None:
+        """Ask the slowest to give way, unless all are faster than somebody who waited so long may demand."""
+        now = _now()
+        paces = {
+            holder: holder.bytes_per_second(now)
+            for holder in self._holders
+            if not holder.asked and now - holder.taken_at >= self._grace_seconds
+        }
+        slowest = min(paces, key=paces.__getitem__, default=None)
+        if slowest and paces[slowest] < waited_seconds * FLOOR_BYTES_PER_SECOND:
+            slowest.asked = True
+            slowest.give_way()
+
+
+class Permits:
+    """So many threads may work at a time. Each goes to whoever has waited longest, the present holder last."""
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._lock = threading.Lock()
+        self._waiting: deque[threading.Lock] = deque()
+
+    def acquire(self) -> None:
+        turn = threading.Lock()
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            turn.acquire()
+            self._waiting.append(turn)
+        turn.acquire()
+
+    def release(self) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._free += 1
+
+    def pass_on(self) -> None:
+        """Let those work who wait, then go on."""
+        if self._waiting:
+            self.release()
+            self.acquire()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
