@@ -18,6 +18,7 @@ from nodeagent.lifecycle.profiles import Profiles
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.linux import syscalls
 from nodeagent.records import Container, ContainerConfig, Image, MountStatus, Sandbox
+from nodeagent.sandbox import namespaces
 from nodeagent.sandbox.seccomp_profile import Filter
 from nodeagent.sandbox.spec import Capabilities, ContainerPlan, ProcessPlan, Rlimit, Rootfs
 
@@ -86,7 +87,11 @@ class Planner:
                 readonly=config.readonly_rootfs,
             ),
             mounts=filesystems.container_mounts(
-                sandbox, config, self._pods / sandbox.id, self._hierarchies, self._volume_layers
+                sandbox,
+                config,
+                Path(namespaces.shared(str(self._pods / sandbox.id))),
+                self._hierarchies,
+                self._volume_layers,
             ),
             devices=seen.devices.nodes,
             masked_paths=[] if open_paths else list(masked),

@@ -1,13 +1,13 @@
 """The files that a pod's containers find under /etc: hosts, hostname and resolv.conf.
 
-They live in the pod's directory, belong to its root and are bound into every container that does not bring its own.
+They live in the pod's own small file system, belong to its root and are bound into every container that does not
+bring its own.
 """
 
 import os
 import socket
 from pathlib import Path
 
-from nodeagent.files import write_atomic
 from nodeagent.records import DNS, SandboxConfig
 
 HOSTS_HEAD = """\
@@ -18,11 +18,10 @@ ff00::0\tip6-mcastprefix
 ff02::1\tip6-allnodes
 ff02::2\tip6-allrouters
 """
-NAMES = ("hosts", "hostname", "resolv.conf")
 
 
 def write(directory: Path, config: SandboxConfig, addresses: tuple[str, ...]) -> None:
-    """Write all three; a pod on the node's network sees the node's hosts."""
+    """Write all three, which are not there yet; a pod on the node's network sees the node's hosts."""
     name = hostname(config)
     on_node = config.namespaces.network == "node"
     texts = {
@@ -30,9 +29,13 @@ def write(directory: Path, config: SandboxConfig, addresses: tuple[str, ...]) ->
         "hostname": f"{name}\n",
         "resolv.conf": resolv_conf(config.dns) or _node_file("/etc/resolv.conf", ""),
     }
-    for file, text in texts.items():
-        write_atomic(str(directory / file), text.encode(), sync=False)
-        os.chown(directory / file, *_root(config))
+    for name_of_file, text in texts.items():
+        with open(directory / name_of_file, "xb") as file:
+            os.fchown(file.fileno(), *_root(config))
+            os.fchmod(
+                file.fileno(), 0o644
+            )  # whatever the umask: all users of the containers read it
+            file.write(text.encode(errors="surrogateescape"))
 
 
 def _root(config: SandboxConfig) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from nodeagent.lifecycle.slots import Slot, Slots, dismantle
 from nodeagent.lifecycle.supervision import Supervision
 from nodeagent.net.network import Network
 from nodeagent.records import Resources, Sandbox, SandboxConfig
+from nodeagent.sandbox import namespaces
 from nodeagent.sandbox.spec import PodSettings
 
 DEFAULT_SHM_BYTES = 64 << 20
@@ -116,7 +117,8 @@ class Sandboxes:
 
     async def _settle(self, slot: Slot, sandbox: Sandbox) -> None:
         config = sandbox.config
-        podfiles.write(slot.directory, config, sandbox.addresses)
+        shared = Path(namespaces.shared(str(slot.directory)))
+        podfiles.write(shared, config, sandbox.addresses)
         await slot.supervisor.configure(_settings(config))
         if config.namespaces.network == "pod":
             await self._network.publish(slot.id, config.port_mappings)

@@ -21,19 +21,25 @@ def open_path(root: int, path: str, flags: int = os.O_PATH, *, follow: bool = Tr
     return syscalls.openat2(root, path, flags, resolve=resolve)
 
 
-def make_path(root: int, path: str, *, directory: bool, follow: bool = True) -> int:
+def make_path(
+    root: int, path: str, *, directory: bool, follow: bool = True, alone: bool = False
+) -> int:
     """Open (O_PATH) a directory, or a file, inside `root`; whatever part of the path is missing is made.
 
     A link to nothing is followed, and what it points to is made. New directories have mode 755, files are empty.
+    alone: nobody else changes the tree, so that directories can be given their mode whatever the umask.
     """
     try:
         return open_path(root, path, follow=follow)
     except FileNotFoundError:
-        made = _make_last(root, path, directory, follow)
-        return _Walk(root, path, _MAX_LINKS if follow else 0).run(directory) if made < 0 else made
+        pass
+    made = _make_last(root, path, directory, follow, alone)
+    if made >= 0:
+        return made
+    return _Walk(root, path, _MAX_LINKS if follow else 0, alone).run(directory)
 
 
-def _make_last(root: int, path: str, directory: bool, follow: bool) -> int:
+def _make_last(root: int, path: str, directory: bool, follow: bool, alone: bool) -> int:
     """What is missing most often, in one step: the last name. -1 where that is not all."""
     above, name = os.path.split(path)
     if name in ("", ".", ".."):
@@ -43,7 +49,7 @@ def _make_last(root: int, path: str, directory: bool, follow: bool) -> int:
     except FileNotFoundError:
         return -1
     try:
-        made = _open_or_make(parent, name, directory)
+        made = _open_or_make(parent, name, directory, alone)
     finally:
         os.close(parent)
     if stat.S_ISLNK(os.fstat(made).st_mode):
@@ -55,9 +61,10 @@ def _make_last(root: int, path: str, directory: bool, follow: bool) -> int:
 class _Walk:
     """One component after the other; `trail` holds the directories from the root to the current one."""
 
-    def __init__(self, root: int, path: str, links: int) -> None:
+    def __init__(self, root: int, path: str, links: int, alone: bool) -> None:
         self.path = path
         self.links = links
+        self.alone = alone
         self.trail = [os.dup(root)]
         self.pending = _components(path)
 
@@ -74,7 +81,7 @@ class _Walk:
             self._go_up_to(0)
 
     def _go_down(self, name: str, directory: bool) -> None:
-        step = _open_or_make(self.trail[-1], name, directory)
+        step = _open_or_make(self.trail[-1], name, directory, self.alone)
         self.trail.append(step)
         if stat.S_ISLNK(os.fstat(step).st_mode):
             self._follow(os.readlink("", dir_fd=step))
@@ -96,19 +103,21 @@ def _components(path: str) -> list[str]:
     return [name for name in reversed(path.split("/")) if name not in ("", ".")]
 
 
-def _open_or_make(directory: int, name: str, as_directory: bool) -> int:
+def _open_or_make(directory: int, name: str, as_directory: bool, alone: bool) -> int:
     flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         return os.open(name, flags, dir_fd=directory)
     except FileNotFoundError:
-        _make(directory, name, as_directory)
+        _make(directory, name, as_directory, alone)
         return os.open(name, flags, dir_fd=directory)
 
 
-def _make(directory: int, name: str, as_directory: bool) -> None:
+def _make(directory: int, name: str, as_directory: bool, alone: bool) -> None:
     try:
         if as_directory:
             os.mkdir(name, 0o755, dir_fd=directory)
+            if alone:  # else the name may be a link by now
+                os.chmod(name, 0o755, dir_fd=directory)
         else:
             os.mknod(name, stat.S_IFREG | 0o644, dir_fd=directory)
     except FileExistsError:

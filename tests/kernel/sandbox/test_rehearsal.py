@@ -69,8 +69,8 @@ def test_one_that_does_not_end_is_given_up(tmp_path: Path) -> None:
 
 
 async def test_a_launcher_does_without(tmp_path: Path) -> None:
-    directory = tmp_path / "rehearsal"
-    directory.mkdir()
+    directory = tmp_path / "pods/rehearsal"
+    directory.mkdir(parents=True)
     syscalls.mount("busy", str(directory), "tmpfs", 0)
     try:
         launcher = await Launcher.connect_or_start(tmp_path)
