@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nodeagent.records import DNS, SandboxConfig
 
+MODE = 0o644  # all users of the containers read them, whatever our umask
 HOSTS_HEAD = """\
 127.0.0.1\tlocalhost
 ::1\tlocalhost ip6-localhost ip6-loopback
@@ -23,19 +24,19 @@ ff02::2\tip6-allrouters
 def write(directory: Path, config: SandboxConfig, addresses: tuple[str, ...]) -> None:
     """Write all three, which are not there yet; a pod on the node's network sees the node's hosts."""
     name = hostname(config)
-    on_node = config.namespaces.network == "node"
-    texts = {
-        "hosts": _node_file("/etc/hosts", HOSTS_HEAD) if on_node else hosts(name, addresses),
-        "hostname": f"{name}\n",
-        "resolv.conf": resolv_conf(config.dns) or _node_file("/etc/resolv.conf", ""),
+    names = hosts(name, addresses).encode()
+    if config.namespaces.network == "node":
+        names = node_file("/etc/hosts", HOSTS_HEAD)
+    contents = {
+        "hosts": names,
+        "hostname": f"{name}\n".encode(),
+        "resolv.conf": resolv_conf(config.dns).encode() or node_file("/etc/resolv.conf", ""),
     }
-    for name_of_file, text in texts.items():
-        with open(directory / name_of_file, "xb") as file:
+    for file_name, content in contents.items():
+        with open(directory / file_name, "xb") as file:
             os.fchown(file.fileno(), *_root(config))
-            os.fchmod(
-                file.fileno(), 0o644
-            )  # whatever the umask: all users of the containers read it
-            file.write(text.encode(errors="surrogateescape"))
+            os.fchmod(file.fileno(), MODE)
+            file.write(content)
 
 
 def _root(config: SandboxConfig) -> tuple[int, int]:
@@ -65,8 +66,9 @@ def resolv_conf(dns: DNS | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _node_file(path: str, fallback: str) -> str:
+def node_file(path: str, fallback: str) -> bytes:
+    """What the node's own file has, byte for byte; the fallback where it cannot be read."""
     try:
-        return Path(path).read_text(errors="surrogateescape")
+        return Path(path).read_bytes()
     except OSError:
-        return fallback
+        return fallback.encode()
