@@ -15,7 +15,7 @@ from nodeagent.api import runtime_pb2 as pb
 from nodeagent.api import runtime_pb2_grpc as rpc
 
 EMULATED = os.environ.get("NODEAGENT_GUEST") == "qemu"
-START_SECONDS = 180.0 if EMULATED else 20.0
+START_SECONDS = 180.0 if EMULATED else 60.0  # the machine may be busy
 MAX_MESSAGE_BYTES = 16 << 20  # as the kubelet and crictl have it
 
 

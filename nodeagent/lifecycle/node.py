@@ -208,6 +208,7 @@ def _recovery(node: Node, places: Places) -> Recovery:
         images=node.images,
         launchers=node.launchers,
         trash=node.trash,
+        cgroups=node.cgroups,
         places=places,
     )
 

@@ -18,7 +18,7 @@ from nodeagent.lifecycle.profiles import Profiles
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.linux import syscalls
 from nodeagent.records import Container, ContainerConfig, Image, MountStatus, Sandbox
-from nodeagent.sandbox import namespaces
+from nodeagent.sandbox import seccomp_successor
 from nodeagent.sandbox.seccomp_profile import Filter
 from nodeagent.sandbox.spec import Capabilities, ContainerPlan, ProcessPlan, Rlimit, Rootfs
 
@@ -89,7 +89,7 @@ class Planner:
             mounts=filesystems.container_mounts(
                 sandbox,
                 config,
-                Path(namespaces.shared(str(self._pods / sandbox.id))),
+                podfiles.directory(self._pods / sandbox.id),
                 self._hierarchies,
                 self._volume_layers,
             ),
@@ -123,6 +123,7 @@ class Planner:
             rlimits=self._rlimits,
             oom_score_adj=config.resources.oom_score_adj,
             umask=UMASK,
+            forbidden_calls=list(seccomp_successor.forbidden(seccomp.program)),
         )
         user = sandbox.config.namespaces.user
         if user is not None and user.mode == "pod":

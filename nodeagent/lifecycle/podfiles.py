@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 from nodeagent.records import DNS, SandboxConfig
+from nodeagent.sandbox import namespaces
 
 MODE = 0o644  # all users of the containers read them, whatever our umask
 HOSTS_HEAD = """\
@@ -21,7 +22,12 @@ ff02::2\tip6-allrouters
 """
 
 
-def write(directory: Path, config: SandboxConfig, addresses: tuple[str, ...]) -> None:
+def directory(pod: Path) -> Path:
+    """Where they are, with the pod's shared memory. pod: the pod's own directory."""
+    return Path(namespaces.shared(str(pod)))
+
+
+def write(pod: Path, config: SandboxConfig, addresses: tuple[str, ...]) -> None:
     """Write all three, which are not there yet; a pod on the node's network sees the node's hosts."""
     name = hostname(config)
     names = hosts(name, addresses).encode()
@@ -32,8 +38,9 @@ def write(directory: Path, config: SandboxConfig, addresses: tuple[str, ...]) ->
         "hostname": f"{name}\n".encode(),
         "resolv.conf": resolv_conf(config.dns).encode() or node_file("/etc/resolv.conf", ""),
     }
+    where = directory(pod)
     for file_name, content in contents.items():
-        with open(directory / file_name, "xb") as file:
+        with open(where / file_name, "xb") as file:
             os.fchown(file.fileno(), *_root(config))
             os.fchmod(file.fileno(), MODE)
             file.write(content)

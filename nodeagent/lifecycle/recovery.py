@@ -12,8 +12,10 @@ from pathlib import Path
 import msgspec
 
 from nodeagent import records
+from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import NodeAgentError
 from nodeagent.images.catalog import Images
+from nodeagent.lifecycle import podgroup
 from nodeagent.lifecycle.containers import Containers
 from nodeagent.lifecycle.launchers import Launchers
 from nodeagent.lifecycle.places import Places
@@ -42,6 +44,7 @@ class Recovery:
         images: Images,
         launchers: Launchers,
         trash: Trash,
+        cgroups: Cgroups,
         places: Places,
     ) -> None:
         self._registry = registry
@@ -51,6 +54,7 @@ class Recovery:
         self._images = images
         self._launchers = launchers
         self._trash = trash
+        self._cgroups = cgroups
         self._places = places
 
     async def run(self) -> None:
@@ -71,6 +75,7 @@ class Recovery:
         except (NodeAgentError, OSError) as error:
             log.error('pod sandbox "%s": cannot be taken over, it ends: %s', sandbox.id, error)
             await self._containers.kill_all(sandbox.id)
+            await self._remove_group(sandbox)
             self._rebooted(sandbox)
 
     def _rebooted(self, sandbox: Sandbox) -> None:
@@ -87,8 +92,17 @@ class Recovery:
             if not container.created_at or container.sandbox_id not in self._registry.sandboxes:
                 await self._containers.undo(container)
         for sandbox in list(self._registry.sandboxes.values()):
-            if not sandbox.ready_at:
+            if not sandbox.ready_at and await self._remove_group(sandbox):
                 self._registry.forget(sandbox)
+
+    async def _remove_group(self, sandbox: Sandbox) -> bool:
+        """False where it is left, to the removal of the pod or to the next start."""
+        try:
+            await asyncio.to_thread(podgroup.remove, self._cgroups, sandbox)
+        except (NodeAgentError, OSError) as error:
+            log.error('pod sandbox "%s": its cgroup is left: %s', sandbox.id, error)
+            return False
+        return True
 
     async def _dismantle_strangers(self) -> None:
         """Remove pods without a record, which were slots or cut off, and containers without one."""

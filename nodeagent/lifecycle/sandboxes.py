@@ -15,15 +15,16 @@ import msgspec
 from nodeagent import records
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import AlreadyExists, InvalidArgument, NotFound
-from nodeagent.lifecycle import podfiles
+from nodeagent.lifecycle import podfiles, podgroup
 from nodeagent.lifecycle.containers import Containers
 from nodeagent.lifecycle.flights import Flights
+from nodeagent.lifecycle.handover import handover
 from nodeagent.lifecycle.registry import Pod, Registry, boot_id
 from nodeagent.lifecycle.slots import Slot, Slots, dismantle
 from nodeagent.lifecycle.supervision import Supervision
 from nodeagent.net.network import Network
 from nodeagent.records import Resources, Sandbox, SandboxConfig
-from nodeagent.sandbox import namespaces
+from nodeagent.sandbox.client import Supervisor
 from nodeagent.sandbox.spec import PodSettings
 
 DEFAULT_SHM_BYTES = 64 << 20
@@ -106,6 +107,7 @@ class Sandboxes:
             undo.push_async_callback(self._slots.discard, slot)
             self._registry.save(sandbox)
             undo.callback(self._registry.forget, sandbox)
+            undo.push_async_callback(asyncio.to_thread, podgroup.remove, self._cgroups, sandbox)
             await self._settle(slot, sandbox)
             self._registry.pods[slot.id] = Pod(slot.supervisor)
             self._registry.save(
@@ -117,11 +119,18 @@ class Sandboxes:
 
     async def _settle(self, slot: Slot, sandbox: Sandbox) -> None:
         config = sandbox.config
-        shared = Path(namespaces.shared(str(slot.directory)))
-        podfiles.write(shared, config, sandbox.addresses)
-        await slot.supervisor.configure(_settings(config))
+        podfiles.write(slot.directory, config, sandbox.addresses)
+        await self._configure(slot.supervisor, sandbox)
         if config.namespaces.network == "pod":
             await self._network.publish(slot.id, config.port_mappings)
+
+    async def _configure(self, supervisor: Supervisor, sandbox: Sandbox) -> None:
+        settings = _settings(sandbox.config)
+        if settings["pid"] != "pod":
+            await supervisor.configure(settings)
+            return
+        with handover(podgroup.make(self._cgroups, sandbox)) as fds:
+            await supervisor.configure(settings, fds)
 
     def _refuse_twin(self, config: SandboxConfig) -> None:
         for other in self._registry.sandboxes.values():
@@ -155,6 +164,7 @@ class Sandboxes:
         finally:
             await self._network.detach(sandbox.id)
         await self._supervision.shut_down(sandbox.id)
+        await asyncio.to_thread(podgroup.remove, self._cgroups, sandbox)
         current = self._registry.sandboxes[sandbox.id]
         if not current.stopped_at:
             self._registry.note(
@@ -171,6 +181,7 @@ class Sandboxes:
         for container in self._registry.members(sandbox.id):
             await self._containers.remove(container.id)
         await dismantle(sandbox.id, self._directory / sandbox.id, None, self._network)
+        await asyncio.to_thread(podgroup.remove, self._cgroups, sandbox)
         self._registry.forget(sandbox)
 
     # --- update ---

@@ -4,8 +4,11 @@
 """
 
 import ctypes
+import errno
+import os
+from collections.abc import Iterable
 
-from nodeagent.linux import syscalls
+from nodeagent.linux import bpf_classic, syscalls
 
 FLAG_TSYNC = 1 << 0
 FLAG_LOG = 1 << 1
@@ -16,10 +19,26 @@ _INSTRUCTION_BYTES = 8  # sizeof(struct sock_filter)
 MAX_BYTES = 4096 * _INSTRUCTION_BYTES  # BPF_MAXINSNS
 
 
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[os.uname().machine]  # linux/audit.h
+_RET_ERRNO, _RET_ALLOW = 0x00050000, 0x7FFF0000
+
+
 class _Program(ctypes.Structure):
     """struct sock_fprog."""
 
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+
+
+def allow_only(numbers: Iterable[int]) -> bytes:
+    """A filter that answers EPERM to all system calls but these of this machine's own architecture."""
+    refuse = bpf_classic.instruction(bpf_classic.RETURN, _RET_ERRNO | errno.EPERM)
+    code = bpf_classic.instruction(bpf_classic.LOAD, bpf_classic.ARCHITECTURE_OFFSET)
+    code += bpf_classic.instruction(bpf_classic.JUMP_EQUAL, AUDIT_ARCH, 1, 0) + refuse
+    code += bpf_classic.instruction(bpf_classic.LOAD, bpf_classic.NUMBER_OFFSET)
+    for number in numbers:
+        code += bpf_classic.instruction(bpf_classic.JUMP_EQUAL, number, 0, 1)
+        code += bpf_classic.instruction(bpf_classic.RETURN, _RET_ALLOW)
+    return code + refuse
 
 
 def install(program: bytes, flags: int) -> None:

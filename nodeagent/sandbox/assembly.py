@@ -52,16 +52,24 @@ class Scratch(NamedTuple):
 
 
 class Assembly(NamedTuple):
-    """A root file system in the making. sealed: mounts that become read-only when all is in place."""
+    """A root file system in the making.
+
+    procfs: a detached one that is used instead of a new one, -1 without. sealed: mounts that become read-only when all
+    is in place.
+    """
 
     root: int
     scratch: Scratch
     maps: IdMaps
+    procfs: int
     sealed: list[int]
 
 
-def assemble(plan: ContainerPlan, maps: IdMaps) -> Assembly:
-    """Mount all that the plan asks for; nothing is masked or read-only yet."""
+def assemble(plan: ContainerPlan, maps: IdMaps, procfs: int = -1) -> Assembly:
+    """Mount all that the plan asks for; nothing is masked or read-only yet.
+
+    procfs: of the PID namespace that the container shares, where the caller is in another one; -1 makes a new one.
+    """
     lower = _open_layers(plan["rootfs"]["lower"], maps)
     upper, work = _open_own_layers(plan["rootfs"], maps)
     sources = [_open_source(mount, maps) for mount in plan["mounts"]]
@@ -69,7 +77,8 @@ def assemble(plan: ContainerPlan, maps: IdMaps) -> Assembly:
     scratch = _make_scratch(os.path.dirname(plan["rootfs"]["upper"]))
     directories = _layer_directories(scratch, lower, maps)
     root = mounts.mount_overlay(_mount_point(scratch, "root"), directories, upper, work)
-    assembly = Assembly(root, scratch, maps, [root] if plan["rootfs"]["readonly"] else [])
+    sealed = [root] if plan["rootfs"]["readonly"] else []
+    assembly = Assembly(root, scratch, maps, procfs, sealed)
     idmaps.act_as_root(maps)
     for mount, source in zip(plan["mounts"], sources, strict=True):
         _execute(assembly, mount, source)
@@ -226,7 +235,11 @@ def _mount_filesystem(assembly: Assembly, mount: Mount) -> int:
     data = mount["data"]
     if "gid" in data:
         data = {**data, "gid": str(assembly.maps.gid(int(data["gid"])))}
-    tree = mounts.make_filesystem(mount["source"], data, attributes)
+    if mount["source"] == "proc" and assembly.procfs != -1:
+        tree = assembly.procfs
+        mounts.set_attributes(tree, attributes)
+    else:
+        tree = mounts.make_filesystem(mount["source"], data, attributes)
     if "ro" in mount["attributes"]:
         assembly.sealed.append(tree)
     return tree

@@ -5,6 +5,7 @@ leave behind. The end of a known child is told to its owner while it is still a 
 before the kernel forgets it; strangers are just reaped.
 """
 
+import errno
 import os
 import signal
 from collections.abc import Callable, Collection
@@ -59,14 +60,24 @@ class Children:
         """Tell `ended` when the process `pid` ends, if we are its parent by then."""
         self._owners[pid] = ended
 
-    def adopt_if_there(self, child: Child, ended: Ended) -> bool:
-        """As `adopt`; False if it has been reaped."""
+    def adopt_sibling(self, pid: int, ended: Ended) -> Child:
+        """Own a child that another child has made for us (CLONE_PARENT), and tell `ended` when it ends.
+
+        Raises ProcessLookupError where there is no such child, and FileExistsError where it is known already.
+        """
+        pidfd = os.pidfd_open(pid)
         try:
-            os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if pid in self._owners:
+                raise FileExistsError(errno.EEXIST, "a child that is known already", str(pid))
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
-            return False
-        self.adopt(child.pid, ended)
-        return True
+            os.close(pidfd)
+            raise ProcessLookupError(errno.ESRCH, "not a child of ours", str(pid)) from None
+        except BaseException:
+            os.close(pidfd)
+            raise
+        self._owners[pid] = ended
+        return Child(pid, pidfd)
 
     def any(self) -> bool:
         """Whether there are children, be they dead."""

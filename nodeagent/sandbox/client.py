@@ -92,9 +92,12 @@ class Supervisor:
         reply = await self._channel.request("namespaces")
         return Namespaces(net=reply.fds["net"], route=socket.socket(fileno=reply.fds["route"]))
 
-    async def configure(self, settings: PodSettings) -> None:
-        """Raises InvalidArgument, or Unsupported, for a sysctl that cannot be set."""
-        await self._channel.request("configure", settings=settings)
+    async def configure(self, settings: PodSettings, init: CgroupFds | None = None) -> None:
+        """Raises InvalidArgument, or Unsupported, for a sysctl that cannot be set.
+
+        init: the cgroup of the process that holds a shared PID namespace.
+        """
+        await self._channel.request("configure", init.named() if init else (), settings=settings)
 
     async def dial(self, port: int) -> socket.socket:
         """A connection to 127.0.0.1, or else ::1, inside the pod; not blocking. Raises Unavailable."""

@@ -17,7 +17,7 @@ import time
 from fcntl import ioctl
 
 from nodeagent.errors import FailedPrecondition, StartError
-from nodeagent.sandbox import exits, facts
+from nodeagent.sandbox import exits, facts, process
 from nodeagent.sandbox.birth import Birth
 from nodeagent.sandbox.facts import Facts
 from nodeagent.sandbox.groups import Group
@@ -55,6 +55,7 @@ class Container:
         self.fds = fds
         self.exit: Exit | None = None
         self.birth: Birth | None = None
+        self._is_hidden = False
         self.group = Group(pod.loop, procs=fds.get("procs"), kill=fds.get("kill"))
         self.pump: Pump | None = None
         self._failure: Exception | None = None
@@ -66,9 +67,10 @@ class Container:
 
     # --- creation ---
 
-    def await_birth(self, birth: Birth, creation: Request) -> None:
+    def await_birth(self, birth: Birth, creation: Request, *, hidden: bool) -> None:
         """The process exists, and makes itself ready; so does, meanwhile, what shall be known of it."""
         self.birth = birth
+        self._is_hidden = hidden
         self._creation = creation
         try:
             facts.make_directory(self.pod.directory, self.plan)
@@ -77,11 +79,29 @@ class Container:
         except OSError as error:
             birth.abandon(error)
 
+    def succeeded(self, pid: int) -> None:
+        child = self.pod.children.adopt_sibling(pid, self.ended)
+        os.close(self.fds["pidfd"])
+        self.fds["pidfd"] = child.pidfd
+        self.facts["pid"], self.facts["ticks"] = pid, process.start_ticks(pid)
+        self._is_hidden = False
+        if self.facts["killed"]:
+            self._signal(signal.SIGKILL)
+
+    def first_ended(self, code: int) -> None:
+        """A hidden process ends when its successor has been found."""
+        if self._is_hidden and self.birth is not None:
+            self.birth.listen()
+        if self._is_hidden:
+            self.ended(code)
+
     def ready(self, identity: Identity, warnings: list[str], master: int | None) -> None:
         if master is not None:
             os.set_blocking(master, False)
             self.fds["master"] = master
         self.facts["identity"], self.facts["warnings"] = identity, warnings
+        if self.birth is not None:
+            self.fds["status"] = self.birth.descriptor
         try:
             if self.pump is None:
                 self.open_pump()
@@ -188,10 +208,11 @@ class Container:
             self.group.kill()
 
     def _signal(self, number: int) -> None:
+        """A pidfd knows best: where the process has been reaped, nobody will tell us of its end any more."""
         try:
             signal.pidfd_send_signal(self.fds["pidfd"], number)
         except ProcessLookupError:
-            pass
+            self.pod.loop.call_after(0, self._reaped)
 
     # --- end ---
 
@@ -226,6 +247,10 @@ class Container:
         self.pod.loop.forget(self.fds["pidfd"])
         code = exits.code_of_stranger(self.facts["pid"], self.fds["pidfd"])
         self.ended(exits.UNKNOWN if code is None else code)
+
+    def _reaped(self) -> None:
+        if self.exit is None and "pidfd" in self.fds:
+            self._stranger_ended(0)
 
     def _oom_struck(self) -> bool:
         return exits.oom_kills(self.fds.get("oom")) > self.facts["oom_kills"]

@@ -2,16 +2,17 @@
 
 import os
 import socket
-import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from nodeagent.errors import AlreadyExists, FailedPrecondition, NotFound
 from nodeagent.linux import syscalls
-from nodeagent.sandbox import exits, facts, init, process, protocol
+from nodeagent.sandbox import exits, facts, init, namespaces, process, protocol, visibility
 from nodeagent.sandbox.birth import Birth
 from nodeagent.sandbox.children import Child
 from nodeagent.sandbox.containers import Container
 from nodeagent.sandbox.facts import Facts
+from nodeagent.sandbox.groups import split_join_fds
 from nodeagent.sandbox.peers import Request
 from nodeagent.sandbox.pod import Pod
 from nodeagent.sandbox.spec import ContainerPlan
@@ -20,26 +21,34 @@ from nodeagent.sandbox.stdio import Stdio, open_stdio
 Family = dict[str, Container]
 
 
-def split_join_fds(fds: Sequence[int]) -> tuple[int, list[int]]:
-    """The directory of cgroup v2, -1 without one, and the `tasks` files of v1."""
-    directories = [fd for fd in fds if stat.S_ISDIR(os.fstat(fd).st_mode)]
-    # A list: tuple() of a generator puts tuples on a free list of CPython and takes none from it, up to 2000 times.
-    return directories[0] if directories else -1, [fd for fd in fds if fd not in directories]
-
-
 # ---- a new container ----
 
 
-def create(pod: Pod, family: Family, request: Request) -> None:
-    """Reply when the container is ready to be started; nothing is left of one that is not."""
+class PidNamespace(NamedTuple):
+    """A PID namespace that a container shares. process: a pidfd of who is in it; procfs: as in `init.InitFds`."""
+
+    process: int
+    procfs: str
+
+
+def create(
+    pod: Pod, family: Family, request: Request, before_sharing: Callable[[str], None]
+) -> None:
+    """Reply when the container is ready to be started; nothing is left of one that is not.
+
+    before_sharing: called with the name of the PID namespace (`visibility.pid_namespace`) that it is born into.
+    """
     plan = protocol.checked(ContainerPlan, request.body["plan"])
     if protocol.checked_id(plan["id"]) in family:
         raise AlreadyExists(f'container "{plan["id"]}": exists already')
-    target = _pid_namespace(pod, family, plan)
+    shared = _shared_namespace(pod, family, plan)
+    if shared is not None:
+        visibility.require_successor(f'container "{plan["id"]}"', plan["process"], tty=plan["tty"])
+        before_sharing(visibility.pid_namespace(family, plan))
     join = request.take_all("join")
     fds = {name: fd for name in ("oom", "procs", "kill") if (fd := request.take(name)) is not None}
     try:
-        _make(pod, family, plan, fds, join, target, request)
+        _make(pod, family, plan, fds, join, shared, request)
     except BaseException:
         protocol.close_all(fds.values())
         raise
@@ -47,20 +56,22 @@ def create(pod: Pod, family: Family, request: Request) -> None:
         protocol.close_all(join)
 
 
-def _pid_namespace(pod: Pod, family: Family, plan: ContainerPlan) -> int | None:
-    """Whose PID namespace the container is born in: None for the supervisor's, or a new one below it."""
-    if plan["pid"] == "pod":
-        if pod.init_pidfd is None:
-            raise FailedPrecondition(f'container "{plan["id"]}": the pod shares no PID namespace')
-        return pod.init_pidfd
+def _shared_namespace(pod: Pod, family: Family, plan: ContainerPlan) -> PidNamespace | None:
+    """Whose PID namespace the container is born into: None for the supervisor's, or a new one below it."""
     if plan["pid"] == "target":
         target = family.get(plan["pid_target"])
         if target is None:
             raise NotFound(f'container "{plan["pid_target"]}": not in this pod')
         if target.state != "running":
             raise FailedPrecondition(f'container "{target.id}": is {target.state}, not running')
-        return target.fds["pidfd"]
-    return None
+    namespace = visibility.pid_namespace(family, plan)
+    if namespace == visibility.NODE or plan["pid"] == "container":
+        return None
+    if namespace == visibility.POD:
+        if pod.init_pidfd is None:
+            raise FailedPrecondition(f'container "{plan["id"]}": the pod shares no PID namespace')
+        return PidNamespace(pod.init_pidfd, namespaces.procfs_pin(pod.directory))
+    return PidNamespace(family[plan["pid_target"]].fds["pidfd"], "")
 
 
 def _make(
@@ -69,14 +80,14 @@ def _make(
     plan: ContainerPlan,
     fds: dict[str, int],
     join: Sequence[int],
-    target: int | None,
+    shared: PidNamespace | None,
     request: Request,
 ) -> None:
     stdio = open_stdio(plan)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         container = Container(pod, family, plan, _nothing_known(fds), fds)
-        child = _spawn(pod, container, stdio, theirs.fileno(), join, target)
+        child = _spawn(pod, container, stdio, theirs.fileno(), join, shared)
     except BaseException:
         ours.close()
         stdio.close_kept()
@@ -88,7 +99,9 @@ def _make(
     container.facts["pid"], container.facts["ticks"] = child.pid, process.start_ticks(child.pid)
     container.facts["pipes"] = {name: os.fstat(fd).st_ino for name, fd in stdio.kept.items()}
     family[plan["id"]] = container
-    container.await_birth(Birth(pod.loop, ours, container), request)
+    hidden = child.pid if shared is not None else None
+    birth = Birth(pod.loop, ours, container, hidden)
+    container.await_birth(birth, request, hidden=shared is not None)
 
 
 def _spawn(
@@ -97,21 +110,23 @@ def _spawn(
     stdio: Stdio,
     status: int,
     join: Sequence[int],
-    target: int | None,
+    shared: PidNamespace | None,
 ) -> Child:
     cgroup, tasks = split_join_fds(join)
     given = init.InitFds(status, stdio.stdin, stdio.stdout, stdio.stderr, tasks, pod.userns)
+    if shared is not None:
+        given = given._replace(pid_namespace=shared.process, procfs=shared.procfs)
     flags = syscalls.CLONE_NEWNS
     if container.plan["pid"] == "container":
         flags |= syscalls.CLONE_NEWPID
-    with pod.children_join(target):
-        return pod.children.spawn(
-            lambda: init.run(container.plan, given),
-            container.ended,
-            keep=[fd for fd in (status, *stdio[:3], pod.userns, *tasks) if fd >= 0],
-            flags=flags,
-            cgroup=cgroup,
-        )
+    kept = [status, *stdio[:3], pod.userns, given.pid_namespace, *tasks]
+    return pod.children.spawn(
+        lambda: init.run(container.plan, given),
+        container.ended if shared is None else container.first_ended,
+        keep=[fd for fd in kept if fd >= 0],
+        flags=flags,
+        cgroup=cgroup,
+    )
 
 
 def _nothing_known(fds: dict[str, int]) -> Facts:
@@ -177,7 +192,7 @@ def _find_again(container: Container) -> None:
 def _watch(container: Container) -> None:
     if "status" in container.fds:
         status = socket.socket(fileno=container.fds["status"])
-        container.birth = Birth(container.pod.loop, status, container)
+        container.birth = Birth.resume(container.pod.loop, status, container)
         if container.facts["started_at"]:
             container.birth.go_on()
     container.watch()

@@ -6,10 +6,11 @@ The functions stand in the order in which they have to be called.
 import errno
 import os
 import resource
+from base64 import b64decode
 
 from nodeagent.errors import FailedPrecondition, InvalidArgument, Unsupported
-from nodeagent.linux import capabilities, syscalls
-from nodeagent.sandbox.spec import Identity, ProcessPlan, Rlimit
+from nodeagent.linux import capabilities, seccomp, syscalls
+from nodeagent.sandbox.spec import Capabilities, Identity, ProcessPlan, Rlimit
 
 # ---- files of procfs, while /proc is still the node's ----
 
@@ -106,8 +107,7 @@ def join_new_keyring() -> None:
 def become(plan: ProcessPlan, identity: Identity) -> list[str]:
     """Take on the ids and capabilities; returns warnings.
 
-    execve computes the program's capabilities from the bounding, inheritable and ambient sets. So SYS_ADMIN can stay
-    permitted until then, for a filter without no_new_privs, which is the last thing to be installed (seccomp(2)).
+    SYS_ADMIN stays permitted and effective where `confine` needs it: for a filter without no_new_privs (seccomp(2)).
     """
     wanted = plan["capabilities"]
     _, held, _ = syscalls.capget()
@@ -118,12 +118,7 @@ def become(plan: ProcessPlan, identity: Identity) -> list[str]:
     os.setresuid(identity["uid"], identity["uid"], identity["uid"])
     # A change of ids sets this back to the node's fs.suid_dumpable.
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
-    extra = capabilities.SYS_ADMIN if plan["seccomp"] and not plan["no_new_privs"] else 0
-    syscalls.capset(
-        effective=wanted["effective"] & held | extra,
-        permitted=wanted["permitted"] & held | extra,
-        inheritable=wanted["inheritable"] & held,
-    )
+    _set_capabilities(wanted, held, extra=_borrowed(plan))
     capabilities.raise_ambient(wanted["ambient"] & held)
     if plan["no_new_privs"]:
         syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
@@ -132,4 +127,38 @@ def become(plan: ProcessPlan, identity: Identity) -> list[str]:
         [f"capability {name}: not available" for name in capabilities.names(missing)]
         if missing
         else []
+    )
+
+
+def confine(plan: ProcessPlan) -> None:
+    """Filter all further system calls.
+
+    What `become` left permitted goes with execve, which computes the program's capabilities from the other sets.
+    """
+    if plan["seccomp"]:
+        seccomp.install(b64decode(plan["seccomp"]), plan["seccomp_flags"])
+
+
+def confine_visibly(plan: ProcessPlan) -> None:
+    """As `confine`, for a process that is seen before its execve: nothing is left that the program will not have.
+
+    `FILTERED_CALLS` and capset(2) are all that is called with the filter from here on.
+    """
+    wanted = plan["capabilities"]
+    _, held, _ = syscalls.capget()
+    confine(plan)
+    if _borrowed(plan):
+        _set_capabilities(wanted, held, extra=0)
+
+
+def _borrowed(plan: ProcessPlan) -> int:
+    needed = plan["seccomp"] and not plan["no_new_privs"]
+    return capabilities.SYS_ADMIN & ~plan["capabilities"]["effective"] if needed else 0
+
+
+def _set_capabilities(wanted: Capabilities, held: int, extra: int) -> None:
+    syscalls.capset(
+        effective=wanted["effective"] & held | extra,
+        permitted=wanted["permitted"] & held | extra,
+        inheritable=wanted["inheritable"] & held,
     )

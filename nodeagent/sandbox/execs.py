@@ -10,13 +10,11 @@ import socket
 from typing import Any
 
 from nodeagent.errors import AlreadyExists, FailedPrecondition, NotFound
-from nodeagent.linux import capabilities
-from nodeagent.sandbox import exits, init, protocol
+from nodeagent.sandbox import init, protocol, visibility
 from nodeagent.sandbox.birth import Birth
 from nodeagent.sandbox.children import Child
 from nodeagent.sandbox.containers import Container, set_size
-from nodeagent.sandbox.creation import split_join_fds
-from nodeagent.sandbox.groups import Group
+from nodeagent.sandbox.groups import Group, split_join_fds
 from nodeagent.sandbox.loop import READABLE, Timer
 from nodeagent.sandbox.peers import Peer, Request
 from nodeagent.sandbox.pod import Pod
@@ -45,7 +43,7 @@ class Exec:
         self._timer: Timer | None = None
         self._timed_out = False
         self._killed = False
-        self._followed = False
+        self._was_hidden = self._is_hidden = False
         self._loop = execs.pod.loop
 
     @property
@@ -54,21 +52,34 @@ class Exec:
         score = self.plan.get("oom_score_adj", settings["oom_score_adj"])
         return {**settings, "oom_score_adj": score}
 
-    def begin(self, child: Child, status: socket.socket) -> None:
+    def begin(self, child: Child, status: socket.socket, *, hidden: bool) -> None:
         self.pid, self._pidfd = child
-        self._birth = Birth(self._loop, status, self, self._follow)
+        self._was_hidden = self._is_hidden = hidden
+        self._birth = Birth(self._loop, status, self, child.pid if hidden else None)
         if self.plan["timeout_ms"] > 0:
             self._timer = self._loop.call_after(self.plan["timeout_ms"], self._time_out)
         if not self.plan["tty"]:
             self._birth.go()
 
-    def _follow(self, successor: Child) -> None:
-        """Be the process that goes on. One that was killed at once may have been reaped as a stranger already."""
+    @property
+    def is_seen_being_born(self) -> bool:
+        """Whether it is in its container's PID namespace, and not yet what it will be."""
+        return self._birth is not None and not self._was_hidden
+
+    def end_birth(self) -> None:
+        if self._birth is not None:
+            self._birth.abandon(
+                FailedPrecondition(
+                    f'exec in container "{self.container.id}": another container came to share its PID namespace'
+                    " while it was started; try again"
+                )
+            )
+
+    def succeeded(self, pid: int) -> None:
+        child = self._execs.pod.children.adopt_sibling(pid, self.ended)
         os.close(self._pidfd)
-        self.pid, self._pidfd = successor
-        self._followed = True
-        if not self._execs.pod.children.adopt_if_there(successor, self.ended):
-            self._loop.call_after(0, lambda: self.ended(exits.SIGKILLED))
+        self.pid, self._pidfd = child
+        self._is_hidden = False
         if self._killed:
             self.kill()
 
@@ -131,10 +142,10 @@ class Exec:
             self._loop.forget(self._master)
 
     def first_ended(self, code: int) -> None:
-        """A hidden process ends when its successor has been announced."""
-        if self._birth is not None:
+        """A hidden process ends when its successor has been found."""
+        if self._is_hidden and self._birth is not None:
             self._birth.listen()
-        if not self._followed:
+        if self._is_hidden:
             self.ended(code)
 
     def ended(self, code: int) -> None:
@@ -173,6 +184,7 @@ class Execs:
             raise FailedPrecondition(
                 f'container "{container.id}": is {container.state}, not running'
             )
+        hidden = visibility.must_hide_exec(self._family, container.plan)
         if (request.peer, request.body["exec"]) in self._execs:
             raise AlreadyExists(f"exec {request.body['exec']}: exists already")
         join = request.take_all("join")
@@ -180,7 +192,10 @@ class Execs:
         group = Group(self.pod.loop, procs=request.take("procs"), kill=request.take("kill"))
         try:
             exec_ = Exec(self, request, container, group)
-            self._spawn(exec_, join, stdio)
+            if hidden:
+                what = f'exec in container "{container.id}"'
+                visibility.require_successor(what, exec_.settings, tty=exec_.plan["tty"])
+            self._spawn(exec_, join, stdio, hidden=hidden)
         except BaseException:
             group.close()
             raise
@@ -188,29 +203,24 @@ class Execs:
             protocol.close_all([*join, *(end for end in stdio if end is not None)])
 
     def _spawn(
-        self, exec_: Exec, join: list[int], stdio: tuple[int | None, int | None, int | None]
+        self,
+        exec_: Exec,
+        join: list[int],
+        stdio: tuple[int | None, int | None, int | None],
+        *,
+        hidden: bool,
     ) -> None:
-        container = exec_.container
-        stdin, stdout, stderr = (-1 if end is None else end for end in stdio)
         cgroup, tasks = split_join_fds(join)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        target = container.fds["pidfd"]
-        userns = self.pod.userns
-        given = init.ExecFds(
-            theirs.fileno(),
-            target,
-            stdin,
-            stdout,
-            stderr,
-            tasks,
-            userns,
-            hidden=self._has_tracers(),
-        )
+        target, userns = exec_.container.fds["pidfd"], self.pod.userns
+        stdin, stdout, stderr = (-1 if end is None else end for end in stdio)
+        status = theirs.fileno()
+        given = init.ExecFds(status, target, stdin, stdout, stderr, tasks, userns, hidden)
         try:
-            with self.pod.children_join(None if given.hidden else target):
+            with self.pod.children_join(None if hidden else target):
                 child = self.pod.children.spawn(
                     lambda: init.run_exec(exec_.plan, exec_.settings, given),
-                    exec_.first_ended,
+                    exec_.first_ended if hidden else exec_.ended,
                     keep=[fd for fd in (*given[:5], userns, *tasks) if fd >= 0],
                     cgroup=cgroup,
                 )
@@ -220,17 +230,17 @@ class Execs:
         finally:
             theirs.close()
         self._execs[exec_.agent, exec_.number] = exec_
-        exec_.begin(child, ours)
+        exec_.begin(child, ours, hidden=hidden)
 
-    def _has_tracers(self) -> bool:
-        """Whether a process of the pod could take over one that is not a container's yet (ptrace(2)).
-
-        The capability counts in the node's user namespace only, where that process comes from.
-        """
-        return self.pod.userns == -1 and any(
-            container.plan["process"]["capabilities"]["bounding"] & capabilities.SYS_PTRACE
-            for container in self._family.values()
-        )
+    def end_births_in(self, namespace: str) -> None:
+        """Before a container comes that may trace: end what is being born in sight in a PID namespace."""
+        for exec_ in self.running():
+            plan = exec_.container.plan
+            if (
+                exec_.is_seen_being_born
+                and visibility.pid_namespace(self._family, plan) == namespace
+            ):
+                exec_.end_birth()
 
     def get(self, request: Request) -> Exec:
         number = request.body["exec"]

@@ -4,10 +4,16 @@
 it, and becomes who it shall be. `run_exec` makes a further process of a running container. Both report over the
 status socket: ``{"ready": {"identity": …, "warnings": […]}}``, with the master end of a terminal attached, then wait
 for one byte, "go", and execute the program; the socket closes itself when that succeeds.
-``{"error": class, "text": …}`` reports the failure of any step.
+``{"error": class, "text": …}`` reports the failure of any step before; what fails later is told as a plain text.
+
+Where others share the PID namespace and may trace, the process is **hidden**: it prepares itself in the supervisor's
+PID namespace, and makes a successor in the other one at the end. That has nothing any more which the program will not
+have: its root, ids, capabilities, filter and cgroups are the program's, and it has no descriptor that anything is
+believed from. The other end of its own status socket comes with "ready", before the terminal.
 After the node's file system is left, nothing is imported any more.
 """
 
+import fcntl
 import gc
 import os
 import signal
@@ -19,7 +25,17 @@ from typing import NamedTuple, NoReturn
 
 from nodeagent.errors import FailedPrecondition
 from nodeagent.linux import confined, mounts, syscalls
-from nodeagent.sandbox import assembly, console, credentials, idmaps, program, protocol, users
+from nodeagent.sandbox import (
+    assembly,
+    birth,
+    console,
+    credentials,
+    idmaps,
+    procfs,
+    program,
+    protocol,
+    users,
+)
 from nodeagent.sandbox.idmaps import IdMaps
 from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, Identity, ProcessPlan
 
@@ -53,6 +69,9 @@ class InitFds(NamedTuple):
     status: a SOCK_SEQPACKET socket. stdin, stdout, stderr: -1 for the container's /dev/null; not looked at with a tty.
     cgroups: of cgroup v1, each hierarchy's `tasks` file, open for writing; on v2 the process is born in its cgroup.
     userns: the user namespace of the pod, where it has one.
+    pid_namespace: a pidfd of a process whose PID namespace is shared; the process is hidden then, and its successor is
+    born there.
+    procfs: where a procfs of that namespace is mounted on the node; "" takes it from the process of the pidfd.
     """
 
     status: int
@@ -61,15 +80,14 @@ class InitFds(NamedTuple):
     stderr: int = -1
     cgroups: Sequence[int] = ()
     userns: int = -1
+    pid_namespace: int = -1
+    procfs: str = ""
 
 
 class ExecFds(NamedTuple):
     """As `InitFds`; target: a pidfd of a process of the container, whose mount and cgroup namespaces are joined.
 
-    hidden: the process is born in the supervisor's PID namespace. Only when all is ready and it is told to go, a
-    successor appears in the container's, a sibling of it: so nobody there, with CAP_SYS_PTRACE even, ever sees a
-    process that has more rights than the program. The successor is announced as ``{"successor": pid}`` with its pidfd
-    and a status socket of its own, where it waits for another "go".
+    hidden: the process is born in the supervisor's PID namespace, and its successor in the container's.
     """
 
     status: int
@@ -86,7 +104,7 @@ class _Start(NamedTuple):
     """All that the last steps need, inside the container's root.
 
     owned: kinds of namespaces that are still to be left for ones that belong to the pod's user namespace.
-    by_successor: the program is executed by a process that is born into the container's PID namespace.
+    hidden: the program is executed by a successor.
     """
 
     argv: list[str]
@@ -97,7 +115,27 @@ class _Start(NamedTuple):
     maps: IdMaps
     owned: int
     warnings: list[str]
-    by_successor: bool = False
+    hidden: bool
+
+
+class _Reporter:
+    """What the supervisor hears from this process."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+        self._is_ready = False
+
+    def ready(self, identity: Identity, warnings: list[str], *descriptors: int) -> None:
+        _send(self.status, {"ready": {"identity": identity, "warnings": warnings}}, descriptors)
+        self._is_ready = True
+
+    def failed(self, error: BaseException) -> None:
+        text = _text(error)[:_MAX_TEXT]
+        if self._is_ready:
+            os.write(self.status, text.encode(errors="replace"))
+        else:
+            kind = "OSError" if isinstance(error, OSError) else type(error).__name__
+            _send(self.status, {"error": kind, "text": text})
 
 
 def run(plan: ContainerPlan, fds: InitFds) -> NoReturn:
@@ -111,11 +149,12 @@ def run_exec(plan: ExecPlan, settings: ProcessPlan, fds: ExecFds) -> NoReturn:
 
 
 def _start(status: int, prepare: Callable[[], _Start]) -> NoReturn:
+    reporter = _Reporter(status)
     try:
         _leave_supervisor()
-        _finish(status, prepare())
+        _finish(reporter, prepare())
     except BaseException as error:  # noqa: BLE001 - the supervisor shall know whatever it is
-        _report_failure(status, error)
+        reporter.failed(error)
     finally:
         os._exit(1)
 
@@ -146,7 +185,9 @@ def _prepare_container(plan: ContainerPlan, fds: InitFds) -> _Start:
     warnings = credentials.set_oom_score(settings)
     if plan["cgroup_namespace"]:
         syscalls.unshare(syscalls.CLONE_NEWCGROUP)
-    built = assembly.assemble(plan, maps)
+    hidden = fds.pid_namespace != -1
+    shared_proc = procfs.of_shared(fds.pid_namespace, fds.procfs) if hidden else -1
+    built = assembly.assemble(plan, maps, shared_proc)
     identity = users.resolve(built.root, settings["user"])
     with _working_directory(settings["cwd"]):
         cwd = confined.make_path(built.root, settings["cwd"], directory=True)
@@ -154,7 +195,7 @@ def _prepare_container(plan: ContainerPlan, fds: InitFds) -> _Start:
     assembly.seal(built, plan["masked_paths"], plan["readonly_paths"])
     mounts.enter_root(built.root)
     owned = syscalls.CLONE_NEWNS | (syscalls.CLONE_NEWCGROUP if plan["cgroup_namespace"] else 0)
-    return _Start(plan["argv"], settings, identity, cwd, stdio, maps, owned, warnings)
+    return _Start(plan["argv"], settings, identity, cwd, stdio, maps, owned, warnings, hidden)
 
 
 def _container_stdio(plan: ContainerPlan, fds: InitFds, root: int) -> console.Stdio:
@@ -191,7 +232,7 @@ def _join_cgroups(tasks: Sequence[int]) -> None:
         os.write(file, b"0")
 
 
-def _finish(status: int, start: _Start) -> NoReturn:
+def _finish(reporter: _Reporter, start: _Start) -> NoReturn:
     """The steps inside the container's root, until its program runs."""
     settings, identity, warnings = start.settings, start.identity, start.warnings
     with _working_directory(settings["cwd"]):
@@ -204,14 +245,18 @@ def _finish(status: int, start: _Start) -> NoReturn:
     credentials.join_new_keyring()
     warnings += credentials.become(settings, identity)
     os.umask(settings["umask"])
+    to_execute = program.find(start.argv, settings["env"], identity["home"])
     master = [start.stdio.master] if start.stdio.is_terminal else []
-    _send(status, {"ready": {"identity": identity, "warnings": warnings}}, *master)
-    _keep_only(status)
-    _wait_for_go(status)
-    if start.by_successor:
-        _continue_in_successor(status)
-    console.lead_session(start.stdio.is_terminal)
-    program.execute(start.argv, settings, identity["home"])
+    if start.hidden:
+        _continue_in_successor(reporter, start, master)
+        console.lead_session(start.stdio.is_terminal)
+    else:
+        reporter.ready(identity, warnings, *master)
+        _keep_only(reporter.status)
+        _wait_for_go(reporter.status)
+        console.lead_session(start.stdio.is_terminal)
+        credentials.confine(settings)
+    program.execute(to_execute)
 
 
 @contextmanager
@@ -238,26 +283,32 @@ def _wait_for_go(status: int) -> None:
         os._exit(1)
 
 
-def _continue_in_successor(status: int) -> None:
-    """Returns in the successor only, whose `status` is its own; CLONE_PARENT makes it a child of the supervisor.
+def _continue_in_successor(reporter: _Reporter, start: _Start, master: list[int]) -> None:
+    """Returns in the successor only, when it has been told to go; CLONE_PARENT makes it a child of the supervisor.
 
-    Nobody else has that socket open when the supervisor hears of it, so that its end is that of the successor.
+    `seccomp_successor.CALLS` lists the system calls that are made once the filter is in force.
     """
-    theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid, pidfd = syscalls.clone3(syscalls.CLONE_PARENT, exit_signal=0)
-    if pid:
-        ours.close()
-        _send(status, {"successor": pid}, pidfd, theirs.fileno())
+    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs, ours = [end.detach() for end in pair]  # objects would be closed later, with the filter
+    reporter.ready(start.identity, start.warnings, theirs, *master)
+    hidden, reporter.status = _keep_two(reporter.status, ours)
+    credentials.confine_visibly(start.settings)
+    if syscalls.clone(syscalls.CLONE_PARENT | syscalls.CLONE_PIDFD):
+        os.close(reporter.status)
+        os.write(hidden, birth.BORN)
+        os.read(hidden, 1)  # until the supervisor has found the successor
         os._exit(0)
-    os.dup2(ours.fileno(), status, inheritable=False)
-    ours.close()
-    theirs.close()
-    _wait_for_go(status)
+    _wait_for_go(reporter.status)
 
 
-def _report_failure(status: int, error: BaseException) -> None:
-    kind = "OSError" if isinstance(error, OSError) else type(error).__name__
-    _send(status, {"error": kind, "text": _text(error)[:_MAX_TEXT]})
+def _keep_two(*descriptors: int) -> tuple[int, int]:
+    """Close all descriptors but the standard three and these, which become 3 and 4; so `birth.SUCCESSOR` is free."""
+    beyond = birth.SUCCESSOR + 1 + max(descriptors)
+    copies = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, beyond) for descriptor in descriptors]
+    for number, copy in enumerate(copies, _FIRST_OTHER):
+        os.dup2(copy, number, inheritable=False)
+    syscalls.close_range(birth.SUCCESSOR)
+    return _FIRST_OTHER, _FIRST_OTHER + 1
 
 
 def _text(error: BaseException) -> str:
@@ -267,7 +318,7 @@ def _text(error: BaseException) -> str:
     return f"{error.strerror or error}{named}"
 
 
-def _send(status: int, message: protocol.Body, *descriptors: int) -> None:
+def _send(status: int, message: protocol.Body, descriptors: Sequence[int] = ()) -> None:
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=status)
     protocol.send(channel, protocol.encode(message), descriptors)
     channel.detach()

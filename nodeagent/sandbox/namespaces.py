@@ -121,9 +121,24 @@ def resize_shm(pod: str, size_bytes: int) -> None:
     syscalls.mount("shm", shared(pod), "tmpfs", flags, f"size={size_bytes + FILES_BYTES}")
 
 
+def pin_procfs(pod: str, tree: int) -> None:
+    """Attach a detached procfs of the PID namespace that the pod's containers share."""
+    files.ensure_directory(procfs_pin(pod), 0o700)
+    point = os.open(procfs_pin(pod), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        syscalls.move_mount(tree, point)
+    finally:
+        os.close(point)
+
+
+def procfs_pin(pod: str) -> str:
+    return _pin(pod, "proc")
+
+
 def unpin(pod: str) -> None:
     """Remove all mounts that were made here, or by an earlier version. Idempotent; what still uses them goes on."""
-    for path in (f"{pod}/{_SHARED}", f"{pod}/shm", *(_pin(pod, kind) for kind in _PINNED)):
+    pins = (procfs_pin(pod), *(_pin(pod, kind) for kind in _PINNED))
+    for path in (f"{pod}/{_SHARED}", f"{pod}/shm", *pins):
         try:
             syscalls.umount2(path, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
         except OSError:

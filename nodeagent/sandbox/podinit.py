@@ -1,54 +1,59 @@
 """The first process of a PID namespace that the containers of a pod share.
 
-It holds the namespace and reaps what becomes an orphan in it, and nothing else. A container may look at it, and one
-with CAP_SYS_PTRACE may make it do what it wants: so it has no file, no descriptor, no right and no user.
+It holds the namespace, and has the kernel reap what becomes an orphan in it. A container may look at it, and one with
+CAP_SYS_PTRACE may take it over: so it is worthless. It has no file, no descriptor, no capability and no user, a cgroup
+in which no device may be used, and a filter that lets it do nothing but wait and end.
 """
 
 import os
 import signal
+import socket
+from collections.abc import Sequence
 from typing import NoReturn
 
-from nodeagent.linux import mounts, syscalls
-from nodeagent.sandbox import process
+from nodeagent.linux import capabilities, mounts, seccomp, syscalls
+from nodeagent.sandbox import process, procfs, protocol
 
 TITLE = "pod"
 
 _NOBODY = 65534
 
 
-def main(directory: str) -> NoReturn:
-    """directory: any one; what is mounted there is seen by nobody else."""
+def main(status: int, tasks: Sequence[int], directory: str) -> NoReturn:
+    """Report with ``{}`` and a detached procfs of the new PID namespace, and wait for ever.
+
+    Nobody shares the namespace before that. tasks: of cgroups of v1, to be joined; on v2 it is born in its cgroup.
+    directory: any one; what is mounted there is seen by nobody else.
+    """
+    for file in tasks:
+        os.write(file, b"0")
     process.set_title(TITLE, TITLE)
-    _leave_files(directory)
+    process.set_oom_score(0)
+    report = socket.socket(fileno=status)
+    shared_proc = procfs.make()
+    _leave_node(directory)
     _drop_rights()
-    signals = {signal.SIGCHLD}
-    signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+    protocol.send(report, protocol.encode({}), [shared_proc])
+    syscalls.close_range(0)
+    seccomp.install(seccomp.allow_only(syscalls.PAUSE_CALLS), 0)
     while True:
-        signal.sigwait(signals)
-        _reap()
+        syscalls.pause()
 
 
-def _leave_files(directory: str) -> None:
+def _leave_node(directory: str) -> None:
     syscalls.unshare(syscalls.CLONE_NEWNS)
     mounts.isolate()
     syscalls.mount("none", directory, "tmpfs", syscalls.MS_RDONLY, "size=0,nr_inodes=1")
     mounts.enter_root(os.open(directory, os.O_PATH | os.O_DIRECTORY))
-    syscalls.close_range(0)
 
 
 def _drop_rights() -> None:
+    """Ignoring SIGCHLD makes the kernel reap (wait(2), "NOTES"): no code of ours has to run again."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    capabilities.drop_bounding(0)
     os.setgroups([])
     os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-    os.setresuid(
-        _NOBODY, _NOBODY, _NOBODY
-    )  # clears all sets of capabilities, too (capabilities(7))
+    os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+    syscalls.capset(0, 0, 0)
     syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
     process.hide()
-
-
-def _reap() -> None:
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        pass

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from nodeagent.linux import syscalls
 
-_OOM_SCORE_ADJ = "-999"
+_SPARED = -999
 
 
 def set_title(name: str, title: str) -> None:
@@ -35,11 +35,16 @@ def hide() -> None:
 def protect_from_oom() -> str:
     """Have the OOM killer spare us and what we fork; returns why that cannot be had, or ""."""
     try:
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write(_OOM_SCORE_ADJ)
+        set_oom_score(_SPARED)
     except OSError as error:
-        return f"oom_score_adj {_OOM_SCORE_ADJ}: {error.strerror}"
+        return f"oom_score_adj {_SPARED}: {error.strerror}"
     return ""
+
+
+def set_oom_score(score: int) -> None:
+    """oom_score_adj (proc(5)); to go below what the parent has takes CAP_SYS_RESOURCE."""
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write(str(score))
 
 
 def ignore_terminal() -> None:
@@ -60,6 +65,25 @@ def stat_fields(pid: int | str) -> list[bytes]:
         return os.read(file, 4096).rpartition(b") ")[2].split()
     finally:
         os.close(file)
+
+
+def pid_of_pidfd(pid: int, descriptor: int) -> int:
+    """The pid behind a pidfd that another process has open under this number (proc(5), fdinfo).
+
+    Raises FileNotFoundError where that descriptor is not open, or the process has gone, and ValueError where it is no
+    pidfd, or one of a process that has been reaped.
+    """
+    file = os.open(f"/proc/{pid}/fdinfo/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fields = os.read(file, 4096).split()
+    except ProcessLookupError as error:
+        raise FileNotFoundError(error.errno, error.strerror, str(pid)) from None
+    finally:
+        os.close(file)
+    found = int(fields[fields.index(b"Pid:") + 1]) if b"Pid:" in fields else -1
+    if found <= 0:
+        raise ValueError(f"descriptor {descriptor} of process {pid} is no pidfd of a process")
+    return found
 
 
 def is_running(pid: int, ticks: int) -> bool:

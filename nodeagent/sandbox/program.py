@@ -1,30 +1,37 @@
-"""Executing a container's program: the environment, the search for it, the seccomp filter, and what went wrong."""
+"""Executing a container's program: the environment, the search for it, and what went wrong."""
 
 import errno
 import os
-from base64 import b64decode
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
-from nodeagent.linux import seccomp
-from nodeagent.sandbox.spec import ProcessPlan
+from nodeagent.errors import StartError
 
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-class StartError(Exception):
-    """The program cannot be executed; the text names it."""
+class Program(NamedTuple):
+    """All that execve(2) needs, worked out before a filter is in force. candidates: the paths to try."""
+
+    argv: list[str]
+    candidates: list[str]
+    environment: dict[str, str]
 
 
-def execute(argv: list[str], plan: ProcessPlan, home: str) -> NoReturn:
-    """Filter all further system calls and run the program; raises `StartError` where it cannot be.
+def find(argv: list[str], env: list[str], home: str) -> Program:
+    """env: entries as ``NAME=value``; home: HOME where they have none."""
+    environment = {"HOME": home} | _environment(env)
+    return Program(
+        argv, _candidates(argv[0], environment.get("PATH") or _DEFAULT_PATH), environment
+    )
 
-    From the filter on, nothing is called that a program does not need to be executed at all.
+
+def execute(program: Program) -> NoReturn:
+    """Become the program. Raises StartError, which names it, where it cannot be executed.
+
+    Makes no system call but execve(2): a filter may forbid every other one.
     """
-    environment = {"HOME": home} | _environment(plan["env"])
-    candidates = _candidates(argv[0], environment.get("PATH") or _DEFAULT_PATH)
-    if plan["seccomp"]:
-        seccomp.install(b64decode(plan["seccomp"]), plan["seccomp_flags"])
-    raise StartError(f'exec "{argv[0]}": {_execute_first(candidates, argv, environment)}')
+    reason = _execute_first(program.candidates, program.argv, program.environment)
+    raise StartError(f'exec "{program.argv[0]}": {reason}')
 
 
 def _environment(entries: list[str]) -> dict[str, str]:

@@ -7,13 +7,21 @@ form of the OCI runtime specification. The same text and capabilities are compil
 import errno
 import functools
 import os
-import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from nodeagent import files
 from nodeagent.errors import InvalidArgument, NotFound, Unsupported
 from nodeagent.linux import capabilities, libseccomp, seccomp
+from nodeagent.linux.bpf_classic import (
+    JUMP_AT_LEAST,
+    JUMP_EQUAL,
+    JUMP_GREATER,
+    LOAD,
+    NUMBER_OFFSET,
+    RETURN,
+    instruction,
+)
 from nodeagent.linux.libseccomp import Condition, Rule
 from nodeagent.sandbox import seccomp_defaults as defaults
 from nodeagent.sandbox import seccomp_oci
@@ -96,10 +104,6 @@ _LAST_DIFFERENT = 423
 # Above all numbers that the kernel gives out one after the other, and below those of ARM and x32.
 _END_OF_NUMBERS = 1024
 
-# BPF instructions (linux/bpf_common.h): load a word, jump if equal, greater, greater or equal, return.
-_LOAD, _JUMP_EQUAL, _JUMP_GREATER, _JUMP_AT_LEAST, _RETURN = 0x20, 0x15, 0x25, 0x35, 0x06
-_NUMBER_OFFSET = 0  # offsetof(struct seccomp_data, nr)
-
 
 def _newest(names: Iterable[str]) -> int:
     """The newest of some system calls: newer ones the author of a profile can't have known."""
@@ -131,21 +135,16 @@ def _prologue(default: int, recent: list[Rule], newest: int | None) -> bytes:
     """Decide on the numbers of `defaults.NUMBERS` and above; leave all others to what follows."""
     decisions = b""
     for rule in recent:
-        decisions += _instruction(_JUMP_EQUAL, defaults.NUMBERS[rule.name], 0, 1)
-        decisions += _instruction(_RETURN, rule.action)
+        decisions += instruction(JUMP_EQUAL, defaults.NUMBERS[rule.name], 0, 1)
+        decisions += instruction(RETURN, rule.action)
     if newest is not None:
-        decisions += _instruction(_JUMP_GREATER, newest, 0, 1) + _instruction(_RETURN, _ENOSYS)
+        decisions += instruction(JUMP_GREATER, newest, 0, 1) + instruction(RETURN, _ENOSYS)
     first = min(defaults.NUMBERS.values())
-    decisions += _instruction(_JUMP_AT_LEAST, first, 0, 1) + _instruction(_RETURN, default)
-    length = len(decisions) // len(_instruction(_RETURN, 0))
+    decisions += instruction(JUMP_AT_LEAST, first, 0, 1) + instruction(RETURN, default)
+    length = len(decisions) // len(instruction(RETURN, 0))
     return (
-        _instruction(_LOAD, _NUMBER_OFFSET)
-        + _instruction(_JUMP_GREATER, _LAST_DIFFERENT, 0, length + 1)
-        + _instruction(_JUMP_AT_LEAST, _END_OF_NUMBERS, length, 0)
+        instruction(LOAD, NUMBER_OFFSET)
+        + instruction(JUMP_GREATER, _LAST_DIFFERENT, 0, length + 1)
+        + instruction(JUMP_AT_LEAST, _END_OF_NUMBERS, length, 0)
         + decisions
     )
-
-
-def _instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:
-    """struct sock_filter."""
-    return struct.pack("=HBBI", code, if_true, if_false, operand)

@@ -140,6 +140,7 @@ class ProcessPlan(TypedDict):
     """What the container's first process, and every exec of it, gets besides its arguments.
 
     seccomp: a compiled filter (array of struct sock_filter), base64; "" is unconfined. seccomp_flags: of seccomp(2).
+    forbidden_calls: those of `seccomp_successor.CALLS` that the filter does not allow.
     uid_map, gid_map: of the pod's user namespace, where it has one.
     """
 
@@ -155,6 +156,7 @@ class ProcessPlan(TypedDict):
     rlimits: list[Rlimit]
     oom_score_adj: int | None
     umask: int
+    forbidden_calls: NotRequired[list[str]]
     uid_map: NotRequired[list[IdMap]]
     gid_map: NotRequired[list[IdMap]]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from nodeagent import files
-from nodeagent.errors import FailedPrecondition, NotFound
+from nodeagent.errors import FailedPrecondition, NotFound, Unavailable
 from nodeagent.linux import syscalls
 from nodeagent.sandbox import (
     creation,
@@ -29,6 +29,7 @@ from nodeagent.sandbox.attaching import Attachments
 from nodeagent.sandbox.containers import Container
 from nodeagent.sandbox.dialing import Dialing
 from nodeagent.sandbox.execs import Execs
+from nodeagent.sandbox.groups import split_join_fds
 from nodeagent.sandbox.keeping import Deposit, Keeper
 from nodeagent.sandbox.loop import Loop
 from nodeagent.sandbox.peers import Listener, Peer, Request
@@ -160,23 +161,52 @@ class Supervisor:
             namespaces.resize_shm(self.pod.directory, int(settings["shm_bytes"] or 0))
         sysctls.write(settings["sysctls"], owner=self.pod.root)
         if settings["pid"] == "pod" and self.pod.init_pidfd is None:
-            self._start_init()
-        request.reply()
+            self._start_init(request)
+        else:
+            request.reply()
 
-    def _start_init(self) -> None:
-        """The process that owns the PID namespace which the containers share."""
+    def _start_init(self, request: Request) -> None:
+        """The process that owns the PID namespace which the containers share. Reply when they may."""
         directory = f"{self.pod.directory}/ns"
         files.ensure_directory(directory, 0o700)
-        child = self.pod.children.spawn(
-            lambda: podinit.main(directory),
-            self._init_ended,
-            keep=(),
-            flags=syscalls.CLONE_NEWPID,
-        )
+        join = request.take_all("join")
+        cgroup, tasks = split_join_fds(join)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            child = self.pod.children.spawn(
+                lambda: podinit.main(theirs.fileno(), tasks, directory),
+                self._init_ended,
+                keep=[theirs.fileno(), *tasks],
+                flags=syscalls.CLONE_NEWPID,
+                cgroup=cgroup,
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            protocol.close_all(join)
         self._known["init_pid"] = child.pid
         self._known["init_ticks"] = process.start_ticks(child.pid)
         self.pod.init_pidfd = child.pidfd
         podfile.save(self._known)
+        self.pod.loop.watch(ours.fileno(), lambda _events: self._init_reports(ours, request))
+
+    def _init_reports(self, status: socket.socket, request: Request) -> None:
+        """Its procfs is what containers get that are prepared outside of the namespace."""
+        self.pod.loop.forget(status.fileno())
+        with status:
+            message = protocol.receive(status)
+        if message is None or len(message.fds) != 1:
+            request.fail(Unavailable(f'pod "{self.pod.id}": its init has ended'))
+            return
+        try:
+            namespaces.pin_procfs(self.pod.directory, message.fds[0])
+            request.reply()
+        except OSError as error:
+            request.fail(error)
+        finally:
+            protocol.close_all(message.fds)
 
     def _find_init(self) -> None:
         """The one that a supervisor before us has started."""
@@ -212,7 +242,7 @@ class Supervisor:
     def _create(self, request: Request) -> None:
         if self._closing:
             raise FailedPrecondition(f'pod "{self.pod.id}": is being shut down')
-        creation.create(self.pod, self.containers, request)
+        creation.create(self.pod, self.containers, request, self.execs.end_births_in)
 
     def _stop(self, request: Request) -> None:
         self._container(request).stop(request.body["signal"], request.body["timeout_ms"])

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, cast
-from unittest.mock import ANY
 
 from nodeagent.linux import capabilities, syscalls
-from nodeagent.sandbox import init, rootfs
+from nodeagent.sandbox import birth, init, rootfs
+from nodeagent.sandbox.process import pid_of_pidfd
 from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, ProcessPlan, UserRequest
 from tests.images import static_busybox
 
@@ -154,13 +154,16 @@ def exec_plan(argv: list[str], *, tty: bool = False) -> ExecPlan:
 class Process:
     """A process on its way through `init`, seen from where the supervisor would be."""
 
-    def __init__(self, pidfd: int, status: socket.socket, stdout: int) -> None:
+    def __init__(
+        self, pidfd: int, status: socket.socket, stdout: int, *, hidden: bool = False
+    ) -> None:
         self.pidfd = pidfd
         self.status = status
         self.stdout = stdout
-        self.master = -1
         self.others: list[int] = []
         self.message = self._receive()
+        self.status_of_successor = self.others.pop(0) if hidden and self.others else -1
+        self.master = self.others.pop(0) if self.others else -1
 
     @property
     def pid(self) -> int:
@@ -176,24 +179,25 @@ class Process:
         space = socket.CMSG_SPACE(8)
         data, ancillary, _, _ = self.status.recvmsg(65536, space)
         for _, _, rights in ancillary:
-            self.master, *self.others = array.array("i", rights)
+            self.others = array.array("i", rights).tolist()
         return cast(dict[str, Any], json.loads(data)) if data else {}
 
-    def go(self) -> dict[str, Any]:
-        """Let the program run; returns what `init` reports then, nothing when all is well."""
+    def go(self) -> str:
+        """Let the program run; returns what `init` says then, nothing when all is well."""
         with suppress(BrokenPipeError):
             self.status.send(b"g")
-        return self._receive()
+        return self.status.recv(65536).decode()
 
     def follow(self) -> None:
-        """Let a hidden process go, and be its successor from now on."""
-        master, self.master = self.master, -1
-        assert self.go() == {"successor": ANY}
+        """Be the successor of a hidden process from now on."""
+        successor = socket.socket(fileno=self.status_of_successor)
+        assert self.status.recv(1) == birth.BORN
+        pid = pid_of_pidfd(self.pid, birth.SUCCESSOR)
+        pidfd = os.pidfd_open(pid)
+        self.status.close()
         os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
         os.close(self.pidfd)
-        self.pidfd, self.master = self.master, master
-        self.status.close()
-        self.status = socket.socket(fileno=self.others.pop())
+        self.pidfd, self.status = pidfd, successor
 
     def output(self) -> str:
         """All that it writes until it ends."""
@@ -257,7 +261,7 @@ def start_exec(
         init.run_exec(plan, settings, fds)
 
     if hidden:
-        return _clone(child, 0)
+        return _clone(child, 0, hidden=True)
 
     own = os.open("/proc/self/ns/pid", os.O_RDONLY)
     syscalls.setns(container.pidfd, syscalls.CLONE_NEWPID)
@@ -268,7 +272,7 @@ def start_exec(
         os.close(own)
 
 
-def _clone(child: Callable[[int, int], None], namespaces: int) -> Process:
+def _clone(child: Callable[[int, int], None], namespaces: int, *, hidden: bool = False) -> Process:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     reader, writer = os.pipe()
     pid, pidfd = syscalls.clone3(namespaces)
@@ -277,13 +281,13 @@ def _clone(child: Callable[[int, int], None], namespaces: int) -> Process:
         os._exit(99)
     theirs.close()
     os.close(writer)
-    return Process(pidfd, ours, reader)
+    return Process(pidfd, ours, reader, hidden=hidden)
 
 
 def run(plan: ContainerPlan, **options: Any) -> tuple[int, str]:
     """Exit code and output of a container that shall start."""
     with start(plan, **options) as process:
         assert process.ready
-        assert process.go() == {}
+        assert process.go() == ""
         output = process.output()
         return process.wait(), output

@@ -74,7 +74,7 @@ def test_a_program_that_cannot_start_is_reported_after_go(
 ) -> None:
     with start(plan(argv)) as process:
         assert process.ready
-        assert process.go() == {"error": "StartError", "text": text}
+        assert process.go() == text
         assert process.wait() == 1
 
 

@@ -36,7 +36,7 @@ def container(plan: Plan) -> Iterator[Process]:
 
 def running(plan: ContainerPlan) -> Process:
     process = start(plan)
-    assert process.go() == {}
+    assert process.go() == ""
     return process
 
 
@@ -44,7 +44,7 @@ def execute(container: Process, command: str | list[str], **changes: Any) -> tup
     argv = ["/bin/sh", "-c", command] if isinstance(command, str) else command
     with start_exec(container, exec_plan(argv), process_plan(**changes)) as process:
         assert process.ready
-        assert process.go() == {}
+        assert process.go() == ""
         output = process.output()
         return process.wait(), output
 
@@ -77,10 +77,7 @@ def test_privileges(container: Process) -> None:
 
 def test_a_missing_program_is_reported(container: Process) -> None:
     with start_exec(container, exec_plan(["/bin/nope"]), process_plan()) as process:
-        assert process.go() == {
-            "error": "StartError",
-            "text": 'exec "/bin/nope": no such file or directory',
-        }
+        assert process.go() == 'exec "/bin/nope": no such file or directory'
 
 
 def test_a_container_that_has_just_ended(container: Process) -> None:
@@ -114,7 +111,7 @@ def execute_hidden(container: Process, script: str, **changes: Any) -> tuple[int
     with start_exec(container, wanted, process_plan(**changes), hidden=True) as process:
         assert process.ready
         process.follow()
-        assert process.go() == {}
+        assert process.go() == ""
         output = process.output()
         return process.wait(), output
 
@@ -122,10 +119,7 @@ def execute_hidden(container: Process, script: str, **changes: Any) -> tuple[int
 def test_a_hidden_process_is_not_in_the_container(container: Process) -> None:
     with start_exec(container, exec_plan(["/bin/true"]), process_plan(), hidden=True) as process:
         assert process.ready
-        listed = execute(
-            container, "for p in /proc/[0-9]*; do readlink $p/ns/pid > /dev/null && echo $p; done"
-        )[1]
-        assert len(listed.split()) == 2  # the container's first process, and the shell
+        assert os.readlink(f"/proc/{process.pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
 
 
 def test_its_successor_is_and_has_only_the_programs_rights(container: Process) -> None:
@@ -140,7 +134,7 @@ def test_its_successor_is_and_has_only_the_programs_rights(container: Process) -
         for name in ("CapPrm", "CapEff", "CapBnd"):
             assert f"{name}:\t{mask:016x}\n" in status
         assert os.stat(f"/proc/{process.pid}/fd").st_uid == 0  # not to be looked into
-        assert process.go() == {}
+        assert process.go() == ""
 
 
 def test_a_successor_runs_the_program(container: Process) -> None:
@@ -155,7 +149,7 @@ def test_a_successor_runs_the_program(container: Process) -> None:
 def test_a_successor_that_cannot_start_says_so(container: Process) -> None:
     with start_exec(container, exec_plan(["/bin/nope"]), process_plan(), hidden=True) as process:
         process.follow()
-        assert process.go()["error"] == "StartError"
+        assert process.go() == 'exec "/bin/nope": no such file or directory'
         assert process.wait() == 1
 
 

@@ -46,7 +46,7 @@ def mapped(plan: Plan, command: str | list[str], **changes: Any) -> ContainerPla
 def run(plan: ContainerPlan, pod: Pod) -> str:
     with start(plan, pod=pod) as process:
         assert process.ready
-        assert process.go() == {}
+        assert process.go() == ""
         return process.output()
 
 

@@ -1,14 +1,22 @@
 """Births as a supervisor sees them; the process is a test that holds the other end of the socket."""
 
+import array
 import json
+import os
 import socket
+import subprocess
+from collections.abc import Iterator
 
 import pytest
 
-from nodeagent.errors import NotFound
+from nodeagent.errors import NodeAgentError, NotFound, StartError
+from nodeagent.sandbox import birth
 from nodeagent.sandbox.birth import Birth
 from nodeagent.sandbox.loop import Loop
 from nodeagent.sandbox.spec import Identity
+
+IDENTITY = {"uid": 0, "gid": 0, "groups": [], "home": "/"}
+READY = json.dumps({"ready": {"identity": IDENTITY, "warnings": []}}).encode()
 
 
 class Parent:
@@ -16,9 +24,14 @@ class Parent:
 
     def __init__(self) -> None:
         self.end: str | Exception = ""
+        self.was_ready = 0
+        self.successors: list[int] = []
+
+    def succeeded(self, pid: int) -> None:
+        self.successors.append(pid)
 
     def ready(self, identity: Identity, warnings: list[str], master: int | None) -> None:
-        pass
+        self.was_ready += 1
 
     def executed(self) -> None:
         self.end = "executed"
@@ -27,18 +40,22 @@ class Parent:
         self.end = error
 
 
+def pair() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
 @pytest.mark.parametrize("reads", [True, False])
 def test_what_it_says_is_heard_whether_it_has_read_go_or_not(reads: bool) -> None:
     """Linux reports the unread "go" of a closed socket before the messages that are in it."""
     parent = Parent()
-    ours, process = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    birth = Birth(Loop(), ours, parent)
-    birth.go()
+    ours, process = pair()
+    subject = Birth(Loop(), ours, parent)
+    subject.go()
     process.send(json.dumps({"error": "NotFound", "text": "no such user"}).encode())
     if reads:
         process.recv(1)
     process.close()
-    birth.conclude()
+    subject.conclude()
     assert isinstance(parent.end, NotFound)
     assert str(parent.end) == "no such user"
 
@@ -46,24 +63,123 @@ def test_what_it_says_is_heard_whether_it_has_read_go_or_not(reads: bool) -> Non
 @pytest.mark.parametrize("reads", [True, False])
 def test_only_who_has_read_go_can_have_executed(reads: bool) -> None:
     parent = Parent()
-    ours, process = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    birth = Birth(Loop(), ours, parent)
-    birth.go()
+    ours, process = pair()
+    subject = Birth(Loop(), ours, parent)
+    subject.go()
+    process.send(READY)
     if reads:
         process.recv(1)
     process.close()
-    birth.listen()
+    subject.listen()
     assert (parent.end == "executed") is reads
+
+
+def test_who_was_never_ready_cannot_have_executed() -> None:
+    parent = Parent()
+    ours, process = pair()
+    subject = Birth(Loop(), ours, parent)
+    subject.go()
+    process.recv(1)
+    process.close()
+    subject.listen()
+    assert isinstance(parent.end, NodeAgentError)
 
 
 def test_who_has_read_one_go_of_two_can_have_executed() -> None:
     """A successor says it again: of a process that is gone, its end is known from elsewhere."""
     parent = Parent()
-    ours, process = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, process = pair()
     ours.send(b"g")
-    birth = Birth(Loop(), ours, parent)
-    birth.go_on()
+    subject = Birth.resume(Loop(), ours, parent)
+    subject.go_on()
     process.recv(1)
     process.close()
-    birth.listen()
+    subject.listen()
     assert parent.end == "executed"
+
+
+# ---- with a hidden process ----
+
+
+class Hidden:
+    """A birth whose hidden process has said that it is ready; `successor` is what a container may get hold of."""
+
+    def __init__(self) -> None:
+        self.parent = Parent()
+        ours, self.process = pair()
+        theirs, self.successor = pair()
+        # It has no descriptor but the standard ones, until it has made its successor.
+        self.child = subprocess.Popen(["/bin/sleep", "1000"])
+        self.birth = Birth(Loop(), ours, self.parent, self.child.pid)
+        self.birth.go()
+        self.process.sendmsg([READY], [rights(theirs)])
+        theirs.close()
+        self.birth.listen()
+
+    def close(self) -> None:
+        self.birth.abandon(NodeAgentError("the test is over"))
+        self.process.close()
+        self.successor.close()
+        self.child.kill()
+        self.child.wait()
+
+
+def rights(*sockets: socket.socket) -> tuple[int, int, array.array[int]]:
+    fds = array.array("i", [one.fileno() for one in sockets])
+    return (socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)
+
+
+@pytest.fixture
+def hidden() -> Iterator[Hidden]:
+    hidden = Hidden()
+    yield hidden
+    hidden.close()
+
+
+def test_a_successor_is_not_believed_to_be_there(hidden: Hidden) -> None:
+    for _ in range(3):
+        hidden.process.send(birth.BORN)
+        hidden.birth._look_for_successor(0)
+    assert (hidden.parent.successors, hidden.parent.was_ready, hidden.parent.end) == ([], 0, "")
+    assert not hidden.birth.is_over
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        READY,
+        json.dumps({"successor": 1}).encode(),
+        json.dumps({"error": "NotFound", "text": "x"}).encode(),
+        b"\xff\xfe",
+        b"{" * 4000,
+    ],
+)
+def test_whatever_a_successor_says_only_fails_its_own_birth(hidden: Hidden, forged: bytes) -> None:
+    hidden.successor.send(forged)
+    hidden.birth.listen()
+    assert isinstance(hidden.parent.end, StartError)
+    assert (hidden.parent.successors, hidden.parent.was_ready) == ([], 0)
+
+
+def test_descriptors_from_a_visible_process_are_not_taken(hidden: Hidden) -> None:
+    before = os.listdir("/proc/self/fd")
+    for channel in (hidden.process, hidden.successor):
+        channel.sendmsg([birth.BORN], [rights(hidden.process, hidden.successor)])
+    hidden.birth._look_for_successor(0)
+    hidden.birth.listen()
+    assert len(os.listdir("/proc/self/fd")) == len(before) - 2  # the birth has failed
+
+
+def test_the_hidden_process_speaks_once(hidden: Hidden) -> None:
+    hidden.process.sendmsg([READY], [rights(hidden.process)])
+    hidden.birth._look_for_successor(0)
+    assert (hidden.parent.was_ready, hidden.birth.is_over) == (0, False)
+
+
+def test_a_hidden_process_that_brings_no_socket() -> None:
+    parent = Parent()
+    ours, process = pair()
+    hidden = Birth(Loop(), ours, parent, os.getpid())
+    process.send(READY)
+    hidden.listen()
+    assert isinstance(parent.end, NodeAgentError)

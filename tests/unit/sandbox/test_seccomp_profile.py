@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeagent.errors import InvalidArgument, NotFound, Unsupported
-from nodeagent.linux import capabilities, libseccomp, seccomp
+from nodeagent.linux import bpf_classic, capabilities, libseccomp, seccomp
 from nodeagent.sandbox import seccomp_defaults, seccomp_profile
-from tests.unit.sandbox import bpf
 
 ALLOW = libseccomp.ACT_ALLOW
 EPERM = libseccomp.ACT_ERRNO | errno.EPERM
 ENOSYS = libseccomp.ACT_ERRNO | errno.ENOSYS
-NATIVE = bpf.NATIVE[os.uname().machine]
+NATIVE = seccomp.AUDIT_ARCH
+I386, AARCH64 = 0x40000003, 0xC00000B7  # linux/audit.h
 
 Call = Callable[..., int]
 
@@ -32,7 +32,7 @@ def caller(program: bytes, arch: int = NATIVE) -> Call:
         if isinstance(name, str):
             number = seccomp_defaults.NUMBERS.get(name) or libseccomp.number_of(name) or 0
         assert isinstance(number, int)
-        return bpf.evaluate(program, number, *arguments, arch=arch)
+        return bpf_classic.run(program, bpf_classic.seccomp_data(number, arch, arguments))
 
     return call
 
@@ -132,14 +132,14 @@ def test_personalities(persona: int, expected: int) -> None:
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers of x86")
 def test_programs_of_other_kinds() -> None:
     program = seccomp_profile.runtime_default(0).program
-    i386 = caller(program, bpf.I386)
+    i386 = caller(program, I386)
     assert i386(11) == ALLOW  # execve
     assert i386(21) == EPERM  # mount
     assert i386(102) == ENOSYS  # socketcall
     assert i386(452) == ALLOW  # fchmodat2
     assert i386(500) == ENOSYS
     assert caller(program)(0x40000000) == libseccomp.ACT_KILL_THREAD  # read, of x32
-    assert caller(program, bpf.AARCH64)(63) == libseccomp.ACT_KILL_THREAD
+    assert caller(program, AARCH64)(63) == libseccomp.ACT_KILL_THREAD
 
 
 def test_names_of_the_lists_exist() -> None:
@@ -283,8 +283,8 @@ def test_conditional_parts() -> None:
 def test_architectures(named: dict[str, Any]) -> None:
     profile = {"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [entry("execve")], **named}
     program = seccomp_profile.from_json(json.dumps(profile).encode(), 0).program
-    assert caller(program, bpf.I386)(11) == ALLOW
-    assert caller(program, bpf.I386)(12) == EPERM
+    assert caller(program, I386)(11) == ALLOW
+    assert caller(program, I386)(12) == EPERM
 
 
 def test_flags() -> None:

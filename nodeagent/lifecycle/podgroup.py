@@ -1,0 +1,36 @@
+"""The cgroup of the process that holds the PID namespace which the containers of a pod share.
+
+It is below the pod's, beside those of the containers. A container may be able to take that process over; so no device
+may be used in it, and it has room for one process that waits.
+"""
+
+from nodeagent.cgroups.group import Cgroup
+from nodeagent.cgroups.manager import Cgroups
+from nodeagent.errors import NotFound
+from nodeagent.records import Resources, Sandbox
+
+# A supervisor's child shares its memory with it, and is charged only for what it writes: about 1 MiB.
+LIMITS = Resources(cpu_shares=2, memory_limit_bytes=16 << 20, pids_limit=1)
+
+
+def make(cgroups: Cgroups, sandbox: Sandbox) -> Cgroup:
+    """Raises as `Cgroups.create`."""
+    group = cgroups.create(_path(cgroups, sandbox), LIMITS)
+    group.set_devices(())
+    return group
+
+
+def remove(cgroups: Cgroups, sandbox: Sandbox) -> None:
+    """End what is in it, and remove it. Idempotent, and nothing for a pod that shares no PID namespace."""
+    if sandbox.config.namespaces.pid != "pod":
+        return
+    try:
+        group = cgroups.open_existing(_path(cgroups, sandbox))
+    except NotFound:
+        return
+    group.kill()
+    group.remove()
+
+
+def _path(cgroups: Cgroups, sandbox: Sandbox) -> str:
+    return cgroups.container_path(sandbox.cgroup_parent, sandbox.id)

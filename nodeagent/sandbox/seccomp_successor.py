@@ -1,0 +1,39 @@
+"""What a hidden process, and its successor, call between the filter and execve: see `nodeagent.sandbox.init`.
+
+A filter that does not allow all of it can hide no process. Which calls those are is found out by running the filter on
+them, as the kernel would.
+"""
+
+import functools
+import termios
+
+from nodeagent.linux import bpf_classic, libseccomp, seccomp, syscalls
+
+# With the arguments that a filter may look at; pointers and lengths are given as 0.
+CALLS: dict[str, tuple[int, ...]] = {
+    "capset": (),
+    "clone": (syscalls.CLONE_PARENT | syscalls.CLONE_PIDFD,),
+    "close": (4,),
+    "write": (3,),
+    "read": (3,),
+    "exit_group": (),
+    "setsid": (),
+    "ioctl": (0, termios.TIOCSCTTY),
+    "execve": (),
+}
+
+_ALLOWING = (libseccomp.ACT_ALLOW, libseccomp.ACT_LOG)
+
+
+@functools.lru_cache(64)
+def forbidden(program: bytes) -> tuple[str, ...]:
+    """The names of those that a filter (array of struct sock_filter) does not allow; b"" allows everything."""
+    return tuple(name for name, arguments in CALLS.items() if not _allows(program, name, arguments))
+
+
+def _allows(program: bytes, name: str, arguments: tuple[int, ...]) -> bool:
+    number = libseccomp.number_of(name) if program else None
+    if number is None:
+        return True
+    data = bpf_classic.seccomp_data(number, seccomp.AUDIT_ARCH, arguments)
+    return bpf_classic.run(program, data) in _ALLOWING
