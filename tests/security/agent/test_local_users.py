@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
+from nodeagent.linux import syscalls
 from tests.cri import SLEEP, Container, Cri, Pod, pod_options
 from tests.e2e.conftest import client, running_agent
 from tests.node import RunningAgent
@@ -115,12 +116,23 @@ def open_cri(open_agent: RunningAgent, registry: Registry) -> Cri:
 
 
 def everything_below(*tops: Path) -> list[tuple[str, int]]:
-    """Each path and its st_mode, the tops included."""
+    """Each path and its st_mode, the tops included; what is pinned of procfs, but not what is in it."""
     paths = {str(top) for top in tops}
     for top in tops:
         for folder, folders, names in os.walk(top):
+            if is_procfs(folder):
+                folders.clear()
+                continue
             paths.update(f"{folder}/{name}" for name in (*folders, *names))
     return [(path, os.lstat(path).st_mode) for path in sorted(paths)]
+
+
+def is_procfs(folder: str) -> bool:
+    directory = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+    try:
+        return syscalls.statfs_type(directory) == syscalls.PROC_SUPER_MAGIC
+    finally:
+        os.close(directory)
 
 
 def reach(agent: RunningAgent) -> list[object]:
