@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import resource
 import signal
 import socket
 from contextlib import AsyncExitStack
@@ -15,6 +14,7 @@ from nodeagent.cri.features import Features
 from nodeagent.cri.server import Server
 from nodeagent.lifecycle.node import Node, open_node
 from nodeagent.metrics.server import MetricsServer
+from nodeagent.serving import descriptors
 from nodeagent.streaming.server import StreamingServer
 from nodeagent.streaming.session import Timeouts
 from nodeagent.streaming.tls import TLSFiles
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 async def serve(config: Config) -> None:
     """Serve until SIGTERM or SIGINT. Pods that run go on without us."""
-    _raise_file_limit()
+    descriptors.raise_limit()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -69,12 +69,6 @@ def _streaming(node: Node, config: Streaming) -> StreamingServer:
         creation_s=config.creation_timeout_seconds, idle_s=config.idle_timeout_seconds
     )
     return StreamingServer(node.sessions, host=host, port=port, tls=tls, timeouts=timeouts)
-
-
-def _raise_file_limit() -> None:
-    """Each container has about 20 files open, for its accounting."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def notify(state: str) -> None:

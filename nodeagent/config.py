@@ -73,6 +73,9 @@ class Images(Table, frozen=True, kw_only=True):
     max_image_entries: Annotated[
         int, Meta(ge=1_000), doc("files of an image; one with more is refused")
     ] = 2_000_000
+    private_redirects: Annotated[
+        bool, doc("registries at public addresses may lead to private ones; never to loopback")
+    ] = True
 
 
 class Rlimits(Table, frozen=True, kw_only=True):
@@ -97,6 +100,19 @@ class Log(Table, frozen=True, kw_only=True):
     ] = "info"
 
 
+class ContainerLogs(Table, frozen=True, kw_only=True):
+    """A container above its limit is not read from, so that it waits; nothing of its output is lost."""
+
+    max_bytes_per_second: Annotated[
+        int,
+        Meta(ge=0),
+        doc("of each log, stamps included; a container that writes more waits; 0: no limit"),
+    ] = 0
+    burst_bytes: Annotated[
+        int, Meta(ge=1), doc("of each log; what may come at once after a while of silence")
+    ] = 16 << 20
+
+
 class Seccomp(Table, frozen=True, kw_only=True):
     default_profile: Annotated[
         str, doc("OCI JSON file for RuntimeDefault; empty: the built-in one")
@@ -119,6 +135,7 @@ class Config(Table, frozen=True, kw_only=True):
     images: Images = Images()
     rlimits: Rlimits = Rlimits()
     log: Log = Log()
+    container_logs: ContainerLogs = ContainerLogs()
     seccomp: Seccomp = Seccomp()
 
 

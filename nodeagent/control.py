@@ -1,29 +1,41 @@
 """Loading images from files, into a running agent or beside one that does not run.
 
-The CRI has no call for it, so the agent takes archives over HTTP on a socket of its own in the state directory, which
-only root can reach. Without an agent the command opens the root directory itself, under the same lock.
+The CRI has no call for it, so the agent takes archives on a socket of its own in the state directory, which only root
+can reach. A client sends one archive in chunks, each after its length in four bytes, the last one empty; the answer is
+JSON. Without an agent the command opens the root directory itself, under the same lock.
 """
 
 import asyncio
+import json
 import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import BinaryIO
-
-from aiohttp import ClientSession, UnixConnector, web
+from typing import BinaryIO, TypedDict
 
 from nodeagent.config import Config
-from nodeagent.errors import InvalidArgument, NodeAgentError
+from nodeagent.errors import InvalidArgument, NodeAgentError, Unavailable
+from nodeagent.images import budget
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle.node import open_images
 from nodeagent.lifecycle.places import Places
 from nodeagent.records import Image
+from nodeagent.serving import listener
+from nodeagent.serving.listener import Listener, Place
 from nodeagent.store import Store
 
+MAX_ARCHIVES = 8
 CHUNK_BYTES = 1 << 20
+BEGIN_SECONDS = 10.0
+
+
+class Answer(TypedDict, total=False):
+    """One of both."""
+
+    names: list[str]
+    error: str
 
 
 def socket_path(config: Config) -> Path:
@@ -36,30 +48,66 @@ def socket_path(config: Config) -> Path:
 @asynccontextmanager
 async def serve(config: Config, images: Images) -> AsyncIterator[None]:
     """Take archives while the block runs."""
-
-    async def load(request: web.Request) -> web.Response:
-        with tempfile.TemporaryFile(dir=config.root) as archive:
-            async for chunk in request.content.iter_chunked(CHUNK_BYTES):
-                await asyncio.to_thread(archive.write, chunk)
-            archive.seek(0)
-            try:
-                return web.json_response([_name(image) for image in await images.load(archive)])
-            except NodeAgentError as error:
-                return web.Response(status=400, text=str(error))
-
-    application = web.Application()
-    application.router.add_post("/images", load)
-    runner = web.AppRunner(application, access_log=None)
-    await runner.setup()
     path = socket_path(config)
-    path.unlink(missing_ok=True)
-    await web.UnixSite(runner, str(path)).start()
-    path.chmod(0o600)
+    archives = Listener(
+        listener.bind_unix(path),
+        lambda connection, place: _take(connection, place, Path(config.root), images),
+        name="control socket",
+        places=MAX_ARCHIVES,
+        head_s=BEGIN_SECONDS,
+    )
+    async with archives.open():
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+async def _take(connection: socket.socket, place: Place, root: Path, images: Images) -> None:
+    reader, writer = await asyncio.open_connection(sock=connection)
     try:
-        yield
+        with tempfile.TemporaryFile(dir=root) as archive:
+            answer = await _spool(reader, place, archive, root) or await _load(images, archive)
+        writer.write(json.dumps(answer).encode())
+        writer.close()
+        await writer.wait_closed()
     finally:
-        await runner.cleanup()
-        path.unlink(missing_ok=True)
+        writer.transport.abort()
+
+
+async def _spool(
+    reader: asyncio.StreamReader, place: Place, archive: BinaryIO, root: Path
+) -> Answer:
+    """Write everything that comes to a file; an answer if that failed, which the client reads when it has sent all."""
+    failure: Answer = {}
+    while chunk := await _receive(reader):
+        place.keep()
+        try:
+            if not failure:
+                budget.require_space(root, len(chunk))
+                await asyncio.to_thread(archive.write, chunk)
+        except (NodeAgentError, OSError) as error:
+            failure = {"error": str(error)}
+    archive.seek(0)
+    return failure
+
+
+async def _receive(reader: asyncio.StreamReader) -> bytes:
+    """The next chunk. Raises ConnectionError where the client ends before its archive does."""
+    try:
+        size = int.from_bytes(await reader.readexactly(4), "big")
+        if size > CHUNK_BYTES:
+            raise ConnectionError(f"a chunk of {size} bytes")
+        return await reader.readexactly(size)
+    except asyncio.IncompleteReadError:
+        raise ConnectionResetError("the archive is not whole") from None
+
+
+async def _load(images: Images, archive: BinaryIO) -> Answer:
+    try:
+        return {"names": [_name(image) for image in await images.load(archive)]}
+    except (NodeAgentError, OSError) as error:
+        return {"error": str(error)}
 
 
 # --- the command's side ---
@@ -79,15 +127,23 @@ def _is_served(path: Path) -> bool:
 
 
 async def _send(config: Config, archive: BinaryIO) -> list[str]:
-    connector = UnixConnector(str(socket_path(config)))
-    async with (
-        ClientSession(connector=connector) as session,
-        session.post("http://agent/images", data=archive, timeout=None) as answer,
-    ):
-        if answer.status != 200:
-            raise InvalidArgument(await answer.text())
-        names: list[str] = await answer.json()
-        return names
+    reader, writer = await asyncio.open_unix_connection(socket_path(config))
+    try:
+        while chunk := await asyncio.to_thread(archive.read, CHUNK_BYTES):
+            writer.write(len(chunk).to_bytes(4, "big") + chunk)
+            await writer.drain()
+        writer.write(bytes(4))
+        said = await reader.read()
+    except ConnectionError:
+        said = b""
+    finally:
+        writer.transport.abort()
+    if not said:
+        raise Unavailable("the agent has closed the connection; its log may say why")
+    answer: Answer = json.loads(said)
+    if "error" in answer:
+        raise InvalidArgument(answer["error"])
+    return answer["names"]
 
 
 async def _load_here(config: Config, archive: BinaryIO) -> list[str]:

@@ -69,7 +69,9 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(tls: ssl.SSLContext | None = None) -> AsyncIterator[Server]:
+async def serving(
+    tls: ssl.SSLContext | None = None, *, address: str = "127.0.0.1"
+) -> AsyncIterator[Server]:
     server = Server(scheme="https" if tls else "http")
     application = web.Application(client_max_size=1 << 30)
     application.router.add_route("*", "/{path:.*}", server.handle)
@@ -77,8 +79,8 @@ async def serving(tls: ssl.SSLContext | None = None) -> AsyncIterator[Server]:
         application, access_log=None, shutdown_timeout=0, handler_cancellation=True
     )
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
-    server.host = f"127.0.0.1:{runner.addresses[0][1]}"
+    await web.TCPSite(runner, address, 0, ssl_context=tls).start()
+    server.host = f"{address}:{runner.addresses[0][1]}"
     try:
         yield server
     finally:

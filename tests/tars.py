@@ -100,6 +100,10 @@ class Workshop:
 
     def _blob(self, data: bytes) -> Blob:
         blob = Blob(self.folder / "blob", digest(data), len(data))
-        blob.append(data)
-        blob.finish()
+        try:
+            blob.append(data)
+            blob.finish()
+        except BaseException:
+            blob.remove()
+            raise
         return blob

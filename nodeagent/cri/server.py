@@ -30,12 +30,22 @@ from nodeagent.lifecycle.node import Node
 
 MAX_MESSAGE_BYTES = 16 << 20  # what the kubelet and crictl receive at most
 MAX_CALLS = 2_000
+MAX_CONNECTIONS = 256
+MAX_CALLS_OF_CONNECTION = 1_000
+HANDSHAKE_SECONDS = 10  # until a client has said that it speaks HTTP/2
+IDLE_SECONDS = 600  # without a call; a client connects again when it has one
 GRACE_SECONDS = 2.0
 SOCKET_MODE = 0o660
 
+# Who may connect is trusted. The bounds are for a client that has a bug: without them its connections, or its calls,
+# leave nothing for the others.
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+    ("grpc.max_concurrent_streams", MAX_CALLS_OF_CONNECTION),
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
+    ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
 )
 
 

@@ -33,6 +33,7 @@ from nodeagent.images.manifest import (
 from nodeagent.images.reference import Reference, parse
 
 MAX_FILES = 10_000
+_MAX_NAME = 4096  # all names are kept in memory, and a pax header has room for a megabyte
 _BLOBS = "blobs/sha256/"
 _NAMES = ("io.containerd.image.name", "org.opencontainers.image.ref.name")
 
@@ -199,6 +200,8 @@ def _spool(source: BinaryIO, directory: Path, budget: Budget) -> Archive:
     links: dict[str, str] = {}
     for entry, pieces in tar.read(decompressed(source)):
         budget.spend(entries=1)
+        if max(len(entry.name), len(entry.target)) > _MAX_NAME:
+            raise InvalidArgument(f'archive: "{tar.shown(entry.name)}": the name is too long')
         name = normpath(entry.name)
         if entry.kind == "file":
             files[name] = _spool_file(directory / str(len(files)), pieces, budget)

@@ -12,46 +12,93 @@ BOMB_BYTES = 1 << 30
 BOMB_RATIO = 250
 
 _RESERVE_BYTES = 512 << 20
+_RESERVE_INODES = 64 << 10
 _RESERVE_SHARE = 50  # of the file system, where that is less
 _CHECK_BYTES = 4 << 20
+_ENTRY_BYTES = 4096  # a file or directory takes about a block besides its content
+
+
+class Disk:
+    """The disk under a directory, looked at again with every few MiB that are written. For several threads."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._lock = threading.Lock()
+        self._written = 0
+        self._next_check = 0
+
+    def write(self, size_bytes: int) -> None:
+        """To be called before so much is written. Raises `ResourceExhausted` at the node's reserve."""
+        with self._lock:
+            self._written += size_bytes
+            check = self._written >= self._next_check
+            if check:
+                self._next_check = self._written + _CHECK_BYTES
+        if check:
+            require_space(self.directory, max(size_bytes, _CHECK_BYTES))
 
 
 class Budget:
-    """Counts for all layers of an image, from several threads."""
+    """Counts for all layers of an image, from several threads. blob_bytes: the size of all its blobs."""
 
-    def __init__(self, directory: Path, *, max_bytes: int, max_entries: int) -> None:
-        self._directory = directory
+    def __init__(
+        self, directory: Path, *, max_bytes: int, max_entries: int, blob_bytes: int = 0
+    ) -> None:
+        self._disk = Disk(directory)
         self._max_bytes = max_bytes
         self._max_entries = max_entries
+        self._max_added = bomb_limit(blob_bytes)
         self._lock = threading.Lock()
         self._bytes = 0
         self._entries = 0
-        self._next_check = 0
+        self._added = 0
 
     def spend(self, entries: int = 0, size_bytes: int = 0) -> None:
         """Raises `ResourceExhausted` when a bound or the disk is reached."""
         with self._lock:
             self._entries += entries
             self._bytes += size_bytes
-            check = self._bytes >= self._next_check
-            if check:
-                self._next_check = self._bytes + _CHECK_BYTES
         if self._entries > self._max_entries:
             raise ResourceExhausted(f"the image has more than {self._max_entries} files")
         if self._bytes > self._max_bytes:
             raise ResourceExhausted(f"the image unpacks to more than {self._max_bytes} bytes")
-        if check:
-            require_space(self._directory, _CHECK_BYTES)
+        self._disk.write(size_bytes + entries * _ENTRY_BYTES)
+
+    def add(self, size_bytes: int) -> None:
+        """Spend bytes that are in no archive: copies of files of lower layers, blocks that a region half fills."""
+        with self._lock:
+            self._added += size_bytes
+        if self._added > self._max_added:
+            raise ResourceExhausted(
+                f"the image's layers copy more than {self._max_added} bytes out of one another"
+            )
+        self.spend(size_bytes=size_bytes)
+
+    def require(self, size_bytes: int) -> None:
+        """Raises `ResourceExhausted` where the disk has no room for so much, of which nothing is spent yet."""
+        require_space(self._disk.directory, size_bytes)
+
+
+def bomb_limit(blob_bytes: int) -> int:
+    """How much blobs of this size may become."""
+    return max(BOMB_BYTES, BOMB_RATIO * blob_bytes)
 
 
 def require_space(directory: Path, size_bytes: int) -> None:
-    """Raises `ResourceExhausted` when so much more would not leave the node its reserve."""
+    """Raises `ResourceExhausted` when so much more would not leave the node its reserve of bytes and inodes."""
     disk = os.statvfs(directory)
     reserve = min(_RESERVE_BYTES, disk.f_blocks * disk.f_frsize // _RESERVE_SHARE)
     available = disk.f_bavail * disk.f_frsize
     if available - size_bytes < reserve:
         raise ResourceExhausted(
             f"{directory}: {available} bytes left on the disk, {size_bytes} needed and {reserve} kept"
+        )
+    inodes = min(
+        _RESERVE_INODES, disk.f_files // _RESERVE_SHARE
+    )  # 0 where there is no such bound (btrfs)
+    if disk.f_favail < inodes:
+        raise ResourceExhausted(
+            f"{directory}: {disk.f_favail} inodes left on the disk, of which {inodes} are kept"
         )
 
 

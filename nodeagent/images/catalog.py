@@ -19,8 +19,10 @@ from typing import BinaryIO, Self
 from nodeagent.errors import ResourceExhausted, Unavailable
 from nodeagent.images import archive, manifest
 from nodeagent.images.auth import Auth
+from nodeagent.images.client import open_session
 from nodeagent.images.concurrency import Flights, to_the_end
 from nodeagent.images.content import Documents
+from nodeagent.images.destinations import Scope
 from nodeagent.images.download import Downloads
 from nodeagent.images.holds import Holds
 from nodeagent.images.install import Content, Installer, Limits, Plan
@@ -28,7 +30,6 @@ from nodeagent.images.layer_store import LayerStore
 from nodeagent.images.names import NamedImages, documents, title
 from nodeagent.images.pull import resolve
 from nodeagent.images.reference import Reference, parse
-from nodeagent.images.registry import open_session
 from nodeagent.images.source import open_source
 from nodeagent.images.staging import Staging
 from nodeagent.images.usage import Counters, FsUsage
@@ -146,7 +147,8 @@ class Images:
         self.counters.pulls_in_progress += 1
         outcome = "failure"
         try:
-            source = await open_source(self._session, name, auth, self._hosts_dir)
+            floor = Scope.PRIVATE if self._limits.private_redirects else Scope.PUBLIC
+            source = await open_source(self._session, name, auth, self._hosts_dir, floor)
             plan = await resolve(source, self._documents)
             tags = [] if name.digest else [str(name)]
             digests = [f"{name.name}@{manifest.digest(plan.documents[0])}"]

@@ -1,8 +1,15 @@
-"""Decompression of layers and archives: gzip, zstd, or none, as the content itself says."""
+"""Decompression of layers and archives: gzip, zstd, or none, as the content itself says.
+
+A zstd frame says how much memory its window takes. 8 MiB is what every decoder should have (RFC 8878, 3.1.1.1.2), and
+what encoders use but for ``--ultra`` and ``--long``; these go up to 128 MiB, beyond which zstd itself refuses a frame
+without being told to take it. So each thread may have a window of 8 MiB, and one of them a larger one.
+"""
 
 import gzip
 import io
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Generator
+from contextlib import ExitStack
 from typing import BinaryIO, Protocol
 
 import zstandard
@@ -12,6 +19,9 @@ from nodeagent.errors import InvalidArgument
 
 CHUNK_BYTES = 256 << 10
 MAX_ZSTD_WINDOW_BYTES = 128 << 20  # what `zstd --long` uses at most
+
+_SMALL_DECODER_BYTES = 9 << 20  # with a window of 8 MiB
+_LARGE_DECODER = threading.Lock()
 _DAMAGE: tuple[type[Exception], ...] = (
     gzip.BadGzipFile,
     EOFError,
@@ -26,13 +36,21 @@ class _Readable(Protocol):
     def read1(self, size: int, /) -> bytes: ...
 
 
+class Waiter(Protocol):
+    """Who reads a source that may still be arriving."""
+
+    def take(self, turn: threading.Lock) -> None:
+        """Acquire it when all of the source is there. Raises where the source is not wanted any more."""
+
+
 _gunzip: Callable[[BinaryIO], _Readable] = igzip.open
 
 
-def decompressed(source: io.RawIOBase | BinaryIO) -> Iterator[bytes]:
+def decompressed(source: io.RawIOBase | BinaryIO, waiter: Waiter | None = None) -> Generator[bytes]:
     """The content in chunks of at most CHUNK_BYTES; several gzip members or zstd frames are one content.
 
-    A zstd stream that is cut off may end without an error: whoever cares compares a digest.
+    A zstd stream that is cut off may end without an error: whoever cares compares a digest. waiter: takes turns with
+    others for a large window; without one a source is the administrator's own, and waits for nobody.
     """
     head = b""
     while len(head) < len(_ZSTD) and (more := source.read(len(_ZSTD) - len(head))):
@@ -41,17 +59,34 @@ def decompressed(source: io.RawIOBase | BinaryIO) -> Iterator[bytes]:
     if head.startswith(_GZIP):
         return _chunks(_gunzip(whole), "gzip")
     if head.startswith(_ZSTD):
-        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW_BYTES)
-        frames = decompressor.stream_reader(whole, CHUNK_BYTES, read_across_frames=True)
-        return _chunks(frames, "zstd")
+        return _unzstd(whole, waiter)
     return _chunks(whole, "")
 
 
-def _chunks(stream: _Readable, name: str) -> Iterator[bytes]:
+def _unzstd(source: BinaryIO, waiter: Waiter | None) -> Generator[bytes]:
+    """A frame's window takes memory as it fills, so that looking after each chunk is soon enough."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW_BYTES)
+    frames = decompressor.stream_reader(source, CHUNK_BYTES, read_across_frames=True)
+    with ExitStack() as turn:
+        for chunk in _chunks(frames, "zstd"):
+            if waiter and decompressor.memory_size() > _SMALL_DECODER_BYTES:
+                waiter.take(_LARGE_DECODER)
+                turn.callback(_LARGE_DECODER.release)
+                waiter = None  # until the end, for the decoder keeps the memory
+            yield chunk
+
+
+def _chunks(stream: _Readable, name: str) -> Generator[bytes]:
     try:
         while chunk := stream.read1(CHUNK_BYTES):
             yield chunk
     except _DAMAGE as error:
+        if "too much memory" in str(error):
+            largest = MAX_ZSTD_WINDOW_BYTES >> 20
+            raise InvalidArgument(
+                f"zstd data that needs a window of more than {largest} MiB; compress it anew, "
+                "with --long=27 at most"
+            ) from None
         raise InvalidArgument(f"damaged {name} data: {error}") from None
 
 

@@ -104,9 +104,14 @@ def http_url(text: str, base: URL | None = None) -> URL:
     if not text.isascii() or not text.isprintable() or " " in text:
         raise ValueError("has characters that no URL has")
     url = URL(text, encoded=True) if base is None else base.join(URL(text, encoded=True))
-    if url.scheme not in _PORTS or not url.host or not url.port or "@" in url.authority:
+    if url.scheme not in _PORTS or not _is_host(url.host) or not url.port or "@" in url.authority:
         raise ValueError('not "https://host" or "http://host"')
     return url
+
+
+def _is_host(name: str | None) -> bool:
+    """Not empty, and nothing that a proxy might decode to another name; addresses may have a zone."""
+    return name is not None and name != "" and ("%" not in name or ":" in name)
 
 
 def is_loopback(name: str) -> bool:

@@ -6,6 +6,7 @@ so the file is copied. And it may have whiteouts that hide nothing: they go, bec
 has shows them as names that nobody can open.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -14,13 +15,13 @@ from pathlib import Path
 
 from nodeagent.errors import ResourceExhausted
 from nodeagent.images.budget import Budget, is_full
-from nodeagent.images.directories import DIRECTORY, open_existing
+from nodeagent.images.directories import DIRECTORY, open_existing, open_parent
 from nodeagent.images.layers import NEW_FILE, Unpacked, malformed
 from nodeagent.images.tar import shown
 from nodeagent.images.whiteouts import is_opaque, is_whiteout
 
 _ANYTHING = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-_COPY_BYTES = 1 << 20
+_PIECE_BYTES = 4 << 20
 
 
 def complete(directory: Path, layer: Unpacked, below: Sequence[Path], budget: Budget) -> None:
@@ -34,10 +35,7 @@ def complete(directory: Path, layer: Unpacked, below: Sequence[Path], budget: Bu
         try:
             for path in layer.implied:
                 _inherit_directory(root, path, below)
-            for name, target in layer.links.items():
-                size = _copy(root, name, target, below, budget)
-                layer.used_bytes += size
-                layer.inodes += 1
+            _make_links(root, layer, below, budget)
             for path in layer.whiteouts:
                 layer.inodes -= _remove_idle_whiteout(root, path, below)
         except OSError as error:
@@ -121,31 +119,54 @@ def _unlink_whiteout(directory: int, name: str) -> bool:
     return True
 
 
-def _copy(root: int, name: str, target: str, below: Sequence[Path], budget: Budget) -> int:
-    """Returns the bytes it takes."""
-    parent, _, base = name.rpartition("/")
-    with find(target, below) as source:
-        if source is None or stat.S_ISDIR(os.fstat(source).st_mode):
-            raise malformed(name, f'no file "{shown(target)}" to link to')
-        directory = open_existing(root, parent)
-        if directory is None:
-            return 0  # replaced by a later entry
-        status = os.fstat(source)
-        budget.spend(size_bytes=status.st_size)
-        try:
-            before = os.fstat(directory)
-            _copy_file(source, status, directory, base)
-            os.utime(directory, ns=(before.st_atime_ns, before.st_mtime_ns))
-        except FileExistsError:
-            return 0  # a later entry has the name
-        finally:
-            os.close(directory)
-        return status.st_blocks * 512
+def _make_links(root: int, layer: Unpacked, below: Sequence[Path], budget: Budget) -> None:
+    """A file of a lower layer is copied once: all names of it are links to the copy, as link(2) in an overlay does."""
+    copies: dict[str, str] = {}
+    for name, target in layer.links.items():
+        parent, _, base = name.rpartition("/")
+        with find(target, below) as source:
+            if source is None or stat.S_ISDIR(os.fstat(source).st_mode):
+                raise malformed(name, f'no file "{shown(target)}" to link to')
+            directory = open_existing(root, parent)
+            if directory is None:
+                continue  # replaced by a later entry
+            try:
+                before = os.fstat(directory)
+                if target in copies:
+                    _link(root, copies[target], directory, base)
+                else:
+                    layer.used_bytes += _copy(source, directory, base, budget)
+                    layer.inodes += 1
+                    copies[target] = name
+                os.utime(directory, ns=(before.st_atime_ns, before.st_mtime_ns))
+            except FileExistsError:
+                continue  # a later entry has the name
+            finally:
+                os.close(directory)
 
 
-def _copy_file(source: int, status: os.stat_result, directory: int, name: str) -> None:
+def _link(root: int, path: str, directory: int, name: str) -> None:
+    source, source_name = open_parent(root, path)
+    try:
+        os.link(source_name, name, src_dir_fd=source, dst_dir_fd=directory, follow_symlinks=False)
+    finally:
+        os.close(source)
+
+
+def _copy(source: int, directory: int, name: str, budget: Budget) -> int:
+    """Returns the bytes it takes, which are asked for before any is written. Raises `FileExistsError`."""
+    status = os.fstat(source)
+    taken = status.st_blocks * 512
+    budget.require(taken)
+    _copy_file(source, status, directory, name, budget)
+    return taken
+
+
+def _copy_file(
+    source: int, status: os.stat_result, directory: int, name: str, budget: Budget
+) -> None:
     if stat.S_ISREG(status.st_mode):
-        _copy_content(source, directory, name)
+        _copy_regular(source, directory, name, budget)
         return
     if stat.S_ISLNK(status.st_mode):
         os.symlink(os.readlink("", dir_fd=source), name, dir_fd=directory)
@@ -158,18 +179,48 @@ def _copy_file(source: int, status: os.stat_result, directory: int, name: str) -
     os.utime(name, ns=times, dir_fd=directory, follow_symlinks=False)
 
 
-def _copy_content(source: int, directory: int, name: str) -> None:
+def _copy_regular(source: int, directory: int, name: str, budget: Budget) -> None:
     reading = os.open(f"/proc/self/fd/{source}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         writing = os.open(name, NEW_FILE, 0o600, dir_fd=directory)
         try:
-            while os.sendfile(writing, reading, None, _COPY_BYTES):
-                pass
+            _copy_content(reading, writing, budget)
             _copy_attributes(source, writing)
         finally:
             os.close(writing)
     finally:
         os.close(reading)
+
+
+def _copy_content(reading: int, writing: int, budget: Budget) -> None:
+    """Holes stay holes: a file of 8 TiB may be 4 KiB of data."""
+    os.ftruncate(writing, os.fstat(reading).st_size)
+    end = 0
+    while (start := _next_data(reading, end)) is not None:
+        end = os.lseek(reading, start, os.SEEK_HOLE)
+        for at in range(start, end, _PIECE_BYTES):
+            size = min(_PIECE_BYTES, end - at)
+            budget.add(size)
+            _copy_range(reading, writing, at, size)
+
+
+def _next_data(file: int, at: int) -> int | None:
+    try:
+        return os.lseek(file, at, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return None  # nothing but a hole up to the end
+
+
+def _copy_range(reading: int, writing: int, at: int, size: int) -> None:
+    """copy_file_range(2) shares the blocks where the file system can (XFS, Btrfs), else it copies them."""
+    end = at + size
+    while at < end:
+        copied = os.copy_file_range(reading, writing, end - at, at, at)
+        if not copied:
+            raise OSError(errno.EIO, "a layer's file became shorter while it was copied")
+        at += copied
 
 
 def _copy_attributes(source: int, target: int) -> None:

@@ -28,11 +28,14 @@ from nodeagent.records import Layer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """max_image_*: of one image, unpacked. layers_at_once: over all images."""
+    """max_image_*: of one image, unpacked. layers_at_once: over all images. private_redirects: also of registries at
+    public addresses.
+    """
 
     layers_at_once: int = 4
     max_image_bytes: int = 64 << 30
     max_image_entries: int = 2_000_000
+    private_redirects: bool = True
 
 
 class Arriving(Protocol):
@@ -115,6 +118,7 @@ class Installer:
             directory,
             max_bytes=self._limits.max_image_bytes,
             max_entries=self._limits.max_image_entries,
+            blob_bytes=plan.size_bytes,
         )
         job = _Job(plan, plan.chain_ids, content, budget)
         try:

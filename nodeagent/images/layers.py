@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,7 @@ from typing import TypeVar
 from nodeagent import files
 from nodeagent.errors import DataLoss, InvalidArgument, ResourceExhausted
 from nodeagent.images import tar
-from nodeagent.images.budget import BOMB_BYTES, BOMB_RATIO, Budget, is_full
+from nodeagent.images.budget import Budget, bomb_limit, is_full
 from nodeagent.images.compression import decompressed
 from nodeagent.images.content import BlobReader
 from nodeagent.images.directories import DIRECTORY, Directories, memory_of, open_parent
@@ -87,13 +87,13 @@ def unpack(source: BlobReader, directory: Path, diff_id: str, budget: Budget) ->
     root = os.open(directory, DIRECTORY)
     content = hashlib.sha256()
     try:
-        chunks = _measured(source, content.update, budget)
-        with closing(_Unpacker(root, budget)) as unpacker:
-            for entry, pieces in tar.read(chunks):
-                unpacker.add(entry, pieces)
-            unpacker.finish()
-        for _ in chunks:
-            pass
+        with closing(_measured(source, content.update, budget)) as chunks:
+            with closing(_Unpacker(root, budget)) as unpacker:
+                for entry, pieces in tar.read(chunks):
+                    unpacker.add(entry, pieces)
+                unpacker.finish()
+            for _ in chunks:
+                pass
     except OSError as error:
         if is_full(error):
             raise ResourceExhausted(f"unpacking {source.blob.digest}: {error}") from None
@@ -110,17 +110,20 @@ def unpack(source: BlobReader, directory: Path, diff_id: str, budget: Budget) ->
 
 def _measured(
     source: BlobReader, hashed: Callable[[bytes], None], budget: Budget
-) -> Iterator[bytes]:
+) -> Generator[bytes]:
     blob = source.blob
-    total, bomb = 0, max(BOMB_BYTES, BOMB_RATIO * blob.size)
-    for chunk in decompressed(source):
-        source.check()
-        budget.spend(size_bytes=len(chunk))
-        total += len(chunk)
-        if total > bomb:
-            raise ResourceExhausted(f"{blob.digest}: {blob.size} bytes unpack to more than {bomb}")
-        hashed(chunk)
-        yield chunk
+    total, bomb = 0, bomb_limit(blob.size)
+    with closing(decompressed(source, source)) as chunks:
+        for chunk in chunks:
+            source.check()
+            budget.spend(size_bytes=len(chunk))
+            total += len(chunk)
+            if total > bomb:
+                raise ResourceExhausted(
+                    f"{blob.digest}: {blob.size} bytes unpack to more than {bomb}"
+                )
+            hashed(chunk)
+            yield chunk
 
 
 class _Unpacker:
@@ -176,12 +179,12 @@ class _Unpacker:
         create = partial(os.open, name, NEW_FILE, 0o600, dir_fd=directory)
         file = self._anew(directory, name, create)
         try:
-            written = _write_content(file, pieces)
+            taken = _write_content(file, pieces, self._budget)
             _describe_open(file, entry)
             os.utime(file, ns=(entry.mtime_ns, entry.mtime_ns))
         finally:
             os.close(file)
-        self._count(written)
+        self._count(taken)
 
     def _describe_root(self, entry: tar.Entry) -> None:
         if entry.kind != "directory":
@@ -348,16 +351,28 @@ def malformed(name: str, why: str) -> InvalidArgument:
     return InvalidArgument(f'layer entry "{tar.shown(name)}": {why}')
 
 
-def _write_content(file: int, pieces: Iterator[tar.Piece]) -> int:
-    """How many bytes it takes: a hole is length without data."""
-    written = 0
+def _write_content(file: int, pieces: Iterator[tar.Piece], budget: Budget) -> int:
+    """How many bytes of disk it takes, in whole blocks: a hole is length without data.
+
+    What a sparse file's regions take beyond their data is spent before it is written: a byte in each of its 100,000
+    regions is a block in each of them.
+    """
+    at = allocated = taken = 0
+    sparse = False
     for piece in pieces:
         if isinstance(piece, tar.Hole):
-            os.ftruncate(file, os.lseek(file, piece.size, os.SEEK_CUR))
-        else:
-            write_all(file, piece)
-            written += len(piece)
-    return written
+            sparse = True
+            at = os.lseek(file, piece.size, os.SEEK_CUR)
+            os.ftruncate(file, at)
+            continue
+        start = max(allocated, at - at % _DISK_BLOCK)
+        at += len(piece)
+        allocated = at + -at % _DISK_BLOCK
+        if sparse:
+            budget.add(max(0, allocated - start - len(piece)))
+        write_all(file, piece)
+        taken += allocated - start
+    return taken
 
 
 def write_all(file: int, data: memoryview) -> None:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,11 +25,13 @@ from nodeagent.errors import (
     RegistryUnavailable,
 )
 from nodeagent.images import manifest
-from nodeagent.images.auth import ANONYMOUS, Auth, credentials
+from nodeagent.images.auth import Auth, credentials
+from nodeagent.images.client import Client, Tls
+from nodeagent.images.destinations import Scope
 from nodeagent.images.hosts import Host, hosts_of, http_url
 from nodeagent.images.manifest import Descriptor
 from nodeagent.images.reference import Reference, is_digest
-from nodeagent.images.registry import Endpoint, tls_context
+from nodeagent.images.registry import Endpoint, elsewhere
 
 ROUNDS = 3  # over all hosts, without getting on
 PROGRESS_BYTES = 64 << 10  # less from a connection is not getting on
@@ -42,15 +45,21 @@ Stream = Callable[[int], AsyncGenerator[bytes]]  # from an offset on
 
 
 async def open_source(
-    session: aiohttp.ClientSession, reference: Reference, auth: Auth | None, hosts_dir: Path
+    session: aiohttp.ClientSession,
+    reference: Reference,
+    auth: Auth | None,
+    hosts_dir: Path,
+    floor: Scope,
 ) -> "Source":
-    """Reads the hosts' configuration; asks nobody yet. Raises `InvalidArgument`."""
+    """Reads the hosts' configuration; asks nobody yet. Raises `InvalidArgument`.
+
+    floor: how far in every registry may lead.
+    """
 
     def endpoint(host: Host) -> Endpoint:
         return Endpoint(
-            session,
+            Client(session, host, Tls.of(host), floor=floor),
             host,
-            tls_context(host),
             credentials(auth, reference.domain, host),
             domain=reference.domain,
             repository=reference.path,
@@ -59,17 +68,23 @@ async def open_source(
     def endpoints() -> list[Endpoint]:
         return [endpoint(host) for host in hosts_of(reference.domain, hosts_dir)]
 
-    return Source(session, reference, await asyncio.to_thread(endpoints))
+    return Source(session, reference, await asyncio.to_thread(endpoints), floor)
 
 
 class Source:
     """Errors name the image, and what each of the hosts said."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, reference: Reference, endpoints: Sequence[Endpoint]
+        self,
+        session: aiohttp.ClientSession,
+        reference: Reference,
+        endpoints: Sequence[Endpoint],
+        floor: Scope,
     ) -> None:
         self.reference = reference
         self._session = session
+        self._floor = floor
+        self._endpoints = endpoints
         self._resolvers = [endpoint for endpoint in endpoints if endpoint.host.resolve]
         self._pullers = [endpoint for endpoint in endpoints if endpoint.host.pull]
 
@@ -80,14 +95,8 @@ class Source:
 
     async def manifest(self, version: str) -> tuple[bytes, str]:
         """The document of a tag or a digest, and its media type."""
-
-        async def ask(endpoint: Endpoint) -> tuple[bytes, str]:
-            data, media_type = await endpoint.manifest(version)
-            if is_digest(version) and manifest.digest(data) != version:
-                raise DataLoss(f"{endpoint.host.root}: {version} has {manifest.digest(data)}")
-            return data, media_type
-
-        return await self._first(self._pullers if is_digest(version) else self._resolvers, ask)
+        endpoints = self._pullers if is_digest(version) else self._resolvers
+        return await self._first(endpoints, lambda endpoint: endpoint.manifest(version))
 
     async def document(self, descriptor: Descriptor) -> bytes:
         """A small blob, verified."""
@@ -98,7 +107,7 @@ class Source:
             data = b"".join([chunk async for chunk in self.blob(descriptor, attempt)])
             if manifest.digest(data) == descriptor.digest:
                 return data
-            errors.append(DataLoss(f"{descriptor.digest} has {manifest.digest(data)}"))
+            errors.append(DataLoss(f"{descriptor.digest}: got {len(data)} bytes of another digest"))
         raise self._error(errors)
 
     async def blob(self, descriptor: Descriptor, attempt: int = 0) -> AsyncGenerator[bytes]:
@@ -112,15 +121,9 @@ class Source:
             try:
                 async with aclosing(stream(offset)) as chunks:
                     async for chunk in chunks:
-                        if offset + len(chunk) > descriptor.size:
-                            raise DataLoss(
-                                f"{descriptor.digest}: longer than its {descriptor.size} bytes"
-                            )
                         offset += len(chunk)
                         yield chunk
-                if offset >= descriptor.size:
-                    return
-                raise RegistryUnavailable(f"{descriptor.digest}: ends after {offset} bytes")
+                return
             except RegistryUnavailable as error:
                 errors[stream] = error
                 streams.rotate(-1)
@@ -135,12 +138,18 @@ class Source:
         return [partial(endpoint.blob, descriptor) for endpoint in self._pullers]
 
     def _foreign(self, descriptor: Descriptor) -> list[Stream]:
-        """Layers may be elsewhere (image-spec ``descriptor.md``, urls); nobody there gets to know any secret."""
-        hosts = [Host(root=url) for url in filter(_is_url, descriptor.urls or ())][:_MAX_URLS]
+        """Layers may be elsewhere (image-spec ``descriptor.md``, urls); nobody there gets to know any secret.
+
+        It is the image that leads there, which any of the hosts may have it from: the outermost of them counts.
+        """
+        led_by = min((endpoint.scope for endpoint in self._endpoints), default=Scope.PUBLIC)
         return [
-            Endpoint(self._session, host, True, ANONYMOUS, domain="", repository="").content
-            for host in hosts
+            partial(elsewhere, self._stranger(url, led_by), url, descriptor)
+            for url in islice(filter(_is_url, descriptor.urls or ()), _MAX_URLS)
         ]
+
+    def _stranger(self, url: str, led_by: Scope) -> Client:
+        return Client(self._session, Host(root=url), Tls(), floor=self._floor, led_by=led_by)
 
     async def _first(
         self, endpoints: Sequence[Endpoint], ask: Callable[[Endpoint], Awaitable[T]]

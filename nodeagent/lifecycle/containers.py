@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 KILL_PATIENCE_SECONDS = 10.0
 THAW_AFTER_SECONDS = 1.0
+ANSWER_SECONDS = 2.0
 USUAL_PERIOD_USEC = 100_000  # the kernel's
 
 
@@ -240,14 +241,29 @@ class Containers:
             return
         if container.state != "running":
             return
-        await self._supervisor(container).stop(
-            container.id, container.stop_signal, round(timeout_s * 1000)
-        )
+        await self._ask_to_stop(container, timeout_s)
         if await self._ends_within(container, timeout_s + THAW_AFTER_SECONDS):
             return
         self.group(container).thaw()
+        # The first process of its PID namespace may wait, uninterruptibly, for another one of the container.
+        await asyncio.to_thread(self.group(container).kill)
         if not await self._ends_within(container, KILL_PATIENCE_SECONDS):
             raise TimeoutError(self._why_alive(container))
+
+    async def _ask_to_stop(self, container: Container, timeout_s: float) -> None:
+        """Have the supervisor do it; kill the container ourselves, when its time is over, if that does not answer.
+
+        Who is in the middle of splice(2) to or from a pipe holds its lock, for as long as the other side takes, and
+        whoever reads the pipe waits for that without hearing signals: a container can hold its supervisor up so. It
+        lets go when it is killed.
+        """
+        supervisor = self._supervisor(container)
+        try:
+            async with asyncio.timeout(timeout_s + ANSWER_SECONDS):
+                await supervisor.stop(container.id, container.stop_signal, round(timeout_s * 1000))
+        except TimeoutError:
+            log.warning('container "%s": its supervisor does not answer; killed', container.id)
+            await asyncio.to_thread(self.group(container).kill)
 
     async def _ends_within(self, container: Container, seconds: float) -> bool:
         try:

@@ -15,6 +15,7 @@ from nodeagent.errors import ResourceExhausted
 from nodeagent.records import Container, Sandbox
 
 MAX_UNREAD = 1000
+MAX_READERS = 64
 
 Kind = Literal["created", "started", "stopped", "deleted"]
 
@@ -54,7 +55,9 @@ class Events:
 
     @asynccontextmanager
     async def subscribe(self) -> AsyncIterator[AsyncIterator[Event]]:
-        """Raises `ResourceExhausted` from the iterator when the reader fell behind."""
+        """Raises `ResourceExhausted`, here for one reader too many, from the iterator when the reader fell behind."""
+        if len(self._readers) >= MAX_READERS:
+            raise ResourceExhausted(f"events: {MAX_READERS} clients read them, which is the limit")
         reader = _Reader()
         self._readers.add(reader)
         try:

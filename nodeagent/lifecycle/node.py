@@ -102,6 +102,7 @@ async def open_images(config: Config, places: Places) -> AsyncIterator[tuple[Sto
                 layers_at_once=config.images.max_concurrent_downloads,
                 max_image_bytes=config.images.max_image_bytes,
                 max_image_entries=config.images.max_image_entries,
+                private_redirects=config.images.private_redirects,
             ),
         )
         try:

@@ -20,7 +20,14 @@ from nodeagent.linux import syscalls
 from nodeagent.records import Container, ContainerConfig, Image, MountStatus, Sandbox
 from nodeagent.sandbox import seccomp_successor
 from nodeagent.sandbox.seccomp_profile import Filter
-from nodeagent.sandbox.spec import Capabilities, ContainerPlan, ProcessPlan, Rlimit, Rootfs
+from nodeagent.sandbox.spec import (
+    Capabilities,
+    ContainerPlan,
+    LogLimit,
+    ProcessPlan,
+    Rlimit,
+    Rootfs,
+)
 
 UMASK = 0o022
 
@@ -53,6 +60,7 @@ class Planner:
             Rlimit(resource=name, soft=soft, hard=hard)
             for name, soft, hard in config.rlimits.pairs()
         ]
+        self._logs = config.container_logs
         _, self._held, _ = syscalls.capget()
         self._hierarchies = {
             mount.name: mount.options.split(",") if mount.type == "cgroup" else []
@@ -76,7 +84,7 @@ class Planner:
         readonly = (
             filesystems.READONLY_PATHS if config.readonly_paths is None else config.readonly_paths
         )
-        return ContainerPlan(
+        plan = ContainerPlan(
             id=container.id,
             argv=process.arguments(config, image.config),
             process=self._process(sandbox, config, image, seen.seccomp),
@@ -106,6 +114,11 @@ class Planner:
             log_path=container.log_path,
             log_root=sandbox.config.log_directory,
         )
+        if self._logs.max_bytes_per_second:
+            plan["log_limit"] = LogLimit(
+                bytes_per_second=self._logs.max_bytes_per_second, burst_bytes=self._logs.burst_bytes
+            )
+        return plan
 
     def _process(
         self, sandbox: Sandbox, config: ContainerConfig, image: Image, seccomp: Filter

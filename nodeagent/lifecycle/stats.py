@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nodeagent.cgroups.stats import CgroupStats
-from nodeagent.errors import NotFound
+from nodeagent.errors import NodeAgentError, NotFound
 from nodeagent.lifecycle.containers import Containers
 from nodeagent.lifecycle.disk import Disks, DiskUsage
 from nodeagent.lifecycle.registry import Registry
@@ -19,6 +19,7 @@ from nodeagent.net.network import InterfaceStats, Network
 from nodeagent.records import Container, Sandbox
 
 RATE_SECONDS = 1.0
+LOG_PATIENCE_SECONDS = 1.0
 READ_AT_ONCE = 50  # of a cgroup costs 0.1 ms, and requests wait for the loop
 
 
@@ -50,6 +51,16 @@ class SandboxUsage:
     containers: tuple[ContainerUsage, ...]
     interfaces: tuple[InterfaceStats, ...]
     at_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogUsage:
+    """What became of a container's output: lines that the disk had no room for, and how long it had to wait."""
+
+    sandbox: Sandbox
+    container: Container
+    dropped_lines: int
+    held_back_ms: int
 
 
 @dataclass(slots=True)
@@ -93,6 +104,31 @@ class Stats:
             found.append(await self._pod(sandbox, interfaces, tenants))
             await asyncio.sleep(0)
         return found
+
+    async def logs(self) -> list[LogUsage]:
+        """Of the containers of every READY pod; one whose supervisor does not answer is left out."""
+        pods = await asyncio.gather(*map(self._logs, self._ready()))
+        return [log for logs in pods for log in logs]
+
+    async def _logs(self, sandbox: Sandbox) -> list[LogUsage]:
+        pod = self._registry.pods.get(sandbox.id)
+        if pod is None or pod.supervisor is None:
+            return []
+        try:
+            async with asyncio.timeout(LOG_PATIENCE_SECONDS):
+                states = await pod.supervisor.state()
+        except (NodeAgentError, TimeoutError):
+            return []
+        return [
+            LogUsage(
+                sandbox=sandbox,
+                container=container,
+                dropped_lines=state.dropped_log_lines,
+                held_back_ms=state.held_back_ms,
+            )
+            for state in states
+            if (container := self._registry.containers.get(state.id)) is not None
+        ]
 
     def _ready(self) -> list[Sandbox]:
         return [s for s in self._registry.visible_sandboxes() if s.ready]

@@ -12,6 +12,7 @@ import stat
 from nodeagent.linux import syscalls
 
 _INSIDE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
+_UNFOLLOWED = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_LINKS = 40  # as in path_resolution(7)
 
 
@@ -19,6 +20,23 @@ def open_path(root: int, path: str, flags: int = os.O_PATH, *, follow: bool = Tr
     """Open what `path` names inside `root`; without `follow`, no link may occur anywhere in it."""
     resolve = _INSIDE if follow else _INSIDE | syscalls.RESOLVE_NO_SYMLINKS
     return syscalls.openat2(root, path, flags, resolve=resolve)
+
+
+def own_descriptors() -> int:
+    """/proc/self/fd of the procfs that is mounted now, for `open_again` after others may have covered or left it."""
+    directory = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    if syscalls.statfs_type(directory) != syscalls.PROC_SUPER_MAGIC:
+        os.close(directory)
+        raise OSError(errno.EXDEV, "not a directory of procfs", "/proc/self/fd")
+    return directory
+
+
+def open_again(own: int, descriptor: int, flags: int) -> int:
+    """Open for use what an O_PATH descriptor stands for, which was looked at before: that and nothing else.
+
+    To open is to act: a tape rewinds, a watchdog starts, a FIFO waits. own: of `own_descriptors`.
+    """
+    return os.open(str(descriptor), flags | os.O_CLOEXEC, dir_fd=own)
 
 
 def make_path(
@@ -49,7 +67,8 @@ def _make_last(root: int, path: str, directory: bool, follow: bool, alone: bool)
     except FileNotFoundError:
         return -1
     try:
-        made = _open_or_make(parent, name, directory, alone)
+        _make(parent, name, directory, alone)
+        made = os.open(name, _UNFOLLOWED, dir_fd=parent)
     finally:
         os.close(parent)
     if stat.S_ISLNK(os.fstat(made).st_mode):
@@ -104,12 +123,11 @@ def _components(path: str) -> list[str]:
 
 
 def _open_or_make(directory: int, name: str, as_directory: bool, alone: bool) -> int:
-    flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        return os.open(name, flags, dir_fd=directory)
+        return os.open(name, _UNFOLLOWED, dir_fd=directory)
     except FileNotFoundError:
         _make(directory, name, as_directory, alone)
-        return os.open(name, flags, dir_fd=directory)
+        return os.open(name, _UNFOLLOWED, dir_fd=directory)
 
 
 def _make(directory: int, name: str, as_directory: bool, alone: bool) -> None:

@@ -5,7 +5,9 @@ all its properties, and is attached last, so that nobody sees it half made. Noth
 container could have changed: see `nodeagent.linux.confined`.
 """
 
+import errno
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from nodeagent.linux import syscalls
@@ -26,6 +28,7 @@ _ATTRIBUTES = {
     "noatime": syscalls.MOUNT_ATTR_NOATIME,
     "strictatime": syscalls.MOUNT_ATTR_STRICTATIME,
 }
+_OCTAL = re.compile(r"\\([0-7]{3})")  # blanks and the like in a path of the mount table (proc(5))
 _ATIME_NAMES = frozenset(("relatime", "noatime", "strictatime"))
 
 # The kernel's own defaults may be others. Links in layers that redirect a lookup are never obeyed; the
@@ -119,6 +122,35 @@ def set_propagation(mount: int, propagation: str, recursive: bool = True) -> Non
     syscalls.mount_setattr(mount, "", flags, propagation=PROPAGATIONS[propagation])
 
 
+def attach_apart(tree: int, target: int) -> None:
+    """Attach a tree to a place of a shared mount, without its appearing at the peers of that mount.
+
+    The mount leaves its peer group meanwhile: what a peer mounts in it within these microseconds does not arrive.
+    """
+    root = _root_of_mount(target)
+    group = clone_tree(root, recursive=False)
+    set_propagation(root, "private", recursive=False)
+    try:
+        syscalls.move_mount(tree, target)
+    finally:
+        syscalls.set_mount_group(group, root)
+        os.close(group)
+        os.close(root)
+
+
+def _root_of_mount(descriptor: int) -> int:
+    """The root of the mount that an open file was reached through, which must be in the caller's own tree.
+
+    The path in the mount table is only a hint: that it leads to the same mount is checked on what was opened.
+    """
+    point = _OCTAL.sub(lambda match: chr(int(match[1], 8)), _mountinfo(descriptor)[4])
+    root = os.open(point, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if syscalls.statx_mount_id(root) != syscalls.statx_mount_id(descriptor):
+        os.close(root)
+        raise OSError(errno.EAGAIN, "the mount is being moved or covered", point)
+    return root
+
+
 def map_ids(mount: int, userns: int, recursive: bool = True) -> None:
     """Make a detached mount show its files' owners through the mapping of a user namespace."""
     flags = syscalls.AT_EMPTY_PATH | _recursion(recursive)
@@ -138,6 +170,20 @@ def filesystem_of(descriptor: int) -> str:
     """The kind of file system that an open file is on, as in "ext4"."""
     fields = _mountinfo(descriptor)
     return fields[fields.index("-") + 1]
+
+
+def devices_of(kind: str) -> set[int]:
+    """st_dev of all file systems of a kind that are mounted in the caller's namespace.
+
+    The kernel's table tells them without a question to a server, as statfs(2) may ask one.
+    """
+    found = set()
+    for line in mount_table().split("\n"):
+        fields, _, rest = line.partition(" - ")
+        if rest.startswith(f"{kind} "):
+            major, minor = fields.split(" ", 3)[2].split(":")
+            found.add(os.makedev(int(major), int(minor)))
+    return found
 
 
 def mount_table() -> str:

@@ -58,7 +58,7 @@ def _wait_to_be_killed() -> None:
 
 def _pid_in_procfs(pidfd: int) -> int:
     """The number that /proc, of another PID namespace maybe, has for a process."""
-    with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as info:
+    with open(f"/proc/self/fdinfo/{pidfd}", encoding="utf-8") as info:
         return next(int(line.split()[1]) for line in info if line.startswith("Pid:"))
 
 

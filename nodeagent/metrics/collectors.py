@@ -9,13 +9,14 @@ from prometheus_client.registry import Collector
 
 from nodeagent.images.usage import Counters
 from nodeagent.lifecycle.node import Node
-from nodeagent.lifecycle.stats import SandboxUsage
+from nodeagent.lifecycle.stats import LogUsage, SandboxUsage
 from nodeagent.metrics.families import ACCOUNTED, NETWORK, Family, T
 
 RPC_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 PULL_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 
 PULL = "PullImage"
+POD_LABELS = ("namespace", "pod")
 
 MetricFamily = CounterMetricFamily | GaugeMetricFamily
 
@@ -138,12 +139,37 @@ class UsageCollector(Collector):
             for interface in pod.interfaces
         ]
         for family in ACCOUNTED:
-            yield _metric(family, ("namespace", "pod", "container", "id"), containers)
+            yield _metric(family, (*POD_LABELS, "container", "id"), containers)
         for network in NETWORK:
-            yield _metric(network, ("namespace", "pod", "id"), interfaces)
+            yield _metric(network, (*POD_LABELS, "id"), interfaces)
 
 
-def _names(pod: SandboxUsage) -> tuple[str, str]:
+class LogCollector(Collector):
+    """What became of the output of containers, since their supervisors are there."""
+
+    def __init__(self, logs: Sequence[LogUsage]) -> None:
+        self._logs = logs
+
+    def collect(self) -> Iterator[MetricFamily]:
+        labels = (*POD_LABELS, "container", "id")
+        dropped = CounterMetricFamily(
+            "nodeagent_container_log_dropped_lines_total",
+            "Lines that the log's disk had no room for",
+            labels=labels,
+        )
+        held_back = CounterMetricFamily(
+            "nodeagent_container_log_held_back_seconds_total",
+            "Time in which a container was not read from because of the limit of its log",
+            labels=labels,
+        )
+        for log in self._logs:
+            whose = [*_names(log), log.container.config.name, log.container.id]
+            dropped.add_metric(whose, log.dropped_lines)
+            held_back.add_metric(whose, log.held_back_ms / 1000)
+        yield from (dropped, held_back)
+
+
+def _names(pod: SandboxUsage | LogUsage) -> tuple[str, str]:
     return pod.sandbox.config.namespace, pod.sandbox.config.name
 
 

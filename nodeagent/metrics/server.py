@@ -1,24 +1,28 @@
 """``GET /metrics`` for Prometheus.
 
-A scrape reads the node on the loop, which owns it, and makes the text in a thread. One is made at a time: a second
-scraper waits, and whoever gives up costs nothing more.
+A scrape reads the node on the loop, which owns it, and makes the text in a thread. One is made at a time, for
+all scrapers that wait for it. A connection is closed after its answer, or when the client does not take it in time.
 """
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Self
 
-from aiohttp import web
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from nodeagent.config import split_address
 from nodeagent.lifecycle.node import Node
-from nodeagent.metrics.collectors import NodeCollector, RpcMetrics, UsageCollector
+from nodeagent.metrics.collectors import LogCollector, NodeCollector, RpcMetrics, UsageCollector
+from nodeagent.serving import http1, listener
+from nodeagent.serving.listener import Listener, Place
 
-CLOSE_SECONDS = 1.0
-MAX_HEADER_BYTES = 8192
+MAX_CONNECTIONS = 32
+HEAD_SECONDS = 5.0
+ANSWER_SECONDS = 10.0  # made and taken; Prometheus waits as long
+READ_BYTES = 4096
 
 
 class MetricsServer:
@@ -29,6 +33,7 @@ class MetricsServer:
         self._agent = CollectorRegistry()
         ProcessCollector(registry=self._agent)
         self._lock = asyncio.Lock()
+        self._made: tuple[float, bytes] | None = None  # the last page, and when its making began
         self.observe = RpcMetrics(self._agent).observe
         self.address: tuple[str, int] | None = None
 
@@ -39,34 +44,70 @@ class MetricsServer:
         server = cls(node)
         async with AsyncExitStack() as stack:
             if address:
-                await server._listen(*split_address(address), stack)
+                await stack.enter_async_context(server._listener(*split_address(address)).open())
             yield server
 
-    async def _listen(self, host: str, port: int, stack: AsyncExitStack) -> None:
-        application = web.Application(client_max_size=1)
-        application.router.add_get("/metrics", self._scrape)
-        runner = web.AppRunner(
-            application,
-            access_log=None,
-            shutdown_timeout=CLOSE_SECONDS,
-            max_field_size=MAX_HEADER_BYTES,
+    def _listener(self, host: str, port: int) -> Listener:
+        listening = listener.bind(host, port)
+        self.address = listening.getsockname()[:2]
+        return Listener(
+            listening,
+            self._serve,
+            name="metrics server",
+            places=MAX_CONNECTIONS,
+            head_s=HEAD_SECONDS,
         )
-        stack.push_async_callback(runner.cleanup)
-        await runner.setup()
-        await web.TCPSite(runner, host, port).start()
-        name = runner.addresses[0]
-        self.address = (name[0], name[1])
 
-    async def _scrape(self, request: web.Request) -> web.Response:
+    async def _serve(self, connection: socket.socket, place: Place) -> None:
+        """One request and its answer. What comes behind the request is not read."""
+        reader, writer = await asyncio.open_connection(sock=connection, limit=http1.MAX_HEAD_BYTES)
+        try:
+            writer.write(await self._answer(reader, place))
+            writer.close()
+            await writer.wait_closed()
+        finally:
+            writer.transport.abort()
+
+    async def _answer(self, reader: asyncio.StreamReader, place: Place) -> bytes:
+        exchange = http1.Exchange()
+        try:
+            request = await _receive(exchange, reader)
+        except http1.BadRequest as error:
+            return exchange.refuse(400, str(error))
+        if request.path != "/metrics":
+            return exchange.refuse(404, "only /metrics is here")
+        if request.method not in ("GET", "HEAD"):
+            return exchange.refuse(
+                405, f"{request.method} is not supported", [("Allow", "GET, HEAD")]
+            )
+        place.keep(ANSWER_SECONDS)
+        return exchange.answer(
+            200, await self._page(), [("Content-Type", CONTENT_TYPE_PLAIN_0_0_4)]
+        )
+
+    async def _page(self) -> bytes:
+        """A page that shows the node as it is now or later; whoever waits at the same time gets the same one."""
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
         async with self._lock:
-            body = await self.render()
-        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
+            if self._made is None or self._made[0] < asked:
+                self._made = loop.time(), await self.render()
+            return self._made[1]
 
     async def render(self) -> bytes:
         """The whole page."""
         now = CollectorRegistry()
         now.register(NodeCollector(self._node))
         now.register(UsageCollector(await self._node.stats.sandboxes()))
+        now.register(LogCollector(await self._node.stats.logs()))
         return await asyncio.to_thread(
             lambda: b"".join(generate_latest(registry) for registry in (self._agent, now))
         )
+
+
+async def _receive(exchange: http1.Exchange, reader: asyncio.StreamReader) -> http1.Request:
+    """Raises BadRequest, and ConnectionError where the client leaves before its request is whole."""
+    while data := await reader.read(READ_BYTES):
+        if request := exchange.receive_data(data):
+            return request
+    raise ConnectionResetError("no request")

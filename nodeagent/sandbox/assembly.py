@@ -9,10 +9,11 @@ detached and attached when it is complete. Descriptors are left open: all of the
 import errno
 import os
 import stat
+from contextlib import suppress
 from typing import NamedTuple
 
 from nodeagent import files
-from nodeagent.errors import FailedPrecondition, InvalidArgument, NodeAgentError, NotFound
+from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound
 from nodeagent.linux import confined, mounts, syscalls
 from nodeagent.sandbox import idmaps, rootfs
 from nodeagent.sandbox.idmaps import IdMaps
@@ -21,8 +22,9 @@ from nodeagent.sandbox.spec import ContainerPlan, Device, Mount, Rootfs
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _DEVICE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK}
 
-# On these, what is mounted must land where the path says: a link would move it away from its masks.
-_UNLINKED_TARGETS = frozenset(("proc", "sysfs"))
+# A link would lead a file system of the kernel away from its masks, and the pod's shared memory out of /dev.
+_NEVER_THROUGH_LINKS = frozenset(("/proc", "/sys", "/dev", "/dev/shm"))
+_PROC_ROOT_INO = 1  # of every procfs
 
 
 class Layers(NamedTuple):
@@ -54,15 +56,21 @@ class Scratch(NamedTuple):
 class Assembly(NamedTuple):
     """A root file system in the making.
 
-    procfs: a detached one that is used instead of a new one, -1 without. sealed: mounts that become read-only when all
-    is in place.
+    dev: the root of the container's own /dev, by which all in it is reached; -1 where the request mounts one.
+    procfs: a detached one that is used instead of a new one, -1 without.
+    sealed: mounts that become read-only when all is in place.
+    devices: st_dev of the image's own file system and of that /dev, where most mounts land.
+    shares: whether a volume propagates mounts to the node.
     """
 
     root: int
+    dev: int
     scratch: Scratch
     maps: IdMaps
     procfs: int
     sealed: list[int]
+    devices: tuple[int, ...]
+    shares: bool
 
 
 def assemble(plan: ContainerPlan, maps: IdMaps, procfs: int = -1) -> Assembly:
@@ -77,12 +85,16 @@ def assemble(plan: ContainerPlan, maps: IdMaps, procfs: int = -1) -> Assembly:
     scratch = _make_scratch(os.path.dirname(plan["rootfs"]["upper"]))
     directories = _layer_directories(scratch, lower, maps)
     root = mounts.mount_overlay(_mount_point(scratch, "root"), directories, upper, work)
-    sealed = [root] if plan["rootfs"]["readonly"] else []
-    assembly = Assembly(root, scratch, maps, procfs, sealed)
     idmaps.act_as_root(maps)
+    dev = _make_dev(plan, maps)
+    sealed = [root] if plan["rootfs"]["readonly"] else []
+    shares = any(mount["propagation"] == "shared" for mount in plan["mounts"])
+    devices = tuple(os.fstat(place).st_dev for place in (root, dev) if place != -1)
+    assembly = Assembly(root, dev, scratch, maps, procfs, sealed, devices, shares)
+    _make_devices_outside_dev(root, plan, maps)
     for mount, source in zip(plan["mounts"], sources, strict=True):
         _execute(assembly, mount, source)
-    _populate_dev(assembly, plan)
+    _require_devices(assembly, plan)
     return assembly
 
 
@@ -90,7 +102,7 @@ def seal(assembly: Assembly, masked: list[str], readonly: list[str]) -> None:
     """Mask paths, make paths and mounts read-only; a path that the container does not have is skipped."""
     mounts.set_attributes(assembly.scratch.mount, ["ro"])
     for path in readonly:
-        _make_readonly(assembly.root, path)
+        _make_readonly(assembly, path)
     for path in masked:
         _mask(assembly, path)
     for mount in assembly.sealed:
@@ -201,48 +213,110 @@ def _attach_mapped(scratch: Scratch, path: str, directory: int, maps: IdMaps) ->
 
 def _execute(assembly: Assembly, mount: Mount, source: Source) -> None:
     try:
-        if mount["kind"] == "fs":
-            tree = _mount_filesystem(assembly, mount)
-        elif mount["kind"] == "image":
-            tree = _image_tree(assembly, mount, source.layers)
-        else:
-            tree = source.tree
-        _attach(assembly.root, mount, tree)
-    except NodeAgentError:
-        raise
+        _attach(assembly, mount, _tree(assembly, mount, source))
     except OSError as error:
-        text = f"mount {rootfs.describe(mount)}: {error.strerror or error}"
-        raise OSError(error.errno, text, error.filename) from error
+        raise _of_step(mount, error) from error
 
 
-def _attach(root: int, mount: Mount, tree: int) -> None:
-    directory = _is_directory(tree)
-    follow = mount["source"] not in _UNLINKED_TARGETS or mount["kind"] != "fs"
-    target = confined.make_path(root, mount["target"], directory=directory, follow=follow)
-    if directory != _is_directory(target):
+def _of_step(mount: Mount, error: OSError) -> OSError:
+    """An error of the kernel, with the step of the plan that it is about."""
+    text = f"mount {rootfs.describe(mount)}: {error.strerror or error}"
+    return OSError(error.errno, text, error.filename)
+
+
+def _tree(assembly: Assembly, mount: Mount, source: Source) -> int:
+    """Read-only file systems of ours are sealed at the end, since mount points may have to be made in them."""
+    if mount["kind"] == "bind":
+        return source.tree
+    if mount["kind"] == "image":
+        return _image_tree(assembly, mount, source.layers)
+    if _is_own_dev(mount):
+        tree = assembly.dev
+    elif mount["source"] == "proc" and assembly.procfs != -1:
+        tree = assembly.procfs
+        mounts.set_attributes(tree, [name for name in mount["attributes"] if name != "ro"])
+    else:
+        tree = _make_filesystem(mount, assembly.maps)
+    if "ro" in mount["attributes"]:
+        assembly.sealed.append(tree)
+    return tree
+
+
+def _attach(assembly: Assembly, mount: Mount, tree: int) -> None:
+    directory = mount["kind"] == "fs" or _is_directory(tree)
+    target = _open_target(assembly, mount, directory)
+    status = os.fstat(target)
+    if directory != stat.S_ISDIR(status.st_mode):
         code = errno.ENOTDIR if directory else errno.EISDIR
         raise OSError(code, os.strerror(code))
-    syscalls.move_mount(tree, target)
+    if mount["kind"] != "fs":
+        _check_procfs(assembly, mount, status, tree)
+    _move_mount(assembly, tree, target)
+
+
+def _move_mount(assembly: Assembly, tree: int, target: int) -> None:
+    """What the runtime mounts is the container's only: at a place that is shared with the node it would appear there.
+
+    It would cover the node's /dev/pts or /sys/fs/cgroup, for one, and stay when the container has gone.
+    """
+    if assembly.shares and mounts.propagation_of(target) == "shared":
+        mounts.attach_apart(tree, target)
+    else:
+        syscalls.move_mount(tree, target)
+
+
+def _open_target(assembly: Assembly, mount: Mount, directory: bool) -> int:
+    """What is mounted in a /dev of our own is reached through that file system, whatever the root has at its place."""
+    path = mount["target"]
+    own_dev = assembly.dev != -1 and path.startswith("/dev/")
+    follow = not (
+        own_dev
+        or mount["kind"] == "fs"
+        or path in _NEVER_THROUGH_LINKS
+        or path in rootfs.MOUNTABLE_IN_PROCFS
+    )
+    root, below = (assembly.dev, path.removeprefix("/dev/")) if own_dev else (assembly.root, path)
+    try:
+        return confined.make_path(root, below, directory=directory, follow=follow)
+    except OSError as error:
+        if error.errno != errno.ELOOP or follow:
+            raise
+        raise InvalidArgument(
+            f"mount {rootfs.describe(mount)}: the path leads through a symbolic link of the image or of a volume,"
+            " which is not followed here; it has to be a directory or a file"
+        ) from error
+
+
+def _check_procfs(assembly: Assembly, mount: Mount, target: os.stat_result, tree: int) -> None:
+    """Nothing of a request covers procfs, be it that a link leads there: what counts is what the target is.
+
+    A program of the container that sets a label or a limit would write it into a file of whoever asked for the mount.
+    """
+    path = mount["target"]
+    if path == "/proc":
+        status = os.fstat(tree)
+        if status.st_ino != _PROC_ROOT_INO or status.st_dev not in mounts.devices_of("proc"):
+            text = "only a whole procfs can be mounted there"
+            raise InvalidArgument(f"mount {rootfs.describe(mount)}: {text}")
+    elif path not in rootfs.MOUNTABLE_IN_PROCFS and (
+        target.st_dev not in assembly.devices and target.st_dev in mounts.devices_of("proc")
+    ):
+        raise InvalidArgument(
+            f"mount {rootfs.describe(mount)}: is inside of procfs; only these files of it can be covered,"
+            f" by their names: {', '.join(sorted(rootfs.MOUNTABLE_IN_PROCFS))}"
+        )
 
 
 def _is_directory(descriptor: int) -> bool:
     return stat.S_ISDIR(os.fstat(descriptor).st_mode)
 
 
-def _mount_filesystem(assembly: Assembly, mount: Mount) -> int:
-    """Read-only ones are sealed at the end, since mount points may have to be made in them."""
+def _make_filesystem(mount: Mount, maps: IdMaps) -> int:
     attributes = [name for name in mount["attributes"] if name != "ro"]
     data = mount["data"]
     if "gid" in data:
-        data = {**data, "gid": str(assembly.maps.gid(int(data["gid"])))}
-    if mount["source"] == "proc" and assembly.procfs != -1:
-        tree = assembly.procfs
-        mounts.set_attributes(tree, attributes)
-    else:
-        tree = mounts.make_filesystem(mount["source"], data, attributes)
-    if "ro" in mount["attributes"]:
-        assembly.sealed.append(tree)
-    return tree
+        data = {**data, "gid": str(maps.gid(int(data["gid"])))}
+    return mounts.make_filesystem(mount["source"], data, attributes)
 
 
 def _image_tree(assembly: Assembly, mount: Mount, layers: Layers) -> int:
@@ -265,35 +339,73 @@ def _image_tree(assembly: Assembly, mount: Mount, layers: Layers) -> int:
 # ---- devices ----
 
 
-def has_own_dev(plan: ContainerPlan) -> bool:
-    """Whether /dev is a new file system, and not something that the request puts there."""
-    return any(mount["kind"] == "fs" and mount["target"] == "/dev" for mount in plan["mounts"])
+def _is_own_dev(mount: Mount) -> bool:
+    """/dev is a new file system, and not something that the request puts there."""
+    return mount["kind"] == "fs" and mount["target"] == "/dev"
 
 
-def _populate_dev(assembly: Assembly, plan: ContainerPlan) -> None:
-    """A /dev that is not ours may be the node's: nothing is made in it, it has to bring what was asked for."""
-    own_dev = has_own_dev(plan)
+def _make_dev(plan: ContainerPlan, maps: IdMaps) -> int:
+    """The container's own /dev, complete before anybody can reach it; -1 where the request mounts one.
+
+    Devices are made in the descriptor of the detached mount: no path of the container is resolved for them.
+    """
+    for mount in plan["mounts"]:
+        if _is_own_dev(mount):
+            try:
+                dev = _make_filesystem(mount, maps)
+            except OSError as error:
+                raise _of_step(mount, error) from error
+            _populate_dev(dev, plan, maps)
+            return dev
+    return -1
+
+
+def _populate_dev(dev: int, plan: ContainerPlan, maps: IdMaps) -> None:
     usual = {device["path"]: device for device in rootfs.DEFAULT_DEVICES}
     asked = {device["path"]: device for device in plan["devices"]}
-    devices = usual | asked if own_dev else asked
-    parents: dict[str, int] = {}
-    for path, device in devices.items():
-        if own_dev or not path.startswith("/dev/"):
+    parents = {"/dev": dev}
+    for path, device in (usual | asked).items():
+        if path.startswith("/dev/"):
             parent = os.path.dirname(path)
             if parent not in parents:
-                parents[parent] = confined.make_path(assembly.root, parent, directory=True)
-            _make_device(parents[parent], device, assembly.maps)
-        elif path not in usual and not plan["privileged"]:
+                below = parent.removeprefix("/dev/")
+                parents[parent] = confined.make_path(dev, below, directory=True, follow=False)
+            _make_device(parents[parent], device, maps)
+    taken = {mount["target"] for mount in plan["mounts"]} | asked.keys()
+    for name, target in rootfs.DEFAULT_LINKS.items():
+        if f"/dev/{name}" not in taken:
+            os.symlink(target, name, dir_fd=dev)
+
+
+def _make_devices_outside_dev(root: int, plan: ContainerPlan, maps: IdMaps) -> None:
+    """In the image's own file system, while nothing is mounted in it: a volume never gets one."""
+    for device in plan["devices"]:
+        if not device["path"].startswith("/dev/"):
+            parent = confined.make_path(root, os.path.dirname(device["path"]), directory=True)
+            with suppress(FileExistsError):  # of the image, or of a start that is repeated
+                _make_device(parent, device, maps)
+
+
+def _require_devices(assembly: Assembly, plan: ContainerPlan) -> None:
+    """Asked for, a device is there in the end, be it by what the request mounts over its place.
+
+    A /dev that is not ours may be the node's: nothing is made in it, it has to bring what was asked for.
+    """
+    if plan["privileged"]:
+        return
+    usual = {device["path"] for device in rootfs.DEFAULT_DEVICES}
+    for device in plan["devices"]:
+        if device["path"] not in usual:
             _require_device(assembly.root, device)
-    if own_dev:
-        for name, target in rootfs.DEFAULT_LINKS.items():
-            os.symlink(target, name, dir_fd=parents["/dev"])
 
 
 def _require_device(root: int, device: Device) -> None:
     found = _find(root, device["path"])
     if found is None or os.fstat(found).st_rdev != os.makedev(device["major"], device["minor"]):
-        raise InvalidArgument(f"device {device['path']}: what is mounted at /dev has not got it")
+        raise InvalidArgument(
+            f"device {device['path']}: an image or a mount has something else there;"
+            " ask for the device at another path"
+        )
 
 
 def _make_device(parent: int, device: Device, maps: IdMaps) -> None:
@@ -318,16 +430,16 @@ def _mask(assembly: Assembly, path: str) -> None:
     if target is None:
         return
     mask = assembly.scratch.empty if _is_directory(target) else assembly.scratch.null
-    syscalls.move_mount(mounts.clone_tree(mask, recursive=False), target)
+    _move_mount(assembly, mounts.clone_tree(mask, recursive=False), target)
 
 
-def _make_readonly(root: int, path: str) -> None:
-    target = _find(root, path)
+def _make_readonly(assembly: Assembly, path: str) -> None:
+    target = _find(assembly.root, path)
     if target is None:
         return
     tree = mounts.clone_tree(target)
     mounts.set_attributes(tree, ["ro"], recursive=True)
-    syscalls.move_mount(tree, target)
+    _move_mount(assembly, tree, target)
 
 
 def _find(root: int, path: str) -> int | None:

@@ -1,8 +1,8 @@
 """Standard input, output and error of a container's process: pipes, the null device, or a pseudoterminal.
 
 A terminal comes from the devpts instance that is the container's own. That, and /dev/null, may have been changed by
-hostile processes when a further process is started: what is opened there is used only after it has proved to be what
-it shall be. Slaves are reached through their master (TIOCGPTPEER), never by name.
+hostile processes when a further process is started: it is opened only after it has proved to be what it shall be.
+Slaves are reached through their master (TIOCGPTPEER), never by name.
 """
 
 import errno
@@ -33,40 +33,44 @@ class Stdio(NamedTuple):
         return self.master != -1
 
 
-def open_terminal(root: int) -> Stdio:
-    """A new terminal of the devpts that is mounted at /dev/pts inside `root`."""
-    master = _open_device(root, "/dev/pts/ptmx", os.makedev(5, 2), follow=False)
-    if syscalls.statfs_type(master) != _DEVPTS_SUPER_MAGIC:
-        raise OSError(errno.ENOTTY, "not on devpts", "/dev/pts/ptmx")
+def open_terminal(root: int, own: int) -> Stdio:
+    """A new terminal of the devpts that is mounted at /dev/pts inside `root`; own: of `confined.own_descriptors`."""
+    path = "/dev/pts/ptmx"
+    found = _find_device(root, path, os.makedev(5, 2), follow=False)
+    if syscalls.statfs_type(found) != _DEVPTS_SUPER_MAGIC:
+        raise OSError(errno.ENOTTY, "not on devpts", path)
+    master = confined.open_again(own, found, os.O_RDWR | os.O_NOCTTY)
     fcntl.ioctl(master, _TIOCSPTLCK, struct.pack("i", 0))
     slave = fcntl.ioctl(master, _TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
     return Stdio(slave, slave, slave, master)
 
 
-def with_null(root: int, stdin: int, stdout: int, stderr: int) -> Stdio:
-    """The given descriptors, with /dev/null inside `root` for each that is -1.
+def with_null(root: int, own: int, stdin: int, stdout: int, stderr: int) -> Stdio:
+    """The given descriptors, with /dev/null inside `root` for each that is -1; own: of `confined.own_descriptors`.
 
     Never the node's null device: a container could change the node's file through it.
     """
     given = (stdin, stdout, stderr)
-    null = _open_device(root, "/dev/null", os.makedev(1, 3)) if -1 in given else -1
+    if -1 not in given:
+        return Stdio(*given)
+    null = confined.open_again(
+        own, _find_device(root, "/dev/null", os.makedev(1, 3)), os.O_RDWR | os.O_NOCTTY
+    )
     return Stdio(*(null if descriptor == -1 else descriptor for descriptor in given))
 
 
-def _open_device(root: int, path: str, number: int, *, follow: bool = True) -> int:
-    """A character device, opened without blocking on what may be there instead."""
-    flags = os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK
-    device = confined.open_path(root, path, flags, follow=follow)
-    status = os.fstat(device)
+def _find_device(root: int, path: str, number: int, *, follow: bool = True) -> int:
+    """O_PATH: what may be there instead is not opened."""
+    found = confined.open_path(root, path, follow=follow)
+    status = os.fstat(found)
     if not stat.S_ISCHR(status.st_mode) or status.st_rdev != number:
         raise OSError(errno.ENODEV, "not the device that belongs there", path)
-    os.set_blocking(device, True)
-    return device
+    return found
 
 
-def bind_console(root: int, terminal: Stdio) -> None:
-    """Make the terminal the file /dev/console inside `root`."""
-    target = confined.make_path(root, "/dev/console", directory=False, follow=False)
+def bind_console(dev: int, terminal: Stdio) -> None:
+    """Make the terminal the file `console` of the container's own /dev."""
+    target = confined.make_path(dev, "console", directory=False, follow=False)
     syscalls.move_mount(mounts.clone_tree(terminal.stdin, recursive=False), target)
 
 

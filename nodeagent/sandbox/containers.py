@@ -26,7 +26,7 @@ from nodeagent.sandbox.loop import Timer, guarded, report
 from nodeagent.sandbox.peers import Request
 from nodeagent.sandbox.pod import Pod
 from nodeagent.sandbox.protocol import Body
-from nodeagent.sandbox.pump import PipeSource, Pump, Source, TerminalSource
+from nodeagent.sandbox.pump import Pump
 from nodeagent.sandbox.spec import ContainerPlan, Exit, Identity
 
 START_FAILED = 128
@@ -116,15 +116,11 @@ class Container:
             self._creation = None
 
     def open_pump(self) -> None:
-        sources: dict[str, Source] = {
-            name: PipeSource(self.fds[name], self.pod.workbench)
-            for name in ("stdout", "stderr")
-            if name in self.fds
-        }
-        if "master" in self.fds:
-            sources["stdout"] = TerminalSource(self.fds["master"])
+        names = ("stdout", "stderr", "master")
+        outputs = {name: self.fds[name] for name in names if name in self.fds}
         journal = facts.open_journal(self.pod.directory, self.id)
-        self.pump = Pump(self.pod.loop, sources, journal, self.pod.clock)
+        limit = self.plan.get("log_limit")
+        self.pump = Pump(self.pod.loop, outputs, journal, self.pod.clock, limit)
 
     def _undo(self) -> None:
         """The process ended before it was ready."""
@@ -326,8 +322,11 @@ class Container:
         return "created" if self.facts["created_at"] else "creating"
 
     def describe(self) -> Body:
-        dropped = self.pump.dropped_lines if self.pump else 0
-        return {"id": self.id, **self.facts, "exit": self.exit, "dropped_log_lines": dropped}
+        log = {
+            "dropped_log_lines": self.pump.dropped_lines if self.pump else 0,
+            "held_back_ms": self.pump.held_back_ms if self.pump else 0,
+        }
+        return {"id": self.id, **self.facts, "exit": self.exit, **log}
 
     def deposit(self) -> Deposit:
         return Deposit(self.facts["pid"], self.facts["oom_kills"], self.fds)

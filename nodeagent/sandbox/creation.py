@@ -173,7 +173,7 @@ def _take_over(container: Container) -> None:
         _find_again(container)
     container.open_pump()
     if container.facts["started_at"] and container.pump is not None:
-        container.pump.start(container.plan["log_path"], container.plan.get("log_root", ""))
+        container.pump.go_on(container.plan["log_path"], container.plan.get("log_root", ""))
     if container.exit is not None or "pidfd" not in container.fds:
         container.ended(exits.UNKNOWN)
     else:

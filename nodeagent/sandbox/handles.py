@@ -55,7 +55,11 @@ class Created:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerState:
-    """What a supervisor knows of a container. Times are ns since the epoch, 0 for not yet."""
+    """What a supervisor knows of a container. Times are ns since the epoch, 0 for not yet.
+
+    dropped_log_lines: what the log's disk had no room for. held_back_ms: how long it was not read from because of the
+    limit of its log. Both since this supervisor is there.
+    """
 
     id: str
     pid: int
@@ -65,6 +69,7 @@ class ContainerState:
     started_at: int
     exit: Exit | None
     dropped_log_lines: int
+    held_back_ms: int
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> Self:
@@ -78,6 +83,7 @@ class ContainerState:
             started_at=body["started_at"],
             exit=body["exit"],
             dropped_log_lines=body["dropped_log_lines"],
+            held_back_ms=body.get("held_back_ms", 0),  # a supervisor of an earlier version
         )
 
 

@@ -181,6 +181,7 @@ def _prepare_container(plan: ContainerPlan, fds: InitFds) -> _Start:
     settings = plan["process"]
     maps = idmaps.of_process(settings, fds.userns)
     _join_cgroups(fds.cgroups)
+    own = confined.own_descriptors()
     credentials.write_labels(settings)
     warnings = credentials.set_oom_score(settings)
     if plan["cgroup_namespace"]:
@@ -188,28 +189,31 @@ def _prepare_container(plan: ContainerPlan, fds: InitFds) -> _Start:
     hidden = fds.pid_namespace != -1
     shared_proc = procfs.of_shared(fds.pid_namespace, fds.procfs) if hidden else -1
     built = assembly.assemble(plan, maps, shared_proc)
-    identity = users.resolve(built.root, settings["user"])
+    identity = users.resolve(built.root, own, settings["user"])
     with _working_directory(settings["cwd"]):
         cwd = confined.make_path(built.root, settings["cwd"], directory=True)
-    stdio = _container_stdio(plan, fds, built.root)
+    stdio = _container_stdio(plan, fds, built, own)
     assembly.seal(built, plan["masked_paths"], plan["readonly_paths"])
     mounts.enter_root(built.root)
     owned = syscalls.CLONE_NEWNS | (syscalls.CLONE_NEWCGROUP if plan["cgroup_namespace"] else 0)
     return _Start(plan["argv"], settings, identity, cwd, stdio, maps, owned, warnings, hidden)
 
 
-def _container_stdio(plan: ContainerPlan, fds: InitFds, root: int) -> console.Stdio:
+def _container_stdio(
+    plan: ContainerPlan, fds: InitFds, built: assembly.Assembly, own: int
+) -> console.Stdio:
     if not plan["tty"]:
-        return console.with_null(root, fds.stdin, fds.stdout, fds.stderr)
-    terminal = console.open_terminal(root)
-    if assembly.has_own_dev(plan):
-        console.bind_console(root, terminal)
+        return console.with_null(built.root, own, fds.stdin, fds.stdout, fds.stderr)
+    terminal = console.open_terminal(built.root, own)
+    if built.dev != -1:
+        console.bind_console(built.dev, terminal)
     return terminal
 
 
 def _prepare_exec(plan: ExecPlan, settings: ProcessPlan, fds: ExecFds) -> _Start:
     maps = idmaps.of_process(settings, fds.userns)
     _join_cgroups(fds.cgroups)
+    own = confined.own_descriptors()
     credentials.write_labels(settings)
     warnings = credentials.set_oom_score(settings)
     pid_namespace = syscalls.CLONE_NEWPID if fds.hidden else 0  # of children (pid_namespaces(7))
@@ -218,11 +222,13 @@ def _prepare_exec(plan: ExecPlan, settings: ProcessPlan, fds: ExecFds) -> _Start
     except ProcessLookupError:
         raise FailedPrecondition(f'container "{plan["container"]}": has just ended') from None
     root = os.open("/", _DIRECTORY)
-    identity = users.resolve(root, settings["user"])
+    identity = users.resolve(root, own, settings["user"])
     with _working_directory(settings["cwd"]):
         cwd = confined.open_path(root, settings["cwd"], _DIRECTORY)
     given = (fds.stdin, fds.stdout, fds.stderr)
-    stdio = console.open_terminal(root) if plan["tty"] else console.with_null(root, *given)
+    stdio = (
+        console.open_terminal(root, own) if plan["tty"] else console.with_null(root, own, *given)
+    )
     return _Start(plan["argv"], settings, identity, cwd, stdio, maps, 0, warnings, fds.hidden)
 
 

@@ -29,11 +29,13 @@ def format_lines(data: bytes, stamp: bytes, stream: bytes) -> tuple[bytes, bytes
     """The log's lines for `data`, and the rest of it: at most MAX_LINE_BYTES of a line that goes on."""
     full = b"%s %s F " % (stamp, stream)
     partial = b"%s %s P " % (stamp, stream)
-    *lines, rest = data.split(b"\n")
-    if lines and max(map(len, lines)) <= MAX_LINE_BYTES:
-        output = full + (b"\n" + full).join(lines) + b"\n"
+    lines, newline, rest = data.rpartition(b"\n")
+    if not newline:
+        output = b""
+    elif _has_long_line(lines):
+        output = b"".join(_format_line(line, full, partial) for line in lines.split(b"\n"))
     else:
-        output = b"".join(_format_line(line, full, partial) for line in lines)
+        output = full + lines.replace(b"\n", b"\n" + full) + b"\n"
     parts, rest = _cut(rest)
     return output + b"".join(b"%s%s\n" % (partial, part) for part in parts), rest
 
@@ -41,6 +43,17 @@ def format_lines(data: bytes, stamp: bytes, stream: bytes) -> tuple[bytes, bytes
 def format_end(rest: bytes, stamp: bytes, stream: bytes) -> bytes:
     """The last line of a stream, which lacks its newline."""
     return b"%s %s F %s\n" % (stamp, stream, rest) if rest else b""
+
+
+def _has_long_line(lines: bytes) -> bool:
+    """Looks at one newline for MAX_LINE_BYTES, not at each."""
+    start = 0
+    while len(lines) - start > MAX_LINE_BYTES:
+        newline = lines.rfind(b"\n", start, start + MAX_LINE_BYTES + 1)
+        if newline < 0:
+            return True
+        start = newline + 1
+    return False
 
 
 def _format_line(line: bytes, full: bytes, partial: bytes) -> bytes:
@@ -163,7 +176,17 @@ def _open_below(root: str, path: str) -> int:
         file = os.open(name, _FLAGS | os.O_EXCL, _MODE, dir_fd=directory)
         os.fchmod(file, _MODE)
     except FileExistsError:
-        file = os.open(name, _FLAGS, dir_fd=directory)
+        file = _open_existing(name, directory)
     finally:
         os.close(directory)
+    return file
+
+
+def _open_existing(name: str, directory: int) -> int:
+    """A file that has other names is left to those: whoever made them may have meant us to write to another's file."""
+    file = os.open(name, _FLAGS, dir_fd=directory)
+    if os.fstat(file).st_nlink > 1:
+        os.close(file)
+        os.unlink(name, dir_fd=directory)
+        file = os.open(name, _FLAGS | os.O_EXCL, _MODE, dir_fd=directory)
     return file

@@ -12,12 +12,13 @@ from typing import Any
 
 from nodeagent.errors import InvalidArgument, NodeAgentError
 from nodeagent.sandbox import protocol
-from nodeagent.sandbox.loop import READABLE, WRITABLE, Loop
+from nodeagent.sandbox.loop import READABLE, WRITABLE, Loop, report
 from nodeagent.sandbox.protocol import Body
 
 MAX_WAITING_MESSAGES = 4096
 
 _BACKLOG = 64
+_PAUSE_MS = 200
 
 
 class Peer:
@@ -173,19 +174,37 @@ class Listener:
 
     def __init__(self, loop: Loop, path: str, accepted: Callable[[socket.socket], None]) -> None:
         self._loop = loop
+        self._path = path
         self._accepted = accepted
+        self._failing = False
         self._socket = _listen(path)
-        loop.watch(self._socket.fileno(), self._accept)
+        self._watch()
+
+    def _watch(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._loop.watch(self._socket.fileno(), self._accept)
 
     def _accept(self, _events: int) -> None:
         try:
             connection, _ = self._socket.accept()
         except BlockingIOError:
             return
+        except OSError as error:
+            self._pause(error)
+            return
+        self._failing = False
         if protocol.peer_of(connection).uid == 0:
             self._accepted(connection)
         else:
             connection.close()
+
+    def _pause(self, error: OSError) -> None:
+        """Without descriptors whoever wants to connect stays in the queue, which would wake the loop without end."""
+        if not self._failing:
+            self._failing = True
+            report(f"{self._path}: nobody can connect: {error.strerror}")
+        self._loop.forget(self._socket.fileno())
+        self._loop.call_after(_PAUSE_MS, self._watch)
 
     def close(self) -> None:
         self._loop.forget(self._socket.fileno())

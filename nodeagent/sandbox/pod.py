@@ -13,7 +13,6 @@ from nodeagent.sandbox.logs import Clock
 from nodeagent.sandbox.loop import Loop
 from nodeagent.sandbox.peers import Peer
 from nodeagent.sandbox.protocol import Body
-from nodeagent.sandbox.pump import Workbench
 from nodeagent.sandbox.spec import PodPlan
 
 
@@ -33,7 +32,6 @@ class Pod:
         self.keeper = keeper
         self.children = Children(loop)
         self.clock = Clock()
-        self.workbench = Workbench.open()
         self.agent: Peer | None = None
         self.init_pidfd: int | None = None
         self._pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)

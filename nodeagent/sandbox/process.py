@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 from collections.abc import Mapping
 
 from nodeagent.linux import syscalls
@@ -112,11 +113,32 @@ def reopen_pipes(pid: int, inodes: Mapping[str, int]) -> dict[str, int]:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         flags = os.O_NONBLOCK | os.O_CLOEXEC | (os.O_RDONLY if number else os.O_WRONLY)
         try:
-            end = os.open(f"/proc/{pid}/fd/{number}", flags)
+            end = _reopen_pipe(f"/proc/{pid}/fd/{number}", inodes.get(name), flags)
         except OSError:
             continue
-        if os.fstat(end).st_ino == inodes.get(name):
+        if end is not None:
             found[name] = end
-        else:
-            os.close(end)
     return found
+
+
+def _reopen_pipe(path: str, inode: int | None, flags: int) -> int | None:
+    """None: it is another file. What that is the process decides, so it is looked at before it is opened."""
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        status = os.fstat(place)
+        found = status.st_dev, status.st_ino
+        if not stat.S_ISFIFO(status.st_mode) or found != (_pipe_device(), inode):
+            return None
+        return os.open(f"/proc/self/fd/{place}", flags)
+    finally:
+        os.close(place)
+
+
+def _pipe_device() -> int:
+    """All pipes without a name are of one file system; a FIFO with the same inode is of another."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    try:
+        return os.fstat(reader).st_dev
+    finally:
+        os.close(reader)
+        os.close(writer)

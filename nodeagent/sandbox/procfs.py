@@ -4,6 +4,7 @@ A new procfs shows the PID namespace of the process that mounts it (procfs(5); o
 prepares a container from outside its PID namespace therefore clones a mount that was made inside.
 """
 
+import errno
 import os
 
 from nodeagent.errors import FailedPrecondition
@@ -45,9 +46,14 @@ def _clone_of(process: int) -> int:
 
 
 def _clone(path: str) -> int:
+    """Without what is mounted below; but with it where that is locked, as the masks of a user namespace are."""
     directory = os.open(path, _DIRECTORY | os.O_NOFOLLOW)
     try:
         return mounts.clone_tree(directory, recursive=False)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return mounts.clone_tree(directory)
     finally:
         os.close(directory)
 

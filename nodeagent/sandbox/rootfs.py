@@ -111,6 +111,23 @@ DEFAULT_LINKS = {
     "ptmx": "pts/ptmx",
 }
 
+# What a request may cover of procfs: numbers of the node that lxcfs, and its like, show as the container's own.
+MOUNTABLE_IN_PROCFS = frozenset(
+    f"/proc/{name}"
+    for name in (
+        "cpuinfo",
+        "diskstats",
+        "loadavg",
+        "meminfo",
+        "slabinfo",
+        "stat",
+        "swaps",
+        "sys/crypto/fips_enabled",
+        "sys/kernel/ns_last_pid",
+        "uptime",
+    )
+)
+
 
 def describe(mount: Mount) -> str:
     """As an error names it: ``proc on /proc``."""

@@ -161,11 +161,19 @@ class ProcessPlan(TypedDict):
     gid_map: NotRequired[list[IdMap]]
 
 
+class LogLimit(TypedDict):
+    """What a container may write to its log before it has to wait, as a token bucket of the log's own bytes."""
+
+    bytes_per_second: int
+    burst_bytes: int
+
+
 class ContainerPlan(TypedDict):
     """A container, from its root file system to its first program.
 
     pid "target" joins the PID namespace of the container `pid_target` of the same pod.
     log_path: absolute host path, or "" for no log; no link is followed below log_root, a directory above it.
+    log_limit: without it, a container writes as fast as it is read.
     masked and readonly paths: of the container, absent ones skipped.
     cgroup_namespace: False only for containers that shall see the node's cgroups.
     """
@@ -187,6 +195,7 @@ class ContainerPlan(TypedDict):
     stdin_once: bool
     log_path: str
     log_root: NotRequired[str]
+    log_limit: NotRequired[LogLimit]
 
 
 class ExecPlan(TypedDict):

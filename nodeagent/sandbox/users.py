@@ -1,7 +1,7 @@
 """Who a process runs as, from a request and the /etc/passwd and /etc/group of the container's own root.
 
-The files are a stranger's: they are opened confined to the root and without blocking, must be regular and of bounded
-size, and lines that make no sense are skipped. The node's name services are never asked (passwd(5), group(5)).
+The files are a stranger's: they are found confined to the root, opened only when they have proved to be regular and of
+bounded size, and lines that make no sense are skipped. The node's name services are never asked (passwd(5), group(5)).
 """
 
 import os
@@ -39,13 +39,13 @@ class Group(NamedTuple):
     members: frozenset[bytes]
 
 
-def resolve(root: int, request: UserRequest) -> Identity:
-    """Resolve against the files inside the directory `root`.
+def resolve(root: int, own: int, request: UserRequest) -> Identity:
+    """Resolve against the files inside the directory `root`; own: of `confined.own_descriptors`.
 
     Raises `NotFound` for a name that is not there, `InvalidArgument` for a file that can't be one of its kind.
     """
-    passwd = read_file(root, _PASSWD)
-    group = read_file(root, _GROUP) if _needs_groups(request) else b""
+    passwd = read_file(root, own, _PASSWD)
+    group = read_file(root, own, _GROUP) if _needs_groups(request) else b""
     return identify(request, passwd, group)
 
 
@@ -125,24 +125,29 @@ def _number(fields: list[bytes], index: int) -> int | None:
     return number if number <= _MAX_ID else None
 
 
-def read_file(root: int, path: str) -> bytes:
-    """A regular file inside `root`, b"" where there is none; a fifo or device is refused unread."""
+def read_file(root: int, own: int, path: str) -> bytes:
+    """A regular file inside `root`, b"" where there is none; a fifo or device is refused unopened."""
     try:
-        file = confined.open_path(root, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        found = confined.open_path(root, path)
     except (FileNotFoundError, NotADirectoryError):
         return b""
     except OSError as error:  # links in a circle, or to the node's descriptors
         raise InvalidArgument(f"{path} of the image: {os.strerror(error.errno or 0)}") from error
     try:
-        return _read_bounded(file, path)
+        size = _size_of_small_file(found, path)
+        file = confined.open_again(own, found, os.O_RDONLY)
+    finally:
+        os.close(found)
+    try:
+        return os.read(file, size)
     finally:
         os.close(file)
 
 
-def _read_bounded(file: int, path: str) -> bytes:
-    status = os.fstat(file)
+def _size_of_small_file(found: int, path: str) -> int:
+    status = os.fstat(found)
     if not stat.S_ISREG(status.st_mode):
         raise InvalidArgument(f"{path} of the image: not a regular file")
     if status.st_size > MAX_FILE_BYTES:
         raise InvalidArgument(f"{path} of the image: larger than {MAX_FILE_BYTES} bytes")
-    return os.read(file, status.st_size)
+    return status.st_size

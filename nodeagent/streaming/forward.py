@@ -7,7 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from nodeagent.errors import NodeAgentError
+from nodeagent.errors import NodeAgentError, ResourceExhausted
+from nodeagent.serving import descriptors
 from nodeagent.streaming.backend import Backend, PortForwardRequest
 from nodeagent.streaming.portforward import (
     Aborted,
@@ -84,7 +85,7 @@ class ForwardSession(Session[Event]):
 
     async def _carry(self, number: int, port: int, sink: Sink) -> None:
         try:
-            target = await self._backend.dial(self._request, port)
+            target = await self._dial(port)
         except (NodeAgentError, OSError) as error:  # a TimeoutError is an OSError
             self._wire.refuse(number, f"port {port}: {error}")
         except Exception:
@@ -93,6 +94,13 @@ class ForwardSession(Session[Event]):
         else:
             with target:
                 await self._pump(number, target, sink)
+
+    async def _dial(self, port: int) -> socket.socket:
+        target = await self._backend.dial(self._request, port)
+        if descriptors.is_reserved(target.fileno()):
+            target.close()
+            raise ResourceExhausted("the node agent has no file descriptors left for it")
+        return target
 
     async def _pump(self, number: int, target: socket.socket, sink: Sink) -> None:
         """Until both directions have ended; a reset ends both."""

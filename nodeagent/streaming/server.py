@@ -13,7 +13,9 @@ from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from typing import Any, Self
 
-from nodeagent.streaming import http1, upgrade
+from nodeagent.serving import http1, listener
+from nodeagent.serving.listener import Listener, Place
+from nodeagent.streaming import upgrade
 from nodeagent.streaming.backend import Backend, PortForwardRequest, Request
 from nodeagent.streaming.command import CommandSession
 from nodeagent.streaming.forward import ForwardSession
@@ -22,8 +24,8 @@ from nodeagent.streaming.tls import TLSFiles
 from nodeagent.streaming.tokens import Tickets
 from nodeagent.streaming.upgrade import Refused
 
-MAX_CLIENTS = 2000
-LISTEN_BACKLOG = 256
+MAX_HANDSHAKES = 256
+MAX_SESSIONS = 1000
 
 log = logging.getLogger(__name__)
 
@@ -54,28 +56,31 @@ class StreamingServer:
         self._host = ipaddress.ip_address(host)
         self._port = port
         self._tls = tls
+        self._context: ssl.SSLContext | None = None
         self._tickets = Tickets()
-        self._handshakes: set[Handshake] = set()
         self._sessions: set[asyncio.Task[None]] = set()
-        self._listener: socket.socket
-        self._server: asyncio.Server
+        self._listening: socket.socket
         self._tasks: asyncio.TaskGroup
         self._stack: AsyncExitStack
 
     async def __aenter__(self) -> Self:
-        family = socket.AF_INET if self._host.version == 4 else socket.AF_INET6
         version = None if self._tls is None else self._tls.version()
-        context = None if self._tls is None else self._tls.load()
+        self._context = None if self._tls is None else self._tls.load()
+        self._listening = listener.bind(str(self._host), self._port)
+        handshakes = Listener(
+            self._listening,
+            self._shake_hands,
+            name="streaming server",
+            places=MAX_HANDSHAKES,
+            head_s=self.timeouts.head_s,
+        )
         async with AsyncExitStack() as stack:
-            self._listener = stack.enter_context(
-                socket.create_server((str(self._host), self._port), family=family)
-            )
-            await self._listen(context)
             self._tasks = await stack.enter_async_context(asyncio.TaskGroup())
-            stack.callback(self._stop)
+            stack.callback(self._end_sessions)
             if self._tls is not None:
                 following = self._tasks.create_task(self._follow(self._tls, version))
                 stack.callback(following.cancel)
+            await stack.enter_async_context(handshakes.open())
             self._stack = stack.pop_all()
         return self
 
@@ -91,25 +96,13 @@ class StreamingServer:
     @property
     def _authority(self) -> str:
         """Of a wildcard address the loopback's, as clients come from this node."""
-        port = self._listener.getsockname()[1]
+        port = self._listening.getsockname()[1]
         if self._host.version == 4:
             return f"{'127.0.0.1' if self._host.is_unspecified else self._host}:{port}"
         return f"[{'::1' if self._host.is_unspecified else self._host}]:{port}"
 
-    # --- listening ---
-
-    async def _listen(self, context: ssl.SSLContext | None) -> None:
-        self._server = await asyncio.get_running_loop().create_server(
-            lambda: Handshake(self),
-            sock=self._listener.dup(),
-            backlog=LISTEN_BACKLOG,
-            ssl=context,
-            ssl_handshake_timeout=None if context is None else self.timeouts.creation_s,
-            ssl_shutdown_timeout=None if context is None else LINGER_S,
-        )
-
     async def _follow(self, tls: TLSFiles, version: object) -> None:
-        """Take the files up when they have changed, and good ones; sessions that exist keep what they have."""
+        """Take the files up when they have changed, and good ones; connections that exist keep what they have."""
         while True:
             await asyncio.sleep(self.timeouts.tls_check_s)
             try:
@@ -117,35 +110,27 @@ class StreamingServer:
                 if current == version:
                     continue
                 version = current
-                context = await asyncio.to_thread(tls.load)
+                self._context = await asyncio.to_thread(tls.load)
             except OSError as error:
                 log.warning(
                     "TLS files of the streaming server, which keeps the old ones: %s", error
                 )
                 continue
-            old = self._server
-            await self._listen(context)
-            old.close()
             log.info("the streaming server uses new TLS files")
-
-    def _stop(self) -> None:
-        self._server.close()
-        for handshake in list(self._handshakes):
-            handshake.close()
-        for session in self._sessions:
-            session.cancel()
 
     # --- clients ---
 
-    def admit(self, handshake: "Handshake") -> bool:
-        """Whether there is room for another client."""
-        if len(self._handshakes) + len(self._sessions) >= MAX_CLIENTS:
-            return False
-        self._handshakes.add(handshake)
-        return True
-
-    def forget(self, handshake: "Handshake") -> None:
-        self._handshakes.discard(handshake)
+    async def _shake_hands(self, connection: socket.socket, _: Place) -> None:
+        """Until the client has its session, or its refusal. The time for it includes that of TLS."""
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        handshake = Handshake(self)
+        await asyncio.get_running_loop().connect_accepted_socket(
+            lambda: handshake,
+            connection,
+            ssl=self._context,
+            ssl_shutdown_timeout=None if self._context is None else LINGER_S,
+        )
+        await handshake.finish()
 
     def agree(self, request: http1.Request) -> tuple[upgrade.Answer, AnySession]:
         """Headers for the answer to a request, and the session that follows. Refused: there is none."""
@@ -155,6 +140,8 @@ class StreamingServer:
         ticket = self._tickets.redeem(path, token)
         if ticket is None:
             raise Refused(404, "there is no such session, or its time is over")
+        if len(self._sessions) >= MAX_SESSIONS:
+            raise Refused(503, f"{MAX_SESSIONS} sessions are open, which is the limit")
         if isinstance(ticket, PortForwardRequest):
             clock = asyncio.get_running_loop().time
             answer, wire = upgrade.forward(request, ticket, clock)
@@ -166,6 +153,10 @@ class StreamingServer:
         task = self._tasks.create_task(_guarded(session.run(early)))
         self._sessions.add(task)
         task.add_done_callback(self._sessions.discard)
+
+    def _end_sessions(self) -> None:
+        for session in self._sessions:
+            session.cancel()
 
 
 async def _guarded(session: Coroutine[Any, Any, None]) -> None:
@@ -181,21 +172,22 @@ class Handshake(asyncio.Protocol):
 
     def __init__(self, server: StreamingServer) -> None:
         self._server = server
-        self._http = http1.HandshakeConnection()
+        self._http = http1.Exchange()
         self._transport: asyncio.Transport
-        self._timer: asyncio.TimerHandle
+        self._switched = False
+        self._over = asyncio.Event()
 
-    def close(self) -> None:
-        self._transport.close()
+    async def finish(self) -> None:
+        """Return when the connection is a session's, or closed; it is closed if this is cancelled."""
+        try:
+            await self._over.wait()
+        finally:
+            if not self._switched:
+                self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(self._server.timeouts.creation_s, transport.abort)
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if not self._server.admit(self):
-            transport.abort()
 
     def data_received(self, data: bytes) -> None:
         if self._transport.is_closing():
@@ -210,20 +202,17 @@ class Handshake(asyncio.Protocol):
             self._refuse(refusal.status, refusal.text, refusal.headers)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        self._timer.cancel()
-        self._server.forget(self)
+        self._over.set()
 
     def _switch(self, answer: upgrade.Answer, session: AnySession) -> None:
         """Hand the connection over to its session, which reads on once it runs."""
+        self._switched = True
+        self._over.set()
         self._transport.pause_reading()
         self._transport.write(self._http.switch(answer))
         self._transport.set_protocol(session)
         session.connection_made(self._transport)
         self._server.start(session, self._http.trailing)
-        self._end()
 
     def _refuse(self, status: int, text: str, headers: upgrade.Answer | None = None) -> None:
         self._transport.write(self._http.refuse(status, text, headers or []))

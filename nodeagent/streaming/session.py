@@ -26,11 +26,12 @@ E = TypeVar("E")
 class Timeouts:
     """How long a session waits.
 
-    creation_s: for the request, and for the client's streams. idle_s: without a byte in either direction.
+    head_s: for the request, with TLS. creation_s: for the client's streams. idle_s: without a byte in either direction.
     first_size_s: for the size of a terminal, before the process starts without. last_output_s: for those who still hold
     the output of a process that has ended. tls_check_s: between two looks at the certificate files.
     """
 
+    head_s: float = 10.0
     creation_s: float = 30.0
     idle_s: float = 4 * 3600.0
     first_size_s: float = 0.1

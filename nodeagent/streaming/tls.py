@@ -17,6 +17,8 @@ class TLSFiles:
         """A context of what the files hold now. OSError, which ssl.SSLError is: a file cannot be used."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        # A client could make us compute handshakes without end; OpenSSL 3 refuses it by itself.
+        context.options |= ssl.OP_NO_RENEGOTIATION
         context.set_alpn_protocols(["http/1.1"])
         context.load_cert_chain(self.certificate, self.key)
         if self.client_ca is not None:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from nodeagent.errors import InvalidArgument
-from nodeagent.streaming import http1, portforward, remotecommand, spdy, websocket
+from nodeagent.serving import http1
+from nodeagent.streaming import portforward, remotecommand, spdy, websocket
 from nodeagent.streaming.backend import CommandRequest, PortForwardRequest
 
 PROTOCOL_HEADER = "X-Stream-Protocol-Version"

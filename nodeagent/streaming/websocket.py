@@ -14,7 +14,7 @@ from websockets.http11 import Request as HandshakeRequest
 from websockets.protocol import Protocol, Side, State
 from websockets.server import ServerProtocol
 
-from nodeagent.streaming import http1
+from nodeagent.serving import http1
 
 MAX_MESSAGE_BYTES = 16 << 20  # clients that know no better send a whole file as one message
 

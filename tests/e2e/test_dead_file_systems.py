@@ -1,11 +1,13 @@
 """A file system whose server never answers holds up the requests that name it, and nothing else."""
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.linux import syscalls
 from tests.cri import Cri, options
+from tests.security import fuse
 
 MNT_DETACH = 2
 
@@ -55,8 +58,57 @@ def test_others_go_on_and_the_pod_can_be_removed(cri: Cri, dead: str, naming: st
         pod.remove()
 
 
+# Says hello, takes every request, and answers none: who waits cannot even be killed then.
+MUTE = f"""
+import os, sys
+server = int(sys.argv[1])
+hello = os.read(server, {fuse.MAX_REQUEST_BYTES})
+answer = bytes.fromhex({fuse.HELLO.hex()!r})
+os.write(server, answer[:8] + hello[8:16] + answer[16:])
+while True:
+    os.read(server, {fuse.MAX_REQUEST_BYTES})
+"""
+
+
+class Mute(NamedTuple):
+    """A file system with such a server; with the end of that, all who wait get ENOTCONN."""
+
+    path: str
+    server: subprocess.Popen[bytes]
+
+
+@pytest.fixture
+def mute(tmp_path: Path) -> Iterator[Mute]:
+    directory = tmp_path / "mute"
+    directory.mkdir()
+    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    data = f"fd={device},rootmode=40000,user_id=0,group_id=0"
+    syscalls.mount("nodeagent-test", str(directory), "fuse", 0, data)
+    with subprocess.Popen([sys.executable, "-c", MUTE, str(device)], pass_fds=[device]) as server:
+        os.close(device)
+        try:
+            yield Mute(str(directory), server)
+        finally:
+            server.kill()
+            syscalls.umount2(str(directory), MNT_DETACH)
+
+
+@pytest.mark.parametrize("target", ["/data", "/etc"])
+def test_a_volume_whose_server_never_answers(cri: Cri, mute: Mute, target: str) -> None:
+    """A mount is made in it, or the image's users are looked for in it; the pod goes when the server has gone."""
+    pod = cri.pod()
+    volume = pb.Mount(host_path=mute.path, container_path=target)
+    inner = pb.Mount(host_path="/dev/shm", container_path=f"{target}/inner")
+    mounts = [volume] if target == "/etc" else [volume, inner]
+    with waiting(cri, lambda: pod.container(mounts=mounts), grpc.StatusCode.INTERNAL):
+        mute.server.kill()
+    pod.remove()
+
+
 @contextmanager
-def waiting(cri: Cri, call: Callable[[], object]) -> Iterator[None]:
+def waiting(
+    cri: Cri, call: Callable[[], object], code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE
+) -> Iterator[None]:
     """The call waits while other pods come and go, and fails, leaving nothing, by what is done inside."""
     codes: list[grpc.StatusCode] = []
     thread = threading.Thread(target=lambda: codes.append(code_of(call)))
@@ -68,7 +120,7 @@ def waiting(cri: Cri, call: Callable[[], object]) -> Iterator[None]:
     assert thread.is_alive(), codes
     yield
     thread.join(30)
-    assert codes == [grpc.StatusCode.UNAVAILABLE]
+    assert codes == [code]
 
 
 def code_of(call: Callable[[], object]) -> grpc.StatusCode:

@@ -32,11 +32,13 @@ from nodeagent.errors import (
 from nodeagent.images import archive, auth, hosts, inheritance, layers, manifest, reference, tar
 from nodeagent.images.auth import ANONYMOUS, Credentials
 from nodeagent.images.budget import Budget
+from nodeagent.images.client import Client, Tls, open_session
 from nodeagent.images.compression import CHUNK_BYTES, decompressed
 from nodeagent.images.content import Blob, BlobReader
+from nodeagent.images.destinations import Scope
 from nodeagent.images.hosts import Host
 from nodeagent.images.manifest import Index
-from nodeagent.images.registry import Endpoint, open_session
+from nodeagent.images.registry import Endpoint
 from nodeagent.images.source import Source
 from nodeagent.lifecycle import process
 from nodeagent.records import ContainerConfig, Image
@@ -77,7 +79,7 @@ def image_manifest(data: bytes) -> None:
         manifest.choose(found)
         return
     unasked: Any = None
-    source = Source(unasked, reference.parse("a"), ())
+    source = Source(unasked, reference.parse("a"), (), Scope.PRIVATE)
     for layer in found.layers:
         source._foreign(layer)
 
@@ -314,7 +316,8 @@ def hosts_toml(data: bytes) -> None:
         for host in hosts.hosts_of(DOMAIN, Path(folder)):
             assert host.name
             unasked: Any = None
-            Endpoint(unasked, host, True, ANONYMOUS, domain=DOMAIN, repository="a")
+            client = Client(unasked, host, Tls(), floor=Scope.PRIVATE)
+            Endpoint(client, host, ANONYMOUS, domain=DOMAIN, repository="a")
 
 
 HOSTS = (
@@ -405,7 +408,8 @@ def pull_requests() -> Iterator[bytes]:
 
 async def _ask(known: Credentials, *answers: bytes) -> None:
     async with _answering(answers) as session:
-        endpoint = Endpoint(session, REGISTRY, True, known, domain=DOMAIN, repository="a")
+        client = Client(session, REGISTRY, Tls(), floor=Scope.PRIVATE)
+        endpoint = Endpoint(client, REGISTRY, known, domain=DOMAIN, repository="a")
         manifest.parse_manifest(*await endpoint.manifest("b"))
 
 

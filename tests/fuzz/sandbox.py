@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from nodeagent.errors import InvalidArgument, NodeAgentError, NotFound, Unsupported
 from nodeagent.sandbox import logs, peers, protocol, seccomp_profile, users
 from nodeagent.sandbox.channel import Channel
-from nodeagent.sandbox.journal import REGION_BYTES, Journal, Transfer
+from nodeagent.sandbox.journal import CHUNK_BYTES, REGION_BYTES, Journal, Spool, Transfer
 from nodeagent.sandbox.loop import Loop
 from nodeagent.sandbox.spec import UserRequest
 from tests.fuzz.target import Target, in_steps
@@ -195,20 +195,23 @@ LOGS = (b"\x03one\ntwo\n\nthree", b"\0" + b"x" * (logs.MAX_LINE_BYTES + 1) + b"\
 def journal(data: bytes) -> None:
     """Whatever a journal holds, a supervisor takes over and goes on with it."""
     with _memfd(data) as file:
-        found = Journal(file, 0)
+        for stream in ("stdout", "stderr"):
+            spool = Spool(file, stream)
+            assert len(spool.read()) == spool.length <= CHUNK_BYTES
+        found = Journal(file, "stdout")
         assert len(found.rest) <= logs.MAX_LINE_BYTES
         if found.transfer is not None:
             found.commit()
             assert len(found.rest) <= logs.MAX_LINE_BYTES
-        found.begin(b"next", Transfer.of(b"next\n", 1, 2))
-        again = Journal(file, 0)
+        found.begin(b"next", Transfer(1, 2))
+        again = Journal(file, "stdout")
         assert (again.rest, again.transfer) == (found.rest, found.transfer)
 
 
 def journals() -> Iterator[bytes]:
     with _memfd(b"") as file:
-        written = Journal(file, 0)
-        written.begin(b"rest", Transfer.of(b"one\nrest", 3, 4))
+        written = Journal(file, "stdout")
+        written.begin(b"rest", Transfer(3, 4))
         yield os.pread(file, REGION_BYTES, 0)
         written.commit()
         yield os.pread(file, REGION_BYTES, 0)

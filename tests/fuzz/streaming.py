@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from websockets.frames import Frame, Opcode
 
-from nodeagent.streaming import http1, portforward, remotecommand, spdy, upgrade
+from nodeagent.serving import http1
+from nodeagent.streaming import portforward, remotecommand, spdy, upgrade
 from nodeagent.streaming.backend import ExecRequest, PortForwardRequest
 from tests.fuzz.target import Target, in_steps
 
@@ -29,7 +30,7 @@ def http_forward(data: bytes) -> None:
 
 
 def _shake(data: bytes, agree: Callable[[http1.Request], upgrade.Answer]) -> None:
-    connection = http1.HandshakeConnection()
+    connection = http1.Exchange()
     try:
         for part in in_steps(data):
             request = connection.receive_data(part)

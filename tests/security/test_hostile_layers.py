@@ -331,6 +331,70 @@ def test_a_hole_that_no_file_can_have(workshop: Workshop) -> None:
         workshop.unpack(file("a", b"x", pax_headers=sparse))
 
 
+def sparse(name: str, regions: list[tuple[int, bytes]], size: int) -> Member:
+    """A file of this size that has data only at these offsets."""
+    numbers = ",".join(f"{offset},{len(data)}" for offset, data in regions)
+    headers = {"GNU.sparse.map": numbers, "GNU.sparse.size": str(size)}
+    return file(name, b"".join(data for _, data in regions), pax_headers=headers)
+
+
+@pytest.mark.parametrize(
+    "regions",
+    [
+        [],
+        [(0, b"first")],
+        [(1 << 39, b"middle")],
+        [(4096, b"x" * 70_000), ((1 << 40) - 4, b"last")],
+    ],
+)
+def test_a_sparse_file_linked_to_from_a_layer_above(
+    workshop: Workshop, regions: list[tuple[int, bytes]]
+) -> None:
+    """A terabyte of zeros is no data, neither in a layer nor in the copy that a layer above it needs."""
+    lower = workshop.unpack(sparse("a", regions, 1 << 40))
+    upper = workshop.unpack(link("b", "a"))
+    status = (upper / "b").stat()
+    assert status.st_size == 1 << 40
+    assert status.st_blocks == (lower / "a").stat().st_blocks
+    with (upper / "b").open("rb") as copied:
+        for offset, data in regions:
+            copied.seek(offset)
+            assert copied.read(len(data)) == data
+            assert copied.read(1) in (b"\0", b"")
+
+
+def test_one_file_below_is_copied_once(workshop: Workshop) -> None:
+    """However many names a layer gives it."""
+    workshop.unpack(file("a", b"content"), file("other"))
+    names = [f"d{number}/b" for number in range(50)]
+    root = workshop.unpack(*(link(name, "a") for name in names), link("o", "other"))
+    assert len({(root / name).stat().st_ino for name in names}) == 1
+    assert (root / names[0]).stat().st_nlink == 50
+    assert (root / names[-1]).read_bytes() == b"content"
+    assert (root / "o").stat().st_nlink == 1
+
+
+def test_copies_of_a_bomb(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that compresses well is copied by layers of a few bytes."""
+    monkeypatch.setattr(budget, "BOMB_BYTES", 4 << 20)
+    workshop.unpack(file("a", bytes(3 << 20)))
+    workshop.unpack(link("b", "a"))
+    workshop.unpack(file("c", b"c" * (3 << 20)))
+    with pytest.raises(ResourceExhausted, match="copy more than"):
+        workshop.unpack(link("d", "a"), link("e", "c"))
+
+
+def test_a_byte_in_each_of_many_regions(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes a block of the disk for each byte of the archive."""
+    monkeypatch.setattr(budget, "BOMB_BYTES", 1 << 20)
+    regions = [(number << 20, b"x") for number in range(2_000)]
+    with pytest.raises(ResourceExhausted, match="more than 1048576 bytes"):
+        workshop.unpack(sparse("a", regions, 2_000 << 20))
+    assert (workshop.folder / "layer-0/a").stat().st_blocks * 512 <= 2 << 20
+
+
 async def test_only_root_gets_at_the_layers(tmp_path: Path) -> None:
     """CVE-2021-41103: set-id programs and device nodes of images are within the reach of no user of the node."""
     staging = Staging(tmp_path / "staging")
@@ -377,7 +441,7 @@ def test_paths_are_not_remembered_without_a_bound(
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
 def test_bombs(workshop: Workshop, compress: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "BOMB_BYTES", 1 << 20)
+    monkeypatch.setattr(budget, "BOMB_BYTES", 1 << 20)
     tar = archive(file("zeros", bytes(64 << 20)))
     with pytest.raises(ResourceExhausted, match="unpack to more than"):
         workshop.unpack_blob(compress(tar), digest(tar))  # type: ignore[operator]
@@ -402,8 +466,22 @@ def test_a_window_larger_than_memory(workshop: Workshop) -> None:
     parameters = zstandard.ZstdCompressionParameters(window_log=29, enable_ldm=True)
     compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     tar = archive(file("a", os.urandom(1 << 20)))
-    with pytest.raises(InvalidArgument, match="zstd"):
+    with pytest.raises(InvalidArgument, match="zstd data that needs a window"):
         workshop.unpack_blob(compressor.compress(tar) + compressor.flush(), digest(tar))
+
+
+def test_a_large_window_of_a_bad_layer_is_given_back(workshop: Workshop) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=27, enable_ldm=True)
+    for name in ("../bad", "good"):
+        compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+        tar = archive(file("first", bytes(1 << 20)), file(name, os.urandom(1 << 20)))
+        blob = compressor.compress(tar) + compressor.flush()
+        if name == "good":
+            workshop.unpack_blob(blob, digest(tar))
+            continue
+        with pytest.raises(InvalidArgument, match=r"\.\.") as kept:
+            workshop.unpack_blob(blob, digest(tar))
+    assert kept.value.__traceback__  # as it is while the error is on its way to the caller
 
 
 def test_the_disk_keeps_a_reserve(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,6 +489,24 @@ def test_the_disk_keeps_a_reserve(workshop: Workshop, monkeypatch: pytest.Monkey
     monkeypatch.setattr(budget, "_RESERVE_SHARE", 1)
     with pytest.raises(ResourceExhausted, match="left on the disk"):
         workshop.unpack(file("a"))
+
+
+def test_the_disk_keeps_inodes(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "_RESERVE_INODES", 1 << 60)
+    monkeypatch.setattr(budget, "_RESERVE_SHARE", 1)
+    monkeypatch.setattr(budget, "_RESERVE_BYTES", 0)
+    with pytest.raises(ResourceExhausted, match="inodes left on the disk"):
+        workshop.unpack(file("a"))
+
+
+def test_directories_on_the_way_take_disk(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name of 4096 bytes is 2000 blocks: the disk is looked at for these as for bytes."""
+    looks: list[int] = []
+    monkeypatch.setattr(budget, "require_space", lambda _, size: looks.append(size))
+    workshop.unpack(file("d/" * 1_900 + "x"))
+    assert len(looks) >= 3
 
 
 def test_deep_trees(workshop: Workshop) -> None:

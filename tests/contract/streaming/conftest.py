@@ -8,7 +8,7 @@ from nodeagent.streaming.session import Timeouts
 from tests.contract.streaming.children import Children
 from tests.contract.streaming.waiting import eventually
 
-TIMEOUTS = Timeouts(creation_s=0.5, idle_s=20.0, last_output_s=0.3, first_size_s=0.2)
+TIMEOUTS = Timeouts(head_s=0.5, creation_s=0.5, idle_s=20.0, last_output_s=0.3, first_size_s=0.2)
 
 
 @pytest.fixture

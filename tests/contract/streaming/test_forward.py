@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 
+from nodeagent.serving import descriptors
 from nodeagent.streaming.backend import PortForwardRequest
 from nodeagent.streaming.server import StreamingServer
 from tests.contract.streaming import targets
@@ -153,6 +154,20 @@ async def test_a_failed_dial_is_told(server: StreamingServer, wire: str) -> None
     await client.until(lambda: b"refused" in state.error or b"Connect call failed" in state.error)
     assert f"port {port}: ".encode() in state.error
     await client.close()
+
+
+@pytest.mark.parametrize("wire", FORWARD_WIRES)
+async def test_the_last_descriptors_are_not_for_connections(
+    server: StreamingServer, wire: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with listening(targets.echo) as port:
+        client = await forward(server, wire, port)
+        monkeypatch.setattr(descriptors, "is_reserved", lambda _: True)
+        connection = client.connect(port)
+        await client.flush()
+        state = client.connections[connection]
+        await client.until(lambda: b"no file descriptors left" in state.error)
+        await client.close()
 
 
 @pytest.mark.parametrize("wire", SPDY_WIRES)

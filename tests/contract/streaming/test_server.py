@@ -6,11 +6,13 @@ import os
 import ssl
 import subprocess
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from nodeagent.serving import descriptors
 from nodeagent.streaming import server as server_module
 from nodeagent.streaming import spdy
 from nodeagent.streaming.backend import ExecRequest, PortForwardRequest
@@ -20,6 +22,7 @@ from nodeagent.streaming.tls import TLSFiles
 from tests.contract.streaming.children import Children
 from tests.contract.streaming.clients import (
     NotUpgraded,
+    Streams,
     connect_command,
     upgrade,
     upgrade_to_spdy,
@@ -29,6 +32,47 @@ from tests.contract.streaming.clients import (
 ECHO = ExecRequest(container_id="c", command=("echo", "x"), stdout=True)
 CAT = ExecRequest(container_id="c", command=("cat",), stdin=True, stdout=True)
 WIRES = ["spdy v4.channel.k8s.io", "websocket v5.channel.k8s.io"]
+
+
+NEW_KEY = "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
+EXTENSIONS = "subjectAltName=IP:127.0.0.1\nauthorityKeyIdentifier=keyid\n"
+
+
+def openssl(command: str) -> None:
+    subprocess.run(["openssl", *command.split()], check=True, capture_output=True)
+
+
+class Authority:
+    """A certificate authority made for one test."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self._directory = directory
+        self.certificate = directory / f"{name}.pem"
+        self._key = directory / f"{name}.key"
+        usage = "-addext keyUsage=critical,keyCertSign"
+        openssl(
+            f"{NEW_KEY} -x509 -subj /CN={name} {usage} -keyout {self._key} -out {self.certificate}"
+        )
+
+    def issue(self, name: str) -> tuple[Path, Path]:
+        """Certificate and key for 127.0.0.1."""
+        stem = self._directory / name
+        certificate, key = stem.with_suffix(".pem"), stem.with_suffix(".key")
+        request, extensions = stem.with_suffix(".csr"), stem.with_suffix(".ext")
+        openssl(f"{NEW_KEY} -subj /CN={name} -keyout {key} -out {request}")
+        extensions.write_text(EXTENSIONS)
+        signer = f"-CA {self.certificate} -CAkey {self._key} -CAcreateserial"
+        openssl(f"x509 -req -in {request} {signer} -extfile {extensions} -out {certificate}")
+        return certificate, key
+
+
+def trusting(authority: Authority) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(authority.certificate))
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path, "ca")
 
 
 async def speak(server: StreamingServer, text: bytes) -> bytes:
@@ -166,17 +210,89 @@ async def test_nothing_is_kept_of_a_session(server: StreamingServer) -> None:
     assert [thing for thing in gc.get_objects() if isinstance(thing, Session | Handshake)] == []
 
 
-async def test_the_number_of_clients_is_bounded(
+async def test_the_number_of_sessions_is_bounded(
     server: StreamingServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
+    monkeypatch.setattr(server_module, "MAX_SESSIONS", 1)
     client = await connect_command(WIRES[0], server.url(CAT), CAT)
-    with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+    with pytest.raises(NotUpgraded, match="503: 1 sessions are open"):
         await connect_command(WIRES[0], server.url(ECHO), ECHO)
     await client.end_input()
     assert (await client.result()).code == 0
-    await asyncio.sleep(0.05)
     await (await connect_command(WIRES[0], server.url(ECHO), ECHO)).result()
+
+
+@asynccontextmanager
+async def silent_clients(server: StreamingServer, count: int) -> AsyncIterator[Streams]:
+    """Connected and silent, in the order that the server accepts them."""
+    host, _, port = server.url(ECHO).split("/")[2].partition(":")
+    clients = [await asyncio.open_connection(host, int(port)) for _ in range(count)]
+    yield clients[0]
+    for _, writer in clients:
+        writer.transport.abort()
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "tls"])
+async def test_silent_clients_make_room(
+    backend: Children,
+    authority: Authority,
+    monkeypatch: pytest.MonkeyPatch,
+    wire: str,
+    encrypted: bool,
+) -> None:
+    """Those that have a session keep it, and count for themselves; those that say nothing go, the oldest first."""
+    monkeypatch.setattr(server_module, "MAX_HANDSHAKES", 4)
+    files, context = None, None
+    if encrypted:
+        certificate, key = authority.issue("server")
+        files, context = TLSFiles(certificate=str(certificate), key=str(key)), trusting(authority)
+    async with StreamingServer(backend, tls=files, timeouts=Timeouts(head_s=1000)) as server:
+        sessions = [await connect_command(wire, server.url(CAT), CAT, context) for _ in range(8)]
+        async with silent_clients(server, 20) as oldest:
+            client = await connect_command(wire, server.url(ECHO), ECHO, context)
+            assert (await client.result()).stdout == b"x\n"
+            with suppress(ConnectionResetError):
+                assert await oldest[0].read() == b""
+            for session in sessions:
+                await session.write_all(b"still here")
+                assert (await session.result()).stdout == b"still here"
+
+
+async def test_a_tls_handshake_that_does_not_end(backend: Children, authority: Authority) -> None:
+    certificate, key = authority.issue("server")
+    files = TLSFiles(certificate=str(certificate), key=str(key))
+    async with StreamingServer(backend, tls=files, timeouts=Timeouts(head_s=0.1)) as server:
+        assert await speak(server, b"\x16\x03\x01") == b""
+
+
+async def test_a_request_that_comes_in_small_pieces(server: StreamingServer) -> None:
+    """The time is for the whole request, not for the next byte of it."""
+    host, _, port = server.url(ECHO).split("/")[2].partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET / HTTP/1.1\r\n")
+    with suppress(ConnectionError):
+        while not reader.at_eof():
+            writer.write(b"X: y\r\n")
+            await writer.drain()
+            await asyncio.sleep(0.05)
+        assert await reader.read() == b""
+    writer.transport.abort()
+
+
+async def test_a_head_request(server: StreamingServer, caplog: pytest.LogCaptureFixture) -> None:
+    answer = await speak(server, b"HEAD /exec/x HTTP/1.1\r\nHost: h\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 405")
+    assert answer.endswith(b"\r\n\r\n")
+    assert caplog.text == ""
+
+
+async def test_descriptors_are_kept_back(
+    server: StreamingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(descriptors, "is_reserved", lambda _: True)
+    with suppress(ConnectionResetError):
+        assert await speak(server, b"") == b""
 
 
 async def test_a_backend_with_a_bug_is_told_as_such(
@@ -195,47 +311,6 @@ async def test_a_backend_with_a_bug_is_told_as_such(
 
 
 # --- TLS ---
-
-
-NEW_KEY = "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
-EXTENSIONS = "subjectAltName=IP:127.0.0.1\nauthorityKeyIdentifier=keyid\n"
-
-
-def openssl(command: str) -> None:
-    subprocess.run(["openssl", *command.split()], check=True, capture_output=True)
-
-
-class Authority:
-    """A certificate authority made for one test."""
-
-    def __init__(self, directory: Path, name: str) -> None:
-        self._directory = directory
-        self.certificate = directory / f"{name}.pem"
-        self._key = directory / f"{name}.key"
-        usage = "-addext keyUsage=critical,keyCertSign"
-        openssl(
-            f"{NEW_KEY} -x509 -subj /CN={name} {usage} -keyout {self._key} -out {self.certificate}"
-        )
-
-    def issue(self, name: str) -> tuple[Path, Path]:
-        """Certificate and key for 127.0.0.1."""
-        stem = self._directory / name
-        certificate, key = stem.with_suffix(".pem"), stem.with_suffix(".key")
-        request, extensions = stem.with_suffix(".csr"), stem.with_suffix(".ext")
-        openssl(f"{NEW_KEY} -subj /CN={name} -keyout {key} -out {request}")
-        extensions.write_text(EXTENSIONS)
-        signer = f"-CA {self.certificate} -CAkey {self._key} -CAcreateserial"
-        openssl(f"x509 -req -in {request} {signer} -extfile {extensions} -out {certificate}")
-        return certificate, key
-
-
-def trusting(authority: Authority) -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=str(authority.certificate))
-
-
-@pytest.fixture
-def authority(tmp_path: Path) -> Authority:
-    return Authority(tmp_path, "ca")
 
 
 @pytest.mark.parametrize("wire", WIRES)

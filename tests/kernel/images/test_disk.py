@@ -72,6 +72,26 @@ async def test_what_can_not_fit_is_not_begun(small_disk: Path, server: Server) -
         assert not server.asked(tars.digest(big.layers[0].blob))
 
 
+def test_a_sparse_file_below_fills_no_disk(small_disk: Path) -> None:
+    """Some hundred bytes of blobs: a hole larger than the disk, and a hard link to it in a layer above."""
+    workshop = tars.Workshop(small_disk)
+    sparse = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(64 << 20)}
+    workshop.unpack(tars.file("a", b"x", pax_headers=sparse))
+    before = os.statvfs(small_disk)
+    root = workshop.unpack(tars.link("b", "a"))
+    assert (root / "b").stat().st_size == 64 << 20
+    assert before.f_bfree - os.statvfs(small_disk).f_bfree < 10
+
+
+def test_a_copy_that_does_not_fit_is_not_begun(small_disk: Path) -> None:
+    workshop = tars.Workshop(small_disk)
+    workshop.unpack(tars.file("a", b"x" * (10 << 20)))
+    before = os.statvfs(small_disk)
+    with pytest.raises(ResourceExhausted, match="needed"):
+        workshop.unpack(tars.link("b", "a"))
+    assert before.f_bfree - os.statvfs(small_disk).f_bfree < 10
+
+
 async def test_an_archive_that_does_not_fit(small_disk: Path, tmp_path: Path) -> None:
     file = tmp_path / "archive.tar"
     made.write_archive(image(layer(tars.file("random", os.urandom(20 << 20)))), file)

@@ -157,7 +157,7 @@ def test_a_device_that_a_dev_of_the_request_lacks(plan: Plan, volume: Path) -> N
             os.mknod(volume / "fuse", stat.S_IFCHR | 0o666, os.makedev(10, number))
         with start(plan("true", mounts=mounts, devices=[asked])) as process:
             assert process.message["error"] == "InvalidArgument"
-            assert "device /dev/fuse: what is mounted at /dev" in process.message["text"]
+            assert "device /dev/fuse: an image or a mount" in process.message["text"]
     os.unlink(volume / "fuse")
     os.mknod(volume / "fuse", stat.S_IFCHR | 0o666, os.makedev(10, 229))
     made = plan("ls /dev", mounts=mounts, devices=[asked])

@@ -137,7 +137,7 @@ def test_cve_2025_52565_a_terminal_of_a_volume(cri: Cri, volume: Path) -> None:
     (volume / "console").symlink_to("/proc/sysrq-trigger")
     pod = cri.pod()
     refusal = attempted(lambda: pod.container(mounts=[at(volume, "/dev")], tty=True))
-    assert "/dev/pts/ptmx" in refusal
+    assert "devpts on /dev/pts: " in refusal
     pod.remove()
 
 
@@ -159,12 +159,42 @@ def test_cve_2025_52881_a_procfs_that_is_a_volume(cri: Cri, volume: Path) -> Non
             (volume / name / fake).touch()
     resources = pb.LinuxContainerResources(oom_score_adj=777)
     linux = pb.LinuxContainerConfig(resources=resources)
-    linux.security_context.apparmor.profile_type = pb.SecurityProfile.Unconfined
-    container = cri.run(mounts=[at(volume, "/proc")], linux=linux)
+    linux.security_context.capabilities.add_capabilities.append("SYS_ADMIN")
+    pod = cri.pod()
+    for target in ("/proc", "/proc/self", "/proc/self/attr"):
+        call = partial(pod.container, mounts=[at(volume, target)], linux=linux)
+        refused(grpc.StatusCode.INVALID_ARGUMENT, f"on {target}: ", call)
+    container = pod.run(
+        "sh",
+        "-c",
+        "mount --bind /v /proc; echo covered; sleep 1000",
+        name="covering",
+        mounts=[at(volume, "/v")],
+        linux=linux,
+    )
+    container.said("covered")
     assert container.exec("true").exit_code == 0
     assert Path(f"/proc/{host_pid(container)}/oom_score_adj").read_text() == "777\n"
     assert not any(path.read_bytes() for path in volume.rglob("*") if path.is_file())
-    container.pod.remove()
+    pod.remove()
+
+
+@pytest.mark.parametrize("link", ["/v/d", f"{UP}v/d"])
+def test_cve_2026_41579_dev_of_the_image_is_a_link(
+    cri: Cri, hostile: PullHostile, volume: Path, link: str
+) -> None:
+    """No device of the node's root, which anybody may use, is made in a volume."""
+    (volume / "d").mkdir()
+    image = hostile(tars.symlink("dev", link))
+    pod = cri.pod()
+    linux = options(run_as_user=pb.Int64Value(value=65534))
+    call = partial(pod.container, image=image, mounts=[at(volume, "/v")], linux=linux)
+    refused(grpc.StatusCode.INVALID_ARGUMENT, "tmpfs on /dev: ", call)
+    device = pb.Device(container_path="/v/d/null", host_path="/dev/null", permissions="rw")
+    call = partial(pod.container, mounts=[at(volume, "/v")], devices=[device])
+    refused(grpc.StatusCode.INVALID_ARGUMENT, "device /v/d/null: ", call)
+    assert os.listdir(volume / "d") == []
+    pod.remove()
 
 
 # ---- the image's users ----

@@ -248,6 +248,41 @@ def test_execs_beside_a_tracer_in_a_namespace_of_its_own(
     pod.remove()
 
 
+@pytest.mark.parametrize("mapped", [False, True], ids=["node ids", "user namespace"])
+def test_the_procfs_of_a_debug_container(cri: Cri, mapped: bool) -> None:
+    """It shows the processes of its target, is masked as any, and lets nothing of it out."""
+    users = user_namespace() if mapped else None
+    pod = cri.pod(linux=pod_options(pid=pb.CONTAINER, userns_options=users))
+    own = pb.NamespaceOption(pid=pb.CONTAINER, userns_options=users)
+    masked = {"masked_paths": ["/proc/keys"], "readonly_paths": ["/proc/sys"]}
+    target = pod.run("sleep", "4321", linux=options(namespace_options=own, **masked))
+    before = target.shell("cat /proc/self/mountinfo")
+    joined = pb.NamespaceOption(pid=pb.TARGET, target_id=target.id, userns_options=users)
+    debug = pod.run(*SLEEP, name="debug", linux=options(namespace_options=joined, **masked))
+    assert debug.shell("tr '\\0' ' ' < /proc/1/cmdline") == "sleep 4321"
+    assert debug.exec("sh", "-c", "echo x > /proc/sys/kernel/hostname").exit_code != 0
+    assert debug.shell("cat /proc/keys") == ""
+    assert target.shell("cat /proc/self/mountinfo") == before
+    pod.remove()
+
+
+def test_a_target_without_a_procfs_of_its_own(cri: Cri) -> None:
+    """What a container has put at its /proc is not given to another one."""
+    security = pb.LinuxSandboxSecurityContext(
+        privileged=True, namespace_options=pb.NamespaceOption(pid=pb.CONTAINER)
+    )
+    pod = cri.pod(linux=pb.LinuxPodSandboxConfig(security_context=security))
+    target = pod.run(linux=options(privileged=True))
+    target.shell("mount -t tmpfs none /proc")
+    joined = pb.NamespaceOption(pid=pb.TARGET, target_id=target.id)
+    refused(
+        PRECONDITION,
+        "no procfs of its own",
+        lambda: pod.container(name="debug", linux=options(namespace_options=joined)),
+    )
+    pod.remove()
+
+
 # ---- what a process that was taken over says ----
 
 FORGED = (

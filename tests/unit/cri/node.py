@@ -30,7 +30,7 @@ from nodeagent.lifecycle.disk import DiskUsage
 from nodeagent.lifecycle.events import Events
 from nodeagent.lifecycle.execs import ExecResult
 from nodeagent.lifecycle.node import Node, NodeStatus
-from nodeagent.lifecycle.stats import ContainerUsage, SandboxUsage
+from nodeagent.lifecycle.stats import ContainerUsage, LogUsage, SandboxUsage
 from nodeagent.net.stats import InterfaceStats
 from nodeagent.records import Container, ContainerConfig, Image, Resources, Sandbox, SandboxConfig
 from tests.unit.cri import records
@@ -197,6 +197,13 @@ class FakeStats:
 
     async def sandboxes(self) -> list[SandboxUsage]:
         return [await self.sandbox(sandbox.id) for sandbox in self._node.sandboxes.list()]
+
+    async def logs(self) -> list[LogUsage]:
+        return [
+            LogUsage(sandbox=sandbox, container=container, dropped_lines=3, held_back_ms=1500)
+            for sandbox in self._node.sandboxes.list()
+            for container in self._node.containers.of(sandbox.id)
+        ]
 
     def _usage(self, container: Container) -> ContainerUsage:
         return ContainerUsage(

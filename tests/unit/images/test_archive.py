@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from nodeagent.errors import InvalidArgument
-from nodeagent.images.archive import Archive, File
+from nodeagent.images.archive import Archive, File, spool
+from tests import tars
 
 
 @pytest.mark.parametrize("text", [b"", b'[{"Config":"\xff"}]', b"[" * 200_000])
@@ -15,3 +16,11 @@ def test_a_malformed_list_of_images_is_refused(tmp_path: Path, text: bytes) -> N
     archive = Archive({"manifest.json": File(path, "", len(text))}, {})
     with pytest.raises(InvalidArgument, match=r"manifest\.json"):
         archive.images()
+
+
+@pytest.mark.parametrize("member", [tars.file("a" * 5_000), tars.symlink("a", "b" * 5_000)])
+def test_names_of_any_length_are_not_remembered(tmp_path: Path, member: tars.Member) -> None:
+    path = tmp_path / "archive.tar"
+    path.write_bytes(tars.archive(member))
+    with pytest.raises(InvalidArgument, match="too long"):
+        spool(path, tmp_path / "spool", 1 << 20)

@@ -1,12 +1,14 @@
 """The Prometheus endpoint: read by Prometheus' own parser."""
 
 import asyncio
+from contextlib import suppress
 
 import aiohttp
 import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from nodeagent.metrics import server as server_module
 from nodeagent.metrics.server import MetricsServer
 from nodeagent.records import ContainerConfig, SandboxConfig
 from tests.unit.cri.node import FakeNode
@@ -44,6 +46,14 @@ async def test_containers_with_their_labels() -> None:
     assert value(found, "container_pressure_io_stalled_seconds_total", **labels) == 1.5
     network = {"namespace": "prod", "pod": "web", "interface": "eth0"}
     assert value(found, "container_network_receive_bytes_total", **network) == 1
+
+
+async def test_what_became_of_the_output_of_containers() -> None:
+    async with MetricsServer.open((await running_pod()).node, "") as server:
+        found = await scraped(server)
+    labels = {"namespace": "prod", "pod": "web", "container": "main"}
+    assert value(found, "nodeagent_container_log_dropped_lines_total", **labels) == 3
+    assert value(found, "nodeagent_container_log_held_back_seconds_total", **labels) == 1.5
 
 
 async def test_the_node_and_the_agent() -> None:
@@ -114,6 +124,9 @@ async def test_over_http() -> None:
                     assert reply.status == status
             async with session.post(f"{url}/metrics") as reply:
                 assert reply.status == 405
+            async with session.head(f"{url}/metrics") as reply:
+                assert reply.status == 200
+                assert int(reply.headers["Content-Length"]) > 1000
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection(*server.address)
 
@@ -132,3 +145,114 @@ async def test_a_large_scrape_leaves_the_loop_free() -> None:
             turns += 1
     assert len(scrape.result()) > 100_000
     assert turns > 100
+
+
+# --- bounds ---
+
+GET = b"GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n"
+
+Client = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def connected(server: MetricsServer, text: bytes = b"") -> Client:
+    """A client that has said this, and reads nothing."""
+    assert server.address is not None
+    reader, writer = await asyncio.open_connection(*server.address, limit=1)
+    writer.write(text)
+    return reader, writer
+
+
+async def answer(client: Client) -> bytes:
+    """All that the server says until it closes."""
+    reader, writer = client
+    received = b""
+    with suppress(ConnectionResetError):
+        while data := await reader.read(1 << 16):
+            received += data
+    writer.transport.abort()
+    return received
+
+
+async def test_silent_clients_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "HEAD_SECONDS", 1000.0)
+    async with MetricsServer.open(FakeNode().node, "127.0.0.1:0") as server:
+        silent = [
+            await connected(server, b"GET /met") for _ in range(server_module.MAX_CONNECTIONS + 1)
+        ]
+        page = await answer(await connected(server, GET))
+        assert page.startswith(b"HTTP/1.1 200")
+        assert await answer(silent[0]) == b""
+        for _, writer in silent:
+            writer.transport.abort()
+
+
+async def test_a_request_has_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.05)
+    async with MetricsServer.open(FakeNode().node, "127.0.0.1:0") as server:
+        assert await answer(await connected(server, GET[:-2])) == b""
+
+
+async def test_an_answer_that_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds its place for a while, not to the end."""
+    monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 1)
+    monkeypatch.setattr(server_module, "ANSWER_SECONDS", 0.5)
+    async with MetricsServer.open(FakeNode().node, "127.0.0.1:0") as server:
+        pages = [bytes(64 << 20), b"small"]
+
+        async def render() -> bytes:
+            return pages.pop(0)
+
+        monkeypatch.setattr(server, "render", render)
+        _, writer = await connected(server, GET)
+        assert (await answer(await connected(server, GET))).endswith(b"small")
+        assert pages == []
+        writer.transport.abort()
+
+
+async def test_one_request_a_connection() -> None:
+    async with MetricsServer.open(FakeNode().node, "127.0.0.1:0") as server:
+        text = await answer(await connected(server, GET * 3))
+        assert text.count(b"HTTP/1.1 ") <= 1  # what the client sent in vain may cost it the answer
+        assert (await answer(await connected(server, GET))).count(b"HTTP/1.1 200") == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\x16\x03\x01\x02\x00\r\n\r\n",
+        GET[:-2] + b"X: " + b"x" * 20_000,
+        b"GET /metrics HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\nx",
+        b"",
+    ],
+    ids=["another protocol", "endless headers", "a body", "the end"],
+)
+async def test_no_request(text: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    async with MetricsServer.open(FakeNode().node, "127.0.0.1:0") as server:
+        client = await connected(server, text)
+        client[1].write_eof()
+        assert (await answer(client))[:12] in (b"", b"HTTP/1.1 400")
+        assert b"200 " in await answer(await connected(server, GET))
+    assert caplog.text == ""
+
+
+async def test_who_waits_at_the_same_time_shares_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with MetricsServer.open(FakeNode().node, "127.0.0.1:0") as server:
+        rendered = 0
+        go_on = asyncio.Event()
+
+        async def render() -> bytes:
+            nonlocal rendered
+            rendered += 1
+            page = b"page %d" % rendered
+            await go_on.wait()
+            return page
+
+        monkeypatch.setattr(server, "render", render)
+        first = asyncio.create_task(server._page())
+        await asyncio.sleep(0)
+        others = [asyncio.create_task(server._page()) for _ in range(10)]
+        await asyncio.sleep(0)
+        go_on.set()
+        assert await first == b"page 1"
+        assert set(await asyncio.gather(*others)) == {b"page 2"}
+        assert await server._page() == b"page 3"

@@ -182,4 +182,5 @@ def test_a_hidden_process_that_brings_no_socket() -> None:
     hidden = Birth(Loop(), ours, parent, os.getpid())
     process.send(READY)
     hidden.listen()
+    process.close()
     assert isinstance(parent.end, NodeAgentError)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent.sandbox.journal import Journal, Transfer
+from nodeagent.sandbox.journal import Journal, Spool, Transfer
 from nodeagent.sandbox.logs import Clock, LogFile
-from nodeagent.sandbox.pump import PipeSource, Stream, Workbench
+from nodeagent.sandbox.pump import PipeSource, Stream
 
 PARTS = [b"one\ntw", b"o\nthree\nfo", b"ur\n"]
-STEPS = ("begin", "write", "consume", "commit")
+STEPS = ("take", "begin", "write", "release", "commit")
 
 
 class Killed(Exception):
@@ -43,32 +43,34 @@ class Crash:
 class Pod:
     """A pipe, a log and a journal that outlive supervisors."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, name: str = "stdout") -> None:
+        self.name = name
         self.reader, self.writer = os.pipe2(os.O_NONBLOCK)
         self.log_path = directory / "log"
         self.journal = os.open(directory / "journal", os.O_RDWR | os.O_CREAT)
-        self.workbench = Workbench.open()
 
     def supervise(self, crash: Crash | None = None) -> None:
         """Take over, and move what is there."""
         log, clock = LogFile(str(self.log_path)), Clock()
-        source, journal = PipeSource(self.reader, self.workbench), Journal(self.journal, 0)
-        stream = Stream("stdout", source, journal)
+        source = PipeSource(self.reader, Spool(self.journal, self.name))
+        journal = Journal(self.journal, self.name)
+        stream = Stream(self.name, source, journal)
         stream.recover(log)
         if crash:
+            crash.wrap(source, "take")
             crash.wrap(journal, "begin")
             crash.wrap(log, "write")
-            crash.wrap(source, "consume")
+            crash.wrap(source, "release")
             crash.wrap(journal, "commit")
         try:
-            while data := self.peek(source):
+            while data := self.take(source):
                 stream.transfer(log, data, clock)
         finally:
             log.close()
 
-    def peek(self, source: PipeSource) -> bytes:
+    def take(self, source: PipeSource) -> bytes:
         try:
-            return source.peek()
+            return source.take()
         except BlockingIOError:
             return b""
 
@@ -76,7 +78,7 @@ class Pod:
         return [line.split(b" ", 3)[3] for line in self.log_path.read_bytes().splitlines()]
 
     def close(self) -> None:
-        for descriptor in (self.reader, self.writer, self.journal, *self.workbench):
+        for descriptor in (self.reader, self.writer, self.journal):
             os.close(descriptor)
 
 
@@ -100,7 +102,7 @@ def test_each_line_is_logged_once_wherever_the_supervisor_dies(
 
 def test_a_torn_write_is_undone(tmp_path: Path) -> None:
     pod = Pod(tmp_path)
-    crash = Crash(2, after=True)
+    crash = Crash(3, after=True)
     os.write(pod.writer, b"one\ntwo\n")
     with pytest.raises(Killed):
         pod.supervise(crash)
@@ -114,7 +116,7 @@ def test_a_log_that_was_rotated_meanwhile_is_not_cut(tmp_path: Path) -> None:
     pod = Pod(tmp_path)
     os.write(pod.writer, b"one\n")
     with pytest.raises(Killed):
-        pod.supervise(Crash(2, after=True))
+        pod.supervise(Crash(3, after=True))
     pod.log_path.rename(tmp_path / "log.1")
     pod.log_path.write_bytes(b"x" * 100 + b"\n")
     pod.supervise()
@@ -125,7 +127,7 @@ def test_a_log_that_was_rotated_meanwhile_is_not_cut(tmp_path: Path) -> None:
 def test_a_journal_of_garbage_length_is_a_new_one(tmp_path: Path) -> None:
     file = os.open(tmp_path / "journal", os.O_RDWR | os.O_CREAT)
     os.write(file, b"short")
-    journal = Journal(file, 0)
+    journal = Journal(file, "stdout")
     assert (journal.rest, journal.transfer) == (b"", None)
     os.close(file)
 
@@ -134,8 +136,8 @@ def test_a_journal_of_garbage_length_is_a_new_one(tmp_path: Path) -> None:
 def test_a_journal_with_an_impossible_header_is_a_new_one(tmp_path: Path, offset: int) -> None:
     """A place that is none, or a length that nothing here has."""
     file = os.open(tmp_path / "journal", os.O_RDWR | os.O_CREAT)
-    Journal(file, 0).begin(b"rest", Transfer.of(b"rest", 1, 2))
+    Journal(file, "stdout").begin(b"rest", Transfer(1, 2))
     os.pwrite(file, b"\xff" * 4, offset)
-    journal = Journal(file, 0)
+    journal = Journal(file, "stdout")
     assert (journal.rest, journal.transfer) == (b"", None)
     os.close(file)

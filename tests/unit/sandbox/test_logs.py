@@ -166,6 +166,28 @@ def test_links_and_pipes_of_a_container_are_refused(tmp_path: Path) -> None:
         LogFile(str(tmp_path / "pipe"))
 
 
+@pytest.mark.parametrize("how", ["open", "reopen"])
+def test_a_file_that_has_another_name_is_left_to_that(tmp_path: Path, how: str) -> None:
+    """Or who may make links in the directory could have root write to a file of somebody else's."""
+    path, other = tmp_path / "log", tmp_path / "other"
+    log = LogFile(str(path))
+    log.write(b"first\n")
+    if how == "open":
+        log.close()
+    path.rename(tmp_path / "log.1")
+    other.write_bytes(b"other\n")
+    path.hardlink_to(other)
+    if how == "open":
+        log = LogFile(str(path))
+    else:
+        log.reopen()
+    log.write(b"second\n")
+    log.close()
+    assert other.read_bytes() == b"other\n"
+    assert path.read_bytes() == b"second\n"
+    assert (tmp_path / "log.1").read_bytes() == b"first\n"
+
+
 def test_links_below_the_directory_of_the_pod_are_refused(tmp_path: Path) -> None:
     """Above it they are the node's own."""
     pod, outside = tmp_path / "logs" / "pod", tmp_path / "outside"

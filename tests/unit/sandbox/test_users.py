@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeagent.errors import InvalidArgument, NotFound
+from nodeagent.linux import confined
 from nodeagent.sandbox import users
 from nodeagent.sandbox.spec import Identity, UserRequest
 
@@ -153,9 +154,11 @@ def root(tmp_path: Path) -> Path:
 
 def resolve(root: Path, asked: UserRequest) -> Identity:
     directory = os.open(root, os.O_PATH | os.O_DIRECTORY)
+    own = confined.own_descriptors()
     try:
-        return users.resolve(directory, asked)
+        return users.resolve(directory, own, asked)
     finally:
+        os.close(own)
         os.close(directory)
 
 

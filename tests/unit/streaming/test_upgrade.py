@@ -1,6 +1,7 @@
 import pytest
 
-from nodeagent.streaming import http1, portforward, remotecommand, upgrade
+from nodeagent.serving import http1
+from nodeagent.streaming import portforward, remotecommand, upgrade
 from nodeagent.streaming.backend import ExecRequest, PortForwardRequest
 from nodeagent.streaming.upgrade import Refused
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from websockets.frames import Close, CloseCode, Frame, Opcode
 
-from nodeagent.streaming import http1, websocket
+from nodeagent.serving import http1
+from nodeagent.streaming import websocket
 from nodeagent.streaming.websocket import Channels, WebSocket
 from tests.unit.streaming.recordings import WEBSOCKET_EXEC, WEBSOCKET_HEAD
 from tests.unit.streaming.splits import each_byte, feed, pieces
@@ -44,7 +45,7 @@ ACCEPT = base64.b64encode(hashlib.sha1(KEY + GUID).digest()).decode()
 
 
 def handshake(head: bytes = WEBSOCKET_HEAD) -> http1.Request:
-    request = http1.HandshakeConnection().receive_data(head)
+    request = http1.Exchange().receive_data(head)
     assert request is not None
     return request
 

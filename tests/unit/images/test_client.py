@@ -6,10 +6,11 @@ import pytest
 from yarl import URL
 
 from nodeagent.errors import InvalidArgument, RegistryUnavailable
+from nodeagent.images.client import Tls, _redirection, open_session
+from nodeagent.images.destinations import Scope
 from nodeagent.images.hosts import Host
 from nodeagent.images.manifest import Descriptor
 from nodeagent.images.reference import parse
-from nodeagent.images.registry import _redirection, open_session, tls_context
 from nodeagent.images.source import Source
 
 
@@ -30,12 +31,19 @@ def test_a_malformed_redirection_is_refused(location: str) -> None:
 
 
 async def test_only_urls_that_can_be_asked_are_elsewhere() -> None:
-    urls = ("http://[", "ftp://a/", "https://a/\n", "https://a:x/", "https://a/layer")
+    urls = (
+        "http://[",
+        "http://%31%30.0.0.1/",
+        "ftp://a/",
+        "https://a/\n",
+        "https://a:x/",
+        "https://a/layer",
+    )
     layer = Descriptor(digest=f"sha256:{'0' * 64}", size=1, urls=urls)
     async with open_session() as session:
-        assert len(Source(session, parse("a"), ())._foreign(layer)) == 1
+        assert len(Source(session, parse("a"), (), Scope.PRIVATE)._foreign(layer)) == 1
 
 
 def test_a_file_that_cannot_be_is_named() -> None:
     with pytest.raises(InvalidArgument, match="null byte"):
-        tls_context(Host(root="https://a.b/v2", ca=(Path("/a\0b"),)))
+        Tls.of(Host(root="https://a.b/v2", ca=(Path("/a\0b"),)))

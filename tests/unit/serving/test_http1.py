@@ -2,14 +2,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodeagent.streaming.http1 import MAX_HEAD_BYTES, BadRequest, HandshakeConnection, Request
+from nodeagent.serving.http1 import MAX_HEAD_BYTES, BadRequest, Exchange, Request
 from tests.unit.streaming.recordings import SPDY_HEAD, WEBSOCKET_HEAD
 from tests.unit.streaming.splits import pieces
 
 
 def received(parts: list[bytes]) -> tuple[Request, bytes]:
     """The request, and what came behind it up to the part that completed it."""
-    connection = HandshakeConnection()
+    connection = Exchange()
     for part in parts:
         request = connection.receive_data(part)
         if request is not None:
@@ -44,7 +44,7 @@ def test_borders_of_the_network_mean_nothing(parts: list[bytes]) -> None:
 @given(st.binary(max_size=300))
 def test_noise_is_a_bad_request_or_none(noise: bytes) -> None:
     try:
-        HandshakeConnection().receive_data(noise)
+        Exchange().receive_data(noise)
     except BadRequest:
         pass
 
@@ -86,14 +86,14 @@ def test_a_list_may_be_on_one_line_or_on_many() -> None:
     ids=["another protocol", "no host", "a body", "endless headers"],
 )
 def test_bad_requests(data: bytes) -> None:
-    connection = HandshakeConnection()
+    connection = Exchange()
     with pytest.raises(BadRequest):
         connection.receive_data(data)
     assert connection.refuse(400, "why").startswith(b"HTTP/1.1 400")
 
 
 def test_switching() -> None:
-    connection = HandshakeConnection()
+    connection = Exchange()
     connection.receive_data(SPDY_HEAD)
     answer = connection.switch([("Upgrade", "SPDY/3.1"), ("Connection", "Upgrade")])
     status, *headers = answer.decode().split("\r\n")
@@ -101,8 +101,18 @@ def test_switching() -> None:
     assert headers == ["Upgrade: SPDY/3.1", "Connection: Upgrade", "", ""]
 
 
+def test_the_answer_to_head_has_no_body() -> None:
+    exchange = Exchange()
+    exchange.receive_data(b"HEAD / HTTP/1.1\r\nHost: h\r\n\r\n")
+    head, _, body = exchange.answer(200, b"body", [("X", "y")]).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200")
+    assert b"content-length: 4" in head
+    assert b"connection: close" in head
+    assert body == b""
+
+
 def test_a_refusal_is_a_whole_answer() -> None:
-    connection = HandshakeConnection()
+    connection = Exchange()
     connection.receive_data(SPDY_HEAD)
     head, _, body = connection.refuse(404, "no", [("X", "y")]).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 404")

@@ -1,4 +1,4 @@
-"""The HTTP/1.1 part of a connection, without IO: one request for an upgrade, and its answer. Framing is h11's."""
+"""HTTP/1.1 without IO, the server's end: one request without a body, and its answer. Framing is h11's."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ class Request:
         return next(iter(self.values("upgrade")), "").lower() if wanted else ""
 
 
-class HandshakeConnection:
-    """The server's end, until it has answered: `switch` or `refuse`, once."""
+class Exchange:
+    """One request, and one answer: `switch`, `answer` or `refuse`. A connection has no second."""
 
     def __init__(self) -> None:
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
@@ -56,21 +56,24 @@ class HandshakeConnection:
         )
         return self._http.send(answer) or b""
 
-    def refuse(self, status: int, text: str, headers: Headers = ()) -> bytes:
-        """An answer with a plain text, after which the connection is to be closed."""
-        body = f"{text}\n".encode()
+    def answer(self, status: int, body: bytes, headers: Headers) -> bytes:
+        """A whole answer, after which the connection is to be closed. The body is left out if the request is a HEAD."""
         fields = [
             *_encoded(headers),
-            (b"content-type", b"text/plain; charset=utf-8"),
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
         ]
-        events: list[h11.Event] = [
-            h11.Response(status_code=status, headers=fields),
-            h11.Data(data=body),
-            h11.EndOfMessage(),
-        ]
+        events: list[h11.Event] = [h11.Response(status_code=status, headers=fields)]
+        if self._request is None or self._request.method != "HEAD":
+            events.append(h11.Data(data=body))
+        events.append(h11.EndOfMessage())
         return b"".join(self._http.send(event) or b"" for event in events)
+
+    def refuse(self, status: int, text: str, headers: Headers = ()) -> bytes:
+        """An answer with a plain text."""
+        return self.answer(
+            status, f"{text}\n".encode(), [*headers, ("Content-Type", "text/plain; charset=utf-8")]
+        )
 
     @property
     def trailing(self) -> bytes:
