@@ -3,11 +3,12 @@
 import argparse
 import asyncio
 import logging
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from nodeagent import check, control
+from nodeagent import check, control, files
 from nodeagent import config as configuration
 from nodeagent.config import Config
 from nodeagent.errors import NodeAgentError
@@ -16,6 +17,7 @@ from nodeagent.errors import NodeAgentError
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0; 1 with the reason on stderr; 2 for a wrong command line."""
     options = _parser().parse_args(arguments)
+    os.umask(files.UMASK)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         return int(options.run(options))

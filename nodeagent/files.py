@@ -10,6 +10,9 @@ import stat
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
+# Of every process of ours: whoever makes something for others to see gives it its mode explicitly.
+UMASK = 0o077
+
 # Of a tree that is being removed; each level keeps two descriptors open.
 _MAX_DEPTH = 64
 
@@ -17,12 +20,13 @@ _MAX_DEPTH = 64
 def ensure_directory(path: str, mode: int = 0o755) -> None:
     """Make `path` a directory, with its parents; one that is already there keeps its mode.
 
+    A new one gets exactly `mode`, its parents what the umask leaves.
     Raises `NotADirectoryError` where something else, or a link, has the name.
     """
     try:
         _make_if_absent(path, mode)
     except FileNotFoundError:
-        os.makedirs(os.path.dirname(path) or ".", mode=0o755, exist_ok=True)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         _make_if_absent(path, mode)
 
 
@@ -32,6 +36,18 @@ def _make_if_absent(path: str, mode: int) -> None:
     except FileExistsError:
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             raise _error(errno.ENOTDIR, path) from None
+    else:
+        os.chmod(path, mode)
+
+
+def narrow(path: str, mode: int) -> None:
+    """Take all permissions from what `path` names that are not in `mode`; nothing to do where nothing is there."""
+    try:
+        found = stat.S_IMODE(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return
+    if found & ~mode:
+        os.chmod(path, found & mode)
 
 
 def read_bounded(path: str, limit: int) -> bytes:

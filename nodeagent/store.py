@@ -20,6 +20,7 @@ from typing import Self, TypeVar
 
 import msgspec
 
+from nodeagent import files
 from nodeagent.errors import DataLoss, ResourceExhausted
 from nodeagent.records import KINDS, Record
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 
+_MODE = 0o600
 _ROOM_BYTES = 512 << 10
 _RESERVE_BYTES = 4 * _ROOM_BYTES
 
@@ -133,6 +135,7 @@ class Store:
 
 
 def _open(path: Path) -> sqlite3.Connection:
+    _make_private(path)
     db = sqlite3.connect(path, isolation_level=None)
     try:
         _prepare(db, path)
@@ -141,6 +144,17 @@ def _open(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def _make_private(path: Path) -> None:
+    """SQLite gives its log and index the mode that it finds on the database.
+
+    A database that is there is not opened for this: to close it would drop the locks of other connections to it.
+    """
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE))
+    for suffix in ("", "-wal", "-shm"):
+        files.narrow(f"{path}{suffix}", _MODE)
 
 
 def _make_room(db: sqlite3.Connection) -> None:
@@ -154,7 +168,7 @@ def _make_room(db: sqlite3.Connection) -> None:
 
 
 def _keep_reserve(path: Path) -> None:
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, _MODE)
     try:
         os.posix_fallocate(file, 0, _RESERVE_BYTES)
     except OSError as error:

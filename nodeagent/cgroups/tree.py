@@ -60,8 +60,9 @@ def _make_parents(mount: str, path: str) -> None:
 
 
 def _make_marked(directory: str, kind: bytes) -> None:
-    os.mkdir(directory, 0o755)
+    os.mkdir(directory)
     try:
+        os.chmod(directory, 0o755)  # whatever the umask: its container finds it at /sys/fs/cgroup
         os.setxattr(directory, MARK, kind)
     except BaseException:
         os.rmdir(directory)

@@ -117,7 +117,7 @@ class Directories:
         try:
             os.mkdir(name, 0o755, dir_fd=directory)
         except FileExistsError:  # a link to nothing
-            return confined.make_path(self.root, path, directory=True)
+            return confined.make_path(self.root, path, directory=True, alone=True)
         return os.open(name, _PATH | os.O_NOFOLLOW, dir_fd=directory)
 
 

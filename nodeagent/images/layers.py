@@ -82,7 +82,8 @@ def unpack(source: BlobReader, directory: Path, diff_id: str, budget: Budget) ->
     Raises `DataLoss` when the content does not have the diff ID, `InvalidArgument` or `Unsupported` when it is no
     good layer, `ResourceExhausted`.
     """
-    directory.mkdir(mode=0o755)
+    directory.mkdir()
+    directory.chmod(0o755)  # whatever the umask, where the layer does not describe its root
     root = os.open(directory, DIRECTORY)
     content = hashlib.sha256()
     try:

@@ -7,6 +7,7 @@ exists, and goes after they are gone.
 import asyncio
 import json
 import logging
+import os
 import secrets
 import time
 from contextlib import AsyncExitStack, suppress
@@ -15,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from nodeagent import records
+from nodeagent import files, records
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.cgroups.stats import CgroupStats
@@ -37,6 +38,7 @@ from nodeagent.lifecycle.supervision import Supervision
 from nodeagent.lifecycle.trash import Trash
 from nodeagent.records import Container, ContainerConfig, Image, Resources, Sandbox
 from nodeagent.sandbox.client import Supervisor
+from nodeagent.sandbox.spec import ContainerPlan
 
 log = logging.getLogger(__name__)
 
@@ -141,10 +143,7 @@ class Containers:
         for needed in self._planner.images(container.config, image):
             self._images.hold(needed.id, container.id)
         undo.callback(self._trash.take, self._directory / container.id)
-        for name in ("upper", "work"):
-            (self._directory / container.id / name).mkdir(mode=0o755, parents=True)
-        readable = json.dumps(plan, ensure_ascii=False).encode(errors="replace")
-        (self._directory / container.id / "plan.json").write_bytes(readable)
+        _make_directory(self._directory / container.id, plan)
         group = self._cgroups.create(container.cgroup_path, container.resources)
         undo.push_async_callback(self._remove_group, container)
         self._groups[container.id] = group
@@ -410,6 +409,20 @@ class Containers:
     async def close(self) -> None:
         """Undo what is under way."""
         await self._flights.close()
+
+
+def _make_directory(directory: Path, plan: ContainerPlan) -> None:
+    """The container's own directory, for root alone: in `upper` there may be set-user-ID programs and devices.
+
+    `upper` itself is the root directory of the container, for all users in it.
+    """
+    directory.mkdir(mode=0o700)
+    for name, mode in (("upper", 0o755), ("work", 0o700)):
+        files.ensure_directory(str(directory / name), mode)
+    readable = json.dumps(plan, ensure_ascii=False).encode(errors="replace")
+    with open(directory / "plan.json", "xb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(readable)
 
 
 def _end(group: Cgroup) -> None:

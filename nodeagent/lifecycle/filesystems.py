@@ -44,14 +44,17 @@ def masked_paths(sysfs: Path = Path("/sys")) -> tuple[str, ...]:
 def container_mounts(
     sandbox: Sandbox,
     config: ContainerConfig,
-    pod_directory: Path,
+    shared: Path,
     hierarchies: Hierarchies,
     image_layers: Callable[[str], Sequence[Path]],
 ) -> list[Mount]:
-    """image_layers: the layer directories of an image volume, uppermost first; raises NotFound."""
+    """shared: where hosts, hostname, resolv.conf and shm of the pod are.
+
+    image_layers: the layer directories of an image volume, uppermost first; raises NotFound.
+    """
     by_target: dict[str, Mount] = {}
     defaults = rootfs.default_mounts(config.privileged, hierarchies)
-    for mount in (*defaults, *_pod_mounts(sandbox, config, pod_directory)):
+    for mount in (*defaults, *_pod_mounts(sandbox, config, shared)):
         by_target[mount["target"]] = mount
     asked: set[str] = set()
     for wanted in config.mounts:
@@ -64,15 +67,15 @@ def container_mounts(
     return sorted(by_target.values(), key=lambda mount: _depth(mount["target"]))
 
 
-def _pod_mounts(sandbox: Sandbox, config: ContainerConfig, directory: Path) -> list[Mount]:
+def _pod_mounts(sandbox: Sandbox, config: ContainerConfig, shared: Path) -> list[Mount]:
     """hosts, hostname, resolv.conf and /dev/shm, which all containers of a pod share."""
     attributes = ["ro"] if config.readonly_rootfs else []
     files = [
-        rootfs.bind(str(directory / name), f"/etc/{name}", *attributes)
+        rootfs.bind(str(shared / name), f"/etc/{name}", *attributes)
         for name in ("hosts", "hostname", "resolv.conf")
     ]
     on_node = sandbox.config.namespaces.ipc == "node"
-    shm = "/dev/shm" if on_node else str(directory / "shm")
+    shm = "/dev/shm" if on_node else str(shared / "shm")
     return [*files, rootfs.bind(shm, "/dev/shm", "nosuid", "nodev", "noexec")]
 
 

@@ -13,7 +13,10 @@ from nodeagent import files
 from nodeagent.config import Config
 from nodeagent.errors import AlreadyExists
 
-MODE = 0o711
+PRIVATE = 0o700
+
+# Whoever was given the CRI's socket, which is there by default, must be able to get to it.
+STATE = 0o711
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,19 +50,26 @@ class Places:
         return self.state / "pods"
 
     def make(self) -> None:
-        for directory in (self.root, self.containers, self.trash, self.state, self.pods):
-            files.ensure_directory(str(directory), mode=MODE)
+        """Make what is missing, and take from the rest what an earlier version let others do."""
+        for directory in (self.root, self.containers, self.trash, self.pods):
+            files.ensure_directory(str(directory), mode=PRIVATE)
+            files.narrow(str(directory), PRIVATE)
+        files.narrow(str(self.state), STATE)
+        for inner in (self.root / "blobs", *self.containers.iterdir(), *self.pods.iterdir()):
+            files.narrow(str(inner), PRIVATE)
+        for plan in self.containers.glob("*/plan.json"):
+            files.narrow(str(plan), 0o600)
 
     @contextmanager
     def owned(self) -> Iterator[None]:
         """Hold the locks of both directories: two agents on one would undo each other's work."""
-        with _locked(self.root), _locked(self.state):
+        with _locked(self.root, PRIVATE), _locked(self.state, STATE):
             yield
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    files.ensure_directory(str(directory), mode=MODE)
+def _locked(directory: Path, mode: int) -> Iterator[None]:
+    files.ensure_directory(str(directory), mode=mode)
     lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:

@@ -110,7 +110,11 @@ class Planner:
                 readonly=config.readonly_rootfs,
             ),
             mounts=filesystems.container_mounts(
-                sandbox, config, self._pods / sandbox.id, self._hierarchies, self._volume_layers
+                sandbox,
+                config,
+                podfiles.directory(self._pods / sandbox.id),
+                self._hierarchies,
+                self._volume_layers,
             ),
             devices=seen.devices.nodes,
             masked_paths=[] if open_paths else list(masked),

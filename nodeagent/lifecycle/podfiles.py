@@ -1,15 +1,17 @@
 """The files that a pod's containers find under /etc: hosts, hostname and resolv.conf.
 
-They live in the pod's directory, belong to its root and are bound into every container that does not bring its own.
+They live in the pod's own small file system, belong to its root and are bound into every container that does not
+bring its own.
 """
 
 import os
 import socket
 from pathlib import Path
 
-from nodeagent.files import write_atomic
 from nodeagent.records import DNS, SandboxConfig
+from nodeagent.sandbox import namespaces
 
+MODE = 0o644  # all users of the containers read them, whatever our umask
 HOSTS_HEAD = """\
 127.0.0.1\tlocalhost
 ::1\tlocalhost ip6-localhost ip6-loopback
@@ -18,21 +20,30 @@ ff00::0\tip6-mcastprefix
 ff02::1\tip6-allnodes
 ff02::2\tip6-allrouters
 """
-NAMES = ("hosts", "hostname", "resolv.conf")
 
 
-def write(directory: Path, config: SandboxConfig, addresses: tuple[str, ...]) -> None:
-    """Write all three; a pod on the node's network sees the node's hosts."""
+def directory(pod: Path) -> Path:
+    """Where they are, with the pod's shared memory. pod: the pod's own directory."""
+    return Path(namespaces.shared(str(pod)))
+
+
+def write(pod: Path, config: SandboxConfig, addresses: tuple[str, ...]) -> None:
+    """Write all three, which are not there yet; a pod on the node's network sees the node's hosts."""
     name = hostname(config)
-    on_node = config.namespaces.network == "node"
-    texts = {
-        "hosts": _node_file("/etc/hosts", HOSTS_HEAD) if on_node else hosts(name, addresses),
-        "hostname": f"{name}\n",
-        "resolv.conf": resolv_conf(config.dns) or _node_file("/etc/resolv.conf", ""),
+    names = hosts(name, addresses).encode()
+    if config.namespaces.network == "node":
+        names = node_file("/etc/hosts", HOSTS_HEAD)
+    contents = {
+        "hosts": names,
+        "hostname": f"{name}\n".encode(),
+        "resolv.conf": resolv_conf(config.dns).encode() or node_file("/etc/resolv.conf", ""),
     }
-    for file, text in texts.items():
-        write_atomic(str(directory / file), text.encode(), sync=False)
-        os.chown(directory / file, *_root(config))
+    where = directory(pod)
+    for file_name, content in contents.items():
+        with open(where / file_name, "xb") as file:
+            os.fchown(file.fileno(), *_root(config))
+            os.fchmod(file.fileno(), MODE)
+            file.write(content)
 
 
 def _root(config: SandboxConfig) -> tuple[int, int]:
@@ -62,8 +73,9 @@ def resolv_conf(dns: DNS | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _node_file(path: str, fallback: str) -> str:
+def node_file(path: str, fallback: str) -> bytes:
+    """What the node's own file has, byte for byte; the fallback where it cannot be read."""
     try:
-        return Path(path).read_text(errors="surrogateescape")
+        return Path(path).read_bytes()
     except OSError:
-        return fallback
+        return fallback.encode()

@@ -108,7 +108,7 @@ class Slots:
         directory = self._directory / pod_id
         needs = _needs(namespaces)
         async with AsyncExitStack() as undo:
-            directory.mkdir(mode=0o711)
+            directory.mkdir(mode=0o700)
             undo.callback(files.remove_tree, str(directory))
             launcher = await self._launchers.get()
             supervisor = await launcher.fork(_plan(pod_id, directory, namespaces))

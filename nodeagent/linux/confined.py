@@ -39,19 +39,25 @@ def open_again(own: int, descriptor: int, flags: int) -> int:
     return os.open(str(descriptor), flags | os.O_CLOEXEC, dir_fd=own)
 
 
-def make_path(root: int, path: str, *, directory: bool, follow: bool = True) -> int:
+def make_path(
+    root: int, path: str, *, directory: bool, follow: bool = True, alone: bool = False
+) -> int:
     """Open (O_PATH) a directory, or a file, inside `root`; whatever part of the path is missing is made.
 
     A link to nothing is followed, and what it points to is made. New directories have mode 755, files are empty.
+    alone: nobody else changes the tree, so that directories can be given their mode whatever the umask.
     """
     try:
         return open_path(root, path, follow=follow)
     except FileNotFoundError:
-        made = _make_last(root, path, directory, follow)
-        return _Walk(root, path, _MAX_LINKS if follow else 0).run(directory) if made < 0 else made
+        pass
+    made = _make_last(root, path, directory, follow, alone)
+    if made >= 0:
+        return made
+    return _Walk(root, path, _MAX_LINKS if follow else 0, alone).run(directory)
 
 
-def _make_last(root: int, path: str, directory: bool, follow: bool) -> int:
+def _make_last(root: int, path: str, directory: bool, follow: bool, alone: bool) -> int:
     """What is missing most often, in one step: the last name. -1 where that is not all."""
     above, name = os.path.split(path)
     if name in ("", ".", ".."):
@@ -61,7 +67,7 @@ def _make_last(root: int, path: str, directory: bool, follow: bool) -> int:
     except FileNotFoundError:
         return -1
     try:
-        _make(parent, name, directory)
+        _make(parent, name, directory, alone)
         made = os.open(name, _UNFOLLOWED, dir_fd=parent)
     finally:
         os.close(parent)
@@ -74,9 +80,10 @@ def _make_last(root: int, path: str, directory: bool, follow: bool) -> int:
 class _Walk:
     """One component after the other; `trail` holds the directories from the root to the current one."""
 
-    def __init__(self, root: int, path: str, links: int) -> None:
+    def __init__(self, root: int, path: str, links: int, alone: bool) -> None:
         self.path = path
         self.links = links
+        self.alone = alone
         self.trail = [os.dup(root)]
         self.pending = _components(path)
 
@@ -93,7 +100,7 @@ class _Walk:
             self._go_up_to(0)
 
     def _go_down(self, name: str, directory: bool) -> None:
-        step = _open_or_make(self.trail[-1], name, directory)
+        step = _open_or_make(self.trail[-1], name, directory, self.alone)
         self.trail.append(step)
         if stat.S_ISLNK(os.fstat(step).st_mode):
             self._follow(os.readlink("", dir_fd=step))
@@ -115,18 +122,20 @@ def _components(path: str) -> list[str]:
     return [name for name in reversed(path.split("/")) if name not in ("", ".")]
 
 
-def _open_or_make(directory: int, name: str, as_directory: bool) -> int:
+def _open_or_make(directory: int, name: str, as_directory: bool, alone: bool) -> int:
     try:
         return os.open(name, _UNFOLLOWED, dir_fd=directory)
     except FileNotFoundError:
-        _make(directory, name, as_directory)
+        _make(directory, name, as_directory, alone)
         return os.open(name, _UNFOLLOWED, dir_fd=directory)
 
 
-def _make(directory: int, name: str, as_directory: bool) -> None:
+def _make(directory: int, name: str, as_directory: bool, alone: bool) -> None:
     try:
         if as_directory:
             os.mkdir(name, 0o755, dir_fd=directory)
+            if alone:  # else the name may be a link by now
+                os.chmod(name, 0o755, dir_fd=directory)
         else:
             os.mknod(name, stat.S_IFREG | 0o644, dir_fd=directory)
     except FileExistsError:

@@ -291,7 +291,6 @@ class Container:
             self.kill()
             return
         facts.remove(self.pod.directory, self.id)
-        exits.remove(self.pod.directory, self.id)
         self._family.pop(self.id, None)
         request.reply()
 

@@ -1,7 +1,7 @@
 """How a process ended, and the record of it that outlives whoever saw it.
 
 The record is written while the process is still a zombie. The first one that is written stays: a launcher and a
-successor may both see the same end.
+successor may both see the same end. Its file is there before the process is: blanks, until there is an end to record.
 """
 
 import fcntl
@@ -19,6 +19,8 @@ SIGKILLED = 128 + 9
 UNKNOWN = 255
 
 _DIRECTORY = "exits"
+_MODE = 0o600
+_ROOM_BYTES = 256
 
 # PIDFD_GET_INFO of linux/pidfd.h, _IOWR(0xFF, 11, struct pidfd_info), since 6.13; the exit code since 6.15.
 _PIDFD_INFO = struct.Struct("=QQ11Ii")
@@ -30,32 +32,48 @@ def make_directory(pod: str) -> None:
     files.ensure_directory(f"{pod}/{_DIRECTORY}", 0o700)
 
 
+def reserve(pod: str, container: str) -> None:
+    """Make room for the record, so that it is written also where the file system is full by then."""
+    file = os.open(_path(pod, container), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, _MODE)
+    try:
+        os.write(file, b" " * _ROOM_BYTES)
+    finally:
+        os.close(file)
+
+
 def record(pod: str, container: str, end: Exit) -> Exit:
     """Make the end of a container durable, and return what is: `end`, or an earlier record.
 
-    pod: the pod's directory.
+    pod: the pod's directory. It is written in place, with one call and into one page: nobody reads half of it.
     """
-    path = _path(pod, container)
-    temporary = f"{path}.{os.getpid()}"
-    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    file = os.open(_path(pod, container), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
     try:
-        os.write(file, protocol.to_json(end))
-        os.fsync(file)
-        os.link(temporary, path)
-    except FileExistsError:
-        return read(pod, container) or end
+        fcntl.flock(file, fcntl.LOCK_EX)
+        earlier = _read(file)
+        if earlier is None:
+            os.pwrite(file, protocol.to_json(end).ljust(_ROOM_BYTES), 0)
+            os.fsync(file)
     finally:
         os.close(file)
-        os.unlink(temporary)
-    return end
+    return earlier or end
 
 
 def read(pod: str, container: str) -> Exit | None:
     """The record of a container, None without one that can be read."""
     try:
-        with open(_path(pod, container), "rb") as file:
-            end: Exit = json.loads(file.read())
-    except (FileNotFoundError, ValueError):
+        file = os.open(_path(pod, container), os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        return _read(file)
+    finally:
+        os.close(file)
+
+
+def _read(file: int) -> Exit | None:
+    try:
+        end: Exit = json.loads(os.pread(file, 4096, 0))
+    except ValueError:  # blank: it has not ended
         return None
     return end
 

@@ -9,7 +9,7 @@ import os
 from typing import TypedDict
 
 from nodeagent import files
-from nodeagent.sandbox import protocol
+from nodeagent.sandbox import exits, protocol
 from nodeagent.sandbox.spec import ContainerPlan, Identity
 
 _MODE = 0o600
@@ -40,6 +40,7 @@ def make_directory(pod: str, plan: ContainerPlan) -> None:
     path = directory(pod, plan["id"])
     os.makedirs(path, mode=0o700)
     files.write_atomic(f"{path}/plan.json", protocol.to_json(plan), _MODE, sync=False)
+    exits.reserve(pod, plan["id"])
 
 
 def save(pod: str, container: str, facts: Facts) -> None:
@@ -68,7 +69,9 @@ def listed(pod: str) -> list[str]:
 
 
 def remove(pod: str, container: str) -> None:
+    """The record of its end goes as well."""
     files.remove_tree(directory(pod, container))
+    exits.remove(pod, container)
 
 
 def directory(pod: str, container: str) -> str:

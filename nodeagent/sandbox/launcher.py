@@ -17,6 +17,7 @@ from contextlib import suppress
 from functools import partial
 from typing import NoReturn
 
+from nodeagent import files
 from nodeagent.errors import AlreadyExists, FailedPrecondition, Unavailable
 from nodeagent.linux import immortal
 from nodeagent.sandbox import exits, peers, process, protocol, rehearsal, supervisor
@@ -286,7 +287,7 @@ def _prepare(state: str, ready: int, join: Sequence[int]) -> Loop:
     process.hide()
     process.ignore_terminal()
     process.set_title("na-launcher", f"nodeagent.sandbox.launcher {state}")
-    os.umask(0o022)
+    os.umask(files.UMASK)
     os.chdir("/")
     for file in join:
         os.write(file, b"0")
@@ -311,7 +312,7 @@ def _prepare(state: str, ready: int, join: Sequence[int]) -> Loop:
 def _rehearse(state: str, keep: Collection[int]) -> None:
     """Without it, supervisors only need more memory. Objects go before the descriptors that they would close."""
     try:
-        rehearsal.rehearse(f"{state}/rehearsal")
+        rehearsal.rehearse(f"{state}/pods/rehearsal")
     except Exception as error:  # noqa: BLE001 whatever it is, a pod will tell
         report(f"launcher: no rehearsal: {error}")
     gc.collect()

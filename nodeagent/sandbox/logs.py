@@ -8,6 +8,8 @@ import errno
 import os
 import stat
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from nodeagent.errors import FailedPrecondition
 from nodeagent.linux import confined
@@ -133,7 +135,8 @@ class LogFile:
 def _open(path: str, root: str) -> int:
     """A container may share the directory: its links are not followed, its pipes not waited for."""
     try:
-        file = _open_below(root, path.removeprefix(f"{root}/"))
+        with _directories_for_others():
+            file = _open_below(root, path.removeprefix(f"{root}/"))
     except OSError as error:
         if error.errno in _SOMETHING_ELSE:
             raise FailedPrecondition(f"log {path}: {os.strerror(error.errno)}") from error
@@ -144,11 +147,21 @@ def _open(path: str, root: str) -> int:
     return file
 
 
+@contextmanager
+def _directories_for_others() -> Iterator[None]:
+    """Who collects logs need not be root: the directories on the way are made with mode 755."""
+    old = os.umask(0o022)
+    try:
+        yield
+    finally:
+        os.umask(old)
+
+
 def _open_root(root: str) -> int:
     try:
         return os.open(root, _DIRECTORY)
     except FileNotFoundError:
-        os.makedirs(root, mode=0o755, exist_ok=True)
+        os.makedirs(root, exist_ok=True)
         return os.open(root, _DIRECTORY)
 
 

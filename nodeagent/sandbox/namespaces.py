@@ -1,4 +1,8 @@
-"""The namespaces of a pod and its /dev/shm: made by its supervisor, which lives in them, and pinned by mounts.
+"""The namespaces of a pod, and the files that its containers share: made by its supervisor, and kept by mounts.
+
+Shared memory, hosts, hostname and resolv.conf are in one tmpfs for each pod, at ``shared`` in the pod's directory. So
+whatever a container writes to them takes the memory of its own cgroup, never room that other pods need. It is one
+file system, because each mount in the node's mount table costs every later start of a container a little.
 
 The pins are below the pod's directory, in a mount that the agent has made private. They keep the namespaces when the
 supervisor dies, and lead a successor back into them. Of a user namespace the supervisor makes the other namespaces,
@@ -14,6 +18,7 @@ from nodeagent.sandbox import idmaps
 from nodeagent.sandbox.spec import PodPlan
 
 DEFAULT_SHM_BYTES = 64 << 20
+FILES_BYTES = 1 << 20  # for hosts, hostname and resolv.conf, beside shared memory
 
 _FLAGS = {
     "net": syscalls.CLONE_NEWNET,
@@ -21,8 +26,9 @@ _FLAGS = {
     "uts": syscalls.CLONE_NEWUTS,
 }
 _PINNED = (*_FLAGS, "user")
+_SHARED = "shared"
 _NSFS_MAGIC = 0x6E736673
-_SHM_FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+_SHARED_FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
 
 
 def make(plan: PodPlan) -> None:
@@ -37,8 +43,9 @@ def make(plan: PodPlan) -> None:
     for kind in kinds:
         if kind != "user":
             _make_pin(pod, kind, f"/proc/self/ns/{kind}")
+    _mount_shared(pod)
     if "ipc" in kinds:
-        mount_shm(pod, *idmaps.root_of(plan))
+        _make_shm(f"{shared(pod)}/shm", *idmaps.root_of(plan))
 
 
 def _enter_owned(plan: PodPlan, flags: int) -> None:
@@ -90,15 +97,28 @@ def _open_pin(pod: str, kind: str) -> int:
     return -1
 
 
-def mount_shm(pod: str, uid: int, gid: int) -> None:
-    files.ensure_directory(_shm(pod))
-    options = f"mode=1777,uid={uid},gid={gid},size={DEFAULT_SHM_BYTES}"
-    syscalls.mount("shm", _shm(pod), "tmpfs", _SHM_FLAGS, options)
+def shared(pod: str) -> str:
+    """The tmpfs of what the pod's containers share; the pod's own directory where an earlier version made the pod."""
+    path = f"{pod}/{_SHARED}"
+    return path if os.path.isdir(path) else pod
+
+
+def _mount_shared(pod: str) -> None:
+    path = f"{pod}/{_SHARED}"
+    files.ensure_directory(path, 0o700)
+    options = f"mode=700,size={DEFAULT_SHM_BYTES + FILES_BYTES}"
+    syscalls.mount("shm", path, "tmpfs", _SHARED_FLAGS, options)
+
+
+def _make_shm(path: str, uid: int, gid: int) -> None:
+    os.mkdir(path)
+    os.chown(path, uid, gid)
+    os.chmod(path, 0o1777)
 
 
 def resize_shm(pod: str, size_bytes: int) -> None:
-    flags = _SHM_FLAGS | syscalls.MS_REMOUNT
-    syscalls.mount("shm", _shm(pod), "tmpfs", flags, f"size={size_bytes}")
+    flags = _SHARED_FLAGS | syscalls.MS_REMOUNT
+    syscalls.mount("shm", shared(pod), "tmpfs", flags, f"size={size_bytes + FILES_BYTES}")
 
 
 def pin_procfs(pod: str, tree: int) -> None:
@@ -116,8 +136,9 @@ def procfs_pin(pod: str) -> str:
 
 
 def unpin(pod: str) -> None:
-    """Remove all mounts that were made here. Idempotent; what still uses them goes on."""
-    for path in (_shm(pod), procfs_pin(pod), *(_pin(pod, kind) for kind in _PINNED)):
+    """Remove all mounts that were made here, or by an earlier version. Idempotent; what still uses them goes on."""
+    pins = (procfs_pin(pod), *(_pin(pod, kind) for kind in _PINNED))
+    for path in (f"{pod}/{_SHARED}", f"{pod}/shm", *pins):
         try:
             syscalls.umount2(path, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
         except OSError:
@@ -126,7 +147,3 @@ def unpin(pod: str) -> None:
 
 def _pin(pod: str, kind: str) -> str:
     return f"{pod}/ns/{kind}"
-
-
-def _shm(pod: str) -> str:
-    return f"{pod}/shm"

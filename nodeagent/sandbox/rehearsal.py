@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from nodeagent import files
 from nodeagent.errors import StartError
-from nodeagent.sandbox import protocol, rootfs, supervisor
+from nodeagent.sandbox import namespaces, protocol, rootfs, supervisor
 from nodeagent.sandbox.keeping import Keeper
 from nodeagent.sandbox.loop import Loop
 from nodeagent.sandbox.peers import Peer
@@ -33,11 +33,16 @@ def rehearse(directory: str) -> None:
     """
     try:
         for _ in range(_ROUNDS):
-            files.remove_tree(directory)
+            _clear(directory)
             _play(directory)
     finally:
         signal.set_wakeup_fd(-1)
-        files.remove_tree(directory)
+        _clear(directory)
+
+
+def _clear(directory: str) -> None:
+    namespaces.unpin(directory)
+    files.remove_tree(directory)
 
 
 def _play(directory: str) -> None:

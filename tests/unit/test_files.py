@@ -10,6 +10,7 @@ import pytest
 
 from nodeagent.files import (
     ensure_directory,
+    narrow,
     read_bounded,
     remove_tree,
     sync_directory,
@@ -73,6 +74,29 @@ def test_ensure_directory_refuses_what_is_no_directory(tmp_path: Path, kind: str
     path.touch() if kind == "file" else path.symlink_to(tmp_path)
     with pytest.raises(NotADirectoryError, match=str(path)):
         ensure_directory(str(path))
+
+
+def test_ensure_directory_makes_with_the_mode_whatever_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0o077)
+    try:
+        ensure_directory(str(tmp_path / "above/below"), mode=0o711)
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "above/below").stat().st_mode) == 0o711
+    assert stat.S_IMODE((tmp_path / "above").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    ("before", "mode", "after"),
+    [(0o755, 0o700, 0o700), (0o4755, 0o711, 0o711), (0o500, 0o711, 0o500), (0o600, 0o600, 0o600)],
+)
+def test_narrow_takes_and_never_gives(tmp_path: Path, before: int, mode: int, after: int) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    path.chmod(before)
+    narrow(str(path), mode)
+    assert stat.S_IMODE(path.stat().st_mode) == after
+    narrow(str(tmp_path / "absent"), mode)
 
 
 def test_sync_directory_names_what_is_missing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sqlite3
+import stat
 from contextlib import closing
 from pathlib import Path
 
@@ -34,6 +35,22 @@ def test_records_survive_closing(path: Path) -> None:
     again = Store.open(path)
     assert [again.get(type(record), record.key) for record in kept] == kept
     again.close()
+
+
+def test_all_files_are_the_owner_s_alone(path: Path) -> None:
+    """Whatever the umask, and also where an earlier version has made them."""
+    umask = os.umask(0o022)
+    try:
+        for _ in range(2):
+            with closing(Store.open(path)) as store:
+                store.put(lease())
+                files = list(path.parent.iterdir())
+                names = {"state.db", "state.db-wal", "state.db-shm", "state.db.reserve"}
+                assert {file.name for file in files} == names
+                assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+            path.chmod(0o644)
+    finally:
+        os.umask(umask)
 
 
 def test_put_replaces_and_delete_forgets(path: Path) -> None:

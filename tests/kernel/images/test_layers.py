@@ -94,12 +94,19 @@ def test_the_umask_does_not_matter(workshop: Workshop) -> None:
     umask = os.umask(0o077)
     try:
         root = workshop.unpack(
-            directory("d"), file("f", mode=0o666), char("n", 1, 3, mode=0o666), file("a/b/c")
+            directory("d"),
+            file("f", mode=0o666),
+            char("n", 1, 3, mode=0o666),
+            file("a/b/c"),
+            symlink("link", "/to/what/is/missing"),
+            file("link/x"),
         )
     finally:
         os.umask(umask)
     modes = [stat.S_IMODE((root / name).stat().st_mode) for name in ("d", "f", "n", "a/b")]
     assert modes == [0o755, 0o666, 0o666, 0o755]
+    implied = [root, *(root / "to/what/is/missing/x").parents[:4]]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in implied} == {0o755}
 
 
 def test_xattrs(workshop: Workshop) -> None:

@@ -20,10 +20,9 @@ SCRIPT = f"""
 import gc, os, sys
 sys.path.insert(0, {str(PROJECT)!r})
 from nodeagent.sandbox.rehearsal import rehearse
-mounts = open("/proc/self/mountinfo").read()
 rehearse(sys.argv[1])
 gc.collect()
-assert open("/proc/self/mountinfo").read() == mounts
+assert sys.argv[1] not in open("/proc/self/mountinfo").read()
 try: print(os.waitpid(-1, os.WNOHANG))
 except ChildProcessError: print("no child")
 """
@@ -69,8 +68,8 @@ def test_one_that_does_not_end_is_given_up(tmp_path: Path) -> None:
 
 
 async def test_a_launcher_does_without(tmp_path: Path) -> None:
-    directory = tmp_path / "rehearsal"
-    directory.mkdir()
+    directory = tmp_path / "pods/rehearsal"
+    directory.mkdir(parents=True)
     syscalls.mount("busy", str(directory), "tmpfs", 0)
     try:
         launcher = await Launcher.connect_or_start(tmp_path)

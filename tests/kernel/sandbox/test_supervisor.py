@@ -21,7 +21,7 @@ from nodeagent.errors import (
     Unavailable,
     Unsupported,
 )
-from nodeagent.sandbox import protocol, starting
+from nodeagent.sandbox import namespaces, protocol, starting
 from nodeagent.sandbox.client import Launcher, Supervisor
 from nodeagent.sandbox.spec import PodPlan
 from tests.kernel.sandbox.containers import user
@@ -199,9 +199,11 @@ async def test_hostname_sysctls_and_shm(node: Node) -> None:
     await pod.supervisor.wait("b")
     assert pod.log()[-2:] == ["1", "1"]
     assert pod.log("b") == ["web-0", "here", "0"]
-    shm = os.statvfs(pod.directory / "shm")
-    assert shm.f_blocks * shm.f_frsize == 1 << 20
-    assert stat.S_IMODE((pod.directory / "shm").stat().st_mode) == 0o1777
+    shm = pod.directory / "shared/shm"
+    size = os.statvfs(shm)
+    assert size.f_blocks * size.f_frsize == (1 << 20) + namespaces.FILES_BYTES
+    assert stat.S_IMODE(shm.stat().st_mode) == 0o1777
+    assert stat.S_IMODE((pod.directory / "shared").stat().st_mode) == 0o700
     assert socket.gethostname() != "web-0"
 
 

@@ -1,7 +1,37 @@
-"""hosts and resolv.conf."""
+"""hosts, hostname and resolv.conf."""
+
+import os
+import stat
+from pathlib import Path
 
 from nodeagent.lifecycle import podfiles
-from nodeagent.records import DNS
+from nodeagent.records import DNS, SandboxConfig
+from nodeagent.sandbox import namespaces
+
+
+def test_everybody_reads_them_whatever_the_umask(tmp_path: Path) -> None:
+    config = SandboxConfig(name="n", uid="u", namespace="ns", hostname="pod")
+    old = os.umask(0o077)
+    try:
+        podfiles.write(tmp_path, config, ("192.0.2.1",))
+    finally:
+        os.umask(old)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == {"hosts": 0o644, "hostname": 0o644, "resolv.conf": 0o644}
+    assert (tmp_path / "hostname").read_text() == "pod\n"
+
+
+def test_a_file_of_the_node_may_have_bytes_of_any_kind(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_bytes(b"192.0.2.1 caf\xe9\n")
+    assert podfiles.node_file(str(tmp_path / "hosts"), "") == b"192.0.2.1 caf\xe9\n"
+    assert podfiles.node_file(str(tmp_path / "absent"), "fallback") == b"fallback"
+
+
+def test_where_they_are(tmp_path: Path) -> None:
+    """An earlier version, whose pods may still run, had them in the pod's directory itself."""
+    assert namespaces.shared(str(tmp_path)) == str(tmp_path)
+    (tmp_path / "shared").mkdir()
+    assert namespaces.shared(str(tmp_path)) == str(tmp_path / "shared")
 
 
 def test_resolv_conf() -> None:
