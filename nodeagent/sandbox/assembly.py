@@ -278,6 +278,11 @@ def _open_target(assembly: Assembly, mount: Mount, directory: bool) -> int:
     root, below = (assembly.dev, path.removeprefix("/dev/")) if own_dev else (assembly.root, path)
     try:
         return confined.make_path(root, below, directory=directory, follow=follow)
+    except FileNotFoundError as error:  # "self" of a procfs, too, whose PID namespace is not ours
+        raise InvalidArgument(
+            f"mount {rootfs.describe(mount)}: the path is not there, and leads into a file system in which none can"
+            " be made, as procfs is"
+        ) from error
     except OSError as error:
         if error.errno != errno.ELOOP or follow:
             raise

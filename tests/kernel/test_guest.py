@@ -17,10 +17,17 @@ SUITES = [
     "tests/e2e/test_logs_and_exec.py",
     "tests/e2e/test_recovery.py",
     "tests/e2e/test_resources.py",
+]
+SECURITY = [
     "tests/security/agent/test_apparmor.py",
     "tests/security/agent/test_cgroups.py",
+    "tests/security/agent/test_local_users.py",
+    "tests/security/agent/test_pod_files.py",
+    "tests/security/agent/test_visible_processes.py",
+    "tests/security/test_log_pump.py",
+    "tests/security/test_network_spoofing.py",
 ]
-SECONDS = 900
+SECONDS = 1200
 
 
 @pytest.fixture
@@ -33,6 +40,7 @@ def guest() -> machine.Guest:
 
 @pytest.mark.guest
 @pytest.mark.timeout(SECONDS + 30)
-def test_suites_pass_on_cgroup_v2(guest: machine.Guest) -> None:
+@pytest.mark.parametrize("suites", [SUITES, SECURITY], ids=["suites", "security"])
+def test_suites_pass_on_cgroup_v2(guest: machine.Guest, suites: list[str]) -> None:
     pytest_command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not guest"]
-    assert machine.run(guest, [*pytest_command, *SUITES], PROJECT, {}) == 0
+    assert machine.run(guest, [*pytest_command, *suites], PROJECT, {}) == 0

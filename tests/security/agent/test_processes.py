@@ -120,7 +120,9 @@ PASSWD = {
 def test_a_passwd_that_an_exec_would_hang_on(cri: Cri, outside: Path, kind: str) -> None:
     script, text = PASSWD[kind]
     script = f"rm /etc/passwd; {script.format(outside=outside)}; echo up; exec sleep 1000"
-    container = cri.run("sh", "-c", script)
+    pod = cri.pod(linux=pod_options(pid=pb.CONTAINER))  # from where an exec sees its own /proc/self
+    own = options(namespace_options=pb.NamespaceOption(pid=pb.CONTAINER))
+    container = pod.run("sh", "-c", script, linux=own)
     container.said("up")
     if text:
         refused(INVALID, text, lambda: container.exec("true"))
