@@ -18,13 +18,16 @@ SLEEPER = ["/bin/busybox", "sleep", "100000"]
 class Client:
     """Pods with one sleeping container: bridge network, default seccomp, overlay, limits. Times are in ms."""
 
-    def __init__(self, name: str, socket: str, image: str, logs: Path) -> None:
+    def __init__(
+        self, name: str, socket: str, image: str, logs: Path, *, shared_pid: bool = False
+    ) -> None:
         self.name = name
         self._channel = grpc.insecure_channel(socket)
         self._runtime = rpc.RuntimeServiceStub(self._channel)
         self._images = rpc.ImageServiceStub(self._channel)
         self._image = image
         self._logs = logs
+        self._pid = pb.POD if shared_pid else pb.CONTAINER
         self._numbers = itertools.count()
         self.times: dict[str, list[float]] = {}
 
@@ -109,7 +112,7 @@ class Client:
             dns_config=pb.DNSConfig(servers=["192.0.2.1"]),
             linux=pb.LinuxPodSandboxConfig(
                 security_context=pb.LinuxSandboxSecurityContext(
-                    namespace_options=pb.NamespaceOption(pid=pb.CONTAINER)
+                    namespace_options=pb.NamespaceOption(pid=self._pid)
                 )
             ),
         )
@@ -129,7 +132,7 @@ class Client:
                     memory_limit_in_bytes=64 << 20,
                 ),
                 security_context=pb.LinuxContainerSecurityContext(
-                    namespace_options=pb.NamespaceOption(pid=pb.CONTAINER), seccomp=profile
+                    namespace_options=pb.NamespaceOption(pid=self._pid), seccomp=profile
                 ),
             ),
         )

@@ -1,6 +1,6 @@
 """Times pod starts, teardown and exec over a CRI socket, and what the runtime weighs with 20 pods.
 
-    python -m bench.pods [--pods 100] [--peer]
+    python -m bench.pods [--pods 100] [--peer] [--shared-pid]
 
 An agent is started under a temporary root. With --peer, containerd and runc run beside it, and the same client takes
 turns between the two sockets, so that both see the same machine; the last column is the ratio of the medians.
@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pods", type=int, default=100, help="starts of each kind (default 100)")
     parser.add_argument("--peer", action="store_true", help="beside containerd and runc")
+    parser.add_argument("--shared-pid", action="store_true", help="pods with one PID namespace")
     options = parser.parse_args()
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="na-bench-")))
@@ -41,10 +42,12 @@ def main() -> None:
         registry.push(busybox)
         image = f"{registry.host}/{busybox.repository}:{busybox.tags[0]}"
         agent = stack.enter_context(running_agent(root / "agent", registry.host))
-        clients = [Client("nodeagent", agent.endpoint, image, root / "logs")]
+        shared = options.shared_pid
+        logs = root / "logs"
+        clients = [Client("nodeagent", agent.endpoint, image, logs, shared_pid=shared)]
         if options.peer:
             address = stack.enter_context(running_containerd(root / "peer", registry))
-            clients.append(Client("containerd+runc", address, image, root / "logs"))
+            clients.append(Client("containerd+runc", address, image, logs, shared_pid=shared))
         for client in clients:
             stack.callback(client.close)
             client.pull()
