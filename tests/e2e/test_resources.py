@@ -179,7 +179,7 @@ def test_statistics(cri: Cri) -> None:
 
 def test_what_has_ended_stays_in_the_accounts_of_its_pod(cri: Cri) -> None:
     burnt_ns = 300_000_000
-    pod = cri.pod()
+    pod = cri.pod(linux=pod_options(pid=pb.CONTAINER))  # without a process that holds a namespace
     pod.run(name="witness")
     script = "while [ $(($(cut -d' ' -f14,15 /proc/$$/stat | tr ' ' '+'))) -lt 30 ]; do :; done"
     pod.run("sh", "-c", script).ended(60)
@@ -192,7 +192,8 @@ def test_what_has_ended_stays_in_the_accounts_of_its_pod(cri: Cri) -> None:
 
 
 def test_pods_in_one_group_have_accounts_of_their_own(cri: Cri) -> None:
-    shared = pb.LinuxPodSandboxConfig(cgroup_parent=f"/na-test-{os.getpid()}/shared")
+    shared = pod_options(pid=pb.CONTAINER)
+    shared.cgroup_parent = f"/na-test-{os.getpid()}/shared"
     one, other = cri.pod(linux=shared), cri.pod(linux=shared)
     one.run("sh", "-c", "sleep 1000 & sleep 1000 & wait")
     other.run()
