@@ -340,9 +340,7 @@ def test_the_pods_init_is_worth_nothing(cri: Cri) -> None:
     assert _read(init / "oom_score_adj") == "0\n"
     assert os.listdir(init / "fd") == []
     groups = [line.split(":", 2)[2] for line in _read(init / "cgroup").splitlines()]
-    assert all(
-        group.endswith((pod.id, f"{pod.id}.scope/container")) for group in groups if group != "/"
-    )
+    assert all(pod.id in group for group in groups if group != "/")
     orphan = "(sleep 0 &); (setsid sh -c 'sleep 0; :' &); sleep 0.2; ps -o stat"
     assert "Z" not in container.shell(orphan)
     container.shell("kill -KILL 1; kill -TERM 1; kill -STOP 1; true")
