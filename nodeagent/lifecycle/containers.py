@@ -70,6 +70,9 @@ class Containers:
         self._trash = trash
         self._directory = directory
         self._groups: dict[str, Cgroup] = {}
+        self._starting: set[str] = (
+            set()
+        )  # whose program is about to be executed, or is held up before that
         self._flights = Flights(lambda container_id: container_id in registry.containers)
 
     def get(self, name: str) -> Container:
@@ -210,12 +213,15 @@ class Containers:
             container = self._registry.container(container_id)
             if container.state != "created":
                 raise FailedPrecondition(f'container "{name}": is {container.state}, not created')
+            self._starting.add(container_id)
             try:
                 at = await self._supervisor(container).start(container_id)
             except StartError as error:
                 failed = records.start_failed(container, str(error), time.time_ns())
                 self._supervision.ended_as(failed)
                 raise
+            finally:
+                self._starting.discard(container_id)
             self._supervision.started(container, at)
 
     # --- stop ---
@@ -229,6 +235,11 @@ class Containers:
             container = self._registry.container(name)
         except NotFound:
             return
+        if container.id in self._starting:
+            # Another container of the pod may hold up a program that has not begun (SIGSTOP, ptrace).
+            await self._ask_to_stop(container, 0)
+            async with self._registry.lock(container.id):
+                return
         if container.state != "running":
             return
         await self._ask_to_stop(container, timeout_s)

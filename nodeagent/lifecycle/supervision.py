@@ -8,7 +8,10 @@ import asyncio
 import logging
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+
+import msgspec
 
 from nodeagent import records
 from nodeagent.errors import NodeAgentError, Unavailable
@@ -39,6 +42,7 @@ class Supervision:
     def watch(self, sandbox_id: str, supervisor: Supervisor) -> None:
         """Note the ends of the pod's containers from now on, and replace its supervisor if it dies."""
         supervisor.on_exit = self._exited
+        supervisor.on_init_exit = partial(self._init_exited, sandbox_id)
         self._watches[sandbox_id] = asyncio.create_task(self._succeed(sandbox_id, supervisor))
 
     def unwatch(self, sandbox_id: str) -> None:
@@ -114,6 +118,17 @@ class Supervision:
             self._early[container_id] = end
         else:
             self.ended_as(records.exited(container, end["code"], end["at"], oom=end["oom"]))
+
+    def _init_exited(self, sandbox_id: str) -> None:
+        """All containers of the pod have ended with it, and none can be created any more: it is no longer READY."""
+        sandbox = self._registry.sandboxes.get(sandbox_id)
+        if sandbox is not None and sandbox.ready:
+            log.error(
+                'pod sandbox "%s": the process that holds its PID namespace has died', sandbox_id
+            )
+            self._registry.note(
+                msgspec.structs.replace(sandbox, stopped_at=time.time_ns()), "stopped"
+            )
 
     def _ended_unheard(self, container: Container) -> None:
         """Of what nobody told us, there is the exit record."""

@@ -10,16 +10,17 @@
 A process may be told to go before it is ready. `nodeagent.sandbox.init` is the other side.
 
 A hidden process prepares itself where no container sees it, and its successor, which others may see and trace, executes
-the program. So what the hidden process says until it is ready is believed, and nothing that is said later: what arrives
-on the successor's socket can only make the birth fail, and what arrives on the old one is an occasion to look for the
-successor, and nothing else. Who that is, the supervisor reads from the descriptor table of the hidden process, which
-waits until this has happened.
+the program. So what the hidden process says until it is ready is believed, and nothing that is said later: what the
+successor writes can only make the birth fail, and that something is written on the last pipe is an occasion to look for
+the successor. Who that is, the supervisor reads from the descriptor table of the hidden process, which waits until this
+has happened. What a successor has open are the ends of pipes: whoever takes them can hold them open, so that their end
+is not the only sign that the program is executed.
 """
 
 import os
 import socket
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 from nodeagent.errors import NodeAgentError, StartError
 from nodeagent.sandbox import process, protocol
@@ -27,12 +28,13 @@ from nodeagent.sandbox.loop import Loop
 from nodeagent.sandbox.spec import Identity
 
 # The number under which a hidden process has the pidfd of its successor, and how it says that it is there. It has no
-# descriptor of the successor's socket any more then, so that the end of that is the successor's.
-SUCCESSOR = 5
+# descriptor any more then of the pipe that tells what goes wrong, so that the end of that is the successor's.
+SUCCESSOR = 7
 BORN = b"b"
 
 _GO = b"g"
 _MAX_TEXT_BYTES = 4096
+_LOOK_MS = 200
 
 
 class Parent(Protocol):
@@ -49,38 +51,48 @@ class Parent(Protocol):
     def failed(self, error: Exception) -> None: ...
 
 
+class _Succession(NamedTuple):
+    """Between the announcement of a hidden process and its successor. hold: what it waits for the end of."""
+
+    identity: Identity
+    warnings: list[str]
+    hold: int
+    born: int
+    master: int | None
+
+
 class Birth:
-    """One birth; `status` is the supervisor's end of the socket pair, and belongs to the birth.
+    """One birth. status: the supervisor's end of the socket pair, which belongs to the birth, as all that comes by it.
 
     hidden: the pid of a hidden process, a child that is not reaped before the birth has been told (`listen`).
     """
 
-    def __init__(
-        self, loop: Loop, status: socket.socket, parent: Parent, hidden: int | None = None
-    ) -> None:
+    def __init__(self, loop: Loop, status: int, parent: Parent, hidden: int | None = None) -> None:
         self._loop = loop
-        self._status = status
         self._parent = parent
         self._hidden = hidden
-        self._predecessor: socket.socket | None = None
-        self._announced: dict[str, Any] | None = None
-        self._master: int | None = None
-        self._is_ready = False
+        self._is_preparing = True
+        self._succession: _Succession | None = None
+        self._successor = 0
+        self._text = self._go = status
         self._gone = False
         self._resumed = False
         self._over = False
         self._watch()
 
     @classmethod
-    def resume(cls, loop: Loop, status: socket.socket, parent: Parent) -> "Birth":
-        """That of a process that told a supervisor before us that it was ready."""
-        birth = cls(loop, status, parent)
-        birth._is_ready = True
+    def resume(cls, loop: Loop, known: Mapping[str, int], parent: Parent, pid: int) -> "Birth":
+        """That of a process that told a supervisor before us that it was ready. known: its `descriptors`."""
+        birth = cls(loop, known["status"], parent)
+        birth._is_preparing = False
+        if "go" in known:
+            birth._go, birth._successor = known["go"], pid
         return birth
 
     @property
-    def descriptor(self) -> int:
-        return self._status.fileno()
+    def descriptors(self) -> dict[str, int]:
+        """What a supervisor after us resumes the birth with; they stay ours."""
+        return {"status": self._text} | ({"go": self._go} if self._go != self._text else {})
 
     @property
     def is_over(self) -> bool:
@@ -107,9 +119,11 @@ class Birth:
             pass
 
     def conclude(self) -> None:
-        """The process is dead: read what it has left."""
+        """The process is dead: read what it has left. Of a successor that was let go, others may hold the pipe open."""
         self.listen()
-        if not self._over:
+        if not self._over and self._successor and self._gone:
+            self._finish(self._parent.executed)
+        elif not self._over:
             self._finish(lambda: self._parent.failed(_died()))
 
     # ---- what is heard ----
@@ -120,10 +134,10 @@ class Birth:
     def _receive(self) -> bool:
         """Take one message; False when there is none."""
         try:
-            if self._is_ready or self._announced is not None:
-                self._hear_visible(self._status.recv(_MAX_TEXT_BYTES))
+            if self._is_preparing:
+                self._hear_preparing(self._receive_message())
             else:
-                self._hear_preparing(protocol.receive(self._status))
+                self._hear_ready(os.read(self._text, _MAX_TEXT_BYTES))
         except BlockingIOError:
             return False
         except ConnectionResetError:  # comes before what it said: it has ended without reading "go"
@@ -132,94 +146,110 @@ class Birth:
             self.abandon(NodeAgentError(f"init: {error}"))
         return True
 
+    def _receive_message(self) -> protocol.Message | None:
+        channel = socket.socket(fileno=self._text)
+        try:
+            return protocol.receive(channel)
+        finally:
+            channel.detach()
+
     def _hear_preparing(self, message: protocol.Message | None) -> None:
         """From a process that nobody but us can make say anything."""
         if message is None:
             self.abandon(_died())
         elif "ready" in message.body:
-            self._announced = message.body["ready"]
-            successor = message.fds.pop(0) if self._hidden is not None else -1
-            self._master = message.fds.pop(0) if message.fds else None
-            if self._hidden is not None:
-                self._switch(successor)
-            else:
-                self._tell_ready()
+            self._announced(message)
         else:
             protocol.close_all(message.fds)
             self.abandon(protocol.read_error(message.body))
 
-    def _hear_visible(self, packet: bytes) -> None:
-        """From a process that a container may trace. recv(2) has no room for descriptors, which are lost then."""
-        if packet:
-            self.abandon(StartError(packet.decode(errors="replace")))
-        elif self._is_ready and self._gone:
+    def _announced(self, message: protocol.Message) -> None:
+        ready, fds = message.body["ready"], message.fds
+        pipes = [fds.pop(0) for _ in range(4)] if self._hidden is not None else []
+        master = fds.pop(0) if fds else None
+        self._is_preparing = False
+        if self._hidden is None:
+            self._parent.ready(ready["identity"], ready["warnings"], master)
+            return
+        go, hold, text, born = pipes
+        self._loop.forget(self._text)
+        os.close(self._text)
+        self._text, self._go = text, go
+        self._watch()
+        self._succession = _Succession(ready["identity"], ready["warnings"], hold, born, master)
+        os.set_blocking(born, False)
+        self._loop.watch(born, self._look_for_successor)
+
+    def _hear_ready(self, text: bytes) -> None:
+        """From a process that a container may trace, if it is a successor."""
+        if text:
+            self.abandon(StartError(text.decode(errors="replace")))
+        elif self._succession is None and self._gone:
             self._finish(self._parent.executed)
         else:
             self.abandon(_died())
 
     # ---- succession ----
 
-    def _switch(self, status: int) -> None:
-        """Hear the successor; the hidden process ends when we close its own socket."""
-        self._loop.forget(self._status.fileno())
-        self._predecessor, self._status = self._status, socket.socket(fileno=status)
-        self._loop.watch(self._predecessor.fileno(), self._look_for_successor)
-        self._watch()
-
     def _look_for_successor(self, _events: int) -> None:
-        if self._predecessor is None or self._hidden is None:
+        """What is written there is only the occasion: anybody may have written it."""
+        succession = self._succession
+        if succession is None or self._hidden is None:
             return
         try:
-            if not self._predecessor.recv(_MAX_TEXT_BYTES):
-                self._loop.forget(
-                    self._predecessor.fileno()
-                )  # it has ended, which is told elsewhere
-            self._parent.succeeded(process.pid_of_pidfd(self._hidden, SUCCESSOR))
+            if not os.read(succession.born, _MAX_TEXT_BYTES):
+                self._loop.forget(succession.born)  # all have ended, which is told elsewhere
+            pid = process.pid_of_pidfd(self._hidden, SUCCESSOR)
+            self._parent.succeeded(pid)
         except (BlockingIOError, FileNotFoundError):
             return
         except (OSError, ValueError) as error:
             self.abandon(NodeAgentError(f"init: {error}"))
             return
-        self._leave_predecessor()
-        self._hidden = None
+        self._end_succession()
+        self._hidden, self._successor = None, pid
         was_told_to_go = self._gone
-        self._tell_ready()
+        self._parent.ready(succession.identity, succession.warnings, succession.master)
         if was_told_to_go and not self._over:
             self._say_go()
 
-    def _leave_predecessor(self) -> None:
-        if self._predecessor is not None:
-            self._loop.forget(self._predecessor.fileno())
-            self._predecessor.close()
-            self._predecessor = None
+    def _end_succession(self) -> None:
+        """The hidden process ends with the pipe that it waits at."""
+        if self._succession is not None:
+            self._loop.forget(self._succession.born)
+            protocol.close_all((self._succession.born, self._succession.hold))
+            self._succession = None
 
-    # ---- what is told ----
+    def _look_at_program(self) -> None:
+        """Whether the program has been executed though somebody holds the pipe open."""
+        if self._over:
+            return
+        if process.is_of_ours(self._successor):
+            self._loop.call_after(_LOOK_MS, self._look_at_program)
+        else:
+            self._finish(self._parent.executed)
 
-    def _tell_ready(self) -> None:
-        ready, self._announced = self._announced, None
-        master, self._master = self._master, None
-        self._is_ready = True
-        if ready is not None:
-            self._parent.ready(ready["identity"], ready["warnings"], master)
+    # ---- what is told, and what is open ----
 
     def _say_go(self) -> None:
         try:
-            self._status.send(_GO, socket.MSG_NOSIGNAL)
+            os.write(self._go, _GO)
         except (BrokenPipeError, ConnectionResetError):
             pass  # it has died, and the end of file says so
+        if self._successor:
+            self._loop.call_after(_LOOK_MS, self._look_at_program)
 
     def _watch(self) -> None:
-        self._status.setblocking(False)
-        self._loop.watch(self._status.fileno(), self._heard)
+        os.set_blocking(self._text, False)
+        self._loop.watch(self._text, self._heard)
 
     def _finish(self, tell: Callable[[], None]) -> None:
         self._over = True
-        self._loop.forget(self._status.fileno())
-        self._status.close()
-        self._leave_predecessor()
-        if self._master is not None:
-            os.close(self._master)
-            self._master = None
+        self._loop.forget(self._text)
+        protocol.close_all({self._text, self._go})
+        if self._succession is not None:
+            protocol.close_all([fd for fd in (self._succession.master,) if fd is not None])
+            self._end_succession()
         tell()
 
 

@@ -49,11 +49,15 @@ _POLLS, _POLL_SECONDS = 20, 0.1
 
 
 class Supervisor:
-    """A pod's supervisor. `lost` is set when it has died. on_exit: told the end of every container, from now on."""
+    """A pod's supervisor. `lost` is set when it has died. on_exit: told the end of every container, from now on.
+
+    on_init_exit: told the end of the process that holds a shared PID namespace, and so of all that was in it.
+    """
 
     def __init__(self, pod_id: str, directory: Path) -> None:
         self.pod_id = pod_id
         self.on_exit: Callable[[str, Exit], None] = lambda _container, _exit: None
+        self.on_init_exit: Callable[[], None] = lambda: None
         self._directory = directory
         self._is_shut_down = False
         self._channel: Channel
@@ -109,6 +113,8 @@ class Supervisor:
     async def state(self) -> list[ContainerState]:
         """Of every container that was created and is not removed."""
         reply = await self._channel.request("state")
+        if reply.result.get("init_ended"):
+            self.on_init_exit()
         return [ContainerState.read(body) for body in reply.result["containers"]]
 
     async def shutdown(self) -> None:
@@ -256,6 +262,8 @@ class Supervisor:
     def _event(self, event: Body) -> None:
         if event["event"] == "exit":
             self.on_exit(event["container"], event["exit"])
+        elif event["event"] == "init_exit":
+            self.on_init_exit()
         elif event["event"] == "exec_exit":
             end = self._execs.pop(event["exec"], None)
             if end is not None and not end.done():

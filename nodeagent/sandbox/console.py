@@ -84,11 +84,9 @@ def install(stdio: Stdio, uid: int) -> None:
         os.dup2(descriptor, place)
 
 
-def lead_session(with_terminal: bool) -> None:
-    """Begin a session, controlled by the terminal that is standard input."""
-    os.setsid()
-    if with_terminal:
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+def take_control() -> None:
+    """Make the terminal that is standard input the one that controls the session which the caller leads."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def _give_to(descriptor: int, uid: int) -> None:

@@ -31,11 +31,14 @@ from nodeagent.sandbox.spec import ContainerPlan, Exit, Identity
 
 START_FAILED = 128
 
+_OF_BIRTH = ("status", "go")
+
 
 class Container:
     """fds: ours, by name, as the launcher keeps copies of them.
 
-    pidfd; stdin, stdout, stderr, or master with a terminal; status until the program is executed; oom, procs, kill.
+    pidfd; stdin, stdout, stderr, or master with a terminal; status, and go, until the program is executed; oom, procs,
+    kill.
     family: all containers of the pod by id, where this one is until nothing is left of it.
     """
 
@@ -101,7 +104,7 @@ class Container:
             self.fds["master"] = master
         self.facts["identity"], self.facts["warnings"] = identity, warnings
         if self.birth is not None:
-            self.fds["status"] = self.birth.descriptor
+            self.fds.update(self.birth.descriptors)
         try:
             if self.pump is None:
                 self.open_pump()
@@ -163,9 +166,16 @@ class Container:
 
     def _forget_birth(self) -> None:
         self.birth = None
-        self.fds.pop("status", None)  # closed by the birth
+        for name in _OF_BIRTH:
+            self.fds.pop(name, None)  # closed by the birth
         if self.facts["created_at"]:
-            self.pod.keeper.drop(self.id, ["status"])
+            self.pod.keeper.drop(self.id, _OF_BIRTH)
+
+    def share_pid_namespace(self) -> None:
+        """Note for good that others join the PID namespace which is this container's own."""
+        if not self.facts.get("shared"):
+            self.facts["shared"] = True
+            self._save()
 
     # --- stop ---
 

@@ -1,11 +1,13 @@
 """The making of containers: a new one from its plan, or one that another supervisor has made from what it left."""
 
 import os
+import signal
 import socket
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from nodeagent.errors import AlreadyExists, FailedPrecondition, NotFound
+from nodeagent.errors import AlreadyExists, FailedPrecondition, NodeAgentError, NotFound
 from nodeagent.linux import syscalls
 from nodeagent.sandbox import exits, facts, init, namespaces, process, protocol, visibility
 from nodeagent.sandbox.birth import Birth
@@ -20,69 +22,125 @@ from nodeagent.sandbox.stdio import Stdio, open_stdio
 
 Family = dict[str, Container]
 
+# For execs that are killed to be gone: they may have to wait for processor time of their container.
+_PATIENCE_SECONDS = 10.0
+_PAUSE_MS = 5
+
 
 # ---- a new container ----
 
 
 class PidNamespace(NamedTuple):
-    """A PID namespace that a container shares. process: a pidfd of who is in it; procfs: as in `init.InitFds`."""
+    """A PID namespace that a container shares. process: a pidfd of who is in it; procfs: as in `init.InitFds`.
+
+    owner: the container whose own it is, None where it is the pod's.
+    """
 
     process: int
     procfs: str
+    owner: Container | None
 
 
-def create(
-    pod: Pod, family: Family, request: Request, before_sharing: Callable[[str], None]
-) -> None:
-    """Reply when the container is ready to be started; nothing is left of one that is not.
+class _Creation(NamedTuple):
+    """A request to create a container, with the descriptors that came with it."""
 
-    before_sharing: called with the name of the PID namespace (`visibility.pid_namespace`) that it is born into.
-    """
+    pod: Pod
+    family: Family
+    request: Request
+    plan: ContainerPlan
+    fds: dict[str, int]
+    join: list[int]
+
+    def close(self) -> None:
+        protocol.close_all((*self.fds.values(), *self.join))
+
+
+def create(pod: Pod, family: Family, request: Request) -> None:
+    """Reply when the container is ready to be started; nothing is left of one that is not."""
     plan = protocol.checked(ContainerPlan, request.body["plan"])
     if protocol.checked_id(plan["id"]) in family:
         raise AlreadyExists(f'container "{plan["id"]}": exists already')
     shared = _shared_namespace(pod, family, plan)
     if shared is not None:
         visibility.require_successor(f'container "{plan["id"]}"', plan["process"], tty=plan["tty"])
-        before_sharing(visibility.pid_namespace(family, plan))
     join = request.take_all("join")
     fds = {name: fd for name in ("oom", "procs", "kill") if (fd := request.take(name)) is not None}
+    creation = _Creation(pod, family, request, plan, fds, join)
     try:
-        _make(pod, family, plan, fds, join, shared, request)
+        if shared is not None and shared.owner and not shared.owner.facts.get("shared"):
+            _share(creation, shared.owner, time.monotonic() + _PATIENCE_SECONDS)
+        else:
+            _make(creation, shared)
     except BaseException:
-        protocol.close_all(fds.values())
+        creation.close()
         raise
-    finally:
-        protocol.close_all(join)
+
+
+def _share(creation: _Creation, owner: Container, deadline: float) -> None:
+    """Before anybody joins a container's own PID namespace, what is being prepared there in sight has to be gone.
+
+    Further execs are hidden from now on; those that a supervisor before us has begun are found as well.
+    """
+    creation.pod.shared.add(owner.id)
+    left = process.ours_in(os.stat(f"/proc/{owner.facts['pid']}/ns/pid"))
+    for pidfd in left:
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        os.close(pidfd)
+    if left and time.monotonic() > deadline:
+        raise FailedPrecondition(
+            f'container "{owner.id}": {len(left)} of its execs are being started, and do not end; try again later'
+        )
+    if left:
+        creation.pod.loop.call_after(_PAUSE_MS, lambda: _share_later(creation, owner, deadline))
+        return
+    owner.share_pid_namespace()
+    _make(creation, _shared_namespace(creation.pod, creation.family, creation.plan))
+
+
+def _share_later(creation: _Creation, owner: Container, deadline: float) -> None:
+    """As `_share`, for a request that waits; what was true then may not be any more."""
+    try:
+        if creation.plan["id"] in creation.family:
+            raise AlreadyExists(f'container "{creation.plan["id"]}": exists already')
+        _shared_namespace(creation.pod, creation.family, creation.plan)
+        _share(creation, owner, deadline)
+    except (NodeAgentError, OSError) as error:
+        creation.close()
+        creation.request.fail(error)
 
 
 def _shared_namespace(pod: Pod, family: Family, plan: ContainerPlan) -> PidNamespace | None:
     """Whose PID namespace the container is born into: None for the supervisor's, or a new one below it."""
+    if plan["pid"] in ("container", "node"):
+        return None
+    namespace = visibility.POD
     if plan["pid"] == "target":
         target = family.get(plan["pid_target"])
         if target is None:
             raise NotFound(f'container "{plan["pid_target"]}": not in this pod')
         if target.state != "running":
             raise FailedPrecondition(f'container "{target.id}": is {target.state}, not running')
-    namespace = visibility.pid_namespace(family, plan)
-    if namespace == visibility.NODE or plan["pid"] == "container":
+        namespace = visibility.namespace_of(target)
+    if namespace == visibility.NODE:
         return None
     if namespace == visibility.POD:
         if pod.init_pidfd is None:
             raise FailedPrecondition(f'container "{plan["id"]}": the pod shares no PID namespace')
-        return PidNamespace(pod.init_pidfd, namespaces.procfs_pin(pod.directory))
-    return PidNamespace(family[plan["pid_target"]].fds["pidfd"], "")
+        return PidNamespace(pod.init_pidfd, namespaces.procfs_pin(pod.directory), None)
+    owner = family.get(namespace)
+    if owner is None or owner.state != "running":
+        raise FailedPrecondition(
+            f'container "{namespace}": has ended, and its PID namespace with it'
+        )
+    return PidNamespace(family[plan["pid_target"]].fds["pidfd"], "", owner)
 
 
-def _make(
-    pod: Pod,
-    family: Family,
-    plan: ContainerPlan,
-    fds: dict[str, int],
-    join: Sequence[int],
-    shared: PidNamespace | None,
-    request: Request,
-) -> None:
+def _make(creation: _Creation, shared: PidNamespace | None) -> None:
+    """Closes `join`; the other descriptors belong to the container from here on."""
+    pod, family, request, plan, fds, join = creation
     stdio = open_stdio(plan)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
@@ -95,13 +153,22 @@ def _make(
     finally:
         theirs.close()
         stdio.close_given()
+    protocol.close_all(join)
+    join.clear()
     fds.update(stdio.kept, pidfd=child.pidfd, status=ours.fileno())
     container.facts["pid"], container.facts["ticks"] = child.pid, process.start_ticks(child.pid)
     container.facts["pipes"] = {name: os.fstat(fd).st_ino for name, fd in stdio.kept.items()}
+    container.facts["namespace"] = _name_of(plan, shared)
     family[plan["id"]] = container
     hidden = child.pid if shared is not None else None
-    birth = Birth(pod.loop, ours, container, hidden)
+    birth = Birth(pod.loop, ours.detach(), container, hidden)
     container.await_birth(birth, request, hidden=shared is not None)
+
+
+def _name_of(plan: ContainerPlan, shared: PidNamespace | None) -> str:
+    if shared is None:
+        return plan["id"] if plan["pid"] == "container" else visibility.NODE
+    return shared.owner.id if shared.owner else visibility.POD
 
 
 def _spawn(
@@ -191,8 +258,8 @@ def _find_again(container: Container) -> None:
 
 def _watch(container: Container) -> None:
     if "status" in container.fds:
-        status = socket.socket(fileno=container.fds["status"])
-        container.birth = Birth.resume(container.pod.loop, status, container)
+        pid = container.facts["pid"]
+        container.birth = Birth.resume(container.pod.loop, container.fds, container, pid)
         if container.facts["started_at"]:
             container.birth.go_on()
     container.watch()

@@ -43,7 +43,7 @@ class Exec:
         self._timer: Timer | None = None
         self._timed_out = False
         self._killed = False
-        self._was_hidden = self._is_hidden = False
+        self._is_hidden = False
         self._loop = execs.pod.loop
 
     @property
@@ -54,26 +54,12 @@ class Exec:
 
     def begin(self, child: Child, status: socket.socket, *, hidden: bool) -> None:
         self.pid, self._pidfd = child
-        self._was_hidden = self._is_hidden = hidden
-        self._birth = Birth(self._loop, status, self, child.pid if hidden else None)
+        self._is_hidden = hidden
+        self._birth = Birth(self._loop, status.detach(), self, child.pid if hidden else None)
         if self.plan["timeout_ms"] > 0:
             self._timer = self._loop.call_after(self.plan["timeout_ms"], self._time_out)
         if not self.plan["tty"]:
             self._birth.go()
-
-    @property
-    def is_seen_being_born(self) -> bool:
-        """Whether it is in its container's PID namespace, and not yet what it will be."""
-        return self._birth is not None and not self._was_hidden
-
-    def end_birth(self) -> None:
-        if self._birth is not None:
-            self._birth.abandon(
-                FailedPrecondition(
-                    f'exec in container "{self.container.id}": another container came to share its PID namespace'
-                    " while it was started; try again"
-                )
-            )
 
     def succeeded(self, pid: int) -> None:
         child = self._execs.pod.children.adopt_sibling(pid, self.ended)
@@ -184,7 +170,9 @@ class Execs:
             raise FailedPrecondition(
                 f'container "{container.id}": is {container.state}, not running'
             )
-        hidden = visibility.must_hide_exec(self._family, container.plan)
+        hidden = visibility.must_hide_exec(self._family, container) or (
+            visibility.namespace_of(container) in self.pod.shared
+        )
         if (request.peer, request.body["exec"]) in self._execs:
             raise AlreadyExists(f"exec {request.body['exec']}: exists already")
         join = request.take_all("join")
@@ -231,16 +219,6 @@ class Execs:
             theirs.close()
         self._execs[exec_.agent, exec_.number] = exec_
         exec_.begin(child, ours, hidden=hidden)
-
-    def end_births_in(self, namespace: str) -> None:
-        """Before a container comes that may trace: end what is being born in sight in a PID namespace."""
-        for exec_ in self.running():
-            plan = exec_.container.plan
-            if (
-                exec_.is_seen_being_born
-                and visibility.pid_namespace(self._family, plan) == namespace
-            ):
-                exec_.end_birth()
 
     def get(self, request: Request) -> Exec:
         number = request.body["exec"]

@@ -6,7 +6,7 @@ what happened is not lost with the process, and is void after a reboot anyway.
 
 import json
 import os
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from nodeagent import files
 from nodeagent.sandbox import exits, protocol
@@ -20,7 +20,8 @@ class Facts(TypedDict):
 
     ticks: when the process started, as `process.start_ticks` tells it. deadline: ns of the monotonic clock, 0 for none.
     pipes: the inodes of stdin, stdout, stderr. oom_kills: the counter's value at the beginning. signalled: the stop
-    signal was sent; killed: so was SIGKILL, by us.
+    signal was sent; killed: so was SIGKILL, by us. namespace: whose PID namespace it is in (`visibility`); shared:
+    others have joined the one that is its own.
     """
 
     pid: int
@@ -34,6 +35,8 @@ class Facts(TypedDict):
     signalled: bool
     killed: bool
     deadline: int
+    namespace: NotRequired[str]
+    shared: NotRequired[bool]
 
 
 def make_directory(pod: str, plan: ContainerPlan) -> None:

@@ -8,8 +8,9 @@ for one byte, "go", and execute the program; the socket closes itself when that 
 
 Where others share the PID namespace and may trace, the process is **hidden**: it prepares itself in the supervisor's
 PID namespace, and makes a successor in the other one at the end. That has nothing any more which the program will not
-have: its root, ids, capabilities, filter and cgroups are the program's, and it has no descriptor that anything is
-believed from. The other end of its own status socket comes with "ready", before the terminal.
+have: its root, ids, capabilities, filter, cgroups and process group are its own, and it has no descriptor that leads
+anywhere or that anything is believed from. With "ready" come four pipes, before the terminal: to let it go, to let the
+hidden process end, to read why the program cannot be executed, and to hear that there is a successor.
 After the node's file system is left, nothing is imported any more.
 """
 
@@ -160,7 +161,8 @@ def _start(status: int, prepare: Callable[[], _Start]) -> NoReturn:
 
 
 def _leave_supervisor() -> None:
-    """Shed what was inherited: signal handlers, ways to import, and being readable to others."""
+    """Shed what was inherited: the process group, signal handlers, ways to import, and being readable to others."""
+    os.setsid()  # kill(2) of 0 would reach the supervisors of all pods
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
     signal.set_wakeup_fd(-1)
     for number in _SIGNALS:
@@ -254,13 +256,15 @@ def _finish(reporter: _Reporter, start: _Start) -> NoReturn:
     to_execute = program.find(start.argv, settings["env"], identity["home"])
     master = [start.stdio.master] if start.stdio.is_terminal else []
     if start.hidden:
-        _continue_in_successor(reporter, start, master)
-        console.lead_session(start.stdio.is_terminal)
+        _wait_for_go(_continue_in_successor(reporter, start, master))
+        os.setsid()
     else:
         reporter.ready(identity, warnings, *master)
-        _keep_only(reporter.status)
+        [reporter.status] = _keep_only(reporter.status)
         _wait_for_go(reporter.status)
-        console.lead_session(start.stdio.is_terminal)
+    if start.stdio.is_terminal:
+        console.take_control()
+    if not start.hidden:
         credentials.confine(settings)
     program.execute(to_execute)
 
@@ -275,46 +279,40 @@ def _working_directory(path: str) -> Iterator[None]:
         raise FailedPrecondition(f'working directory "{path}": {text}') from error
 
 
-def _keep_only(status: int) -> None:
-    """Close all descriptors but the standard three and the status socket."""
-    os.set_inheritable(status, False)
-    if status > _FIRST_OTHER:
-        syscalls.close_range(_FIRST_OTHER, status - 1)
-    syscalls.close_range(status + 1)
-
-
 def _wait_for_go(status: int) -> None:
     """Where the supervisor ends instead, the container never begins."""
     if not os.read(status, 1):
         os._exit(1)
 
 
-def _continue_in_successor(reporter: _Reporter, start: _Start, master: list[int]) -> None:
-    """Returns in the successor only, when it has been told to go; CLONE_PARENT makes it a child of the supervisor.
+def _continue_in_successor(reporter: _Reporter, start: _Start, master: list[int]) -> int:
+    """Returns in the successor only, with what it will be told to go by; CLONE_PARENT makes it the supervisor's child.
 
-    `seccomp_successor.CALLS` lists the system calls that are made once the filter is in force.
+    What it has open are pipes: a socket would lead who takes it to the supervisor (SO_PEERPIDFD of unix(7)), and carry
+    descriptors to it. `seccomp_successor.CALLS` lists the system calls that are made once the filter is in force.
     """
-    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    theirs, ours = [end.detach() for end in pair]  # objects would be closed later, with the filter
-    reporter.ready(start.identity, start.warnings, theirs, *master)
-    hidden, reporter.status = _keep_two(reporter.status, ours)
+    go, hold = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
+    text, born = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
+    reporter.ready(start.identity, start.warnings, go[1], hold[1], text[0], born[0], *master)
+    ours = _keep_only(go[0], hold[0], text[1], born[1])
+    reporter.status = ours[2]
     credentials.confine_visibly(start.settings)
     if syscalls.clone(syscalls.CLONE_PARENT | syscalls.CLONE_PIDFD):
-        os.close(reporter.status)
-        os.write(hidden, birth.BORN)
-        os.read(hidden, 1)  # until the supervisor has found the successor
+        os.close(ours[2])
+        os.write(ours[3], birth.BORN)
+        os.read(ours[1], 1)  # until the supervisor has found the successor
         os._exit(0)
-    _wait_for_go(reporter.status)
+    return ours[0]
 
 
-def _keep_two(*descriptors: int) -> tuple[int, int]:
-    """Close all descriptors but the standard three and these, which become 3 and 4; so `birth.SUCCESSOR` is free."""
-    beyond = birth.SUCCESSOR + 1 + max(descriptors)
+def _keep_only(*descriptors: int) -> list[int]:
+    """Close all descriptors but the standard three and these, which get the numbers after them."""
+    beyond = _FIRST_OTHER + len(descriptors) + max(descriptors)
     copies = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, beyond) for descriptor in descriptors]
     for number, copy in enumerate(copies, _FIRST_OTHER):
         os.dup2(copy, number, inheritable=False)
-    syscalls.close_range(birth.SUCCESSOR)
-    return _FIRST_OTHER, _FIRST_OTHER + 1
+    syscalls.close_range(_FIRST_OTHER + len(descriptors))
+    return list(range(_FIRST_OTHER, _FIRST_OTHER + len(descriptors)))
 
 
 def _text(error: BaseException) -> str:

@@ -17,6 +17,9 @@ from nodeagent.sandbox import process, procfs, protocol
 TITLE = "pod"
 
 _NOBODY = 65534
+_OOM_SCORE_ADJ = (
+    -998
+)  # the pod ends with it, and it cannot grow; as other runtimes have it for this process
 
 
 def main(status: int, tasks: Sequence[int], directory: str) -> NoReturn:
@@ -25,10 +28,11 @@ def main(status: int, tasks: Sequence[int], directory: str) -> NoReturn:
     Nobody shares the namespace before that. tasks: of cgroups of v1, to be joined; on v2 it is born in its cgroup.
     directory: any one; what is mounted there is seen by nobody else.
     """
+    os.setsid()  # kill(2) of 0 would reach the supervisors of all pods
     for file in tasks:
         os.write(file, b"0")
     process.set_title(TITLE, TITLE)
-    process.set_oom_score(0)
+    _spare_from_oom()
     report = socket.socket(fileno=status)
     shared_proc = procfs.make()
     _leave_node(directory)
@@ -38,6 +42,13 @@ def main(status: int, tasks: Sequence[int], directory: str) -> NoReturn:
     seccomp.install(seccomp.allow_only(syscalls.PAUSE_CALLS), 0)
     while True:
         syscalls.pause()
+
+
+def _spare_from_oom() -> None:
+    try:
+        process.set_oom_score(_OOM_SCORE_ADJ)
+    except OSError:
+        pass  # the supervisor could not be protected either, and has said so
 
 
 def _leave_node(directory: str) -> None:

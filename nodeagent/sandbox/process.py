@@ -7,6 +7,9 @@ from collections.abc import Mapping
 
 from nodeagent.linux import syscalls
 
+# What the command of a supervisor begins with, and that of its children until they execute another one.
+SUPERVISOR = "nodeagent.sandbox.supervisor "
+
 _SPARED = -999
 
 
@@ -85,6 +88,57 @@ def pid_of_pidfd(pid: int, descriptor: int) -> int:
     if found <= 0:
         raise ValueError(f"descriptor {descriptor} of process {pid} is no pidfd of a process")
     return found
+
+
+def is_filtered(pid: int) -> bool:
+    """Whether a seccomp filter is in force; False of a process that is gone."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            return b"\nSeccomp:\t2\n" in file.read()
+    except OSError:
+        return False
+
+
+def is_of_ours(pid: int) -> bool:
+    """Whether a process still executes what we do, and no program of a container; True of one that is dead."""
+    try:
+        return os.path.samestat(os.stat(f"/proc/{pid}/exe"), os.stat("/proc/self/exe"))
+    except OSError:
+        return True
+
+
+def ours_in(pid_namespace: os.stat_result) -> list[int]:
+    """pidfds of all in a PID namespace that still execute what we do: what is prepared there in sight."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            pidfd = _open_ours(int(name), pid_namespace)
+            if pidfd is not None:
+                found.append(pidfd)
+    return found
+
+
+def _open_ours(pid: int, pid_namespace: os.stat_result) -> int | None:
+    """Looked at after its pidfd has been opened, so that it is about this process that the signs are right."""
+    try:
+        if not os.path.samestat(os.stat(f"/proc/{pid}/ns/pid"), pid_namespace):
+            return None
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return None
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            titled = file.read(len(SUPERVISOR)) == SUPERVISOR.encode()
+        if (
+            titled
+            and os.path.samestat(os.stat(f"/proc/{pid}/exe"), os.stat("/proc/self/exe"))
+            and os.path.samestat(os.stat(f"/proc/{pid}/ns/pid"), pid_namespace)
+        ):
+            return pidfd
+    except OSError:
+        pass
+    os.close(pidfd)
+    return None
 
 
 def is_running(pid: int, ticks: int) -> bool:

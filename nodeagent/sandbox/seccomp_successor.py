@@ -9,19 +9,20 @@ import termios
 
 from nodeagent.linux import bpf_classic, libseccomp, seccomp, syscalls
 
-# With the arguments that a filter may look at; pointers and lengths are given as 0.
+# With the arguments that a filter may look at; the others are tried as 0, and as what looks like a pointer.
 CALLS: dict[str, tuple[int, ...]] = {
     "capset": (),
     "clone": (syscalls.CLONE_PARENT | syscalls.CLONE_PIDFD,),
-    "close": (4,),
-    "write": (3,),
-    "read": (3,),
+    "close": (5,),
+    "write": (6,),
+    "read": (4,),
     "exit_group": (),
     "setsid": (),
     "ioctl": (0, termios.TIOCSCTTY),
     "execve": (),
 }
 
+_POINTER = 0x7F00_0000_1000
 _ALLOWING = (libseccomp.ACT_ALLOW, libseccomp.ACT_LOG)
 
 
@@ -35,5 +36,8 @@ def _allows(program: bytes, name: str, arguments: tuple[int, ...]) -> bool:
     number = libseccomp.number_of(name) if program else None
     if number is None:
         return True
-    data = bpf_classic.seccomp_data(number, seccomp.AUDIT_ARCH, arguments)
-    return bpf_classic.run(program, data) in _ALLOWING
+    return all(
+        bpf_classic.run(program, bpf_classic.seccomp_data(number, seccomp.AUDIT_ARCH, given))
+        in _ALLOWING
+        for given in (arguments, (*arguments, *[_POINTER] * (6 - len(arguments))))
+    )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from nodeagent import files
-from nodeagent.errors import FailedPrecondition, NotFound, Unavailable
+from nodeagent.errors import FailedPrecondition, NodeAgentError, NotFound, Unavailable
 from nodeagent.linux import syscalls
 from nodeagent.sandbox import (
     creation,
@@ -77,7 +77,8 @@ def succeed(pod_id: str, directory: str, keeper: int, kept: Kept) -> NoReturn:
 def _run(
     pod_id: str, directory: str, keeper: int, known: Callable[[], PodFacts], kept: Kept
 ) -> NoReturn:
-    process.set_title(f"na-pod-{pod_id[:8]}", f"nodeagent.sandbox.supervisor {pod_id}")
+    os.setsid()  # what signals its process group never means us, nor the pods beside us
+    process.set_title(f"na-pod-{pod_id[:8]}", f"{process.SUPERVISOR}{pod_id}")
     loop = Loop()
     connection = Keeper(loop, pod_id, directory, socket.socket(fileno=keeper))
     try:
@@ -197,16 +198,24 @@ class Supervisor:
         self.pod.loop.forget(status.fileno())
         with status:
             message = protocol.receive(status)
-        if message is None or len(message.fds) != 1:
-            request.fail(Unavailable(f'pod "{self.pod.id}": its init has ended'))
-            return
         try:
+            if message is None or len(message.fds) != 1:
+                raise Unavailable(f'pod "{self.pod.id}": its init has ended')
             namespaces.pin_procfs(self.pod.directory, message.fds[0])
-            request.reply()
-        except OSError as error:
+            self._await_confined_init(request)
+        except (NodeAgentError, OSError) as error:
             request.fail(error)
         finally:
-            protocol.close_all(message.fds)
+            protocol.close_all(message.fds if message else ())
+
+    def _await_confined_init(self, request: Request) -> None:
+        """Its filter is the last thing that it installs, after it has reported."""
+        if self.pod.init_pidfd is None:
+            request.fail(Unavailable(f'pod "{self.pod.id}": its init has ended'))
+        elif process.is_filtered(self._known["init_pid"]):
+            request.reply()
+        else:
+            self.pod.loop.call_after(1, lambda: self._await_confined_init(request))
 
     def _find_init(self) -> None:
         """The one that a supervisor before us has started."""
@@ -222,6 +231,8 @@ class Supervisor:
             self.pod.loop.forget(self.pod.init_pidfd)
             os.close(self.pod.init_pidfd)
             self.pod.init_pidfd = None
+            if not self._closing:
+                self.pod.tell({"event": "init_exit"})
 
     def _deposits(self) -> dict[str, Deposit]:
         return {
@@ -242,7 +253,7 @@ class Supervisor:
     def _create(self, request: Request) -> None:
         if self._closing:
             raise FailedPrecondition(f'pod "{self.pod.id}": is being shut down')
-        creation.create(self.pod, self.containers, request, self.execs.end_births_in)
+        creation.create(self.pod, self.containers, request)
 
     def _stop(self, request: Request) -> None:
         self._container(request).stop(request.body["signal"], request.body["timeout_ms"])
@@ -275,6 +286,7 @@ class Supervisor:
         request.reply(
             {
                 "pid": os.getpid(),
+                "init_ended": bool(self._known["init_pid"]) and self.pod.init_pidfd is None,
                 "containers": [
                     c.describe() for c in self.containers.values() if c.facts["created_at"]
                 ],

@@ -13,7 +13,8 @@ from typing import Protocol
 
 from nodeagent.errors import FailedPrecondition
 from nodeagent.linux import capabilities
-from nodeagent.sandbox.spec import ContainerPlan, Exit, ProcessPlan
+from nodeagent.sandbox.facts import Facts
+from nodeagent.sandbox.spec import ContainerPlan, ProcessPlan
 
 # Names of PID namespaces that are not a single container's.
 POD, NODE = "pod", "node"
@@ -23,31 +24,27 @@ class Member(Protocol):
     """A container of the pod."""
 
     plan: ContainerPlan
-    exit: Exit | None
+    facts: Facts
 
 
-def pid_namespace(family: Mapping[str, Member], plan: ContainerPlan) -> str:
+def namespace_of(member: Member) -> str:
     """POD, NODE, or the id of the container whose own PID namespace a container is in."""
-    if plan["pid"] != "target":
-        return plan["id"] if plan["pid"] == "container" else plan["pid"]
-    target = family.get(plan["pid_target"])
-    return pid_namespace(family, target.plan) if target else plan["pid_target"]
+    plan = member.plan
+    mode = {"container": plan["id"], "target": plan["pid_target"]}.get(plan["pid"], plan["pid"])
+    return member.facts.get("namespace", mode)
 
 
-def must_hide_exec(family: Mapping[str, Member], container: ContainerPlan) -> bool:
+def must_hide_exec(family: Mapping[str, Member], container: Member) -> bool:
     """Whether a further process of a container is prepared out of sight.
 
-    In a namespace of its own without CAP_SYS_PTRACE nobody can do anything to a process that is not dumpable.
+    Nobody can do anything to a process that is not dumpable in a namespace that was never shared, without
+    CAP_SYS_PTRACE. One that others have joined stays so: what they have left may trace.
     """
-    namespace = pid_namespace(family, container)
-    if namespace == NODE:
-        return False
-    there = [
-        member
-        for member in family.values()
-        if member.exit is None and pid_namespace(family, member.plan) == namespace
-    ]
-    return namespace == POD or len(there) > 1 or any(map(_may_trace, there))
+    namespace = namespace_of(container)
+    if namespace in (POD, NODE):
+        return namespace == POD
+    owner = family.get(namespace)
+    return owner is None or owner.facts.get("shared", False) or _may_trace(owner)
 
 
 def _may_trace(member: Member) -> bool:

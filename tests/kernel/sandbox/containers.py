@@ -162,7 +162,7 @@ class Process:
         self.stdout = stdout
         self.others: list[int] = []
         self.message = self._receive()
-        self.status_of_successor = self.others.pop(0) if hidden and self.others else -1
+        self.pipes = [self.others.pop(0) for _ in range(4)] if hidden and self.others else []
         self.master = self.others.pop(0) if self.others else -1
 
     @property
@@ -176,28 +176,32 @@ class Process:
         return cast(dict[str, Any], self.message["ready"])
 
     def _receive(self) -> dict[str, Any]:
-        space = socket.CMSG_SPACE(8)
-        data, ancillary, _, _ = self.status.recvmsg(65536, space)
+        data, ancillary, _, _ = self.status.recvmsg(65536, socket.CMSG_SPACE(5 * 4))
         for _, _, rights in ancillary:
             self.others = array.array("i", rights).tolist()
         return cast(dict[str, Any], json.loads(data)) if data else {}
 
     def go(self) -> str:
         """Let the program run; returns what `init` says then, nothing when all is well."""
+        if self.pipes:
+            os.write(self.pipes[0], b"g")
+            return os.read(self.pipes[2], 65536).decode()
         with suppress(BrokenPipeError):
             self.status.send(b"g")
         return self.status.recv(65536).decode()
 
     def follow(self) -> None:
         """Be the successor of a hidden process from now on."""
-        successor = socket.socket(fileno=self.status_of_successor)
-        assert self.status.recv(1) == birth.BORN
+        _, hold, _, born = self.pipes
+        assert os.read(born, 1) == birth.BORN
         pid = pid_of_pidfd(self.pid, birth.SUCCESSOR)
         pidfd = os.pidfd_open(pid)
-        self.status.close()
+        os.close(hold)
+        self.pipes.remove(hold)
+        self.pipes.insert(1, -1)
         os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
         os.close(self.pidfd)
-        self.pidfd, self.status = pidfd, successor
+        self.pidfd = pidfd
 
     def output(self) -> str:
         """All that it writes until it ends."""
@@ -220,7 +224,7 @@ class Process:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
         self.status.close()
-        for descriptor in (self.pidfd, self.stdout, self.master):
+        for descriptor in (self.pidfd, self.stdout, self.master, *self.pipes):
             if descriptor != -1:
                 os.close(descriptor)
 

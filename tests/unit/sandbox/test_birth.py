@@ -49,7 +49,7 @@ def test_what_it_says_is_heard_whether_it_has_read_go_or_not(reads: bool) -> Non
     """Linux reports the unread "go" of a closed socket before the messages that are in it."""
     parent = Parent()
     ours, process = pair()
-    subject = Birth(Loop(), ours, parent)
+    subject = Birth(Loop(), ours.detach(), parent)
     subject.go()
     process.send(json.dumps({"error": "NotFound", "text": "no such user"}).encode())
     if reads:
@@ -64,7 +64,7 @@ def test_what_it_says_is_heard_whether_it_has_read_go_or_not(reads: bool) -> Non
 def test_only_who_has_read_go_can_have_executed(reads: bool) -> None:
     parent = Parent()
     ours, process = pair()
-    subject = Birth(Loop(), ours, parent)
+    subject = Birth(Loop(), ours.detach(), parent)
     subject.go()
     process.send(READY)
     if reads:
@@ -77,7 +77,7 @@ def test_only_who_has_read_go_can_have_executed(reads: bool) -> None:
 def test_who_was_never_ready_cannot_have_executed() -> None:
     parent = Parent()
     ours, process = pair()
-    subject = Birth(Loop(), ours, parent)
+    subject = Birth(Loop(), ours.detach(), parent)
     subject.go()
     process.recv(1)
     process.close()
@@ -86,11 +86,11 @@ def test_who_was_never_ready_cannot_have_executed() -> None:
 
 
 def test_who_has_read_one_go_of_two_can_have_executed() -> None:
-    """A successor says it again: of a process that is gone, its end is known from elsewhere."""
+    """A supervisor's successor says it again: of a process that is gone, its end is known from elsewhere."""
     parent = Parent()
     ours, process = pair()
     ours.send(b"g")
-    subject = Birth.resume(Loop(), ours, parent)
+    subject = Birth.resume(Loop(), {"status": ours.detach()}, parent, os.getpid())
     subject.go_on()
     process.recv(1)
     process.close()
@@ -102,31 +102,35 @@ def test_who_has_read_one_go_of_two_can_have_executed() -> None:
 
 
 class Hidden:
-    """A birth whose hidden process has said that it is ready; `successor` is what a container may get hold of."""
+    """A birth whose hidden process has said that it is ready; text and born are what a container may get hold of."""
 
     def __init__(self) -> None:
         self.parent = Parent()
         ours, self.process = pair()
-        theirs, self.successor = pair()
+        go, hold, text, born = (os.pipe() for _ in range(4))
+        self.go, self.hold, self.text, self.born = go[0], hold[0], text[1], born[1]
         # It has no descriptor but the standard ones, until it has made its successor.
         self.child = subprocess.Popen(["/bin/sleep", "1000"])
-        self.birth = Birth(Loop(), ours, self.parent, self.child.pid)
+        self.birth = Birth(Loop(), ours.detach(), self.parent, self.child.pid)
         self.birth.go()
-        self.process.sendmsg([READY], [rights(theirs)])
-        theirs.close()
+        given = (go[1], hold[1], text[0], born[0])
+        self.process.sendmsg([READY], [rights(*given)])
+        for descriptor in given:
+            os.close(descriptor)
         self.birth.listen()
+        self.process.close()
 
     def close(self) -> None:
-        self.birth.abandon(NodeAgentError("the test is over"))
-        self.process.close()
-        self.successor.close()
+        if not self.birth.is_over:
+            self.birth.abandon(NodeAgentError("the test is over"))
+        for descriptor in (self.go, self.hold, self.text, self.born):
+            os.close(descriptor)
         self.child.kill()
         self.child.wait()
 
 
-def rights(*sockets: socket.socket) -> tuple[int, int, array.array[int]]:
-    fds = array.array("i", [one.fileno() for one in sockets])
-    return (socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)
+def rights(*descriptors: int) -> tuple[int, int, array.array[int]]:
+    return (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
 
 
 @pytest.fixture
@@ -138,7 +142,7 @@ def hidden() -> Iterator[Hidden]:
 
 def test_a_successor_is_not_believed_to_be_there(hidden: Hidden) -> None:
     for _ in range(3):
-        hidden.process.send(birth.BORN)
+        os.write(hidden.born, birth.BORN)
         hidden.birth._look_for_successor(0)
     assert (hidden.parent.successors, hidden.parent.was_ready, hidden.parent.end) == ([], 0, "")
     assert not hidden.birth.is_over
@@ -155,31 +159,22 @@ def test_a_successor_is_not_believed_to_be_there(hidden: Hidden) -> None:
     ],
 )
 def test_whatever_a_successor_says_only_fails_its_own_birth(hidden: Hidden, forged: bytes) -> None:
-    hidden.successor.send(forged)
+    os.write(hidden.text, forged)
     hidden.birth.listen()
     assert isinstance(hidden.parent.end, StartError)
     assert (hidden.parent.successors, hidden.parent.was_ready) == ([], 0)
 
 
-def test_descriptors_from_a_visible_process_are_not_taken(hidden: Hidden) -> None:
-    before = os.listdir("/proc/self/fd")
-    for channel in (hidden.process, hidden.successor):
-        channel.sendmsg([birth.BORN], [rights(hidden.process, hidden.successor)])
-    hidden.birth._look_for_successor(0)
-    hidden.birth.listen()
-    assert len(os.listdir("/proc/self/fd")) == len(before) - 2  # the birth has failed
+def test_the_hidden_process_is_let_go_when_the_birth_fails(hidden: Hidden) -> None:
+    hidden.birth.abandon(NodeAgentError("failed"))
+    assert os.read(hidden.hold, 1) == b""
+    assert os.read(hidden.go, 1) == b""
 
 
-def test_the_hidden_process_speaks_once(hidden: Hidden) -> None:
-    hidden.process.sendmsg([READY], [rights(hidden.process)])
-    hidden.birth._look_for_successor(0)
-    assert (hidden.parent.was_ready, hidden.birth.is_over) == (0, False)
-
-
-def test_a_hidden_process_that_brings_no_socket() -> None:
+def test_a_hidden_process_that_brings_no_pipes() -> None:
     parent = Parent()
     ours, process = pair()
-    hidden = Birth(Loop(), ours, parent, os.getpid())
+    hidden = Birth(Loop(), ours.detach(), parent, os.getpid())
     process.send(READY)
     hidden.listen()
     process.close()
