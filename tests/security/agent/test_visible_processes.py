@@ -232,6 +232,27 @@ def test_a_debug_container_and_what_comes_after_it(
     pod.remove()
 
 
+def test_execs_beside_a_tracer_that_came_by_way_of_a_container_that_has_gone(
+    cri: Cri, image: pb.ImageSpec, secret: Path
+) -> None:
+    """Who is in a PID namespace does not depend on the record of the container that led there."""
+    pod = cri.pod(linux=pod_options(pid=pb.CONTAINER))
+    runtime_default = profile("RuntimeDefault")
+    target = pod.run(*SLEEP, linux=options(**runtime_default))
+    by_way = pb.NamespaceOption(pid=pb.TARGET, target_id=target.id)
+    between = pod.run(
+        *SLEEP, name="between", linux=options(namespace_options=by_way, **runtime_default)
+    )
+    joined = pb.NamespaceOption(pid=pb.TARGET, target_id=between.id)
+    linux = options(namespace_options=joined, capabilities=TRACER, **runtime_default)
+    watcher = Watcher(pod.run("/bin/watcher", str(secret), name="debug", image=image, linux=linux))
+    between.remove()
+    for _ in range(ROUNDS):
+        assert target.exec("true").exit_code == 0
+    check(watcher, SETTINGS["default"], {target.id, between.id, watcher.container.id})
+    pod.remove()
+
+
 def test_execs_beside_a_tracer_in_a_namespace_of_its_own(
     cri: Cri, image: pb.ImageSpec, secret: Path
 ) -> None:

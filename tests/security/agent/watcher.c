@@ -18,6 +18,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mount.h>
 #include <sys/ptrace.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -96,6 +97,7 @@ static void take(int pid, const char *node_file)
         call(pid, &regs, SYS_mknod, at, S_IFBLK | 0600, makedev(7, 0), 0, 0);
         device = failure(call(pid, &regs, SYS_open, at, O_RDONLY, 0, 0, 0));
         mounted = failure(call(pid, &regs, SYS_mount, at + 400, at + 440, at + 400, 0, 0));
+        if (!mounted) call(pid, &regs, SYS_umount2, at + 440, MNT_DETACH, 0, 0, 0); /* it may be the node's /tmp */
         call(pid, &regs, SYS_unlink, at, 0, 0, 0, 0);
         unshared = failure(call(pid, &regs, SYS_unshare, 0, 0, 0, 0, 0)); /* filtered, or harmless */
     }
