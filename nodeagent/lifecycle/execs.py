@@ -63,13 +63,14 @@ async def _run(supervisor: Supervisor, group: Cgroup, plan: ExecPlan) -> ExecRes
     try:
         with Capture.open() as stdout, Capture.open() as stderr, handover(child) as fds:
             streams = ExecIO(stdin=None, stdout=stdout.writer, stderr=stderr.writer)
-            command = await supervisor.exec(plan, streams, fds)
-            stdout.start()
-            stderr.start()
             try:
+                command = await supervisor.exec(plan, streams, fds)
+                stdout.start()
+                stderr.start()
                 end = await command.wait()
             except asyncio.CancelledError:
-                await command.kill()
+                # Not by the supervisor: it may be who waits for the command, in a pipe that this holds.
+                await asyncio.to_thread(child.kill)
                 raise
             stdout.drain()
             stderr.drain()
