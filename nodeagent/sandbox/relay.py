@@ -9,7 +9,6 @@ supervisor of the container's own pod is the only one who can be made to wait.
 import os
 import select
 from collections.abc import Callable
-from contextlib import ExitStack
 
 from nodeagent.sandbox.loop import WRITABLE, Loop
 from nodeagent.sandbox.protocol import close_all
@@ -128,20 +127,16 @@ class Streams:
         """The agent's ends belong to the streams from now on."""
         self.stdin = self.stdout = self.stderr = -1
         self._outputs: list[Relay] = []
-        with ExitStack() as undo:
-            for end in (stdin, stdout, stderr):
-                if end is not None:
-                    undo.callback(os.close, end)
-            if stdin is not None:
-                self.stdin, ours = _pipe(undo)
-                Relay(loop, stdin, ours)
-            if stdout is not None:
-                ours, self.stdout = _pipe(undo)
-                self._outputs.append(Relay(loop, ours, stdout))
-            if stderr is not None:
-                ours, self.stderr = _pipe(undo)
-                self._outputs.append(Relay(loop, ours, stderr))
-            undo.pop_all()
+        pipes = _pipes_for([end for end in (stdin, stdout, stderr) if end is not None])
+        if stdin is not None:
+            self.stdin, writer = pipes.pop()
+            Relay(loop, stdin, writer)
+        if stdout is not None:
+            reader, self.stdout = pipes.pop()
+            self._outputs.append(Relay(loop, reader, stdout))
+        if stderr is not None:
+            reader, self.stderr = pipes.pop()
+            self._outputs.append(Relay(loop, reader, stderr))
 
     def close_given(self) -> None:
         """The command has its own copies."""
@@ -156,9 +151,12 @@ class Streams:
             settled()
 
 
-def _pipe(undo: ExitStack) -> tuple[int, int]:
-    """Its reading end and its writing end."""
-    ends = os.pipe2(os.O_CLOEXEC)
-    for end in ends:
-        undo.callback(os.close, end)
-    return ends
+def _pipes_for(ends: list[int]) -> list[tuple[int, int]]:
+    """A pipe for each; the ends are closed where there cannot be so many."""
+    pipes: list[tuple[int, int]] = []
+    try:
+        pipes.extend(os.pipe2(os.O_CLOEXEC) for _ in ends)
+    except OSError:
+        close_all([*ends, *(end for pipe in pipes for end in pipe)])
+        raise
+    return pipes
