@@ -8,10 +8,11 @@ import asyncio
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from nodeagent.cgroups.group import Cgroup
+from nodeagent.errors import NodeAgentError
 from nodeagent.lifecycle.handover import handover
 from nodeagent.records import Container
 from nodeagent.sandbox.client import ExecIO, Supervisor
@@ -63,13 +64,15 @@ async def _run(supervisor: Supervisor, group: Cgroup, plan: ExecPlan) -> ExecRes
     try:
         with Capture.open() as stdout, Capture.open() as stderr, handover(child) as fds:
             streams = ExecIO(stdin=None, stdout=stdout.writer, stderr=stderr.writer)
-            command = await supervisor.exec(plan, streams, fds)
-            stdout.start()
-            stderr.start()
             try:
+                command = await supervisor.exec(plan, streams, fds)
+                stdout.start()
+                stderr.start()
                 end = await command.wait()
             except asyncio.CancelledError:
-                await command.kill()
+                # Not by the supervisor: it may be who waits for the command, in a pipe that this holds.
+                with suppress(NodeAgentError, OSError):  # a group that went with its container
+                    await asyncio.to_thread(child.kill)
                 raise
             stdout.drain()
             stderr.drain()
@@ -81,7 +84,10 @@ async def _run(supervisor: Supervisor, group: Cgroup, plan: ExecPlan) -> ExecRes
 
 
 class Capture:
-    """The reading end of a pipe. What comes beyond the bound is read and thrown away, so the command goes on."""
+    """The reading end of a pipe. What comes beyond the bound is read and thrown away, so the command goes on.
+
+    The other end is the supervisor's, not the command's: a pipe of the command could make the agent wait for it.
+    """
 
     def __init__(self, reader: int, writer: int) -> None:
         self.writer = writer
@@ -105,7 +111,7 @@ class Capture:
         return b"".join(self._chunks)
 
     def start(self) -> None:
-        """Give our copy of the writing end up (the command has its own) and read as data comes."""
+        """Give our copy of the writing end up (the supervisor has its own) and read as data comes."""
         os.close(self.writer)
         self.writer = -1
         asyncio.get_running_loop().add_reader(self._reader, self._read)

@@ -7,6 +7,7 @@ from nodeagent.sandbox import protocol
 from nodeagent.sandbox.containers import Container
 from nodeagent.sandbox.peers import Peer, Request
 from nodeagent.sandbox.pump import Tap
+from nodeagent.sandbox.relay import Relay
 
 Key = tuple[Peer, int]
 
@@ -14,7 +15,7 @@ Key = tuple[Peer, int]
 class Attachments:
     """Of a pod. Each is known by a number that the agent gave it.
 
-    The agent gets the reading ends of pipes that are written to, and writes to the container's input itself.
+    The agent gets ends of pipes that only we have the other end of; a terminal's master it reads and writes itself.
     """
 
     def __init__(self) -> None:
@@ -29,14 +30,15 @@ class Attachments:
                 f'container "{container.id}": is {container.state}, not running'
             )
         tap = Tap(lambda: self._cut_off(key))
-        readers = [(name, tap.add(name)) for name in container.pump.streams]
-        stdin = container.fds.get("master", container.fds.get("stdin"))
-        names, fds = protocol.named([*readers, ("stdin", stdin)])
+        given = [(name, tap.add(name)) for name in container.pump.streams]
+        if "stdin" in container.fds:
+            given.append(("stdin", input_to(container)))
+        names, fds = protocol.named([*given, ("stdin", container.fds.get("master"))])
         container.pump.taps[key] = tap
         self._containers[key] = container
         request.reply({"fds": names}, fds)
-        for _, reader in readers:
-            os.close(reader)
+        for _, end in given:
+            os.close(end)
 
     def end_input(self, request: Request) -> None:
         """No more input comes from this one; with stdin_once, from nobody."""
@@ -75,3 +77,10 @@ class Attachments:
                 tap.close()
         if container.plan["stdin_once"]:
             container.close_stdin()
+
+
+def input_to(container: Container) -> int:
+    """The writing end of a pipe that is relayed to the container's input, to its end, whoever has left by then."""
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    Relay(container.pod.loop, reader, os.dup(container.fds["stdin"]))
+    return writer

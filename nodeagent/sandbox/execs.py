@@ -2,6 +2,7 @@
 
 An exec lives in the supervisor: that the agent dies does not end it. It is known by a number that the agent gave it.
 Its cgroup is its own, so that when its time is over the whole tree is killed, what it left in the background included.
+Its pipes are its own as well: what it reads and writes is relayed from and to those that the agent gave.
 """
 
 import os
@@ -18,6 +19,7 @@ from nodeagent.sandbox.groups import Group, split_join_fds
 from nodeagent.sandbox.loop import READABLE, Timer
 from nodeagent.sandbox.peers import Peer, Request
 from nodeagent.sandbox.pod import Pod
+from nodeagent.sandbox.relay import Streams
 from nodeagent.sandbox.spec import ExecPlan, Identity, ProcessPlan
 
 
@@ -36,6 +38,7 @@ class Exec:
         self._request: Request | None = request
         self._size: Any = request.body.get("size")
         self._group = group
+        self._streams: Streams
         self._pidfd = -1
         self._master: int | None = None
         self._birth: Birth | None = None
@@ -52,8 +55,9 @@ class Exec:
         score = self.plan.get("oom_score_adj", settings["oom_score_adj"])
         return {**settings, "oom_score_adj": score}
 
-    def begin(self, child: Child, status: socket.socket, *, hidden: bool) -> None:
+    def begin(self, child: Child, status: socket.socket, streams: Streams, *, hidden: bool) -> None:
         self.pid, self._pidfd = child
+        self._streams = streams
         self._is_hidden = hidden
         self._birth = Birth(self._loop, status.detach(), self, child.pid if hidden else None)
         if self.plan["timeout_ms"] > 0:
@@ -145,10 +149,10 @@ class Exec:
         if self._master is not None:
             self._loop.forget(self._master)
             os.close(self._master)
-        self._loop.call_after(0, lambda: self._tell_end(code))
+        self._loop.call_after(0, lambda: self._streams.settle(lambda: self._tell_end(code)))
 
     def _tell_end(self, code: int) -> None:
-        """When the process has been reaped."""
+        """When the process has been reaped, and the agent can read all that it wrote."""
         if self._request is not None and self._failure is not None:
             self._request.fail(self._failure)
         else:
@@ -176,34 +180,26 @@ class Execs:
         if (request.peer, request.body["exec"]) in self._execs:
             raise AlreadyExists(f"exec {request.body['exec']}: exists already")
         join = request.take_all("join")
-        stdio = request.take("stdin"), request.take("stdout"), request.take("stderr")
         group = Group(self.pod.loop, procs=request.take("procs"), kill=request.take("kill"))
         try:
             exec_ = Exec(self, request, container, group)
             if hidden:
                 what = f'exec in container "{container.id}"'
                 visibility.require_successor(what, exec_.settings, tty=exec_.plan["tty"])
-            self._spawn(exec_, join, stdio, hidden=hidden)
+            stdio = request.take("stdin"), request.take("stdout"), request.take("stderr")
+            self._spawn(exec_, join, Streams(self.pod.loop, *stdio), hidden=hidden)
         except BaseException:
             group.close()
             raise
         finally:
-            protocol.close_all([*join, *(end for end in stdio if end is not None)])
+            protocol.close_all(join)
 
-    def _spawn(
-        self,
-        exec_: Exec,
-        join: list[int],
-        stdio: tuple[int | None, int | None, int | None],
-        *,
-        hidden: bool,
-    ) -> None:
+    def _spawn(self, exec_: Exec, join: list[int], streams: Streams, *, hidden: bool) -> None:
         cgroup, tasks = split_join_fds(join)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         target, userns = exec_.container.fds["pidfd"], self.pod.userns
-        stdin, stdout, stderr = (-1 if end is None else end for end in stdio)
-        status = theirs.fileno()
-        given = init.ExecFds(status, target, stdin, stdout, stderr, tasks, userns, hidden)
+        stdio = streams.stdin, streams.stdout, streams.stderr
+        given = init.ExecFds(theirs.fileno(), target, *stdio, tasks, userns, hidden)
         try:
             with self.pod.children_join(None if hidden else target):
                 child = self.pod.children.spawn(
@@ -217,8 +213,9 @@ class Execs:
             raise
         finally:
             theirs.close()
+            streams.close_given()
         self._execs[exec_.agent, exec_.number] = exec_
-        exec_.begin(child, ours, hidden=hidden)
+        exec_.begin(child, ours, streams, hidden=hidden)
 
     def get(self, request: Request) -> Exec:
         number = request.body["exec"]

@@ -89,7 +89,10 @@ class ContainerState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecIO:
-    """The ends that the process gets; None is the container's /dev/null. They stay the caller's. None with a tty."""
+    """Ends of pipes that the supervisor relays the process's streams from and to; no container has an end of them.
+
+    None is the container's /dev/null. They stay the caller's. None with a tty.
+    """
 
     stdin: int | None = None
     stdout: int | None = None

@@ -1,0 +1,162 @@
+"""Bytes between the pipes that containers have an end of and those that the agent has an end of.
+
+Who is in the middle of splice(2) to or from a pipe holds its lock for as long as the other side takes, and whoever
+reads, writes or closes the pipe waits for that in the kernel, whatever O_NONBLOCK says. A container can do that to
+every pipe that it has an end of. The agent therefore has no end of such a pipe, but of one whose other end is here: the
+supervisor of the container's own pod is the only one who can be made to wait.
+"""
+
+import os
+import select
+from collections.abc import Callable
+
+from nodeagent.sandbox.loop import WRITABLE, Loop
+from nodeagent.sandbox.protocol import close_all
+
+CHUNK_BYTES = 64 << 10  # the capacity of a pipe
+# Nobody can have left more than this in a pipe (fs.pipe-max-size).
+_MAX_LEFT_BYTES = 1 << 20
+
+
+class Relay:
+    """Reads one pipe and writes another, until the first has ended or nobody reads the second. Owns both ends.
+
+    It copies: splice(2) would hold the lock of the agent's pipe while it waits for the one of the container's.
+    """
+
+    def __init__(self, loop: Loop, source: int, sink: int) -> None:
+        self._is_open = True
+        self._loop = loop
+        self._source = source
+        self._sink = sink
+        self._rest = b""
+        self._left = 0
+        self._settled: Callable[[], None] | None = None
+        for end in (source, sink):
+            os.set_blocking(end, False)
+        loop.watch(source, self._source_ready)
+        loop.watch(sink, self._sink_ready, 0)  # tells when its reader has gone
+
+    def settle(self, settled: Callable[[], None]) -> None:
+        """Call `settled`, once, when all that the source holds now is in the sink, or nobody reads that any more."""
+        self._settled = settled
+        self._left = _MAX_LEFT_BYTES
+        if self._is_open:
+            self._take_what_is_there()
+        else:
+            self._tell_settled()
+
+    def _close(self) -> None:
+        self._is_open = False
+        self._rest = b""
+        for end in (self._source, self._sink):
+            self._loop.forget(end)
+            os.close(end)
+        self._tell_settled()
+
+    def _source_ready(self, _events: int) -> None:
+        self._move()
+
+    def _sink_ready(self, _events: int) -> None:
+        if not self._rest:
+            if self._has_no_reader():
+                self._close()
+        elif self._write(self._rest):
+            self._loop.change(self._sink, 0)
+            self._loop.watch(self._source, self._source_ready)
+            self._take_what_is_there()
+
+    def _has_no_reader(self) -> bool:
+        poll = select.poll()
+        poll.register(self._sink, 0)
+        return bool(poll.poll(0))
+
+    def _take_what_is_there(self) -> None:
+        """Only while somebody waits for that: otherwise one read for each event is fair to the others."""
+        while self._settled is not None and not self._rest and self._move():
+            pass
+
+    def _move(self) -> bool:
+        """False when there is nothing now, or nothing any more, or no room for it."""
+        try:
+            data = os.read(self._source, CHUNK_BYTES)
+        except BlockingIOError:
+            self._tell_settled()
+            return False
+        if not data:
+            self._close()
+            return False
+        self._left -= len(data)
+        if self._write(data):
+            return True
+        if self._rest:
+            # Forgotten, not masked: of a pipe whose other end is closed epoll always tells (epoll_ctl(2)).
+            self._loop.forget(self._source)
+            self._loop.change(self._sink, WRITABLE)
+        return False
+
+    def _write(self, data: bytes) -> bool:
+        """Whether the sink took all of it; what it did not take is kept."""
+        try:
+            taken = os.write(self._sink, data)
+        except BlockingIOError:
+            taken = 0
+        except BrokenPipeError:
+            self._close()
+            return False
+        self._rest = data[taken:]
+        if not self._rest and self._left <= 0:
+            self._tell_settled()
+        return not self._rest
+
+    def _tell_settled(self) -> None:
+        settled, self._settled = self._settled, None
+        if settled is not None:
+            settled()
+
+
+class Streams:
+    """The standard streams of a command: pipes of its own, relayed from and to the agent's.
+
+    stdin, stdout, stderr: the ends that the command gets; -1 where the agent has none.
+    """
+
+    def __init__(
+        self, loop: Loop, stdin: int | None, stdout: int | None, stderr: int | None
+    ) -> None:
+        """The agent's ends belong to the streams from now on."""
+        self.stdin = self.stdout = self.stderr = -1
+        self._outputs: list[Relay] = []
+        pipes = _pipes_for([end for end in (stdin, stdout, stderr) if end is not None])
+        if stdin is not None:
+            self.stdin, writer = pipes.pop()
+            Relay(loop, stdin, writer)
+        if stdout is not None:
+            reader, self.stdout = pipes.pop()
+            self._outputs.append(Relay(loop, reader, stdout))
+        if stderr is not None:
+            reader, self.stderr = pipes.pop()
+            self._outputs.append(Relay(loop, reader, stderr))
+
+    def close_given(self) -> None:
+        """The command has its own copies."""
+        close_all(end for end in (self.stdin, self.stdout, self.stderr) if end >= 0)
+        self.stdin = self.stdout = self.stderr = -1
+
+    def settle(self, settled: Callable[[], None]) -> None:
+        """Call `settled` when all that is written now can be read by the agent. What comes later is relayed as well."""
+        if self._outputs:
+            self._outputs.pop().settle(lambda: self.settle(settled))
+        else:
+            settled()
+
+
+def _pipes_for(ends: list[int]) -> list[tuple[int, int]]:
+    """A pipe for each; the ends are closed where there cannot be so many."""
+    pipes: list[tuple[int, int]] = []
+    try:
+        pipes.extend(os.pipe2(os.O_CLOEXEC) for _ in ends)
+    except OSError:
+        close_all([*ends, *(end for pipe in pipes for end in pipe)])
+        raise
+    return pipes
