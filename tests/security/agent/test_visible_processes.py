@@ -21,7 +21,7 @@ from nodeagent.api import runtime_pb2 as pb
 from nodeagent.lifecycle.process import DEFAULT_CAPABILITIES
 from nodeagent.linux import capabilities
 from tests import images, tars
-from tests.cri import SLEEP, Container, Cri, Pod, options, pod_options, refused
+from tests.cri import EXITED, SLEEP, Container, Cri, Pod, options, pod_options, refused
 from tests.e2e.test_user_namespaces import user_namespace
 from tests.node import wait_for
 from tests.security.agent.conftest import PullHostile
@@ -344,21 +344,27 @@ def test_what_is_said_in_the_name_of_a_process_harms_no_other(
 # ---- the process that holds the namespace ----
 
 
-def test_the_pods_init_is_worth_nothing(cri: Cri) -> None:
-    pod = cri.pod(linux=pod_options(pid=pb.POD))
-    container = pod.run(linux=options(namespace_options=pb.NamespaceOption(pid=pb.POD)))
+def init_of(pod: Pod) -> int:
+    """Its pid on the node."""
     [init] = [
-        path
+        int(path.name)
         for path in Path("/proc").glob("[0-9]*")
         if _read(path / "cmdline").startswith("pod\0") and pod.id in _read(path / "cgroup")
     ]
+    return init
+
+
+def test_the_pods_init_is_worth_nothing(cri: Cri) -> None:
+    pod = cri.pod(linux=pod_options(pid=pb.POD))
+    container = pod.run(linux=options(namespace_options=pb.NamespaceOption(pid=pb.POD)))
+    init = Path(f"/proc/{init_of(pod)}")
     status = dict(line.split(":\t", 1) for line in _read(init / "status").splitlines())
     assert {
         name: int(status[name], 16) for name in status if name.startswith("Cap")
     } == dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), 0)
     assert (status["Seccomp"], status["NoNewPrivs"]) == ("2", "1")
     assert set(status["Uid"].split()) == {"65534"}
-    assert _read(init / "oom_score_adj") == "0\n"
+    assert int(_read(init / "oom_score_adj")) <= 0
     assert os.listdir(init / "fd") == []
     groups = [line.split(":", 2)[2] for line in _read(init / "cgroup").splitlines()]
     assert all(pod.id in group for group in groups if group != "/")
@@ -379,7 +385,96 @@ def _read(path: Path) -> str:
         return ""
 
 
+def test_a_pod_whose_init_has_died_is_not_ready(cri: Cri) -> None:
+    """Nothing can run in it any more: its owner shall make another one."""
+    pod = cri.pod(linux=pod_options(pid=pb.POD))
+    namespace = pb.NamespaceOption(pid=pb.POD)
+    container = pod.run(linux=options(namespace_options=namespace))
+    os.kill(init_of(pod), signal.SIGKILL)
+    wait_for("the news", lambda: pod.status.state == pb.SANDBOX_NOTREADY)
+    assert container.ended().exit_code == 137
+    pod.stop()
+    pod.remove()
+
+
+# ---- what a process that waits for its start has, and is a part of ----
+
+
+def waiting_process(pod: Pod, container: Container) -> int:
+    """The one of a container that was created, as the node sees it."""
+    request = pb.ContainerStatusRequest(container_id=container.id, verbose=True)
+    answer = pod.cri.agent.runtime.ContainerStatus(request, timeout=10)
+    return int(json.loads(answer.info["info"])["pid"])
+
+
+def test_nothing_that_is_open_leads_to_the_runtime(cri: Cri) -> None:
+    """A socket would, by SO_PEERPIDFD, whoever takes it; and a process group by kill(2) of 0."""
+    pod = cri.pod(linux=pod_options(pid=pb.POD))
+    container = pod.container(linux=options(namespace_options=pb.NamespaceOption(pid=pb.POD)))
+    pid = waiting_process(pod, container)
+    links = {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()}
+    assert {link.partition(":")[0] for link in links} == {"pipe", "/dev/null"}
+    runtime = {os.getpgid(pod.supervisor), os.getsid(pod.supervisor)}
+    assert runtime.isdisjoint((os.getpgid(pid), os.getsid(pid)))
+    init = init_of(pod)
+    assert os.getpgid(init) == os.getsid(init) == init
+    assert os.getpgid(pod.supervisor) == pod.supervisor
+    container.start()
+    assert container.exec("true").exit_code == 0
+    pod.remove()
+
+
+def test_a_program_that_is_held_before_its_start_can_be_stopped(cri: Cri) -> None:
+    pod = cri.pod(linux=pod_options(pid=pb.POD))
+    container = pod.container(linux=options(namespace_options=pb.NamespaceOption(pid=pb.POD)))
+    os.kill(waiting_process(pod, container), signal.SIGSTOP)
+    request = pb.StartContainerRequest(container_id=container.id)
+    start = cri.agent.runtime.StartContainer.future(request, timeout=60)
+    wait_for("the start to be under way", lambda: not start.done())
+    while not start.done():
+        container.stop()
+    assert container.status.state == EXITED
+    pod.remove()
+
+
+def test_execs_that_are_slow_to_die_when_a_debug_container_comes(
+    cri: Cri, image: pb.ImageSpec, secret: Path
+) -> None:
+    """They get no processor time to prepare themselves, nor to die; nobody joins before they are gone."""
+    pod = cri.pod(linux=pod_options(pid=pb.CONTAINER))
+    filtered = profile("RuntimeDefault")
+    linux = options(**filtered)
+    linux.resources.CopyFrom(pb.LinuxContainerResources(cpu_quota=1000, cpu_period=100_000))
+    spin = "for i in 1 2 3 4; do (while :; do :; done) & done; echo up; wait"
+    target = pod.run("sh", "-c", spin, linux=linux)
+    target.said("up")
+    request = pb.ExecSyncRequest(container_id=target.id, cmd=["true"], timeout=20)
+    execs = [cri.agent.runtime.ExecSync.future(request) for _ in range(4)]
+    joined = pb.NamespaceOption(pid=pb.TARGET, target_id=target.id)
+    debug = options(namespace_options=joined, capabilities=TRACER, **filtered)
+    watcher = Watcher(pod.run("/bin/watcher", str(secret), name="debug", image=image, linux=debug))
+    for call in execs:
+        with suppress(grpc.RpcError):
+            call.result()
+    for seen in watcher.seen():
+        assert (seen.permitted & ~DEFAULT, seen.seccomp) == (0, 2), seen
+    pod.remove()
+
+
 # ---- profiles that allow no hiding ----
+
+
+def test_a_profile_that_only_pretends_to_drop_capabilities(cri: Cri, tmp_path: Path) -> None:
+    """It answers capset(2) with success where there is an argument at all."""
+    condition = {"index": 0, "value": 0, "op": "SCMP_CMP_NE"}
+    entry = {"names": ["capset"], "action": "SCMP_ACT_ERRNO", "errnoRet": 0, "args": [condition]}
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [entry]}))
+    pod = cri.pod(linux=pod_options(pid=pb.POD))
+    fields = profile("Localhost", str(path))
+    shared = options(namespace_options=pb.NamespaceOption(pid=pb.POD), **fields)
+    refused(PRECONDITION, "forbids capset", lambda: pod.container(*SLEEP, linux=shared))
+    pod.remove()
 
 
 @pytest.mark.parametrize("call", ["clone", "setsid", "capset"])
