@@ -37,6 +37,13 @@ class Client:
             pb.PullImageRequest(image=spec), timeout=DEADLINE_SECONDS
         ).image_ref
 
+    def pull_anew(self, image: str) -> None:
+        """Pull an image that is not there, and remove it again."""
+        spec = pb.ImageSpec(image=image)
+        with self._timed("pull"):
+            self._images.PullImage(pb.PullImageRequest(image=spec), timeout=DEADLINE_SECONDS)
+        self._images.RemoveImage(pb.RemoveImageRequest(image=spec), timeout=DEADLINE_SECONDS)
+
     def close(self) -> None:
         self._channel.close()
 

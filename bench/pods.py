@@ -1,4 +1,4 @@
-"""Times pod starts, teardown and exec over a CRI socket, and what the runtime weighs with 20 pods.
+"""Times pod starts, teardown, exec and pulls over a CRI socket, and what the runtime weighs with 20 pods.
 
     python -m bench.pods [--pods 100] [--peer] [--shared-pid]
 
@@ -26,6 +26,7 @@ from tests.registry import running_registry
 
 IDLE_SECONDS = 0.1
 DENSITY_PODS = 20
+PULLS = 10
 HOT, IDLE = "pod start, hot", "pod start, after 100 ms idle"
 
 
@@ -38,8 +39,9 @@ def main() -> None:
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="na-bench-")))
         registry = stack.enter_context(running_registry(root / "registry"))
-        busybox = images.busybox()
+        busybox, large = images.busybox(), images.bench_pull()
         registry.push(busybox)
+        registry.push(large)
         image = f"{registry.host}/{busybox.repository}:{busybox.tags[0]}"
         agent = stack.enter_context(running_agent(root / "agent", registry.host))
         shared = options.shared_pid
@@ -52,6 +54,7 @@ def main() -> None:
             stack.callback(client.close)
             client.pull()
         measure(clients, options.pods)
+        measure_pulls(clients, f"{registry.host}/{large.repository}:{large.tags[0]}")
         print_times(clients)
         print_streams(clients[0])
         print_density(clients[0], agent)
@@ -73,6 +76,12 @@ def measure(clients: list[Client], pods: int) -> None:
             time.sleep(IDLE_SECONDS)
             client.remove_pod(*client.start_pod(IDLE))
         progress(pods + number + 1, 2 * pods)
+
+
+def measure_pulls(clients: list[Client], image: str) -> None:
+    for _ in range(PULLS):
+        for client in clients:
+            client.pull_anew(image)
 
 
 def print_times(clients: list[Client]) -> None:
