@@ -59,6 +59,6 @@ def require_successor(what: str, process: ProcessPlan, *, tty: bool) -> None:
     needed = [call for call in process.get("forbidden_calls", []) if call not in spared]
     if needed:
         raise FailedPrecondition(
-            f"{what}: its seccomp profile forbids {', '.join(needed)}, which starts a process where others may trace"
-            " it (a shared PID namespace, or CAP_SYS_PTRACE); allow that, or give both up"
+            f"{what}: its seccomp profile forbids {', '.join(needed)}, without which no process can be started where"
+            " another one may trace it; allow these calls, or have a PID namespace of its own without CAP_SYS_PTRACE"
         )
