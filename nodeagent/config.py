@@ -112,7 +112,9 @@ class ContainerLogs(Table, frozen=True, kw_only=True):
         doc("of each log, stamps included; a container that writes more waits; 0: no limit"),
     ] = 0
     burst_bytes: Annotated[
-        int, Meta(ge=1), doc("of each log; what may come at once after a while of silence, and what one read gives")
+        int,
+        Meta(ge=1),
+        doc("of each log; what may come at once after a while of silence, and what one read gives"),
     ] = 16 << 20
 
 
