@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 KILL_PATIENCE_SECONDS = 10.0
 THAW_AFTER_SECONDS = 1.0
+START_SECONDS = 1.0  # of a program that nobody holds up, it takes some milliseconds
 ANSWER_SECONDS = 2.0
 USUAL_PERIOD_USEC = 100_000  # the kernel's
 
@@ -236,10 +237,7 @@ class Containers:
         except NotFound:
             return
         if container.id in self._starting:
-            # Another container of the pod may hold up a program that has not begun (SIGSTOP, ptrace).
-            await self._ask_to_stop(container, 0)
-            async with self._registry.lock(container.id):
-                return
+            container = await self._end_start(container)
         if container.state != "running":
             return
         await self._ask_to_stop(container, timeout_s)
@@ -250,6 +248,17 @@ class Containers:
         await asyncio.to_thread(self.group(container).kill)
         if not await self._ends_within(container, KILL_PATIENCE_SECONDS):
             raise TimeoutError(self._why_alive(container))
+
+    async def _end_start(self, container: Container) -> Container:
+        """Its record once its start is over. Another container may hold it up (SIGSTOP, ptrace): it is killed then."""
+        try:
+            async with asyncio.timeout(START_SECONDS), self._registry.lock(container.id):
+                pass
+        except TimeoutError:
+            await self._ask_to_stop(container, 0)
+            async with self._registry.lock(container.id):
+                pass
+        return self._registry.containers.get(container.id, container)
 
     async def _ask_to_stop(self, container: Container, timeout_s: float) -> None:
         """Have the supervisor do it; kill the container ourselves, when its time is over, if that does not answer.
@@ -288,7 +297,8 @@ class Containers:
 
         What cannot be asked of a supervisor that has died is left to the end of the pod.
         """
-        running = [c for c in self._registry.members(sandbox_id) if c.state == "running"]
+        members = self._registry.members(sandbox_id)
+        running = [c for c in members if c.state == "running" or c.id in self._starting]
         results = await asyncio.gather(
             *(self.stop(container.id, 0) for container in running), return_exceptions=True
         )

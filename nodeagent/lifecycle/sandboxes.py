@@ -54,6 +54,7 @@ class Sandboxes:
         self._cgroups = cgroups
         self._handlers = handlers
         self._flights = Flights(lambda sandbox_id: sandbox_id in registry.sandboxes)
+        supervision.end_pod = self.stop
 
     def get(self, name: str) -> Sandbox:
         """Raises NotFound."""

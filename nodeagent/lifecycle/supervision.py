@@ -7,11 +7,10 @@ containers notice nothing. What ended in between is read from exit records; only
 import asyncio
 import logging
 import time
-from contextlib import suppress
+from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
-
-import msgspec
+from typing import Any
 
 from nodeagent import records
 from nodeagent.errors import NodeAgentError, Unavailable
@@ -25,6 +24,7 @@ from nodeagent.sandbox.spec import Exit
 log = logging.getLogger(__name__)
 
 PAUSES_SECONDS = (0.1, 0.3, 1.0)
+ANSWER_SECONDS = 5.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 30.0
 
 
@@ -38,6 +38,9 @@ class Supervision:
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Event] = {}
         self._early: dict[str, Exit] = {}
+        self._behind: set[asyncio.Task[None]] = set()
+        # How a pod is ended that can do nothing any more: `Sandboxes.stop`, which is above us.
+        self.end_pod: Callable[[str], Coroutine[Any, Any, None]]
 
     def watch(self, sandbox_id: str, supervisor: Supervisor) -> None:
         """Note the ends of the pod's containers from now on, and replace its supervisor if it dies."""
@@ -56,8 +59,14 @@ class Supervision:
         supervisor = await self.reach(sandbox_id)
         self._registry.pods[sandbox_id] = Pod(supervisor)
         self.watch(sandbox_id, supervisor)
-        with suppress(Unavailable):  # if it dies now, its successor will be asked
-            await self._reconcile(sandbox_id, supervisor)
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await self._reconcile(sandbox_id, supervisor)
+        except Unavailable:
+            pass  # it has just died, and its successor will be asked
+        except TimeoutError:  # a container may hold it up; the node has to go on
+            log.warning('pod sandbox "%s": its supervisor does not answer yet', sandbox_id)
+            self._do_behind(self._reconcile(sandbox_id, supervisor))
 
     async def reach(self, sandbox_id: str) -> Supervisor:
         """The pod's supervisor, or a successor of one that has died. One may just be coming, or going."""
@@ -88,7 +97,21 @@ class Supervision:
         if container is not None and container.state == "running":
             await self._ends.setdefault(container_id, asyncio.Event()).wait()
 
+    def _do_behind(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(self._guarded(work))
+        self._behind.add(task)
+        task.add_done_callback(self._behind.discard)
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except (NodeAgentError, OSError, TimeoutError) as error:
+            log.error("supervision: %s", error)
+
     async def close(self) -> None:
+        for task in self._behind:
+            task.cancel()
+        await asyncio.gather(*self._behind, return_exceptions=True)
         tasks = list(self._watches.values())
         for sandbox_id in list(self._watches):
             self.unwatch(sandbox_id)
@@ -120,15 +143,9 @@ class Supervision:
             self.ended_as(records.exited(container, end["code"], end["at"], oom=end["oom"]))
 
     def _init_exited(self, sandbox_id: str) -> None:
-        """All containers of the pod have ended with it, and none can be created any more: it is no longer READY."""
-        sandbox = self._registry.sandboxes.get(sandbox_id)
-        if sandbox is not None and sandbox.ready:
-            log.error(
-                'pod sandbox "%s": the process that holds its PID namespace has died', sandbox_id
-            )
-            self._registry.note(
-                msgspec.structs.replace(sandbox, stopped_at=time.time_ns()), "stopped"
-            )
+        """No container can be created in the pod any more: it ends, so that its owner makes another one."""
+        log.error('pod sandbox "%s": the process that holds its PID namespace has died', sandbox_id)
+        self._do_behind(self.end_pod(sandbox_id))
 
     def _ended_unheard(self, container: Container) -> None:
         """Of what nobody told us, there is the exit record."""

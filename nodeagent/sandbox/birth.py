@@ -18,8 +18,9 @@ is not the only sign that the program is executed.
 """
 
 import os
+import signal
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, Protocol
 
 from nodeagent.errors import NodeAgentError, StartError
@@ -78,6 +79,8 @@ class Birth:
         self._gone = False
         self._resumed = False
         self._over = False
+        # How what the birth had open is closed, when it is over.
+        self.give_up: Callable[[Collection[int]], None] = protocol.close_all
         self._watch()
 
     @classmethod
@@ -177,7 +180,8 @@ class Birth:
         self._text, self._go = text, go
         self._watch()
         self._succession = _Succession(ready["identity"], ready["warnings"], hold, born, master)
-        os.set_blocking(born, False)
+        for end in (go, born):
+            os.set_blocking(end, False)
         self._loop.watch(born, self._look_for_successor)
 
     def _hear_ready(self, text: bytes) -> None:
@@ -206,6 +210,7 @@ class Birth:
         except (OSError, ValueError) as error:
             self.abandon(NodeAgentError(f"init: {error}"))
             return
+        os.kill(self._hidden, signal.SIGKILL)  # it lives: it has the pidfd open
         self._end_succession()
         self._hidden, self._successor = None, pid
         was_told_to_go = self._gone
@@ -236,6 +241,8 @@ class Birth:
             os.write(self._go, _GO)
         except (BrokenPipeError, ConnectionResetError):
             pass  # it has died, and the end of file says so
+        except BlockingIOError:
+            pass  # somebody has filled its pipe: there is something to read
         if self._successor:
             self._loop.call_after(_LOOK_MS, self._look_at_program)
 
@@ -246,7 +253,7 @@ class Birth:
     def _finish(self, tell: Callable[[], None]) -> None:
         self._over = True
         self._loop.forget(self._text)
-        protocol.close_all({self._text, self._go})
+        self.give_up({self._text, self._go})
         if self._succession is not None:
             protocol.close_all([fd for fd in (self._succession.master,) if fd is not None])
             self._end_succession()

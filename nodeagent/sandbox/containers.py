@@ -14,10 +14,11 @@ import signal
 import struct
 import termios
 import time
+from collections.abc import Collection
 from fcntl import ioctl
 
 from nodeagent.errors import FailedPrecondition, StartError
-from nodeagent.sandbox import exits, facts, process
+from nodeagent.sandbox import exits, facts, process, protocol
 from nodeagent.sandbox.birth import Birth
 from nodeagent.sandbox.facts import Facts
 from nodeagent.sandbox.groups import Group
@@ -82,6 +83,11 @@ class Container:
         except OSError as error:
             birth.abandon(error)
 
+    def resume_birth(self, birth: Birth) -> None:
+        """That of a process that told a supervisor before us that it was ready."""
+        self.birth = birth
+        birth.give_up = self._give_up_birth
+
     def succeeded(self, pid: int) -> None:
         child = self.pod.children.adopt_sibling(pid, self.ended)
         os.close(self.fds["pidfd"])
@@ -114,6 +120,8 @@ class Container:
                 self.birth.abandon(error)
             return
         self.pod.keeper.keep(self.id, self.deposit())
+        if self.birth is not None:
+            self.birth.give_up = self._give_up_birth
         if self._creation is not None:
             self._creation.reply(self.describe())
             self._creation = None
@@ -127,7 +135,7 @@ class Container:
 
     def _undo(self) -> None:
         """The process ended before it was ready."""
-        self._release()
+        protocol.close_all(self._release())
         facts.remove(self.pod.directory, self.id)
         del self._family[self.id]
         if self._creation is not None and self._removals:
@@ -164,18 +172,20 @@ class Container:
         self._forget_birth()
         self.kill()
 
+    def _give_up_birth(self, descriptors: Collection[int]) -> None:
+        self.pod.keeper.drop(self.id, _OF_BIRTH, descriptors)
+
     def _forget_birth(self) -> None:
         self.birth = None
         for name in _OF_BIRTH:
-            self.fds.pop(name, None)  # closed by the birth
-        if self.facts["created_at"]:
-            self.pod.keeper.drop(self.id, _OF_BIRTH)
+            self.fds.pop(name, None)  # given up by the birth
 
     def share_pid_namespace(self) -> None:
         """Note for good that others join the PID namespace which is this container's own."""
-        if not self.facts.get("shared"):
-            self.facts["shared"] = True
-            self._save()
+        known = self.facts.copy()
+        known["shared"] = True
+        facts.save(self.pod.directory, self.id, known)
+        self.facts = known
 
     # --- stop ---
 
@@ -241,8 +251,7 @@ class Container:
             self.exit = exits.record(self.pod.directory, self.id, self.exit)
         except OSError as error:  # a full disk: it has ended all the same
             report(f"container {self.id}: exit code {code} is not recorded: {error}")
-        self._release()
-        self.pod.keeper.drop(self.id)
+        self.pod.keeper.drop(self.id, None, self._release())
         self.pod.loop.call_after(0, self._tell_end)
 
     def watch(self) -> None:
@@ -261,7 +270,8 @@ class Container:
     def _oom_struck(self) -> bool:
         return exits.oom_kills(self.fds.get("oom")) > self.facts["oom_kills"]
 
-    def _release(self) -> None:
+    def _release(self) -> list[int]:
+        """Let go of all that the container had; returns the descriptors that are still to be closed."""
         if self._deadline is not None:
             self._deadline.cancel()
         if self.pump is not None:
@@ -269,9 +279,9 @@ class Container:
         self.group.close()
         for name in ("procs", "kill"):  # closed by the group
             self.fds.pop(name, None)
-        for descriptor in self.fds.values():
-            os.close(descriptor)
+        left = list(self.fds.values())
         self.fds.clear()
+        return left
 
     def _tell_end(self) -> None:
         """Later than the record, and when the process has been reaped."""
@@ -320,8 +330,7 @@ class Container:
         """Let the container read the end of its input, as soon as nobody else holds it."""
         descriptor = self.fds.pop("stdin", None)
         if descriptor is not None:
-            self.pod.keeper.drop(self.id, ["stdin"])
-            os.close(descriptor)
+            self.pod.keeper.drop(self.id, ["stdin"], [descriptor])
 
     @property
     def state(self) -> str:

@@ -105,6 +105,10 @@ def _share_later(creation: _Creation, owner: Container, deadline: float) -> None
     try:
         if creation.plan["id"] in creation.family:
             raise AlreadyExists(f'container "{creation.plan["id"]}": exists already')
+        if creation.request.peer is not creation.pod.agent:
+            raise FailedPrecondition(
+                f'container "{creation.plan["id"]}": who asked for it has gone'
+            )
         _shared_namespace(creation.pod, creation.family, creation.plan)
         _share(creation, owner, deadline)
     except (NodeAgentError, OSError) as error:
@@ -230,6 +234,20 @@ def restore(pod: Pod, family: Family, kept: dict[str, dict[str, int]]) -> None:
         _take_over(container)
     for fds in kept.values():
         protocol.close_all(fds.values())
+    for container in family.values():
+        _note_namespace(family, container)
+
+
+def _note_namespace(family: Family, container: Container) -> None:
+    """Facts of an earlier version do not tell whose PID namespace a container is in, nor who shares one."""
+    namespace = visibility.namespace_of(container)
+    while (owner := family.get(namespace)) is not None and owner is not container:
+        further = visibility.namespace_of(owner)
+        if further == namespace:
+            owner.facts["shared"] = True
+            break
+        namespace = further
+    container.facts["namespace"] = namespace
 
 
 def _take_over(container: Container) -> None:
@@ -259,8 +277,8 @@ def _find_again(container: Container) -> None:
 def _watch(container: Container) -> None:
     if "status" in container.fds:
         pid = container.facts["pid"]
-        container.birth = Birth.resume(container.pod.loop, container.fds, container, pid)
-        if container.facts["started_at"]:
+        container.resume_birth(Birth.resume(container.pod.loop, container.fds, container, pid))
+        if container.facts["started_at"] and container.birth is not None:
             container.birth.go_on()
     container.watch()
     container.keep_deadline()

@@ -35,7 +35,9 @@ class Keeper:
         self._pod_id = pod_id
         self._directory = directory
         self._deposits: Callable[[], Mapping[str, Deposit]] = dict
-        self._peer: Peer | None = Peer(loop, connection, _ignore, self._lost)
+        self._number = 0
+        self._closing: dict[int, list[int]] = {}
+        self._peer: Peer | None = Peer(loop, connection, self._received, self._lost)
 
     def serve(self, deposits: Callable[[], Mapping[str, Deposit]]) -> None:
         """The pod is there. deposits: all there are, for a new launcher."""
@@ -47,9 +49,30 @@ class Keeper:
         kept = {"container": container, "pid": deposit.pid, "oom_kills": deposit.oom_kills}
         self._send({"op": "keep", **kept, "fds": names}, fds)
 
-    def drop(self, container: str, names: Iterable[str] | None = None) -> None:
-        """Have these descriptors closed, or all of the container."""
-        self._send({"op": "drop", "container": container, "names": names and list(names)})
+    def drop(
+        self, container: str, names: Iterable[str] | None = None, ours: Iterable[int] = ()
+    ) -> None:
+        """Have these descriptors closed, or all of the container, and only then close `ours`, which are given up.
+
+        Who closes the last copy of a pipe may have to wait for a container that holds its lock: never the launcher,
+        which serves all pods.
+        """
+        self._number += 1
+        self._closing[self._number] = list(ours)
+        names = None if names is None else list(names)
+        body = {"op": "drop", "container": container, "names": names, "number": self._number}
+        if self._peer is None:
+            self._close_ours(self._number)
+        else:
+            self._send(body)
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether the launcher has yet to close what we close after it."""
+        return bool(self._closing)
+
+    def _close_ours(self, number: int) -> None:
+        protocol.close_all(self._closing.pop(number, ()))
 
     def done(self) -> None:
         """The pod has ended, and nobody shall succeed us."""
@@ -59,12 +82,18 @@ class Keeper:
         """The pod could not be made."""
         self._send({"op": "failed", **protocol.describe_error(error)})
 
+    def _received(self, _peer: Peer, message: protocol.Message) -> None:
+        protocol.close_all(message.fds)
+        self._close_ours(message.body.get("dropped", 0))
+
     def _send(self, body: Body, fds: Iterable[int] = ()) -> None:
         if self._peer is not None:
             self._peer.send(body, list(fds))
 
     def _lost(self, _peer: Peer) -> None:
         self._peer = None
+        for number in tuple(self._closing):
+            self._close_ours(number)
         self._loop.call_after(_RETRY_MS, self._reconnect)
 
     def _reconnect(self) -> None:
@@ -72,7 +101,7 @@ class Keeper:
         if connection is None:
             self._loop.call_after(_RETRY_MS, self._reconnect)
             return
-        self._peer = Peer(self._loop, connection, _ignore, self._lost)
+        self._peer = Peer(self._loop, connection, self._received, self._lost)
         self._send({"op": "attend", "pod": self._pod_id, "directory": self._directory})
         for container, deposit in self._deposits().items():
             self.keep(container, deposit)
@@ -88,7 +117,3 @@ def connect_launcher(state: str) -> socket.socket | None:
         connection.close()
         return None
     return connection
-
-
-def _ignore(_peer: Peer, message: protocol.Message) -> None:
-    protocol.close_all(message.fds)

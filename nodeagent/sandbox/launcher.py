@@ -204,6 +204,8 @@ class Launcher:
 
     def _drop(self, pod: KeptPod, message: Message) -> None:
         pod.drop(message.body["container"], message.body["names"])
+        if pod.peer is not None:
+            pod.peer.send({"dropped": message.body.get("number", 0)})
 
     def _is_done(self, pod: KeptPod, _message: object) -> None:
         for container in tuple(pod.deposits):

@@ -52,6 +52,7 @@ def _play(directory: str) -> None:
     launcher, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     plan = PodPlan(id=_POD, directory=directory, namespaces=[])
     keeper = Keeper(loop, _POD, directory, ours)
+    kept = Peer(loop, launcher, _acknowledge, lambda _peer: None)
     pod = supervisor.Supervisor(supervisor.prepare(plan), loop, keeper, {}).pod
     agent = _Agent(loop, f"{directory}/{supervisor.SOCKET}", _requests(directory))
 
@@ -63,9 +64,16 @@ def _play(directory: str) -> None:
     loop.call_after(_PATIENCE_MS, give_up)
     loop.run()
     agent.close()
-    launcher.close()
+    kept.close()
     if agent.failure is not None:
         raise agent.failure
+
+
+def _acknowledge(launcher: Peer, message: protocol.Message) -> None:
+    """As the launcher does, which keeps nothing of this pod."""
+    protocol.close_all(message.fds)
+    if message.body["op"] == "drop":
+        launcher.send({"dropped": message.body["number"]})
 
 
 def _requests(directory: str) -> list[Body]:

@@ -8,6 +8,7 @@ directory and with the launcher.
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -39,6 +40,8 @@ from nodeagent.sandbox.protocol import Message
 from nodeagent.sandbox.spec import PodPlan, PodSettings
 
 SOCKET = "supervisor.sock"
+
+_LAUNCHER_SECONDS = 1.0  # for a launcher that is asked to close what it keeps
 
 Kept = dict[str, dict[str, int]]
 
@@ -100,6 +103,7 @@ class Supervisor:
         self.execs = Execs(self.pod, self.containers)
         self.attachments = Attachments()
         self._closing: list[Request] = []
+        self._patience_ends = 0.0
         self._operations = {
             "namespaces": self._namespaces,
             "configure": self._configure,
@@ -302,6 +306,7 @@ class Supervisor:
     def _shutdown(self, request: Request) -> None:
         """Reply when everything that ran in the pod has been reaped."""
         self._closing.append(request)
+        self._patience_ends = time.monotonic() + _LAUNCHER_SECONDS
         self._kill_all()
         self._end_if_empty(1)
 
@@ -318,7 +323,8 @@ class Supervisor:
 
     def _end_if_empty(self, patience_ms: int) -> None:
         alive = [container for container in self.containers.values() if container.exit is None]
-        if alive or self.execs.running() or self.pod.init_pidfd is not None:
+        busy = self.execs.running() or self.pod.init_pidfd is not None
+        if alive or busy or (self.pod.keeper.is_closing and time.monotonic() < self._patience_ends):
             patience_ms = min(2 * patience_ms, 100)
             self.pod.loop.call_after(patience_ms, lambda: self._end_if_empty(patience_ms))
             return
