@@ -90,6 +90,7 @@ class Birth:
         birth._is_preparing = False
         if "go" in known:
             birth._go, birth._successor = known["go"], pid
+            os.set_blocking(birth._go, False)
         return birth
 
     @property

@@ -1,6 +1,7 @@
 """Births as a supervisor sees them; the process is a test that holds the other end of the socket."""
 
 import array
+import contextlib
 import json
 import os
 import socket
@@ -169,6 +170,22 @@ def test_the_hidden_process_is_let_go_when_the_birth_fails(hidden: Hidden) -> No
     hidden.birth.abandon(NodeAgentError("failed"))
     assert os.read(hidden.hold, 1) == b""
     assert os.read(hidden.go, 1) == b""
+
+
+def test_a_pipe_that_somebody_has_filled_holds_nobody_up() -> None:
+    """A successor's end of it can be opened for writing (proc(5), fd)."""
+    parent = Parent()
+    text, go = os.pipe(), os.pipe()
+    thief = os.open(f"/proc/self/fd/{go[0]}", os.O_WRONLY | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(thief, bytes(4096))
+    known = {"status": text[0], "go": go[1]}
+    subject = Birth.resume(Loop(), known, parent, os.getpid())
+    subject.go()
+    subject.abandon(NodeAgentError("the test is over"))
+    for descriptor in (text[1], go[0], thief):
+        os.close(descriptor)
 
 
 def test_a_hidden_process_that_brings_no_pipes() -> None:
