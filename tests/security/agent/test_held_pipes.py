@@ -7,9 +7,8 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 import grpc
 import pytest
@@ -105,14 +104,15 @@ def typing(streams: Streams, *command: str) -> Iterator[None]:
     """A client of crictl that goes on typing."""
     over = threading.Event()
 
-    def go_on(keyboard: IO[bytes]) -> None:
-        while not over.wait(0.01):
-            keyboard.write(b"x\n")
-            keyboard.flush()
+    def go_on(keyboard: int) -> None:
+        """Until the client has ended; nothing is left in a buffer then, to be written when that is closed."""
+        with suppress(BrokenPipeError):
+            while not over.wait(0.01):
+                os.write(keyboard, b"x\n")
 
     with streams.running(*command) as client, ThreadPoolExecutor(1) as pool:
         assert client.stdin is not None
-        pool.submit(go_on, client.stdin)
+        pool.submit(go_on, client.stdin.fileno())
         try:
             yield
         finally:
