@@ -15,22 +15,22 @@ LIMITS = Resources(cpu_shares=2, memory_limit_bytes=16 << 20, pids_limit=1)
 
 def make(cgroups: Cgroups, sandbox: Sandbox) -> Cgroup:
     """Raises as `Cgroups.create`."""
-    group = cgroups.create(_path(cgroups, sandbox), LIMITS)
+    group = cgroups.create(cgroups.container_path(sandbox.cgroup_parent, sandbox.id), LIMITS)
     group.set_devices(())
     return group
 
 
 def remove(cgroups: Cgroups, sandbox: Sandbox) -> None:
     """End what is in it, and remove it. Idempotent, and nothing for a pod that shares no PID namespace."""
-    if sandbox.config.namespaces.pid != "pod":
-        return
+    if sandbox.config.namespaces.pid == "pod":
+        remove_below(cgroups, sandbox.cgroup_parent, sandbox.id)
+
+
+def remove_below(cgroups: Cgroups, parent: str, pod_id: str) -> None:
+    """As `remove`, for a pod without a record, which may have had this parent."""
     try:
-        group = cgroups.open_existing(_path(cgroups, sandbox))
+        group = cgroups.open_existing(cgroups.container_path(parent, pod_id))
     except NotFound:
         return
     group.kill()
     group.remove()
-
-
-def _path(cgroups: Cgroups, sandbox: Sandbox) -> str:
-    return cgroups.container_path(sandbox.cgroup_parent, sandbox.id)

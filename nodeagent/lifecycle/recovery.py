@@ -119,6 +119,11 @@ class Recovery:
         try:
             supervisor = await self._reach(directory)
             await dismantle(directory.name, directory, supervisor, self._network)
+            known = {sandbox.cgroup_parent for sandbox in self._registry.sandboxes.values()}
+            for parent in known | {self._cgroups.pod_path(directory.name)}:
+                await asyncio.to_thread(
+                    podgroup.remove_below, self._cgroups, parent, directory.name
+                )
         except (NodeAgentError, OSError) as error:
             log.error('pod "%s": not removed: %s', directory.name, error)
 
