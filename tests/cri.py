@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests.node import RunningAgent, wait_for
+from tests.node import PATIENCE_SECONDS, RunningAgent, wait_for
 
 _numbers = itertools.count()
 
@@ -42,7 +42,7 @@ class Cri:
             config.hostname = name
         config.MergeFrom(pb.PodSandboxConfig(**fields))
         request = pb.RunPodSandboxRequest(config=config)
-        answer = self.agent.runtime.RunPodSandbox(request, timeout=30)
+        answer = self.agent.runtime.RunPodSandbox(request, timeout=PATIENCE_SECONDS)
         return Pod(self, config, answer.pod_sandbox_id)
 
     def run(self, *command: str, **fields: Any) -> "Container":
@@ -62,7 +62,7 @@ class Pod:
     def status(self) -> pb.PodSandboxStatus:
         request = pb.PodSandboxStatusRequest(pod_sandbox_id=self.id)
         answer: pb.PodSandboxStatusResponse = self.cri.agent.runtime.PodSandboxStatus(
-            request, timeout=10
+            request, timeout=PATIENCE_SECONDS
         )
         return answer.status
 
@@ -74,7 +74,7 @@ class Pod:
     def supervisor(self) -> int:
         """Its process, which another may replace."""
         request = pb.PodSandboxStatusRequest(pod_sandbox_id=self.id, verbose=True)
-        info = self.cri.agent.runtime.PodSandboxStatus(request, timeout=10).info
+        info = self.cri.agent.runtime.PodSandboxStatus(request, timeout=PATIENCE_SECONDS).info
         return int(json.loads(info["info"])["pid"])
 
     def container(self, *command: str, name: str = "main", **fields: Any) -> "Container":
@@ -89,7 +89,7 @@ class Pod:
         request = pb.CreateContainerRequest(
             pod_sandbox_id=self.id, config=config, sandbox_config=self.config
         )
-        answer = self.cri.agent.runtime.CreateContainer(request, timeout=30)
+        answer = self.cri.agent.runtime.CreateContainer(request, timeout=PATIENCE_SECONDS)
         return Container(self, config, answer.container_id)
 
     def run(self, *command: str, **fields: Any) -> "Container":
@@ -99,11 +99,11 @@ class Pod:
 
     def stop(self) -> None:
         request = pb.StopPodSandboxRequest(pod_sandbox_id=self.id)
-        self.cri.agent.runtime.StopPodSandbox(request, timeout=30)
+        self.cri.agent.runtime.StopPodSandbox(request, timeout=PATIENCE_SECONDS)
 
     def remove(self) -> None:
         request = pb.RemovePodSandboxRequest(pod_sandbox_id=self.id)
-        self.cri.agent.runtime.RemovePodSandbox(request, timeout=30)
+        self.cri.agent.runtime.RemovePodSandbox(request, timeout=PATIENCE_SECONDS)
 
 
 @dataclass(slots=True)
@@ -116,7 +116,9 @@ class Container:
     def status(self) -> pb.ContainerStatus:
         request = pb.ContainerStatusRequest(container_id=self.id)
         runtime = self.pod.cri.agent.runtime
-        answer: pb.ContainerStatusResponse = runtime.ContainerStatus(request, timeout=10)
+        answer: pb.ContainerStatusResponse = runtime.ContainerStatus(
+            request, timeout=PATIENCE_SECONDS
+        )
         return answer.status
 
     @property
@@ -130,20 +132,20 @@ class Container:
 
     def start(self) -> None:
         request = pb.StartContainerRequest(container_id=self.id)
-        self.pod.cri.agent.runtime.StartContainer(request, timeout=30)
+        self.pod.cri.agent.runtime.StartContainer(request, timeout=PATIENCE_SECONDS)
 
     def stop(self, timeout: int = 0) -> None:
         request = pb.StopContainerRequest(container_id=self.id, timeout=timeout)
-        self.pod.cri.agent.runtime.StopContainer(request, timeout=timeout + 30)
+        self.pod.cri.agent.runtime.StopContainer(request, timeout=timeout + PATIENCE_SECONDS)
 
     def remove(self) -> None:
         request = pb.RemoveContainerRequest(container_id=self.id)
-        self.pod.cri.agent.runtime.RemoveContainer(request, timeout=30)
+        self.pod.cri.agent.runtime.RemoveContainer(request, timeout=PATIENCE_SECONDS)
 
-    def exec(self, *command: str, timeout: int = 10) -> pb.ExecSyncResponse:
+    def exec(self, *command: str, timeout: int = 60) -> pb.ExecSyncResponse:
         request = pb.ExecSyncRequest(container_id=self.id, cmd=command, timeout=timeout)
         runtime = self.pod.cri.agent.runtime
-        answer: pb.ExecSyncResponse = runtime.ExecSync(request, timeout=timeout + 30)
+        answer: pb.ExecSyncResponse = runtime.ExecSync(request, timeout=timeout + PATIENCE_SECONDS)
         return answer
 
     def shell(self, script: str) -> str:
@@ -152,12 +154,12 @@ class Container:
         assert answer.exit_code == 0, answer
         return answer.stdout.decode().strip()
 
-    def said(self, text: str, seconds: float = 10) -> None:
+    def said(self, text: str, seconds: float = PATIENCE_SECONDS) -> None:
         """Return once its log has this text."""
         name = self.config.metadata.name
         wait_for(f"{text} from {name}", lambda: self.log.exists() and text in self.output, seconds)
 
-    def ended(self, seconds: float = 10) -> pb.ContainerStatus:
+    def ended(self, seconds: float = PATIENCE_SECONDS) -> pb.ContainerStatus:
         """Its status once it is EXITED."""
         wait_for(
             f"end of {self.config.metadata.name}", lambda: self.status.state == EXITED, seconds

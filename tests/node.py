@@ -15,7 +15,8 @@ from nodeagent.api import runtime_pb2 as pb
 from nodeagent.api import runtime_pb2_grpc as rpc
 
 EMULATED = os.environ.get("NODEAGENT_GUEST") == "qemu"
-START_SECONDS = 180.0 if EMULATED else 90.0  # the machine may be busy
+# What only a fault makes last this long: the machine may be slow, and busy with others.
+PATIENCE_SECONDS = 180.0 if EMULATED else 90.0
 MAX_MESSAGE_BYTES = 16 << 20  # as the kubelet and crictl have it
 
 
@@ -87,8 +88,8 @@ class RunningAgent:
             self.endpoint, options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
         )
         try:
-            grpc.channel_ready_future(self._channel).result(timeout=START_SECONDS)
-            self.runtime.Version(pb.VersionRequest(), timeout=START_SECONDS)
+            grpc.channel_ready_future(self._channel).result(timeout=PATIENCE_SECONDS)
+            self.runtime.Version(pb.VersionRequest(), timeout=PATIENCE_SECONDS)
         except (grpc.RpcError, grpc.FutureTimeoutError):
             self.kill()
             raise RuntimeError(f"the agent did not start:\n{self.log.read_text()}") from None
@@ -117,7 +118,7 @@ class RunningAgent:
         if self._process is None:
             return 0
         os.kill(self._process.pid, number)
-        code = self._process.wait(timeout=START_SECONDS)
+        code = self._process.wait(timeout=PATIENCE_SECONDS)
         self._process = None
         return code
 
@@ -129,7 +130,7 @@ def free_port() -> int:
         return port
 
 
-def wait_for(what: str, condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_for(what: str, condition: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> None:
     """Poll until a condition holds; a test that waits longer fails with `what`."""
     deadline = time.monotonic() + seconds
     while not condition():

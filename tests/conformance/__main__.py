@@ -63,8 +63,8 @@ def describe(endpoint: str) -> str:
     """What is being asked, by its own words."""
     with grpc.insecure_channel(endpoint) as channel:
         stub = rpc.RuntimeServiceStub(channel)
-        version = stub.Version(pb.VersionRequest(), timeout=10)
-        driver = stub.RuntimeConfig(pb.RuntimeConfigRequest(), timeout=10).linux.cgroup_driver
+        version = stub.Version(pb.VersionRequest(), timeout=60)
+        driver = stub.RuntimeConfig(pb.RuntimeConfigRequest(), timeout=60).linux.cgroup_driver
     hierarchy = "v2" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "v1"
     return (
         f"{version.runtime_name} {version.runtime_version} on Linux {os.uname().release}, "

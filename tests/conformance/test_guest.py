@@ -8,7 +8,7 @@ from tests.conftest import IN_CI
 from tests.guest import machine, setup
 from tests.images import PROJECT
 
-SECONDS = 300
+SECONDS = 900
 
 
 @pytest.mark.guest

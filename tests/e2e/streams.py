@@ -51,4 +51,4 @@ class Streams:
             yield port
         finally:
             process.terminate()
-            process.wait(timeout=10)
+            process.wait(timeout=60)

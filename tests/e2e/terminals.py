@@ -68,6 +68,6 @@ class Terminal:
 
     def _ask(self, *arguments: str) -> str:
         done = subprocess.run(
-            [*self._tmux, *arguments], capture_output=True, text=True, timeout=30, check=True
+            [*self._tmux, *arguments], capture_output=True, text=True, timeout=60, check=True
         )
         return done.stdout

@@ -46,13 +46,13 @@ def test_a_gibibyte_through_exec(streams: Streams, cri: Cri, echo: Container) ->
         assert client.stdout is not None
         read = client.stdout.read1  # type: ignore[attr-defined]
         there_and_back(cri, echo.pod, client.stdin.write, client.stdin.close, read)
-        assert client.wait(timeout=30) == 0
+        assert client.wait(timeout=60) == 0
 
 
 def test_a_gibibyte_through_port_forward(streams: Streams, cri: Cri, echo: Container) -> None:
     with streams.forwarding(echo.pod.id, ECHO_PORT) as port:
         wait_for("the port", lambda: echoes(port))
-        with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
             there_and_back(
                 cri, echo.pod, client.sendall, lambda: client.shutdown(socket.SHUT_WR), client.recv
             )
@@ -88,7 +88,7 @@ def nginx(cri: Cri, registry: Registry) -> Container:
 
 def connects(port: int) -> bool:
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=30).close()
+        socket.create_connection(("127.0.0.1", port), timeout=60).close()
     except ConnectionRefusedError:
         return False
     return True
@@ -96,7 +96,7 @@ def connects(port: int) -> bool:
 
 def echoes(port: int) -> bool:
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
             client.sendall(b"x")
             return client.recv(1) == b"x"
     except OSError:

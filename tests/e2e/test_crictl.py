@@ -120,7 +120,7 @@ def test_version_info_and_images(run: Crictl) -> None:
 def fetch(url: str) -> str:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=5) as answer:
+        with opener.open(url, timeout=60) as answer:
             return str(answer.read().decode())
     except OSError:
         return ""

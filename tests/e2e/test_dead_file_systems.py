@@ -122,7 +122,7 @@ def test_however_many_wait_others_go_on(cri: Cri, dead: str) -> None:
         for number in range(70)
     ]
     calls = [cri.agent.runtime.CreateContainer.future(request) for request in requests]
-    wait_for("those that are too many", lambda: sum(call.done() for call in calls) == 6, seconds=60)
+    wait_for("those that are too many", lambda: sum(call.done() for call in calls) == 6)
     refusals = [call.exception() for call in calls if call.done()]
     assert {error.code() for error in refusals} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
     assert all(os.path.dirname(dead) in error.details() for error in refusals)

@@ -23,7 +23,7 @@ def pull(agent: RunningAgent, reference: str, **auth: str) -> str:
 
 def status(agent: RunningAgent, reference: str) -> pb.ImageStatusResponse:
     request = pb.ImageStatusRequest(image=pb.ImageSpec(image=reference))
-    answer: pb.ImageStatusResponse = agent.images.ImageStatus(request, timeout=10)
+    answer: pb.ImageStatusResponse = agent.images.ImageStatus(request, timeout=60)
     return answer
 
 

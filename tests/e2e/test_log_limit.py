@@ -26,7 +26,7 @@ def test_a_container_that_logs_too_much_waits(
 
 def held_back(agent: RunningAgent, container: str) -> float:
     """Seconds."""
-    with urllib.request.urlopen(f"http://{agent.metrics}/metrics", timeout=10) as page:
+    with urllib.request.urlopen(f"http://{agent.metrics}/metrics", timeout=60) as page:
         text = page.read().decode()
     found = re.search(rf'^{HELD_BACK}{{.*id="{container}".*}} (\S+)$', text, re.MULTILINE)
     return float(found[1]) if found else 0.0

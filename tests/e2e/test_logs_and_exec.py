@@ -117,7 +117,7 @@ def test_background_child_does_not_hold_the_exec(cri: Cri) -> None:
 
 def test_exec_output_is_bounded(cri: Cri) -> None:
     container = cri.run()
-    answer = container.exec("sh", "-c", "head -c 20000000 /dev/zero; exit 4", timeout=30)
+    answer = container.exec("sh", "-c", "head -c 20000000 /dev/zero; exit 4", timeout=60)
     assert answer.exit_code == 4
     assert 0 < len(answer.stdout) <= 16 << 20
     container.pod.remove()

@@ -15,7 +15,7 @@ PAGE = ("sh", "-c", "echo page > /index.html; exec httpd -f -p 8080 -h /")
 
 def fetch(url: str) -> str:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(url, timeout=5) as answer:
+    with opener.open(url, timeout=60) as answer:
         return str(answer.read().decode())
 
 

@@ -69,7 +69,7 @@ def recorded_events(cri: Cri) -> Iterator[list[Any]]:
     _warm_up(cri, seen)
     yield seen
     stream.cancel()
-    reader.join(timeout=10)
+    reader.join(timeout=60)
 
 
 def _warm_up(cri: Cri, seen: list[Any]) -> None:

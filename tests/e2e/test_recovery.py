@@ -68,7 +68,7 @@ def test_a_killed_supervisor_is_succeeded(own_cri: Cri) -> None:
     script = "i=0; while [ $i -lt 300 ]; do echo $i; i=$((i+1)); sleep 0.01; done; exit 6"
     container = own_cri.run("sh", "-c", script)
     os.kill(container.pod.supervisor, signal.SIGKILL)
-    status = container.ended(seconds=20)
+    status = container.ended()
     assert (status.exit_code, status.reason) == (6, "Error")
     assert container.output.splitlines() == [str(n) for n in range(300)]
 

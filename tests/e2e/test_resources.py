@@ -235,7 +235,7 @@ def test_who_asks_while_a_container_is_removed_leaves_no_file_open(cri: Cri) -> 
                 return
             request = pb.ContainerStatsRequest(container_id=container.id)
             with suppress(grpc.RpcError):
-                cri.agent.runtime.ContainerStats(request, timeout=10)
+                cri.agent.runtime.ContainerStats(request, timeout=60)
 
     askers = [threading.Thread(target=ask) for _ in range(4)]
     for asker in askers:
@@ -263,7 +263,7 @@ def target(file: Path) -> str:
 def test_metrics(cri: Cri) -> None:
     container = limited(cri)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"http://{cri.agent.metrics}/metrics", timeout=10) as answer:
+    with opener.open(f"http://{cri.agent.metrics}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     families = {family.name: family for family in text_string_to_metric_families(text)}
     name = container.pod.config.metadata.name

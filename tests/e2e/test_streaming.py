@@ -29,7 +29,7 @@ def container(cri: Cri) -> Iterator[Container]:
 def test_exec(streams: Streams, container: Container) -> None:
     script = "echo out; echo err >&2; exit 3"
     arguments = streams.command("exec", container.id, "sh", "-c", script)
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "out\n"
     assert "err\n" in done.stderr
     assert "exit code 3" in done.stderr
@@ -48,7 +48,7 @@ def test_attach(streams: Streams, cri: Cri) -> None:
     )
     arguments = streams.command("attach", "-i", reader.id)
     done = subprocess.run(
-        arguments, input="one\ntwo\n", capture_output=True, text=True, timeout=30, check=False
+        arguments, input="one\ntwo\n", capture_output=True, text=True, timeout=60, check=False
     )
     assert done.stdout.splitlines() == ["got one", "got two"]
     assert reader.ended().exit_code == 4
@@ -62,7 +62,7 @@ def test_attach_to_what_goes_on(streams: Streams, cri: Cri) -> None:
     arguments = streams.command("attach", "-i", reader.id)
     for word in ("one", "two"):
         done = subprocess.run(
-            arguments, input=f"{word}\n", capture_output=True, text=True, timeout=30, check=True
+            arguments, input=f"{word}\n", capture_output=True, text=True, timeout=60, check=True
         )
         assert done.stdout == f"got {word}\n"
     assert reader.status.state == RUNNING
@@ -79,7 +79,7 @@ def test_who_does_not_read_is_told_so(streams: Streams, cri: Cri) -> None:
         assert client.stderr is not None
         client.stdin.write(b"go\n")
         client.stdin.flush()
-        writer.said("written", seconds=60)
+        writer.said("written")
         assert len(client.stdout.read()) < 32 * MEBIBYTE
         assert b"its output was read too slowly" in client.stderr.read()
         assert client.wait() == 1
@@ -121,7 +121,7 @@ def digest(port: int) -> str:
     """Of what the forwarded server has; empty while it cannot be reached."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://127.0.0.1:{port}/file", timeout=20) as answer:
+        with opener.open(f"http://127.0.0.1:{port}/file", timeout=60) as answer:
             return hashlib.sha256(answer.read()).hexdigest()
     except OSError:
         return ""

@@ -184,7 +184,7 @@ def test_a_container_may_not_have_another(cri: Cri) -> None:
 
 
 def test_status_says_so(cri: Cri) -> None:
-    status = cri.agent.runtime.Status(pb.StatusRequest(), timeout=10)
+    status = cri.agent.runtime.Status(pb.StatusRequest(), timeout=60)
     assert all(handler.features.user_namespaces for handler in status.runtime_handlers)
     assert status.features.user_namespaces_host_network
 

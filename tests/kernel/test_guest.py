@@ -27,7 +27,7 @@ SECURITY = [
     "tests/security/test_log_pump.py",
     "tests/security/test_network_spoofing.py",
 ]
-SECONDS = 1200
+SECONDS = 2400
 
 
 @pytest.fixture

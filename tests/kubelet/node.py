@@ -28,7 +28,7 @@ Json = dict[str, Any]
 
 NODE = "node"  # the kubelet adds it to the names of static pods
 CGROUPS = Path("/sys/fs/cgroup")
-START_SECONDS, STOP_SECONDS, HTTP_SECONDS = 30.0, 20.0, 30.0
+STOP_SECONDS, HTTP_SECONDS = 60.0, 60.0
 
 # Paths that no option of the kubelet moves.
 FIXED_PATHS = (Path("/var/lib/kubelet"), Path("/var/log/containers"))
@@ -90,7 +90,7 @@ class Kubelet:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
-        wait_for(f"the kubelet; see {self.log}", self._answers, START_SECONDS)
+        wait_for(f"the kubelet; see {self.log}", self._answers)
 
     def stop(self) -> None:
         if self._process is not None:

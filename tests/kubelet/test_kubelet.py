@@ -110,7 +110,7 @@ def test_volumes(node: Node) -> None:
 
 
 def test_host_port(node: Node) -> None:
-    with urllib.request.urlopen(f"http://127.0.0.1:{node.host_port}/", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{node.host_port}/", timeout=60) as answer:
         assert answer.read().decode() == images.PAGE
 
 
@@ -237,12 +237,12 @@ def test_graceful_deletion(node: Node) -> None:
 def test_nothing_is_left_of_deleted_pods(node: Node) -> None:
     for name in node.kubelet.pods:
         node.kubelet.remove(name)
-    wait_for("no container", lambda: not running(node), 20)
-    wait_for("no cgroup", lambda: not pod_cgroups(node), 20)
+    wait_for("no container", lambda: not running(node))
+    wait_for("no cgroup", lambda: not pod_cgroups(node))
     sandboxes = node.agent.runtime.ListPodSandbox(pb.ListPodSandboxRequest()).items
     assert {sandbox.state for sandbox in sandboxes} <= {pb.SANDBOX_NOTREADY}
     folder = node.kubelet.root / "lib/pods"
-    wait_for("no volume", lambda: not os.listdir(folder), 20)
+    wait_for("no volume", lambda: not os.listdir(folder))
 
 
 def test_every_error_of_the_kubelet_is_explained(node: Node) -> None:
@@ -289,7 +289,7 @@ def assert_undisturbed(node: Node, before: dict[tuple[str, str], tuple[str, int]
 
 def container_status(node: Node, identity: str) -> pb.ContainerStatus:
     request = pb.ContainerStatusRequest(container_id=identity)
-    status: pb.ContainerStatus = node.agent.runtime.ContainerStatus(request, timeout=10).status
+    status: pb.ContainerStatus = node.agent.runtime.ContainerStatus(request, timeout=60).status
     return status
 
 
@@ -297,7 +297,7 @@ def running(node: Node) -> set[str]:
     """The names of the running containers."""
     state = pb.ContainerStateValue(state=pb.CONTAINER_RUNNING)
     request = pb.ListContainersRequest(filter=pb.ContainerFilter(state=state))
-    answer = node.agent.runtime.ListContainers(request, timeout=10)
+    answer = node.agent.runtime.ListContainers(request, timeout=60)
     return {container.metadata.name for container in answer.containers}
 
 

@@ -58,7 +58,7 @@ def attack(python: Path, made: ContainerPlan) -> list[str]:
             capture_output=True,
             text=True,
             check=True,
-            timeout=30,
+            timeout=60,
         )
     finally:
         os.close(sealed)

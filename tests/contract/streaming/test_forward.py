@@ -199,7 +199,7 @@ async def test_a_client_aborts_a_connection(server: StreamingServer, wire: str) 
         await client.expect(connection, b"hi")
         await client.abort(connection)
         await client.until(lambda: client.connections[connection].over)
-        await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.wait_for(ended.wait(), 60)
         assert not client.connections[other].over
         await client.close()
 
@@ -232,7 +232,7 @@ async def test_a_client_that_leaves_ends_its_connections(
         await client.write(client.connect(port), b"x")
         await asyncio.sleep(0.1)
         await client.close()
-        await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.wait_for(ended.wait(), 60)
 
 
 @pytest.mark.parametrize("wire", SPDY_WIRES)
@@ -263,7 +263,7 @@ async def test_a_stream_that_stays_alone_is_dropped(server: StreamingServer) -> 
     lonely = client.spdy.open({"streamtype": "error", "port": "80", "requestid": "x"})
     await client.flush()
     with pytest.raises(AssertionError, match=f"StreamReset\\(stream={lonely}"):
-        await asyncio.wait_for(client.until(lambda: False), 5)
+        await asyncio.wait_for(client.until(lambda: False), 60)
     await client.close()
 
 

@@ -24,7 +24,7 @@ from nodeagent.linux import syscalls
 from nodeagent.net import nftables
 from nodeagent.net.netlink import NETLINK_ROUTE
 
-PATIENCE_SECONDS = 3.0
+PATIENCE_SECONDS = 30.0
 REFUSED_SECONDS = 0.3
 
 NODE4, NODE6 = "198.51.100.1", "2001:db8::1"
@@ -101,7 +101,7 @@ class Namespace:
             yield ipr
 
 
-async def until(condition: Any, seconds: float = 20.0) -> None:
+async def until(condition: Any, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"

@@ -211,7 +211,7 @@ class Process:
                 chunks.append(chunk)
         return b"".join(chunks).decode(errors="replace")
 
-    def wait(self, timeout: float = 10) -> int:
+    def wait(self, timeout: float = 60) -> int:
         """Its exit code, or the negative number of the signal that ended it."""
         if not select.select([self.pidfd], [], [], timeout)[0]:
             raise TimeoutError("the process does not end")

@@ -215,7 +215,7 @@ def mounts_below(directory: Path) -> list[str]:
     return [line for line in lines if f" {directory}/" in line]
 
 
-async def eventually(condition: Callable[[], object], seconds: float = 20) -> None:
+async def eventually(condition: Callable[[], object], seconds: float = 60) -> None:
     """Wait until something that is not announced is so."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 it happens elsewhere, in other processes

@@ -52,7 +52,7 @@ def hostile(cri: Cri, registry: Registry) -> PullHostile:
         tag = str(next(_tags))
         registry.push(images.Image("test/hostile", (tag,), layers, {**images.SHELL, **config}))
         spec = pb.ImageSpec(image=f"{registry.host}/test/hostile:{tag}")
-        cri.agent.images.PullImage(pb.PullImageRequest(image=spec), timeout=30)
+        cri.agent.images.PullImage(pb.PullImageRequest(image=spec), timeout=60)
         return spec
 
     return pull

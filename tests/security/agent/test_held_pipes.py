@@ -61,7 +61,7 @@ def holding(cri: Cri, image: pb.ImageSpec) -> tuple[Container, Container]:
     other = pod.run(*SLEEP, name="other")
     container = pod.container("/hold", image=image)
     container.start()
-    wait_for("a supervisor that waits", lambda: is_stuck(supervisor), 30)
+    wait_for("a supervisor that waits", lambda: is_stuck(supervisor))
     return container, other
 
 
@@ -139,10 +139,10 @@ def assert_only_its_pod_waits(container: Container, attack: Attack) -> None:
     other = cri.run()
     before = pipes(agent)
     with attack(container):
-        wait_for("the lock", lambda: is_stuck(supervisor) or is_stuck(agent), 30)
-        cri.agent.runtime.Version(pb.VersionRequest(), timeout=30)
-        cri.agent.runtime.ListContainers(pb.ListContainersRequest(), timeout=30)
-        assert other.exec("echo", "well", timeout=30).stdout == b"well\n"
+        wait_for("the lock", lambda: is_stuck(supervisor) or is_stuck(agent))
+        cri.agent.runtime.Version(pb.VersionRequest(), timeout=60)
+        cri.agent.runtime.ListContainers(pb.ListContainersRequest(), timeout=60)
+        assert other.exec("echo", "well", timeout=60).stdout == b"well\n"
         assert is_stuck(supervisor)
         container.stop()
     container.pod.remove()

@@ -60,7 +60,7 @@ def address(text: str) -> tuple[str, int]:
 
 def streaming_address(container: Container) -> tuple[str, int]:
     request = pb.ExecRequest(container_id=container.id, cmd=["true"], stdout=True)
-    url: str = container.pod.cri.agent.runtime.Exec(request, timeout=10).url
+    url: str = container.pod.cri.agent.runtime.Exec(request, timeout=60).url
     return address(url.split("/")[2])
 
 
@@ -102,9 +102,9 @@ def is_served(container: Container) -> None:
     agent = container.pod.cri.agent
     with grpc.insecure_channel(agent.endpoint) as channel:
         runtime = rpc.RuntimeServiceStub(channel)
-        runtime.Version(pb.VersionRequest(), timeout=30, wait_for_ready=True)
+        runtime.Version(pb.VersionRequest(), timeout=60, wait_for_ready=True)
         request = pb.ExecSyncRequest(container_id=container.id, cmd=["true"], timeout=10)
-        assert runtime.ExecSync(request, timeout=30).exit_code == 0
+        assert runtime.ExecSync(request, timeout=60).exit_code == 0
     container.pod.cri.run().pod.remove()
 
 
@@ -118,7 +118,7 @@ def scraped(agent: RunningAgent) -> str:
 def test_idle_clients_of_the_metrics(agent: RunningAgent, container: Container) -> None:
     before = descriptors(agent)
     with idle_clients(address(agent.metrics)) as clients:
-        wait_for("the end of the oldest", lambda: is_closed(clients[0]), seconds=60)
+        wait_for("the end of the oldest", lambda: is_closed(clients[0]))
         is_served(container)
         assert "nodeagent_pods" in scraped(agent)
         is_served(container)
@@ -139,7 +139,7 @@ def test_metrics_that_are_asked_for_and_not_read(agent: RunningAgent, container:
             except OSError:
                 pass
         is_served(container)
-        wait_for("a scrape", lambda: "nodeagent_pods" in attempt(agent), seconds=60)
+        wait_for("a scrape", lambda: "nodeagent_pods" in attempt(agent))
         assert peak_bytes(agent.pid) - size < 100 * MEBIBYTE
 
 
@@ -157,7 +157,7 @@ def test_idle_clients_of_the_streaming_server(
 ) -> None:
     before = descriptors(agent)
     with idle_clients(streaming_address(container)) as clients:
-        wait_for("the end of the oldest", lambda: is_closed(clients[0]), seconds=20)
+        wait_for("the end of the oldest", lambda: is_closed(clients[0]))
         arguments = Streams(crictl, cri, wire).command("exec", container.id, "echo", "hello")
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
         assert done.stdout == "hello\n", done.stderr
@@ -218,7 +218,7 @@ def test_idle_clients_of_the_cri(agent: RunningAgent, container: Container) -> N
     """Of a program with a bug, as who may connect is trusted. Other clients are served, new ones after a while."""
     before = descriptors(agent)
     with idle_clients(str(agent.socket)) as clients:
-        wait_for("the end of some", lambda: any(map(is_closed, clients)), seconds=60)
+        wait_for("the end of some", lambda: any(map(is_closed, clients)))
         for _ in range(10):
             assert container.exec("true").exit_code == 0
         assert descriptors(agent) < before + 400
@@ -244,7 +244,7 @@ def test_idle_clients_of_the_control_socket(agent: RunningAgent, tmp_path: Path)
     images.write_archive(images.pause(), archive)
     before = descriptors(agent)
     with idle_clients(str(agent.root / "run/control.sock")) as clients:
-        wait_for("the end of the oldest", lambda: is_closed(clients[0]), seconds=60)
+        wait_for("the end of the oldest", lambda: is_closed(clients[0]))
         load = agent.command("image load", str(archive))
         done = subprocess.run(load, capture_output=True, text=True, timeout=60, check=False)
         assert "loaded" in done.stdout, done.stderr

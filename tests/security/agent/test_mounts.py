@@ -36,7 +36,7 @@ def at(path: Path | str, target: str) -> pb.Mount:
 
 def host_pid(container: Container) -> int:
     request = pb.ContainerStatusRequest(container_id=container.id, verbose=True)
-    answer = container.pod.cri.agent.runtime.ContainerStatus(request, timeout=10)
+    answer = container.pod.cri.agent.runtime.ContainerStatus(request, timeout=60)
     return int(json.loads(answer.info["info"])["pid"])
 
 

@@ -189,11 +189,11 @@ def test_cve_2022_1708_and_31030_output_without_end(cri: Cri) -> None:
 def test_a_log_line_without_end(cri: Cri) -> None:
     container = cri.pod().container("sh", "-c", "head -c 50000000 /dev/zero | tr '\\0' x")
     request = pb.PodSandboxStatusRequest(pod_sandbox_id=container.pod.id, verbose=True)
-    info = cri.agent.runtime.PodSandboxStatus(request, timeout=10).info["info"]
+    info = cri.agent.runtime.PodSandboxStatus(request, timeout=60).info["info"]
     supervisor = json.loads(info)["pid"]
     before = reset_peak(supervisor)
     container.start()
-    container.ended(seconds=60)
+    container.ended()
     assert container.log.stat().st_size > 50_000_000
     assert peak_bytes(supervisor) - before < 16 * MEBIBYTE
     container.pod.remove()

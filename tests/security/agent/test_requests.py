@@ -183,8 +183,8 @@ def test_newlines_are_characters(cri: Cri, hostile: PullHostile) -> None:
         pod_sandbox_id=pod.id, config=config, sandbox_config=pod.config
     )
     runtime = cri.agent.runtime
-    created = runtime.CreateContainer(request, timeout=30).container_id
-    runtime.StartContainer(pb.StartContainerRequest(container_id=created), timeout=30)
+    created = runtime.CreateContainer(request, timeout=60).container_id
+    runtime.StartContainer(pb.StartContainerRequest(container_id=created), timeout=60)
     log = Path(pod.config.log_directory) / "main.log"
     wait_for("its output", lambda: "/bin" in log.read_text())
     lines = [line.split(" ", 3)[3] for line in log.read_text().splitlines()]
@@ -250,12 +250,12 @@ def crictl_running(crictl: Path, cri: Cri, *arguments: str) -> Iterator[None]:
         yield
     finally:
         process.terminate()
-        process.wait(timeout=10)
+        process.wait(timeout=60)
 
 
 def ends_at_once(port: int) -> bool:
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             return connection.recv(1) == b""
     except ConnectionRefusedError:
         return False

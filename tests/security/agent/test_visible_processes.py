@@ -187,7 +187,7 @@ def test_births_and_execs_in_a_shared_namespace(
         before = len(watcher.unborn())
         container = pod.container(*SLEEP, name=f"victim-{number}", linux=confined)
         ids.add(container.id)
-        wait_for("the sight of it", partial(saw_more, watcher, before), seconds=60)
+        wait_for("the sight of it", partial(saw_more, watcher, before))
         if number % 5 == 4:
             replace_supervisor(pod)
         container.start()
@@ -403,7 +403,7 @@ def test_a_pod_whose_init_has_died_is_not_ready(cri: Cri) -> None:
 def waiting_process(pod: Pod, container: Container) -> int:
     """The one of a container that was created, as the node sees it."""
     request = pb.ContainerStatusRequest(container_id=container.id, verbose=True)
-    answer = pod.cri.agent.runtime.ContainerStatus(request, timeout=10)
+    answer = pod.cri.agent.runtime.ContainerStatus(request, timeout=60)
     return int(json.loads(answer.info["info"])["pid"])
 
 
@@ -437,22 +437,36 @@ def test_a_program_that_is_held_before_its_start_can_be_stopped(cri: Cri) -> Non
     pod.remove()
 
 
+def once_execs_are_gone(
+    pod: Pod, program: str, argument: str, image: pb.ImageSpec, linux: pb.LinuxContainerConfig
+) -> Container:
+    """The debug container, which is refused as long as execs that were killed wait for time to die in."""
+    while True:
+        try:
+            return pod.run(program, argument, name="debug", image=image, linux=linux)
+        except grpc.RpcError as error:
+            if "of its execs are being started" not in str(error):
+                raise
+
+
 def test_execs_that_are_slow_to_die_when_a_debug_container_comes(
     cri: Cri, image: pb.ImageSpec, secret: Path
 ) -> None:
     """They get no processor time to prepare themselves, nor to die; nobody joins before they are gone."""
     pod = cri.pod(linux=pod_options(pid=pb.CONTAINER))
     filtered = profile("RuntimeDefault")
-    linux = options(**filtered)
-    linux.resources.CopyFrom(pb.LinuxContainerResources(cpu_quota=1000, cpu_period=100_000))
     spin = "for i in 1 2 3 4; do (while :; do :; done) & done; echo up; wait"
-    target = pod.run("sh", "-c", spin, linux=linux)
+    target = pod.run("sh", "-c", spin, linux=options(**filtered))
     target.said("up")
+    slow = pb.LinuxContainerResources(cpu_quota=1000, cpu_period=100_000)
+    cri.agent.runtime.UpdateContainerResources(
+        pb.UpdateContainerResourcesRequest(container_id=target.id, linux=slow)
+    )
     request = pb.ExecSyncRequest(container_id=target.id, cmd=["true"], timeout=20)
     execs = [cri.agent.runtime.ExecSync.future(request) for _ in range(4)]
     joined = pb.NamespaceOption(pid=pb.TARGET, target_id=target.id)
     debug = options(namespace_options=joined, capabilities=TRACER, **filtered)
-    watcher = Watcher(pod.run("/bin/watcher", str(secret), name="debug", image=image, linux=debug))
+    watcher = Watcher(once_execs_are_gone(pod, "/bin/watcher", str(secret), image, debug))
     for call in execs:
         with suppress(grpc.RpcError):
             call.result()
