@@ -29,7 +29,7 @@ from nodeagent.errors import (
     Unavailable,
 )
 from nodeagent.images.catalog import Images
-from nodeagent.lifecycle import cdi, execs, oomscore, process
+from nodeagent.lifecycle import cdi, execs, oomkill, oomscore, process
 from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.handover import handover
 from nodeagent.lifecycle.plan import Planner, reference
@@ -155,7 +155,7 @@ class Containers:
             self.limit_pod(sandbox)
         group.set_devices(seen.devices.rules)
         undo.push_async_callback(supervisor.remove, container.id)
-        with handover(group) as fds:
+        with handover(group) as fds, oomkill.named(container, group):
             made = await supervisor.create(plan, fds)
         for warning in made.warnings:
             log.warning('container "%s": %s', container.id, warning)
@@ -216,7 +216,8 @@ class Containers:
                 raise FailedPrecondition(f'container "{name}": is {container.state}, not created')
             self._starting.add(container_id)
             try:
-                at = await self._supervisor(container).start(container_id)
+                with oomkill.named(container, self.group(container)):
+                    at = await self._supervisor(container).start(container_id)
             except StartError as error:
                 failed = records.start_failed(container, str(error), time.time_ns())
                 self._supervision.ended_as(failed)

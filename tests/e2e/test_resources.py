@@ -119,6 +119,19 @@ def test_an_oom_score_that_cannot_be_had(cri: Cri) -> None:
     container.pod.remove()
 
 
+def test_a_memory_limit_that_is_too_low_to_prepare_the_container_is_named(cri: Cri) -> None:
+    pod = cri.pod()
+    limits = pb.LinuxContainerResources(memory_limit_in_bytes=128 << 10)
+    refused(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        'container "main": its first process was OOM-killed before it executed the program: the memory limit of '
+        "131072 bytes is too low; raise it, to 4 MiB at least",
+        lambda: pod.container(linux=pb.LinuxContainerConfig(resources=limits)),
+    )
+    pod.run()  # nothing of the one that failed is in the way of the next
+    pod.remove()
+
+
 def pod_memory_limit(container: Container) -> int:
     """Of the cgroup that the agent made for the pod: on v2, two levels above the container's."""
     request = pb.ContainerStatusRequest(container_id=container.id, verbose=True)
