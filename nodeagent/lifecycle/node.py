@@ -117,6 +117,8 @@ async def open_images(config: Config, places: Places) -> AsyncIterator[tuple[Sto
 async def open_node(config: Config) -> AsyncIterator[Node]:
     """The node of a root directory. On leaving, running pods stay; without one, nothing of it stays."""
     places = Places.of(config)
+    profiles = Profiles(config.seccomp.default_profile)
+    profiles.check_default()
     async with AsyncExitStack() as stack:
         stack.enter_context(places.owned())
         places.make()
@@ -129,7 +131,7 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
         )
         network = await Network.start(config=config.network, store=store, instance=places.instance)
         launchers = Launchers(partial(_launcher, cgroups, places))
-        node = _assemble(config, places, store, images, cgroups, network, launchers)
+        node = _assemble(config, places, profiles, store, images, cgroups, network, launchers)
         node.trash.start()
         stack.push_async_callback(node.trash.close)
         stack.push_async_callback(node.supervision.close)
@@ -150,6 +152,7 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
 def _assemble(
     config: Config,
     places: Places,
+    profiles: Profiles,
     store: Store,
     images: Images,
     cgroups: Cgroups,
@@ -160,7 +163,6 @@ def _assemble(
     registry = Registry(store, events)
     supervision = Supervision(registry, launchers, places.pods)
     trash = Trash(places.trash)
-    profiles = Profiles(config.seccomp.default_profile)
     containers = Containers(
         registry=registry,
         supervision=supervision,

@@ -3,8 +3,9 @@
 import asyncio
 from pathlib import Path
 
-from nodeagent.errors import FailedPrecondition, InvalidArgument, Unsupported
+from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from nodeagent.lifecycle import apparmor
+from nodeagent.linux import capabilities
 from nodeagent.records import ContainerConfig
 from nodeagent.sandbox import seccomp_profile
 from nodeagent.sandbox.seccomp_profile import Filter
@@ -18,6 +19,19 @@ class Profiles:
 
     def __init__(self, default: str) -> None:
         self._default = default
+
+    def check_default(self) -> None:
+        """Raises InvalidArgument, which names the setting, for a default that no container could be started with."""
+        if not self._default:
+            return
+        try:
+            # What a profile says for a capability is compiled only for processes that have it.
+            for held in (0, capabilities.mask(capabilities.NAMES)):
+                seccomp_profile.from_file(self._default, held)
+        except (InvalidArgument, NotFound, Unsupported) as error:
+            raise InvalidArgument(
+                f"seccomp.default_profile: {error}; mend the file, or leave the setting empty for the built-in profile"
+            ) from error
 
     def seccomp(self, config: ContainerConfig, capabilities: int) -> Filter:
         """capabilities: the bounding set, which opens some calls. A privileged container is never filtered."""

@@ -1,5 +1,6 @@
 """Confinement is given as it was asked for, or refused."""
 
+import json
 import os
 import subprocess
 import sys
@@ -128,3 +129,20 @@ def test_selinux_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(profiles, "SELINUX", tmp_path / "absent")
     with pytest.raises(Unsupported, match="no SELinux"):
         PROFILES.selinux(config(selinux=LABEL))
+
+
+def test_a_default_seccomp_profile_is_checked_also_for_what_capabilities_open(
+    tmp_path: Path,
+) -> None:
+    Profiles("").check_default()
+    file = tmp_path / "profile.json"
+    entry = {"names": ["read"], "action": "SCMP_ACT_ALLOW", "includes": {"caps": ["CAP_SYS_ADMIN"]}}
+    file.write_text(json.dumps({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [entry]}))
+    Profiles(str(file)).check_default()
+    entry["action"] = "SCMP_ACT_NONSENSE"
+    file.write_text(json.dumps({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [entry]}))
+    with pytest.raises(
+        InvalidArgument,
+        match=rf'seccomp\.default_profile: seccomp profile "{file}": .*NONSENSE.*; mend the file',
+    ):
+        Profiles(str(file)).check_default()
