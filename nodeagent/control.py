@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import BinaryIO, TypedDict
 
 from nodeagent.config import Config
-from nodeagent.errors import InvalidArgument, NodeAgentError, Unavailable
+from nodeagent.errors import (
+    DataLoss,
+    InvalidArgument,
+    NodeAgentError,
+    NotFound,
+    Unavailable,
+    Unsupported,
+)
 from nodeagent.images import budget
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle.node import open_images
@@ -117,7 +124,10 @@ def load(config: Config, file: str) -> list[str]:
     """The names of the images in a tar file, or on standard input for "-", after loading them."""
     with sys.stdin.buffer if file == "-" else Path(file).open("rb") as archive:
         running = _is_served(socket_path(config))
-        return asyncio.run((_send if running else _load_here)(config, archive))
+        try:
+            return asyncio.run((_send if running else _load_here)(config, archive))
+        except (DataLoss, InvalidArgument, NotFound, Unsupported) as error:
+            raise type(error)(f"{file}: {error}") from None
 
 
 def _is_served(path: Path) -> bool:

@@ -101,9 +101,14 @@ class Archive:
         elif "manifest.json" in self._files:
             images = list(self._docker_images())
         else:
-            raise InvalidArgument("archive: neither an OCI layout nor a docker archive")
+            raise InvalidArgument(
+                "archive: has neither index.json (an OCI layout) nor manifest.json (a docker archive) at its top; "
+                "write it with docker save, podman save or skopeo copy"
+            )
         if not images:
-            raise NotFound(f"archive: no image for {manifest.PLATFORM}")
+            raise NotFound(
+                f"archive: no image for {manifest.PLATFORM}, which this node runs; save the one of that platform"
+            )
         return images
 
     # --- OCI layouts ---

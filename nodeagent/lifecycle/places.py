@@ -75,7 +75,10 @@ def _locked(directory: Path, mode: int) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise AlreadyExists(f"{directory}: another agent has this directory") from None
+            raise AlreadyExists(
+                f"{directory}: another agent has this directory; stop that one, or give this one directories of "
+                "its own with --root and --state"
+            ) from None
         yield
     finally:
         os.close(lock)

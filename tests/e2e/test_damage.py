@@ -102,7 +102,7 @@ def test_another_agent_cannot_have_the_state_directory(
     command[command.index("--state") + 1] = str(own_agent.root / "run")
     refused = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert refused.returncode == 1
-    assert "another agent has this directory" in refused.stderr
+    assert "another agent has this directory; stop that one, or give this one" in refused.stderr
     assert container.shell("echo works") == "works"
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from nodeagent import control
+from nodeagent.config import Config
 from nodeagent.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
 from nodeagent.images.catalog import Images
 from tests import images as made
@@ -157,3 +159,11 @@ async def test_wrong_layers_are_found_out(place: Place) -> None:
 async def test_too_many_files(images: Images) -> None:
     with pytest.raises(ResourceExhausted):
         await images.load(io.BytesIO(tars.archive(*[tars.symlink("a", "b")] * 10_001)))
+
+
+def test_a_command_that_fails_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "notes.tar"
+    file.write_bytes(tars.archive(tars.file("notes", b"")))
+    config = Config(root=str(tmp_path / "root"), state=str(tmp_path / "state"))
+    with pytest.raises(InvalidArgument, match=rf"^{file}: archive: has neither index\.json"):
+        control.load(config, str(file))
