@@ -21,9 +21,21 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         return int(options.run(options))
-    except (NodeAgentError, OSError) as error:
+    except NodeAgentError as error:
         print(f"nodeagent: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:
+        print(f"nodeagent: {_described(error)}", file=sys.stderr)
+    return 1
+
+
+def _described(error: OSError) -> str:
+    """Path and reason, without the number that `str` begins with, and what to do where that is known."""
+    names = (error.filename, error.filename2)
+    paths = [os.fsdecode(name) for name in names if isinstance(name, str | bytes | os.PathLike)]
+    text = ": ".join((*paths, error.strerror or str(error)))
+    if isinstance(error, PermissionError) and os.geteuid() != 0:
+        text += "; nodeagent has to run as root"
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("check", parents=[common], help="what this machine offers")
     verb.set_defaults(run=_check)
     verb = verbs.add_parser("config", parents=[common], help="print the effective configuration")
+    verb.add_argument(
+        "--defaults",
+        action="store_true",
+        help="print every setting with its meaning and default instead, commented out: a file to begin with",
+    )
     verb.set_defaults(run=_config)
     images = verbs.add_parser("image", help="load and list images").add_subparsers(required=True)
     load = images.add_parser("load", parents=[common], help="load an OCI layout or docker archive")
@@ -89,7 +106,10 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> int:
-    print(configuration.dumps(_configuration(options)), end="")
+    if options.defaults:
+        print(configuration.commented_defaults(), end="")
+    else:
+        print(configuration.dumps(_configuration(options)), end="")
     return 0
 
 
