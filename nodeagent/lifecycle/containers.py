@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from nodeagent.lifecycle.registry import Registry
 from nodeagent.lifecycle.supervision import Supervision
 from nodeagent.lifecycle.trash import Trash
 from nodeagent.records import Container, ContainerConfig, Image, Resources, Sandbox
+from nodeagent.sandbox import credentials
 from nodeagent.sandbox.client import Supervisor
 from nodeagent.sandbox.spec import ContainerPlan
 
@@ -74,6 +76,7 @@ class Containers:
         self._starting: set[str] = (
             set()
         )  # whose program is about to be executed, or is held up before that
+        self._said_of_all: set[str] = set()  # no more than there are limits in the configuration
         self._flights = Flights(lambda container_id: container_id in registry.containers)
 
     def get(self, name: str) -> Container:
@@ -157,8 +160,7 @@ class Containers:
         undo.push_async_callback(supervisor.remove, container.id)
         with handover(group) as fds, oomkill.named(container, group):
             made = await supervisor.create(plan, fds)
-        for warning in made.warnings:
-            log.warning('container "%s": %s', container.id, warning)
+        self._warn(container, made.warnings)
         identity = made.identity
         self._registry.save(
             msgspec.structs.replace(
@@ -171,6 +173,14 @@ class Containers:
             ),
             "created",
         )
+
+    def _warn(self, container: Container, warnings: Sequence[str]) -> None:
+        for warning in warnings:
+            if not warning.startswith(credentials.LIMIT):
+                log.warning('container "%s": %s', container.id, warning)
+            elif warning not in self._said_of_all:
+                self._said_of_all.add(warning)
+                log.warning("every container: %s", warning)
 
     def _intention(self, sandbox: Sandbox, config: ContainerConfig, image: Image) -> Container:
         container_id = secrets.token_hex(32)

@@ -16,7 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.linux import capabilities, syscalls
 from tests.cri import Container, Cri, options, pod_options, refused
+from tests.e2e.conftest import client, running_agent
 from tests.node import wait_for
+from tests.registry import Registry
 
 LIMITS = pb.LinuxContainerResources(
     cpu_period=100_000, cpu_quota=50_000, cpu_shares=512, memory_limit_in_bytes=64 << 20
@@ -302,6 +304,21 @@ def test_pids_and_capabilities(cri: Cri) -> None:
     container = cri.run(linux=options(capabilities=drop))
     assert container.shell("grep CapEff /proc/self/status").split()[1] == f"{1 << 13:016x}"
     container.pod.remove()
+
+
+def test_a_limit_that_no_container_can_have_is_said_once(
+    tmp_path_factory: pytest.TempPathFactory, registry: Registry
+) -> None:
+    """Nobody has more files open than fs.nr_open, with CAP_SYS_RESOURCE or without."""
+    config = '[rlimits]\nnofile = "1024:unlimited"\n'
+    with running_agent(tmp_path_factory, registry, config) as agent:
+        pod = client(agent, registry).pod()
+        for name in ("one", "two"):
+            pod.container(name=name)
+        warnings = [line for line in agent.log.read_text().splitlines() if "limit NOFILE" in line]
+        assert len(warnings) == 1, warnings
+        assert "every container: limit NOFILE: not raised above" in warnings[0]
+        pod.remove()
 
 
 def test_default_confinement(cri: Cri) -> None:
