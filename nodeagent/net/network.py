@@ -79,6 +79,7 @@ class Network:
         self._host_ports = HostPorts(store)
         self._choices: NodeNetwork
         self._side: setup.NodeSide
+        self._said = ""  # of the subnet that pods have; it is told again when it has changed
         self._nat: DeclaredTable | None = None
         self._nat_missing = ""
         self._filter: DeclaredTable | None = None
@@ -277,7 +278,10 @@ class Network:
     # --- the node's side ---
 
     async def _set_up(self, choices: NodeNetwork) -> None:
-        self._side = await setup.set_up(self._plan(choices))
+        side = await setup.set_up(self._plan(choices))
+        if side.moved and side.moved != self._said:
+            log.info("%s", side.moved)
+        self._side, self._said = side, side.moved
         self._ipam.use(self._side.subnets)
         self._choices = setup.with_choice(choices, self._config.subnet4, self._side.subnets)
         self._store.put(self._choices)

@@ -34,7 +34,10 @@ _ATTEMPTS = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSide:
-    """What pods are attached to. settings: of the kernel, as they have to be. problems: for the operator."""
+    """What pods are attached to. settings: of the kernel, as they have to be. problems: for the operator.
+
+    moved: which subnet pods have in place of the default one, and why; "" where they have what is configured.
+    """
 
     bridge: str
     index: int
@@ -42,6 +45,7 @@ class NodeSide:
     subnets: tuple[Subnet, ...]
     settings: dict[str, str]
     problems: tuple[str, ...] = ()
+    moved: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +90,25 @@ class Plan:
         chosen = str(subnets[0]) not in self.choices.pod_cidrs
         return chosen and any(overlaps(subnets[0], route) for route in taken)
 
+    def moved(self, subnets: Sequence[Subnet], taken: Collection[Subnet]) -> str:
+        """That the default subnet has given way, for the log: "" where it has not."""
+        default = ip_network(_DEFAULT_SUBNET4)
+        subnet = next((s for s in subnets if s.version == 4), default)
+        if subnet == default or self.config.subnet4 != _DEFAULT_SUBNET4:
+            return ""
+        if str(subnet) in self.choices.pod_cidrs:
+            return ""
+        route = next((route for route in taken if overlaps(default, route)), None)
+        why = (
+            f"overlaps the node's route to {route}"
+            if route
+            else "overlapped a route when they were chosen"
+        )
+        return (
+            f"pods get addresses of {subnet}, not of the default {default}, which {why}; "
+            "network.subnet4 of the configuration can name another"
+        )
+
     def _subnet4(self) -> Subnet:
         configured = self.config.subnet4
         return ip_network(self.choices.chosen.get(configured, configured))
@@ -99,7 +122,7 @@ async def set_up(plan: Plan) -> NodeSide:
             plan.bridge, plan.versions, check_source=plan.config.spoof_protection
         )
         index = await bridge.ensure(ipr, plan.bridge, mac=plan.mac, mtu=mtu, settings=of_bridge)
-        subnets, problems = await _settle(ipr, plan, index)
+        subnets, taken = await _settle(ipr, plan, index)
         settings = await _apply_settings(ipr, plan, index, subnets) | of_bridge
     return NodeSide(
         bridge=plan.bridge,
@@ -107,7 +130,8 @@ async def set_up(plan: Plan) -> NodeSide:
         mtu=mtu,
         subnets=subnets,
         settings=settings,
-        problems=problems,
+        problems=tuple(_overlaps(subnets, taken)),
+        moved=plan.moved(subnets, taken),
     )
 
 
@@ -121,10 +145,8 @@ async def tear_down(plan: Plan) -> None:
         sysctls.restore(previous)
 
 
-async def _settle(
-    ipr: IPRoute, plan: Plan, index: int
-) -> tuple[tuple[Subnet, ...], tuple[str, ...]]:
-    """Put the gateways' addresses of the pods' subnets on the bridge.
+async def _settle(ipr: IPRoute, plan: Plan, index: int) -> tuple[tuple[Subnet, ...], list[Subnet]]:
+    """Put the gateways' addresses of the pods' subnets on the bridge. Returns those, and the routes of others.
 
     Another agent may choose at the same time: whoever then finds the other's route beside its own chooses again.
     """
@@ -135,7 +157,7 @@ async def _settle(
         await bridge.ensure_addresses(ipr, index, [*addresses, *_link_local(plan)])
         taken = await bridge.routed_subnets(ipr, but=index)
         if not plan.must_move(subnets, taken):
-            return subnets, tuple(_overlaps(subnets, taken))
+            return subnets, taken
     raise Unavailable(f"bridge {plan.bridge}: the node's routes change all the time")
 
 

@@ -367,7 +367,10 @@ async def test_agents_side_by_side_do_not_meet(
         store.close()
 
 
-async def test_default_subnet_gives_way_and_stays_where_it_is(world: World, store: Store) -> None:
+async def test_default_subnet_gives_way_and_stays_where_it_is(
+    world: World, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "nodeagent.net.network")
     async with world.node.routing() as ipr:
         await ipr.route("add", dst="10.88.7.0/24", gateway=NEIGHBOUR4)
     chosen = set()
@@ -383,6 +386,14 @@ async def test_default_subnet_gives_way_and_stays_where_it_is(world: World, stor
             await ipr.route(verb, dst="10.88.7.0/24", gateway=NEIGHBOUR4)
     assert len(chosen) == 1
     assert "10.88." not in chosen.pop()
+    first, second = (
+        r.message for r in caplog.records if r.message.startswith("pods get addresses")
+    )
+    assert (
+        "default 10.88.0.0/16, which overlaps the node's route to 10.88.7.0/24; network.subnet4"
+        in first
+    )
+    assert "default 10.88.0.0/16, which overlapped a route when they were chosen" in second
 
 
 async def test_configured_subnet_is_kept_but_its_overlap_told(world: World, store: Store) -> None:

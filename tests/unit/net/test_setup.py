@@ -43,6 +43,24 @@ def test_default_subnet_gives_way() -> None:
     assert plan().subnets([WITHIN], 1) != (moved,)
 
 
+def test_a_default_subnet_that_gave_way_is_told_with_the_reason() -> None:
+    free = ip_network("172.16.0.0/20")
+    told = plan().moved([free], [ip_network("192.0.2.0/24"), WITHIN])
+    assert told.startswith(
+        f"pods get addresses of {free}, not of the default {DEFAULT}, which overlaps the node's route to {WITHIN}"
+    )
+    assert "overlapped a route when they were chosen" in plan().moved([free], [])
+
+
+def test_a_subnet_that_somebody_asked_for_is_not_told() -> None:
+    free = ip_network("172.16.0.0/20")
+    assert plan().moved([DEFAULT], []) == ""
+    assert plan(NetworkConfig(subnet4="172.16.0.0/20")).moved([free], [WITHIN]) == ""
+    assert plan(choices=NodeNetwork(pod_cidrs=(str(free),))).moved([free], [WITHIN]) == ""
+    six = NetworkConfig(subnet4="", subnet6="fd00::/64")
+    assert plan(six).moved([ip_network("fd00::/64")], [WITHIN]) == ""
+
+
 def test_configured_subnet_stays() -> None:
     config = NetworkConfig(subnet4="10.1.0.0/16")
     assert plan(config).subnets([ip_network("10.0.0.0/8")], 0) == (ip_network("10.1.0.0/16"),)
