@@ -34,7 +34,17 @@ from nodeagent.errors import (
     NotFound,
     Unsupported,
 )
-from nodeagent.net import bridge, conntrack, links, nftables, setup, spoofing, stats, sysctls
+from nodeagent.net import (
+    bridge,
+    conntrack,
+    links,
+    listeners,
+    nftables,
+    setup,
+    spoofing,
+    stats,
+    sysctls,
+)
 from nodeagent.net.addresses import Subnet, gateway, parse_pod_cidr
 from nodeagent.net.declared import DeclaredTable
 from nodeagent.net.hostports import HostPorts
@@ -172,6 +182,7 @@ class Network:
         except BaseException:
             self._host_ports.release(pod_id)
             raise
+        self._run_behind(partial(_warn_of_listeners, ports, versions))
         if udp := [port.host_port for port in ports if port.protocol == "udp"]:
             self._run_behind(partial(conntrack.forget_unanswered, udp, versions))
 
@@ -451,6 +462,11 @@ class Network:
     def _run_behind(self, work: Callable[[], None]) -> None:
         """In a thread, for nobody to wait."""
         self._workers.submit(work).add_done_callback(_log_failure)
+
+
+def _warn_of_listeners(ports: Sequence[HostPort], versions: Collection[int]) -> None:
+    for warning in listeners.warnings(ports, versions):
+        log.warning("%s", warning)
 
 
 def _log_failure(job: Future[None]) -> None:

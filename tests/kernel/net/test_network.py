@@ -396,6 +396,28 @@ async def test_default_subnet_gives_way_and_stays_where_it_is(
     assert "default 10.88.0.0/16, which overlapped a route when they were chosen" in second
 
 
+@needs_nf_tables
+async def test_a_host_port_that_a_process_of_the_node_has_is_taken_and_told(
+    world: World, network: Network, new_pod: PodMaker, caplog: pytest.LogCaptureFixture
+) -> None:
+    pod, pod4, _ = await new_pod(network)
+    free = PortMapping(protocol="tcp", container_port=8080, host_port=81)
+    async with (
+        tcp_echo_of_peer(world.node, ("127.0.0.1", 80)),
+        udp_echo_of_peer(world.node, (NODE4, 53)),
+        tcp_echo_of_peer(pod.namespace, (pod4, 8080)),
+    ):
+        await network.publish(pod.id, [WEB, DNS, free])
+        await until(lambda: len(caplog.messages) == 2)
+        # The pod is who answers.
+        assert await ask_tcp(world.neighbour, (NODE4, 80)) == NEIGHBOUR4
+    assert sorted(caplog.messages) == [
+        f'pod "{pod.id}": host port {port}: a process of the node listens on {where}; what comes to it goes to the '
+        "pod instead"
+        for port, where in (("tcp 80", "127.0.0.1:80"), ("udp 53", f"{NODE4}:53"))
+    ]
+
+
 async def test_configured_subnet_is_kept_but_its_overlap_told(world: World, store: Store) -> None:
     config = NetworkConfig(subnet4="198.51.100.128/25")
     network = await Network.start(config=config, store=store, instance=INSTANCE)
