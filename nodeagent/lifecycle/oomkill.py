@@ -25,9 +25,8 @@ def named(container: Container, group: Cgroup) -> Iterator[None]:
     """
     try:
         yield
-    except (
-        Unavailable
-    ):  # of the supervisor: the program may have been executed, and a child of it killed
+    except Unavailable:
+        # The supervisor is: the program may have been executed, and a child of it killed.
         raise
     except (NodeAgentError, OSError) as error:
         memory = _memory(group)
