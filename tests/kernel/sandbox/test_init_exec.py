@@ -120,6 +120,7 @@ def test_a_hidden_process_is_not_in_the_container(container: Process) -> None:
     with start_exec(container, exec_plan(["/bin/true"]), process_plan(), hidden=True) as process:
         assert process.ready
         assert os.readlink(f"/proc/{process.pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
+        process.follow()  # its successor is ours to reap, or the container's end waits for that
 
 
 def test_its_successor_is_and_has_only_the_programs_rights(container: Process) -> None:
