@@ -4,14 +4,14 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import grpc
 
 from nodeagent.api import runtime_pb2 as pb
-from tests.cri import EXITED, RUNNING, Cri
+from tests.cri import EXITED, RUNNING, Cri, Pod
 from tests.node import RunningAgent, wait_for
 
 
@@ -166,3 +166,47 @@ def succeeds(call: Callable[[], object]) -> bool:
             raise
         return False
     return True
+
+
+def test_a_request_that_does_not_end_does_not_keep_the_agent(
+    own_agent: RunningAgent, own_cri: Cri
+) -> None:
+    """Its supervisor does not answer, neither when it is to make the container nor when it is to undo that."""
+    container = own_cri.run()
+    pod, before = container.pod, directories(own_agent)
+    with stopped(pod.supervisor):
+        call = own_agent.runtime.CreateContainer.future(creation(pod, "late"))
+        wait_for("the container's directory", lambda: directories(own_agent) > before)
+        assert own_agent.stop() == 1
+        call.cancel()
+    log = own_agent.log.read_text()
+    assert "stopping: SIGTERM" in log
+    assert f'Containers._create: container "late" of pod sandbox "{pod.id}"' in log
+    own_agent.start()
+    assert container.shell("echo works") == "works"
+    assert own_agent.stop() == 0
+    assert own_agent.log.read_text().endswith("stopped\n")
+    own_agent.start()
+
+
+def directories(agent: RunningAgent) -> set[str]:
+    return set(os.listdir(agent.root / "lib" / "containers"))
+
+
+def creation(pod: Pod, name: str) -> pb.CreateContainerRequest:
+    config = pb.ContainerConfig(
+        metadata=pb.ContainerMetadata(name=name), image=pb.ImageSpec(image=pod.cri.image)
+    )
+    return pb.CreateContainerRequest(
+        pod_sandbox_id=pod.id, config=config, sandbox_config=pod.config
+    )
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """A process that does nothing meanwhile, nor dies of anything but SIGKILL."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
