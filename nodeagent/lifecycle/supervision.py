@@ -7,7 +7,7 @@ containers notice nothing. What ended in between is read from exit records; only
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Supervision:
         self._ends: dict[str, asyncio.Event] = {}
         self._early: dict[str, Exit] = {}
         self._behind: set[asyncio.Task[None]] = set()
+        self._ending: set[str] = set()
         # How a pod is ended that can do nothing any more: `Sandboxes.stop`, which is above us.
         self.end_pod: Callable[[str], Coroutine[Any, Any, None]]
 
@@ -81,8 +82,8 @@ class Supervision:
     async def shut_down(self, sandbox_id: str) -> None:
         """End the pod's processes and its supervisor; the records of its containers then say how they ended."""
         self.unwatch(sandbox_id)
-        pod = self._registry.pods[sandbox_id]
-        if pod.supervisor is not None:
+        pod = self._registry.pods.get(sandbox_id)
+        if pod is not None and pod.supervisor is not None:
             if pod.supervisor.is_lost:
                 await self._launchers.get()
             await pod.supervisor.shutdown()
@@ -144,8 +145,26 @@ class Supervision:
 
     def _init_exited(self, sandbox_id: str) -> None:
         """No container can be created in the pod any more: it ends, so that its owner makes another one."""
+        if sandbox_id in self._ending:
+            return  # each answer of its supervisor tells it again
         log.error('pod sandbox "%s": the process that holds its PID namespace has died', sandbox_id)
-        self._do_behind(self.end_pod(sandbox_id))
+        self._ending.add(sandbox_id)
+        self._do_behind(self._end(sandbox_id))
+
+    async def _end(self, sandbox_id: str) -> None:
+        """Try until the pod has ended: READY, and without a process that runs, nobody else would end it."""
+        pauses = _pauses()
+        try:
+            while sandbox_id in self._registry.pods:
+                try:
+                    await self.end_pod(sandbox_id)
+                except (NodeAgentError, OSError, TimeoutError) as error:
+                    log.error('pod sandbox "%s": not ended, trying again: %s', sandbox_id, error)
+                    await asyncio.sleep(next(pauses))
+                else:
+                    return
+        finally:
+            self._ending.discard(sandbox_id)
 
     def _ended_unheard(self, container: Container) -> None:
         """Of what nobody told us, there is the exit record."""
@@ -160,7 +179,7 @@ class Supervision:
     async def _succeed(self, sandbox_id: str, supervisor: Supervisor) -> None:
         await supervisor.lost.wait()
         log.warning('pod sandbox "%s": its supervisor died, starting a successor', sandbox_id)
-        pause = FIRST_PAUSE_SECONDS
+        pauses = _pauses()
         while (pod := self._registry.pods.get(sandbox_id)) is not None:
             try:
                 pod.supervisor = await self._reach(sandbox_id)
@@ -170,8 +189,7 @@ class Supervision:
                 if pod.supervisor is not supervisor:
                     return  # the successor died as well, and is watched
                 log.warning('pod sandbox "%s": no successor: %s', sandbox_id, error)
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+                await asyncio.sleep(next(pauses))
             else:
                 return
 
@@ -199,3 +217,11 @@ class Supervision:
                 self.started(container, state.started_at)
             if state.exit is not None:
                 self._exited(container.id, state.exit)
+
+
+def _pauses() -> Iterator[float]:
+    """Between attempts that go on until one succeeds."""
+    pause = FIRST_PAUSE_SECONDS
+    while True:
+        yield pause
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
