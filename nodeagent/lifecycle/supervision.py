@@ -7,7 +7,7 @@ containers notice nothing. What ended in between is read from exit records; only
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,20 @@ class Supervision:
         self._registry.pods[sandbox_id] = Pod(supervisor)
         self.watch(sandbox_id, supervisor)
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                await self._reconcile(sandbox_id, supervisor)
+            what = f'pod sandbox "{sandbox_id}"'
+            await self.within_bounds(what, self._reconcile(sandbox_id, supervisor))
         except Unavailable:
             pass  # it has just died, and its successor will be asked
-        except TimeoutError:  # a container may hold it up; the node has to go on
-            log.warning('pod sandbox "%s": its supervisor does not answer yet', sandbox_id)
-            self._do_behind(self._reconcile(sandbox_id, supervisor))
+
+    async def within_bounds(self, what: str, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for work with a supervisor, which a container may hold up: the node goes on, and the work behind it."""
+        task = asyncio.create_task(work, name=what)
+        done, _ = await asyncio.wait((task,), timeout=ANSWER_SECONDS)
+        if done:
+            task.result()
+        else:
+            log.warning("%s: the supervisor does not answer yet", what)
+            self._do_behind(task)
 
     async def reach(self, sandbox_id: str) -> Supervisor:
         """The pod's supervisor, or a successor of one that has died. One may just be coming, or going."""
@@ -98,12 +105,12 @@ class Supervision:
         if container is not None and container.state == "running":
             await self._ends.setdefault(container_id, asyncio.Event()).wait()
 
-    def _do_behind(self, work: Coroutine[Any, Any, None]) -> None:
+    def _do_behind(self, work: Awaitable[None]) -> None:
         task = asyncio.create_task(self._guarded(work))
         self._behind.add(task)
         task.add_done_callback(self._behind.discard)
 
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, work: Awaitable[None]) -> None:
         try:
             await work
         except (NodeAgentError, OSError, TimeoutError) as error:
