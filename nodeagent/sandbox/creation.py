@@ -81,7 +81,7 @@ def _share(creation: _Creation, owner: Container, deadline: float) -> None:
 
     Further execs are hidden from now on; those that a supervisor before us has begun are found as well.
     """
-    creation.pod.shared.add(owner.id)
+    creation.pod.about_to_share.add(owner.id)
     left = process.ours_in(os.stat(f"/proc/{owner.facts['pid']}/ns/pid"))
     for pidfd in left:
         try:
@@ -97,6 +97,7 @@ def _share(creation: _Creation, owner: Container, deadline: float) -> None:
         creation.pod.loop.call_after(_PAUSE_MS, lambda: _share_later(creation, owner, deadline))
         return
     owner.share_pid_namespace()
+    creation.pod.about_to_share.discard(owner.id)
     _make(creation, _shared_namespace(creation.pod, creation.family, creation.plan))
 
 

@@ -175,7 +175,7 @@ class Execs:
                 f'container "{container.id}": is {container.state}, not running'
             )
         hidden = visibility.must_hide_exec(self._family, container) or (
-            visibility.namespace_of(container) in self.pod.shared
+            visibility.namespace_of(container) in self.pod.about_to_share
         )
         if (request.peer, request.body["exec"]) in self._execs:
             raise AlreadyExists(f"exec {request.body['exec']}: exists already")
