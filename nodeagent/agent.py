@@ -1,10 +1,12 @@
 """The agent's process: one node, its sockets, and the signals that end it."""
 
 import asyncio
+import faulthandler
 import logging
 import os
 import signal
 import socket
+import threading
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -21,14 +23,21 @@ from nodeagent.streaming.tls import TLSFiles
 
 log = logging.getLogger(__name__)
 
+# An orderly end takes milliseconds. Calls under way have 2 s, changes 5 s more, and a container that is undone 10 s to
+# die; systemd, which kills an agent that does not end, waits for 90 s.
+STOP_SECONDS = 20.0
 
-async def serve(config: Config) -> None:
+
+def run(config: Config) -> None:
     """Serve until SIGTERM or SIGINT. Pods that run go on without us."""
+    asyncio.run(_serve(config))
+    log.info("stopped")
+
+
+async def _serve(config: Config) -> None:
     descriptors.raise_limit()
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    _end_on_signals(stop)
     async with AsyncExitStack() as stack:
         node = await stack.enter_async_context(open_node(config))
         await stack.enter_async_context(control.serve(config, node.images))
@@ -47,6 +56,40 @@ async def serve(config: Config) -> None:
         notify("READY=1")
         await stop.wait()
         notify("STOPPING=1")
+
+
+def _end_on_signals(stop: asyncio.Event) -> None:
+    """SIGTERM and SIGINT set `stop`, and the process ends within STOP_SECONDS, be it orderly or not."""
+    loop = asyncio.get_running_loop()
+
+    def end(number: signal.Signals) -> None:
+        log.info("stopping: %s", number.name)
+        if stop.is_set():
+            return
+        stop.set()
+        # A thread, because the loop's own may be what is held up, or have left the loop and wait for other threads.
+        timer = threading.Timer(STOP_SECONDS, _give_up, (loop,))
+        timer.daemon = True
+        timer.start()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end, number)
+
+
+def _give_up(loop: asyncio.AbstractEventLoop) -> None:
+    """End as if killed, which the next start can deal with: what runs goes on, what was cut off is undone."""
+    try:
+        left = "; ".join(sorted({_what(task) for task in asyncio.all_tasks(loop)}))
+        log.error("stopping: given up after %g s, not over: %s", STOP_SECONDS, left or "no task")
+        faulthandler.dump_traceback()  # a thread that is held up is no task
+    finally:
+        os._exit(1)
+
+
+def _what(task: "asyncio.Task[object]") -> str:
+    """What it runs, and the name that it was given."""
+    what, name = getattr(task.get_coro(), "__qualname__", "a task"), task.get_name()
+    return what if name.startswith("Task-") else f"{what}: {name}"
 
 
 def _features(config: Config) -> Features:

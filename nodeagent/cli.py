@@ -1,7 +1,6 @@
 """The command line: serve, check, config, image load, image ls, version."""
 
 import argparse
-import asyncio
 import logging
 import os
 import sys
@@ -88,13 +87,11 @@ def _configuration(options: argparse.Namespace) -> Config:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from nodeagent.agent import (
-        serve,
-    )  # gRPC takes 0.1 s to import, which the other verbs need not wait
+    from nodeagent import agent  # gRPC takes 0.1 s to import, which the other verbs need not wait
 
     config = _configuration(options)
     logging.getLogger("nodeagent").setLevel("DEBUG" if options.debug else config.log.level.upper())
-    asyncio.run(serve(config))
+    agent.run(config)
     return 0
 
 

@@ -64,7 +64,10 @@ class Calls:
                 if not changing:
                     return await behaviour(request)
                 self._drop_unknown(method, request)
-                return await self._finish(method, behaviour(request))
+                change = asyncio.create_task(
+                    behaviour(request), name=f"rpc={method}{_about(request)}"
+                )
+                return await self._finish(method, change)
 
         return handle
 
@@ -108,8 +111,7 @@ class Calls:
             self._warned.add(method)
             log.warning("rpc=%s: has fields that this agent does not know; ignored", method)
 
-    async def _finish(self, method: str, change: Coroutine[Any, Any, Reply]) -> Reply:
-        task = asyncio.create_task(change)
+    async def _finish(self, method: str, task: "asyncio.Task[Reply]") -> Reply:
         self._changing.add(task)
         task.add_done_callback(self._changing.discard)
         try:
@@ -155,15 +157,14 @@ class _Call:
         self._observe(self._method, code.name, seconds)
         if not log.isEnabledFor(level):
             return
-        line = f"rpc={self._method} code={code.name} ms={seconds * 1000:.1f}"
-        line += "".join(f" {key}={json.dumps(value)}" for key, value in _objects(self._request))
+        line = f"rpc={self._method} code={code.name} ms={seconds * 1000:.1f}{_about(self._request)}"
         if details:
             line += f" error={json.dumps(details)}"
         log.log(level, "%s", line, exc_info=defect)
 
 
-def _objects(request: Any) -> list[tuple[str, str]]:
-    """What a request is about: ids and names only."""
+def _about(request: Any) -> str:
+    """What a request is about, for the log: ids and names only."""
     fields = request.DESCRIPTOR.fields_by_name
     found = [
         (key.removesuffix("_id"), getattr(request, key))
@@ -174,4 +175,4 @@ def _objects(request: Any) -> list[tuple[str, str]]:
         found.append(("name", request.config.metadata.name))
     if "image" in fields:
         found.append(("image", request.image.image))
-    return found
+    return "".join(f" {key}={json.dumps(value)}" for key, value in found)

@@ -28,7 +28,7 @@ class Flights:
         self._drop_unclaimed()
         task = self._tasks.get(key)
         if task is None:
-            task = asyncio.create_task(make())
+            task = asyncio.create_task(make(), name=what)
             task.add_done_callback(lambda done: self._landed(key, done))
             self._tasks[key] = task
         try:

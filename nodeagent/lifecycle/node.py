@@ -141,12 +141,7 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
         try:
             yield node
         finally:
-            await node.sessions.close()
-            await node.sandboxes.close()
-            await node.containers.close()
-            await node.slots.close()
-            await node.launchers.close()
-            await _leave(node)
+            await _end(node)
 
 
 def _assemble(
@@ -220,6 +215,13 @@ async def _launcher(cgroups: Cgroups, places: Places) -> Launcher:
     """The one that runs, or a new one in the agent's own cgroup."""
     with joining_files(cgroups.instance_group()) as files:
         return await Launcher.connect_or_start(places.state, join_fds=files)
+
+
+async def _end(node: Node) -> None:
+    """Each step is a task, by which the log tells what an end waits for that does not come."""
+    for part in (node.sessions, node.sandboxes, node.containers, node.slots, node.launchers):
+        await asyncio.create_task(part.close())
+    await asyncio.create_task(_leave(node))
 
 
 async def _leave(node: Node) -> None:

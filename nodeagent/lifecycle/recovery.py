@@ -88,9 +88,19 @@ class Recovery:
             self._registry.save(msgspec.structs.replace(sandbox, stopped_at=now))
 
     async def _undo_intentions(self) -> None:
-        for container in list(self._registry.containers.values()):
-            if not container.created_at or container.sandbox_id not in self._registry.sandboxes:
-                await self._containers.undo(container)
+        unfinished = [
+            container
+            for container in self._registry.containers.values()
+            if not container.created_at or container.sandbox_id not in self._registry.sandboxes
+        ]
+        await asyncio.gather(
+            *(
+                self._supervision.within_bounds(
+                    f'container "{container.id}"', self._containers.undo(container)
+                )
+                for container in unfinished
+            )
+        )
         for sandbox in list(self._registry.sandboxes.values()):
             if not sandbox.ready_at and await self._remove_group(sandbox):
                 self._registry.forget(sandbox)
@@ -108,8 +118,15 @@ class Recovery:
         """Remove pods without a record, which were slots or cut off, and containers without one."""
         launcher = await self._launchers.get()
         known = {directory.name for directory in self._places.pods.iterdir()}
-        for pod_id in known.union(await launcher.pods()) - self._registry.pods.keys():
-            await self._dismantle(self._places.pods / pod_id)
+        strangers = known.union(await launcher.pods()) - self._registry.pods.keys()
+        await asyncio.gather(
+            *(
+                self._supervision.within_bounds(
+                    f'pod "{pod_id}"', self._dismantle(self._places.pods / pod_id)
+                )
+                for pod_id in strangers
+            )
+        )
         for directory in self._places.containers.iterdir():
             if directory.name not in self._registry.containers:
                 await self._containers.clear_stranger(directory.name)

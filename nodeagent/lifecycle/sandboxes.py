@@ -166,8 +166,9 @@ class Sandboxes:
             await self._network.detach(sandbox.id)
         await self._supervision.shut_down(sandbox.id)
         await asyncio.to_thread(podgroup.remove, self._cgroups, sandbox)
-        current = self._registry.sandboxes[sandbox.id]
-        if not current.stopped_at:
+        current = self._registry.sandboxes.get(sandbox.id)
+        # A removal, which has stopped the pod before, may have been faster than a stop that came second.
+        if current is not None and not current.stopped_at:
             self._registry.note(
                 msgspec.structs.replace(current, stopped_at=time.time_ns()), "stopped"
             )

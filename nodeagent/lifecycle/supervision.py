@@ -7,7 +7,7 @@ containers notice nothing. What ended in between is read from exit records; only
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Supervision:
         self._ends: dict[str, asyncio.Event] = {}
         self._early: dict[str, Exit] = {}
         self._behind: set[asyncio.Task[None]] = set()
+        self._ending: set[str] = set()
         # How a pod is ended that can do nothing any more: `Sandboxes.stop`, which is above us.
         self.end_pod: Callable[[str], Coroutine[Any, Any, None]]
 
@@ -60,13 +61,20 @@ class Supervision:
         self._registry.pods[sandbox_id] = Pod(supervisor)
         self.watch(sandbox_id, supervisor)
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                await self._reconcile(sandbox_id, supervisor)
+            what = f'pod sandbox "{sandbox_id}"'
+            await self.within_bounds(what, self._reconcile(sandbox_id, supervisor))
         except Unavailable:
             pass  # it has just died, and its successor will be asked
-        except TimeoutError:  # a container may hold it up; the node has to go on
-            log.warning('pod sandbox "%s": its supervisor does not answer yet', sandbox_id)
-            self._do_behind(self._reconcile(sandbox_id, supervisor))
+
+    async def within_bounds(self, what: str, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for work with a supervisor, which a container may hold up: the node goes on, and the work behind it."""
+        task = asyncio.create_task(work, name=what)
+        done, _ = await asyncio.wait((task,), timeout=ANSWER_SECONDS)
+        if done:
+            task.result()
+        else:
+            log.warning("%s: the supervisor does not answer yet", what)
+            self._do_behind(task)
 
     async def reach(self, sandbox_id: str) -> Supervisor:
         """The pod's supervisor, or a successor of one that has died. One may just be coming, or going."""
@@ -81,8 +89,8 @@ class Supervision:
     async def shut_down(self, sandbox_id: str) -> None:
         """End the pod's processes and its supervisor; the records of its containers then say how they ended."""
         self.unwatch(sandbox_id)
-        pod = self._registry.pods[sandbox_id]
-        if pod.supervisor is not None:
+        pod = self._registry.pods.get(sandbox_id)
+        if pod is not None and pod.supervisor is not None:
             if pod.supervisor.is_lost:
                 await self._launchers.get()
             await pod.supervisor.shutdown()
@@ -97,12 +105,12 @@ class Supervision:
         if container is not None and container.state == "running":
             await self._ends.setdefault(container_id, asyncio.Event()).wait()
 
-    def _do_behind(self, work: Coroutine[Any, Any, None]) -> None:
+    def _do_behind(self, work: Awaitable[None]) -> None:
         task = asyncio.create_task(self._guarded(work))
         self._behind.add(task)
         task.add_done_callback(self._behind.discard)
 
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, work: Awaitable[None]) -> None:
         try:
             await work
         except (NodeAgentError, OSError, TimeoutError) as error:
@@ -144,8 +152,26 @@ class Supervision:
 
     def _init_exited(self, sandbox_id: str) -> None:
         """No container can be created in the pod any more: it ends, so that its owner makes another one."""
+        if sandbox_id in self._ending:
+            return  # each answer of its supervisor tells it again
         log.error('pod sandbox "%s": the process that holds its PID namespace has died', sandbox_id)
-        self._do_behind(self.end_pod(sandbox_id))
+        self._ending.add(sandbox_id)
+        self._do_behind(self._end(sandbox_id))
+
+    async def _end(self, sandbox_id: str) -> None:
+        """Try until the pod has ended: READY, and without a process that runs, nobody else would end it."""
+        pauses = _pauses()
+        try:
+            while sandbox_id in self._registry.pods:
+                try:
+                    await self.end_pod(sandbox_id)
+                except (NodeAgentError, OSError, TimeoutError) as error:
+                    log.error('pod sandbox "%s": not ended, trying again: %s', sandbox_id, error)
+                    await asyncio.sleep(next(pauses))
+                else:
+                    return
+        finally:
+            self._ending.discard(sandbox_id)
 
     def _ended_unheard(self, container: Container) -> None:
         """Of what nobody told us, there is the exit record."""
@@ -160,7 +186,7 @@ class Supervision:
     async def _succeed(self, sandbox_id: str, supervisor: Supervisor) -> None:
         await supervisor.lost.wait()
         log.warning('pod sandbox "%s": its supervisor died, starting a successor', sandbox_id)
-        pause = FIRST_PAUSE_SECONDS
+        pauses = _pauses()
         while (pod := self._registry.pods.get(sandbox_id)) is not None:
             try:
                 pod.supervisor = await self._reach(sandbox_id)
@@ -170,8 +196,7 @@ class Supervision:
                 if pod.supervisor is not supervisor:
                     return  # the successor died as well, and is watched
                 log.warning('pod sandbox "%s": no successor: %s', sandbox_id, error)
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+                await asyncio.sleep(next(pauses))
             else:
                 return
 
@@ -199,3 +224,11 @@ class Supervision:
                 self.started(container, state.started_at)
             if state.exit is not None:
                 self._exited(container.id, state.exit)
+
+
+def _pauses() -> Iterator[float]:
+    """Between attempts that go on until one succeeds."""
+    pause = FIRST_PAUSE_SECONDS
+    while True:
+        yield pause
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)

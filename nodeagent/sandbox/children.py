@@ -8,6 +8,7 @@ before the kernel forgets it; strangers are just reaped.
 import errno
 import os
 import signal
+import socket
 from collections.abc import Callable, Collection
 from typing import NamedTuple, NoReturn
 
@@ -55,6 +56,28 @@ class Children:
             _be_child(main, keep)
         self._owners[pid] = ended
         return Child(pid, pidfd)
+
+    def spawn_connected(
+        self,
+        main: Callable[[int], None],
+        ended: Ended,
+        *,
+        keep: Collection[int],
+        flags: int = 0,
+        cgroup: int = -1,
+    ) -> tuple[Child, socket.socket]:
+        """As `spawn`, of a child that has a connection to us: `main` gets its end, the caller ours."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            end = theirs.fileno()
+            try:
+                child = self.spawn(
+                    lambda: main(end), ended, keep=[end, *keep], flags=flags, cgroup=cgroup
+                )
+            except BaseException:
+                ours.close()
+                raise
+        return child, ours
 
     def adopt(self, pid: int, ended: Ended) -> None:
         """Tell `ended` when the process `pid` ends, if we are its parent by then."""

@@ -81,7 +81,7 @@ def _share(creation: _Creation, owner: Container, deadline: float) -> None:
 
     Further execs are hidden from now on; those that a supervisor before us has begun are found as well.
     """
-    creation.pod.shared.add(owner.id)
+    creation.pod.about_to_share.add(owner.id)
     left = process.ours_in(os.stat(f"/proc/{owner.facts['pid']}/ns/pid"))
     for pidfd in left:
         try:
@@ -97,6 +97,7 @@ def _share(creation: _Creation, owner: Container, deadline: float) -> None:
         creation.pod.loop.call_after(_PAUSE_MS, lambda: _share_later(creation, owner, deadline))
         return
     owner.share_pid_namespace()
+    creation.pod.about_to_share.discard(owner.id)
     _make(creation, _shared_namespace(creation.pod, creation.family, creation.plan))
 
 
@@ -146,16 +147,13 @@ def _make(creation: _Creation, shared: PidNamespace | None) -> None:
     """Closes `join`; the other descriptors belong to the container from here on."""
     pod, family, request, plan, fds, join = creation
     stdio = open_stdio(plan)
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         container = Container(pod, family, plan, _nothing_known(fds), fds)
-        child = _spawn(pod, container, stdio, theirs.fileno(), join, shared)
+        child, ours = _spawn(pod, container, stdio, join, shared)
     except BaseException:
-        ours.close()
         stdio.close_kept()
         raise
     finally:
-        theirs.close()
         stdio.close_given()
     protocol.close_all(join)
     join.clear()
@@ -179,20 +177,20 @@ def _spawn(
     pod: Pod,
     container: Container,
     stdio: Stdio,
-    status: int,
     join: Sequence[int],
     shared: PidNamespace | None,
-) -> Child:
+) -> tuple[Child, socket.socket]:
     cgroup, tasks = split_join_fds(join)
-    given = init.InitFds(status, stdio.stdin, stdio.stdout, stdio.stderr, tasks, pod.userns)
+    # The status is a connection that comes with the child.
+    given = init.InitFds(-1, stdio.stdin, stdio.stdout, stdio.stderr, tasks, pod.userns)
     if shared is not None:
         given = given._replace(pid_namespace=shared.process, procfs=shared.procfs)
     flags = syscalls.CLONE_NEWNS
     if container.plan["pid"] == "container":
         flags |= syscalls.CLONE_NEWPID
-    kept = [status, *stdio[:3], pod.userns, given.pid_namespace, *tasks]
-    return pod.children.spawn(
-        lambda: init.run(container.plan, given),
+    kept = [*stdio[:3], pod.userns, given.pid_namespace, *tasks]
+    return pod.children.spawn_connected(
+        lambda status: init.run(container.plan, given._replace(status=status)),
         container.ended if shared is None else container.first_ended,
         keep=[fd for fd in kept if fd >= 0],
         flags=flags,

@@ -175,7 +175,7 @@ class Execs:
                 f'container "{container.id}": is {container.state}, not running'
             )
         hidden = visibility.must_hide_exec(self._family, container) or (
-            visibility.namespace_of(container) in self.pod.shared
+            visibility.namespace_of(container) in self.pod.about_to_share
         )
         if (request.peer, request.body["exec"]) in self._execs:
             raise AlreadyExists(f"exec {request.body['exec']}: exists already")
@@ -196,23 +196,22 @@ class Execs:
 
     def _spawn(self, exec_: Exec, join: list[int], streams: Streams, *, hidden: bool) -> None:
         cgroup, tasks = split_join_fds(join)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         target, userns = exec_.container.fds["pidfd"], self.pod.userns
         stdio = streams.stdin, streams.stdout, streams.stderr
-        given = init.ExecFds(theirs.fileno(), target, *stdio, tasks, userns, hidden)
+        kept = (target, *stdio, userns, *tasks)
         try:
             with self.pod.children_join(None if hidden else target):
-                child = self.pod.children.spawn(
-                    lambda: init.run_exec(exec_.plan, exec_.settings, given),
+                child, ours = self.pod.children.spawn_connected(
+                    lambda status: init.run_exec(
+                        exec_.plan,
+                        exec_.settings,
+                        init.ExecFds(status, target, *stdio, tasks, userns, hidden),
+                    ),
                     exec_.first_ended if hidden else exec_.ended,
-                    keep=[fd for fd in (*given[:5], userns, *tasks) if fd >= 0],
+                    keep=[fd for fd in kept if fd >= 0],
                     cgroup=cgroup,
                 )
-        except BaseException:
-            ours.close()
-            raise
         finally:
-            theirs.close()
             streams.close_given()
         self._execs[exec_.agent, exec_.number] = exec_
         exec_.begin(child, ours, streams, hidden=hidden)

@@ -46,15 +46,24 @@ class KeptPod:
         self.failure: Exception | None = None
         self.deposits: dict[str, Deposit] = {}
 
-    def drop(self, container: str, names: Collection[str] | None = None) -> None:
-        """Close some descriptors of a container, or all."""
+    @property
+    def has_supervisor(self) -> bool:
+        """Whether it lives, be it held up; its end is seen here before its connection tells it."""
+        try:
+            return self.peer is not None and process.stat_fields(self.pid)[0] not in (b"Z", b"X")
+        except OSError:
+            return False
+
+    def take(self, container: str, names: Collection[str] | None = None) -> list[int]:
+        """Some descriptors of a container, or all, which are kept no longer; to be closed with `Launcher._close`."""
         deposit = self.deposits.get(container)
         if deposit is None:
-            return
-        dropped = deposit.fds.keys() if names is None else deposit.fds.keys() & set(names)
-        protocol.close_all([deposit.fds.pop(name) for name in tuple(dropped)])
+            return []
+        taken = deposit.fds.keys() if names is None else deposit.fds.keys() & set(names)
+        descriptors = [deposit.fds.pop(name) for name in tuple(taken)]
         if names is None:
             del self.deposits[container]
+        return descriptors
 
 
 class Launcher:
@@ -185,7 +194,7 @@ class Launcher:
             self._messages[message.body["op"]](pod, message)
         except (KeyError, TypeError, ValueError) as error:
             report(f"pod {pod.id}: its supervisor says {message.body}: {error!r}")
-            protocol.close_all(message.fds)
+            self._close(pod, message.fds)
 
     def _is_ready(self, pod: KeptPod, _message: Message) -> None:
         if pod.request is not None:
@@ -199,18 +208,39 @@ class Launcher:
     def _keep(self, pod: KeptPod, message: Message) -> None:
         body = message.body
         fds = dict(zip(body["fds"], message.fds, strict=True))
-        pod.drop(body["container"])
+        self._close(pod, pod.take(body["container"]))
         pod.deposits[body["container"]] = Deposit(body["pid"], body["oom_kills"], fds)
 
     def _drop(self, pod: KeptPod, message: Message) -> None:
-        pod.drop(message.body["container"], message.body["names"])
+        self._close(pod, pod.take(message.body["container"], message.body["names"]))
         if pod.peer is not None:
             pod.peer.send({"dropped": message.body.get("number", 0)})
 
     def _is_done(self, pod: KeptPod, _message: object) -> None:
         for container in tuple(pod.deposits):
-            pod.drop(container)
+            self._close(pod, pod.take(container))
         self._pods.pop(pod.id, None)
+
+    def _close(self, pod: KeptPod, descriptors: Sequence[int]) -> None:
+        """Never as the last: who closes a pipe for good waits for a container that holds its lock, uninterruptibly.
+
+        A supervisor has copies until we have answered (`keeping.Keeper.drop`). Where it is dead a child of ours has
+        them, which may wait.
+        """
+        if pod.has_supervisor or not descriptors:
+            protocol.close_all(descriptors)
+            return
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        try:
+            child = self._children.spawn(
+                lambda: _end_after(reader), lambda _code: None, keep=[*descriptors, reader]
+            )
+        except OSError as error:  # what stays open is lost, and holds up nobody
+            report(f"pod {pod.id}: {len(descriptors)} descriptors are not closed: {error}")
+        else:
+            protocol.close_all([*descriptors, child.pidfd])
+        finally:
+            protocol.close_all([reader, writer])
 
     def _supervisor_gone(self, pod: KeptPod, peer: Peer) -> None:
         """Its children become ours, if it was one itself."""
@@ -240,6 +270,13 @@ class Launcher:
         struck = exits.oom_kills(deposit.fds.get("oom")) > deposit.oom_kills
         end = exits.describe(code, oom=struck and code == exits.SIGKILLED)
         exits.record(pod.directory, container, end)
+
+
+def _end_after(reader: int) -> NoReturn:
+    """By which all that we have is closed, once our parent has closed it."""
+    process.set_title("na-closer", "nodeagent.sandbox.closer")
+    os.read(reader, 1)
+    os._exit(0)
 
 
 def _has_ended(pidfd: int) -> bool:

@@ -60,7 +60,7 @@ class Peer:
         except BlockingIOError:
             return False
         except (BrokenPipeError, ConnectionResetError):
-            self.close()
+            pass  # what it has said before it went is still to be received, and then its end
         return True
 
     def _ready(self, events: int) -> None:

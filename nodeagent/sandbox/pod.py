@@ -19,7 +19,7 @@ from nodeagent.sandbox.spec import PodPlan
 class Pod:
     """agent: who is told what happens; init_pidfd: of the first process of the PID namespace that containers share.
 
-    shared: containers whose own PID namespaces others are about to join, or have joined.
+    about_to_share: containers whose own PID namespaces others will join; once they have, it is the container's fact.
     userns: the pod's user namespace, -1 without one; root: who its root is on the node.
     """
 
@@ -35,7 +35,7 @@ class Pod:
         self.clock = Clock()
         self.agent: Peer | None = None
         self.init_pidfd: int | None = None
-        self.shared: set[str] = set()
+        self.about_to_share: set[str] = set()
         self._pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
 
     def tell(self, event: Body) -> None:

@@ -226,8 +226,9 @@ class Pump:
             self._streams[stream.name] = stream
         self._allowance = Allowance(limit) if limit else None
         self._pause: Timer | None = None
+        self._paused_at = 0
+        self._held_back_ns = 0
         self._dropped_lines = 0
-        self.held_back_ms = 0
         self.taps: dict[object, Tap] = {}
 
     @property
@@ -237,6 +238,12 @@ class Pump:
     @property
     def dropped_lines(self) -> int:
         return self._log.dropped_lines if self._log else self._dropped_lines
+
+    @property
+    def held_back_ms(self) -> int:
+        """How long the container was not read from, because of its limit; of a pause, what has passed of it."""
+        passed = time.monotonic_ns() - self._paused_at if self._pause else 0
+        return (self._held_back_ns + passed) // 1_000_000
 
     def start(self, log_path: str, log_root: str = "") -> None:
         """Begin, or go on where another supervisor was stopped."""
@@ -257,8 +264,14 @@ class Pump:
             report(f"output is not logged any more: {error}")
             self.start("")
 
+    def _end_pause(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+            self._held_back_ns += time.monotonic_ns() - self._paused_at
+
     def _watch(self) -> None:
-        self._pause = None
+        self._end_pause()
         for stream in self._streams.values():
             self._loop.watch(stream.source.descriptor, self._handler(stream))
 
@@ -308,7 +321,7 @@ class Pump:
             return False
         for stream in self._streams.values():
             self._loop.forget(stream.source.descriptor)
-        self.held_back_ms += delay_ms
+        self._paused_at = time.monotonic_ns()
         self._pause = self._loop.call_after(delay_ms, self._watch)
         return True
 
@@ -333,8 +346,7 @@ class Pump:
 
     def close(self) -> None:
         """Let go of everything that is still open."""
-        if self._pause is not None:
-            self._pause.cancel()
+        self._end_pause()
         for stream in self._streams.values():
             self._loop.forget(stream.source.descriptor)
             stream.source.close()

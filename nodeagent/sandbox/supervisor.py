@@ -176,20 +176,15 @@ class Supervisor:
         files.ensure_directory(directory, 0o700)
         join = request.take_all("join")
         cgroup, tasks = split_join_fds(join)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            child = self.pod.children.spawn(
-                lambda: podinit.main(theirs.fileno(), tasks, directory),
+            child, ours = self.pod.children.spawn_connected(
+                lambda status: podinit.main(status, tasks, directory),
                 self._init_ended,
-                keep=[theirs.fileno(), *tasks],
+                keep=tasks,
                 flags=syscalls.CLONE_NEWPID,
                 cgroup=cgroup,
             )
-        except BaseException:
-            ours.close()
-            raise
         finally:
-            theirs.close()
             protocol.close_all(join)
         self._known["init_pid"] = child.pid
         self._known["init_ticks"] = process.start_ticks(child.pid)

@@ -4,14 +4,14 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import grpc
 
 from nodeagent.api import runtime_pb2 as pb
-from tests.cri import EXITED, RUNNING, Cri
+from tests.cri import EXITED, RUNNING, Cri, Pod
 from tests.node import RunningAgent, wait_for
 
 
@@ -121,15 +121,17 @@ def test_a_launcher_is_replaced_before_it_is_needed(own_agent: RunningAgent) -> 
 
 
 def launcher_of(agent: RunningAgent) -> int:
-    wanted = f"nodeagent.sandbox.launcher {agent.root}/run".encode()
+    for pid in processes_titled(f"nodeagent.sandbox.launcher {agent.root}/run"):
+        return pid
+    raise LookupError(agent.root)
+
+
+def processes_titled(title: str) -> Iterator[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
-            try:
-                if (entry / "cmdline").read_bytes().startswith(wanted):
-                    return int(entry.name)
-            except OSError:
-                continue
-    raise LookupError(wanted)
+            with suppress(OSError):
+                if (entry / "cmdline").read_bytes().startswith(title.encode()):
+                    yield int(entry.name)
 
 
 def test_a_pod_whose_supervisor_dies_is_stopped_all_the_same(own_cri: Cri) -> None:
@@ -166,3 +168,87 @@ def succeeds(call: Callable[[], object]) -> bool:
             raise
         return False
     return True
+
+
+def test_a_request_that_does_not_end_does_not_keep_the_agent(
+    own_agent: RunningAgent, own_cri: Cri
+) -> None:
+    """Its supervisor does not answer, neither when it is to make the container nor when it is to undo that."""
+    container = own_cri.run()
+    pod, before = container.pod, directories(own_agent)
+    with stopped(pod.supervisor):
+        call = own_agent.runtime.CreateContainer.future(creation(pod, "late"))
+        wait_for("the container's directory", lambda: directories(own_agent) > before)
+        assert own_agent.stop() == 1
+        call.cancel()
+    log = own_agent.log.read_text()
+    assert "stopping: SIGTERM" in log
+    assert f'Containers._create: container "late" of pod sandbox "{pod.id}"' in log
+    own_agent.start()
+    assert container.shell("echo works") == "works"
+    assert own_agent.stop() == 0
+    assert own_agent.log.read_text().endswith("stopped\n")
+    own_agent.start()
+
+
+def test_a_supervisor_that_does_not_answer_holds_up_neither_the_start_nor_other_pods(
+    own_agent: RunningAgent, own_cri: Cri
+) -> None:
+    """That of a pod in which a container is being made, and those of pods that nobody has asked for yet."""
+    other, container = own_cri.run(), own_cri.run()
+    pod, before = container.pod, directories(own_agent)
+    with stopped(pod.supervisor, *warm_slots(own_agent)):
+        call = own_agent.runtime.CreateContainer.future(creation(pod, "late"))
+        wait_for("the container's directory", lambda: directories(own_agent) > before)
+        [late] = directories(own_agent) - before
+        own_agent.kill()
+        call.cancel()
+        own_agent.start()
+        assert other.shell("echo works") == "works"
+        assert own_cri.run().shell("echo works") == "works"
+        assert container.status.state == RUNNING
+    assert container.shell("echo works") == "works"
+    wait_for("the end of what was cut off", lambda: late not in directories(own_agent))
+    assert pod.run(name="late").shell("echo works") == "works"
+    container.stop()
+    assert container.status.state == EXITED
+
+
+def warm_slots(agent: RunningAgent) -> list[int]:
+    """Supervisors of pods that nobody has asked for yet; there is one at least."""
+    pods = {pod.id for pod in agent.runtime.ListPodSandbox(pb.ListPodSandboxRequest()).items}
+    found: list[int] = []
+
+    def look() -> bool:
+        served = {path.parent.name for path in (agent.root / "run/pods").glob("*/supervisor.sock")}
+        for pod_id in served - pods:
+            found.extend(processes_titled(f"nodeagent.sandbox.supervisor {pod_id}"))
+        return bool(found)
+
+    wait_for("a warm slot", look)
+    return found
+
+
+def directories(agent: RunningAgent) -> set[str]:
+    return set(os.listdir(agent.root / "lib" / "containers"))
+
+
+def creation(pod: Pod, name: str) -> pb.CreateContainerRequest:
+    config = pb.ContainerConfig(
+        metadata=pb.ContainerMetadata(name=name), image=pb.ImageSpec(image=pod.cri.image)
+    )
+    return pb.CreateContainerRequest(
+        pod_sandbox_id=pod.id, config=config, sandbox_config=pod.config
+    )
+
+
+@contextmanager
+def stopped(*pids: int) -> Iterator[None]:
+    """Processes that do nothing meanwhile, nor die of anything but SIGKILL."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)

@@ -3,7 +3,10 @@
 import asyncio
 import os
 import signal
+import socket
+import threading
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 
 import pytest
@@ -334,6 +337,82 @@ async def test_what_nobody_saw_is_unknown(node: Node) -> None:
     await node.connect()
     await pod.succeed()
     assert (await pod.supervisor.wait("main"))["code"] == 255
+
+
+# ---- the launcher is not the last to close a pipe, whose lock somebody may hold ----
+
+
+class Output:
+    """The pipe of a container's output, which somebody else has open as well."""
+
+    def __init__(self, pid: int) -> None:
+        path = f"/proc/{pid}/fd/1"
+        self.reader, self.writer = os.open(path, os.O_RDONLY), os.open(path, os.O_WRONLY)
+
+    def close(self) -> None:
+        os.close(self.reader)
+        os.close(self.writer)
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Somebody is in the middle of splice(2), and waits for room in a socket."""
+        full, other = socket.socketpair()
+        full.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                full.send(bytes(4096))
+        full.setblocking(True)
+        os.write(self.writer, b"x")
+        threads: list[int] = []
+        holding = asyncio.create_task(asyncio.to_thread(self._splice, full.fileno(), threads))
+        try:
+            await eventually(lambda: threads and "sock" in waits_in(threads[0]))
+            yield
+        finally:
+            other.close()
+            await holding
+            full.close()
+
+    def _splice(self, full: int, threads: list[int]) -> None:
+        threads.append(threading.get_native_id())
+        with suppress(ConnectionError):
+            os.splice(self.reader, full, 1)
+
+
+def waits_in(thread: int) -> str:
+    """The function of the kernel."""
+    return Path(f"/proc/self/task/{thread}/wchan").read_text()
+
+
+async def test_the_launcher_abandons_a_pod_whose_pipe_is_held(node: Node) -> None:
+    pod = await node.pod()
+    pid = await pod.run("exec sleep 1000")
+    with closing(Output(pid)) as output:
+        await pod.kill_supervisor()
+        async with output.held(), asyncio.timeout(60):
+            await node.launcher.abandon(pod.id)
+            assert await node.launcher.pods() == []
+    os.kill(pid, signal.SIGKILL)
+    await eventually(lambda: len(children(node.launcher.pid)) == 0)
+
+
+async def test_the_launcher_drops_a_held_pipe_of_a_supervisor_that_has_died(node: Node) -> None:
+    pod = await node.pod()
+    pid = await pod.run("exec sleep 1000")
+    await pod.supervisor.state()
+    await node.launcher.pods()  # which has heard all that the start had to say
+    with closing(Output(pid)) as output:
+        os.kill(node.launcher.pid, signal.SIGSTOP)
+        try:
+            os.kill(pid, signal.SIGKILL)
+            await pod.supervisor.wait("main")  # told after it was asked to drop the pipes
+            await pod.kill_supervisor()
+            async with output.held(), asyncio.timeout(60):
+                os.kill(node.launcher.pid, signal.SIGCONT)
+                assert await node.launcher.pods() == []
+        finally:
+            os.kill(node.launcher.pid, signal.SIGCONT)
+    await eventually(lambda: len(children(node.launcher.pid)) == 0)
 
 
 # ---- the agent ----

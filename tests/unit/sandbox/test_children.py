@@ -42,3 +42,16 @@ def test_who_is_no_child_is_not_owned(children: Children, pid: int) -> None:
     with pytest.raises(ProcessLookupError):
         children.adopt_sibling(pid, lambda _code: None)
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_child_that_cannot_be_made_leaves_no_connection(
+    children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise BlockingIOError
+
+    monkeypatch.setattr(syscalls, "clone3", fail)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(BlockingIOError):
+        children.spawn_connected(lambda _end: None, lambda _code: None, keep=())
+    assert os.listdir("/proc/self/fd") == before

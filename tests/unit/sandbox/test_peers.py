@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent.sandbox import peers
+from nodeagent.sandbox import peers, protocol
 from nodeagent.sandbox.loop import Loop
-from nodeagent.sandbox.peers import Listener
+from nodeagent.sandbox.peers import Listener, Peer
 
 
 def test_the_socket_is_its_owners(tmp_path: Path) -> None:
@@ -57,3 +57,26 @@ def test_without_descriptors_the_loop_rests(
     assert capsys.readouterr().err.splitlines() == [
         f"{tmp_path}/s: nobody can connect: Too many open files"
     ]
+
+
+def test_what_a_peer_said_before_it_went_is_heard() -> None:
+    """Also where it is noticed by an answer to it that it has gone."""
+    heard: list[object] = []
+    loop = Loop()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def received(peer: Peer, message: protocol.Message) -> None:
+        heard.append(message.body["number"])
+        peer.send({"answer": message.body["number"]})
+
+    def closed(_peer: Peer) -> None:
+        heard.append("end")
+        loop.stop()
+
+    Peer(loop, ours, received, closed)
+    with theirs:
+        for number in (1, 2):
+            protocol.send(theirs, protocol.encode({"number": number}))
+    loop.call_after(60_000, loop.stop)
+    loop.run()
+    assert heard == [1, 2, "end"]
