@@ -46,15 +46,16 @@ class KeptPod:
         self.failure: Exception | None = None
         self.deposits: dict[str, Deposit] = {}
 
-    def drop(self, container: str, names: Collection[str] | None = None) -> None:
-        """Close some descriptors of a container, or all."""
+    def take(self, container: str, names: Collection[str] | None = None) -> list[int]:
+        """Some descriptors of a container, or all, which are not kept any more and have to be closed."""
         deposit = self.deposits.get(container)
         if deposit is None:
-            return
-        dropped = deposit.fds.keys() if names is None else deposit.fds.keys() & set(names)
-        protocol.close_all([deposit.fds.pop(name) for name in tuple(dropped)])
+            return []
+        taken = deposit.fds.keys() if names is None else deposit.fds.keys() & set(names)
+        fds = [deposit.fds.pop(name) for name in tuple(taken)]
         if names is None:
             del self.deposits[container]
+        return fds
 
 
 class Launcher:
@@ -199,18 +200,36 @@ class Launcher:
     def _keep(self, pod: KeptPod, message: Message) -> None:
         body = message.body
         fds = dict(zip(body["fds"], message.fds, strict=True))
-        pod.drop(body["container"])
+        self._close(pod, pod.take(body["container"]))
         pod.deposits[body["container"]] = Deposit(body["pid"], body["oom_kills"], fds)
 
     def _drop(self, pod: KeptPod, message: Message) -> None:
-        pod.drop(message.body["container"], message.body["names"])
+        self._close(pod, pod.take(message.body["container"], message.body["names"]))
         if pod.peer is not None:
             pod.peer.send({"dropped": message.body.get("number", 0)})
 
     def _is_done(self, pod: KeptPod, _message: object) -> None:
-        for container in tuple(pod.deposits):
-            pod.drop(container)
+        self._close(pod, [fd for name in tuple(pod.deposits) for fd in pod.take(name)])
         self._pods.pop(pod.id, None)
+
+    def _close(self, pod: KeptPod, fds: list[int]) -> None:
+        """Never the last copies: who closes those may have to wait for a container that holds the lock of a pipe.
+
+        The supervisor has copies as long as it lives. Without one, a child has them, and ends when we have closed ours.
+        """
+        if not fds:
+            return
+        if pod.peer is not None and not pod.peer.has_gone:
+            protocol.close_all(fds)
+            return
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        try:
+            child = self._children.spawn(
+                lambda: _outlast(reader), lambda _code: None, keep=[reader, *fds]
+            )
+            os.close(child.pidfd)
+        finally:
+            protocol.close_all((*fds, reader, writer))
 
     def _supervisor_gone(self, pod: KeptPod, peer: Peer) -> None:
         """Its children become ours, if it was one itself."""
@@ -242,6 +261,12 @@ class Launcher:
         exits.record(pod.directory, container, end)
 
 
+def _outlast(reader: int) -> NoReturn:
+    """End when the pipe has ended, and close then what was inherited."""
+    os.read(reader, 1)
+    os._exit(0)
+
+
 def _has_ended(pidfd: int) -> bool:
     """Whether it is this very child of ours that is a zombie, and not another one with its number."""
     try:
@@ -258,11 +283,14 @@ def _supervisor_ended(peer: Peer, _code: int) -> None:
 
 
 def _is_served(directory: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+    """Not waiting for one that is held up, and whose queue is full of agents that have gone."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as connection:
         try:
             with protocol.address(f"{directory}/{supervisor.SOCKET}") as address:
                 connection.connect(address)
             os.kill(protocol.peer_of(connection).pid, 0)
+        except BlockingIOError:
+            return True
         except OSError:
             return False
     return True

@@ -5,6 +5,7 @@ for it.
 """
 
 import os
+import select
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,15 @@ class Peer:
         self._open = True
         connection.setblocking(False)
         loop.watch(connection.fileno(), self._ready)
+
+    @property
+    def has_gone(self) -> bool:
+        """Whether it has closed its end, which `closed` tells when all has been received that it had said before."""
+        if not self._open:
+            return True
+        poll = select.poll()
+        poll.register(self._connection.fileno(), 0)
+        return bool(poll.poll(0))
 
     def send(self, body: Body, fds: Sequence[int] = ()) -> None:
         """The descriptors stay the caller's. To a peer that has gone, nothing is sent."""

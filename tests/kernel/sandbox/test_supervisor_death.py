@@ -3,13 +3,16 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from nodeagent.errors import Unavailable
-from nodeagent.sandbox import exits, facts, process
+from nodeagent.errors import AlreadyExists, Unavailable
+from nodeagent.sandbox import exits, facts, process, protocol, supervisor
 from nodeagent.sandbox.client import ContainerState, ExecIO, Launcher
 from nodeagent.sandbox.spec import PodPlan
 from tests.kernel.sandbox.supervised import (
@@ -270,6 +273,79 @@ async def test_supervisors_outlive_the_launcher_and_go_to_the_next(node: Node) -
     await pod.supervisor.stop("main", signal.SIGTERM, 60_000)
     assert (await pod.supervisor.wait("main"))["code"] == 7
     assert is_counted_without_a_gap(pod.log())
+
+
+async def test_the_launcher_does_not_wait_for_a_supervisor_that_accepts_nobody(node: Node) -> None:
+    """One that is held up, and to which more agents have connected than its queue holds."""
+    pod = await node.pod()
+    await kill_launcher(node)
+    os.kill(pod.supervisor.pid, signal.SIGSTOP)
+    await node.connect()
+    with ExitStack() as queue:
+        queue.callback(os.kill, pod.supervisor.pid, signal.SIGCONT)
+        fill(str(pod.directory / supervisor.SOCKET), queue)
+        async with asyncio.timeout(60):
+            with pytest.raises(AlreadyExists):
+                await node.launcher.successor(pod.id, pod.directory)
+            assert await node.launcher.pods() == []
+    await pod.reconnect()
+
+
+def fill(path: str, queue: ExitStack) -> None:
+    """Connect until there is no room."""
+    while True:
+        connection = queue.enter_context(
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        )
+        try:
+            with protocol.address(path) as address:
+                connection.connect(address)
+        except BlockingIOError:
+            return
+
+
+async def test_the_launcher_does_not_wait_for_a_pipe_that_is_left_to_it(node: Node) -> None:
+    """The supervisor asked it to close the pipe, and died; who holds the lock of that has come from elsewhere."""
+    pod = await node.pod()
+    pid = await pod.run("sleep 1000")
+    reader = os.open(f"/proc/{pid}/fd/1", os.O_RDONLY)
+    writer = os.open(f"/proc/{pid}/fd/1", os.O_WRONLY)
+    os.kill(node.launcher.pid, signal.SIGSTOP)
+    await pod.supervisor.stop("main", signal.SIGKILL, 0)
+    await pod.supervisor.wait("main")
+    await pod.kill_supervisor()
+    with holding(reader, writer):
+        os.kill(node.launcher.pid, signal.SIGCONT)
+        async with asyncio.timeout(60):
+            assert await node.launcher.pods() == []
+    os.close(reader)
+    os.close(writer)
+
+
+@contextmanager
+def holding(reader: int, writer: int) -> Iterator[None]:
+    """A thread in the middle of splice(2) to a socket that has no room, until the end."""
+    full, other = socket.socketpair()
+    full.setblocking(False)
+    with suppress(BlockingIOError):
+        while full.send(b"x" * 4096):
+            pass
+    full.setblocking(True)
+    os.write(writer, b"x")
+    thread = threading.Thread(target=os.splice, args=(reader, full.fileno(), 4096))
+    thread.start()
+    call = Path(f"/proc/self/task/{thread.native_id}/wchan")
+    try:
+        while "sock" not in call.read_text():
+            pass
+        yield
+    finally:
+        while thread.is_alive():
+            with suppress(BlockingIOError):
+                other.recv(1 << 20, socket.MSG_DONTWAIT)
+        thread.join()
+        full.close()
+        other.close()
 
 
 async def test_a_fork_that_the_launcher_does_not_live_to_answer_is_undone(node: Node) -> None:
