@@ -10,6 +10,8 @@ from typing import Any
 
 from nodeagent.errors import Unavailable
 
+CLOSE_SECONDS = 10.0
+
 
 class Flights:
     """At most one creation a key; each makes an object and returns its id.
@@ -51,8 +53,13 @@ class Flights:
                 del self._tasks[key]
 
     async def close(self) -> None:
-        """Cancel what is under way; each undoes itself."""
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Cancel what is under way; each undoes itself.
+
+        One that waits for a supervisor which does not answer, because a container holds that up, is cancelled again: it
+        undoes the rest, and the next agent finds what the supervisor still has to be a stranger.
+        """
+        under_way = {task for task in self._tasks.values() if not task.done()}
+        while under_way:
+            for task in under_way:
+                task.cancel()
+            _, under_way = await asyncio.wait(under_way, timeout=CLOSE_SECONDS)

@@ -21,14 +21,16 @@ from nodeagent.lifecycle.launchers import Launchers
 from nodeagent.lifecycle.places import Places
 from nodeagent.lifecycle.registry import Registry, boot_id
 from nodeagent.lifecycle.slots import dismantle
-from nodeagent.lifecycle.supervision import Supervision
+from nodeagent.lifecycle.supervision import ANSWER_SECONDS, Supervision
 from nodeagent.lifecycle.trash import Trash
 from nodeagent.net.network import Network
-from nodeagent.records import Sandbox
+from nodeagent.records import Container, Sandbox
 from nodeagent.sandbox import namespaces
 from nodeagent.sandbox.client import Supervisor
 
 log = logging.getLogger(__name__)
+
+DISMANTLE_SECONDS = 30.0
 
 
 class Recovery:
@@ -88,12 +90,24 @@ class Recovery:
             self._registry.save(msgspec.structs.replace(sandbox, stopped_at=now))
 
     async def _undo_intentions(self) -> None:
-        for container in list(self._registry.containers.values()):
-            if not container.created_at or container.sandbox_id not in self._registry.sandboxes:
-                await self._containers.undo(container)
+        left = [
+            container
+            for container in self._registry.containers.values()
+            if not container.created_at or container.sandbox_id not in self._registry.sandboxes
+        ]
+        await asyncio.gather(*map(self._undo, left))
         for sandbox in list(self._registry.sandboxes.values()):
             if not sandbox.ready_at and await self._remove_group(sandbox):
                 self._registry.forget(sandbox)
+
+    async def _undo(self, container: Container) -> None:
+        """Behind the requests where its supervisor does not answer: another container of the pod may hold that up."""
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await self._containers.undo(container)
+        except TimeoutError:
+            log.warning('container "%s": its supervisor does not answer yet', container.id)
+            self._supervision.do_behind(self._containers.undo(container))
 
     async def _remove_group(self, sandbox: Sandbox) -> bool:
         """False where it is left, to the removal of the pod or to the next start."""
@@ -112,13 +126,21 @@ class Recovery:
             await self._dismantle(self._places.pods / pod_id)
         for directory in self._places.containers.iterdir():
             if directory.name not in self._registry.containers:
-                await self._containers.clear_stranger(directory.name)
+                await self._clear_stranger(directory.name)
+
+    async def _clear_stranger(self, container_id: str) -> None:
+        """As `_dismantle`: who waits for a file system that does not answer keeps its cgroup from being removed."""
+        try:
+            await self._containers.clear_stranger(container_id)
+        except (NodeAgentError, OSError) as error:
+            log.error('container "%s": not removed: %s', container_id, error)
 
     async def _dismantle(self, directory: Path) -> None:
         """What cannot be removed now is left to the next start, and keeps nobody from serving."""
         try:
-            supervisor = await self._reach(directory)
-            await dismantle(directory.name, directory, supervisor, self._network)
+            async with asyncio.timeout(DISMANTLE_SECONDS):
+                supervisor = await self._reach(directory)
+                await dismantle(directory.name, directory, supervisor, self._network)
             known = {sandbox.cgroup_parent for sandbox in self._registry.sandboxes.values()}
             for parent in known | {self._cgroups.pod_path(directory.name)}:
                 await asyncio.to_thread(

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 PAUSES_SECONDS = (0.1, 0.3, 1.0)
 ANSWER_SECONDS = 5.0
+REACH_SECONDS = 20.0  # of a successor, it takes some milliseconds
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 30.0
 
 
@@ -55,8 +56,13 @@ class Supervision:
             task.cancel()
 
     async def adopt(self, sandbox_id: str) -> None:
-        """Take a pod over from the agent before us."""
-        supervisor = await self.reach(sandbox_id)
+        """Take a pod over from the agent before us.
+
+        Raises TimeoutError where its supervisor has died and a successor does not come up: a container can hold that
+        up, as it takes what is left in the pipe of another one.
+        """
+        async with asyncio.timeout(REACH_SECONDS):
+            supervisor = await self.reach(sandbox_id)
         self._registry.pods[sandbox_id] = Pod(supervisor)
         self.watch(sandbox_id, supervisor)
         try:
@@ -66,7 +72,7 @@ class Supervision:
             pass  # it has just died, and its successor will be asked
         except TimeoutError:  # a container may hold it up; the node has to go on
             log.warning('pod sandbox "%s": its supervisor does not answer yet', sandbox_id)
-            self._do_behind(self._reconcile(sandbox_id, supervisor))
+            self.do_behind(self._reconcile(sandbox_id, supervisor))
 
     async def reach(self, sandbox_id: str) -> Supervisor:
         """The pod's supervisor, or a successor of one that has died. One may just be coming, or going."""
@@ -97,7 +103,8 @@ class Supervision:
         if container is not None and container.state == "running":
             await self._ends.setdefault(container_id, asyncio.Event()).wait()
 
-    def _do_behind(self, work: Coroutine[Any, Any, None]) -> None:
+    def do_behind(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let something go on that nobody waits for: a supervisor that is held up may have to answer first."""
         task = asyncio.create_task(self._guarded(work))
         self._behind.add(task)
         task.add_done_callback(self._behind.discard)
@@ -145,7 +152,7 @@ class Supervision:
     def _init_exited(self, sandbox_id: str) -> None:
         """No container can be created in the pod any more: it ends, so that its owner makes another one."""
         log.error('pod sandbox "%s": the process that holds its PID namespace has died', sandbox_id)
-        self._do_behind(self.end_pod(sandbox_id))
+        self.do_behind(self.end_pod(sandbox_id))
 
     def _ended_unheard(self, container: Container) -> None:
         """Of what nobody told us, there is the exit record."""

@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,20 @@ def volume(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hostile(cri: Cri, registry: Registry) -> PullHostile:
-    """hostile(*members, **config): pull busybox with a layer of these members on top, and this config."""
+    """hostile(*members, **config): as `pull_hostile`, for the agent of all tests."""
+    return partial(pull_hostile, cri, registry)
 
-    def pull(*members: Member, **config: Any) -> pb.ImageSpec:
-        layers = images.busybox().layers
-        if members:
-            layers += (fake_registry.layer(*members),)
-        tag = str(next(_tags))
-        registry.push(images.Image("test/hostile", (tag,), layers, {**images.SHELL, **config}))
-        spec = pb.ImageSpec(image=f"{registry.host}/test/hostile:{tag}")
-        cri.agent.images.PullImage(pb.PullImageRequest(image=spec), timeout=60)
-        return spec
 
-    return pull
+def pull_hostile(cri: Cri, registry: Registry, *members: Member, **config: Any) -> pb.ImageSpec:
+    """Pull busybox with a layer of these members on top, and this config."""
+    layers = images.busybox().layers
+    if members:
+        layers += (fake_registry.layer(*members),)
+    tag = str(next(_tags))
+    registry.push(images.Image("test/hostile", (tag,), layers, {**images.SHELL, **config}))
+    spec = pb.ImageSpec(image=f"{registry.host}/test/hostile:{tag}")
+    cri.agent.images.PullImage(pb.PullImageRequest(image=spec), timeout=60)
+    return spec
 
 
 def attempted(call: Callable[[], object]) -> str:
