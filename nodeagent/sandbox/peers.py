@@ -70,7 +70,7 @@ class Peer:
         except BlockingIOError:
             return False
         except (BrokenPipeError, ConnectionResetError):
-            self.close()
+            pass  # it has gone; what it said before is still to be received, and then the end
         return True
 
     def _ready(self, events: int) -> None:
@@ -100,6 +100,10 @@ class Peer:
             message = protocol.receive(self._connection)
         except BlockingIOError:
             return False
+        except (
+            ConnectionResetError
+        ):  # it did not read all of ours, and this comes before what it said
+            return True
         except ValueError as error:
             self.send({"id": None, **protocol.describe_error(InvalidArgument(str(error)))})
             return True

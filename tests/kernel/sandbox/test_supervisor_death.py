@@ -278,8 +278,8 @@ async def test_supervisors_outlive_the_launcher_and_go_to_the_next(node: Node) -
 async def test_the_launcher_does_not_wait_for_a_supervisor_that_accepts_nobody(node: Node) -> None:
     """One that is held up, and to which more agents have connected than its queue holds."""
     pod = await node.pod()
-    await kill_launcher(node)
     os.kill(pod.supervisor.pid, signal.SIGSTOP)
+    await kill_launcher(node)
     await node.connect()
     with ExitStack() as queue:
         queue.callback(os.kill, pod.supervisor.pid, signal.SIGCONT)
@@ -288,7 +288,18 @@ async def test_the_launcher_does_not_wait_for_a_supervisor_that_accepts_nobody(n
             with pytest.raises(AlreadyExists):
                 await node.launcher.successor(pod.id, pod.directory)
             assert await node.launcher.pods() == []
-    await pod.reconnect()
+    await eventually_reconnected(pod)
+
+
+async def eventually_reconnected(pod: Pod) -> None:
+    """Once there is room in its queue again."""
+    while True:
+        try:
+            await pod.reconnect()
+        except OSError:
+            await asyncio.sleep(0.01)
+        else:
+            return
 
 
 def fill(path: str, queue: ExitStack) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent.sandbox import peers
+from nodeagent.sandbox import peers, protocol
 from nodeagent.sandbox.loop import Loop
-from nodeagent.sandbox.peers import Listener
+from nodeagent.sandbox.peers import Listener, Peer
 
 
 def test_the_socket_is_its_owners(tmp_path: Path) -> None:
@@ -57,3 +57,23 @@ def test_without_descriptors_the_loop_rests(
     assert capsys.readouterr().err.splitlines() == [
         f"{tmp_path}/s: nobody can connect: Too many open files"
     ]
+
+
+@pytest.mark.parametrize("unread", [False, True])
+def test_what_was_said_before_the_end_is_received(unread: bool) -> None:
+    """Also where the answer to the first finds nobody, or an earlier one was not read (ECONNRESET)."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    said: list[object] = []
+
+    def received(peer: Peer, message: protocol.Message) -> None:
+        said.append(message.body["number"])
+        peer.send({"heard": message.body["number"]})
+
+    peer = Peer(Loop(), ours, received, lambda _peer: said.append("end"))
+    if unread:
+        peer.send({"unread": True})
+    for number in range(3):
+        protocol.send(theirs, protocol.encode({"number": number}))
+    theirs.close()
+    peer.drain()
+    assert said == [0, 1, 2, "end"]
