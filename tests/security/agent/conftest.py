@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import stat
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,16 @@ from tests import fake_registry, images
 from tests.cri import Cri
 from tests.e2e.conftest import agent, cri
 from tests.registry import Registry
+from tests.security.fuse import Node, serving
 from tests.tars import Member
 
 __all__ = ["agent", "cri"]
 
 PullHostile = Callable[..., pb.ImageSpec]
+
+NEEDS_FUSE = pytest.mark.skipif(
+    not os.path.exists("/dev/fuse"), reason="this kernel has no FUSE: the guest's, for one"
+)
 
 _tags = itertools.count()
 
@@ -58,6 +64,15 @@ def pull_hostile(cri: Cri, registry: Registry, *members: Member, **config: Any) 
     spec = pb.ImageSpec(image=f"{registry.host}/test/hostile:{tag}")
     cri.agent.images.PullImage(pb.PullImageRequest(image=spec), timeout=60)
     return spec
+
+
+@pytest.fixture
+def silent(tmp_path: Path) -> Iterator[Path]:
+    """Where a file system has a file `page` that to read is never answered."""
+    point = tmp_path / "fuse"
+    point.mkdir()
+    with serving(point, {"page": [Node(stat.S_IFREG | 0o644, size=4096, silent=True)]}):
+        yield point
 
 
 def attempted(call: Callable[[], object]) -> str:

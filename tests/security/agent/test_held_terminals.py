@@ -4,9 +4,7 @@ Who closes the master then waits, uninterruptibly, until the file system's serve
 """
 
 import os
-import stat
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +14,7 @@ from tests import images, tars
 from tests.cri import Container, Cri
 from tests.e2e.streams import Streams
 from tests.node import wait_for
-from tests.security.agent.conftest import PullHostile
-from tests.security.fuse import Node, serving
+from tests.security.agent.conftest import NEEDS_FUSE, PullHostile
 
 # A child writes a page of the file to the terminal; the parent ends, with what is the exec.
 HOLD_TERMINAL = r"""
@@ -41,22 +38,13 @@ int main(void)
 }
 """
 
-pytestmark = pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="this kernel has no FUSE")
-
-
-@pytest.fixture
-def silent(tmp_path: Path) -> Iterator[Path]:
-    point = tmp_path / "fuse"
-    point.mkdir()
-    with serving(point, {"page": [Node(stat.S_IFREG | 0o644, size=4096, silent=True)]}):
-        yield point
-
 
 @pytest.fixture
 def image(hostile: PullHostile) -> pb.ImageSpec:
     return hostile(tars.file("hold", images.compiled(HOLD_TERMINAL), mode=0o755))
 
 
+@NEEDS_FUSE
 def test_the_terminal_of_an_exec_that_is_held(
     cri: Cri, crictl: Path, image: pb.ImageSpec, silent: Path
 ) -> None:
@@ -70,6 +58,27 @@ def test_the_terminal_of_an_exec_that_is_held(
         wait_for("the lock", lambda: holds(container))
         os.write(keyboard, b"\n")
         assert process.wait(timeout=60) in (1, 7)
+    os.close(keyboard)
+    cri.agent.runtime.Version(pb.VersionRequest(), timeout=60)
+    assert other.exec("echo", "well").stdout == b"well\n"
+    other.pod.remove()
+
+
+@NEEDS_FUSE
+def test_the_terminal_of_an_attached_container_that_is_held(
+    cri: Cri, crictl: Path, image: pb.ImageSpec, silent: Path
+) -> None:
+    mount = pb.Mount(container_path="/fuse", host_path=str(silent), readonly=True)
+    container = cri.run("/hold", image=image, tty=True, stdin=True, mounts=[mount])
+    other = cri.run()
+    client = Streams(crictl, cri, "websocket").command("attach", "-i", "-t", container.id)
+    keyboard, screen = os.openpty()
+    with subprocess.Popen(client, stdin=screen, stdout=screen, stderr=screen) as process:
+        os.close(screen)
+        wait_for("the lock", lambda: holds(container))
+        os.write(keyboard, b"\n")
+        cri.agent.runtime.Version(pb.VersionRequest(), timeout=60)
+        process.kill()
     os.close(keyboard)
     cri.agent.runtime.Version(pb.VersionRequest(), timeout=60)
     assert other.exec("echo", "well").stdout == b"well\n"
