@@ -129,7 +129,14 @@ class Recovery:
         )
         for directory in self._places.containers.iterdir():
             if directory.name not in self._registry.containers:
-                await self._containers.clear_stranger(directory.name)
+                await self._clear_stranger(directory.name)
+
+    async def _clear_stranger(self, container_id: str) -> None:
+        """As `_dismantle`: who waits for a file system that does not answer keeps its cgroup from being removed."""
+        try:
+            await self._containers.clear_stranger(container_id)
+        except (NodeAgentError, OSError) as error:
+            log.error('container "%s": not removed: %s', container_id, error)
 
     async def _dismantle(self, directory: Path) -> None:
         """What cannot be removed now is left to the next start, and keeps nobody from serving."""

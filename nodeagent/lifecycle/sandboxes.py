@@ -159,11 +159,12 @@ class Sandboxes:
         pod.closing = True
         for task in tuple(pod.creating):
             task.cancel()
-        await asyncio.gather(*pod.creating, return_exceptions=True)
         try:
             await self._containers.stop_all(sandbox.id)
         finally:
             await self._network.detach(sandbox.id)
+        # Only now: the supervisor that undoes them may wait for one that ran, in a pipe that this held.
+        await asyncio.gather(*pod.creating, return_exceptions=True)
         await self._supervision.shut_down(sandbox.id)
         await asyncio.to_thread(podgroup.remove, self._cgroups, sandbox)
         current = self._registry.sandboxes.get(sandbox.id)
@@ -181,7 +182,10 @@ class Sandboxes:
             return
         await self.stop(sandbox.id)
         for container in self._registry.members(sandbox.id):
-            await self._containers.remove(container.id)
+            if container.created_at:
+                await self._containers.remove(container.id)
+            else:  # its creation was cut off with an earlier agent, and could not be undone yet
+                await self._containers.clear(container)
         await dismantle(sandbox.id, self._directory / sandbox.id, None, self._network)
         await asyncio.to_thread(podgroup.remove, self._cgroups, sandbox)
         self._registry.forget(sandbox)

@@ -8,8 +8,8 @@ import asyncio
 import os
 import secrets
 import socket
-import termios
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any
 
 from nodeagent.cgroups.group import Cgroup
@@ -44,8 +44,8 @@ class Sessions:
         group = whole.child(f"exec-{secrets.token_hex(4)}")
         try:
             with handover(group) as fds:
-                run = _on_terminal if request.tty else _on_pipes
-                command = await run(supervisor, request, _plan(request, container), fds, size)
+                plan = _plan(request, container)
+                command = await _run(self, supervisor, request, plan, fds, size)
         except BaseException:
             await asyncio.to_thread(whole.discard, group)
             raise
@@ -89,19 +89,24 @@ class Sessions:
 
 
 class Command:
-    """A new process. Its terminal, if it has one, is our `stdout`."""
+    """A new process. What its terminal shows, if it has one, is our `stdout`."""
 
     def __init__(
-        self, handle: ExecHandle, stdin: int | None, stdout: int | None, stderr: int | None
+        self,
+        sessions: Sessions,
+        handle: ExecHandle,
+        stdin: int | None,
+        stdout: int | None,
+        stderr: int | None,
     ) -> None:
+        self._sessions = sessions
         self.handle = handle
         self.stdin = stdin
         self.stdout = stdout
         self.stderr = stderr
 
     def resize(self, width: int, height: int) -> None:
-        if self.stdout is not None:
-            termios.tcsetwinsize(self.stdout, (height, width))
+        self._sessions.do_behind(_resize(self.handle, width, height))
 
     def end_stdin(self) -> None:
         """The end of the pipe is all that a command needs."""
@@ -113,20 +118,23 @@ class Command:
         """The command goes on without its streams."""
 
 
-async def _on_terminal(
-    supervisor: Supervisor, request: ExecRequest, plan: ExecPlan, fds: CgroupFds, size: Size | None
-) -> Command:
-    handle = await supervisor.exec(plan, ExecIO(), fds, size)
-    assert handle.master is not None
-    stdin = os.dup(handle.master) if request.stdin else None
-    return Command(handle, stdin, handle.master, None)
+async def _resize(handle: ExecHandle, width: int, height: int) -> None:
+    with suppress(NodeAgentError, OSError):  # it has ended meanwhile
+        await handle.resize(width, height)
 
 
-async def _on_pipes(
-    supervisor: Supervisor, request: ExecRequest, plan: ExecPlan, fds: CgroupFds, _: Size | None
+async def _run(
+    sessions: Sessions,
+    supervisor: Supervisor,
+    request: ExecRequest,
+    plan: ExecPlan,
+    fds: CgroupFds,
+    size: Size | None,
 ) -> Command:
+    """Its streams are pipes of ours. What a terminal shows is read in any case, or it would hold its programs up."""
+    with_stdout = request.stdout or request.tty
     their_stdin, stdin = os.pipe2(os.O_CLOEXEC) if request.stdin else (None, None)
-    stdout, their_stdout = os.pipe2(os.O_CLOEXEC) if request.stdout else (None, None)
+    stdout, their_stdout = os.pipe2(os.O_CLOEXEC) if with_stdout else (None, None)
     stderr, their_stderr = os.pipe2(os.O_CLOEXEC) if request.stderr else (None, None)
     ours, theirs = (stdin, stdout, stderr), (their_stdin, their_stdout, their_stderr)
     for fd in ours:
@@ -134,13 +142,13 @@ async def _on_pipes(
             os.set_blocking(fd, False)
     streams = ExecIO(stdin=their_stdin, stdout=their_stdout, stderr=their_stderr)
     try:
-        handle = await supervisor.exec(plan, streams, fds)
+        handle = await supervisor.exec(plan, streams, fds, size)
     except BaseException:
         close_all(ours)
         raise
     finally:
         close_all(theirs)
-    return Command(handle, *ours)
+    return Command(sessions, handle, *ours)
 
 
 def _plan(request: ExecRequest, container: Container) -> ExecPlan:

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 PAUSES_SECONDS = (0.1, 0.3, 1.0)
 ANSWER_SECONDS = 5.0
+REACH_SECONDS = 20.0  # of a successor, it takes some milliseconds
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 30.0
 
 
@@ -56,8 +57,13 @@ class Supervision:
             task.cancel()
 
     async def adopt(self, sandbox_id: str) -> None:
-        """Take a pod over from the agent before us."""
-        supervisor = await self.reach(sandbox_id)
+        """Take a pod over from the agent before us.
+
+        Raises TimeoutError where its supervisor has died and a successor does not come up: a container can hold that
+        up, as it takes what is left in the pipe of another one.
+        """
+        async with asyncio.timeout(REACH_SECONDS):
+            supervisor = await self.reach(sandbox_id)
         self._registry.pods[sandbox_id] = Pod(supervisor)
         self.watch(sandbox_id, supervisor)
         try:

@@ -15,7 +15,7 @@ Key = tuple[Peer, int]
 class Attachments:
     """Of a pod. Each is known by a number that the agent gave it.
 
-    The agent gets ends of pipes that only we have the other end of; a terminal's master it reads and writes itself.
+    The agent gets ends of pipes that only we have the other end of.
     """
 
     def __init__(self) -> None:
@@ -31,9 +31,10 @@ class Attachments:
             )
         tap = Tap(lambda: self._cut_off(key))
         given = [(name, tap.add(name)) for name in container.pump.streams]
-        if "stdin" in container.fds:
-            given.append(("stdin", input_to(container)))
-        names, fds = protocol.named([*given, ("stdin", container.fds.get("master"))])
+        end = container.fds.get("stdin", container.fds.get("master"))
+        if end is not None:
+            given.append(("stdin", input_to(container, end)))
+        names, fds = protocol.named(given)
         container.pump.taps[key] = tap
         self._containers[key] = container
         request.reply({"fds": names}, fds)
@@ -79,8 +80,11 @@ class Attachments:
             container.close_stdin()
 
 
-def input_to(container: Container) -> int:
-    """The writing end of a pipe that is relayed to the container's input, to its end, whoever has left by then."""
+def input_to(container: Container, end: int) -> int:
+    """The writing end of a pipe that is relayed to the container's input, to its end, whoever has left by then.
+
+    end: of the container's pipe, or of its terminal.
+    """
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    Relay(container.pod.loop, reader, os.dup(container.fds["stdin"]))
+    Relay(container.pod.loop, reader, os.dup(end))
     return writer

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from nodeagent.errors import AlreadyExists, NodeAgentError, Unavailable
-from nodeagent.sandbox import supervisor
+from nodeagent.errors import AlreadyExists, NodeAgentError, Unavailable, Unsupported
+from nodeagent.sandbox import protocol, supervisor
 from nodeagent.sandbox.channel import Channel
 from nodeagent.sandbox.handles import (
     AttachIO,
@@ -232,6 +232,13 @@ class Supervisor:
         except BaseException:
             self._execs.pop(number, None)
             raise
+        if reply.fds:
+            protocol.close_all(reply.fds.values())
+            self._channel.post("exec_kill", exec=number)
+            raise Unsupported(
+                f'container "{plan["container"]}": its pod has a supervisor of an earlier version, which relays no'
+                " terminals"
+            )
         return ExecHandle(self._channel, number, reply, end)
 
     async def attach(self, container: str) -> AttachIO:

@@ -80,13 +80,13 @@ class Exec:
         self._master = master
         if self._size:
             set_size(master, *self._size)
+        self._streams.connect(master)
         self._birth.go()
 
     def executed(self) -> None:
         self._birth = None
         if self._request is not None:
-            names, fds = protocol.named([("master", self._master)])
-            self._request.reply({"pid": self.pid, "fds": names}, fds)
+            self._request.reply({"pid": self.pid})
             self._request = None
 
     def failed(self, error: Exception) -> None:
@@ -149,6 +149,7 @@ class Exec:
         if self._master is not None:
             self._loop.forget(self._master)
             os.close(self._master)
+        self._streams.close_waiting()
         self._loop.call_after(0, lambda: self._streams.settle(lambda: self._tell_end(code)))
 
     def _tell_end(self, code: int) -> None:
@@ -187,7 +188,8 @@ class Execs:
                 what = f'exec in container "{container.id}"'
                 visibility.require_successor(what, exec_.settings, tty=exec_.plan["tty"])
             stdio = request.take("stdin"), request.take("stdout"), request.take("stderr")
-            self._spawn(exec_, join, Streams(self.pod.loop, *stdio), hidden=hidden)
+            streams = Streams(self.pod.loop, *stdio, tty=exec_.plan["tty"])
+            self._spawn(exec_, join, streams, hidden=hidden)
         except BaseException:
             group.close()
             raise
@@ -211,6 +213,9 @@ class Execs:
                     keep=[fd for fd in kept if fd >= 0],
                     cgroup=cgroup,
                 )
+        except BaseException:
+            streams.close_waiting()
+            raise
         finally:
             streams.close_given()
         self._execs[exec_.agent, exec_.number] = exec_

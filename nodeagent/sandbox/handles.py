@@ -91,7 +91,7 @@ class ContainerState:
 class ExecIO:
     """Ends of pipes that the supervisor relays the process's streams from and to; no container has an end of them.
 
-    None is the container's /dev/null. They stay the caller's. None with a tty.
+    None is the container's /dev/null. They stay the caller's. A terminal has stdin and stdout.
     """
 
     stdin: int | None = None
@@ -141,13 +141,12 @@ class AttachIO:
 
 
 class ExecHandle:
-    """A process that runs in a container. master: of its terminal, not blocking, the caller's; None without one."""
+    """A process that runs in a container."""
 
     def __init__(
         self, channel: Channel, number: int, reply: Reply, end: "asyncio.Future[ExecExit | None]"
     ) -> None:
         self.pid: int = reply.result["pid"]
-        self.master = reply.fds.get("master")
         self._channel = channel
         self._number = number
         self._end = end

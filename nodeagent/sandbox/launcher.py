@@ -48,9 +48,9 @@ class KeptPod:
 
     @property
     def has_supervisor(self) -> bool:
-        """Whether it lives, be it held up; its end is seen here before its connection tells it."""
+        """Whether it lives, be it held up; one that is about to close what it has open does not any more."""
         try:
-            return self.peer is not None and process.stat_fields(self.pid)[0] not in (b"Z", b"X")
+            return self.peer is not None and not process.is_exiting(self.pid)
         except OSError:
             return False
 
@@ -295,11 +295,14 @@ def _supervisor_ended(peer: Peer, _code: int) -> None:
 
 
 def _is_served(directory: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+    """Not waiting for one that is held up, and whose queue is full of agents that have gone."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as connection:
         try:
             with protocol.address(f"{directory}/{supervisor.SOCKET}") as address:
                 connection.connect(address)
             os.kill(protocol.peer_of(connection).pid, 0)
+        except BlockingIOError:
+            return True
         except OSError:
             return False
     return True

@@ -90,6 +90,8 @@ class Peer:
             message = protocol.receive(self._connection)
         except BlockingIOError:
             return False
+        except ConnectionResetError:
+            return True  # it did not read all of ours, and this comes before what it said
         except ValueError as error:
             self.send({"id": None, **protocol.describe_error(InvalidArgument(str(error)))})
             return True

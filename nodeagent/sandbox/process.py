@@ -12,6 +12,9 @@ SUPERVISOR = "nodeagent.sandbox.supervisor "
 
 _SPARED = -999
 
+# The flags of a process, counted from its state (proc(5)), and include/linux/sched.h.
+_STAT_FLAGS, _PF_EXITING = 6, 0x4
+
 
 def set_title(name: str, title: str) -> None:
     """What ps shows: the name, of 15 bytes, and as the command the title, in the memory of the arguments (proc(5))."""
@@ -69,6 +72,11 @@ def stat_fields(pid: int | str) -> list[bytes]:
         return os.read(file, 4096).rpartition(b") ")[2].split()
     finally:
         os.close(file)
+
+
+def is_exiting(pid: int) -> bool:
+    """Whether its end has begun, or is over and nobody has reaped it. Raises FileNotFoundError when it has gone."""
+    return bool(int(stat_fields(pid)[_STAT_FLAGS]) & _PF_EXITING)
 
 
 def pid_of_pidfd(pid: int, descriptor: int) -> int:

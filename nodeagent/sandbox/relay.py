@@ -1,11 +1,14 @@
-"""Bytes between the pipes that containers have an end of and those that the agent has an end of.
+"""Bytes between the pipes and terminals that containers have an end of and the pipes that the agent has an end of.
 
 Who is in the middle of splice(2) to or from a pipe holds its lock for as long as the other side takes, and whoever
 reads, writes or closes the pipe waits for that in the kernel, whatever O_NONBLOCK says. A container can do that to
-every pipe that it has an end of. The agent therefore has no end of such a pipe, but of one whose other end is here: the
-supervisor of the container's own pod is the only one who can be made to wait.
+every pipe that it has an end of. Who is in the middle of read(2) or write(2) of a terminal, and waits for a page of its
+buffer that a file system never answers for, holds the line discipline, and whoever closes the master waits for that.
+The agent therefore has no end of such a pipe or terminal, but of a pipe whose other end is here: the supervisor of the
+container's own pod is the only one who can be made to wait.
 """
 
+import errno
 import os
 import select
 from collections.abc import Callable
@@ -20,6 +23,8 @@ _MAX_LEFT_BYTES = 1 << 20
 
 class Relay:
     """Reads one pipe and writes another, until the first has ended or nobody reads the second. Owns both ends.
+
+    Either may be the master of a terminal, which has ended when nobody has the terminal open any more.
 
     It copies: splice(2) would hold the lock of the agent's pipe while it waits for the one of the container's.
     """
@@ -79,7 +84,7 @@ class Relay:
     def _move(self) -> bool:
         """False when there is nothing now, or nothing any more, or no room for it."""
         try:
-            data = os.read(self._source, CHUNK_BYTES)
+            data = self._read()
         except BlockingIOError:
             self._tell_settled()
             return False
@@ -95,13 +100,21 @@ class Relay:
             self._loop.change(self._sink, WRITABLE)
         return False
 
+    def _read(self) -> bytes:
+        try:
+            return os.read(self._source, CHUNK_BYTES)
+        except OSError as error:
+            if error.errno == errno.EIO:  # of a terminal that nobody has open any more
+                return b""
+            raise
+
     def _write(self, data: bytes) -> bool:
         """Whether the sink took all of it; what it did not take is kept."""
         try:
             taken = os.write(self._sink, data)
         except BlockingIOError:
             taken = 0
-        except BrokenPipeError:
+        except OSError:  # EPIPE; of a terminal, EIO
             self._close()
             return False
         self._rest = data[taken:]
@@ -116,17 +129,22 @@ class Relay:
 
 
 class Streams:
-    """The standard streams of a command: pipes of its own, relayed from and to the agent's.
+    """The standard streams of a command: pipes of its own, or its terminal, relayed from and to the agent's pipes.
 
-    stdin, stdout, stderr: the ends that the command gets; -1 where the agent has none.
+    stdin, stdout, stderr: the ends that the command gets; -1 where the agent has none, and with a terminal.
     """
 
     def __init__(
-        self, loop: Loop, stdin: int | None, stdout: int | None, stderr: int | None
+        self, loop: Loop, stdin: int | None, stdout: int | None, stderr: int | None, *, tty: bool
     ) -> None:
-        """The agent's ends belong to the streams from now on."""
+        """The agent's ends belong to the streams from now on. Those of a terminal wait for its master."""
         self.stdin = self.stdout = self.stderr = -1
+        self._loop = loop
         self._outputs: list[Relay] = []
+        self._waiting: list[int | None] = []
+        if tty:
+            self._waiting = [stdin, stdout, stderr]
+            return
         pipes = _pipes_for([end for end in (stdin, stdout, stderr) if end is not None])
         if stdin is not None:
             self.stdin, writer = pipes.pop()
@@ -137,6 +155,20 @@ class Streams:
         if stderr is not None:
             reader, self.stderr = pipes.pop()
             self._outputs.append(Relay(loop, reader, stderr))
+
+    def connect(self, master: int) -> None:
+        """Relay the terminal. The descriptor stays the caller's."""
+        stdin, stdout, stderr = self._waiting
+        self._waiting = [stderr]  # a terminal has one output
+        if stdin is not None:
+            Relay(self._loop, stdin, os.dup(master))
+        if stdout is not None:
+            self._outputs.append(Relay(self._loop, os.dup(master), stdout))
+
+    def close_waiting(self) -> None:
+        """There is no terminal to wait for."""
+        close_all(end for end in self._waiting if end is not None)
+        self._waiting = []
 
     def close_given(self) -> None:
         """The command has its own copies."""

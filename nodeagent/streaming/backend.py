@@ -87,8 +87,8 @@ def _check_ports(ports: Iterable[int]) -> None:
 class Process(Protocol):
     """A process, new or attached to, as one session sees it.
 
-    A stream that was not asked for, or that the process does not have, is None. With a terminal, stdout is its master
-    and stdin a duplicate of it. The three descriptors are different numbers.
+    A stream that was not asked for, or that the process does not have, is None. With a terminal, stdout is all of its
+    output. The three descriptors are different numbers.
     """
 
     @property

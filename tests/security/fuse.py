@@ -26,12 +26,16 @@ HELLO = struct.pack("=IiQ", 16 + len(_INIT_ANSWER), 0, 0) + _INIT_ANSWER
 
 
 class Node(NamedTuple):
-    """link: where a symbolic link leads; endless: a file that can be read for ever, whatever size it says it has."""
+    """link: where a symbolic link leads; endless: a file that can be read for ever, whatever size it says it has.
+
+    silent: to read it is never answered.
+    """
 
     mode: int
     link: str = ""
     size: int = 0
     endless: bool = False
+    silent: bool = False
 
 
 DIRECTORY = Node(stat.S_IFDIR | 0o777)
@@ -81,7 +85,7 @@ class _Server:
                     continue
                 raise
             _, opcode, unique, node, *_ = _HEADER.unpack_from(request)
-            if opcode in _SILENT:
+            if opcode in _SILENT or (opcode == _READ and self._nodes[node].silent):
                 continue
             code, answer = self._answer(opcode, node, request[_HEADER.size :])
             try:

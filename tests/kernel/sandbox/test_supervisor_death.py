@@ -6,13 +6,13 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from pathlib import Path
 
 import pytest
 
-from nodeagent.errors import Unavailable
-from nodeagent.sandbox import exits, facts, process
+from nodeagent.errors import AlreadyExists, Unavailable
+from nodeagent.sandbox import exits, facts, process, protocol, supervisor
 from nodeagent.sandbox.client import ContainerState, ExecIO, Launcher
 from nodeagent.sandbox.spec import PodPlan
 from tests.kernel.sandbox.supervised import (
@@ -456,3 +456,43 @@ async def test_a_waiting_exec_is_told_of_the_supervisors_death(node: Node) -> No
     with pytest.raises(Unavailable):
         await waiting
     await pod.succeed()
+
+
+async def test_the_launcher_does_not_wait_for_a_supervisor_that_accepts_nobody(node: Node) -> None:
+    """One that is held up, and to which more agents have connected than its queue holds."""
+    pod = await node.pod()
+    os.kill(pod.supervisor.pid, signal.SIGSTOP)
+    await kill_launcher(node)
+    await node.connect()
+    with ExitStack() as queue:
+        queue.callback(os.kill, pod.supervisor.pid, signal.SIGCONT)
+        fill(str(pod.directory / supervisor.SOCKET), queue)
+        async with asyncio.timeout(60):
+            with pytest.raises(AlreadyExists):
+                await node.launcher.successor(pod.id, pod.directory)
+            assert await node.launcher.pods() == []
+    await eventually_reconnected(pod)
+
+
+async def eventually_reconnected(pod: Pod) -> None:
+    """Once there is room in its queue again."""
+    while True:
+        try:
+            await pod.reconnect()
+        except OSError:
+            await asyncio.sleep(0.01)
+        else:
+            return
+
+
+def fill(path: str, queue: ExitStack) -> None:
+    """Connect until there is no room."""
+    while True:
+        connection = queue.enter_context(
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        )
+        try:
+            with protocol.address(path) as address:
+                connection.connect(address)
+        except BlockingIOError:
+            return

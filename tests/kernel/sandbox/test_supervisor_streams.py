@@ -111,15 +111,23 @@ async def test_stdin_reaches_an_exec(pod: Pod) -> None:
 async def test_an_exec_has_a_terminal_of_the_asked_size(pod: Pod) -> None:
     await pod.run("sleep 1000")
     command = "stty size; read x; stty size; read x; exit 4"
-    handle = await pod.exec(command, tty=True, size=(100, 30))
-    assert await read_until(handle.master, b"30 100\r\n")
+    (read_in, write_in), (read_out, write_out) = os.pipe(), os.pipe()
+    os.set_blocking(read_out, False)
+    streams = ExecIO(stdin=read_in, stdout=write_out)
+    handle = await pod.exec(command, tty=True, size=(100, 30), streams=streams)
+    os.close(read_in)
+    os.close(write_out)
+    assert await read_until(read_out, b"30 100\r\n")
     await handle.resize(120, 40)
-    assert handle.master is not None
-    os.write(handle.master, b"\n")
-    assert await read_until(handle.master, b"40 120\r\n")
-    os.write(handle.master, b"\n")
+    os.write(write_in, b"\n")
+    assert await read_until(read_out, b"40 120\r\n")
+    os.write(write_in, b"\n")
     assert (await handle.wait()).code == 4
-    os.close(handle.master)
+    os.close(write_in)
+    os.set_blocking(read_out, True)
+    while os.read(read_out, 100):
+        pass
+    os.close(read_out)
 
 
 @pytest.mark.parametrize("argv", [["/absent"], ["/etc/passwd"]])

@@ -2,7 +2,9 @@
 
 import itertools
 import os
+import stat
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,16 @@ from tests import fake_registry, images
 from tests.cri import Cri
 from tests.e2e.conftest import agent, cri
 from tests.registry import Registry
+from tests.security.fuse import Node, serving
 from tests.tars import Member
 
 __all__ = ["agent", "cri"]
 
 PullHostile = Callable[..., pb.ImageSpec]
+
+NEEDS_FUSE = pytest.mark.skipif(
+    not os.path.exists("/dev/fuse"), reason="this kernel has no FUSE: the guest's, for one"
+)
 
 _tags = itertools.count()
 
@@ -43,19 +50,29 @@ def volume(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hostile(cri: Cri, registry: Registry) -> PullHostile:
-    """hostile(*members, **config): pull busybox with a layer of these members on top, and this config."""
+    """hostile(*members, **config): as `pull_hostile`, for the agent of all tests."""
+    return partial(pull_hostile, cri, registry)
 
-    def pull(*members: Member, **config: Any) -> pb.ImageSpec:
-        layers = images.busybox().layers
-        if members:
-            layers += (fake_registry.layer(*members),)
-        tag = str(next(_tags))
-        registry.push(images.Image("test/hostile", (tag,), layers, {**images.SHELL, **config}))
-        spec = pb.ImageSpec(image=f"{registry.host}/test/hostile:{tag}")
-        cri.agent.images.PullImage(pb.PullImageRequest(image=spec), timeout=60)
-        return spec
 
-    return pull
+def pull_hostile(cri: Cri, registry: Registry, *members: Member, **config: Any) -> pb.ImageSpec:
+    """Pull busybox with a layer of these members on top, and this config."""
+    layers = images.busybox().layers
+    if members:
+        layers += (fake_registry.layer(*members),)
+    tag = str(next(_tags))
+    registry.push(images.Image("test/hostile", (tag,), layers, {**images.SHELL, **config}))
+    spec = pb.ImageSpec(image=f"{registry.host}/test/hostile:{tag}")
+    cri.agent.images.PullImage(pb.PullImageRequest(image=spec), timeout=60)
+    return spec
+
+
+@pytest.fixture
+def silent(tmp_path: Path) -> Iterator[Path]:
+    """Where a file system has a file `page` that to read is never answered."""
+    point = tmp_path / "fuse"
+    point.mkdir()
+    with serving(point, {"page": [Node(stat.S_IFREG | 0o644, size=4096, silent=True)]}):
+        yield point
 
 
 def attempted(call: Callable[[], object]) -> str:

@@ -59,24 +59,21 @@ def test_without_descriptors_the_loop_rests(
     ]
 
 
-def test_what_a_peer_said_before_it_went_is_heard() -> None:
-    """Also where it is noticed by an answer to it that it has gone."""
-    heard: list[object] = []
-    loop = Loop()
+@pytest.mark.parametrize("unread", [False, True])
+def test_what_was_said_before_the_end_is_received(unread: bool) -> None:
+    """Also where the answer to the first finds nobody, or an earlier one was not read (ECONNRESET)."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    said: list[object] = []
 
     def received(peer: Peer, message: protocol.Message) -> None:
-        heard.append(message.body["number"])
-        peer.send({"answer": message.body["number"]})
+        said.append(message.body["number"])
+        peer.send({"heard": message.body["number"]})
 
-    def closed(_peer: Peer) -> None:
-        heard.append("end")
-        loop.stop()
-
-    Peer(loop, ours, received, closed)
-    with theirs:
-        for number in (1, 2):
-            protocol.send(theirs, protocol.encode({"number": number}))
-    loop.call_after(60_000, loop.stop)
-    loop.run()
-    assert heard == [1, 2, "end"]
+    peer = Peer(Loop(), ours, received, lambda _peer: said.append("end"))
+    if unread:
+        peer.send({"unread": True})
+    for number in range(3):
+        protocol.send(theirs, protocol.encode({"number": number}))
+    theirs.close()
+    peer.drain()
+    assert said == [0, 1, 2, "end"]

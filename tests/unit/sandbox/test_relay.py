@@ -181,7 +181,7 @@ def test_it_is_settled_when_nobody_reads_any_more(ends: Ends, before: bool) -> N
 def test_streams_settle_when_all_outputs_have(descriptors: Callable[[], int]) -> None:
     loop, told = Loop(), list[str]()
     (stdout, their_stdout), (stderr, their_stderr) = os.pipe(), os.pipe()
-    streams = Streams(loop, None, their_stdout, their_stderr)
+    streams = Streams(loop, None, their_stdout, their_stderr, tty=False)
     assert streams.stdin == -1
     os.write(streams.stdout, b"out")
     os.write(streams.stderr, b"err")
@@ -198,7 +198,7 @@ def test_streams_settle_when_all_outputs_have(descriptors: Callable[[], int]) ->
 def test_the_end_of_input_is_relayed(descriptors: Callable[[], int]) -> None:
     loop = Loop()
     their_stdin, stdin = os.pipe()
-    streams = Streams(loop, their_stdin, None, None)
+    streams = Streams(loop, their_stdin, None, None, tty=False)
     reader = os.dup(streams.stdin)
     streams.close_given()
     os.write(stdin, b"last")
