@@ -35,7 +35,7 @@ from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.handover import handover
 from nodeagent.lifecycle.plan import Planner, reference
 from nodeagent.lifecycle.registry import Registry
-from nodeagent.lifecycle.supervision import Supervision
+from nodeagent.lifecycle.supervision import Supervision, pauses
 from nodeagent.lifecycle.trash import Trash
 from nodeagent.records import Container, ContainerConfig, Image, Resources, Sandbox
 from nodeagent.sandbox import credentials
@@ -341,11 +341,14 @@ class Containers:
         self._registry.forget(container)
 
     async def undo(self, container: Container) -> None:
-        """As `clear`, after a crash; what cannot be removed yet keeps its record, and nobody from serving."""
-        try:
-            await self.clear(container)
-        except (NodeAgentError, OSError) as error:
-            log.error('container "%s": what was made of it is left: %s', container.id, error)
+        """As `clear`, after a crash; what cannot be removed yet keeps its record, and is tried again."""
+        between = pauses()
+        while container.id in self._registry.containers:
+            try:
+                await self.clear(container)
+            except (NodeAgentError, OSError) as error:
+                log.error('container "%s": what was made of it is left: %s', container.id, error)
+                await asyncio.sleep(next(between))
 
     async def clear_stranger(self, container_id: str) -> None:
         """Remove what there is of a container without a record, of whichever pod it was."""

@@ -166,14 +166,14 @@ class Supervision:
 
     async def _end(self, sandbox_id: str) -> None:
         """Try until the pod has ended: READY, and without a process that runs, nobody else would end it."""
-        pauses = _pauses()
+        between = pauses()
         try:
             while sandbox_id in self._registry.pods:
                 try:
                     await self.end_pod(sandbox_id)
                 except (NodeAgentError, OSError, TimeoutError) as error:
                     log.error('pod sandbox "%s": not ended, trying again: %s', sandbox_id, error)
-                    await asyncio.sleep(next(pauses))
+                    await asyncio.sleep(next(between))
                 else:
                     return
         finally:
@@ -192,7 +192,7 @@ class Supervision:
     async def _succeed(self, sandbox_id: str, supervisor: Supervisor) -> None:
         await supervisor.lost.wait()
         log.warning('pod sandbox "%s": its supervisor died, starting a successor', sandbox_id)
-        pauses = _pauses()
+        between = pauses()
         while (pod := self._registry.pods.get(sandbox_id)) is not None:
             try:
                 pod.supervisor = await self._reach(sandbox_id)
@@ -202,7 +202,7 @@ class Supervision:
                 if pod.supervisor is not supervisor:
                     return  # the successor died as well, and is watched
                 log.warning('pod sandbox "%s": no successor: %s', sandbox_id, error)
-                await asyncio.sleep(next(pauses))
+                await asyncio.sleep(next(between))
             else:
                 return
 
@@ -232,7 +232,7 @@ class Supervision:
                 self._exited(container.id, state.exit)
 
 
-def _pauses() -> Iterator[float]:
+def pauses() -> Iterator[float]:
     """Between attempts that go on until one succeeds."""
     pause = FIRST_PAUSE_SECONDS
     while True:

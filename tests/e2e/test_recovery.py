@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -212,6 +213,29 @@ def test_a_supervisor_that_does_not_answer_holds_up_neither_the_start_nor_other_
     assert pod.run(name="late").shell("echo works") == "works"
     container.stop()
     assert container.status.state == EXITED
+
+
+def test_what_cannot_be_removed_at_the_start_is_tried_again(
+    own_agent: RunningAgent, own_cri: Cri
+) -> None:
+    """A directory that somebody has mounted cannot be moved away."""
+    pod, before = own_cri.pod(), directories(own_agent)
+    with stopped(pod.supervisor):
+        call = own_agent.runtime.CreateContainer.future(creation(pod, "late"))
+        wait_for("the container's directory", lambda: directories(own_agent) > before)
+        own_agent.kill()
+        call.cancel()
+    [late] = directories(own_agent) - before
+    path = own_agent.root / "lib" / "containers" / late
+    subprocess.run(["mount", "--bind", path, path], check=True)
+    try:
+        own_agent.start()
+        assert own_cri.run().shell("echo works") == "works"
+        assert late in directories(own_agent)
+    finally:
+        subprocess.run(["umount", path], check=True)
+    wait_for("the end of what was cut off", lambda: late not in directories(own_agent))
+    assert pod.run(name="late").shell("echo works") == "works"
 
 
 def warm_slots(agent: RunningAgent) -> list[int]:

@@ -99,7 +99,7 @@ async def test_a_pod_that_was_removed_meanwhile_is_shut_down(node: Node) -> None
 
 
 def test_pauses_grow_to_a_bound() -> None:
-    pauses = supervision._pauses()
+    pauses = supervision.pauses()
     taken = [next(pauses) for _ in range(20)]
     assert taken == sorted(taken)
     assert (taken[0], taken[-1]) == (0.1, 30.0)
