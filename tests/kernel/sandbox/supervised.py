@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from nodeagent.cgroups.group import Cgroup
-from nodeagent.linux import syscalls
+from nodeagent.linux import libseccomp, syscalls
 from nodeagent.sandbox.client import CgroupFds, ExecHandle, ExecIO, Launcher, Supervisor
 from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, PodPlan, PodSettings
 from tests.kernel.sandbox.containers import container_plan
@@ -213,6 +213,12 @@ def private_kib(pid: int) -> int:
 def mounts_below(directory: Path) -> list[str]:
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     return [line for line in lines if f" {directory}/" in line]
+
+
+def waits_in_splice(process: str) -> bool:
+    """Whether a process or thread, given by its directory in /proc, waits in the middle of splice(2) (proc(5))."""
+    number = libseccomp.number_of("splice")
+    return Path(f"{process}/syscall").read_text().startswith(f"{number} ")
 
 
 async def eventually(condition: Callable[[], object], seconds: float = 60) -> None:

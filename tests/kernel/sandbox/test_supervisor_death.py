@@ -24,6 +24,7 @@ from tests.kernel.sandbox.supervised import (
     exists,
     mounts_below,
     running_node,
+    waits_in_splice,
 )
 
 COUNT = "i=0; while :; do i=$((i+1)); echo $i; done"
@@ -366,7 +367,7 @@ class Output:
         threads: list[int] = []
         holding = asyncio.create_task(asyncio.to_thread(self._splice, full.fileno(), threads))
         try:
-            await eventually(lambda: threads and "sock" in waits_in(threads[0]))
+            await eventually(lambda: threads and waits_in_splice(f"/proc/self/task/{threads[0]}"))
             yield
         finally:
             other.close()
@@ -377,11 +378,6 @@ class Output:
         threads.append(threading.get_native_id())
         with suppress(ConnectionError):
             os.splice(self.reader, full, 1)
-
-
-def waits_in(thread: int) -> str:
-    """The function of the kernel."""
-    return Path(f"/proc/self/task/{thread}/wchan").read_text()
 
 
 async def test_the_launcher_abandons_a_pod_whose_pipe_is_held(node: Node) -> None:

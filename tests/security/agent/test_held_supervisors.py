@@ -11,6 +11,7 @@ from nodeagent.api import runtime_pb2 as pb
 from tests import images, tars
 from tests.cri import SLEEP, Container, Cri, options, pod_options
 from tests.e2e.conftest import own_agent, own_cri
+from tests.kernel.sandbox.supervised import waits_in_splice
 from tests.node import wait_for
 from tests.registry import Registry
 from tests.security.agent.conftest import pull_hostile
@@ -47,7 +48,6 @@ int main(int argc, char **argv)
 		splice(reader, NULL, pair[0], NULL, 4096, 0);
 }
 """
-SPLICE = "275 "  # its number, as /proc/PID/syscall shows it
 
 
 @contextmanager
@@ -133,8 +133,7 @@ def test_an_agent_starts_beside_a_successor_that_is_held_up(
     os.kill(supervisor, signal.SIGKILL)
     wait_for("its end", lambda: not Path(f"/proc/{supervisor}").exists())
     os.kill(pids[victim.id], signal.SIGKILL)
-    call = Path(f"/proc/{pids[holder.id]}/syscall")
-    wait_for("the lock", lambda: call.read_text().startswith(SPLICE))
+    wait_for("the lock", lambda: waits_in_splice(f"/proc/{pids[holder.id]}"))
     own_cri.agent.start()
     pod.remove()
 
