@@ -8,8 +8,9 @@ import asyncio
 import os
 import secrets
 import socket
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from nodeagent.cgroups.group import Cgroup
@@ -106,7 +107,7 @@ class Command:
         self.stderr = stderr
 
     def resize(self, width: int, height: int) -> None:
-        self._sessions.do_behind(_resize(self.handle, width, height))
+        self._sessions.do_behind(_resize(partial(self.handle.resize, width, height)))
 
     def end_stdin(self) -> None:
         """The end of the pipe is all that a command needs."""
@@ -118,9 +119,9 @@ class Command:
         """The command goes on without its streams."""
 
 
-async def _resize(handle: ExecHandle, width: int, height: int) -> None:
-    with suppress(NodeAgentError, OSError):  # it has ended meanwhile
-        await handle.resize(width, height)
+async def _resize(resize: Callable[[], Awaitable[None]]) -> None:
+    with suppress(NodeAgentError, OSError):  # the process has ended meanwhile
+        await resize()
 
 
 async def _run(
@@ -131,11 +132,12 @@ async def _run(
     fds: CgroupFds,
     size: Size | None,
 ) -> Command:
-    """Its streams are pipes of ours. What a terminal shows is read in any case, or it would hold its programs up."""
-    with_stdout = request.stdout or request.tty
-    their_stdin, stdin = os.pipe2(os.O_CLOEXEC) if request.stdin else (None, None)
-    stdout, their_stdout = os.pipe2(os.O_CLOEXEC) if with_stdout else (None, None)
-    stderr, their_stderr = os.pipe2(os.O_CLOEXEC) if request.stderr else (None, None)
+    """Start the command with pipes of ours for its streams.
+
+    What a terminal shows is read in any case: its programs would wait when nobody did.
+    """
+    wanted = request.stdin, request.stdout or request.tty, request.stderr
+    (their_stdin, stdin), (stdout, their_stdout), (stderr, their_stderr) = _pipes(wanted)
     ours, theirs = (stdin, stdout, stderr), (their_stdin, their_stdout, their_stderr)
     for fd in ours:
         if fd is not None:
@@ -149,6 +151,17 @@ async def _run(
     finally:
         close_all(theirs)
     return Command(sessions, handle, *ours)
+
+
+def _pipes(wanted: Iterable[bool]) -> list[tuple[int | None, int | None]]:
+    """The reading and the writing end of a pipe for each that is wanted. When one cannot be had, none is left open."""
+    pipes: list[tuple[int | None, int | None]] = []
+    try:
+        pipes.extend(os.pipe2(os.O_CLOEXEC) if one else (None, None) for one in wanted)
+    except OSError:
+        close_all(end for pipe in pipes for end in pipe)
+        raise
+    return pipes
 
 
 def _plan(request: ExecRequest, container: Container) -> ExecPlan:
@@ -201,7 +214,8 @@ class Attached:
         streams.stdin = streams.stdout = streams.stderr = None
 
     def resize(self, width: int, height: int) -> None:
-        self._sessions.do_behind(self._supervisor.resize(self._container_id, width, height))
+        resize = partial(self._supervisor.resize, self._container_id, width, height)
+        self._sessions.do_behind(_resize(resize))
 
     def end_stdin(self) -> None:
         self._streams.close_stdin()

@@ -73,14 +73,18 @@ class Supervision:
             pass  # it has just died, and its successor will be asked
 
     async def within_bounds(self, what: str, work: Coroutine[Any, Any, None]) -> None:
-        """Wait for work with a supervisor, which a container may hold up: the node goes on, and the work behind it."""
+        """Do work that needs a supervisor, and wait for it ANSWER_SECONDS at most: a container may hold that up.
+
+        The work then goes on in the background. It ends with `close`, and so it does when who waits is cancelled.
+        """
         task = asyncio.create_task(work, name=what)
+        self._own(task)
         done, _ = await asyncio.wait((task,), timeout=ANSWER_SECONDS)
         if done:
             task.result()
         else:
             log.warning("%s: the supervisor does not answer yet", what)
-            self._do_behind(task)
+            self._do_behind(task)  # which logs how it ends
 
     async def reach(self, sandbox_id: str) -> Supervisor:
         """The pod's supervisor, or a successor of one that has died. One may just be coming, or going."""
@@ -112,7 +116,9 @@ class Supervision:
             await self._ends.setdefault(container_id, asyncio.Event()).wait()
 
     def _do_behind(self, work: Awaitable[None]) -> None:
-        task = asyncio.create_task(self._guarded(work))
+        self._own(asyncio.create_task(self._guarded(work)))
+
+    def _own(self, task: asyncio.Task[None]) -> None:
         self._behind.add(task)
         task.add_done_callback(self._behind.discard)
 
@@ -233,7 +239,7 @@ class Supervision:
 
 
 def pauses() -> Iterator[float]:
-    """Between attempts that go on until one succeeds."""
+    """Seconds to wait before each further attempt: twice as long each time, up to a bound, without an end."""
     pause = FIRST_PAUSE_SECONDS
     while True:
         yield pause

@@ -1,4 +1,4 @@
-"""Pods whose init has died: they are ended, however often that has to be tried."""
+"""Work with supervisors that goes on behind the node: ends of pods, and what a start does not wait for."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -103,3 +103,22 @@ def test_pauses_grow_to_a_bound() -> None:
     taken = [next(pauses) for _ in range(20)]
     assert taken == sorted(taken)
     assert (taken[0], taken[-1]) == (0.1, 30.0)
+
+
+async def test_work_whose_waiter_is_cancelled_ends_with_the_node(node: Node) -> None:
+    """The agent is told to end while it still starts."""
+    work = asyncio.Event()
+    ended = asyncio.Event()
+
+    async def wait() -> None:
+        try:
+            await work.wait()
+        finally:
+            ended.set()
+
+    start = asyncio.create_task(node.supervision.within_bounds("a pod", wait()))
+    await settle()
+    start.cancel()
+    await settle()
+    await node.supervision.close()
+    assert ended.is_set()

@@ -1,0 +1,60 @@
+"""What a streaming session leaves when something fails."""
+
+import asyncio
+import os
+from typing import Any, cast
+
+import pytest
+
+from nodeagent.errors import NotFound
+from nodeagent.lifecycle.containers import Containers
+from nodeagent.lifecycle.registry import Registry
+from nodeagent.lifecycle.sessions import Attached, Command, Sessions, _pipes
+from nodeagent.lifecycle.supervision import Supervision
+from nodeagent.sandbox.client import AttachIO, ExecHandle, Supervisor
+from nodeagent.streaming.backend import AttachRequest
+
+
+def test_no_pipe_is_left_where_there_cannot_be_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    real = os.pipe2
+
+    def pipe2(flags: int) -> tuple[int, int]:
+        if len(made) == 4:
+            raise OSError(24, "Too many open files")
+        made.extend(real(flags))
+        return made[-2], made[-1]
+
+    monkeypatch.setattr(os, "pipe2", pipe2)
+    with pytest.raises(OSError, match="Too many open files"):
+        _pipes((True, True, True))
+    assert len(made) == 4
+    for descriptor in made:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+
+
+class Ended:
+    """A process that has ended, as its handle and its supervisor tell."""
+
+    async def resize(self, *_: Any) -> None:
+        raise NotFound("ended")
+
+
+@pytest.mark.parametrize("kind", ["exec", "attach"])
+async def test_a_resize_after_the_end_is_no_fault(kind: str) -> None:
+    faults: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
+    sessions = Sessions(cast(Registry, None), cast(Containers, None), cast(Supervision, None))
+    process: Command | Attached = Command(sessions, cast(ExecHandle, Ended()), None, None, None)
+    if kind == "attach":
+        request = AttachRequest(container_id="id", stdin=False, stdout=True, stderr=False, tty=True)
+        streams = AttachIO(None, None, None, lambda: None, lambda: None)
+        process = Attached(
+            sessions, cast(Supervisor, Ended()), request, streams, input_ends_once=False
+        )
+    process.resize(80, 24)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    await sessions.close()
+    assert faults == []
