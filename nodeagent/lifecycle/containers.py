@@ -73,10 +73,10 @@ class Containers:
         self._trash = trash
         self._directory = directory
         self._groups: dict[str, Cgroup] = {}
-        self._starting: set[str] = (
-            set()
-        )  # whose program is about to be executed, or is held up before that
-        self._said_of_all: set[str] = set()  # no more than there are limits in the configuration
+        # Containers whose program is about to be executed, or is held up before that.
+        self._starting: set[str] = set()
+        # Warnings about limits, which hold for every container; no more than the configuration has limits.
+        self._said_of_all: set[str] = set()
         self._flights = Flights(lambda container_id: container_id in registry.containers)
 
     def get(self, name: str) -> Container:
@@ -341,7 +341,10 @@ class Containers:
         self._registry.forget(container)
 
     async def undo(self, container: Container) -> None:
-        """As `clear`, after a crash; what cannot be removed yet keeps its record, and is tried again."""
+        """Remove what a creation has made that an earlier agent did not finish, trying again until that succeeds.
+
+        Until then the container keeps its record, and with it its name.
+        """
         between = pauses()
         while container.id in self._registry.containers:
             try:

@@ -132,7 +132,7 @@ class Recovery:
                 await self._clear_stranger(directory.name)
 
     async def _clear_stranger(self, container_id: str) -> None:
-        """As `_dismantle`: who waits for a file system that does not answer keeps its cgroup from being removed."""
+        """A process that waits for a file system can keep the cgroup: what is left is left to the next start."""
         try:
             await self._containers.clear_stranger(container_id)
         except (NodeAgentError, OSError) as error:

@@ -66,7 +66,7 @@ class Children:
         flags: int = 0,
         cgroup: int = -1,
     ) -> tuple[Child, socket.socket]:
-        """As `spawn`, of a child that has a connection to us: `main` gets its end, the caller ours."""
+        """Spawn a child with a connection to us: `main` gets the child's end of it, the caller ours."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             end = theirs.fileno()

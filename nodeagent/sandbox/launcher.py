@@ -222,7 +222,8 @@ class Launcher:
         self._pods.pop(pod.id, None)
 
     def _close(self, pod: KeptPod, descriptors: Sequence[int]) -> None:
-        """Never as the last: who closes a pipe for good waits for a container that holds its lock, uninterruptibly.
+        """Close our copies while somebody else has some. The last close of a pipe waits, uninterruptibly, for its lock,
+        which a container may hold.
 
         A supervisor has copies until we have answered (`keeping.Keeper.drop`). Where it is dead a child of ours has
         them, which may wait.
@@ -273,7 +274,7 @@ class Launcher:
 
 
 def _end_after(reader: int) -> NoReturn:
-    """By which all that we have is closed, once our parent has closed it."""
+    """Keep what was inherited open until the parent has closed its copies and the pipe, then close it by exiting."""
     process.set_title("na-closer", "nodeagent.sandbox.closer")
     os.read(reader, 1)
     os._exit(0)

@@ -75,7 +75,7 @@ def stat_fields(pid: int | str) -> list[bytes]:
 
 
 def is_exiting(pid: int) -> bool:
-    """Whether its end has begun, or is over and nobody has reaped it. Raises FileNotFoundError when it has gone."""
+    """Whether a process is ending, or has ended and was not reaped. Raises FileNotFoundError when there is none."""
     return bool(int(stat_fields(pid)[_STAT_FLAGS]) & _PF_EXITING)
 
 
