@@ -233,11 +233,13 @@ class Supervisor:
             self._execs.pop(number, None)
             raise
         if reply.fds:
+            # A supervisor of an earlier version sends the terminal itself, which the agent must not have open.
             protocol.close_all(reply.fds.values())
+            self._execs.pop(number, None)
             self._channel.post("exec_kill", exec=number)
             raise Unsupported(
-                f'container "{plan["container"]}": its pod has a supervisor of an earlier version, which relays no'
-                " terminals"
+                f'container "{plan["container"]}": a command with a terminal needs a supervisor of this version, and '
+                "its pod has an earlier one; make the pod anew, or leave the terminal out"
             )
         return ExecHandle(self._channel, number, reply, end)
 
