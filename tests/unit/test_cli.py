@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,15 @@ import pytest
 from nodeagent import cli, config
 
 NO_PROFILE = '{"defaultAction": "SCMP_ACT_NONSENSE"}'
+
+
+@pytest.fixture(autouse=True)
+def umask() -> Iterator[None]:
+    """The command line narrows that of its process, which is the one of all tests here."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
