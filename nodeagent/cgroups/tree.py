@@ -1,11 +1,13 @@
 """Making and removing groups in one hierarchy, and telling those that the agent made from those of others.
 
-A group that the agent makes carries an extended attribute, so that this is known after a restart as well. Nothing is
-ever removed but by rmdir(2), which refuses a group that has processes.
+A group that the agent makes carries an extended attribute, so that this is known after a restart as well. mkdir(2) can
+give it none, and the agent may be killed before it does: until then the sticky bit, which means nothing to a group,
+says that it is ours. Nothing is ever removed but by rmdir(2), which refuses a group that has processes.
 """
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Iterator
 
@@ -16,6 +18,8 @@ GROUP = b"group"
 """Made for a container, an exec or a part of the agent: the agent may kill and remove what is in it."""
 PARENT = b"parent"
 """Made because it was missing: removed as soon as it is empty, and never killed, for others may use it, too."""
+UNFINISHED = b""
+"""Not marked yet, and perhaps never, where the agent was killed: it can have no processes of the agent's."""
 
 # A parent that is seen to be there can be removed, with its last child, before the next step.
 _ATTEMPTS = 10
@@ -60,10 +64,10 @@ def _make_parents(mount: str, path: str) -> None:
 
 
 def _make_marked(directory: str, kind: bytes) -> None:
-    os.mkdir(directory)
+    os.mkdir(directory, 0o755 | stat.S_ISVTX)
     try:
-        os.chmod(directory, 0o755)  # whatever the umask: its container finds it at /sys/fs/cgroup
         os.setxattr(directory, MARK, kind)
+        os.chmod(directory, 0o755)  # whatever the umask: its container finds it at /sys/fs/cgroup
     except BaseException:
         os.rmdir(directory)
         raise
@@ -76,13 +80,16 @@ def ancestors(path: str) -> list[str]:
 
 
 def kind(directory: str) -> bytes | None:
-    """GROUP or PARENT for what the agent made, None for what others made, or nobody."""
+    """GROUP, PARENT or UNFINISHED for what the agent made, None for what others made, or nobody."""
     try:
+        mode = os.stat(directory).st_mode  # first: a group is marked before it loses the sticky bit
         return os.getxattr(directory, MARK)
     except OSError as error:
-        if error.errno in (errno.ENODATA, errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
+        if error.errno in _GONE:
             return None
-        raise
+        if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+            raise
+    return UNFINISHED if mode & stat.S_ISVTX else None
 
 
 def bottom_up(directory: str) -> Iterator[tuple[int, str]]:
@@ -139,7 +146,7 @@ def _groups_in(descriptor: int) -> list[str]:
 
 def require_group(mount: str, path: str) -> None:
     """Raises FailedPrecondition for a group that exists and is not wholly the agent's."""
-    if kind(mount + path) != GROUP and os.path.isdir(mount + path):
+    if kind(mount + path) not in (GROUP, UNFINISHED) and os.path.isdir(mount + path):
         raise FailedPrecondition(f'cgroup "{path}": in {mount} it was not made by this agent')
 
 
@@ -204,7 +211,7 @@ def remove_empty_parents(mount: str, path: str) -> None:
     """
     for parent in reversed(ancestors(path)):
         directory = mount + parent
-        if kind(directory) != PARENT:
+        if kind(directory) not in (PARENT, UNFINISHED):
             if os.path.isdir(directory):
                 return
         elif not _rmdir(directory):

@@ -1,6 +1,8 @@
 """Making, finding and removing groups."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -253,6 +255,27 @@ def test_a_group_partly_removed_by_others(cgroups: Cgroups, layout: Layout) -> N
     group = cgroups.create(f"{TOP}/pod/group")
     os.rmdir(layout.hierarchies[0].directory(group.path))
     group.remove()
+    assert directories(layout, TOP) == []
+
+
+@pytest.mark.parametrize("marked", range(3))
+def test_what_a_killed_agent_has_made_halfway_is_removed(
+    cgroups: Cgroups, layout: Layout, marked: int
+) -> None:
+    """It dies between making a group and marking it: the first parent, the second, or the group itself."""
+    path = f"{TOP}/pod/group"
+    code = f"""
+import itertools, os, sys
+from nodeagent.cgroups import tree
+count, mark = itertools.count(), os.setxattr
+os.setxattr = lambda *arguments: os._exit(9) if next(count) == {marked} else mark(*arguments)
+tree.make(sys.argv[1], sys.argv[2])
+"""
+    for hierarchy in layout.hierarchies:
+        child = subprocess.run([sys.executable, "-c", code, hierarchy.mount, path], check=False)
+        assert child.returncode == 9
+        assert tree.kind(hierarchy.directory((TOP, f"{TOP}/pod", path)[marked])) == tree.UNFINISHED
+    cgroups.remove(path)
     assert directories(layout, TOP) == []
 
 
