@@ -127,8 +127,9 @@ class Container:
 
     @property
     def output(self) -> str:
-        """What the log has, without stamps, streams and tags."""
-        return "\n".join(line.split(" ", 3)[3] for line in self.log.read_text().splitlines())
+        """What the log has, without stamps, streams and tags; a line that is being written is not in it yet."""
+        lines = self.log.read_text().rpartition("\n")[0].splitlines()
+        return "\n".join(line.split(" ", 3)[3] for line in lines)
 
     def start(self) -> None:
         request = pb.StartContainerRequest(container_id=self.id)

@@ -54,8 +54,9 @@ class Machine:
             yield from _named_things()
 
     def _is_ours(self, pid: int, parents: dict[int, int]) -> bool:
-        if f"{VARIABLE}={self._run}\0".encode() in _read(f"/proc/{pid}/environ") + b"\0":
-            return True
+        environment = b"\0" + _read(f"/proc/{pid}/environ") + b"\0"
+        if f"\0{VARIABLE}=".encode() in environment:  # another run may have copied our mounts
+            return f"\0{VARIABLE}={self._run}\0".encode() in environment
         if self._folder.encode() in _read(f"/proc/{pid}/mountinfo") and not _in_our_mounts(pid):
             return True
         while pid > 1 and pid != os.getpid():

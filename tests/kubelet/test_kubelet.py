@@ -43,6 +43,7 @@ EXPLAINED = {
     'conn.go.*"Error on socket receive"|"Error proxying data from client': "a stream's client went away",
     "ContainerStatus.* code = Canceled": "who followed a log went away",
     "ExecSync.* code = FailedPrecondition": "its probe came when the container had just ended",
+    "Failed to get network devices": "a link of a pod went away since it listed the node's",
 }
 # What it logs, besides, while the agent or itself is stopped, and until it has connected again.
 OF_AN_OUTAGE = (
