@@ -48,7 +48,10 @@ class Supervision:
         """Note the ends of the pod's containers from now on, and replace its supervisor if it dies."""
         supervisor.on_exit = self._exited
         supervisor.on_init_exit = partial(self._init_exited, sandbox_id)
-        self._watches[sandbox_id] = asyncio.create_task(self._succeed(sandbox_id, supervisor))
+        what = _pod(sandbox_id)
+        self._watches[sandbox_id] = asyncio.create_task(
+            _logged(what, self._succeed(sandbox_id, supervisor)), name=what
+        )
 
     def unwatch(self, sandbox_id: str) -> None:
         """The supervisor is about to end on purpose."""
@@ -67,8 +70,7 @@ class Supervision:
         self._registry.pods[sandbox_id] = Pod(supervisor)
         self.watch(sandbox_id, supervisor)
         try:
-            what = f'pod sandbox "{sandbox_id}"'
-            await self.within_bounds(what, self._reconcile(sandbox_id, supervisor))
+            await self.within_bounds(_pod(sandbox_id), self._reconcile(sandbox_id, supervisor))
         except Unavailable:
             pass  # it has just died, and its successor will be asked
 
@@ -76,15 +78,18 @@ class Supervision:
         """Do work that needs a supervisor, and wait for it ANSWER_SECONDS at most: a container may hold that up.
 
         The work then goes on in the background. It ends with `close`, and so it does when who waits is cancelled.
+        what: the object that the work is about, in the log.
         """
         task = asyncio.create_task(work, name=what)
-        self._own(task)
-        done, _ = await asyncio.wait((task,), timeout=ANSWER_SECONDS)
-        if done:
+        try:
+            await asyncio.wait((task,), timeout=ANSWER_SECONDS)
+        finally:
+            if not task.done():
+                self._do_behind(what, task)
+        if task.done():
             task.result()
         else:
             log.warning("%s: the supervisor does not answer yet", what)
-            self._do_behind(task)  # which logs how it ends
 
     async def reach(self, sandbox_id: str) -> Supervisor:
         """The pod's supervisor, or a successor of one that has died. One may just be coming, or going."""
@@ -115,18 +120,11 @@ class Supervision:
         if container is not None and container.state == "running":
             await self._ends.setdefault(container_id, asyncio.Event()).wait()
 
-    def _do_behind(self, work: Awaitable[None]) -> None:
-        self._own(asyncio.create_task(self._guarded(work)))
-
-    def _own(self, task: asyncio.Task[None]) -> None:
+    def _do_behind(self, what: str, work: Awaitable[None]) -> None:
+        """Let work go on that nobody waits for."""
+        task = asyncio.create_task(_logged(what, work), name=what)
         self._behind.add(task)
         task.add_done_callback(self._behind.discard)
-
-    async def _guarded(self, work: Awaitable[None]) -> None:
-        try:
-            await work
-        except (NodeAgentError, OSError, TimeoutError) as error:
-            log.error("supervision: %s", error)
 
     async def close(self) -> None:
         for task in self._behind:
@@ -168,7 +166,7 @@ class Supervision:
             return  # each answer of its supervisor tells it again
         log.error('pod sandbox "%s": the process that holds its PID namespace has died', sandbox_id)
         self._ending.add(sandbox_id)
-        self._do_behind(self._end(sandbox_id))
+        self._do_behind(_pod(sandbox_id), self._end(sandbox_id))
 
     async def _end(self, sandbox_id: str) -> None:
         """Try until the pod has ended: READY, and without a process that runs, nobody else would end it."""
@@ -236,6 +234,20 @@ class Supervision:
                 self.started(container, state.started_at)
             if state.exit is not None:
                 self._exited(container.id, state.exit)
+
+
+def _pod(sandbox_id: str) -> str:
+    return f'pod sandbox "{sandbox_id}"'
+
+
+async def _logged(what: str, work: Awaitable[None]) -> None:
+    """Do work whose failure nobody but the log is told. One that is not foreseen is a defect, and has its traceback."""
+    try:
+        await work
+    except (NodeAgentError, OSError, TimeoutError) as error:
+        log.error("%s: %s", what, error)
+    except Exception:
+        log.exception("%s: internal error", what)
 
 
 def pauses() -> Iterator[float]:

@@ -122,3 +122,40 @@ async def test_work_whose_waiter_is_cancelled_ends_with_the_node(node: Node) -> 
     await settle()
     await node.supervision.close()
     assert ended.is_set()
+
+
+async def test_what_fails_in_the_background_is_logged_with_its_object(
+    node: Node, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what nobody has foreseen, when the agent ends meanwhile or when who waited was cancelled."""
+    answer = asyncio.Event()
+
+    async def fail(error: Exception) -> None:
+        await answer.wait()
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(supervision, "ANSWER_SECONDS", 0)
+        await node.supervision.within_bounds('container "late"', fail(Unavailable("has gone")))
+    start = asyncio.create_task(node.supervision.within_bounds("a start", fail(KeyError("id"))))
+    await settle()
+    start.cancel()
+    await settle()
+    answer.set()
+    await settle()
+    assert 'container "late": has gone' in caplog.messages
+    assert "a start: internal error" in caplog.messages
+    await node.supervision.close()
+
+
+async def test_a_succession_that_fails_unforeseen_is_logged(
+    node: Node, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object) -> None:
+        raise KeyError("id")
+
+    monkeypatch.setattr(node.supervision, "_succeed", broken)
+    node.supervision.watch("pod", cast(Supervisor, FakeSupervisor()))
+    await settle()
+    await node.supervision.close()
+    assert 'pod sandbox "pod": internal error' in caplog.messages
