@@ -153,7 +153,7 @@ def test_environment_of_bytes(cri: Cri) -> None:
         "sh", "-c", 'printf %s "$A"', envs=[pb.KeyValue(key="A", value=b"\xff\xfe")]
     )
     container.ended()
-    assert container.log.read_bytes().endswith(b" stdout F \xff\xfe\n")
+    assert container.log.read_bytes().endswith(b" stdout P \xff\xfe\n")
     container.pod.remove()
 
 

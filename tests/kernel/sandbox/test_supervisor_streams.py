@@ -274,7 +274,7 @@ async def test_a_terminal_logs_as_stdout(pod: Pod) -> None:
     assert pod.records() == [
         ("stdout", "F", "out\r"),
         ("stdout", "F", "err\r"),
-        ("stdout", "F", "rest"),
+        ("stdout", "P", "rest"),
     ]
 
 
@@ -302,7 +302,7 @@ async def test_a_full_disk_does_not_stop_the_container(pod: Pod, tmp_path: Path)
 async def test_the_log_ends_though_others_hold_the_pipe(pod: Pod) -> None:
     await pod.run("(sleep 0.5; echo late) & printf rest; exit 0", pid="node")
     await pod.supervisor.wait("main")
-    assert pod.records() == [("stdout", "F", "rest")]
+    assert pod.records() == [("stdout", "P", "rest")]
 
 
 async def test_a_container_that_reads_its_own_pipe_harms_nobody(pod: Pod) -> None:
