@@ -103,6 +103,18 @@ def test_namespaces_are_the_pod_s(cri: Cri) -> None:
     assert made.exec("sh", "-c", "echo 1 > /proc/sys/kernel/panic").exit_code != 0
 
 
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [(None, "0 65535"), ("0 2147483647", "0 65535"), ("1000\t1001", "1000 1001")],
+)
+def test_groups_that_may_ping_are_the_pod_s(cri: Cri, asked: str | None, wanted: str) -> None:
+    """The supervisor writes the range from the node's user namespace, whose groups have other numbers."""
+    sysctls = {"net.ipv4.ping_group_range": asked} if asked else {}
+    made = mapped_pod(cri, sysctls=sysctls).run()
+    found = made.shell("cat /proc/sys/net/ipv4/ping_group_range")
+    assert found.split() == wanted.split()
+
+
 def test_sysctls(cri: Cri) -> None:
     wanted = {"kernel.shm_rmid_forced": "1", "net.ipv4.ip_forward": "1"}
     made = mapped_pod(cri, sysctls=wanted).run()
