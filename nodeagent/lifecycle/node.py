@@ -19,6 +19,7 @@ from nodeagent.lifecycle import apparmor, privatemount
 from nodeagent.lifecycle.containers import Containers
 from nodeagent.lifecycle.events import Events
 from nodeagent.lifecycle.handover import joining_files
+from nodeagent.lifecycle.health import Health
 from nodeagent.lifecycle.launchers import Launchers
 from nodeagent.lifecycle.places import Places
 from nodeagent.lifecycle.plan import Planner
@@ -69,14 +70,16 @@ class Node:
     registry: Registry
     supervision: Supervision
     trash: Trash
+    health: Health
 
-    def status(self) -> NodeStatus:
-        """Asked of the kernel where that is cheap, never remembered."""
+    async def status(self) -> NodeStatus:
+        """Asked of the kernel where that is cheap, never remembered; within a second or two, whatever hangs."""
         network = self.network.status()
+        trouble = await self.health.trouble()
         return NodeStatus(
-            runtime_ready=True,
-            runtime_reason="",
-            runtime_message="",
+            runtime_ready=not trouble.reason,
+            runtime_reason=trouble.reason,
+            runtime_message=trouble.message,
             network_ready=network.ready,
             network_reason=network.reason,
             network_message=network.message or "; ".join(network.problems),
@@ -194,6 +197,7 @@ def _assemble(
         registry=registry,
         supervision=supervision,
         trash=trash,
+        health=Health(places, cgroups, launchers, store),
     )
 
 
