@@ -56,6 +56,7 @@ class Node:
     """What the API serves. The verbs are in the parts."""
 
     config: Config
+    places: Places
     version: str
     sandboxes: Sandboxes
     containers: Containers
@@ -125,6 +126,13 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
     async with AsyncExitStack() as stack:
         stack.enter_context(places.owned())
         places.make()
+        if places.is_earlier:
+            log.warning(
+                "%s: has pods of an earlier version, and stays in use until an agent is started without one; "
+                "sockets are in %s now",
+                places.home,
+                places.state,
+            )
         stack.enter_context(privatemount.mounted(places.pods))
         await asyncio.to_thread(apparmor.prepare)
         store, images = await stack.enter_async_context(open_images(config, places))
@@ -183,6 +191,7 @@ def _assemble(
     )
     return Node(
         config=config,
+        places=places,
         version=version("nodeagent"),
         sandboxes=sandboxes,
         containers=containers,
@@ -218,7 +227,7 @@ def _recovery(node: Node, places: Places) -> Recovery:
 async def _launcher(cgroups: Cgroups, places: Places) -> Launcher:
     """The one that runs, or a new one in the agent's own cgroup."""
     with joining_files(cgroups.instance_group()) as files:
-        return await Launcher.connect_or_start(places.state, join_fds=files)
+        return await Launcher.connect_or_start(places.home, join_fds=files)
 
 
 async def _end(node: Node) -> None:
