@@ -56,8 +56,7 @@ def check(sysctls: Mapping[str, str], owned: Collection[str]) -> None:
         parts = _parts(name)
         if any(not _PART.fullmatch(part) or part in (".", "..") for part in parts):
             raise InvalidArgument(f"sysctl {name!r}: not a name of a kernel parameter")
-        path = "/".join(parts)
-        owner = next((owner for pattern, owner in _OWNERS if pattern.fullmatch(path)), None)
+        owner = _owner(parts)
         if owner is None:
             raise InvalidArgument(f'sysctl "{name}": is of the whole node, not of a namespace')
         if owner not in owned:
@@ -71,18 +70,25 @@ def check(sysctls: Mapping[str, str], owned: Collection[str]) -> None:
 def write(sysctls: Mapping[str, str], owner: int = 0, groups: Collection[Extent] = ()) -> None:
     """Write what `check` has let pass. Raises Unsupported for a name that this kernel does not have.
 
-    owner: the root of the namespaces. Of IPC the kernel asks who writes, of networks what capabilities they have.
+    owner: the root of the namespaces. Of IPC the kernel wants the writer to be that, of UTS the node's root, and of
+    networks it asks what capabilities they have.
     groups: of the pod's user namespace: who writes is in the node's, so that groups are to be told as the node's.
     """
     if not sysctls:
         return
     root = os.open(_ROOT, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with _acting_as(owner):
-            for name, value in sysctls.items():
+        for name, value in sysctls.items():
+            with _acting_as(owner if _owner(_parts(name)) == "ipc" else 0):
                 _write(root, name, _outside(name, value, groups))
     finally:
         os.close(root)
+
+
+def _owner(parts: list[str]) -> str | None:
+    """The kind of namespace that a parameter belongs to; None for one of the node."""
+    path = "/".join(parts)
+    return next((owner for pattern, owner in _OWNERS if pattern.fullmatch(path)), None)
 
 
 @contextmanager
