@@ -36,7 +36,7 @@ _OWNERS = (
     (re.compile(r"kernel/domainname"), "uts"),
     (re.compile(r"fs/mqueue/.+"), "ipc"),
 )
-_PART = re.compile(r"[!-.0-~]{1,255}")  # the name of an interface is nearly free
+_PART = re.compile(r"[A-Za-z0-9_.@:-]{1,255}")
 _VALUE = re.compile(r"[ -~\t]{0,1024}\n?")  # a block of YAML ends with a newline
 _ROOT = "/proc/sys"
 _RESOLVE = (
