@@ -35,7 +35,7 @@ class Watched:
             identity = (status.st_dev, status.st_ino)
             if identity == self._root:
                 return False
-            if syscalls.statx_mount_id(visible) != _lowest(self.mount):
+            if not _shows_the_lowest(syscalls.statx_mount_id(visible), self.mount):
                 return True
             self._root = identity
             return False
@@ -43,11 +43,19 @@ class Watched:
             os.close(visible)
 
 
-def _lowest(path: str) -> int | None:
-    """The id of the first cgroup mount at a path: those that cover it come after it (proc_pid_mountinfo(5))."""
+def _shows_the_lowest(visible: int, path: str) -> bool:
+    """Whether a mount shows the same as the first cgroup mount at a path, be it that one or a copy of it.
+
+    Those that cover it come after it, and are of something else, or of a group below (proc_pid_mountinfo(5)).
+    """
+    lowest = shown = None
     for line in filter(None, mount_table().split("\n")):
         head, _, tail = line.partition(" - ")
-        fields = head.split(" ", 5)
-        if fields[4] == path and tail.split(" ", 1)[0] in _KINDS:
-            return int(fields[0])
-    return None
+        mount_id, _, device, root, point, _ = head.split(" ", 5)
+        if tail.split(" ", 1)[0] not in _KINDS:
+            continue
+        if point == path and lowest is None:
+            lowest = (device, root)
+        if int(mount_id) == visible:
+            shown = (device, root)
+    return shown is not None and shown == lowest

@@ -27,6 +27,10 @@ for target in (own, "/sys/fs", "/sys"):
     syscalls.umount2(target, 0)
     check(f"{target} again", not cgroups.covered())
 
+syscalls.mount(own, own, "", syscalls.MS_BIND)
+check("a copy of the whole", not cgroups.covered() and not opened().covered())
+syscalls.umount2(own, 0)
+
 # A part of the same hierarchy, as a container has it, seen by an agent that is started then.
 group = own
 for name in sorted(os.listdir(own)):
