@@ -68,8 +68,10 @@ def _make_marked(directory: str, kind: bytes) -> None:
     try:
         os.setxattr(directory, MARK, kind)
         os.chmod(directory, 0o755)  # whatever the umask: its container finds it at /sys/fs/cgroup
+    except FileNotFoundError:
+        raise  # who removes empty parents was faster; what is there now, if anything, is somebody else's
     except BaseException:
-        os.rmdir(directory)
+        _rmdir(directory)
         raise
 
 
