@@ -50,12 +50,25 @@ async def _serve(config: Config) -> None:
                 observe=metrics.observe,
                 streaming=streaming,
                 features=_features(config),
+                also=_earlier_socket(config, node),
             )
         )
         log.info("serving CRI v1 on %s", config.listen)
         notify("READY=1")
         await stop.wait()
         notify("STOPPING=1")
+
+
+def _earlier_socket(config: Config, node: Node) -> str:
+    """Where the first versions served the CRI, while pods of theirs run: the kubelet may not know of another place yet.
+
+    "" where there is none.
+    """
+    if not node.places.is_earlier or config.listen != Config().listen:
+        return ""
+    socket_path = f"unix://{node.places.home}/nodeagent.sock"
+    log.warning("serving CRI v1 on %s too, until there is no pod: change what uses it", socket_path)
+    return socket_path
 
 
 def _end_on_signals(stop: asyncio.Event) -> None:

@@ -19,6 +19,10 @@ from nodeagent.errors import InvalidArgument
 DEFAULT_PATH = Path("/etc/nodeagent/config.toml")
 SOCKET_PATH_BYTES = 107
 
+# Not /run/nodeagent, which the first versions had: Calico and old versions of Istio mount /var/run/nodeagent into their
+# pods, for a socket of their own, and would find ours there.
+DEFAULT_STATE = "/run/nodeagent-cri"
+
 Document = Mapping[str, Any]
 Key = tuple[str, ...]
 Seconds = Annotated[int, Meta(ge=1, le=86_400)]
@@ -126,8 +130,8 @@ class Seccomp(Table, frozen=True, kw_only=True):
 
 class Config(Table, frozen=True, kw_only=True):
     root: Annotated[str, doc("images, containers and the database")] = "/var/lib/nodeagent"
-    state: Annotated[str, doc("sockets and what ends with a reboot")] = "/run/nodeagent"
-    listen: Annotated[str, doc("the CRI endpoint")] = "unix:///run/nodeagent/nodeagent.sock"
+    state: Annotated[str, doc("sockets and what ends with a reboot")] = DEFAULT_STATE
+    listen: Annotated[str, doc("the CRI endpoint")] = f"unix://{DEFAULT_STATE}/nodeagent.sock"
     metrics: Annotated[str, doc("ADDRESS:PORT of the Prometheus endpoint; empty: none")] = ""
     certs_dir: Annotated[str, doc("registry hosts, <host>/hosts.toml")] = "/etc/nodeagent/certs.d"
     handlers: Annotated[tuple[str, ...], doc('names of RuntimeClass handlers, besides ""')] = ()

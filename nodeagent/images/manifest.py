@@ -218,8 +218,6 @@ def _run_config(run: _Run) -> ImageConfig:
     )
     for field in config.__struct_fields__:
         _refuse_nul(field, getattr(config, field))
-    if any(entry.partition("=")[0] == "" for entry in config.env):
-        raise InvalidArgument("config: env has an entry without a name")
     if not all(map(_is_user, config.user.split(":"))):
         raise InvalidArgument(f'config: user "{config.user[:100]}" has a number that is no id')
     return config

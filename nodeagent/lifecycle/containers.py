@@ -38,7 +38,6 @@ from nodeagent.lifecycle.registry import Registry
 from nodeagent.lifecycle.supervision import Supervision, pauses
 from nodeagent.lifecycle.trash import Trash
 from nodeagent.records import Container, ContainerConfig, Image, Resources, Sandbox
-from nodeagent.sandbox import credentials
 from nodeagent.sandbox.client import Supervisor
 from nodeagent.sandbox.spec import ContainerPlan
 
@@ -75,7 +74,7 @@ class Containers:
         self._groups: dict[str, Cgroup] = {}
         # Containers whose program is about to be executed, or is held up before that.
         self._starting: set[str] = set()
-        # Warnings about limits, which hold for every container; no more than the configuration has limits.
+        # Warnings that hold for every container: no more than there are limits, capabilities and scores.
         self._said_of_all: set[str] = set()
         self._flights = Flights(lambda container_id: container_id in registry.containers)
 
@@ -160,7 +159,7 @@ class Containers:
         undo.push_async_callback(supervisor.remove, container.id)
         with handover(group) as fds, oomkill.named(container, group):
             made = await supervisor.create(plan, fds)
-        self._warn(container, made.warnings)
+        self._warn(made.warnings)
         identity = made.identity
         self._registry.save(
             msgspec.structs.replace(
@@ -174,13 +173,12 @@ class Containers:
             "created",
         )
 
-    def _warn(self, container: Container, warnings: Sequence[str]) -> None:
+    def _warn(self, warnings: Sequence[str]) -> None:
+        """What an init warns of is what the agent lacks itself: it holds for every container, and is said once."""
         for warning in warnings:
-            if not warning.startswith(credentials.LIMIT):
-                log.warning('container "%s": %s', container.id, warning)
-            elif warning not in self._said_of_all:
+            if warning not in self._said_of_all:
                 self._said_of_all.add(warning)
-                log.warning("every container: %s", warning)
+                log.warning("every container that is to have it: %s", warning)
 
     def _intention(self, sandbox: Sandbox, config: ContainerConfig, image: Image) -> Container:
         container_id = secrets.token_hex(32)

@@ -37,11 +37,12 @@ class DiskUsage:
 
 @dataclass(slots=True)
 class _Layer:
-    """due: of time.monotonic, when the next walk may begin."""
+    """due: of time.monotonic, when the next walk may begin. said: what the log has of the last walk that failed."""
 
     usage: DiskUsage | None = None
     due: float = 0.0
     walk: asyncio.Task[None] | None = field(default=None)
+    said: str = ""
 
 
 class Disks:
@@ -72,8 +73,11 @@ class Disks:
                 layer.usage = await asyncio.to_thread(
                     measure, self._directory / container_id / "upper"
                 )
+            layer.said = ""
         except OSError as error:
-            log.warning('container "%s": size of its writable layer: %s', container_id, error)
+            if str(error) != layer.said:
+                layer.said = str(error)
+                log.warning('container "%s": size of its writable layer: %s', container_id, error)
         finally:
             layer.walk = None
             layer.due = time.monotonic() + DISK_SECONDS

@@ -19,6 +19,7 @@ from nodeagent.lifecycle import apparmor, privatemount
 from nodeagent.lifecycle.containers import Containers
 from nodeagent.lifecycle.events import Events
 from nodeagent.lifecycle.handover import joining_files
+from nodeagent.lifecycle.health import Health
 from nodeagent.lifecycle.launchers import Launchers
 from nodeagent.lifecycle.places import Places
 from nodeagent.lifecycle.plan import Planner
@@ -55,6 +56,7 @@ class Node:
     """What the API serves. The verbs are in the parts."""
 
     config: Config
+    places: Places
     version: str
     sandboxes: Sandboxes
     containers: Containers
@@ -69,14 +71,16 @@ class Node:
     registry: Registry
     supervision: Supervision
     trash: Trash
+    health: Health
 
-    def status(self) -> NodeStatus:
-        """Asked of the kernel where that is cheap, never remembered."""
+    async def status(self) -> NodeStatus:
+        """Asked of the kernel where that is cheap, never remembered; within a second or two, whatever hangs."""
         network = self.network.status()
+        trouble = await self.health.trouble()
         return NodeStatus(
-            runtime_ready=True,
-            runtime_reason="",
-            runtime_message="",
+            runtime_ready=not trouble.reason,
+            runtime_reason=trouble.reason,
+            runtime_message=trouble.message,
             network_ready=network.ready,
             network_reason=network.reason,
             network_message=network.message or "; ".join(network.problems),
@@ -122,6 +126,13 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
     async with AsyncExitStack() as stack:
         stack.enter_context(places.owned())
         places.make()
+        if places.is_earlier:
+            log.warning(
+                "%s: has pods of an earlier version, and stays in use until an agent is started without one; "
+                "sockets are in %s now",
+                places.home,
+                places.state,
+            )
         stack.enter_context(privatemount.mounted(places.pods))
         await asyncio.to_thread(apparmor.prepare)
         store, images = await stack.enter_async_context(open_images(config, places))
@@ -180,6 +191,7 @@ def _assemble(
     )
     return Node(
         config=config,
+        places=places,
         version=version("nodeagent"),
         sandboxes=sandboxes,
         containers=containers,
@@ -194,6 +206,7 @@ def _assemble(
         registry=registry,
         supervision=supervision,
         trash=trash,
+        health=Health(places, cgroups, launchers, store),
     )
 
 
@@ -214,7 +227,7 @@ def _recovery(node: Node, places: Places) -> Recovery:
 async def _launcher(cgroups: Cgroups, places: Places) -> Launcher:
     """The one that runs, or a new one in the agent's own cgroup."""
     with joining_files(cgroups.instance_group()) as files:
-        return await Launcher.connect_or_start(places.state, join_fds=files)
+        return await Launcher.connect_or_start(places.home, join_fds=files)
 
 
 async def _end(node: Node) -> None:

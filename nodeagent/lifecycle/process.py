@@ -44,13 +44,25 @@ def arguments(config: ContainerConfig, image: ImageConfig) -> list[str]:
 
 
 def environment(config: ContainerConfig, image: ImageConfig, hostname: str) -> list[str]:
-    """``NAME=value`` in the order of first mention; the caller wins over the image, it over us."""
+    """``NAME=value`` in the order of first mention; the caller wins over the image, it over us.
+
+    An entry of an image that is a name alone takes away what was there, as containerd reads it; to set one without a
+    name is refused by the runtimes below it, when a container is made and not when the image is pulled.
+    """
     merged = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
     if config.tty:
         merged["TERM"] = "xterm"
     for entry in image.env:
-        name, _, value = entry.partition("=")
-        merged[name] = value
+        name, sets, value = entry.partition("=")
+        if not sets:
+            merged.pop(name, None)
+        elif name:
+            merged[name] = value
+        else:
+            raise InvalidArgument(
+                f'image "{config.image}": its Env has "{entry}", which sets a variable without a name; '
+                "build the image without it"
+            )
     for name, raw in config.envs:
         merged[name] = raw.decode("utf-8", "surrogateescape")
     return [f"{name}={value}" for name, value in merged.items()]

@@ -1,16 +1,18 @@
-"""Which seccomp, AppArmor and SELinux confinement a container gets; refused where the node cannot give it."""
+"""Which seccomp, AppArmor and SELinux confinement a container gets.
+
+Filters and profiles are refused where the node cannot give them, labels are passed over where it has no SELinux.
+"""
 
 import asyncio
-from pathlib import Path
 
 from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from nodeagent.lifecycle import apparmor
+from nodeagent.lifecycle.selinux import Labels
 from nodeagent.linux import capabilities
 from nodeagent.records import ContainerConfig
 from nodeagent.sandbox import seccomp_profile
 from nodeagent.sandbox.seccomp_profile import Filter
 
-SELINUX = Path("/sys/fs/selinux/enforce")
 UNCONFINED = Filter(program=b"", flags=0)
 
 
@@ -19,6 +21,7 @@ class Profiles:
 
     def __init__(self, default: str) -> None:
         self._default = default
+        self._labels = Labels()
 
     def check_default(self) -> None:
         """Raises InvalidArgument, which names the setting, for a default that no container could be started with."""
@@ -57,14 +60,9 @@ class Profiles:
         options = config.selinux
         if options is None or config.privileged:
             return ""
-        if not SELINUX.exists():
-            raise Unsupported("selinux_options: this kernel has no SELinux")
-        parts = (options.user, options.role, options.type)
-        label = ":".join((*parts, options.level) if options.level else parts)
-        if not all(parts):
-            raise InvalidArgument(f'selinux_options: "{label}" lacks its user, role or type')
+        label = self._labels.process(options)
         for mount in config.mounts:
-            if mount.selinux_relabel:
+            if label and mount.selinux_relabel:
                 raise Unsupported(
                     f'selinux_relabel of "{mount.container_path}": this agent labels no volumes'
                 )

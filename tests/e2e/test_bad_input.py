@@ -94,7 +94,7 @@ def test_malformed_containers(pod: Pod, fields: dict[str, Any], text: str) -> No
 
 def test_malformed_pods(cri: Cri) -> None:
     refused(INVALID, "metadata", lambda: cri.agent.runtime.RunPodSandbox(pb.RunPodSandboxRequest()))
-    refused(INVALID, "hostname", lambda: cri.pod(hostname="no/slash"))
+    refused(INVALID, "hostname", lambda: cri.pod(hostname="two words"))
     refused(
         INVALID,
         "cgroup_parent",

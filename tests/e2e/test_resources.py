@@ -317,7 +317,7 @@ def test_a_limit_that_no_container_can_have_is_said_once(
             pod.container(name=name)
         warnings = [line for line in agent.log.read_text().splitlines() if "limit NOFILE" in line]
         assert len(warnings) == 1, warnings
-        assert "every container: limit NOFILE: not raised above" in warnings[0]
+        assert "every container that is to have it: limit NOFILE: not raised above" in warnings[0]
         pod.remove()
 
 

@@ -289,7 +289,7 @@ class FakeNode:
             network_message="na0: no such link",
         )
 
-    def status(self) -> NodeStatus:
+    async def status(self) -> NodeStatus:
         return self.condition
 
     async def _set_pod_cidr(self, cidr: str) -> None:

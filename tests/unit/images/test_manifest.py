@@ -140,6 +140,10 @@ def test_config_with_nulls() -> None:
     assert run.config.env == ()
 
 
+def test_an_env_entry_without_a_name_is_no_reason_not_to_pull() -> None:
+    assert parse_image(image(Env=["=1", "A"]), 1).config.env == ("=1", "A")
+
+
 def test_config_is_read_whole() -> None:
     parsed = parse_image(
         image(
@@ -165,7 +169,6 @@ def test_config_is_read_whole() -> None:
     "run",
     [
         {"Env": ["A=1\0B=2"]},
-        {"Env": ["=1"]},
         {"Env": "A=1"},
         {"Env": [1]},
         {"User": "root\0"},

@@ -132,3 +132,20 @@ async def test_what_has_gone_is_forgotten(layer: Path, tmp_path: Path) -> None:
         await disks.usage(name)
     disks.keep({"id"})
     assert disks._layers.keys() == {"id"}
+
+
+async def test_a_layer_that_cannot_be_walked_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(directory: Path) -> disk.DiskUsage:
+        raise OSError(5, "Input/output error", str(directory))
+
+    monkeypatch.setattr(disk, "DISK_SECONDS", 0)
+    disks = Disks(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "measure", fail)
+        for _ in range(3):
+            assert (await disks.usage("id")).used_bytes is None
+    assert len(caplog.messages) == 1
+    (tmp_path / "id/upper").mkdir(parents=True)
+    assert (await disks.usage("id")).used_bytes == 0

@@ -44,6 +44,16 @@ def test_environment() -> None:
     assert "TERM=xterm" in process.environment(config(tty=True), IMAGE, "pod")
 
 
+def test_a_name_alone_in_an_image_takes_a_variable_away() -> None:
+    image = ImageConfig(env=("X=1", "PATH", "X", "", "Y=2"))
+    assert process.environment(config(), image, "pod") == ["HOSTNAME=pod", "Y=2"]
+
+
+def test_a_variable_without_a_name_is_refused_when_a_container_is_made() -> None:
+    with pytest.raises(InvalidArgument, match='image "image": its Env has "=x"'):
+        process.environment(config(), ImageConfig(env=("=x",)), "pod")
+
+
 @pytest.mark.parametrize(
     ("image_user", "wanted"),
     [
