@@ -54,6 +54,8 @@ class Mount(TypedDict):
     recursive: the attributes hold for all mounts below, too (recursive read-only); binds always take the whole tree.
     lower: for kind "image", the layer directories, uppermost first, and sub_path below them.
     uid_map, gid_map: of an idmapped bind, how the owners of its files are seen.
+    absent: for kind "bind", what is done where `source` is absent: a directory is made, or the request is rejected
+    because of the configuration. Without it, the absence is an error.
     """
 
     kind: Literal["bind", "fs", "image"]
@@ -65,6 +67,7 @@ class Mount(TypedDict):
     data: dict[str, str]
     lower: NotRequired[list[str]]
     sub_path: NotRequired[str]
+    absent: NotRequired[Literal["make", "reject"]]
     uid_map: NotRequired[list[IdMap]]
     gid_map: NotRequired[list[IdMap]]
 

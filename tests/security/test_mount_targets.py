@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from nodeagent.lifecycle.filesystems import covering
 from nodeagent.linux import mounts, syscalls
 from nodeagent.sandbox import rootfs
 from nodeagent.sandbox.spec import Mount
@@ -45,9 +46,12 @@ def volume(tmp_path: Path) -> Path:
 
 
 def with_mounts(*added: Mount) -> list[Mount]:
-    """As a request's: what it has at the place of a default replaces that; parents come first."""
-    by_target = {mount["target"]: mount for mount in (*DEFAULT, *added)}
-    return sorted(by_target.values(), key=lambda mount: mount["target"].count("/"))
+    """As the plan of a request has them: defaults that are not at or below what it mounts, then that, parents first."""
+    asked = [mount["target"] for mount in added]
+    return [
+        *(mount for mount in DEFAULT if covering(mount["target"], asked) is None),
+        *sorted(added, key=lambda mount: mount["target"].count("/")),
+    ]
 
 
 def image(target: str, layer: Path, sub_path: str = "") -> Mount:
@@ -93,16 +97,13 @@ def test_a_volume_for_a_directory_of_the_kernel_that_the_image_has_as_a_link(
     assert not (upper / "elsewhere").exists()
 
 
-@pytest.mark.parametrize("name", ["pts", "mqueue", "shm"])
-def test_nothing_in_a_dev_of_the_request_is_reached_through_a_link(
-    plan: Plan, volume: Path, name: str
+def test_shm_in_a_dev_of_the_request_is_not_reached_through_a_link(
+    plan: Plan, volume: Path
 ) -> None:
-    """A volume that is mounted at /dev has links at the places of what is mounted in it."""
-    (volume / name).symlink_to("/etc")
-    added = [rootfs.bind(str(volume), "/dev")]
-    if name == "shm":
-        added.append(rootfs.bind(str(volume), "/dev/shm"))
-    assert f"on /dev/{name}" in refusal(plan("true", mounts=with_mounts(*added)))
+    """A volume that is mounted at /dev has a link at the place of what is mounted in it."""
+    (volume / "shm").symlink_to("/etc")
+    added = [rootfs.bind(str(volume), target) for target in ("/dev", "/dev/shm")]
+    assert "on /dev/shm" in refusal(plan("true", mounts=with_mounts(*added)))
 
 
 def test_what_is_mounted_in_dev(plan: Plan, volume: Path) -> None:
@@ -138,8 +139,8 @@ def test_what_is_mounted_in_dev(plan: Plan, volume: Path) -> None:
 
 
 def test_the_dev_of_the_node(plan: Plan) -> None:
-    """A driver that sees the node's devices come and go, with a terminal of its own."""
-    script = "stat -c %t:%T /dev/kmsg /dev/null; ls /dev/pts; tty"
+    """A driver that sees the node's devices come and go; its terminal is one of the node's, too."""
+    script = "stat -c %t:%T /dev/kmsg /dev/null; cat < $(tty) & tty; ls /dev/pts"
     added = [
         rootfs.bind("/dev", "/dev"),
         rootfs.bind("/sys", "/sys"),
@@ -149,8 +150,12 @@ def test_the_dev_of_the_node(plan: Plan) -> None:
     made = plan(script, mounts=with_mounts(*added), tty=True, privileged=True)
     with start(made) as process:
         process.go()
-        assert process.output().split() == ["1:b", "1:3", "0", "ptmx", "/dev/pts/0"]
+        *devices, terminal = process.output().split()[:3]
+        assert devices == ["1:b", "1:3"]
+        assert terminal.startswith("/dev/pts/")
+        assert os.path.exists(terminal)
     assert os.listdir("/dev") == before
+    assert not os.path.exists(terminal)
 
 
 # ---- devices outside of /dev ----
