@@ -1,6 +1,6 @@
 """The mounts of a container, and the one place that decides their order. Pure.
 
-1. The defaults, 2. what the request asks for, with the pod's own files in /etc. In each of
+1. The volumes of the image, 2. the defaults, 3. what the request asks for, with the pod's own files in /etc. In each of
 these, parents come before what is mounted in them. What is asked for is mounted over the rest, and nothing of ours is
 mounted at or below it: it may be a tree of the node, which others use, and which may be shared with the node.
 """
@@ -8,14 +8,17 @@ mounted at or below it: it may be a tree of the node, which others use, and whic
 import functools
 import logging
 import posixpath
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from nodeagent.errors import InvalidArgument
 from nodeagent.records import ContainerConfig, IdMapping, MountConfig, Sandbox
 from nodeagent.sandbox import rootfs
 from nodeagent.sandbox.spec import IdMap, Mount
 
 log = logging.getLogger(__name__)
+
+MAX_VOLUMES = 256  # of an image: each is a mount
 
 MASKED_PATHS = (
     "/proc/acpi",
@@ -52,17 +55,22 @@ def container_mounts(
     hierarchies: Hierarchies,
     image_layers: Callable[[str], Sequence[Path]],
     *,
+    volumes: Iterable[str] = (),
+    directory: Path = Path(),
     rejected: Collection[str] = (),
 ) -> list[Mount]:
     """shared: where hosts, hostname, resolv.conf and shm of the pod are.
 
     image_layers: the layer directories of an image volume, uppermost first; raises NotFound.
+    volumes: as the container's own image has them; each gets a directory in `directory`.
     rejected: host paths that are not made where they are absent.
     """
     asked = _asked_for(config, image_layers, rejected)
     defaults = rootfs.default_mounts(config.privileged, hierarchies)
     defaults.append(_shared_memory(sandbox, shared))
+    covered = {mount["target"] for mount in defaults} | asked.keys()
     return [
+        *_image_volumes(volumes, directory, covered),
         *(mount for mount in defaults if covering(mount["target"], asked) is None),
         *sorted(
             [*_pod_files(config, shared, asked), *asked.values()],
@@ -120,6 +128,23 @@ def _pod_files(config: ContainerConfig, shared: Path, asked: dict[str, Mount]) -
         above = covering(target, asked)
         if above is None or (above == "/etc" and asked[above]["propagation"] != "shared"):
             yield rootfs.bind(str(shared / name), target, *attributes)
+
+
+def _image_volumes(
+    volumes: Iterable[str], directory: Path, covered: Collection[str]
+) -> list[Mount]:
+    """A directory of the container's own for each VOLUME that nothing else is mounted over.
+
+    One that is "/", or where the file systems of the kernel are, has no meaning and is left out, as a covered one is.
+    """
+    targets = sorted({posixpath.normpath(f"/{name.strip('/')}") for name in volumes} - {"/"})
+    if len(targets) > MAX_VOLUMES:
+        raise InvalidArgument(f"image: {len(targets)} volumes; there can be {MAX_VOLUMES}")
+    return [
+        rootfs.volume(str(directory / "volumes" / str(number)), target)
+        for number, target in enumerate(sorted(targets, key=lambda target: target.count("/")))
+        if covering(target, covered) is None
+    ]
 
 
 def _mount(wanted: MountConfig, image_layers: Callable[[str], Sequence[Path]]) -> Mount:

@@ -117,6 +117,8 @@ class Planner:
                 podfiles.directory(self._pods / sandbox.id),
                 self._hierarchies,
                 self._volume_layers,
+                volumes=image.config.volumes,
+                directory=directory,
                 rejected=self._rejected,
             ),
             devices=seen.devices.nodes,

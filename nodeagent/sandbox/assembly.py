@@ -15,7 +15,7 @@ from typing import NamedTuple
 from nodeagent import files
 from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound
 from nodeagent.linux import confined, mounts, syscalls
-from nodeagent.sandbox import idmaps, rootfs
+from nodeagent.sandbox import idmaps, rootfs, volumes
 from nodeagent.sandbox.idmaps import IdMaps
 from nodeagent.sandbox.spec import ContainerPlan, Device, Mount, Rootfs
 
@@ -140,6 +140,8 @@ def _open_source(mount: Mount, maps: IdMaps) -> Source:
         return Source(tree=_clone_host_path(mount, maps))
     if mount["kind"] == "image":
         return Source(layers=_open_layers(mount.get("lower", []), maps))
+    if mount["kind"] == "volume":
+        return Source(tree=volumes.make(mount["source"]))
     return Source()
 
 
@@ -258,7 +260,7 @@ def _of_step(step: str, error: OSError) -> OSError | FailedPrecondition:
 
 def _tree(assembly: Assembly, mount: Mount, source: Source) -> int:
     """Read-only file systems of ours are sealed at the end, since mount points may have to be made in them."""
-    if mount["kind"] == "bind":
+    if mount["kind"] in ("bind", "volume"):
         return source.tree
     if mount["kind"] == "image":
         return _image_tree(assembly, mount, source.layers)
@@ -286,7 +288,9 @@ def _attach(assembly: Assembly, mount: Mount, tree: int) -> None:
         )
     if mount["kind"] != "fs":
         _check_procfs(assembly, mount, status, tree)
-    _move_mount(assembly, tree, target, ours=mount["kind"] == "fs")
+    if mount["kind"] == "volume":
+        volumes.fill(tree, target)
+    _move_mount(assembly, tree, target, ours=mount["kind"] in ("fs", "volume"))
 
 
 def _move_mount(assembly: Assembly, tree: int, target: int, *, ours: bool = False) -> None:

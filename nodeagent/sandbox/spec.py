@@ -50,6 +50,7 @@ class Mount(TypedDict):
 
     kind "bind": `source` is a host path, opened before the root is entered, links followed on the host.
     kind "fs": a new file system of type `source` (proc, sysfs, tmpfs, devpts, mqueue, cgroup2, cgroup) with `data`.
+    kind "volume": `source` is a directory to be made on the node; it gets what the image has at the target.
     attributes: "ro", "nosuid", "nodev", "noexec", "strictatime", "relatime", "noatime", "nosymfollow".
     recursive: the attributes hold for all mounts below, too (recursive read-only); binds always take the whole tree.
     lower: for kind "image", the layer directories, uppermost first, and sub_path below them.
@@ -58,7 +59,7 @@ class Mount(TypedDict):
     because of the configuration. Without it, the absence is an error.
     """
 
-    kind: Literal["bind", "fs", "image"]
+    kind: Literal["bind", "fs", "image", "volume"]
     target: str
     source: str
     attributes: list[str]
