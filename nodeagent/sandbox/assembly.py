@@ -476,7 +476,7 @@ def _make_device(parent: int, device: Device, maps: IdMaps) -> None:
         os.mknod(name, kind | device["mode"], number, dir_fd=parent)
         os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
     except OSError as error:
-        raise OSError(error.errno, f"make device {device['path']}: {error.strerror}") from error
+        raise _of_step(f"device {device['path']}", error) from error
 
 
 # ---- masks ----

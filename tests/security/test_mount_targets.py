@@ -322,6 +322,21 @@ def test_the_node_gets_no_mount_of_the_runtime(
         syscalls.umount2(str(shared / name), syscalls.MNT_DETACH)
 
 
+def test_a_default_is_never_mounted_in_a_tree_that_is_shared(plan: Plan, shared: Path) -> None:
+    """Whatever the order of a plan is: this is what the init asserts."""
+    (shared / "cgroup").mkdir()
+    before = below(shared)
+    own = rootfs.filesystem("/a/cgroup", "tmpfs", "")
+    volume = rootfs.volume(str(shared.parent / "container/volumes/0"), "/a/cgroup")
+    for step in (own, volume):
+        asked = rootfs.bind(str(shared), "/a", propagation="shared")
+        with start(plan("true", mounts=[*DEFAULT, asked, step])) as process:
+            assert process.message["error"] == "FailedPrecondition"
+            assert "never go into a tree that is shared" in process.message["text"]
+        assert below(shared) == before
+        assert os.listdir(shared / "cgroup") == []
+
+
 # ---- what is looked at before it is opened ----
 
 IN_OPEN = 0x20
@@ -371,5 +386,5 @@ def test_devices_that_are_others_are_never_opened(
     own = [mount for mount in DEFAULT if not mount["target"].startswith("/dev")]
     made = plan("true", mounts=[*own, rootfs.bind(str(volume), "/dev")], tty=tty)
     with never_opened(volume / name), start(made) as process:
-        assert process.message["error"] == "OSError"
+        assert process.message["error"] == "FailedPrecondition"
         assert f"/dev/{name}" in process.message["text"]
