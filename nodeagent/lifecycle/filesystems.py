@@ -14,7 +14,7 @@ from pathlib import Path
 from nodeagent.errors import InvalidArgument
 from nodeagent.records import ContainerConfig, IdMapping, MountConfig, Sandbox
 from nodeagent.sandbox import rootfs
-from nodeagent.sandbox.spec import IdMap, Mount
+from nodeagent.sandbox.spec import IdMap, Mount, Volume
 
 log = logging.getLogger(__name__)
 
@@ -55,26 +55,21 @@ def container_mounts(
     hierarchies: Hierarchies,
     image_layers: Callable[[str], Sequence[Path]],
     *,
-    volumes: Iterable[str] = (),
-    directory: Path = Path(),
     rejected: Collection[str] = (),
 ) -> list[Mount]:
     """shared: where hosts, hostname, resolv.conf and shm of the pod are.
 
     image_layers: the layer directories of an image volume, uppermost first; raises NotFound.
-    volumes: as the container's own image has them; each gets a directory in `directory`.
     rejected: host paths that are not made where they are absent.
     """
     asked = _asked_for(config, image_layers, rejected)
     defaults = rootfs.default_mounts(config.privileged, hierarchies)
     defaults.append(_shared_memory(sandbox, shared))
-    covered = {mount["target"] for mount in defaults} | asked.keys()
     return [
-        *_image_volumes(volumes, directory, covered),
         *(mount for mount in defaults if covering(mount["target"], asked) is None),
         *sorted(
             [*_pod_files(config, shared, asked), *asked.values()],
-            key=lambda mount: mount["target"].count("/"),
+            key=lambda mount: _depth(mount["target"]),
         ),
     ]
 
@@ -130,19 +125,18 @@ def _pod_files(config: ContainerConfig, shared: Path, asked: dict[str, Mount]) -
             yield rootfs.bind(str(shared / name), target, *attributes)
 
 
-def _image_volumes(
-    volumes: Iterable[str], directory: Path, covered: Collection[str]
-) -> list[Mount]:
-    """A directory of the container's own for each VOLUME that nothing else is mounted over.
+def image_volumes(names: Iterable[str], directory: Path, mounts: Sequence[Mount]) -> list[Volume]:
+    """A directory of the container's own, in `directory`, for each VOLUME that nothing else is mounted over.
 
     One that is "/", or where the file systems of the kernel are, has no meaning and is left out, as a covered one is.
     """
-    targets = sorted({posixpath.normpath(f"/{name.strip('/')}") for name in volumes} - {"/"})
+    covered = {mount["target"] for mount in mounts}
+    targets = sorted({posixpath.normpath(f"/{name.strip('/')}") for name in names} - {"/"})
     if len(targets) > MAX_VOLUMES:
         raise InvalidArgument(f"image: {len(targets)} volumes; there can be {MAX_VOLUMES}")
     return [
-        rootfs.volume(str(directory / "volumes" / str(number)), target)
-        for number, target in enumerate(sorted(targets, key=lambda target: target.count("/")))
+        Volume(source=str(directory / "volumes" / str(number)), target=target)
+        for number, target in enumerate(sorted(targets, key=_depth))
         if covering(target, covered) is None
     ]
 
@@ -170,3 +164,7 @@ def _mount(wanted: MountConfig, image_layers: Callable[[str], Sequence[Path]]) -
 
 def id_map(mapping: IdMapping) -> IdMap:
     return IdMap(inside=mapping.inside, outside=mapping.outside, length=mapping.length)
+
+
+def _depth(target: str) -> int:
+    return target.count("/")

@@ -117,8 +117,6 @@ class Planner:
                 podfiles.directory(self._pods / sandbox.id),
                 self._hierarchies,
                 self._volume_layers,
-                volumes=image.config.volumes,
-                directory=directory,
                 rejected=self._rejected,
             ),
             devices=seen.devices.nodes,
@@ -134,6 +132,10 @@ class Planner:
             log_path=container.log_path,
             log_root=sandbox.config.log_directory,
         )
+        if image.config.volumes:
+            plan["volumes"] = filesystems.image_volumes(
+                image.config.volumes, directory, plan["mounts"]
+            )
         if self._logs.max_bytes_per_second:
             plan["log_limit"] = LogLimit(
                 bytes_per_second=self._logs.max_bytes_per_second, burst_bytes=self._logs.burst_bytes

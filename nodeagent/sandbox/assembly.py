@@ -17,7 +17,7 @@ from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound
 from nodeagent.linux import confined, mounts, syscalls
 from nodeagent.sandbox import idmaps, rootfs, volumes
 from nodeagent.sandbox.idmaps import IdMaps
-from nodeagent.sandbox.spec import ContainerPlan, Device, Mount, Rootfs
+from nodeagent.sandbox.spec import ContainerPlan, Device, Mount, Rootfs, Volume
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _DEVICE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK}
@@ -86,6 +86,7 @@ def assemble(plan: ContainerPlan, maps: IdMaps, procfs: int = -1) -> Assembly:
     lower = _open_layers(plan["rootfs"]["lower"], maps)
     upper, work = _open_own_layers(plan["rootfs"], maps)
     sources = [_open_source(mount, maps) for mount in plan["mounts"]]
+    own = [(volume, volumes.make(volume["source"])) for volume in plan.get("volumes", [])]
     mounts.isolate()
     scratch = _make_scratch(os.path.dirname(plan["rootfs"]["upper"]))
     directories = _layer_directories(scratch, lower, maps)
@@ -97,6 +98,8 @@ def assemble(plan: ContainerPlan, maps: IdMaps, procfs: int = -1) -> Assembly:
     devices = tuple(os.fstat(place).st_dev for place in (root, dev) if place != -1)
     assembly = Assembly(root, dev, scratch, maps, procfs, sealed, devices, shares)
     _make_devices_outside_dev(root, plan, maps)
+    for volume, tree in own:
+        _attach_volume(root, volume, tree)
     for mount, source in zip(plan["mounts"], sources, strict=True):
         _execute(assembly, mount, source)
     _require_devices(assembly, plan)
@@ -140,8 +143,6 @@ def _open_source(mount: Mount, maps: IdMaps) -> Source:
         return Source(tree=_clone_host_path(mount, maps))
     if mount["kind"] == "image":
         return Source(layers=_open_layers(mount.get("lower", []), maps))
-    if mount["kind"] == "volume":
-        return Source(tree=volumes.make(mount["source"]))
     return Source()
 
 
@@ -169,13 +170,12 @@ def _make_directories(path: str) -> None:
 
     No link to nothing is followed: who made it would choose what is made.
     """
-    parent = os.path.dirname(path)
-    if not os.path.lexists(parent):
-        _make_directories(parent)
-    with suppress(
-        FileExistsError
-    ):  # of another container, or a link, which is seen when the path is opened
-        os.mkdir(path, 0o755)
+    missing = [path]
+    while not os.path.lexists(parent := os.path.dirname(missing[-1])):
+        missing.append(parent)
+    for directory in reversed(missing):
+        with suppress(FileExistsError):  # of another container, or a link to nothing
+            os.mkdir(directory, 0o755)
 
 
 def _clone_host_path(mount: Mount, maps: IdMaps) -> int:
@@ -244,6 +244,19 @@ def _attach_mapped(scratch: Scratch, path: str, directory: int, maps: IdMaps) ->
     return tree
 
 
+def _attach_volume(root: int, volume: Volume, tree: int) -> None:
+    """While nothing is mounted in the root but others of them, so that what is copied is the image's."""
+    what = f"volume of the image at {volume['target']}"
+    try:
+        target = confined.make_path(root, volume["target"], directory=True)
+        if not _is_directory(target):
+            raise FailedPrecondition(f"{what}: the image has a file there")
+        volumes.fill(tree, target)
+        syscalls.move_mount(tree, target)
+    except OSError as error:
+        raise _of_step(what, error) from error
+
+
 def _execute(assembly: Assembly, mount: Mount, source: Source) -> None:
     try:
         _attach(assembly, mount, _tree(assembly, mount, source))
@@ -260,7 +273,7 @@ def _of_step(step: str, error: OSError) -> OSError | FailedPrecondition:
 
 def _tree(assembly: Assembly, mount: Mount, source: Source) -> int:
     """Read-only file systems of ours are sealed at the end, since mount points may have to be made in them."""
-    if mount["kind"] in ("bind", "volume"):
+    if mount["kind"] == "bind":
         return source.tree
     if mount["kind"] == "image":
         return _image_tree(assembly, mount, source.layers)
@@ -288,9 +301,7 @@ def _attach(assembly: Assembly, mount: Mount, tree: int) -> None:
         )
     if mount["kind"] != "fs":
         _check_procfs(assembly, mount, status, tree)
-    if mount["kind"] == "volume":
-        volumes.fill(tree, target)
-    _move_mount(assembly, tree, target, ours=mount["kind"] in ("fs", "volume"))
+    _move_mount(assembly, tree, target, ours=mount["kind"] == "fs")
 
 
 def _move_mount(assembly: Assembly, tree: int, target: int, *, ours: bool = False) -> None:

@@ -40,11 +40,6 @@ def bind(
     }
 
 
-def volume(source: str, target: str) -> Mount:
-    """A directory of the container's own, with what its image has at the target."""
-    return {**bind(source, target), "kind": "volume"}
-
-
 def default_mounts(privileged: bool, hierarchies: Mapping[str, Sequence[str]]) -> list[Mount]:
     """What every container finds mounted, parents first.
 

@@ -50,7 +50,6 @@ class Mount(TypedDict):
 
     kind "bind": `source` is a host path, opened before the root is entered, links followed on the host.
     kind "fs": a new file system of type `source` (proc, sysfs, tmpfs, devpts, mqueue, cgroup2, cgroup) with `data`.
-    kind "volume": `source` is a directory to be made on the node; it gets what the image has at the target.
     attributes: "ro", "nosuid", "nodev", "noexec", "strictatime", "relatime", "noatime", "nosymfollow".
     recursive: the attributes hold for all mounts below, too (recursive read-only); binds always take the whole tree.
     lower: for kind "image", the layer directories, uppermost first, and sub_path below them.
@@ -59,7 +58,7 @@ class Mount(TypedDict):
     because of the configuration. Without it, the absence is an error.
     """
 
-    kind: Literal["bind", "fs", "image", "volume"]
+    kind: Literal["bind", "fs", "image"]
     target: str
     source: str
     attributes: list[str]
@@ -71,6 +70,16 @@ class Mount(TypedDict):
     absent: NotRequired[Literal["make", "reject"]]
     uid_map: NotRequired[list[IdMap]]
     gid_map: NotRequired[list[IdMap]]
+
+
+class Volume(TypedDict):
+    """A volume of the image, mounted before all else.
+
+    source: a directory to be made on the node. It gets what the image has at `target`.
+    """
+
+    source: str
+    target: str
 
 
 class Rootfs(TypedDict):
@@ -179,6 +188,7 @@ class ContainerPlan(TypedDict):
     log_path: absolute host path, or "" for no log; no link is followed below log_root, a directory above it.
     log_limit: without it, a container writes as fast as it is read.
     masked and readonly paths: of the container, absent ones skipped.
+    volumes: parents first; a supervisor of an earlier version does not know them.
     cgroup_namespace: False only for containers that shall see the node's cgroups.
     """
 
@@ -187,6 +197,7 @@ class ContainerPlan(TypedDict):
     process: ProcessPlan
     rootfs: Rootfs
     mounts: list[Mount]
+    volumes: NotRequired[list[Volume]]
     devices: list[Device]
     masked_paths: list[str]
     readonly_paths: list[str]

@@ -327,14 +327,11 @@ def test_a_default_is_never_mounted_in_a_tree_that_is_shared(plan: Plan, shared:
     (shared / "cgroup").mkdir()
     before = below(shared)
     own = rootfs.filesystem("/a/cgroup", "tmpfs", "")
-    volume = rootfs.volume(str(shared.parent / "container/volumes/0"), "/a/cgroup")
-    for step in (own, volume):
-        asked = rootfs.bind(str(shared), "/a", propagation="shared")
-        with start(plan("true", mounts=[*DEFAULT, asked, step])) as process:
-            assert process.message["error"] == "FailedPrecondition"
-            assert "never go into a tree that is shared" in process.message["text"]
-        assert below(shared) == before
-        assert os.listdir(shared / "cgroup") == []
+    asked = rootfs.bind(str(shared), "/a", propagation="shared")
+    with start(plan("true", mounts=[*DEFAULT, asked, own])) as process:
+        assert process.message["error"] == "FailedPrecondition"
+        assert "never go into a tree that is shared" in process.message["text"]
+    assert below(shared) == before
 
 
 # ---- what is looked at before it is opened ----

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from nodeagent import files
 from nodeagent.linux import capabilities, mounts, syscalls
 from nodeagent.sandbox import rootfs
 from nodeagent.sandbox.spec import Device, Mount
@@ -265,7 +266,7 @@ def test_links_in_the_image_stay_in_the_image(
 
 def test_a_missing_host_path_is_made(plan: Plan, tmp_path: Path) -> None:
     """The node's root owns it, 0755, and its parents that are missing as well, whatever the umask."""
-    absent = tmp_path / "a" / "b" / "c"
+    absent = tmp_path.joinpath("a", *["b"] * 1500, "c")
     added = rootfs.bind(str(absent), "/data")
     added["absent"] = "make"
     assert run(plan("echo x > /data/x", mounts=with_mounts(added)))[0] == 0
@@ -273,6 +274,7 @@ def test_a_missing_host_path_is_made(plan: Plan, tmp_path: Path) -> None:
     for path in (absent, absent.parent, absent.parent.parent):
         status = path.stat()
         assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (0o755, 0, 0)
+    files.remove_tree(str(tmp_path / "a"))
 
 
 def test_a_missing_host_path_that_the_configuration_lists_is_not_made(

@@ -11,7 +11,7 @@ import pytest
 from nodeagent import files
 from nodeagent.linux import userns
 from nodeagent.sandbox import rootfs
-from nodeagent.sandbox.spec import ContainerPlan
+from nodeagent.sandbox.spec import ContainerPlan, Volume
 from tests.kernel.sandbox.conftest import Plan
 from tests.kernel.sandbox.containers import run, start, user
 from tests.kernel.sandbox.test_init_userns import EXTENTS, FIRST, MAPS, OWNED, with_mounts
@@ -37,10 +37,10 @@ def volumes(plan: Plan, tmp_path: Path, layer: Path, image: Path) -> Volumes:
     def make(command: str | list[str], *targets: str, **changes: Any) -> ContainerPlan:
         asked = changes.pop("asked", [])
         own = [
-            rootfs.volume(str(tmp_path / "container" / "volumes" / str(number)), target)
+            Volume(source=str(tmp_path / "container" / "volumes" / str(number)), target=target)
             for number, target in enumerate(targets)
         ]
-        made = plan(command, mounts=[*own, *with_mounts(*asked)], **changes)
+        made = plan(command, mounts=with_mounts(*asked), volumes=own, **changes)
         made["rootfs"]["lower"] = [str(image), str(layer)]
         return made
 
@@ -168,7 +168,7 @@ def test_a_volume_that_is_a_file_of_the_image(volumes: Volumes, image: Path) -> 
     (image / "data").write_text("")
     with start(volumes("true", "/data")) as process:
         assert process.message["error"] == "FailedPrecondition"
-        assert "on /data: what is mounted is a directory" in process.message["text"]
+        assert process.message["text"] == "volume of the image at /data: the image has a file there"
 
 
 def test_a_volume_as_deep_as_paths_are_long(volumes: Volumes, image: Path) -> None:

@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 
 from nodeagent.errors import InvalidArgument
-from nodeagent.lifecycle.filesystems import MASKED_PATHS, container_mounts, masked_paths
+from nodeagent.lifecycle.filesystems import (
+    MASKED_PATHS,
+    container_mounts,
+    image_volumes,
+    masked_paths,
+)
 from nodeagent.records import ContainerConfig, MountConfig, Namespaces, Sandbox, SandboxConfig
 from nodeagent.sandbox.spec import Mount
 
@@ -17,7 +22,6 @@ POD = Path("/run/pod")
 def mounts(
     *wanted: MountConfig,
     namespaces: Namespaces | None = None,
-    volumes: Collection[str] = (),
     rejected: Collection[str] = (),
     **fields: object,
 ) -> list[Mount]:
@@ -37,8 +41,6 @@ def mounts(
         POD,
         {"": []},
         lambda _: [Path("/layer")],
-        volumes=volumes,
-        directory=Path("/container"),
         rejected=rejected,
     )
 
@@ -151,30 +153,28 @@ def test_an_absent_host_path_is_made_but_for_those_that_are_listed() -> None:
     ]
 
 
-def test_volumes_of_the_image_come_first() -> None:
-    """So that what is copied into them is the image's, and what is mounted in them is in them."""
-    plan = mounts(
-        MountConfig(container_path="/data/asked", host_path="/h"),
-        volumes=("/data/deep", "/data/", "relative/../b", "/etc"),
-    )
-    found = [mount for mount in plan if mount["kind"] == "volume"]
-    assert plan[: len(found)] == found
-    assert targets(found) == ["/b", "/data", "/etc", "/data/deep"]
-    assert len({mount["source"] for mount in found}) == len(found)
-    assert all(mount["source"].startswith("/container/volumes/") for mount in found)
-    assert [mount["propagation"] for mount in found] == ["private"] * 4
+def volumes(*names: str, asked: Collection[str] = ()) -> list[str]:
+    """The targets of the volumes of an image."""
+    plan = mounts(*(MountConfig(container_path=path, host_path="/h") for path in asked))
+    made = image_volumes(names, Path("/container"), plan)
+    assert len({volume["source"] for volume in made}) == len(made)
+    assert all(volume["source"].startswith("/container/volumes/") for volume in made)
+    return [volume["target"] for volume in made]
+
+
+def test_volumes_of_the_image_have_their_parents_first() -> None:
+    names = ("/data/deep", "/data/", "relative/../b", "/etc", "/data")
+    assert volumes(*names, asked=["/data/asked"]) == ["/b", "/data", "/etc", "/data/deep"]
 
 
 def test_volumes_of_the_image_that_something_else_is_mounted_over_are_left_out() -> None:
-    asked = (MountConfig(container_path=path, host_path="/h") for path in ("/data", "/var/x"))
-    volumes = ("/data", "/data/deep", "/var", "/", "", "/proc", "/sys/fs", "/dev/shm/x", "/var/x/y")
-    found = [mount for mount in mounts(*asked, volumes=volumes) if mount["kind"] == "volume"]
-    assert targets(found) == ["/var"]
+    names = ("/data", "/data/deep", "/var", "/", "", "/proc", "/sys/fs", "/dev/shm/x", "/var/x/y")
+    assert volumes(*names, asked=["/data", "/var/x"]) == ["/var"]
 
 
 def test_the_volumes_of_an_image_have_a_bound() -> None:
     with pytest.raises(InvalidArgument, match="257 volumes"):
-        mounts(volumes=[f"/{number}" for number in range(257)])
+        volumes(*(f"/{number}" for number in range(257)))
 
 
 def test_shared_memory_follows_the_ipc_namespace() -> None:
