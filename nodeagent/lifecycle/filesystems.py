@@ -66,7 +66,7 @@ def container_mounts(
     defaults = rootfs.default_mounts(config.privileged, hierarchies)
     defaults.append(_shared_memory(sandbox, shared))
     return [
-        *(mount for mount in defaults if covering(mount["target"], asked) is None),
+        *outside_of(defaults, asked),
         *sorted(
             [*_pod_files(config, shared, asked), *asked.values()],
             key=lambda mount: _depth(mount["target"]),
@@ -95,13 +95,10 @@ def _asked_for(
     return asked
 
 
-def covering(path: str, targets: Collection[str]) -> str | None:
-    """The nearest of the targets that `path` is at or below."""
-    while path not in targets:
-        if path == "/":
-            return None
-        path = posixpath.dirname(path)
-    return path
+def outside_of(mounts: Iterable[Mount], targets: Iterable[str]) -> list[Mount]:
+    """Those that are neither at nor below one of the targets."""
+    places = tuple([f"{target}/" for target in targets])
+    return [mount for mount in mounts if not f"{mount['target']}/".startswith(places)]
 
 
 def _shared_memory(sandbox: Sandbox, shared: Path) -> Mount:
@@ -117,11 +114,11 @@ def _pod_files(config: ContainerConfig, shared: Path, asked: dict[str, Mount]) -
     They belong to the pod's request (its name, its DNS), so that a volume at /etc does not take them away. One that is
     shared with the node does: they would become the node's.
     """
+    if "/etc" in asked and asked["/etc"]["propagation"] == "shared":
+        return
     attributes = ["ro"] if config.readonly_rootfs else []
     for name in ("hosts", "hostname", "resolv.conf"):
-        target = f"/etc/{name}"
-        above = covering(target, asked)
-        if above is None or (above == "/etc" and asked[above]["propagation"] != "shared"):
+        if (target := f"/etc/{name}") not in asked:
             yield rootfs.bind(str(shared / name), target, *attributes)
 
 
@@ -130,14 +127,14 @@ def image_volumes(names: Iterable[str], directory: Path, mounts: Sequence[Mount]
 
     One that is "/", or where the file systems of the kernel are, has no meaning and is left out, as a covered one is.
     """
-    covered = {mount["target"] for mount in mounts}
+    covered = tuple(f"{mount['target']}/" for mount in mounts)
     targets = sorted({posixpath.normpath(f"/{name.strip('/')}") for name in names} - {"/"})
     if len(targets) > MAX_VOLUMES:
         raise InvalidArgument(f"image: {len(targets)} volumes; there can be {MAX_VOLUMES}")
     return [
         Volume(source=str(directory / "volumes" / str(number)), target=target)
         for number, target in enumerate(sorted(targets, key=_depth))
-        if covering(target, covered) is None
+        if not f"{target}/".startswith(covered)
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from nodeagent.lifecycle.filesystems import covering
+from nodeagent.lifecycle.filesystems import outside_of
 from nodeagent.linux import mounts, syscalls
 from nodeagent.sandbox import rootfs
 from nodeagent.sandbox.spec import Mount
@@ -49,7 +49,7 @@ def with_mounts(*added: Mount) -> list[Mount]:
     """As the plan of a request has them: defaults that are not at or below what it mounts, then that, parents first."""
     asked = [mount["target"] for mount in added]
     return [
-        *(mount for mount in DEFAULT if covering(mount["target"], asked) is None),
+        *outside_of(DEFAULT, asked),
         *sorted(added, key=lambda mount: mount["target"].count("/")),
     ]
 
