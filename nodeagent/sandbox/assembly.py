@@ -91,6 +91,7 @@ def assemble(plan: ContainerPlan, maps: IdMaps, procfs: int = -1) -> Assembly:
     scratch = _make_scratch(os.path.dirname(plan["rootfs"]["upper"]))
     directories = _layer_directories(scratch, lower, maps)
     root = mounts.mount_overlay(_mount_point(scratch, "root"), directories, upper, work)
+    _forbid_devices(root, own, plan, maps)
     idmaps.act_as_root(maps)
     dev = _make_dev(plan, maps)
     sealed = [root] if plan["rootfs"]["readonly"] else []
@@ -242,6 +243,21 @@ def _attach_mapped(scratch: Scratch, path: str, directory: int, maps: IdMaps) ->
     point = os.open(_mount_point(scratch, f"layers-{directory}"), _DIRECTORY)
     syscalls.move_mount(tree, point)
     return tree
+
+
+def _forbid_devices(
+    root: int, own: list[tuple[Volume, int]], plan: ContainerPlan, maps: IdMaps
+) -> None:
+    """A device of the image would belong to the root of the user namespace, who gets none of the node's.
+
+    One that is asked for outside of /dev is made in the image's own file system, which has to allow it then.
+    """
+    if maps.is_node:
+        return
+    if all(device["path"].startswith("/dev/") for device in plan["devices"]):
+        mounts.set_attributes(root, ["nodev"])
+    for _, tree in own:
+        mounts.set_attributes(tree, ["nodev"])
 
 
 def _attach_volume(root: int, volume: Volume, tree: int) -> None:

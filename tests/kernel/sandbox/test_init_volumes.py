@@ -192,6 +192,24 @@ def pod() -> Iterator[dict[int, int]]:
         os.close(descriptor)
 
 
+@pytest.mark.parametrize("asked", ["/dev/asked", "/opt/asked"])
+def test_devices_of_an_image_are_of_no_use_in_a_user_namespace(
+    volumes: Volumes, image: Path, pod: dict[int, int], asked: str
+) -> None:
+    """They would be its root's, who gets no right to a device of the node; those that are asked for work."""
+    (image / "data").mkdir()
+    for path in (image / "zero", image / "data/zero"):
+        os.mknod(path, stat.S_IFCHR, os.makedev(1, 5))
+        path.chmod(0o666)
+    paths = ["/data/zero", asked, *["/zero"] * asked.startswith("/dev")]
+    script = f"for path in {' '.join(paths)}; do dd if=$path count=1 2>&- | grep -c ''; done"
+    devices = [rootfs.character_device(asked, 1, 5)]
+    with start(volumes(script, "/data", process=MAPS, devices=devices), pod=pod) as process:
+        assert process.ready
+        process.go()
+        assert process.output().split() == ["0", "1", "0"][: len(paths)]
+
+
 def test_ids_of_a_volume_in_a_user_namespace(
     volumes: Volumes, image: Path, tmp_path: Path, pod: dict[int, int]
 ) -> None:
