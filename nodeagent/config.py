@@ -135,6 +135,12 @@ class Config(Table, frozen=True, kw_only=True):
     metrics: Annotated[str, doc("ADDRESS:PORT of the Prometheus endpoint; empty: none")] = ""
     certs_dir: Annotated[str, doc("registry hosts, <host>/hosts.toml")] = "/etc/nodeagent/certs.d"
     handlers: Annotated[tuple[str, ...], doc('names of RuntimeClass handlers, besides ""')] = ()
+    absent_mount_sources_to_reject: Annotated[
+        tuple[str, ...],
+        doc(
+            "host paths that are not made as directories where they are absent: a mount is refused"
+        ),
+    ] = ()
     slots: Annotated[
         int, Meta(ge=0, le=256), doc("pods prepared ahead, so that they start fast")
     ] = 4
@@ -340,6 +346,10 @@ def _optional_rlimit(value: str) -> str:
     return ""
 
 
+def _directories(value: tuple[str, ...]) -> str:
+    return next(filter(None, map(_directory, value)), "")
+
+
 def _handlers(value: tuple[str, ...]) -> str:
     valid = all(name and name.replace("-", "").replace(".", "").isalnum() for name in value)
     return "" if valid else "names have letters, digits, - and ."
@@ -352,6 +362,7 @@ _CHECKS: dict[Key, Callable[[Any], str]] = {
     ("metrics",): _optional_address,
     ("certs_dir",): _directory,
     ("handlers",): _handlers,
+    ("absent_mount_sources_to_reject",): _directories,
     ("streaming", "address"): _address,
     ("streaming", "tls_cert"): _file,
     ("streaming", "tls_key"): _file,

@@ -150,7 +150,10 @@ class SandboxConfig(Config, frozen=True, kw_only=True):
 
 
 class MountConfig(Config, frozen=True, kw_only=True):
-    """image: for an image volume, what PullImage returned; then host_path is empty. options: noexec, nodev, nosuid."""
+    """image: for an image volume, what PullImage returned; then host_path is empty. options: noexec, nodev, nosuid.
+
+    must_exist: a host path that is absent is an error, and not made: the mount is of a CDI specification.
+    """
 
     container_path: str
     host_path: str = ""
@@ -166,6 +169,7 @@ class MountConfig(Config, frozen=True, kw_only=True):
     image_runtime_handler: str = ""
     image_sub_path: str = ""
     options: tuple[str, ...] = ()
+    must_exist: bool = False
 
 
 class DeviceConfig(Config, frozen=True, kw_only=True):

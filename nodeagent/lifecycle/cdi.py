@@ -153,4 +153,5 @@ def _mount(mount: Mount, name: str) -> MountConfig:
         host_path=mount.host_path,
         readonly="ro" in mount.options,
         options=tuple(option for option in mount.options if option in _OPTIONS),
+        must_exist=True,
     )

@@ -4,6 +4,7 @@ The plan is complete: nothing in it is looked up again, so that it can be printe
 """
 
 import base64
+import posixpath
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,7 @@ class Planner:
             Rlimit(resource=name, soft=soft, hard=hard)
             for name, soft, hard in config.rlimits.pairs()
         ]
+        self._rejected = frozenset(map(posixpath.normpath, config.absent_mount_sources_to_reject))
         self._logs = config.container_logs
         _, self._held, _ = syscalls.capget()
         self._hierarchies = {
@@ -115,6 +117,7 @@ class Planner:
                 podfiles.directory(self._pods / sandbox.id),
                 self._hierarchies,
                 self._volume_layers,
+                rejected=self._rejected,
             ),
             devices=seen.devices.nodes,
             masked_paths=[] if open_paths else list(masked),
@@ -129,6 +132,10 @@ class Planner:
             log_path=container.log_path,
             log_root=sandbox.config.log_directory,
         )
+        if image.config.volumes:
+            plan["volumes"] = filesystems.image_volumes(
+                image.config.volumes, directory, plan["mounts"]
+            )
         if self._logs.max_bytes_per_second:
             plan["log_limit"] = LogLimit(
                 bytes_per_second=self._logs.max_bytes_per_second, burst_bytes=self._logs.burst_bytes
@@ -165,11 +172,9 @@ class Planner:
         )
 
     def mount_statuses(self, config: ContainerConfig) -> tuple[MountStatus, ...]:
-        """What was asked to be mounted, with the digest behind each image volume."""
+        """What was asked to be mounted, with the id of each image volume, as PullImage answered it."""
         return tuple(
-            MountStatus(
-                config=mount, image_ref=reference(self._volume(mount.image)) if mount.image else ""
-            )
+            MountStatus(config=mount, image_ref=self._volume(mount.image).id if mount.image else "")
             for mount in config.mounts
         )
 

@@ -58,7 +58,11 @@ def test_edits_of_the_device_and_of_its_spec(directory: Path) -> None:
     assert made.envs == (("GPU", b"0"),)
     assert made.mounts == (
         MountConfig(
-            container_path="/gpu", host_path="/lib/gpu", readonly=True, options=("nosuid",)
+            container_path="/gpu",
+            host_path="/lib/gpu",
+            readonly=True,
+            options=("nosuid",),
+            must_exist=True,
         ),
     )
     assert made.supplemental_groups == (44,)

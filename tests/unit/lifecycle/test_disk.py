@@ -46,6 +46,18 @@ def test_names_holes_and_links(layer: Path, tmp_path: Path) -> None:
     assert usage.mountpoint == str(tmp_path)
 
 
+def test_the_volumes_of_the_image_count(layer: Path, tmp_path: Path) -> None:
+    volumes = layer.parent / "volumes"
+    assert measure(layer, volumes).used_bytes == 0
+    (volumes / "0/deep").mkdir(parents=True)
+    (volumes / "0/deep/file").write_bytes(b"x" * 300_000)
+    (layer / "file").write_bytes(b"x" * 5_000)
+    usage = measure(layer, volumes)
+    sizes = zip(du(layer), du(volumes), strict=True)
+    assert (usage.used_bytes, usage.inodes_used) == tuple(map(sum, sizes))
+    assert usage.mountpoint == str(tmp_path)
+
+
 def test_files_with_several_names_beyond_those_that_are_remembered(
     layer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
