@@ -19,7 +19,6 @@ from nodeagent.lifecycle.devices import ContainerDevices
 from nodeagent.lifecycle.hostpaths import HostPaths
 from nodeagent.lifecycle.profiles import Profiles
 from nodeagent.lifecycle.registry import Registry
-from nodeagent.linux import syscalls
 from nodeagent.records import Container, ContainerConfig, Image, MountStatus, Sandbox
 from nodeagent.sandbox import seccomp_successor
 from nodeagent.sandbox.seccomp_profile import Filter
@@ -67,7 +66,6 @@ class Planner:
         ]
         self._rejected = frozenset(map(posixpath.normpath, config.absent_mount_sources_to_reject))
         self._logs = config.container_logs
-        _, self._held, _ = syscalls.capget()
         self._hierarchies = {
             mount.name: mount.options.split(",") if mount.type == "cgroup" else []
             for mount in cgroups.mounts()
@@ -167,9 +165,7 @@ class Planner:
         return plan
 
     def _capabilities(self, config: ContainerConfig) -> Capabilities:
-        return process.capability_sets(
-            config.capabilities, privileged=config.privileged, held=self._held
-        )
+        return process.capability_sets(config.capabilities, privileged=config.privileged)
 
     def mount_statuses(self, config: ContainerConfig) -> tuple[MountStatus, ...]:
         """What was asked to be mounted, with the id of each image volume, as PullImage answered it."""
