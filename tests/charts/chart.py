@@ -3,16 +3,18 @@
     source, version     where the pod's fields and values are from
     [metadata], [spec]  of the pod, in the words of Kubernetes; what only the scheduler or the API reads is left out
 
-Of a volume's configMap, secret or projected sources, `keys` has the names of the files. An environment variable may have
-the node's or the pod's names in it: ${nodeName}, ${podName}, ${namespace}, ${podIP}. A container has besides, of ours:
+Of a volume's configMap, secret or projected sources, `keys` has the names of the files. An environment variable may
+have names of the node and the pod in it: ${nodeName}, ${podName}, ${namespace}, ${podIP}. A container has besides, of
+ours:
 
-    image       what its image says: User, Volumes
+    image       what its image says: User, Volumes, StopSignal
     does        what it does in the place of the program, as a script; a regular container then serves its ports
     program     what serves them, where it is not the usual one of the image
     serves      its ports, where they are not those that it declares and those of its probes
 
-    [[see]]     what a shell prints (says, a regular expression) in a container, or on the node; when = "after": when the
-                pod is gone
+    remounts    true where that changes the propagation of its own mounts
+
+    [[see]]     what a shell prints (says, a regular expression) in a container, or on the node ("node"), in this order
     leaves      mount points that stay on the node when the pod is gone, until the test removes them
 """
 

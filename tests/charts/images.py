@@ -12,7 +12,8 @@ from tests import images
 from tests.charts.chart import Json, charts, exec_commands
 from tests.images import PATH, Image, Layer, Tree
 
-# Serves TCP ports, each request with "ok", and UDP ports, each datagram with itself. It says so, and ends on SIGTERM.
+# Serves TCP ports, each request with "ok", and UDP ports, each datagram with itself. It says so, and ends on SIGTERM,
+# and on systemd's signal to halt.
 STAND_IN = r"""
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -48,6 +49,7 @@ int main(int count, char **arguments)
 	static int datagrams[64];
 	char data[4096];
 	signal(SIGTERM, leave);
+	signal(SIGRTMIN + 3, leave);
 	signal(SIGCHLD, reap);
 	signal(SIGPIPE, SIG_IGN);
 	for (int i = 1; i < count; i++) {
@@ -85,7 +87,11 @@ int main(int count, char **arguments)
 
 # security.capability, version 2: cap_net_bind_service=ep, as CoreDNS has it
 NET_BIND_SERVICE = struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0)
-NONROOT = "nonroot:x:65532:65532:nonroot:/home/nonroot:/sbin/nologin\n"
+USERS = (
+    "vault:x:100:1000:vault:/home/vault:/bin/sh\n"
+    "nonroot:x:65532:65532:nonroot:/home/nonroot:/sbin/nologin\n"
+)
+GROUPS = "vault:x:1000:\nnonroot:x:65532:\n"
 
 # What the kubelet executes in a container says what it was asked to do.
 COMMAND = '#!/bin/sh\necho "${0##*/} $*"\n'
@@ -112,6 +118,7 @@ def catalog() -> Iterable[Image]:
             "Entrypoint": ["/stand-in"],
             "User": given.get("User", ""),
             "Volumes": {path: {} for path in given.get("Volumes", ())},
+            "StopSignal": given.get("StopSignal", ""),
         }
         yield Image(repository, (tag,), layers, config)
 
@@ -132,10 +139,10 @@ def write_archive(path: Path) -> None:
 
 
 def _programs() -> Layer:
-    program = images.compiled(STAND_IN)
-    tree = Tree().file("stand-in", program, 0o755)
-    tree.capable("stand-in-below-1024", program, NET_BIND_SERVICE)
-    tree.file("etc/passwd", images.PASSWD + NONROOT).file("etc/group", images.GROUP + "nonroot:x:65532:\n")
+    stand_in = images.compiled(STAND_IN)
+    tree = Tree().file("stand-in", stand_in, 0o755)
+    tree.capable("stand-in-below-1024", stand_in, NET_BIND_SERVICE)
+    tree.file("etc/passwd", images.PASSWD + USERS).file("etc/group", images.GROUP + GROUPS)
     tree.directory("var/lib/docker", 0o710)
     for chart in charts():
         for container in chart.all_containers:

@@ -1,7 +1,7 @@
 """What a kubelet makes of a pod: files and mounts on the node, cgroups, and the CRI's messages.
 
-The paths, modes, defaults and the order of things are the kubelet's of Kubernetes 1.37; its cgroups are below one of the
-test's own.
+The paths, modes, defaults and the order of things are those of Kubernetes 1.37; its cgroups are below one of the test's
+own.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ class Kubelet:
 
     @property
     def _fs_group(self) -> int | None:
-        return self.chart.spec.get("securityContext", {}).get("fsGroup")
+        group: int | None = self.chart.spec.get("securityContext", {}).get("fsGroup")
+        return group
 
     # --- cgroups ---
 
@@ -204,7 +205,7 @@ class Kubelet:
             for port in container.get("ports", ()):
                 usual = port["containerPort"] if self.chart.on_node_network else 0
                 yield pb.PortMapping(
-                    protocol=pb.Protocol.Value(port.get("protocol", "TCP")),
+                    protocol=port.get("protocol", "TCP"),
                     container_port=port["containerPort"],
                     host_port=port.get("hostPort", usual),
                 )
@@ -399,7 +400,7 @@ class Kubelet:
             return -997
         if "besteffort" in self._qos:
             return 1000
-        request = _bytes(given.get("requests", given.get("limits", {})).get("memory", "0"))
+        request = _bytes(_requests(given).get("memory", "0"))
         return min(999, max(3, 1000 - 1000 * request // CAPACITY_BYTES))
 
 
@@ -446,7 +447,13 @@ def _set_user(
 
 
 def _cpu_request(resources: Json) -> int:
-    return _milli(resources.get("requests", resources.get("limits", {})).get("cpu", "0"))
+    return _milli(_requests(resources).get("cpu", "0"))
+
+
+def _requests(resources: Json) -> Json:
+    """What is requested is what it is limited to, where nothing else is said."""
+    given: Json = resources["requests"] if "requests" in resources else resources.get("limits", {})
+    return given
 
 
 def _shares(milli: int) -> int:

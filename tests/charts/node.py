@@ -3,7 +3,7 @@
 It has the machine's files below a copy-on-write layer, and namespaces of its own for mounts, processes, network and
 name, so that requests name the paths that a kubelet names (/var/lib/kubelet, /etc/cni, /run, /sys/fs/bpf), a pod on the
 node's network takes the ports that it takes, and process 1 may be entered. All its mounts are shared, as systemd makes
-them. Only cgroups and devices are the machine's.
+them. Only cgroups are the machine's, and what devices lead to.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ mount -t tmpfs node "$top/node"
 mkdir "$top/node/upper" "$top/node/work" "$root"
 mount -t overlay node "$root" -o "lowerdir=/,upperdir=$top/node/upper,workdir=$top/node/work"
 mount -t tmpfs -o mode=755 run "$root/run"
-mount --rbind /dev "$root/dev"
+mount -t tmpfs -o mode=755 dev "$root/dev"
+cp -ax /dev/. "$root/dev/"
+mount -t devpts -o newinstance,ptmxmode=0666 devpts "$root/dev/pts"
+mount -t tmpfs shm "$root/dev/shm"
 mount -t proc proc "$root/proc"
 mount -t sysfs sysfs "$root/sys"
 if [ -d /sys/fs/bpf ]; then
@@ -123,7 +126,9 @@ class Node(RunningAgent):
 
     def mounts(self) -> list[str]:
         """Mount points, roots and file systems of the node, but for what the agent has in its own directories."""
-        table = (line.split() for line in Path(f"/proc/{self.first}/mountinfo").read_text().splitlines())
+        table = (
+            line.split() for line in Path(f"/proc/{self.first}/mountinfo").read_text().splitlines()
+        )
         return sorted(
             f"{line[4]} {line[3]} {line[line.index('-') + 1]}"
             for line in table

@@ -96,7 +96,9 @@ class ChartPod:
         )
         assert status.HasField("image"), name
         config = self.kubelet.container(spec, status.image.id, self.sandbox.ip)
-        self.node.shell(f"mkdir -p {os.path.dirname(f'{self.kubelet.log_directory}/{config.log_path}')}")
+        self.node.shell(
+            f"mkdir -p {os.path.dirname(f'{self.kubelet.log_directory}/{config.log_path}')}"
+        )
         request = pb.CreateContainerRequest(
             pod_sandbox_id=self.sandbox.id, config=config, sandbox_config=self.sandbox.config
         )

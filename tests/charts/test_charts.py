@@ -30,13 +30,9 @@ def test_chart(pod: ChartPod, node: Node) -> None:
     for spec in pod.chart.containers:
         observe(pod, spec)
     for seen in pod.chart.see:
-        if seen.get("when") != "after":
-            _see(pod, seen)
+        _see(pod, seen)
     pod.stop()
     pod.remove()
-    for seen in pod.chart.see:
-        if seen.get("when") == "after":
-            _see(pod, seen)
     for point in reversed(pod.chart.leaves):
         node.shell(f"umount {point}")
     assert node.mounts() == before
