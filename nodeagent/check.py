@@ -206,6 +206,14 @@ def maps_ids(root: Path) -> bool:
     return kernel_version(os.uname().release) >= MAPPED_LAYERS_KERNEL
 
 
+def forwards_ports() -> bool:
+    """Whether the kernel can publish ports of pods on the node."""
+    try:
+        return _takes(_HOST_PORTS)
+    except OSError:
+        return False
+
+
 def _takes(declaration: Declaration) -> bool:
     """Whether the kernel would take a table, which is not made. Raises OSError where it refuses."""
     with nftables.connect() as connection:

@@ -187,7 +187,7 @@ def _assemble(
         supervision=supervision,
         cgroups=cgroups,
         directory=places.pods,
-        handlers=frozenset(("", *config.handlers)),
+        handlers=config.handlers,
     )
     return Node(
         config=config,

@@ -8,12 +8,11 @@ import posixpath
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
 from nodeagent.errors import InvalidArgument, NotFound
-from nodeagent.images.catalog import Images
 from nodeagent.lifecycle import devices, filesystems, podfiles, process
 from nodeagent.lifecycle.devices import ContainerDevices
 from nodeagent.lifecycle.hostpaths import HostPaths
@@ -42,13 +41,21 @@ class Seen(NamedTuple):
     apparmor: str
 
 
+class Catalog(Protocol):
+    """What a planner asks of the images of a node."""
+
+    def find(self, name_or_id: str) -> Image | None: ...
+
+    def lower_dirs(self, image: Image) -> Sequence[Path]: ...
+
+
 class Planner:
     """Knows the node; makes plans of requests."""
 
     def __init__(
         self,
         registry: Registry,
-        images: Images,
+        images: Catalog,
         cgroups: Cgroups,
         profiles: Profiles,
         config: Config,

@@ -147,7 +147,7 @@ def _open_source(mount: Mount, maps: IdMaps) -> Source:
     return Source()
 
 
-def _open_host_path(mount: Mount) -> int:
+def open_host_path(mount: Mount) -> int:
     """An absent one is made a directory where the plan says so, as every other runtime does."""
     path, absent = mount["source"], mount.get("absent")
     what = f'host path "{path}" for {mount["target"]}'
@@ -180,8 +180,8 @@ def _make_directories(path: str) -> None:
 
 
 def _clone_host_path(mount: Mount, maps: IdMaps) -> int:
-    origin = _open_host_path(mount)
-    _require_propagation(mount, origin)
+    origin = open_host_path(mount)
+    require_propagation(mount, origin)
     tree = mounts.clone_tree(origin)
     mounts.set_attributes(tree, mount["attributes"], mount["recursive"])
     idmaps.map_volume(tree, origin, mount, maps)
@@ -190,7 +190,7 @@ def _clone_host_path(mount: Mount, maps: IdMaps) -> int:
     return tree
 
 
-def _require_propagation(mount: Mount, origin: int) -> None:
+def require_propagation(mount: Mount, origin: int) -> None:
     """What is to be propagated must come from a mount that does: "slave" from any but a private one."""
     asked = mount["propagation"]
     if asked == "private":

@@ -10,9 +10,17 @@ from collections.abc import Iterator
 import pytest
 
 from tests.charts.chart import Chart, Json, charts
+from tests.charts.conftest import skipped
 from tests.charts.node import Node
 from tests.charts.observation import observe
 from tests.charts.pods import ChartPod
+
+# What the agent says that it skips of the charts: labels, and what it may not do itself without CAP_SYS_RESOURCE.
+KNOWN = re.compile(
+    r"INFO nodeagent\.lifecycle\.selinux: this kernel has no SELinux: selinux_options are passed over|"
+    r"WARNING nodeagent\.lifecycle\.containers: every container that is to have it: "
+    r"(capability SYS_RESOURCE: not available|oom_score_adj -997: not permitted|limit NOFILE: not raised above)"
+)
 
 
 @pytest.fixture
@@ -44,6 +52,11 @@ def _see(pod: ChartPod, seen: Json) -> None:
     else:
         text = pod.containers[seen["in"]].shell(seen["run"])
     assert re.search(seen["says"], text), text
+
+
+def test_what_is_skipped_is_known(node: Node) -> None:
+    """Runs after the charts; the list is printed at the end of the run."""
+    assert [line for line in skipped(node) if not KNOWN.search(line)] == []
 
 
 def test_the_data_name_their_source() -> None:
