@@ -150,7 +150,13 @@ class Containers:
             self._images.hold(needed.id, container.id)
         undo.callback(self._trash.take, self._directory / container.id)
         _make_directory(self._directory / container.id, plan)
-        group = self._cgroups.create(container.cgroup_path, container.resources)
+        # Its first process works for some milliseconds until it is ready, which takes seconds of a quota like "10m".
+        quota = Resources(
+            cpu_period_usec=container.resources.cpu_period_usec,
+            cpu_quota_usec=container.resources.cpu_quota_usec,
+        )
+        unhurried = msgspec.structs.replace(container.resources, cpu_quota_usec=0)
+        group = self._cgroups.create(container.cgroup_path, unhurried)
         undo.push_async_callback(self._remove_group, container)
         self._groups[container.id] = group
         if not sandbox.config.cgroup_parent:
@@ -159,6 +165,8 @@ class Containers:
         undo.push_async_callback(supervisor.remove, container.id)
         with handover(group) as fds, oomkill.named(container, group):
             made = await supervisor.create(plan, fds)
+        if quota.cpu_quota_usec:
+            group.apply(quota)
         self._warn(made.warnings)
         identity = made.identity
         self._registry.save(

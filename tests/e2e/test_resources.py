@@ -20,6 +20,7 @@ from tests.e2e.conftest import client, running_agent
 from tests.node import wait_for
 from tests.registry import Registry
 
+CGROUPS = Path("/sys/fs/cgroup")
 LIMITS = pb.LinuxContainerResources(
     cpu_period=100_000, cpu_quota=50_000, cpu_shares=512, memory_limit_in_bytes=64 << 20
 )
@@ -39,6 +40,24 @@ def test_limits_are_in_force(cri: Cri) -> None:
     assert container.shell(CPU_LIMIT).split()[0] == "50000"
     assert container.status.resources.linux.memory_limit_in_bytes == 64 << 20
     container.pod.remove()
+
+
+def test_a_small_quota_does_not_hold_up_the_creation(cri: Cri) -> None:
+    """node-problem-detector's limit is 10m: what makes the container is not the container's work."""
+    quota = pb.LinuxContainerResources(cpu_period=100_000, cpu_quota=1_000)
+    container = cri.pod().container(linux=pb.LinuxContainerConfig(resources=quota))
+    (limit,) = limits_of(container)
+    throttled = dict(line.split() for line in (limit.parent / "cpu.stat").read_text().splitlines())
+    assert throttled["nr_throttled"] == "0"
+    assert limit.read_text().split()[0] == "1000"
+    container.pod.remove()
+
+
+def limits_of(container: Container) -> list[Path]:
+    """The files with the quota of a container's group, which its pod's has too on cgroup v2."""
+    names = ("cpu.cfs_quota_us", "cpu.max")
+    found = [path for name in names for path in CGROUPS.rglob(f"*{container.id}*/{name}")]
+    return [path for path in found if path.read_text().split()[0] != "max"]
 
 
 def test_update(cri: Cri) -> None:
