@@ -47,8 +47,9 @@ def node(
 
 
 def skipped(node: Node) -> list[str]:
-    """What the agent's log has besides calls that succeeded, without stamps, each once."""
-    lines = [line for line in node.log.read_text().splitlines() if not _USUAL.search(line)]
+    """What the agent's log has since it serves, besides calls that succeeded, without stamps, each once."""
+    log = node.log.read_text().partition("serving CRI v1 on")[2]
+    lines = [line for line in log.splitlines()[1:] if not _USUAL.search(line)]
     return list(dict.fromkeys(re.sub(r"^\S+ \S+ ", "", line) for line in lines))
 
 
