@@ -7,7 +7,7 @@ Of a volume's configMap, secret or projected sources, `keys` has the names of th
 have names of the node and the pod in it: ${nodeName}, ${podName}, ${namespace}, ${podIP}. A container has besides, of
 ours:
 
-    image       what its image says: User, Volumes, StopSignal
+    image       what its image says: User, Volumes, StopSignal; systemd = true: it has this machine's systemd
     does        what it does in the place of the program, as a script; a regular container then serves its ports
     program     what serves them, where it is not the usual one of the image
     serves      its ports, where they are not those that it declares and those of its probes
@@ -15,6 +15,7 @@ ours:
     remounts    true where that changes the propagation of its own mounts
 
     [[see]]     what a shell prints (says, a regular expression) in a container, or on the node ("node"), in this order
+    needs       what the machine must have, or the chart is skipped here: a file; cgroups = "v2"
     leaves      mount points that stay on the node when the pod is gone, until the test removes them
 """
 
@@ -39,8 +40,17 @@ class Chart:
     version: str
     metadata: Json
     spec: Json
+    needs: Json
     see: tuple[Json, ...]
     leaves: tuple[str, ...]
+
+    @property
+    def lacking(self) -> str:
+        """What this machine has not got of what the chart needs; "" for nothing."""
+        if (file := self.needs.get("file")) and not Path(file).exists():
+            return str(file)
+        is_v2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+        return "cgroup v2" if self.needs.get("cgroups") == "v2" and not is_v2 else ""
 
     @property
     def uid(self) -> str:
@@ -49,6 +59,11 @@ class Chart:
     @property
     def pod_name(self) -> str:
         return str(self.metadata["name"])
+
+    @property
+    def host_name(self) -> str:
+        """Of a pod with a network of its own."""
+        return str(self.spec.get("hostname", self.pod_name)[:63])
 
     @property
     def namespace(self) -> str:
@@ -132,6 +147,7 @@ def _read(path: Path) -> Chart:
         version=data["version"],
         metadata=data["metadata"],
         spec=data["spec"],
+        needs=data.get("needs", {}),
         see=tuple(data.get("see", ())),
         leaves=tuple(data.get("leaves", ())),
     )

@@ -17,7 +17,7 @@ _USUAL = re.compile(r"INFO nodeagent\.(cri\.interceptors: rpc=\w+ code=OK|agent:
 
 @pytest.fixture(scope="session")
 def cgroup_root() -> Iterator[str]:
-    """Where the kubelet's cgroups are; "" on a node where systemd makes them."""
+    """Where the kubelet's cgroups are."""
     path = f"/na-charts-{os.getpid()}"
     cgroups.make(path)
     yield path

@@ -97,6 +97,29 @@ GROUPS = "vault:x:1000:\nnonroot:x:65532:\n"
 COMMAND = '#!/bin/sh\necho "${0##*/} $*"\n'
 
 
+# As systemd's own units: what the first target has, and what systemd's signal to halt starts.
+SYSTEMD = Path("/lib/systemd/systemd")
+UNITS = {
+    "default.target": "[Unit]\nDefaultDependencies=no\nWants=job.service\n",
+    "job.service": """[Unit]
+DefaultDependencies=no
+[Service]
+ExecStart=/bin/sh -c 'cat /proc/self/cgroup > /run/job; exec /stand-in'
+StandardOutput=tty
+TTYPath=/dev/console
+""",
+    "halt.target": "[Unit]\nDefaultDependencies=no\nConflicts=job.service\nWants=exit.service\n",
+    "exit.service": """[Unit]
+DefaultDependencies=no
+After=job.service
+SuccessAction=exit-force
+[Service]
+Type=oneshot
+ExecStart=/bin/true
+""",
+}
+
+
 def reference(given: Json) -> str:
     """The name of the image of a container with these facts in it."""
     facts = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]
@@ -112,6 +135,8 @@ def catalog() -> Iterable[Image]:
         for container in chart.all_containers
     }
     for name, given in facts.items():
+        if given.get("systemd") and not SYSTEMD.exists():
+            continue
         repository, _, tag = name.rpartition(":")
         config = {
             "Env": [PATH],
@@ -120,7 +145,8 @@ def catalog() -> Iterable[Image]:
             "Volumes": {path: {} for path in given.get("Volumes", ())},
             "StopSignal": given.get("StopSignal", ""),
         }
-        yield Image(repository, (tag,), layers, config)
+        more = (_systemd(),) if given.get("systemd") else ()
+        yield Image(repository, (tag,), (*layers, *more), config)
 
 
 def write_archive(path: Path) -> None:
@@ -149,4 +175,14 @@ def _programs() -> Layer:
             for program, *_ in exec_commands(container):
                 path = program.strip("/") if program.startswith("/") else f"usr/bin/{program}"
                 tree.file(path, COMMAND, 0o755)
+    return images.layer(tree)
+
+
+def _systemd() -> Layer:
+    """This machine's, with two units of ours."""
+    tree = Tree()
+    for program in (SYSTEMD, SYSTEMD.parent / "systemd-shutdown", Path("/bin/systemctl")):
+        tree.program(str(program)[1:], program)
+    for name, text in UNITS.items():
+        tree.file(f"etc/systemd/system/{name}", text)
     return images.layer(tree)

@@ -47,13 +47,13 @@ _QUANTITY = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
 
 class Kubelet:
-    """Of one pod. cgroup_root: where its cgroups are; "" leaves them to the runtime."""
+    """Of one pod. cgroup_root: where its cgroups are."""
 
     def __init__(self, chart: Chart, cgroup_root: str) -> None:
         self.chart = chart
         self.directory = f"{PODS}/{chart.uid}"
         self.log_directory = f"{LOGS}/{chart.namespace}_{chart.pod_name}_{chart.uid}"
-        self.cgroup = f"{cgroup_root}/{self._qos}pod{chart.uid}" if cgroup_root else ""
+        self.cgroup = f"{cgroup_root}/{self._qos}pod{chart.uid}"
         self._volumes = {volume["name"]: volume for volume in chart.spec.get("volumes", ())}
 
     # --- files of the node ---
@@ -174,7 +174,7 @@ class Kubelet:
             metadata=pb.PodSandboxMetadata(
                 name=chart.pod_name, uid=chart.uid, namespace=chart.namespace
             ),
-            hostname="" if chart.on_node_network else chart.pod_name[:63],
+            hostname="" if chart.on_node_network else chart.host_name,
             log_directory=self.log_directory,
             dns_config=self._dns(),
             port_mappings=self._port_mappings(),

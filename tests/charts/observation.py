@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tests.charts.chart import Chart, Json
 from tests.charts.kubelet import TERMINATION_LOG, TOKEN
-from tests.charts.node import Node
+from tests.charts.node import NAME, Node
 from tests.charts.pods import ChartPod
 
 # capabilities(7), in the order of their numbers
@@ -65,8 +65,8 @@ def observe(pod: ChartPod, spec: Json) -> None:
     _namespaces(pod, report)
     for mount in spec.get("volumeMounts", ()):
         _mount(mount, report, changed=spec.get("remounts", False))
-    written = not given.get("readOnlyRootFilesystem") and report.of("user").split()[0] == "0"
-    assert report.of("root") == ("writable" if written and _may_write(given) else "not")
+    writable = not given.get("readOnlyRootFilesystem") and report.of("user").startswith("0 ")
+    assert report.of("root") == ("writable" if writable else "not")
     assert report.of("message") == "written"
     _files(pod, spec)
 
@@ -114,7 +114,7 @@ def _namespaces(pod: ChartPod, report: Report) -> None:
     }
     found = {kind: report.of(f"ns:{kind}") == pod.node.namespace(kind) for kind in of_node}
     assert found == of_node
-    name = "node-1" if pod.chart.on_node_network else pod.chart.pod_name[:63]
+    name = NAME if pod.chart.on_node_network else pod.chart.host_name
     assert report.of("hostname") == name
     assert report.of("nameserver") == "10.96.0.10"
 
@@ -136,11 +136,6 @@ def inside(path: str) -> str:
     """Where a path of a request is in our images, in which /var/run is a link."""
     normal = posixpath.normpath(path)
     return normal.removeprefix("/var") if normal.startswith("/var/run") else normal
-
-
-def _may_write(given: Json) -> bool:
-    """Whether root may write to a root directory that is its own: it needs no capability for that."""
-    return not given.get("readOnlyRootFilesystem")
 
 
 def _files(pod: ChartPod, spec: Json) -> None:

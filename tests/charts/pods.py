@@ -67,8 +67,7 @@ class ChartPod:
 
     def run(self) -> None:
         """RunPodSandbox, the init containers in their order, then all others."""
-        if self.kubelet.cgroup:
-            cgroups.make(self.kubelet.cgroup)
+        cgroups.make(self.kubelet.cgroup)
         self.node.shell(self.kubelet.set_up())
         config = self.kubelet.sandbox()
         request = pb.RunPodSandboxRequest(config=config)
@@ -153,8 +152,7 @@ class ChartPod:
                 container.remove()
             self.pod.remove()
         self.node.shell(self.kubelet.tear_down())
-        if self.kubelet.cgroup:
-            wait_for("end of the pod's cgroup", lambda: _removed(self.kubelet.cgroup))
+        wait_for("end of the pod's cgroup", lambda: _removed(self.kubelet.cgroup))
 
 
 def _removed(cgroup: str) -> bool:

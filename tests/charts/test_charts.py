@@ -32,6 +32,8 @@ def pod(request: pytest.FixtureRequest, node: Node, cgroup_root: str) -> Iterato
 
 @pytest.mark.parametrize("pod", charts(), ids=lambda chart: chart.name, indirect=True)
 def test_chart(pod: ChartPod, node: Node) -> None:
+    if pod.chart.lacking:
+        pytest.skip(f"this machine lacks {pod.chart.lacking}")
     before = node.mounts()
     pod.run()
     pod.probe()
