@@ -16,6 +16,7 @@ from tests.charts.node import Node
 from tests.node import PATIENCE_SECONDS, wait_for
 
 SIDECAR = "Always"
+SMALL_QUOTA_USEC = 10_000  # of a period of 100 ms
 
 
 class Container(cri.Container):
@@ -26,6 +27,12 @@ class Container(cri.Container):
         name = self.config.metadata.name
         wait_for(f"{name} serves", lambda: self._has_said("serving") or self._has_ended())
         assert self._has_said("serving"), (name, self.status.exit_code, self.output)
+
+    @property
+    def output(self) -> str:
+        """As that of any container; a terminal's lines have carriage returns in them."""
+        lines = self.log.read_bytes().decode().split("\n")[:-1]
+        return "\n".join(line.split(" ", 3)[3] for line in lines)
 
     def _has_said(self, text: str) -> bool:
         return self.log.exists() and text in self.output
@@ -87,6 +94,16 @@ class ChartPod:
             self._hook(container, spec, "postStart")
         for spec in self.chart.containers:
             self.containers[spec["name"]].serves()
+            self._resize(self.containers[spec["name"]])
+
+    def _resize(self, container: Container) -> None:
+        """To no quota, of one that is so small that whatever is looked at would take seconds."""
+        quota = container.config.linux.resources.cpu_quota
+        if 0 < quota < SMALL_QUOTA_USEC:
+            assert container.status.resources.linux.cpu_quota == quota
+            limits = pb.LinuxContainerResources(cpu_quota=-1)
+            request = pb.UpdateContainerResourcesRequest(container_id=container.id, linux=limits)
+            self.node.runtime.UpdateContainerResources(request, timeout=PATIENCE_SECONDS)
 
     def _start(self, spec: Json) -> Container:
         name = images.reference(spec.get("image", {}))
