@@ -78,6 +78,16 @@ class Chart:
         return list(self.spec["containers"])
 
     @property
+    def sidecars(self) -> list[Json]:
+        """Init containers that stay."""
+        return [spec for spec in self.init_containers if spec.get("restartPolicy") == "Always"]
+
+    @property
+    def staying(self) -> list[Json]:
+        """All that run as long as the pod does."""
+        return [*self.sidecars, *self.containers]
+
+    @property
     def all_containers(self) -> list[Json]:
         return [*self.init_containers, *self.containers]
 

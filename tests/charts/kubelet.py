@@ -298,7 +298,7 @@ class Kubelet:
             for port in spec.get("ports", ())
             if port.get("protocol") == "UDP"
         ]
-        if spec in self.chart.init_containers and spec.get("restartPolicy") != "Always":
+        if spec not in self.chart.staying:
             config.command.extend(["sh", "-ec", spec.get("does", ":")])
             return
         if "does" in spec:

@@ -15,7 +15,6 @@ from tests.charts.kubelet import Kubelet
 from tests.charts.node import Node
 from tests.node import PATIENCE_SECONDS, wait_for
 
-SIDECAR = "Always"
 SMALL_QUOTA_USEC = 10_000  # of a period of 100 ms
 
 
@@ -84,7 +83,8 @@ class ChartPod:
         assert bool(self.pod.ip) != self.chart.on_node_network
         for spec in self.chart.init_containers:
             container = self._start(spec)
-            if spec.get("restartPolicy") == SIDECAR:
+            if spec in self.chart.sidecars:
+                self._hook(container, spec, "postStart")
                 container.serves()
             else:
                 status = container.ended()
@@ -127,7 +127,7 @@ class ChartPod:
     def probe(self) -> None:
         """Every probe once: commands in the containers, the rest from the node to the pod's address."""
         urls = []
-        for spec in self.chart.containers:
+        for spec in self.chart.staying:
             for command in exec_commands(spec):
                 answer = self.containers[spec["name"]].exec(*command, timeout=10)
                 said = " ".join([os.path.basename(command[0]), *command[1:]])
@@ -141,10 +141,9 @@ class ChartPod:
 
     def stop(self) -> None:
         """preStop, SIGTERM and the grace period for all containers at once; then those that were sidecars."""
-        last = [spec for spec in self.chart.init_containers if spec.get("restartPolicy") == SIDECAR]
         with ThreadPoolExecutor() as pool:
             list(pool.map(self._stop, self.chart.containers))
-        for spec in reversed(last):
+        for spec in reversed(self.chart.sidecars):
             self._stop(spec)
         for _ in range(2):  # the kubelet asks again before it removes
             self.sandbox.stop()

@@ -37,7 +37,7 @@ def test_chart(pod: ChartPod, node: Node) -> None:
     before = node.mounts()
     pod.run()
     pod.probe()
-    for spec in pod.chart.containers:
+    for spec in pod.chart.staying:
         observe(pod, spec)
     for seen in pod.chart.see:
         _see(pod, seen)

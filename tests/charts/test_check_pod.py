@@ -106,3 +106,27 @@ def test_what_is_refused_is_told_with_the_field(node: Node, place: Path) -> None
         f'refused   container "coredns": {field}: the pod is not privileged',
         "1 refused",
     ]
+
+
+REJECTING = 'absent_mount_sources_to_reject = ["/srv/rejected"]'
+
+
+def test_host_paths_are_looked_at_as_the_agent_does(node: Node, place: Path) -> None:
+    (chart,) = (chart for chart in charts() if chart.name == "kube-proxy")
+    wanted = document(chart)
+    mounts = wanted["containers"][0]["mounts"]
+    mounts[0]["host_path"] = "/srv/rejected"
+    (place / "config.toml").write_text(REJECTING)
+    (place / "absent").write_text(json.dumps(wanted))
+    mounts[0].update(host_path="/srv", propagation="PROPAGATION_BIDIRECTIONAL")
+    (place / "private").write_text(json.dumps(wanted))
+    node.shell("mount -t tmpfs private /srv; mount --make-private /srv")
+    for name, text in (
+        ("absent", "No such file or directory, and absent_mount_sources_to_reject has it"),
+        ("private", "/srv"),
+    ):
+        command = node.command("check", f"--config={place}/config.toml", "--pod", f"{place}/{name}")
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        (refused,) = (line for line in done.stdout.splitlines() if line.startswith("refused"))
+        assert (done.returncode, text in refused) == (1, True), refused
+    node.shell("umount /srv")
