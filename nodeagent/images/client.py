@@ -12,12 +12,12 @@ that it leads to nothing of its own or inside of its network is for its configur
 import asyncio
 import dataclasses
 import logging
+import os
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from http import HTTPStatus
 from typing import Any, NamedTuple, Self
-from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import msgspec
@@ -32,7 +32,8 @@ from nodeagent.errors import (
     RegistryUnavailable,
 )
 from nodeagent.images.destinations import Connector, Scope, Visit, scope_of_name
-from nodeagent.images.hosts import Host, http_url, is_loopback
+from nodeagent.images.hosts import Host, http_url
+from nodeagent.images.proxies import Proxies, Proxy
 
 log = logging.getLogger(__name__)
 
@@ -61,17 +62,48 @@ class _Refused(PermissionDenied):
     """A registry led to where none like it may lead."""
 
 
-def open_session() -> aiohttp.ClientSession:
-    """What all servers share: no cookies, no decompression, nothing that is followed by itself."""
-    return aiohttp.ClientSession(
-        connector=Connector(),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        read_bufsize=_BUFFER_BYTES,
-        max_line_size=_MAX_FIELD_BYTES,
-        max_field_size=_MAX_FIELD_BYTES,
-        headers={"User-Agent": "nodeagent", "Accept-Encoding": "identity"},
-    )
+class Session:
+    """What all servers share: connections and proxies; no cookies, nothing that is decoded or followed by itself."""
+
+    def __init__(self) -> None:
+        self.proxies = Proxies(os.environ)
+        self.http = aiohttp.ClientSession(
+            connector=Connector(),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            read_bufsize=_BUFFER_BYTES,
+            max_line_size=_MAX_FIELD_BYTES,
+            max_field_size=_MAX_FIELD_BYTES,
+            headers={"User-Agent": "nodeagent", "Accept-Encoding": "identity"},
+        )
+
+    def request(
+        self, method: str, url: URL, proxy: Proxy | None, headers: Mapping[str, str], **options: Any
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """The response to one request. A proxy's own secret is not for the server behind a tunnel."""
+        sent = CIMultiDict(headers)
+        if proxy is not None:
+            authorization = {"Proxy-Authorization": proxy.authorization}
+            options["proxy"] = proxy.url
+            if proxy.authorization and url.scheme == "https":
+                options["proxy_headers"] = authorization
+            elif proxy.authorization:
+                sent.update(authorization)
+        return self.http.request(method, url, headers=sent, allow_redirects=False, **options)
+
+    async def close(self) -> None:
+        await self.http.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+def open_session() -> Session:
+    """One is enough for all pulls. It reads the environment."""
+    return Session()
 
 
 class Tls(NamedTuple):
@@ -118,7 +150,7 @@ class Client:
 
     def __init__(
         self,
-        session: aiohttp.ClientSession,
+        session: Session,
         host: Host,
         tls: Tls,
         *,
@@ -198,18 +230,17 @@ class Client:
         named = scope_of_name(url.host or "")
         if named > limit:
             raise _refusal(led, limit)
-        proxy = self._host.proxy or _proxy(url)
+        proxy = self._proxy(url)
         visit = Visit(Scope.NODE if proxy else limit)
         visit.begin()
         try:
             async with self._session.request(
                 method,
                 url,
-                allow_redirects=False,
+                proxy,
                 ssl=self._tls.own if own else self._tls.others,
                 timeout=self._timeout,
-                proxy=proxy,
-                **options,
+                **{"headers": {}, **options},
             ) as response:
                 if own:
                     self._answered(named if proxy else visit.reached)
@@ -218,6 +249,17 @@ class Client:
             if visit.refused and visit.reached is None:
                 raise _refusal(led, limit) from None
             raise
+
+    def _proxy(self, url: URL) -> Proxy | None:
+        if self._host.proxy:
+            return Proxy.of(URL(self._host.proxy))
+        proxy = self._session.proxies.of(url)
+        if proxy is not None and proxy.url.scheme not in ("http", "https"):
+            raise RegistryUnavailable(
+                f"{_place(url)}: {url.scheme.upper()}_PROXY is a {proxy.url.scheme} proxy, which the agent cannot "
+                f"use; set one of http or https, or add {url.host} to NO_PROXY"
+            )
+        return proxy
 
     def _answered(self, scope: Scope | None) -> None:
         scope = Scope.PUBLIC if scope is None else scope
@@ -310,13 +352,6 @@ def _refusal(led: str, limit: Scope) -> _Refused:
     else:
         why = "to a loopback, link-local or metadata address, which the registry is not at itself"
     return _Refused(f"{led}: refused, it leads {why}")
-
-
-def _proxy(url: URL) -> str | None:
-    """As HTTPS_PROXY, HTTP_PROXY and NO_PROXY say; never for this very machine."""
-    if is_loopback(url.host or "") or proxy_bypass(url.host or ""):
-        return None
-    return getproxies().get(url.scheme)
 
 
 # --- errors ---

@@ -13,8 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-import aiohttp
-
 from nodeagent.errors import (
     DataLoss,
     FailedPrecondition,
@@ -26,7 +24,7 @@ from nodeagent.errors import (
 )
 from nodeagent.images import manifest
 from nodeagent.images.auth import Auth, credentials
-from nodeagent.images.client import Client, Tls
+from nodeagent.images.client import Client, Session, Tls
 from nodeagent.images.destinations import Scope
 from nodeagent.images.hosts import Host, hosts_of, http_url
 from nodeagent.images.manifest import Descriptor
@@ -45,7 +43,7 @@ Stream = Callable[[int], AsyncGenerator[bytes]]  # from an offset on
 
 
 async def open_source(
-    session: aiohttp.ClientSession,
+    session: Session,
     reference: Reference,
     auth: Auth | None,
     hosts_dir: Path,
@@ -76,7 +74,7 @@ class Source:
 
     def __init__(
         self,
-        session: aiohttp.ClientSession,
+        session: Session,
         reference: Reference,
         endpoints: Sequence[Endpoint],
         floor: Scope,

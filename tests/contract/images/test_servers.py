@@ -291,6 +291,67 @@ async def test_a_proxy_of_the_environment(
     assert len(proxy.requests) == asked > 0
 
 
+@pytest.fixture
+async def refusing_proxy() -> AsyncIterator[tuple[str, list[bytes]]]:
+    """Its address, and the heads of the requests that it refuses: no proxy is a server of the usual kind."""
+    heads: list[bytes] = []
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 407 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as listening:
+        host, port = listening.sockets[0].getsockname()
+        yield f"{host}:{port}", heads
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_a_proxy_gets_its_own_secret(
+    place: Place,
+    refusing_proxy: tuple[str, list[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+    scheme: str,
+) -> None:
+    address, heads = refusing_proxy
+    monkeypatch.setenv(f"{scheme.upper()}_PROXY", f"http://me:se%63ret@{address}")
+    place.hosts("a.b", f'server = "{scheme}://registry.invalid"')
+    async with place.open() as images:
+        with pytest.raises(RegistryUnavailable, match="407") as caught:
+            await images.pull("a.b/test/image:1", Auth(username="other", password="hidden"))
+    assert f"Proxy-Authorization: {BASIC}".encode() in heads[0]
+    assert heads[0].startswith({"http": b"GET http://", "https": b"CONNECT "}[scheme])
+    assert b"\r\nAuthorization" not in heads[0]
+    assert "se%63ret" not in str(caught.value)
+
+
+async def test_a_server_that_needs_no_proxy(
+    place: Place, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("HTTP_PROXY", server.url)
+    monkeypatch.setenv("NO_PROXY", "10.0.0.0/8,registry.invalid:80,.svc")
+    server.add(SAMPLE)
+    place.hosts("a.b", 'server = "http://registry.invalid"')
+    async with place.open() as images:
+        with pytest.raises(RegistryUnavailable, match=r"registry\.invalid"):
+            await images.pull("a.b/test/image:1")
+    assert not server.requests
+
+
+async def test_a_proxy_that_cannot_be_used_is_named(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "socks5://me:secret@127.0.0.1:1080")
+    async with place.open() as images:
+        with pytest.raises(
+            RegistryUnavailable, match=r"HTTPS_PROXY is a socks5 .*NO_PROXY"
+        ) as caught:
+            await images.pull("registry.invalid/test/image:1")
+    assert "secret" not in str(caught.value)
+
+
 async def test_no_host_at_all(place: Place, server: Server) -> None:
     place.hosts(server.host, 'capabilities = ["push"]')
     async with place.open() as images:
