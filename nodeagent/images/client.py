@@ -15,7 +15,7 @@ import logging
 import os
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from http import HTTPStatus
 from typing import Any, NamedTuple, Self
 
@@ -31,6 +31,7 @@ from nodeagent.errors import (
     PermissionDenied,
     RegistryUnavailable,
 )
+from nodeagent.images.codings import Decoder, Undecodable, decoder_of
 from nodeagent.images.destinations import Connector, Scope, Visit, scope_of_name
 from nodeagent.images.hosts import Host, http_url
 from nodeagent.images.proxies import Proxies, Proxy
@@ -269,13 +270,35 @@ class Client:
 # --- responses ---
 
 
-async def received(response: aiohttp.ClientResponse, offset: int) -> AsyncGenerator[bytes]:
-    """The body from `offset` on; a server that knows no ranges sends all of it."""
+async def received(
+    response: aiohttp.ClientResponse, offset: int, size: int | None = None
+) -> AsyncGenerator[bytes]:
+    """The body from `offset` on; a server that knows no ranges sends all of it.
+
+    What a middle box compressed is decoded, by pieces. size: of all of it, where that is known: an answer of this very
+    length is the thing itself, and a coding that it claims to have was never applied, or belongs to it.
+    """
     skip = offset
     if response.status == HTTPStatus.PARTIAL_CONTENT:
         if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
             raise RegistryUnavailable(f"{_place(response.url)}: another range than asked for")
         skip = 0
+    try:
+        decoder = _decoder(response, size)
+        async for data in _as_sent(response):
+            for chunk in decoder.decode(data) if decoder else (data,):
+                skipped = min(skip, len(chunk))
+                skip -= skipped
+                if len(chunk) > skipped:
+                    yield chunk[skipped:]
+        if decoder:
+            decoder.finish()
+    except Undecodable as error:
+        raise RegistryUnavailable(f"{_place(response.url)}: {error}") from None
+
+
+async def _as_sent(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes]:
+    """The body, as long as it comes fast enough."""
     clock = asyncio.get_running_loop().time
     waited, got = 0.0, 0
     while True:
@@ -290,19 +313,37 @@ async def received(response: aiohttp.ClientResponse, offset: int) -> AsyncGenera
                     f"{_place(response.url)}: stalled, {got} bytes in {waited:.0f} s"
                 )
             waited, got = 0.0, 0
-        skipped = min(skip, len(chunk))
-        skip -= skipped
-        if len(chunk) > skipped:
-            yield chunk[skipped:]
+        yield chunk
+
+
+def is_encoded(response: aiohttp.ClientResponse, size: int | None) -> bool:
+    """Whether something on the way has compressed the body, of so many bytes: ranges then count other bytes."""
+    named = any(response.headers.getall("Content-Encoding", []))
+    return named and (size is None or _length(response) != size)
+
+
+def _decoder(response: aiohttp.ClientResponse, size: int | None = None) -> Decoder | None:
+    if not is_encoded(response, size):
+        return None
+    return decoder_of(response.headers.getall("Content-Encoding", []))
+
+
+def _length(response: aiohttp.ClientResponse) -> int | None:
+    """Of all of it, as the answer says."""
+    if response.status != HTTPStatus.PARTIAL_CONTENT:
+        return response.content_length
+    total = response.headers.get("Content-Range", "").rpartition("/")[2]
+    return int(total) if total.isascii() and total.isdigit() and len(total) < 20 else None
 
 
 async def read_bounded(response: aiohttp.ClientResponse, size: int) -> bytes:
-    """The whole body. Raises `InvalidArgument` where it is longer."""
+    """The whole body, decoded. Raises `InvalidArgument` where it is longer."""
     data = bytearray()
-    async for chunk in received(response, 0):
-        data += chunk
-        if len(data) > size:
-            raise InvalidArgument(f"{_place(response.url)}: longer than {size} bytes")
+    async with aclosing(received(response, 0)) as chunks:
+        async for chunk in chunks:
+            data += chunk
+            if len(data) > size:
+                raise InvalidArgument(f"{_place(response.url)}: longer than {size} bytes")
     return bytes(data)
 
 
@@ -324,8 +365,10 @@ async def _explanation(response: aiohttp.ClientResponse) -> str:
         return ""
     try:
         body = await response.content.read(_MAX_ERROR_BYTES)
+        if decoder := _decoder(response):
+            body = next(decoder.decode(body), b"")[:_MAX_ERROR_BYTES]
         errors = msgspec.json.decode(body, type=_ErrorBody).errors
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except (Undecodable, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return ""
     return _line("".join(f": {error.code.lower()} {error.message}" for error in errors[:3]))
 

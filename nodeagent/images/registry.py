@@ -15,7 +15,7 @@ from yarl import URL
 from nodeagent.errors import DataLoss, PermissionDenied, RegistryUnavailable
 from nodeagent.images import auth, manifest
 from nodeagent.images.auth import Credentials
-from nodeagent.images.client import Client, raise_for_status, read_bounded, received
+from nodeagent.images.client import Client, is_encoded, raise_for_status, read_bounded, received
 from nodeagent.images.destinations import Scope
 from nodeagent.images.hosts import Host
 from nodeagent.images.manifest import Descriptor
@@ -36,6 +36,7 @@ class Endpoint:
         self._repository = repository
         self._root = URL(host.root, encoded=True)
         self._query = {"ns": domain} if host.mirror else {}
+        self._is_encoded = False
         token = credentials.registry_token
         self._authorization = f"Bearer {token}" if token else ""
 
@@ -59,7 +60,8 @@ class Endpoint:
     async def blob(self, descriptor: Descriptor, offset: int) -> AsyncGenerator[bytes]:
         """The bytes of a blob from `offset` on, as they come: as many as there shall be."""
         url = self._url("blobs", descriptor.digest)
-        async with self._get(url, _range(offset)) as response:
+        async with self._get(url, _range(0 if self._is_encoded else offset)) as response:
+            self._is_encoded = is_encoded(response, descriptor.size)
             async for chunk in _exactly(response, descriptor, offset):
                 yield chunk
 
@@ -149,7 +151,7 @@ async def _exactly(
     response: aiohttp.ClientResponse, descriptor: Descriptor, offset: int
 ) -> AsyncGenerator[bytes]:
     """The body, up to the blob's size and not beyond it. Raises `DataLoss`, `RegistryUnavailable`."""
-    async for chunk in received(response, offset):
+    async for chunk in received(response, offset, descriptor.size):
         offset += len(chunk)
         if offset > descriptor.size:
             raise DataLoss(f"{descriptor.digest}: longer than its {descriptor.size} bytes")
