@@ -35,6 +35,7 @@ from nodeagent.images.codings import Decoder, Undecodable, decoder_of
 from nodeagent.images.destinations import Connector, Scope, Visit, scope_of_name
 from nodeagent.images.hosts import Host, http_url
 from nodeagent.images.proxies import Proxies, Proxy
+from nodeagent.images.throttling import Gates, Throttled
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +65,14 @@ class _Refused(PermissionDenied):
 
 
 class Session:
-    """What all servers share: connections and proxies; no cookies, nothing that is decoded or followed by itself."""
+    """What all pulls share: connections, proxies, and which server asked for a pause.
+
+    No cookies, nothing that is decoded or followed by itself.
+    """
 
     def __init__(self) -> None:
         self.proxies = Proxies(os.environ)
+        self.gates = Gates()
         self.http = aiohttp.ClientSession(
             connector=Connector(),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -208,18 +213,22 @@ class Client:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """One request and its response. led: how the host led to another server, for the text of an error."""
         try:
-            with _network_errors(url):
-                async with self._visit(method, url, led, options) as response:
-                    yield response
+            async with self._session.gates.turn(url) as turn:
+                with _network_errors(url):
+                    async with self._visit(method, url, led, options) as response:
+                        turn.answered(response.status, response.headers)
+                        yield response
         except _Refused:
             raise
         except NodeAgentError as error:
             if self.is_own(url):
                 raise
             log.warning("%s: %s", led, error)
-            raise RegistryUnavailable(
-                f"{led}: no usable answer from there; the agent's log says why"
-            ) from None
+            text = f"{led}: no usable answer from there; the agent's log says why"
+            told = (
+                error.told_as(text) if isinstance(error, Throttled) else RegistryUnavailable(text)
+            )
+            raise told from None
 
     @asynccontextmanager
     async def _visit(

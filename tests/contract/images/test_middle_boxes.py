@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import random
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +14,11 @@ import pytest
 from aiohttp import web
 
 from nodeagent.errors import InvalidArgument, RegistryUnavailable
-from nodeagent.images import client, manifest, source
+from nodeagent.images import client, manifest, source, throttling
 from nodeagent.images.catalog import Images
 from tests import tars
 from tests.fake_registry import Handler, Server, image, layer, send_part
+from tests.places import Place
 
 CONTENT = random.Random(1).randbytes(300_000)
 SAMPLE = image(layer(tars.file("a", CONTENT)))
@@ -177,3 +180,161 @@ async def test_what_cannot_be_decoded_is_named(
     server.hooks.append(compressing(server, "/manifests/", coding, how))
     with pytest.raises(RegistryUnavailable, match=text):
         await pulled(images, server)
+
+
+# --- limits ---
+
+
+class Limit:
+    """Refuses what has `part` in its path, `times` times, and remembers when it was asked."""
+
+    def __init__(self, server: Server, times: int, part: str = "", **headers: str) -> None:
+        self.times = times
+        self.asked: list[float] = []
+        self._part = part
+        self._headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        server.hooks.insert(0, self.handle)
+
+    async def handle(self, request: web.Request) -> web.StreamResponse | None:
+        if self._part not in request.path:
+            return None
+        self.asked.append(time.monotonic())
+        if len(self.asked) > self.times:
+            return None
+        body = {"errors": [{"code": "TOOMANYREQUESTS", "message": "log in for more"}]}
+        return web.json_response(body, status=429, headers=self._headers)
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the server does not tell how long."""
+    monkeypatch.setattr(throttling, "FIRST_SECONDS", 0.05)
+
+
+@pytest.mark.parametrize("part", ["/manifests/", CONFIG, BLOB])
+async def test_a_pause_is_waited_for(images: Images, server: Server, part: str) -> None:
+    server.add(SAMPLE)
+    limit = Limit(server, 1, part, Retry_After="1")
+    await pulled(images, server)
+    assert limit.asked[1] - limit.asked[0] >= 0.99
+    assert len(limit.asked) == 2
+
+
+async def test_a_pause_until_a_date_of_the_server(images: Images, server: Server) -> None:
+    """Whose clock is years behind."""
+    server.add(SAMPLE)
+
+    async def refuse(request: web.Request) -> web.Response | None:
+        if len(server.requests) > 1:
+            return None
+        headers = {
+            "Date": "Fri, 29 Nov 2019 10:00:00 GMT",
+            "Retry-After": "Fri, 29 Nov 2019 10:00:01 GMT",
+        }
+        return web.Response(status=503, headers=headers)
+
+    server.hooks.append(refuse)
+    began = time.monotonic()
+    await pulled(images, server)
+    assert time.monotonic() - began >= 0.99
+
+
+@pytest.mark.usefixtures("short_pauses")
+async def test_more_pauses_than_other_failures_are_waited_for(
+    images: Images, server: Server
+) -> None:
+    server.add(SAMPLE)
+    limit = Limit(server, source.REFUSALS - 1)
+    await pulled(images, server)
+    first, second = limit.asked[1] - limit.asked[0], limit.asked[2] - limit.asked[1]
+    assert second > first >= 0.05
+
+
+@pytest.mark.usefixtures("short_pauses")
+async def test_pauses_come_to_an_end(images: Images, server: Server) -> None:
+    limit = Limit(server, 1000)
+    with pytest.raises(
+        RegistryUnavailable, match=r"^RegistryUnavailable: .*429: toomanyrequests log in for more"
+    ):
+        await pulled(images, server)
+    assert len(limit.asked) == source.REFUSALS
+
+
+async def test_a_long_pause_is_told_at_once(images: Images, server: Server) -> None:
+    limit = Limit(server, 1000, Retry_After="3600")
+    began = time.monotonic()
+    for _ in range(2):
+        with pytest.raises(RegistryUnavailable, match=r"a pause.* (3600|3599) s") as caught:
+            await pulled(images, server)
+        assert str(caught.value).startswith(
+            f'RegistryUnavailable: image "{server.host}/test/image:1": {server.url}'
+        )
+    assert time.monotonic() - began < 5
+    assert len(limit.asked) == 1
+
+
+async def test_all_the_pauses_of_a_pull_have_a_bound(
+    images: Images, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "HELD_UP_SECONDS", 1.5)
+    server.add(SAMPLE)
+    Limit(server, 1, "/manifests/", Retry_After="1")
+    Limit(server, 1, BLOB, Retry_After="1")
+    with pytest.raises(RegistryUnavailable, match="pause of 1 s"):
+        await pulled(images, server)
+
+
+async def test_a_mirror_that_wants_a_pause_is_left(
+    place: Place, servers: tuple[Server, Server]
+) -> None:
+    mirror, server = servers
+    server.add(SAMPLE)
+    limit = Limit(mirror, 1000, Retry_After="30")
+    place.hosts(server.host, f'[host."{mirror.url}"]')
+    began = time.monotonic()
+    async with place.open() as images:
+        await pulled(images, server)
+    assert time.monotonic() - began < 5
+    assert len(limit.asked) == 1
+
+
+async def test_many_pulls_share_a_pause(images: Images, server: Server) -> None:
+    """Of 40 layers of 8 images none asks before the pause is over, and then one goes first."""
+    wanted = [
+        image(
+            *(layer(tars.file(f"{number}-{n}")) for n in range(5)),
+            repository=f"test/image-{number}",
+        )
+        for number in range(8)
+    ]
+    for one in wanted:
+        server.add(one)
+    opens_at = under_way = 0.0
+    widths: list[float] = []
+    early: list[str] = []
+
+    async def limited(request: web.Request) -> web.StreamResponse | None:
+        nonlocal opens_at, under_way
+        if "/blobs/" not in request.path:
+            return None
+        if not opens_at:
+            opens_at = time.monotonic() + 1
+            await asyncio.sleep(0.3)  # the others that are on their way come meanwhile
+            return web.Response(status=429, headers={"Retry-After": "1"})
+        if time.monotonic() < opens_at:
+            return web.Response(status=429, headers={"Retry-After": "1"})
+        if time.monotonic() < opens_at + 0.2:
+            early.append(request.path)
+        under_way += 1
+        widths.append(under_way)
+        await asyncio.sleep(0.02)
+        under_way -= 1
+        return server.answer(request)
+
+    server.hooks.append(limited)
+    async with asyncio.TaskGroup() as group:
+        for one in wanted:
+            group.create_task(images.pull(f"{server.host}/{one.repository}:1"))
+    assert not early
+    assert widths[:2] == [1, 1]
+    assert len(images.list()) == len(wanted)
