@@ -11,8 +11,10 @@ that it leads to nothing of its own or inside of its network is for its configur
 
 import asyncio
 import dataclasses
+import errno
 import logging
 import os
+import socket
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
@@ -48,6 +50,7 @@ _MAX_ERROR_BYTES = 4096
 _MAX_ERROR_TEXT = 300
 _MAX_FIELD_BYTES = 32 << 10  # signed URLs in Location are long
 _BUFFER_BYTES = 1 << 20
+_PROXY_AUTHENTICATION = HTTPStatus.PROXY_AUTHENTICATION_REQUIRED
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 
 
@@ -356,16 +359,25 @@ async def read_bounded(response: aiohttp.ClientResponse, size: int) -> bytes:
     return bytes(data)
 
 
-async def raise_for_status(response: aiohttp.ClientResponse) -> None:
-    """Raises what any status but success means, with what the server says about it."""
+async def raise_for_status(
+    response: aiohttp.ClientResponse, *, denied: str = "", missing: str = ""
+) -> None:
+    """Raises what any status but success means, with what the server says about it.
+
+    denied, missing: what may be done about it.
+    """
     if response.status in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
         return
     text = f"{_place(response.url)}: {response.status}{await _explanation(response)}"
     if response.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-        raise PermissionDenied(f"{text}: access denied, or no such repository")
+        raise PermissionDenied(f"{text}: access denied, or no such repository{_then(denied)}")
     if response.status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
-        raise NotFound(text)
+        raise NotFound(text + _then(missing))
     raise RegistryUnavailable(text)
+
+
+def _then(remedy: str) -> str:
+    return f"; {remedy}" if remedy else ""
 
 
 async def _explanation(response: aiohttp.ClientResponse) -> str:
@@ -417,16 +429,60 @@ def _network_errors(url: URL) -> Iterator[None]:
     except TimeoutError:
         raise RegistryUnavailable(f"{_place(url)}: timed out") from None
     except (aiohttp.ClientError, OSError) as error:
-        raise RegistryUnavailable(f"{_place(url)}: {_reason(error)}") from None
+        raise RegistryUnavailable(f"{_place(url)}: {_reason(url, error)}") from None
 
 
-def _reason(error: aiohttp.ClientError | OSError) -> str:
-    """Not what a server sent that speaks something else, and no query."""
-    if isinstance(error, aiohttp.ClientHttpProxyError):
-        return f"its proxy answers {error.status}"
-    if isinstance(error, aiohttp.ClientResponseError):
-        return "its answer is not HTTP"
+def _reason(url: URL, error: aiohttp.ClientError | OSError) -> str:
+    """What is wrong, and what to do about it. Not what a server sent that speaks something else, and no query."""
+    match error:
+        case aiohttp.ClientHttpProxyError():
+            wanted = (
+                "; it wants a name and a password" if error.status == _PROXY_AUTHENTICATION else ""
+            )
+            return f"its proxy answers {error.status}{wanted}"
+        case aiohttp.ClientProxyConnectionError():
+            return f"its proxy {error.host}:{error.port}: {_cause(error.os_error)}"
+        case aiohttp.ClientConnectorCertificateError():
+            return (
+                f"its certificate is not trusted ({_cause(error.certificate_error)}); give its authority as ca in "
+                "hosts.toml, or correct the certificate"
+            )
+        case aiohttp.ClientSSLError():
+            if "WRONG_VERSION_NUMBER" in str(error):
+                return (
+                    f"does not speak TLS; if plain HTTP is meant, write server = "
+                    f'"http://{url.authority}" into hosts.toml'
+                )
+            return f"TLS fails: {_cause(error.os_error)}"
+        case aiohttp.ClientConnectorDNSError():
+            return _unresolved(url, error.os_error)
+        case aiohttp.ClientConnectorError():
+            return _cause(error.os_error)
+        case aiohttp.ClientResponseError():
+            return "its answer is not HTTP"
+        case aiohttp.ServerDisconnectedError():
+            return "closed the connection without an answer" + (
+                "; does it want HTTPS?" if url.scheme == "http" else ""
+            )
     return _line(str(error).partition("?")[0]) or type(error).__name__
+
+
+def _unresolved(url: URL, error: OSError) -> str:
+    if error.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
+        return f"no such host {url.host}; look at the image's name, and at the node's DNS"
+    return f"the name {url.host} cannot be looked up: {_cause(error)}"
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return _line(error.verify_message)
+    if isinstance(error, ssl.SSLError):
+        return _line((error.reason or "").replace("_", " ").lower() or type(error).__name__)
+    if isinstance(error, OSError) and (error.errno or 0) > 0:
+        remedy = "; is the registry running, and is this its port?"
+        refused = error.errno == errno.ECONNREFUSED
+        return os.strerror(error.errno or 0).lower() + (remedy if refused else "")
+    return _line((isinstance(error, OSError) and error.strerror) or str(error))
 
 
 def _place(url: URL) -> str:

@@ -33,6 +33,7 @@ class Endpoint:
         self.host = host
         self._client = client
         self._credentials = credentials
+        self._domain = domain
         self._repository = repository
         self._root = URL(host.root, encoded=True)
         self._query = {"ns": domain} if host.mirror else {}
@@ -79,17 +80,33 @@ class Endpoint:
         ) as response:
             challenges = self._challenges(response)
             if not challenges:
-                await raise_for_status(response)
+                await self._raise_for_status(response)
                 yield response
                 return
         await self._authorize(challenges)
         async with self._client.get(
             url, headers, self._own_headers(), led=self.host.root
         ) as response:
-            await raise_for_status(response)
+            await self._raise_for_status(response)
             yield response
 
+    async def _raise_for_status(self, response: aiohttp.ClientResponse) -> None:
+        """With what the owner of a pod may do about it."""
+        missing = "look at the image's name and tag"
+        if "/blobs/" in response.url.path:
+            missing = "a part of the image is not there any more, push it again"
+        await raise_for_status(response, denied=self._denied(), missing=missing)
+
     # --- authorisation ---
+
+    def _denied(self) -> str:
+        if self.host.mirror:
+            return "a mirror is asked without credentials"
+        if self._credentials == auth.ANONYMOUS:
+            return (
+                f"no credentials were given for {self._domain}: a private image needs a pull secret"
+            )
+        return f"the credentials for {self._domain} do not allow it"
 
     def _own_headers(self) -> Mapping[str, str]:
         headers = CIMultiDict(self.host.headers)
@@ -125,10 +142,10 @@ class Endpoint:
         async with self._client.exchange(method, url, led=led, **options) as response:
             denied = response.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
             if not denied or self._client.is_own(url):
-                await raise_for_status(response)
+                await raise_for_status(response, denied=self._denied())
                 return auth.parse_token(await read_bounded(response, _MAX_TOKEN_BYTES))
         # Told of another server as well, for the credentials may be wrong; all else is told as one.
-        raise PermissionDenied(f"{led}: access denied, or no such repository")
+        raise PermissionDenied(f"{led}: access denied, or no such repository; {self._denied()}")
 
 
 async def elsewhere(
