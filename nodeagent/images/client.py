@@ -45,7 +45,7 @@ SILENCE_SECONDS = 20.0
 FLOOR_WINDOW_SECONDS = 10.0
 FLOOR_BYTES_PER_SECOND = 1024
 
-_MAX_REDIRECTS = 5
+_MAX_REDIRECTS = 10  # as Go's clients have it
 _MAX_ERROR_BYTES = 4096
 _MAX_ERROR_TEXT = 300
 _MAX_FIELD_BYTES = 32 << 10  # signed URLs in Location are long
@@ -366,7 +366,7 @@ async def raise_for_status(
 
     denied, missing: what may be done about it.
     """
-    if response.status in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
+    if HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
         return
     text = f"{_place(response.url)}: {response.status}{await _explanation(response)}"
     if response.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):

@@ -31,7 +31,8 @@ DOCKER_LAYER = _DOCKER + "image.rootfs.diff.tar"
 _SCHEMA_1 = _DOCKER + "distribution.manifest.v1+"
 _INDEXES = frozenset((OCI_INDEX, DOCKER_INDEX))
 _MANIFESTS = frozenset((OCI_MANIFEST, DOCKER_MANIFEST))
-ACCEPT = f"{OCI_INDEX}, {DOCKER_INDEX}, {OCI_MANIFEST}, {DOCKER_MANIFEST}"
+# What else there is may still be one of these: some servers know documents by no other type than application/json.
+ACCEPT = f"{OCI_INDEX}, {DOCKER_INDEX}, {OCI_MANIFEST}, {DOCKER_MANIFEST}, */*"
 
 # The compression is seen from the content; nondistributable and foreign layers may be elsewhere (Descriptor.urls).
 _LAYERS = (

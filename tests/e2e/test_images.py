@@ -116,6 +116,25 @@ def test_file_system_usage(agent: RunningAgent) -> None:
     assert usage.timestamp > 0
 
 
+def test_an_image_without_layers(cri: Cri, registry: Registry) -> None:
+    """It has what is mounted into it; a program that is not there is named."""
+    registry.push(images.Image("test/empty", ("1",), (), {}, indexed=False))
+    name = f"{registry.host}/test/empty:1"
+    image_id = pull(cri.agent, name)
+    assert status(cri.agent, name).image.size > 0
+    folder = images.static_busybox()
+    mount = pb.Mount(container_path="/bin", host_path=str(folder.parent), readonly=True)
+    pod = cri.pod()
+    container = pod.run(f"/bin/{folder.name}", "sleep", "1000", image=image_id, mounts=[mount])
+    listed = container.exec(f"/bin/{folder.name}", "ls", "/").stdout.decode().split()
+    assert {"bin", "dev", "etc", "proc", "sys"} >= set(listed) >= {"bin", "dev", "proc", "sys"}
+    lone = pod.container("/bin/sh", name="lone", image=image_id)
+    with pytest.raises(grpc.RpcError, match=r"/bin/sh.*[Nn]o such file"):
+        lone.start()
+    pod.remove()
+    remove(cri.agent, image_id)
+
+
 def test_an_image_volume_outlives_its_image(cri: Cri, registry: Registry) -> None:
     agent = cri.agent
     image_id = pull(agent, f"{registry.host}/k8s-staging-cri-tools/test-image-3")
