@@ -56,7 +56,7 @@ class _DockerImage(msgspec.Struct, rename="pascal"):
     """An entry of manifest.json."""
 
     config: str
-    layers: tuple[str, ...]
+    layers: tuple[str, ...] | None = None
     repo_tags: tuple[str, ...] | None = None
 
 
@@ -159,7 +159,7 @@ class Archive:
         config = self._read(entry.config)
         made = Manifest(
             config=self._descriptor(entry.config, DOCKER_CONFIG),
-            layers=tuple(self._descriptor(name, DOCKER_LAYER) for name in entry.layers),
+            layers=tuple(self._descriptor(name, DOCKER_LAYER) for name in entry.layers or ()),
         )
         image = manifest.parse_image(config, len(made.layers))
         document = {"schemaVersion": 2, "mediaType": DOCKER_MANIFEST}
