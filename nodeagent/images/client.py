@@ -11,13 +11,11 @@ that it leads to nothing of its own or inside of its network is for its configur
 
 import asyncio
 import dataclasses
-import errno
 import logging
 import os
-import socket
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from http import HTTPStatus
 from typing import Any, NamedTuple, Self
 
@@ -35,6 +33,7 @@ from nodeagent.errors import (
 )
 from nodeagent.images.codings import Decoder, Undecodable, decoder_of
 from nodeagent.images.destinations import Connector, Scope, Visit, scope_of_name
+from nodeagent.images.failures import line, network_errors, place
 from nodeagent.images.hosts import Host, http_url
 from nodeagent.images.proxies import Proxies, Proxy
 from nodeagent.images.throttling import Gates, Throttled
@@ -47,10 +46,8 @@ FLOOR_BYTES_PER_SECOND = 1024
 
 _MAX_REDIRECTS = 10  # as Go's clients have it
 _MAX_ERROR_BYTES = 4096
-_MAX_ERROR_TEXT = 300
 _MAX_FIELD_BYTES = 32 << 10  # signed URLs in Location are long
 _BUFFER_BYTES = 1 << 20
-_PROXY_AUTHENTICATION = HTTPStatus.PROXY_AUTHENTICATION_REQUIRED
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 
 
@@ -202,12 +199,10 @@ class Client:
                     yield response
                     return
                 if not left:
-                    raise RegistryUnavailable(
-                        f"{_place(url)}: more than {_MAX_REDIRECTS} redirects"
-                    )
+                    raise RegistryUnavailable(f"{place(url)}: more than {_MAX_REDIRECTS} redirects")
                 target = _redirection(url, response.headers.get("Location", ""))
             if self.is_own(url):
-                led = f"{_place(url)}: redirects to {target.origin()}"
+                led = f"{place(url)}: redirects to {target.origin()}"
             url = target
 
     @asynccontextmanager
@@ -217,7 +212,7 @@ class Client:
         """One request and its response. led: how the host led to another server, for the text of an error."""
         try:
             async with self._session.gates.turn(url) as turn:
-                with _network_errors(url):
+                with network_errors(url):
                     async with self._visit(method, url, led, options) as response:
                         turn.answered(response.status, response.headers)
                         yield response
@@ -269,7 +264,7 @@ class Client:
         proxy = self._session.proxies.of(url)
         if proxy is not None and proxy.url.scheme not in ("http", "https"):
             raise RegistryUnavailable(
-                f"{_place(url)}: {url.scheme.upper()}_PROXY is a {proxy.url.scheme} proxy, which the agent cannot "
+                f"{place(url)}: {url.scheme.upper()}_PROXY is a {proxy.url.scheme} proxy, which the agent cannot "
                 f"use; set one of http or https, or add {url.host} to NO_PROXY"
             )
         return proxy
@@ -293,7 +288,7 @@ async def received(
     skip = offset
     if response.status == HTTPStatus.PARTIAL_CONTENT:
         if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
-            raise RegistryUnavailable(f"{_place(response.url)}: another range than asked for")
+            raise RegistryUnavailable(f"{place(response.url)}: another range than asked for")
         skip = 0
     try:
         decoder = _decoder(response, size)
@@ -306,7 +301,7 @@ async def received(
         if decoder:
             decoder.finish()
     except Undecodable as error:
-        raise RegistryUnavailable(f"{_place(response.url)}: {error}") from None
+        raise RegistryUnavailable(f"{place(response.url)}: {error}") from None
 
 
 async def _as_sent(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes]:
@@ -322,7 +317,7 @@ async def _as_sent(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes]:
         if waited > FLOOR_WINDOW_SECONDS:
             if got < waited * FLOOR_BYTES_PER_SECOND:
                 raise RegistryUnavailable(
-                    f"{_place(response.url)}: stalled, {got} bytes in {waited:.0f} s"
+                    f"{place(response.url)}: stalled, {got} bytes in {waited:.0f} s"
                 )
             waited, got = 0.0, 0
         yield chunk
@@ -355,7 +350,7 @@ async def read_bounded(response: aiohttp.ClientResponse, size: int) -> bytes:
         async for chunk in chunks:
             data += chunk
             if len(data) > size:
-                raise InvalidArgument(f"{_place(response.url)}: longer than {size} bytes")
+                raise InvalidArgument(f"{place(response.url)}: longer than {size} bytes")
     return bytes(data)
 
 
@@ -368,7 +363,7 @@ async def raise_for_status(
     """
     if HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
         return
-    text = f"{_place(response.url)}: {response.status}{await _explanation(response)}"
+    text = f"{place(response.url)}: {response.status}{await _explanation(response)}"
     if response.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         raise PermissionDenied(f"{text}: access denied, or no such repository{_then(denied)}")
     if response.status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
@@ -391,7 +386,7 @@ async def _explanation(response: aiohttp.ClientResponse) -> str:
         errors = msgspec.json.decode(body, type=_ErrorBody).errors
     except (Undecodable, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return ""
-    return _line("".join(f": {error.code.lower()} {error.message}" for error in errors[:3]))
+    return line("".join(f": {error.code.lower()} {error.message}" for error in errors[:3]))
 
 
 # --- where to ---
@@ -403,10 +398,10 @@ def _redirection(base: URL, location: str) -> URL:
         target = http_url(location, base)
     except ValueError:
         raise RegistryUnavailable(
-            f"{_place(base)}: redirects to a URL that cannot be asked"
+            f"{place(base)}: redirects to a URL that cannot be asked"
         ) from None
     if base.scheme == "https" and target.scheme == "http":
-        raise RegistryUnavailable(f"{_place(base)}: redirects from HTTPS to plain HTTP")
+        raise RegistryUnavailable(f"{place(base)}: redirects from HTTPS to plain HTTP")
     return target
 
 
@@ -416,79 +411,3 @@ def _refusal(led: str, limit: Scope) -> _Refused:
     else:
         why = "to a loopback, link-local or metadata address, which the registry is not at itself"
     return _Refused(f"{led}: refused, it leads {why}")
-
-
-# --- errors ---
-
-
-@contextmanager
-def _network_errors(url: URL) -> Iterator[None]:
-    """What aiohttp and the kernel raise becomes `RegistryUnavailable`."""
-    try:
-        yield
-    except TimeoutError:
-        raise RegistryUnavailable(f"{_place(url)}: timed out") from None
-    except (aiohttp.ClientError, OSError) as error:
-        raise RegistryUnavailable(f"{_place(url)}: {_reason(url, error)}") from None
-
-
-def _reason(url: URL, error: aiohttp.ClientError | OSError) -> str:
-    """What is wrong, and what to do about it. Not what a server sent that speaks something else, and no query."""
-    match error:
-        case aiohttp.ClientHttpProxyError():
-            wanted = (
-                "; it wants a name and a password" if error.status == _PROXY_AUTHENTICATION else ""
-            )
-            return f"its proxy answers {error.status}{wanted}"
-        case aiohttp.ClientProxyConnectionError():
-            return f"its proxy {error.host}:{error.port}: {_cause(error.os_error)}"
-        case aiohttp.ClientConnectorCertificateError():
-            return (
-                f"its certificate is not trusted ({_cause(error.certificate_error)}); give its authority as ca in "
-                "hosts.toml, or correct the certificate"
-            )
-        case aiohttp.ClientSSLError():
-            if "WRONG_VERSION_NUMBER" in str(error):
-                return (
-                    f"does not speak TLS; if plain HTTP is meant, write server = "
-                    f'"http://{url.authority}" into hosts.toml'
-                )
-            return f"TLS fails: {_cause(error.os_error)}"
-        case aiohttp.ClientConnectorDNSError():
-            return _unresolved(url, error.os_error)
-        case aiohttp.ClientConnectorError():
-            return _cause(error.os_error)
-        case aiohttp.ClientResponseError():
-            return "its answer is not HTTP"
-        case aiohttp.ServerDisconnectedError():
-            return "closed the connection without an answer" + (
-                "; does it want HTTPS?" if url.scheme == "http" else ""
-            )
-    return _line(str(error).partition("?")[0]) or type(error).__name__
-
-
-def _unresolved(url: URL, error: OSError) -> str:
-    if error.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
-        return f"no such host {url.host}; look at the image's name, and at the node's DNS"
-    return f"the name {url.host} cannot be looked up: {_cause(error)}"
-
-
-def _cause(error: Exception) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return _line(error.verify_message)
-    if isinstance(error, ssl.SSLError):
-        return _line((error.reason or "").replace("_", " ").lower() or type(error).__name__)
-    if isinstance(error, OSError) and (error.errno or 0) > 0:
-        remedy = "; is the registry running, and is this its port?"
-        refused = error.errno == errno.ECONNREFUSED
-        return os.strerror(error.errno or 0).lower() + (remedy if refused else "")
-    return _line((isinstance(error, OSError) and error.strerror) or str(error))
-
-
-def _place(url: URL) -> str:
-    """A URL without its query, which may be secret."""
-    return str(url).partition("?")[0]
-
-
-def _line(text: str) -> str:
-    return "".join(char if char.isprintable() else " " for char in text)[:_MAX_ERROR_TEXT]

@@ -62,6 +62,9 @@ class Gates:
             if turn.until is None:
                 raise
             raise Throttled(f"{error}{turn.note}", turn.until, sent=True) from None
+        except asyncio.CancelledError:
+            turn.abandon()
+            raise
         finally:
             turn.end()
             if gate.is_open:
@@ -98,6 +101,11 @@ class Turn:
         """A server that does not answer at all has another trouble."""
         if self._gate is not None:
             self._gate.open()
+            self._leave()
+
+    def abandon(self) -> None:
+        """Whoever has sent it does not wait any more, which says nothing about the server."""
+        if self._gate is not None:
             self._leave()
 
     def _leave(self) -> None:
@@ -148,8 +156,8 @@ class _Gate:
         if now >= self._held_until:
             self._next_pause = min(2 * self._next_pause or FIRST_SECONDS, LONGEST_SECONDS)
             log.info("%s: asks for a pause (Retry-After %s)", self.origin, seconds)
-        asked = now + (seconds or self._next_pause)
-        self._asked_until = max(self._asked_until, asked)
+            self._asked_until = now
+        self._asked_until = max(self._asked_until, now + (seconds or self._next_pause))
         self._held_until = min(self._asked_until, now + LONGEST_SECONDS)
         self._width = 1
         self._tell()

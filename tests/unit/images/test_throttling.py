@@ -135,6 +135,41 @@ async def test_one_who_gives_up_waiting_holds_nobody(monkeypatch: pytest.MonkeyP
         await asyncio.wait_for(waiting[1], 1)
 
 
+async def test_one_who_does_not_wait_for_an_answer_lets_one_other_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(throttling, "FIRST_SECONDS", 0.01)
+    gates = Gates()
+    error = await refused(gates)
+    await asyncio.sleep(error.until - asyncio.get_running_loop().time() + 0.001)
+    under_way = 0
+
+    async def ask() -> None:
+        nonlocal under_way
+        async with gates.turn(PLACE):
+            under_way += 1
+            await asyncio.sleep(10)
+
+    asking = [asyncio.create_task(ask()) for _ in range(4)]
+    await asyncio.sleep(0)
+    asking[0].cancel()
+    await asyncio.wait(asking[:1])
+    await asyncio.sleep(0.01)
+    assert under_way == 2
+    for task in asking:
+        task.cancel()
+    await asyncio.wait(asking)
+
+
+def test_a_later_pause_may_be_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(throttling, "_now", lambda: now)
+    gate = throttling._Gate(PLACE.origin())
+    assert gate.hold(3600) == now + 3600
+    now += throttling.LONGEST_SECONDS
+    assert gate.hold(5) == now + 5
+
+
 async def test_a_long_pause_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throttling, "LONGEST_SECONDS", 0.01)
     gates = Gates()
