@@ -30,7 +30,8 @@ from nodeagent.errors import (
     Unavailable,
 )
 from nodeagent.images.catalog import Images
-from nodeagent.lifecycle import cdi, execs, oomkill, oomscore, process
+from nodeagent.lifecycle import bundle, execs, oomkill, oomscore, process
+from nodeagent.lifecycle.cdi import Cdi
 from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.handover import handover
 from nodeagent.lifecycle.plan import Planner, reference
@@ -61,6 +62,7 @@ class Containers:
         images: Images,
         cgroups: Cgroups,
         planner: Planner,
+        cdi: Cdi,
         trash: Trash,
         directory: Path,
     ) -> None:
@@ -69,6 +71,7 @@ class Containers:
         self._images = images
         self._cgroups = cgroups
         self._planner = planner
+        self._cdi = cdi
         self._trash = trash
         self._directory = directory
         self._groups: dict[str, Cgroup] = {}
@@ -125,7 +128,10 @@ class Containers:
             raise FailedPrecondition(f'pod sandbox "{sandbox.id}": is stopped')
         self._refuse_twin(sandbox, config)
         with pod.creation(sandbox.id) as supervisor:
-            config = cdi.inject(config)
+            if self._cdi.is_asked_for(config):
+                userns = sandbox.config.namespaces.user
+                in_userns = userns is not None and userns.mode == "pod"
+                config = await asyncio.to_thread(self._cdi.inject, config, userns=in_userns)
             image = self._image(config)
             container = self._intention(sandbox, config, image)
             async with AsyncExitStack() as undo:
@@ -455,6 +461,7 @@ def _make_directory(directory: Path, plan: ContainerPlan) -> None:
     directory.mkdir(mode=0o700)
     for name, mode in (("upper", 0o755), ("work", 0o700)):
         files.ensure_directory(str(directory / name), mode)
+    bundle.write(plan)
     readable = json.dumps(plan, ensure_ascii=False).encode(errors="replace")
     with open(directory / "plan.json", "xb") as file:
         os.fchmod(file.fileno(), 0o600)

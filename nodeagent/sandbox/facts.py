@@ -53,9 +53,14 @@ def save(pod: str, container: str, facts: Facts) -> None:
 
 def load(pod: str, container: str) -> tuple[ContainerPlan, Facts]:
     """Raises FileNotFoundError for a container whose creation was cut off."""
-    path = directory(pod, container)
-    with open(f"{path}/plan.json", "rb") as plan, open(f"{path}/state.json", "rb") as state:
-        return json.loads(plan.read()), json.loads(state.read())
+    with open(f"{directory(pod, container)}/state.json", "rb") as state:
+        return load_plan(pod, container), json.loads(state.read())
+
+
+def load_plan(pod: str, container: str) -> ContainerPlan:
+    with open(f"{directory(pod, container)}/plan.json", "rb") as file:
+        plan: ContainerPlan = json.loads(file.read())
+        return plan
 
 
 def open_journal(pod: str, container: str) -> int:

@@ -1,0 +1,87 @@
+"""What hooks see of a container that is being made: its bundle and its root file system, at the paths of its state.
+
+Both are in a small file system that is mounted over the agent's root directory, in the container's mount namespace only
+and until its root is entered. So nothing of other containers is seen, and root of a user namespace, who cannot pass the
+agent's root directory, reaches them as well. To hooks in the node's mount namespace a link beside the bundle shows the
+root file system for as long as they run.
+"""
+
+import os
+
+from nodeagent.linux import mounts, syscalls
+from nodeagent.sandbox import credentials, hooks
+from nodeagent.sandbox.idmaps import IdMaps
+from nodeagent.sandbox.spec import ContainerPlan
+
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_LEVELS = 2  # of <root>/containers/<id>, below the agent's root directory
+
+
+def read_config(plan: ContainerPlan) -> bytes:
+    """config.json, while the agent's directories are still seen; nothing without hooks."""
+    if "hooks" not in plan:
+        return b""
+    with open(f"{plan['hooks']['bundle']}/{hooks.CONFIG}", "rb") as file:
+        return file.read()
+
+
+def show(plan: ContainerPlan, root: int, config: bytes) -> None:
+    """Move the root file system, which is complete, to where its hooks look for it."""
+    top = bundle = plan["hooks"]["bundle"]
+    for _ in range(_LEVELS + 1):
+        top = os.path.dirname(top)
+    tree = mounts.make_filesystem("tmpfs", {"mode": "755"}, ["nosuid", "nodev"])
+    place = tree
+    for name in os.path.relpath(os.path.dirname(bundle), top).split("/"):
+        place = _make_directory(place, name)
+    inside = _make_directory(place, os.path.basename(bundle))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    file = os.open(hooks.CONFIG, flags, 0o644, dir_fd=inside)
+    os.write(file, config)
+    syscalls.move_mount(root, _make_directory(place, hooks.ROOTFS))
+    syscalls.move_mount(tree, os.open(top, _DIRECTORY))
+
+
+def _make_directory(parent: int, name: str) -> int:
+    os.mkdir(name, 0o755, dir_fd=parent)
+    return os.open(name, _DIRECTORY, dir_fd=parent)
+
+
+def run_inside_mounts(plan: ContainerPlan, maps: IdMaps) -> None:
+    """The hooks of createContainer: in the container's namespaces, before its root is entered."""
+
+    def enter() -> None:
+        """In a user namespace mounts of a hook are its own: what it has no rights on the node for ends with it."""
+        if not maps.is_node:
+            credentials.enter_user_namespace(maps.userns, syscalls.CLONE_NEWNS)
+            os.setgroups([])
+            os.setresgid(0, 0, 0)
+            os.setresuid(0, 0, 0)
+
+    told = hooks.state(plan, "creating", os.getpid())
+    for stage, hook in hooks.of(plan, "createContainer"):
+        hooks.run(stage, hook, told, plan["hooks"]["bundle"], enter)
+
+
+def run_in_place(plan: ContainerPlan) -> None:
+    """The hooks of startContainer: in the container, by who is about to execute its program."""
+    found = hooks.of(plan, "startContainer")
+    if found:
+        told = hooks.state(plan, "created", os.getpid())
+        for stage, hook in found:
+            hooks.run_inside(stage, hook, told)
+
+
+def link(plan: ContainerPlan, pid: int) -> None:
+    """On the node, for the hooks of createRuntime. pid: of the process in whose mount namespace the root is shown."""
+    directory = os.path.dirname(plan["hooks"]["bundle"])
+    unlink(plan)
+    os.symlink(f"/proc/{pid}/root{directory}/{hooks.ROOTFS}", f"{directory}/{hooks.ROOTFS}")
+
+
+def unlink(plan: ContainerPlan) -> None:
+    """Before the pid can be another process's."""
+    try:
+        os.unlink(f"{os.path.dirname(plan['hooks']['bundle'])}/{hooks.ROOTFS}")
+    except FileNotFoundError:
+        pass
