@@ -4,27 +4,32 @@ Nothing is made of it here; it says to hooks what the plan says to a supervisor,
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nodeagent.linux import capabilities
 from nodeagent.records import ContainerConfig, HookConfig
-from nodeagent.sandbox.hooks import CONFIG, OCI_VERSION, ROOTFS
+from nodeagent.sandbox.hooks import OCI_VERSION, ROOTFS
 from nodeagent.sandbox.spec import ContainerPlan, Hook, Hooks, Mount
 
 _NAMESPACES = ("mount", "network", "ipc", "uts")
 
 
-def hooks(config: ContainerConfig, directory: Path, limit_seconds: int) -> Hooks:
-    """Those of a container's plan. directory: the container's own; limit_seconds: of each hook."""
+def hooks(config: ContainerConfig, plan: ContainerPlan, pod: Path, limit_seconds: int) -> Hooks:
+    """Those of a container whose plan is complete but for them. pod: its directory; limit_seconds: of each hook."""
     stages: dict[Any, list[Hook]] = {}
     for hook in config.hooks:
         stages.setdefault(hook.stage, []).append(_hook(hook, limit_seconds))
-    return Hooks(
-        bundle=str(directory / "bundle"), annotations=dict(config.annotations), stages=stages
+    directory = pod / "containers" / plan["id"]
+    made = Hooks(
+        bundle=str(directory / "bundle"),
+        config="",
+        annotations=dict(config.annotations),
+        stages=stages,
     )
+    made["config"] = json.dumps(_oci_config(plan, made, str(directory / ROOTFS)))
+    return made
 
 
 def _hook(hook: HookConfig, limit_seconds: int) -> Hook:
@@ -37,19 +42,7 @@ def _hook(hook: HookConfig, limit_seconds: int) -> Hook:
     )
 
 
-def write(plan: ContainerPlan) -> None:
-    """For root alone: it has the container's environment. Only for a container with hooks."""
-    if "hooks" not in plan:
-        return
-    bundle = plan["hooks"]["bundle"]
-    os.mkdir(bundle, 0o700)
-    with open(f"{bundle}/{CONFIG}", "xb") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(json.dumps(oci_config(plan)).encode())
-
-
-def oci_config(plan: ContainerPlan) -> dict[str, Any]:
-    told = plan["hooks"]
+def _oci_config(plan: ContainerPlan, told: Hooks, root: str) -> dict[str, Any]:
     mappings = plan["process"].get("uid_map"), plan["process"].get("gid_map")
     kinds = [*_NAMESPACES, *(["pid"] if plan["pid"] != "node" else [])]
     kinds += ["cgroup"] if plan["cgroup_namespace"] else []
@@ -57,7 +50,7 @@ def oci_config(plan: ContainerPlan) -> dict[str, Any]:
     return {
         "ociVersion": OCI_VERSION,
         "root": {
-            "path": f"{os.path.dirname(told['bundle'])}/{ROOTFS}",
+            "path": root,
             "readonly": plan["rootfs"]["readonly"],
         },
         "process": _process(plan),

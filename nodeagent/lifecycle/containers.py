@@ -30,7 +30,7 @@ from nodeagent.errors import (
     Unavailable,
 )
 from nodeagent.images.catalog import Images
-from nodeagent.lifecycle import bundle, execs, oomkill, oomscore, process
+from nodeagent.lifecycle import execs, oomkill, oomscore, process
 from nodeagent.lifecycle.cdi import Cdi
 from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.handover import handover
@@ -97,6 +97,7 @@ class Containers:
             return {}
         plan: dict[str, Any] = msgspec.json.decode(data)
         plan["process"]["seccomp"] = bool(plan["process"]["seccomp"])
+        plan.get("hooks", {}).pop("config", None)  # the same again, in other words
         return plan
 
     def of(self, sandbox_id: str) -> tuple[Container, ...]:
@@ -461,7 +462,6 @@ def _make_directory(directory: Path, plan: ContainerPlan) -> None:
     directory.mkdir(mode=0o700)
     for name, mode in (("upper", 0o755), ("work", 0o700)):
         files.ensure_directory(str(directory / name), mode)
-    bundle.write(plan)
     readable = json.dumps(plan, ensure_ascii=False).encode(errors="replace")
     with open(directory / "plan.json", "xb") as file:
         os.fchmod(file.fileno(), 0o600)

@@ -138,7 +138,8 @@ class Planner:
                 image.config.volumes, directory, plan["mounts"]
             )
         if config.hooks:
-            plan["hooks"] = bundle.hooks(config, directory, self._hook_seconds)
+            pod = self._pods / sandbox.id
+            plan["hooks"] = bundle.hooks(config, plan, pod, self._hook_seconds)
         if self._logs.max_bytes_per_second:
             plan["log_limit"] = LogLimit(
                 bytes_per_second=self._logs.max_bytes_per_second, burst_bytes=self._logs.burst_bytes

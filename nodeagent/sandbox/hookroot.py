@@ -1,12 +1,15 @@
 """What hooks see of a container that is being made: its bundle and its root file system, at the paths of its state.
 
-Both are in a small file system that is mounted over the agent's root directory, in the container's mount namespace only
-and until its root is entered. So nothing of other containers is seen, and root of a user namespace, who cannot pass the
-agent's root directory, reaches them as well. To hooks in the node's mount namespace a link beside the bundle shows the
-root file system for as long as they run.
+Both are in a small file system that is mounted over the agent's state directory, in the container's mount namespace
+only and until its root is entered. So nothing of other pods is seen there, and root of a user namespace, who cannot
+pass the directories of pods, reaches them as well. To hooks in the node's mount namespace a link beside the bundle shows
+the root file system for as long as they run.
 """
 
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from nodeagent.linux import mounts, syscalls
 from nodeagent.sandbox import credentials, hooks
@@ -14,22 +17,13 @@ from nodeagent.sandbox.idmaps import IdMaps
 from nodeagent.sandbox.spec import ContainerPlan
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-_LEVELS = 2  # of <root>/containers/<id>, below the agent's root directory
+_LEVELS = 5  # of pods/<id>/containers/<id>/bundle, in the agent's state directory
 
 
-def read_config(plan: ContainerPlan) -> bytes:
-    """config.json, while the agent's directories are still seen; nothing without hooks."""
-    if "hooks" not in plan:
-        return b""
-    with open(f"{plan['hooks']['bundle']}/{hooks.CONFIG}", "rb") as file:
-        return file.read()
-
-
-def show(plan: ContainerPlan, root: int, config: bytes) -> None:
+def show(plan: ContainerPlan, root: int, maps: IdMaps) -> None:
     """Move the root file system, which is complete, to where its hooks look for it."""
-    top = bundle = plan["hooks"]["bundle"]
-    for _ in range(_LEVELS + 1):
-        top = os.path.dirname(top)
+    bundle = plan["hooks"]["bundle"]
+    top = _covered(bundle, maps)
     tree = mounts.make_filesystem("tmpfs", {"mode": "755"}, ["nosuid", "nodev"])
     place = tree
     for name in os.path.relpath(os.path.dirname(bundle), top).split("/"):
@@ -37,9 +31,21 @@ def show(plan: ContainerPlan, root: int, config: bytes) -> None:
     inside = _make_directory(place, os.path.basename(bundle))
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     file = os.open(hooks.CONFIG, flags, 0o644, dir_fd=inside)
-    os.write(file, config)
-    syscalls.move_mount(root, _make_directory(place, hooks.ROOTFS))
+    os.write(file, plan["hooks"]["config"].encode())
     syscalls.move_mount(tree, os.open(top, _DIRECTORY))
+    syscalls.move_mount(root, _make_directory(place, hooks.ROOTFS))  # never into what is detached
+
+
+def _covered(bundle: str, maps: IdMaps) -> str:
+    """The agent's state directory, or what is above it that root of a user namespace could not pass."""
+    above = [bundle]
+    while above[-1] != "/":
+        above.append(os.path.dirname(above[-1]))
+    state = above[_LEVELS]
+    if maps.is_node:
+        return state
+    passed = (path for path in reversed(above[_LEVELS:-1]))
+    return next((path for path in passed if not os.stat(path).st_mode & stat.S_IXOTH), state)
 
 
 def _make_directory(parent: int, name: str) -> int:
@@ -59,8 +65,19 @@ def run_inside_mounts(plan: ContainerPlan, maps: IdMaps) -> None:
             os.setresuid(0, 0, 0)
 
     told = hooks.state(plan, "creating", os.getpid())
-    for stage, hook in hooks.of(plan, "createContainer"):
-        hooks.run(stage, hook, told, plan["hooks"]["bundle"], enter)
+    with _children_in_own_pid_namespace():
+        for stage, hook in hooks.of(plan, "createContainer"):
+            hooks.run(stage, hook, told, plan["hooks"]["bundle"], enter)
+
+
+@contextmanager
+def _children_in_own_pid_namespace() -> Iterator[None]:
+    """A hidden process has its successor born in another one (pid_namespaces(7)), which no hook shall be in."""
+    own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    successors = os.open("/proc/self/ns/pid_for_children", os.O_RDONLY | os.O_CLOEXEC)
+    syscalls.setns(own, syscalls.CLONE_NEWPID)
+    yield
+    syscalls.setns(successors, syscalls.CLONE_NEWPID)
 
 
 def run_in_place(plan: ContainerPlan) -> None:

@@ -198,10 +198,9 @@ def _prepare_container(plan: ContainerPlan, fds: InitFds) -> _Start:
         syscalls.unshare(syscalls.CLONE_NEWCGROUP)
     hidden = fds.pid_namespace != -1
     shared_proc = procfs.of_shared(fds.pid_namespace, fds.procfs) if hidden else -1
-    config = hookroot.read_config(plan)
     built = assembly.assemble(plan, maps, shared_proc)
     if "hooks" in plan:
-        _run_hooks(plan, fds.status, maps, built.root, config)
+        _run_hooks(plan, fds.status, maps, built.root)
     identity = users.resolve(built.root, own, settings["user"])
     with _working_directory(settings["cwd"]):
         cwd = confined.make_path(built.root, settings["cwd"], directory=True)
@@ -215,12 +214,12 @@ def _prepare_container(plan: ContainerPlan, fds: InitFds) -> _Start:
     )
 
 
-def _run_hooks(plan: ContainerPlan, status: int, maps: IdMaps, root: int, config: bytes) -> None:
+def _run_hooks(plan: ContainerPlan, status: int, maps: IdMaps, root: int) -> None:
     """While the root file system is complete, and neither entered nor masked.
 
     Labels are for the program of the container, and would be for the next one that is executed.
     """
-    hookroot.show(plan, root, config)
+    hookroot.show(plan, root, maps)
     if hooks.of(plan, *hookrun.CREATION):
         _send(status, {"hooks": True})
         _wait_for_go(status)

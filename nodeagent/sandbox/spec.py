@@ -193,12 +193,13 @@ class Hook(TypedDict):
 
 
 class Hooks(TypedDict):
-    """bundle: a directory of the node with config.json; the root file system is shown at ``rootfs`` beside it.
+    """bundle: ``bundle`` in the container's directory in that of its pod; the root file system is shown beside it.
 
-    annotations: as the state of the container tells them.
+    config: what its config.json has. annotations: as the state of the container tells them.
     """
 
     bundle: str
+    config: str
     annotations: dict[str, str]
     stages: dict[HookStage, list[Hook]]
 
