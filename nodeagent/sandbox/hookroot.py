@@ -2,8 +2,8 @@
 
 Both are in a small file system that is mounted over the agent's state directory, in the container's mount namespace
 only and until its root is entered. So nothing of other pods is seen there, and root of a user namespace, who cannot
-pass the directories of pods, reaches them as well. To hooks in the node's mount namespace a link beside the bundle shows
-the root file system for as long as they run.
+pass the directories of pods, reaches them as well. To hooks in the node's mount namespace a link beside the bundle
+shows the root file system for as long as they run.
 """
 
 import os

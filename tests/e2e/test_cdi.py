@@ -4,7 +4,9 @@ import json
 import os
 import stat
 import textwrap
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ facts)
         for kind in mnt pid net ipc uts cgroup user; do
             echo "$kind $(readlink /proc/self/ns/$kind)"
         done
-        echo "cgroup $(tr '\n' ' ' < /proc/self/cgroup)"
+        echo "groups $(cut -d: -f3 /proc/self/cgroup | sort -u | tr '\n' ' ')"
         echo "caps $(sed -n 's/^CapEff:\t//p' /proc/self/status)"
         echo "pid $(sed -n 's/^NSpid:\t//p' /proc/self/status)"
         echo "fds $(ls /proc/self/fd | tr '\n' ' ')"
@@ -80,6 +82,8 @@ wait)
     echo began >> "$here/log"
     while ! test -e "$here/$1"; do sleep 0.05; done
     echo ended >> "$here/log" ;;
+write)
+    echo x > "$1" ;;
 flood)
     while :; do echo flooooooooooooooooooooooooooooooooooooooooooooooooooooooooood; done ;;
 esac
@@ -95,6 +99,7 @@ class Node:
         self.specs.mkdir()
         self.out = directory / "out"
         self.out.mkdir()
+        self.out.chmod(0o1777)  # hooks in a user namespace write there as well
         self.program = directory / "nvidia-ctk"
         self.program.write_text(NVIDIA_CTK.format(directory=self.out))
         self.program.chmod(0o755)
@@ -325,9 +330,9 @@ def test_order_state_and_namespaces(node: Node, shared: bool) -> None:
     assert states["prestart"]["pid"] > 1
     assert "pid" not in states["poststop"]
     creation = node.facts("createContainer")
-    for kind in ("mnt", "net", "ipc", "uts", "pid"):
+    for kind in ("mnt", "net", "ipc", "uts", "pid", "cgroup"):
         assert creation[kind] != ours[kind]
-    assert container.id in creation["cgroup"] or creation["cgroup"].startswith("0::/")
+    assert creation["groups"].split() == ["/"]  # the container's, as its cgroup namespace names it
     for stage in ("createRuntime", "createContainer"):
         assert "bin" in node.facts(stage)["root"].split()
     assert "No such file" in node.facts("poststop")["root"]
@@ -382,7 +387,9 @@ def test_start_container_runs_in_the_container(node: Node, shared: bool) -> None
     )
     mode = pb.NamespaceOption(pid=pb.POD if shared else pb.CONTAINER)
     pod = node.cri.pod(linux=pod_options(pid=mode.pid))
-    linux = options(namespace_options=mode, run_as_user=pb.Int64Value(value=1000))
+    default = pb.SecurityProfile(profile_type=pb.SecurityProfile.RuntimeDefault)
+    user = pb.Int64Value(value=1000)
+    linux = options(namespace_options=mode, run_as_user=user, seccomp=default)
     container = pod.container("cat", "/tmp/state", CDI_devices=[device], linux=linux)
     assert not state.exists()
     container.start()
@@ -407,6 +414,56 @@ def shared_directory(node: Node) -> Path:
     path.chmod(0o1777)
     (path / "state").unlink(missing_ok=True)
     return path
+
+
+def test_nobody_in_a_shared_pid_namespace_sees_a_hook(node: Node) -> None:
+    """Who may trace there would have the rights of the node's root."""
+    mode = pb.NamespaceOption(pid=pb.POD)
+    pod = node.cri.pod(linux=pod_options(pid=pb.POD))
+    capabilities = pb.Capability(add_capabilities=["SYS_PTRACE"])
+    tracer = pod.run(
+        name="tracer", linux=options(namespace_options=mode, capabilities=capabilities)
+    )
+    device = node.spec(node.hook("createContainer", "wait", "go"))
+    call = creation(pod, device, linux=options(namespace_options=mode))
+    wait_for("the hook", lambda: node.log == ["began"])
+    assert "nvidia" not in tracer.shell("ps")
+    assert tracer.shell("ls -d /proc/[0-9]* | wc -l") == "5"  # init, sleep, sh, ls, wc
+    (node.out / "go").touch()
+    call.result()
+    pod.remove()
+
+
+def test_a_hook_has_no_rights_on_the_node_in_a_user_namespace(node: Node) -> None:
+    mode = pb.NamespaceOption(pid=pb.CONTAINER, userns_options=user_namespace())
+    pod = node.cri.pod(linux=pod_options(pid=mode.pid, userns_options=mode.userns_options))
+    device = node.spec(node.hook("createContainer", "facts", "inside"))
+    container = pod.run(CDI_devices=[device], linux=options(namespace_options=mode))
+    facts = node.facts("inside")
+    assert facts["user"] != namespaces("self")["user"]
+    assert facts["cwd"] == json.loads(facts["state"])["bundle"]
+    assert (node.out / "inside").stat().st_uid == user_namespace().uids[0].host_id
+    container.remove()
+    writing = node.spec(node.hook("createContainer", "write", str(node.directory / "new")))
+    call = partial(pod.container, CDI_devices=[writing], linux=options(namespace_options=mode))
+    refused(FAILED_PRECONDITION, "Permission denied", call)
+    pod.remove()
+
+
+def creation(pod: Pod, device: pb.CDIDevice, **fields: Any) -> Any:
+    """A CreateContainer that is not waited for."""
+    request = pb.CreateContainerRequest(
+        pod_sandbox_id=pod.id,
+        sandbox_config=pod.config,
+        config=pb.ContainerConfig(
+            metadata=pb.ContainerMetadata(name="held"),
+            image=pb.ImageSpec(image=pod.cri.image),
+            command=["true"],
+            CDI_devices=[device],
+            **fields,
+        ),
+    )
+    return pod.cri.agent.runtime.CreateContainer.future(request)
 
 
 # ---- hooks that fail ----
@@ -474,6 +531,21 @@ def test_a_hook_that_hangs(node: Node, stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", ["createRuntime", "createContainer"])
+def test_a_pod_is_removed_while_a_hook_hangs(node: Node, stage: str) -> None:
+    device = node.spec(node.hook(stage, "hang"), node.hook("poststop", "log", "poststop"))
+    pod = node.cri.pod()
+    before = sleepers()
+    call = creation(pod, device)
+    wait_for("the hook", (node.out / "hanging").exists)
+    began = time.monotonic()
+    pod.remove()
+    assert time.monotonic() - began < 30
+    assert call.code() is not grpc.StatusCode.OK
+    assert sleepers() == before
+    assert node.log == ["poststop"]
+
+
+@pytest.mark.parametrize("stage", ["createRuntime", "createContainer"])
 def test_a_hook_that_writes_without_end(node: Node, stage: str) -> None:
     device = node.spec(node.hook(stage, "flood"))
     pod = node.cri.pod()
@@ -538,17 +610,7 @@ def test_an_agent_that_is_killed_while_a_hook_runs(own_node: tuple[Node, Running
     quiet = node.spec(node.hook("poststop", "log", "poststop"))
     there = pod.run(name="there", CDI_devices=[quiet])
     before = sleepers()
-    request = pb.CreateContainerRequest(
-        pod_sandbox_id=pod.id,
-        sandbox_config=pod.config,
-        config=pb.ContainerConfig(
-            metadata=pb.ContainerMetadata(name="held"),
-            image=pb.ImageSpec(image=node.cri.image),
-            command=["true"],
-            CDI_devices=[hanging],
-        ),
-    )
-    call = agent.runtime.CreateContainer.future(request)
+    call = creation(pod, hanging)
     wait_for("the hook", (node.out / "hanging").exists)
     agent.kill()
     call.cancel()
@@ -600,21 +662,11 @@ def kill_supervisor(pod: Pod) -> None:
 def test_a_supervisor_that_is_killed_while_a_hook_runs(
     own_node: tuple[Node, RunningAgent],
 ) -> None:
-    node, agent = own_node
+    node, _ = own_node
     pod = node.cri.pod()
     device = node.spec(node.hook("createRuntime", "hang"), node.hook("poststop", "log", "undone"))
     before = sleepers()
-    request = pb.CreateContainerRequest(
-        pod_sandbox_id=pod.id,
-        sandbox_config=pod.config,
-        config=pb.ContainerConfig(
-            metadata=pb.ContainerMetadata(name="held"),
-            image=pb.ImageSpec(image=node.cri.image),
-            command=["true"],
-            CDI_devices=[device],
-        ),
-    )
-    call = agent.runtime.CreateContainer.future(request)
+    call = creation(pod, device)
     wait_for("the hook", (node.out / "hanging").exists)
     kill_supervisor(pod)
     assert call.code() is not grpc.StatusCode.OK
