@@ -14,21 +14,22 @@ import signal
 import struct
 import termios
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from fcntl import ioctl
 
 from nodeagent.errors import FailedPrecondition, StartError
-from nodeagent.sandbox import exits, facts, hookroot, hookrun, hooks, process, protocol
+from nodeagent.sandbox import exits, facts, process, protocol
 from nodeagent.sandbox.birth import Birth
 from nodeagent.sandbox.facts import Facts
 from nodeagent.sandbox.groups import Group
+from nodeagent.sandbox.hookrun import ContainerHooks
 from nodeagent.sandbox.keeping import Deposit
 from nodeagent.sandbox.loop import Timer, guarded, report
 from nodeagent.sandbox.peers import Request
 from nodeagent.sandbox.pod import Pod
 from nodeagent.sandbox.protocol import Body
 from nodeagent.sandbox.pump import Pump
-from nodeagent.sandbox.spec import ContainerPlan, Exit, HookStage, Identity
+from nodeagent.sandbox.spec import ContainerPlan, Exit, Identity
 
 START_FAILED = 128
 
@@ -68,9 +69,7 @@ class Container:
         self._start: Request | None = None
         self._waiting: list[Request] = []
         self._removals: list[Request] = []
-        # Hooks that are being run, and what waits for their end.
-        self.runner: hookrun.Runner | None = None
-        self._after_hooks: Callable[[], None] | None = None
+        self.hooks = ContainerHooks(pod, plan)
         self._is_over = False
 
     # --- creation ---
@@ -78,7 +77,7 @@ class Container:
     def await_birth(self, birth: Birth, creation: Request, *, hidden: bool) -> None:
         """The process exists, and makes itself ready; so does, meanwhile, what shall be known of it."""
         self.birth = birth
-        birth.await_hooks = self._run_creation_hooks
+        birth.await_hooks = self._run_hooks_of_creation
         self._is_hidden = hidden
         self._creation = creation
         try:
@@ -138,22 +137,16 @@ class Container:
         limit = self.plan.get("log_limit")
         self.pump = Pump(self.pod.loop, outputs, journal, self.pod.clock, limit)
 
-    def _run_creation_hooks(self) -> None:
-        """Those of the runtime's namespaces, while the process waits with a root file system that is complete."""
+    def _run_hooks_of_creation(self) -> None:
+        """While the process waits, with a root file system that is complete."""
 
         def done(text: str) -> None:
-            hookroot.unlink(self.plan)
             if self.birth is not None and text:
                 self.birth.abandon(FailedPrecondition(text))
             elif self.birth is not None:
                 self.birth.proceed()
 
-        try:
-            hookroot.link(self.plan, self.facts["pid"])
-            self._run_hooks(hookrun.CREATION, "creating", self.facts["pid"], done)
-        except OSError as error:
-            if self.birth is not None:
-                self.birth.abandon(error)
+        self.hooks.create(self.facts["pid"], done)
 
     def _undo(self) -> None:
         """The process ended before it was ready."""
@@ -184,19 +177,8 @@ class Container:
 
     def executed(self) -> None:
         self._forget_birth()
-        if not hooks.of(self.plan, "poststart") or self._start is None:
-            self._reply_start()
-            return
-
-        def done(text: str) -> None:
-            if text:
-                report(f"container {self.id}: {text}")
-            self._reply_start()
-
-        try:
-            self._run_hooks(("poststart",), "running", self.facts["pid"], done)
-        except OSError as error:
-            done(str(error))
+        if self._start is not None:
+            self.hooks.after_start(self.facts["pid"], self._reply_start)
 
     def _reply_start(self) -> None:
         if self._start is not None:
@@ -276,10 +258,9 @@ class Container:
         self._is_over = True
         if self.birth is not None:
             self.birth.conclude()
-        if self.runner is not None and self.runner.stages == hookrun.CREATION:
-            self.runner.kill()  # before what it was told of can be another process
+        self.hooks.end_creation()  # before the pid that they were told can be another process's
         if not self.facts["created_at"]:
-            self._when_hooks_are_done(lambda: self.run_poststop(self._undo))
+            self.hooks.after_end(self._undo)
             return
         if self.plan["pid"] != "container":
             self.group.kill()
@@ -295,47 +276,13 @@ class Container:
             report(f"container {self.id}: exit code {code} is not recorded: {error}")
         self.pod.keeper.drop(self.id, None, self._release())
         self.pod.loop.call_after(0, self._tell_end)
-        self._when_hooks_are_done(lambda: self.run_poststop(self.remove_as_asked))
+        if self.hooks.are_left:
+            self.hooks.after_end(self.remove_as_asked)
 
     def cut_off(self) -> None:
         """Its creation was, by the end of a supervisor before us; its process has ended with that."""
         self._is_over = True
-        self.run_poststop(self._undo)
-
-    def run_poststop(self, afterwards: Callable[[], None]) -> None:
-        """Once for a container, whoever asks for it, and before anything of it is removed."""
-        if not hooks.of(self.plan, "poststop"):
-            afterwards()
-            return
-
-        def done(text: str) -> None:
-            if text:
-                report(f"container {self.id}: {text}")
-            afterwards()
-
-        try:
-            self._run_hooks(("poststop",), "stopped", 0, done)
-        except OSError as error:
-            done(f"hooks poststop: {error}")
-
-    def _run_hooks(
-        self, stages: Sequence[HookStage], status: str, pid: int, done: Callable[[str], None]
-    ) -> None:
-        def ended(text: str) -> None:
-            self.runner = None
-            done(text)
-            afterwards, self._after_hooks = self._after_hooks, None
-            if afterwards is not None:
-                afterwards()
-
-        told = hooks.state(self.plan, status, pid)
-        self.runner = hookrun.Runner(self.pod, self.plan, stages, told, ended)
-
-    def _when_hooks_are_done(self, action: Callable[[], None]) -> None:
-        if self.runner is None:
-            action()
-        else:
-            self._after_hooks = action
+        self.hooks.after_end(self._undo)
 
     def watch(self) -> None:
         """Learn of the end of a process that is not our child."""
@@ -381,7 +328,7 @@ class Container:
         self.remove_as_asked()
 
     def remove_as_asked(self) -> None:
-        """Where the end, or the hooks after it, were waited for."""
+        """What had to wait for the end, or for the hooks after it."""
         removals, self._removals = self._removals, []
         for request in removals:
             self.remove(request)
@@ -394,7 +341,7 @@ class Container:
 
     def remove(self, request: Request) -> None:
         """Reply when nothing is left of it; one that has not ended is killed. Hooks are waited for."""
-        if self.exit is None or self.runner is not None:
+        if self.exit is None or self.hooks.are_running:
             self._removals.append(request)
             self.kill()
             return

@@ -262,7 +262,8 @@ def _note_namespace(family: Family, container: Container) -> None:
 def _take_over(container: Container) -> None:
     container.exit = exits.read(container.pod.directory, container.id)
     if container.exit is not None and not container.fds:
-        container.run_poststop(container.remove_as_asked)
+        if container.hooks.are_left:
+            container.hooks.after_end(container.remove_as_asked)
         return
     if "pidfd" not in container.fds:
         _find_again(container)

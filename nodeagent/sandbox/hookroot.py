@@ -56,13 +56,19 @@ def _make_directory(parent: int, name: str) -> int:
 def run_inside_mounts(plan: ContainerPlan, maps: IdMaps) -> None:
     """The hooks of createContainer: in the container's namespaces, before its root is entered."""
 
+    root = f"{os.path.dirname(plan['hooks']['bundle'])}/{hooks.ROOTFS}"
+
     def enter() -> None:
-        """In a user namespace mounts of a hook are its own: what it has no rights on the node for ends with it."""
+        """In a user namespace a hook has mounts of its own, for it has no rights to those of the container.
+
+        A copy of a mount that is locked there (mount_namespaces(7)) is not: a hook can make it its root.
+        """
         if not maps.is_node:
             credentials.enter_user_namespace(maps.userns, syscalls.CLONE_NEWNS)
             os.setgroups([])
             os.setresgid(0, 0, 0)
             os.setresuid(0, 0, 0)
+            syscalls.mount(root, root, "", syscalls.MS_BIND | syscalls.MS_REC)
 
     told = hooks.state(plan, "creating", os.getpid())
     with _children_in_own_pid_namespace():

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 
 from nodeagent.errors import FailedPrecondition
 from nodeagent.linux import syscalls
-from nodeagent.sandbox import facts, hooks, process
+from nodeagent.sandbox import facts, hookroot, hooks, process
 from nodeagent.sandbox.children import Child
+from nodeagent.sandbox.loop import report
 from nodeagent.sandbox.pod import Pod
 from nodeagent.sandbox.spec import ContainerPlan, Hook, HookStage
 
@@ -35,24 +36,95 @@ _KINDS = {
 Done = Callable[[str], None]
 
 
-class Runner:
+class ContainerHooks:
+    """Those of one container. One runner at a time: what comes next waits for it."""
+
+    def __init__(self, pod: Pod, plan: ContainerPlan) -> None:
+        self._pod = pod
+        self._plan = plan
+        self._runner: _Runner | None = None
+        self._next: Callable[[], None] | None = None
+
+    @property
+    def are_running(self) -> bool:
+        return self._runner is not None
+
+    @property
+    def are_left(self) -> bool:
+        """Whether some are running, or are to be run after the end."""
+        return self._runner is not None or bool(hooks.of(self._plan, "poststop"))
+
+    def create(self, pid: int, done: Done) -> None:
+        """prestart and createRuntime. done: told what has failed, "" for nothing. pid: of the process that waits."""
+
+        def ended(text: str) -> None:
+            hookroot.unlink(self._plan)
+            done(text)
+
+        hookroot.link(self._plan, pid)
+        self._run(CREATION, "creating", pid, ended)
+
+    def end_creation(self) -> None:
+        """Kill those that are told of a process which ends."""
+        if self._runner is not None and self._runner.stages == CREATION:
+            self._runner.kill()
+
+    def after_start(self, pid: int, done: Callable[[], None]) -> None:
+        """poststart: what fails is only said."""
+        if hooks.of(self._plan, "poststart"):
+            self._run(("poststart",), "running", pid, lambda text: self._say(text, done))
+        else:
+            done()
+
+    def after_end(self, done: Callable[[], None]) -> None:
+        """poststop, once for a container, whoever asks for it; after those that are running."""
+        if self._runner is not None:
+            self._next = lambda: self.after_end(done)
+        elif hooks.of(self._plan, "poststop"):
+            self._run(("poststop",), "stopped", 0, lambda text: self._say(text, done))
+        else:
+            done()
+
+    def _say(self, text: str, done: Callable[[], None]) -> None:
+        if text:
+            report(f"container {self._plan['id']}: {text}")
+        done()
+
+    def _run(self, stages: tuple[HookStage, ...], status: str, pid: int, done: Done) -> None:
+        def ended(text: str) -> None:
+            self._runner = None
+            done(text)
+            action, self._next = self._next, None
+            if action is not None:
+                action()
+
+        told = hooks.state(self._plan, status, pid)
+        try:
+            self._runner = _Runner(self._pod, self._plan, stages, told, ended)
+        except OSError as error:
+            text = f"hooks {', '.join(stages)}: {error}"
+            self._pod.loop.call_after(0, lambda: done(text))
+
+
+class _Runner:
     """The hooks of some stages, under way. done: told what has failed, "" for nothing."""
 
     def __init__(
         self,
         pod: Pod,
         plan: ContainerPlan,
-        stages: Sequence[HookStage],
+        stages: tuple[HookStage, ...],
         told: bytes,
         done: Done,
     ) -> None:
+        self.stages = stages
         self._pod = pod
         self._done = done
         self._text: str | None = None
-        self.stages = tuple(stages)
         found = hooks.of(plan, *stages)
         bundle = plan["hooks"]["bundle"]
-        claim = _claim_path(pod, plan) if "poststop" in stages else ""
+        claim = f"{facts.directory(pod.directory, plan['id'])}/{_CLAIM}"
+        claim = claim if "poststop" in stages else ""
         self._child, self._ours = _spawn(pod, found, told, bundle, claim, self._ended)
         pod.loop.watch(self._ours.fileno(), self._heard)
 
@@ -76,6 +148,7 @@ class Runner:
             self._pod.loop.forget(self._ours.fileno())
 
     def _ended(self, code: int) -> None:
+        """Told a moment later, when it has been reaped."""
         if self._text is None:
             self._heard(0)
         self._pod.loop.forget(self._ours.fileno())
@@ -83,12 +156,8 @@ class Runner:
         os.close(self._child.pidfd)
         text = self._text
         if text is None:
-            text = f"the hooks of the container were not run to their end: exit code {code}"
+            text = f"hooks {', '.join(self.stages)}: not run to their end, exit code {code}"
         self._pod.loop.call_after(0, lambda: self._done(text))
-
-
-def _claim_path(pod: Pod, plan: ContainerPlan) -> str:
-    return f"{facts.directory(pod.directory, plan['id'])}/{_CLAIM}"
 
 
 def _spawn(

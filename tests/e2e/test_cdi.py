@@ -42,8 +42,11 @@ create-symlinks)
         shift 2
     done ;;
 update-ldcache)
-    mkdir -p "$root/etc"
-    for folder; do test "$folder" = --folder || ls "$root$folder"; done > "$root/etc/ld.so.cache" ;;
+    exec unshare -m -p -f sh -euc '
+        mount --make-rslave /
+        cd "$1"
+        pivot_root . .
+        exec chroot . /bin/sh -euc "mkdir -p /etc; ls $3 > /etc/ld.so.cache"' sh "$root" "$@" ;;
 chmod)
     chmod "$2" "$root$4" ;;
 mount)
