@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 MAX_SPEC_BYTES = 1 << 20
 MAX_SPECS = 4096  # of a directory: drivers of dynamic resource allocation write one for each claim
 MAX_DEPTH = 32
+MAX_NAME = 255
 
 VERSIONS = frozenset(
     ("0.1.0", "0.2.0", "0.3.0", "0.4.0", "0.5.0", "0.6.0", "0.7.0", "0.8.0", "1.0.0", "1.1.0")
@@ -211,7 +212,7 @@ def parse(path: Path, data: bytes) -> Spec:
     if not isinstance(document, dict):
         raise ValueError("is not an object")
     kind, listed = document.get("kind"), document.get("devices") or []
-    if not isinstance(kind, str) or not KIND.fullmatch(kind):
+    if not isinstance(kind, str) or len(kind) > MAX_NAME or not KIND.fullmatch(kind):
         raise ValueError(f"kind {_shown(kind)} is not vendor/class")
     if not isinstance(listed, list):
         raise ValueError("devices is not a list")
@@ -223,7 +224,7 @@ def parse(path: Path, data: bytes) -> Spec:
             device = Device(device.name, fault=fault)
         devices[device.name] = device
     version = document.get("cdiVersion")
-    if version not in VERSIONS:
+    if not isinstance(version, str) or version not in VERSIONS:
         fault = f"cdiVersion {_shown(version)}: this agent knows {', '.join(sorted(VERSIONS))}"
         return Spec(path, kind, devices, fault=fault)
     try:
@@ -236,7 +237,7 @@ def _device(kind: str, position: int, entry: object) -> Device:
     name = entry.get("name") if isinstance(entry, dict) else None
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)  # YAML makes a number of a name that is not quoted
-    if not isinstance(name, str) or not DEVICE.fullmatch(name):
+    if not isinstance(name, str) or len(name) > MAX_NAME or not DEVICE.fullmatch(name):
         return Device(f"\0{position}", fault=f"devices[{position}]: {_shown(name)} is not a name")
     try:
         return Device(name, _edits(entry))

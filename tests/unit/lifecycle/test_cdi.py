@@ -325,3 +325,48 @@ def test_hooks_run_listed_programs_only(tmp_path: Path) -> None:
 
 def test_without_devices_nothing_is_read(tmp_path: Path) -> None:
     assert cdi(tmp_path / "absent").inject(config()) == config()
+
+
+@pytest.mark.parametrize(
+    ("options", "readonly", "recursive", "propagation", "attributes"),
+    [
+        (["ro", "nosuid", "nodev", "rbind", "rprivate"], True, False, "private", "nosuid nodev"),
+        (["rro", "rbind"], True, True, "private", ""),
+        (["rw", "rslave", "noatime"], False, False, "slave", "noatime"),
+        (["rshared", "noexec"], False, False, "shared", "noexec"),
+    ],
+)
+def test_options_of_mounts(
+    tmp_path: Path,
+    options: list[str],
+    readonly: bool,
+    recursive: bool,
+    propagation: str,
+    attributes: str,
+) -> None:
+    mount = {"hostPath": "/a", "containerPath": "//b/../c", "options": options, "type": "bind"}
+    edits = {"mounts": [mount]}
+    spec = SPEC | {"devices": [{"name": "0", "containerEdits": edits}], "containerEdits": {}}
+    (tmp_path / "gpu.json").write_text(json.dumps(spec))
+    [made] = cdi(tmp_path).inject(config("vendor.com/gpu=0")).mounts
+    assert made.container_path == "/c"
+    assert (made.readonly, made.recursive_read_only) == (readonly, recursive)
+    assert (made.propagation, made.options) == (propagation, tuple(attributes.split()))
+
+
+@pytest.mark.parametrize(
+    ("mount", "error", "text"),
+    [
+        ({"hostPath": "/a", "containerPath": "/"}, FailedPrecondition, 'at "/"'),
+        ({"hostPath": "a", "containerPath": "/b"}, FailedPrecondition, r"mounts\[0\]\.hostPath"),
+        ({"hostPath": "t", "containerPath": "/b", "type": "tmpfs"}, FailedPrecondition, "hostPath"),
+        ({"hostPath": "/t", "containerPath": "/b", "type": "tmpfs"}, Unsupported, '"tmpfs"'),
+    ],
+)
+def test_mounts_that_cannot_be_had(
+    tmp_path: Path, mount: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    spec = SPEC | {"devices": [{"name": "0", "containerEdits": {"mounts": [mount]}}]}
+    (tmp_path / "gpu.json").write_text(json.dumps(spec))
+    with pytest.raises(error, match=text):
+        cdi(tmp_path).inject(config("vendor.com/gpu=0"))
