@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nodeagent.errors import Unsupported
 from nodeagent.linux import capabilities
 from nodeagent.records import ContainerConfig, HookConfig
 from nodeagent.sandbox.hooks import OCI_VERSION, ROOTFS
@@ -30,6 +31,15 @@ def hooks(config: ContainerConfig, plan: ContainerPlan, pod: Path, limit_seconds
     )
     made["config"] = json.dumps(_oci_config(plan, made, str(directory / ROOTFS)))
     return made
+
+
+def require(plan: ContainerPlan) -> None:
+    """The bundle of a container that has been made. Raises Unsupported where its supervisor knows of no hooks."""
+    if "hooks" in plan and not Path(plan["hooks"]["bundle"]).exists():
+        raise Unsupported(
+            f'container "{plan["id"]}": its CDI devices have hooks, for which a supervisor of this version is needed; '
+            "its pod, or the launcher, is of an earlier one: end all pods, start the agent anew, and make the pod again"
+        )
 
 
 def _hook(hook: HookConfig, limit_seconds: int) -> Hook:

@@ -70,8 +70,8 @@ class Cdi:
             spec, device = self._find(directories, name)
             if spec.path not in used:
                 used.add(spec.path)
-                config = self._apply(config, spec.edits, spec.kind, spec.path, userns=userns)
-            config = self._apply(config, device.edits, name, spec.path, userns=userns)
+                config = self._apply(config, spec.edits, spec.kind, spec, userns=userns)
+            config = self._apply(config, device.edits, name, spec, userns=userns)
         if len(config.hooks) > MAX_HOOKS:
             raise InvalidArgument(
                 f"CDI devices {', '.join(names)}: {len(config.hooks)} hooks; there can be {MAX_HOOKS}"
@@ -96,9 +96,9 @@ class Cdi:
         raise NotFound(f'CDI device "{name}": no specification in {places} has it{also}')
 
     def _apply(
-        self, config: ContainerConfig, edits: Edits, name: str, path: Path, *, userns: bool
+        self, config: ContainerConfig, edits: Edits, name: str, spec: Spec, *, userns: bool
     ) -> ContainerConfig:
-        what = f'CDI device "{name}": {path}'
+        what = f'CDI device "{name}": {spec.path}'
         if edits.net_devices:
             raise Unsupported(f"{what}: netDevices: no network device is moved to a pod")
         if edits.intel_rdt:
@@ -111,7 +111,7 @@ class Cdi:
                 *(_device(node, config, what, userns=userns) for node in edits.device_nodes),
             ),
             mounts=(*config.mounts, *(self._mount(mount, what) for mount in edits.mounts)),
-            hooks=(*config.hooks, *(self._hook(hook, what, path) for hook in edits.hooks)),
+            hooks=(*config.hooks, *(self._hook(hook, what, spec) for hook in edits.hooks)),
             supplemental_groups=(
                 *config.supplemental_groups,
                 *(gid for gid in edits.additional_gids if gid),
@@ -138,7 +138,9 @@ class Cdi:
             must_exist=True,
         )
 
-    def _hook(self, hook: Hook, what: str, path: Path) -> HookConfig:
+    def _hook(self, hook: Hook, what: str, spec: Spec) -> HookConfig:
+        if spec.hooks_fault:
+            raise FailedPrecondition(f"{what}: hook {hook.hook_name}: {spec.hooks_fault}")
         if hook.path not in self._programs:
             raise FailedPrecondition(
                 f'{what}: hook {hook.hook_name}: "{hook.path}" is not one of the programs that hooks may have; '
@@ -150,7 +152,7 @@ class Cdi:
             args=hook.args or (hook.path,),
             env=hook.env,
             timeout_s=hook.timeout or 0,
-            source=str(path),
+            source=str(spec.path),
         )
 
 

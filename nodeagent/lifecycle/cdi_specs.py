@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import stat
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -113,13 +114,14 @@ class Device(msgspec.Struct, frozen=True):
 
 
 class Spec(msgspec.Struct, frozen=True):
-    """fault: why none of its devices can be had."""
+    """fault: why none of its devices can be had. hooks_fault: why none of its hooks is run."""
 
     path: Path
     kind: str
     devices: dict[str, Device]
     edits: Edits = Edits()
     fault: str = ""
+    hooks_fault: str = ""
 
 
 class _Known(msgspec.Struct, frozen=True):
@@ -180,19 +182,26 @@ class Specs:
             return None
         except OSError as error:
             return self._fault(path, (), str(error.strerror))
-        stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        stamp = (
+            status.st_dev,
+            status.st_ino,
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+        )
         known = self._known.get(path)
         if known is not None and known.stamp == stamp:
             return known
         try:
-            return self._known_of(path, stamp)
+            return self._known_of(path, stamp, _changed_by_others(status))
         except OSError as error:
             return self._fault(path, stamp, error.strerror or str(error))
         except (ValueError, RecursionError, yaml.YAMLError) as error:
             return self._fault(path, stamp, " ".join(str(error).split())[:500])
 
-    def _known_of(self, path: Path, stamp: tuple[int, ...]) -> _Known:
+    def _known_of(self, path: Path, stamp: tuple[int, ...], hooks_fault: str) -> _Known:
         spec = parse(path, files.read_bounded(str(path), MAX_SPEC_BYTES))
+        spec = msgspec.structs.replace(spec, hooks_fault=hooks_fault)
         for text in [spec.fault, *(device.fault for device in spec.devices.values())]:
             if text:
                 self.say(f"CDI: {path}: {text}")
@@ -201,6 +210,14 @@ class Specs:
     def _fault(self, path: Path, stamp: tuple[int, ...], text: str) -> _Known:
         self.say(f"CDI: {path}: {text}")
         return _Known(stamp, None, text)
+
+
+def _changed_by_others(status: os.stat_result) -> str:
+    """What is wrong with a file whose writer would have programs run with the rights of root."""
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = f"owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o}"
+        return f"the file can be changed by others than root ({mode})"
+    return ""
 
 
 # ---- one file ----

@@ -30,7 +30,7 @@ from nodeagent.errors import (
     Unavailable,
 )
 from nodeagent.images.catalog import Images
-from nodeagent.lifecycle import execs, oomkill, oomscore, process
+from nodeagent.lifecycle import bundle, execs, oomkill, oomscore, process
 from nodeagent.lifecycle.cdi import Cdi
 from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.handover import handover
@@ -166,6 +166,7 @@ class Containers:
         undo.push_async_callback(supervisor.remove, container.id)
         with handover(group) as fds, oomkill.named(container, group):
             made = await supervisor.create(plan, fds)
+        bundle.require(plan)
         self._warn(made.warnings)
         identity = made.identity
         self._registry.save(

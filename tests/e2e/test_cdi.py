@@ -125,7 +125,9 @@ class Node:
             "kind": "test.com/hook",
             "devices": [{"name": name, "containerEdits": {"hooks": hooks, **edits}}],
         }
-        (self.specs / f"{name}.json").write_text(json.dumps(document))
+        path = self.specs / f"{name}.json"
+        path.write_text(json.dumps(document))
+        path.chmod(0o644)
         return pb.CDIDevice(name=f"test.com/hook={name}")
 
     def hook(self, stage: str, *arguments: str, **fields: Any) -> dict[str, Any]:
@@ -242,6 +244,7 @@ containerEdits:
 def test_as_nvidias_toolkit_writes_it(node: Node, tmp_path: Path, version: str, kind: str) -> None:
     (tmp_path / "libcuda.so.550.1").write_text("library")
     (node.specs / "nvidia.yaml").write_text(generated(node, version, tmp_path))
+    (node.specs / "nvidia.yaml").chmod(0o644)
     if kind == "userns":
         mode = pb.NamespaceOption(pid=pb.CONTAINER, userns_options=user_namespace())
         pod = node.cri.pod(linux=pod_options(pid=mode.pid, userns_options=mode.userns_options))

@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
+
+from nodeagent.errors import Unsupported
 from nodeagent.lifecycle import bundle
 from nodeagent.records import ContainerConfig, HookConfig
 from nodeagent.sandbox.rootfs import bind, filesystem
@@ -77,3 +80,14 @@ def test_the_time_of_a_hook_is_bounded() -> None:
     stages = bundle.hooks(config, plan(), Path("/state/pods/p"), 60)["stages"]
     assert [hook["timeout_ms"] for hook in stages["createContainer"]] == [60_000]
     assert [hook["timeout_ms"] for hook in stages["poststop"]] == [5_000, 60_000]
+
+
+def test_a_supervisor_that_knows_of_no_hooks(tmp_path: Path) -> None:
+    made = plan()
+    bundle.require(made)
+    config = ContainerConfig(name="c", image="i", hooks=HOOKS)
+    made["hooks"] = bundle.hooks(config, made, tmp_path, 60)
+    with pytest.raises(Unsupported, match="make the pod again"):
+        bundle.require(made)
+    Path(made["hooks"]["bundle"]).mkdir(parents=True)
+    bundle.require(made)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,13 @@ def config(*names: str, **fields: Any) -> ContainerConfig:
 
 def cdi(*directories: Path, programs: tuple[str, ...] = (HOOK,)) -> Cdi:
     return Cdi(directories, programs)
+
+
+@pytest.fixture(autouse=True)
+def _files_of_root_alone() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
 
 
 @pytest.fixture
@@ -370,3 +378,14 @@ def test_mounts_that_cannot_be_had(
     (tmp_path / "gpu.json").write_text(json.dumps(spec))
     with pytest.raises(error, match=text):
         cdi(tmp_path).inject(config("vendor.com/gpu=0"))
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646, 0o666])
+def test_hooks_of_a_file_that_others_can_change(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "nvidia.yaml"
+    path.write_text(GENERATED)
+    injecting = cdi(tmp_path)
+    injecting.inject(config("nvidia.com/gpu=0"))
+    path.chmod(mode)
+    with pytest.raises(FailedPrecondition, match=rf"can be changed by others .*mode {mode:o}"):
+        injecting.inject(config("nvidia.com/gpu=0"))
