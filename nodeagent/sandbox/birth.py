@@ -83,8 +83,9 @@ class Birth:
         self._over = False
         # How what the birth had open is closed, when it is over.
         self.give_up: Callable[[Collection[int]], None] = protocol.close_all
-        # Called when the process waits for hooks, until `proceed`.
-        self.await_hooks: Callable[[], None] = self.proceed
+        # Called when the process waits for hooks, until `proceed`; None has it proceed at once, where a method of our
+        # own would be a cycle, which nobody collects.
+        self.await_hooks: Callable[[], None] | None = None
         self._watch()
 
     @classmethod
@@ -177,7 +178,7 @@ class Birth:
         elif "ready" in message.body:
             self._announced(message)
         elif "hooks" in message.body:
-            self.await_hooks()
+            (self.await_hooks or self.proceed)()
         else:
             protocol.close_all(message.fds)
             self.abandon(protocol.read_error(message.body))
