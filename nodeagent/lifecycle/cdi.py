@@ -100,7 +100,10 @@ class Cdi:
     ) -> ContainerConfig:
         what = f'CDI device "{name}": {spec.path}'
         if edits.net_devices:
-            raise Unsupported(f"{what}: netDevices: no network device is moved to a pod")
+            names = ", ".join(device.host_interface_name for device in edits.net_devices)
+            raise Unsupported(
+                f"{what}: netDevices: {names} is not moved; a pod gets no device of the node"
+            )
         if edits.intel_rdt:
             self._specs.say(f"{what}: intelRdt is skipped")
         return replace(

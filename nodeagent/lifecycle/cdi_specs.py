@@ -95,6 +95,13 @@ class Hook(_Part, frozen=True, rename="camel"):
     timeout: Annotated[int, Meta(ge=1)] | None = None
 
 
+class NetDevice(_Part, frozen=True, rename="camel"):
+    """Of version 1.1: a network device of the node, and its name in the container."""
+
+    host_interface_name: Word
+    name: Word = ""
+
+
 class Edits(_Part, frozen=True, rename="camel"):
     env: tuple[Variable, ...] = ()
     device_nodes: tuple[DeviceNode, ...] = ()
@@ -102,7 +109,7 @@ class Edits(_Part, frozen=True, rename="camel"):
     hooks: tuple[Hook, ...] = ()
     additional_gids: tuple[Id, ...] = msgspec.field(name="additionalGids", default=())
     intel_rdt: Any = None
-    net_devices: tuple[Any, ...] = ()
+    net_devices: tuple[NetDevice, ...] = ()
 
 
 class Device(msgspec.Struct, frozen=True):

@@ -55,7 +55,6 @@ def _make_directory(parent: int, name: str) -> int:
 
 def run_inside_mounts(plan: ContainerPlan, maps: IdMaps) -> None:
     """The hooks of createContainer: in the container's namespaces, before its root is entered."""
-
     root = f"{os.path.dirname(plan['hooks']['bundle'])}/{hooks.ROOTFS}"
 
     def enter() -> None:

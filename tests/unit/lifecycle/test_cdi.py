@@ -276,7 +276,7 @@ def test_unknown_device(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("device", "error", "text"),
     [
-        ("nic", Unsupported, "netDevices"),
+        ("nic", Unsupported, "netDevices: eth1 is not moved"),
         ("fifo", Unsupported, "FIFO"),
         ("broken", FailedPrecondition, r"gpu\.json: .*Expected `str` matching.*deviceNodes\[0\]"),
         ("group", FailedPrecondition, r"gpu\.json: .*additionalGids\[0\]"),
