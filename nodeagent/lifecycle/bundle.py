@@ -37,8 +37,8 @@ def require(plan: ContainerPlan) -> None:
     """The bundle of a container that has been made. Raises Unsupported where its supervisor knows of no hooks."""
     if "hooks" in plan and not Path(plan["hooks"]["bundle"]).exists():
         raise Unsupported(
-            f'container "{plan["id"]}": its CDI devices have hooks, for which a supervisor of this version is needed; '
-            "its pod, or the launcher, is of an earlier one: end all pods, start the agent anew, and make the pod again"
+            f'container "{plan["id"]}": its CDI devices have hooks, and its pod has a supervisor of an earlier version; '
+            "kill the launcher, which is of that version and has another one started, and make the pod again"
         )
 
 
