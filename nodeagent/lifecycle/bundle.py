@@ -37,7 +37,7 @@ def require(plan: ContainerPlan) -> None:
     """The bundle of a container that has been made. Raises Unsupported where its supervisor knows of no hooks."""
     if "hooks" in plan and not Path(plan["hooks"]["bundle"]).exists():
         raise Unsupported(
-            f'container "{plan["id"]}": its CDI devices have hooks, and its pod has a supervisor of an earlier version; '
+            f'container "{plan["id"]}": its CDI devices have hooks, and its pod a supervisor of an earlier version; '
             "kill the launcher, which is of that version and has another one started, and make the pod again"
         )
 
