@@ -23,6 +23,21 @@ SOCKET_PATH_BYTES = 107
 # pods, for a socket of their own, and would find ours there.
 DEFAULT_STATE = "/run/nodeagent-cri"
 
+# Where packages, the GPU operator's toolkit container and the driver for dynamic resource allocation put what the
+# specifications of NVIDIA's toolkit have as their hooks, under its newer and its older name.
+HOOK_PROGRAMS = tuple(
+    f"{directory}/{name}"
+    for directory in (
+        "/usr/bin",
+        "/usr/local/bin",
+        "/usr/local/nvidia/toolkit",
+        "/run/nvidia/toolkit",
+        "/var/lib/kubelet/plugins/gpu.nvidia.com",
+        "/var/lib/kubelet/plugins/compute-domain.nvidia.com",
+    )
+    for name in ("nvidia-cdi-hook", "nvidia-ctk")
+)
+
 Document = Mapping[str, Any]
 Key = tuple[str, ...]
 Seconds = Annotated[int, Meta(ge=1, le=86_400)]
@@ -128,6 +143,19 @@ class Seccomp(Table, frozen=True, kw_only=True):
     ] = ""
 
 
+class Cdi(Table, frozen=True, kw_only=True):
+    directories: Annotated[
+        tuple[str, ...], doc("of CDI specifications; a later one has priority over an earlier one")
+    ] = ("/etc/cdi", "/var/run/cdi")
+    hook_programs: Annotated[
+        tuple[str, ...],
+        doc("paths of the programs that hooks of CDI specifications may run; others are refused"),
+    ] = HOOK_PROGRAMS
+    hook_timeout_seconds: Annotated[
+        int, Meta(ge=1, le=3_600), doc("of a hook; one that takes longer is killed, and has failed")
+    ] = 60
+
+
 class Config(Table, frozen=True, kw_only=True):
     root: Annotated[str, doc("images, containers and the database")] = "/var/lib/nodeagent"
     state: Annotated[str, doc("sockets and what ends with a reboot")] = DEFAULT_STATE
@@ -152,6 +180,7 @@ class Config(Table, frozen=True, kw_only=True):
     log: Log = Log()
     container_logs: ContainerLogs = ContainerLogs()
     seccomp: Seccomp = Seccomp()
+    cdi: Cdi = Cdi()
 
 
 # --- loading --------------------------------------------------------------------------------------------------------
@@ -363,6 +392,8 @@ _CHECKS: dict[Key, Callable[[Any], str]] = {
     ("certs_dir",): _directory,
     ("handlers",): _handlers,
     ("absent_mount_sources_to_reject",): _directories,
+    ("cdi", "directories"): _directories,
+    ("cdi", "hook_programs"): _directories,
     ("streaming", "address"): _address,
     ("streaming", "tls_cert"): _file,
     ("streaming", "tls_key"): _file,

@@ -173,7 +173,10 @@ class MountConfig(Config, frozen=True, kw_only=True):
 
 
 class DeviceConfig(Config, frozen=True, kw_only=True):
-    """permissions: any of r, w, m. mode, uid and gid: of the node in the container; None is as on the node."""
+    """permissions: any of r, w, m. mode, uid and gid: of the node in the container; None is as on the node.
+
+    type, major, minor: of a CDI specification that has them; the node is not asked then.
+    """
 
     container_path: str
     host_path: str
@@ -181,6 +184,27 @@ class DeviceConfig(Config, frozen=True, kw_only=True):
     mode: int | None = None
     uid: int | None = None
     gid: int | None = None
+    type: Literal["", "b", "c"] = ""
+    major: int = 0
+    minor: int = 0
+
+
+HookStage = Literal[
+    "prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"
+]
+
+
+class HookConfig(Config, frozen=True, kw_only=True):
+    """A program of the node that is run at a stage of the container's life (OCI runtime specification, "POSIX-platform
+    Hooks"). timeout_s 0: the hook has none of its own. source: the CDI specification that asks for it.
+    """
+
+    stage: HookStage
+    path: str
+    args: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    timeout_s: int = 0
+    source: str
 
 
 class CapabilityChange(Config, frozen=True, kw_only=True):
@@ -196,6 +220,7 @@ class ContainerConfig(Config, frozen=True, kw_only=True):
 
     image: what the caller asked for, in this order of trust: image (usually the id), then what the user specified.
     masked_paths, readonly_paths: None is the agent's own choice, empty is none.
+    hooks: of CDI specifications, never of a request or an image.
     """
 
     name: str
@@ -211,6 +236,7 @@ class ContainerConfig(Config, frozen=True, kw_only=True):
     mounts: tuple[MountConfig, ...] = ()
     devices: tuple[DeviceConfig, ...] = ()
     cdi_devices: tuple[str, ...] = ()
+    hooks: tuple[HookConfig, ...] = ()
     labels: Labels = {}
     annotations: Labels = {}
     log_path: str = ""

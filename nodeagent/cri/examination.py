@@ -25,7 +25,8 @@ from nodeagent.cri.translate_container import container_config
 from nodeagent.cri.translate_sandbox import sandbox_config
 from nodeagent.errors import FailedPrecondition, InvalidArgument, NodeAgentError, Unsupported
 from nodeagent.images.names import NamedImages
-from nodeagent.lifecycle import cdi, process, sandboxes
+from nodeagent.lifecycle import process, sandboxes
+from nodeagent.lifecycle.cdi import Cdi
 from nodeagent.lifecycle.events import Events
 from nodeagent.lifecycle.places import Places
 from nodeagent.lifecycle.plan import Planner
@@ -182,6 +183,7 @@ class _Examination:
             config,
             pods=places.pods,
         )
+        self._cdi = Cdi([Path(each) for each in config.cdi.directories], config.cdi.hook_programs)
         self._findings: list[Finding] = []
 
     async def run(self, pod: Pod) -> list[Finding]:
@@ -261,7 +263,9 @@ class _Examination:
 
     async def _container(self, sandbox: Sandbox, message: pb.ContainerConfig, what: str) -> None:
         config = container_config(message, sandbox.config, sandbox.runtime_handler)
-        config = cdi.inject(config)
+        user = sandbox.config.namespaces.user
+        in_userns = user is not None and user.mode == "pod"
+        config = self._cdi.inject(config, userns=in_userns)
         self._images.missing.clear()
         image = self._images.find(config.image)
         container = Container(

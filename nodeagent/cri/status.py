@@ -27,10 +27,28 @@ _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
 )
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
+
+# The kubelet takes the code off the text of a failed pull only where it is Unknown, which is what containerd gives for
+# all of these: "rpc error: code = PermissionDenied desc =" would stand before what the owner of a pod is to read.
+_PULLS = frozenset(("PullImage", "PullSecurityProfile"))
+_UNKNOWN_OF_PULLS = frozenset(
+    (
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DATA_LOSS,
+    )
+)
 _REGISTRY_UNAVAILABLE = errors.RegistryUnavailable.__name__
 
 
-def code_of(error: Exception) -> grpc.StatusCode:
+def code_of(error: Exception, method: str = "") -> grpc.StatusCode:
+    """method: the name of the RPC that failed."""
+    code = _code_of(error)
+    return grpc.StatusCode.UNKNOWN if method in _PULLS and code in _UNKNOWN_OF_PULLS else code
+
+
+def _code_of(error: Exception) -> grpc.StatusCode:
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code

@@ -10,10 +10,9 @@ from nodeagent.cri.translate_mounts import mounts
 from nodeagent.cri.translate_namespaces import container_namespaces
 from nodeagent.cri.translate_resources import resources
 from nodeagent.errors import Unsupported
+from nodeagent.lifecycle import cdi_specs
 from nodeagent.records import ContainerConfig, DeviceConfig, Profile, SandboxConfig
 
-# vendor/class=device, as the Container Device Interface names them.
-_CDI_NAME = re.compile(r"[A-Za-z][\w.-]*/[A-Za-z][\w.-]*=[\w.:-]+")
 _PERMISSIONS = re.compile(r"(?!.*(.).*\1)[rwm]{1,3}")
 _USERNAME_BYTES = 256
 
@@ -139,6 +138,8 @@ def _cdi_devices(messages: Sequence[pb.CDIDevice]) -> tuple[str, ...]:
     field = "config.CDI_devices"
     validate.bounded(messages, field)
     return tuple(
-        validate.matching(message.name, _CDI_NAME, f"{field}[{index}].name", "vendor/class=device")
+        validate.matching(
+            message.name, cdi_specs.QUALIFIED, f"{field}[{index}].name", "vendor/class=device"
+        )
         for index, message in enumerate(messages)
     )

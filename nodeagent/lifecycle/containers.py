@@ -30,7 +30,8 @@ from nodeagent.errors import (
     Unavailable,
 )
 from nodeagent.images.catalog import Images
-from nodeagent.lifecycle import cdi, execs, oomkill, oomscore, process
+from nodeagent.lifecycle import bundle, execs, oomkill, oomscore, process
+from nodeagent.lifecycle.cdi import Cdi
 from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.handover import handover
 from nodeagent.lifecycle.plan import Planner, reference
@@ -61,6 +62,7 @@ class Containers:
         images: Images,
         cgroups: Cgroups,
         planner: Planner,
+        cdi: Cdi,
         trash: Trash,
         directory: Path,
     ) -> None:
@@ -69,6 +71,7 @@ class Containers:
         self._images = images
         self._cgroups = cgroups
         self._planner = planner
+        self._cdi = cdi
         self._trash = trash
         self._directory = directory
         self._groups: dict[str, Cgroup] = {}
@@ -94,6 +97,7 @@ class Containers:
             return {}
         plan: dict[str, Any] = msgspec.json.decode(data)
         plan["process"]["seccomp"] = bool(plan["process"]["seccomp"])
+        plan.get("hooks", {}).pop("config", None)  # the same again, in other words
         return plan
 
     def of(self, sandbox_id: str) -> tuple[Container, ...]:
@@ -125,7 +129,10 @@ class Containers:
             raise FailedPrecondition(f'pod sandbox "{sandbox.id}": is stopped')
         self._refuse_twin(sandbox, config)
         with pod.creation(sandbox.id) as supervisor:
-            config = cdi.inject(config)
+            if self._cdi.is_asked_for(config):
+                userns = sandbox.config.namespaces.user
+                in_userns = userns is not None and userns.mode == "pod"
+                config = await asyncio.to_thread(self._cdi.inject, config, userns=in_userns)
             image = self._image(config)
             container = self._intention(sandbox, config, image)
             async with AsyncExitStack() as undo:
@@ -165,6 +172,7 @@ class Containers:
         undo.push_async_callback(supervisor.remove, container.id)
         with handover(group) as fds, oomkill.named(container, group):
             made = await supervisor.create(plan, fds)
+        bundle.require(plan)
         if quota.cpu_quota_usec:
             group.apply(quota)
         self._warn(made.warnings)

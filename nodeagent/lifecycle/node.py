@@ -16,6 +16,7 @@ from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
 from nodeagent.images.catalog import Images, Limits
 from nodeagent.lifecycle import apparmor, privatemount
+from nodeagent.lifecycle.cdi import Cdi
 from nodeagent.lifecycle.containers import Containers
 from nodeagent.lifecycle.events import Events
 from nodeagent.lifecycle.handover import joining_files
@@ -175,6 +176,7 @@ def _assemble(
         images=images,
         cgroups=cgroups,
         planner=Planner(registry, images, cgroups, profiles, config, pods=places.pods),
+        cdi=Cdi([Path(each) for each in config.cdi.directories], config.cdi.hook_programs),
         trash=trash,
         directory=places.containers,
     )

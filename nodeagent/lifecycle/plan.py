@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
 from nodeagent.errors import InvalidArgument, NotFound
-from nodeagent.lifecycle import devices, filesystems, podfiles, process
+from nodeagent.lifecycle import bundle, devices, filesystems, podfiles, process
 from nodeagent.lifecycle.devices import ContainerDevices
 from nodeagent.lifecycle.hostpaths import HostPaths
 from nodeagent.lifecycle.profiles import Profiles
@@ -73,6 +73,7 @@ class Planner:
         ]
         self._rejected = frozenset(map(posixpath.normpath, config.absent_mount_sources_to_reject))
         self._logs = config.container_logs
+        self._hook_seconds = config.cdi.hook_timeout_seconds
         self._hierarchies = {
             mount.name: mount.options.split(",") if mount.type == "cgroup" else []
             for mount in cgroups.mounts()
@@ -141,6 +142,9 @@ class Planner:
             plan["volumes"] = filesystems.image_volumes(
                 image.config.volumes, directory, plan["mounts"]
             )
+        if config.hooks:
+            pod = self._pods / sandbox.id
+            plan["hooks"] = bundle.hooks(config, plan, pod, self._hook_seconds)
         if self._logs.max_bytes_per_second:
             plan["log_limit"] = LogLimit(
                 bytes_per_second=self._logs.max_bytes_per_second, burst_bytes=self._logs.burst_bytes

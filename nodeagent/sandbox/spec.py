@@ -174,6 +174,36 @@ class ProcessPlan(TypedDict):
     gid_map: NotRequired[list[IdMap]]
 
 
+HookStage = Literal[
+    "prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"
+]
+
+
+class Hook(TypedDict):
+    """A program of the node, or of the container at startContainer. env: ``NAME=value``, all that it gets.
+
+    timeout_ms: it is killed then. source: which file asks for it.
+    """
+
+    path: str
+    args: list[str]
+    env: list[str]
+    timeout_ms: int
+    source: str
+
+
+class Hooks(TypedDict):
+    """bundle: ``bundle`` in the container's directory in that of its pod; the root file system is shown beside it.
+
+    config: what its config.json has. annotations: as the state of the container tells them.
+    """
+
+    bundle: str
+    config: str
+    annotations: dict[str, str]
+    stages: dict[HookStage, list[Hook]]
+
+
 class LogLimit(TypedDict):
     """What a container may write to its log before it has to wait, as a token bucket of the log's own bytes."""
 
@@ -210,6 +240,7 @@ class ContainerPlan(TypedDict):
     stdin_once: bool
     log_path: str
     log_root: NotRequired[str]
+    hooks: NotRequired[Hooks]
     log_limit: NotRequired[LogLimit]
 
 

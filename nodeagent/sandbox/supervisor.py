@@ -318,7 +318,7 @@ class Supervisor:
                 pass
 
     def _end_if_empty(self, patience_ms: int) -> None:
-        alive = [container for container in self.containers.values() if container.exit is None]
+        alive = [c for c in self.containers.values() if c.exit is None or c.hooks.are_running]
         busy = self.execs.running() or self.pod.init_pidfd is not None
         if alive or busy or (self.pod.keeper.is_closing and time.monotonic() < self._patience_ends):
             patience_ms = min(2 * patience_ms, 100)

@@ -32,7 +32,7 @@ from nodeagent.errors import (
 from nodeagent.images import archive, auth, hosts, inheritance, layers, manifest, reference, tar
 from nodeagent.images.auth import ANONYMOUS, Credentials
 from nodeagent.images.budget import Budget
-from nodeagent.images.client import Client, Tls, open_session
+from nodeagent.images.client import Client, Session, Tls, open_session
 from nodeagent.images.compression import CHUNK_BYTES, decompressed
 from nodeagent.images.content import Blob, BlobReader
 from nodeagent.images.destinations import Scope
@@ -414,7 +414,7 @@ async def _ask(known: Credentials, *answers: bytes) -> None:
 
 
 @asynccontextmanager
-async def _answering(answers: tuple[bytes, ...]) -> AsyncIterator[aiohttp.ClientSession]:
+async def _answering(answers: tuple[bytes, ...]) -> AsyncIterator[Session]:
     """A session of which every connection, whoever is meant, gets the next answer, and is closed."""
     left = iter(answers)
 
@@ -432,9 +432,9 @@ async def _answering(answers: tuple[bytes, ...]) -> AsyncIterator[aiohttp.Client
     with tempfile.TemporaryDirectory(prefix="na-fuzz-") as folder:
         path = f"{folder}/registry.sock"
         async with await asyncio.start_unix_server(serve, path), open_session() as session:
-            assert session.connector is not None
-            await session.connector.close()
-            session._connector = aiohttp.UnixConnector(path, force_close=True)
+            assert session.http.connector is not None
+            await session.http.connector.close()
+            session.http._connector = aiohttp.UnixConnector(path, force_close=True)
             yield session
 
 

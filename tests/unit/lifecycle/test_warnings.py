@@ -10,7 +10,7 @@ from nodeagent.lifecycle.containers import Containers
 def test_what_holds_for_every_container_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     """A node's privileged pods would fill its log with what the agent lacks."""
     nothing = cast(Any, None)
-    parts = ("registry", "supervision", "images", "cgroups", "planner", "trash", "directory")
+    parts = ("registry", "supervision", "images", "cgroups", "planner", "cdi", "trash", "directory")
     containers = Containers(**dict.fromkeys(parts, nothing))
     missing, refused = "capability SYS_RESOURCE: not available", "oom_score_adj -997: not permitted"
     for _ in range(3):
