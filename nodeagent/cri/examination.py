@@ -42,14 +42,14 @@ from nodeagent.store import Store
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
-Outcome = Literal["refused", "skipped", "not seen"]
+Outcome = Literal["refused", "skipped", "made", "not seen"]
 
 MAX_FILE_BYTES = 16 << 20  # as a message of gRPC
 _ID = "0" * 64  # of a pod or container that there will never be
 
 
 class Finding(NamedTuple):
-    """outcome "not seen": what could not be looked at."""
+    """made: what the agent would make on the node. not seen: what could not be looked at."""
 
     outcome: Outcome
     what: str
@@ -297,8 +297,8 @@ class _Examination:
             if mount["kind"] != "bind" or own:
                 continue
             if mount.get("absent") == "make" and not os.path.exists(mount["source"]):
-                text = f'"{mount["source"]}" is absent: a directory is made for {mount["target"]}'
-                self._found("skipped", what, text)
+                text = f'"{mount["source"]}" is absent: a directory, for {mount["target"]}'
+                self._found("made", what, text)
                 continue
             origin = assembly.open_host_path(mount)
             try:

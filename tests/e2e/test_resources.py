@@ -46,18 +46,20 @@ def test_a_small_quota_does_not_hold_up_the_creation(cri: Cri) -> None:
     """node-problem-detector's limit is 10m: what makes the container is not the container's work."""
     quota = pb.LinuxContainerResources(cpu_period=100_000, cpu_quota=1_000)
     container = cri.pod().container(linux=pb.LinuxContainerConfig(resources=quota))
-    (limit,) = limits_of(container)
+    limit = quota_file(container)
     throttled = dict(line.split() for line in (limit.parent / "cpu.stat").read_text().splitlines())
     assert throttled["nr_throttled"] == "0"
     assert limit.read_text().split()[0] == "1000"
     container.pod.remove()
 
 
-def limits_of(container: Container) -> list[Path]:
-    """The files with the quota of a container's group, which its pod's has too on cgroup v2."""
+def quota_file(container: Container) -> Path:
+    """Of the group of a container that has a quota: on cgroup v2, groups with its id may have others in them."""
     names = ("cpu.cfs_quota_us", "cpu.max")
-    found = [path for name in names for path in CGROUPS.rglob(f"*{container.id}*/{name}")]
-    return [path for path in found if path.read_text().split()[0] != "max"]
+    groups = list(CGROUPS.rglob(f"*{container.id}*"))
+    found = {path for group in groups for name in names for path in group.rglob(name)}
+    (limited,) = (path for path in found if path.read_text().split()[0] not in ("max", "-1"))
+    return limited
 
 
 def test_update(cri: Cri) -> None:
