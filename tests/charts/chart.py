@@ -100,6 +100,14 @@ class Chart:
         """What the kubelet gives: never less than two seconds."""
         return max(2, int(self.spec.get("terminationGracePeriodSeconds", 30)))
 
+    @property
+    def takes_a_user_namespace(self) -> bool:
+        """Whether it wants nothing of the node's: no namespace, no path, no more rights than any pod."""
+        shared = any(self.spec.get(name) for name in ("hostNetwork", "hostPID", "hostIPC"))
+        paths = any("hostPath" in volume for volume in self.spec.get("volumes", ()))
+        privileged = any(self.security(spec).get("privileged") for spec in self.all_containers)
+        return not (shared or paths or privileged)
+
     def security(self, container: Json) -> Json:
         """The container's security context over the pod's."""
         pod = self.spec.get("securityContext", {})

@@ -32,6 +32,7 @@ READONLY = [f"/proc/{name}" for name in ("bus", "fs", "irq", "sys", "sysrq-trigg
 TOKEN = "/var/run/secrets/kubernetes.io/serviceaccount"
 TERMINATION_LOG = "/dev/termination-log"
 CAPACITY_BYTES = 16 << 30
+IDS = pb.IDMapping(host_id=7 * 65_536, container_id=0, length=65_536)
 
 _PROPAGATION = {
     "None": pb.PROPAGATION_PRIVATE,
@@ -47,13 +48,14 @@ _QUANTITY = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
 
 class Kubelet:
-    """Of one pod. cgroup_root: where its cgroups are."""
+    """Of one pod. cgroup_root: where its cgroups are. user_namespace: of its own, as with `hostUsers: false`."""
 
-    def __init__(self, chart: Chart, cgroup_root: str) -> None:
+    def __init__(self, chart: Chart, cgroup_root: str, *, user_namespace: bool = False) -> None:
         self.chart = chart
         self.directory = f"{PODS}/{chart.uid}"
         self.log_directory = f"{LOGS}/{chart.namespace}_{chart.pod_name}_{chart.uid}"
         self.cgroup = f"{cgroup_root}/{self._qos}pod{chart.uid}"
+        self._ids = [IDS] if user_namespace else []
         self._volumes = {volume["name"]: volume for volume in chart.spec.get("volumes", ())}
 
     # --- files of the node ---
@@ -233,7 +235,9 @@ class Kubelet:
             network=pb.NODE if spec.get("hostNetwork") else pb.POD,
             pid=pb.NODE if spec.get("hostPID") else shared,
             ipc=pb.NODE if spec.get("hostIPC") else pb.POD,
-            userns_options=pb.UserNamespace(mode=pb.NODE),
+            userns_options=pb.UserNamespace(
+                mode=pb.POD if self._ids else pb.NODE, uids=self._ids, gids=self._ids
+            ),
         )
 
     @property
@@ -320,6 +324,13 @@ class Kubelet:
             yield pb.KeyValue(key=key, value=text.encode())
 
     def _mounts(self, spec: Json) -> Iterator[pb.Mount]:
+        """Each with the mapping of the pod's ids, where it has one."""
+        for mount in self._all_mounts(spec):
+            mount.uidMappings.extend(self._ids)
+            mount.gidMappings.extend(self._ids)
+            yield mount
+
+    def _all_mounts(self, spec: Json) -> Iterator[pb.Mount]:
         given = spec.get("volumeMounts", ())
         for number, mount in enumerate(given):
             source = self._volume_path(self._volumes[mount["name"]])

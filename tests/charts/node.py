@@ -48,10 +48,12 @@ else # a kernel without BPF has no place for its file system
 	mkdir "$root/sys/fs/bpf" "$root/sys/fs/cgroup"
 	mount --rbind /sys/fs/cgroup "$root/sys/fs/cgroup"
 fi
+mkdir -p "$root/var/lib/kubelet"
 for path in "$top" "$project"; do
 	mkdir -p "$root$path"
 	mount --bind "$path" "$root$path"
 done
+mount -t tmpfs kubelet "$root/var/lib/kubelet" # which can be seen through the ids of a pod
 hostname "$3"
 ip link set lo up
 cd "$root"

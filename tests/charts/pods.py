@@ -58,8 +58,11 @@ class ChartPod:
     pod: cri.Pod | None = None
 
     @classmethod
-    def of(cls, chart: Chart, node: Node, cgroup_root: str) -> ChartPod:
-        return cls(chart, node, Kubelet(chart, cgroup_root))
+    def of(
+        cls, chart: Chart, node: Node, cgroup_root: str, *, user_namespace: bool = False
+    ) -> ChartPod:
+        kubelet = Kubelet(chart, cgroup_root, user_namespace=user_namespace)
+        return cls(chart, node, kubelet)
 
     @property
     def address(self) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.charts.chart import Chart, Json, charts
 from tests.charts.conftest import skipped
+from tests.charts.kubelet import IDS
 from tests.charts.node import Node
 from tests.charts.observation import observe
 from tests.charts.pods import ChartPod
@@ -46,6 +47,26 @@ def test_chart(pod: ChartPod, node: Node) -> None:
     for point in reversed(pod.chart.leaves):
         node.shell(f"umount {point}")
     assert node.mounts() == before
+
+
+@pytest.mark.parametrize(
+    "chart", [c for c in charts() if c.takes_a_user_namespace], ids=lambda chart: chart.name
+)
+def test_chart_in_a_user_namespace(chart: Chart, node: Node, cgroup_root: str) -> None:
+    """With `hostUsers: false`: inside, all is as it is without."""
+    pod = ChartPod.of(chart, node, cgroup_root, user_namespace=True)
+    try:
+        pod.run()
+        pod.probe()
+        for spec in chart.staying:
+            observe(pod, spec)
+            mapped = pod.containers[spec["name"]].shell("cat /proc/self/uid_map").split()
+            assert mapped == ["0", str(IDS.host_id), str(IDS.length)]
+        for seen in chart.see:
+            _see(pod, seen)
+        pod.stop()
+    finally:
+        pod.remove()
 
 
 def _see(pod: ChartPod, seen: Json) -> None:
