@@ -149,7 +149,7 @@ async def test_what_has_gone_is_forgotten(layer: Path, tmp_path: Path) -> None:
 async def test_a_layer_that_cannot_be_walked_is_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(directory: Path) -> disk.DiskUsage:
+    def fail(directory: Path, *_: Path) -> disk.DiskUsage:
         raise OSError(5, "Input/output error", str(directory))
 
     monkeypatch.setattr(disk, "DISK_SECONDS", 0)
