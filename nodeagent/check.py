@@ -101,7 +101,8 @@ def _delegation(cgroups: Cgroups) -> list[Feature]:
             name="cgroup2 with nsdelegate",
             present="nsdelegate" in mount.options.split(","),
             needed=False,
-            loss="containers that mount their own cgroup can lift its limits, up to their pod's",
+            loss="containers that mount their own cgroup can lift its limits, up to their pod's;"
+            " none gets groups to manage (cgroup_mount_mode)",
         )
     ]
 

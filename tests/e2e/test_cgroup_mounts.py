@@ -45,6 +45,14 @@ def test_the_nodes_cgroups_are_seen_and_not_changed(cri: Cri) -> None:
     assert node_options() == before
 
 
+def test_a_pod_with_a_user_namespace_sees_them_too(cri: Cri) -> None:
+    container = mapped_pod(cri).run(linux=options(namespace_options=ON_NODE))
+    assert container.shell("ls /sys/fs/cgroup").split() == sorted(p.name for p in PLACE.iterdir())
+    made = container.exec("mkdir", f"/sys/fs/cgroup/{'' if V2 else 'freezer/'}mine")
+    assert made.exit_code != 0
+    container.pod.remove()
+
+
 def test_the_default_shows_its_own_group_alone(cri: Cri) -> None:
     own = pb.CgroupNamespace(mode=pb.CONTAINER)
     for asked in (None, own):
