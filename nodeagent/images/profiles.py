@@ -8,6 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,9 @@ from nodeagent.store import Store
 log = logging.getLogger(__name__)
 
 MAX_REFS = 1000  # of one profile, the latest; each of them is a name of the same bytes
+
+_THREADS = 2
+_CHECKS = 2  # at once: each may take some seconds of a processor
 
 Check = Callable[[bytes], None]
 
@@ -59,11 +63,15 @@ class SecurityProfiles:
         self._resources = resources
         self._directory = root / "profiles/sha256"
         self._documents = Documents(self._directory)
+        # Not the event loop's own threads, which are for the whole agent: a sync may last.
+        self._threads = ThreadPoolExecutor(_THREADS, "profiles")
+        resources.callback(self._threads.shutdown)
         self._session = open_session()
         resources.push_async_callback(self._session.close)
         self._pulls: Flights[None] = Flights()
         resources.push_async_callback(self._pulls.close)
         self._changing = asyncio.Lock()
+        self._checking = asyncio.Semaphore(_CHECKS)
         self._profiles = {profile.digest: profile for profile in store.all(StoredProfile)}
 
     @classmethod
@@ -119,14 +127,15 @@ class SecurityProfiles:
             self._forget(digest)
 
     async def _text(self, profile: StoredProfile) -> bytes | None:
-        return await asyncio.to_thread(self._documents.get, profile.content)
+        return await to_the_end(self._threads, partial(self._documents.get, profile.content))
 
     async def _pull(self, name: Reference, reference: str, auth: Auth | None) -> None:
         try:
             source = await open_source(self._session, name, auth, self._hosts_dir, self._floor)
             data, _ = await source.manifest(name.digest, artifact.parse_seccomp)
             text = await source.document(artifact.parse_seccomp(data))
-            await asyncio.to_thread(self._check, text)
+            async with self._checking:
+                await asyncio.to_thread(self._check, text)
             await self._keep(name.digest, reference, data, text)
         except NodeAgentError as error:
             # The registry client names all that it fetches an image.
@@ -140,7 +149,7 @@ class SecurityProfiles:
             old = self._profiles.get(digest)
             try:
                 for document in (data, text):
-                    await to_the_end(None, partial(self._documents.put, document))
+                    await to_the_end(self._threads, partial(self._documents.put, document))
                 self._put(
                     StoredProfile(
                         digest=digest,
@@ -150,7 +159,7 @@ class SecurityProfiles:
                         pulled_at=time.time_ns(),
                     )
                 )
-                await to_the_end(None, partial(sync_file_system, self._root))
+                await to_the_end(self._threads, partial(sync_file_system, self._root))
             except BaseException:
                 self._forget(digest)
                 raise

@@ -3,6 +3,7 @@
 The plan is complete: nothing in it is looked up again, so that it can be printed, kept and tested without root.
 """
 
+import asyncio
 import base64
 from collections.abc import Sequence
 from functools import partial
@@ -33,6 +34,9 @@ from nodeagent.sandbox.spec import (
 )
 
 UMASK = 0o022
+COMPILERS = (
+    2  # of profiles that anybody may have written: each may take some seconds of a processor
+)
 
 
 class Seen(NamedTuple):
@@ -69,6 +73,7 @@ class Planner:
         ]
         self._logs = config.container_logs
         _, self._held, _ = syscalls.capget()
+        self._compiling = asyncio.Semaphore(COMPILERS)
         self._delegates = cgroups.delegates
         self._hierarchies = {
             mount.name: mount.options.split(",") if mount.type == "cgroup" else []
@@ -100,7 +105,13 @@ class Planner:
                 artifact = await self._artifacts.read(profile.ref)
         bounding = self._capabilities(config)["bounding"]
         seccomp = partial(self._profiles.seccomp, config, bounding, artifact)
-        return await self._host_paths.look(what, path, seccomp) if path else seccomp()
+        if not artifact:
+            return await self._host_paths.look(what, path, seccomp) if path else seccomp()
+        async with self._compiling:
+            look = (
+                self._host_paths.look(what, path, seccomp) if path else asyncio.to_thread(seccomp)
+            )
+            return await look
 
     def plan(
         self, sandbox: Sandbox, container: Container, image: Image, seen: Seen, directory: Path

@@ -16,7 +16,7 @@ from nodeagent.lifecycle import apparmor
 from nodeagent.lifecycle.selinux import Labels
 from nodeagent.linux import capabilities
 from nodeagent.records import ContainerConfig
-from nodeagent.sandbox import seccomp_profile
+from nodeagent.sandbox import seccomp_artifact, seccomp_profile
 from nodeagent.sandbox.seccomp_profile import Filter
 
 UNCONFINED = Filter(program=b"", flags=0)
@@ -46,7 +46,7 @@ class Profiles:
     def seccomp(self, config: ContainerConfig, capabilities: int, artifact: bytes = b"") -> Filter:
         """capabilities: the bounding set, which opens some calls. A privileged container is never filtered.
 
-        artifact: the text of a profile that is one.
+        artifact: the text of a profile that is one. It blocks then, and where a path is named.
         """
         profile = config.seccomp
         if not is_filtered(config) or profile is None:
@@ -55,8 +55,7 @@ class Profiles:
             return self._local(profile.ref, capabilities)
         base = self._local(profile.base, capabilities)
         try:
-            own = seccomp_profile.from_json(artifact, capabilities)
-            return seccomp_profile.intersection(base, own)
+            return seccomp_artifact.compiled(artifact, capabilities, base)
         except (InvalidArgument, Unsupported) as error:
             raise type(error)(f'seccomp profile "{profile.ref}": {error}') from error
 
@@ -96,10 +95,10 @@ def is_filtered(config: ContainerConfig) -> bool:
 
 
 def check_artifact(text: bytes) -> None:
-    """Raises SecurityProfileInvalid for what is no seccomp profile that containers here could have."""
+    """Raises SecurityProfileInvalid for what is no seccomp profile that containers here could have. It blocks."""
     try:
         for held in _EXTREMES:
-            seccomp_profile.from_json(text, held)
+            seccomp_artifact.compiled(text, held)
     except (InvalidArgument, Unsupported) as error:
         raise SecurityProfileInvalid(str(error)) from error
 

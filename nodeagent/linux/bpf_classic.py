@@ -18,8 +18,10 @@ def instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) ->
     return _INSTRUCTION.pack(code, if_true, if_false, operand)
 
 
-def joined(first: bytes, second: bytes, choose: Callable[[int, int], int]) -> bytes:
-    """A program that returns `choose` of what two programs return.
+def joined(
+    first: bytes, second: bytes, choose: Callable[[int, int], int], max_bytes: int
+) -> bytes | None:
+    """A program that returns `choose` of what two programs return; None where it would be larger.
 
     Each return of `first` becomes a jump to a copy of `second` whose returns are what is chosen of both; where that is
     the same for all of them, it stays a return. Nothing else is changed, so that jumps keep their distances.
@@ -38,6 +40,8 @@ def joined(first: bytes, second: bytes, choose: Callable[[int, int], int]) -> by
             continue
         if values not in copies:
             copies[values] = len(own) + len(appended)
+            if (copies[values] + len(others)) * _INSTRUCTION.size > max_bytes:
+                return None
             appended += [
                 (kind, yes, no, chosen[k] if kind == RETURN else k) for kind, yes, no, k in others
             ]
@@ -76,13 +80,14 @@ def run(program: bytes, data: bytes) -> int:
 
 
 def outcomes(program: bytes, number: int, architecture: int) -> set[int]:
-    """All that a filter may return for a system call, whatever its arguments are."""
+    """All that a filter may return for a system call, whatever its arguments are.
+
+    A state is where to go on and the accumulator, which is None where it is a part of an argument.
+    """
     known = {NUMBER_OFFSET: number, ARCHITECTURE_OFFSET: architecture}
     code = _instructions(program)
     found, seen = set(), set()
-    pending: list[tuple[int, int | None]] = [
-        (0, 0)
-    ]  # where to go on, and the accumulator, None where that is open
+    pending: list[tuple[int, int | None]] = [(0, 0)]
     while pending:
         state = pending.pop()
         if state in seen:

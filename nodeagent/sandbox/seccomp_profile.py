@@ -79,15 +79,15 @@ def intersection(base: Filter, profile: Filter) -> Filter:
     It is one program, because a supervisor of an earlier version would pass over a second one in its plan. Where both
     refuse with an errno, it is that of the base. Which of both comes first changes nothing but the size.
     """
-    program = min(
-        bpf_classic.joined(base.program, profile.program, _stricter),
-        bpf_classic.joined(profile.program, base.program, lambda own, other: _stricter(other, own)),
-        key=len,
+    first, second, limit = base.program, profile.program, seccomp.MAX_BYTES
+    orders = (
+        bpf_classic.joined(first, second, _stricter, limit),
+        bpf_classic.joined(second, first, lambda own, other: _stricter(other, own), limit),
     )
-    if len(program) > seccomp.MAX_BYTES:
-        raise InvalidArgument(
-            f"filter of {len(program)} bytes, together with its base: larger than {seccomp.MAX_BYTES}"
-        )
+    programs = [program for program in orders if program is not None]
+    if not programs:
+        raise InvalidArgument(f"filter, together with its base: larger than {limit} bytes")
+    program = min(programs, key=len)
     either, both = base.flags | profile.flags, base.flags & profile.flags
     return Filter(program, either & seccomp.FLAG_LOG | both & seccomp.FLAG_SPEC_ALLOW)
 
