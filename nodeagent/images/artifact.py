@@ -13,6 +13,7 @@ from nodeagent.images.manifest import Descriptor
 
 SECCOMP = "application/vnd.cncf.seccomp-profile.config.v1+json"
 MAX_PROFILE_BYTES = 1 << 20
+MAX_MANIFEST_BYTES = 1 << 16  # it names two blobs; what is kept of it is paid for by the node
 
 _EMPTY = "application/vnd.oci.empty.v1+json"
 _SHOWN = 100  # of a text of somebody else's, in an error
@@ -32,6 +33,8 @@ def parse_seccomp(data: bytes, media_type: str = "") -> Descriptor:
 
     Raises SecurityProfileInvalid for what is no artifact with one seccomp profile of at most MAX_PROFILE_BYTES.
     """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise SecurityProfileInvalid(f"manifest: longer than {MAX_MANIFEST_BYTES} bytes")
     _check_media_type(media_type.partition(";")[0].strip().lower())
     try:
         found = msgspec.json.decode(data, type=_Manifest)

@@ -52,6 +52,7 @@ def test_what_the_field_pushes(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
+        ({"annotations": {"a": "x" * artifact.MAX_MANIFEST_BYTES}}, "longer than 65536 bytes"),
         ({"schemaVersion": 1}, "not the manifest of an artifact"),
         ({"mediaType": manifest.OCI_INDEX}, f'is of type "{manifest.OCI_INDEX}"'),
         ({"manifests": []}, "not the manifest of an artifact"),
