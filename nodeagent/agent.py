@@ -49,7 +49,7 @@ async def _serve(config: Config) -> None:
                 config.listen,
                 observe=metrics.observe,
                 streaming=streaming,
-                features=_features(config),
+                features=_features(config, node),
                 also=_earlier_socket(config, node),
             )
         )
@@ -105,13 +105,19 @@ def _what(task: "asyncio.Task[object]") -> str:
     return what if name.startswith("Task-") else f"{what}: {name}"
 
 
-def _features(config: Config) -> Features:
+def _features(config: Config, node: Node) -> Features:
     try:
         mapped = check.maps_ids(Path(config.root))
     except OSError as error:
         log.warning("no pod can have a user namespace: %s", error)
         mapped = False
-    return Features(user_namespaces=mapped, user_namespaces_host_network=mapped)
+    return Features(
+        user_namespaces=mapped,
+        user_namespaces_host_network=mapped,
+        cgroup_namespaces=Path("/proc/self/ns/cgroup").exists(),
+        cgroup_mount_mode=node.cgroups.delegates,
+        seccomp_profile_oci=check.compiles_filters(),
+    )
 
 
 def _streaming(node: Node, config: Streaming) -> StreamingServer:

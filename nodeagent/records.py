@@ -48,20 +48,26 @@ class UserNamespace(Config, frozen=True, kw_only=True):
 
 
 class Namespaces(Config, frozen=True, kw_only=True):
-    """target: the container whose PID namespace is joined, where pid is "target"."""
+    """target: the container whose PID namespace is joined, where pid is "target". cgroup: of containers only."""
 
     network: Literal["pod", "node"] = "pod"
     pid: Namespace = "container"
     ipc: Literal["pod", "node"] = "pod"
     target: str = ""
     user: UserNamespace | None = None
+    cgroup: Literal["container", "node"] = "container"
 
 
 class Profile(Config, frozen=True, kw_only=True):
-    """A seccomp or AppArmor profile; ref: absolute path of a seccomp JSON, or a loaded AppArmor profile."""
+    """A seccomp or AppArmor profile.
 
-    kind: Literal["default", "unconfined", "localhost"]
+    ref: absolute path of a seccomp JSON, or a loaded AppArmor profile; for "oci", the reference of an artifact, with
+    digest. base: what an artifact is intersected with, the path of a seccomp JSON; "" is the default profile.
+    """
+
+    kind: Literal["default", "unconfined", "localhost", "oci"]
     ref: str = ""
+    base: str = ""
 
 
 class SELinux(Config, frozen=True, kw_only=True):
@@ -221,6 +227,7 @@ class ContainerConfig(Config, frozen=True, kw_only=True):
     image: what the caller asked for, in this order of trust: image (usually the id), then what the user specified.
     masked_paths, readonly_paths: None is the agent's own choice, empty is none.
     hooks: of CDI specifications, never of a request or an image.
+    cgroup_mount: the default is writable for a privileged container, else read-only.
     """
 
     name: str
@@ -248,6 +255,7 @@ class ContainerConfig(Config, frozen=True, kw_only=True):
     namespaces: Namespaces = Namespaces()
     privileged: bool = False
     readonly_rootfs: bool = False
+    cgroup_mount: Literal["default", "readonly", "writable"] = "default"
     no_new_privs: bool = False
     capabilities: CapabilityChange = CapabilityChange()
     run_as_user: int | None = None
@@ -459,6 +467,27 @@ class ImageHold(Record, frozen=True, kw_only=True):
         return f"{self.holder}/{self.image_id}"
 
 
+# --- security profiles ------------------------------------------------------------------------------------------
+
+
+class StoredProfile(Record, frozen=True, kw_only=True):
+    """A seccomp profile that came as an OCI artifact: its documents are in ``profiles/sha256/``.
+
+    digest: of the manifest, which names it; content: of the JSON; refs: all names that it was asked for by.
+    size_bytes: of both.
+    """
+
+    digest: str
+    content: str
+    refs: tuple[str, ...]
+    size_bytes: int
+    pulled_at: int
+
+    @property
+    def key(self) -> str:
+        return self.digest
+
+
 # --- network ----------------------------------------------------------------------------------------------------
 
 
@@ -511,6 +540,7 @@ KINDS: tuple[type[Record], ...] = (
     Image,
     Layer,
     ImageHold,
+    StoredProfile,
     NodeNetwork,
     Lease,
     HostPort,

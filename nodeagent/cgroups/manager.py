@@ -73,6 +73,12 @@ class Cgroups:
         """What shows a container its own groups."""
         return self._layout.mounts()
 
+    @property
+    def delegates(self) -> bool:
+        """Whether a group that is the root of a namespace bounds whoever manages what is below it (nsdelegate)."""
+        unified = self._layout.unified
+        return self._layout.kind == "v2" and unified is not None and unified.delegates
+
     def parent_path(self, parent: str) -> str:
         """The whole path of a parent that a caller names. Raises InvalidArgument for one that cannot be."""
         return self._names.parent(parent)

@@ -165,6 +165,17 @@ class _Known:
         return tuple(self._layers / chain_id for chain_id in reversed(image.layers))
 
 
+class _Artifacts:
+    """No security profile is read: only a running agent has them."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def read(self, reference: str) -> bytes:
+        self.asked.append(reference)
+        return b""
+
+
 class _Examination:
     def __init__(self, config: Config, places: Places, store: Store) -> None:
         self._config = config
@@ -175,11 +186,13 @@ class _Examination:
             driver=config.cgroup.driver,
             default_parent=config.cgroup.parent or f"/nodeagent-{places.instance}",
         )
+        self._artifacts = _Artifacts()
         self._planner = Planner(
             Registry(store, Events()),
             self._images,
             self._cgroups,
             Profiles(config.seccomp.default_profile),
+            self._artifacts,
             config,
             pods=places.pods,
         )
@@ -267,6 +280,7 @@ class _Examination:
         in_userns = user is not None and user.mode == "pod"
         config = self._cdi.inject(config, userns=in_userns)
         self._images.missing.clear()
+        self._artifacts.asked.clear()
         image = self._images.find(config.image)
         container = Container(
             id=_ID,
@@ -284,6 +298,9 @@ class _Examination:
         plan = self._planner.plan(sandbox, container, image, seen, directory)
         for name in dict.fromkeys(self._images.missing):
             text = f'image "{name}" is not on this node: its user, command, environment, volumes'
+            self._found("not seen", what, text)
+        for name in self._artifacts.asked:
+            text = f'security profile "{name}": whether it is on this node, and what it forbids'
             self._found("not seen", what, text)
         self._look_at_mounts(plan, what)
         self._look_at_rights(config, plan, what)

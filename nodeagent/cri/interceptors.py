@@ -42,6 +42,7 @@ CHANGING = frozenset(
         "ReopenContainerLog",
         "UpdateRuntimeConfig",
         "RemoveImage",
+        "RemoveSecurityProfile",
     }
 )
 

@@ -1,7 +1,8 @@
 """Errors to gRPC status: one table, for every RPC.
 
 The kubelet reads codes and texts: NotFound is success for a stop, DeadlineExceeded is a probe's timeout, and the reason
-of a failed pull is found at the start of the text, but only with code Unknown.
+of a failed pull is found at the start of the text, but only with code Unknown. That a security profile can never be
+used is found there with any code.
 """
 
 import errno
@@ -39,7 +40,8 @@ _UNKNOWN_OF_PULLS = frozenset(
         grpc.StatusCode.DATA_LOSS,
     )
 )
-_REGISTRY_UNAVAILABLE = errors.RegistryUnavailable.__name__
+# Whose name is to be at the start of the text.
+_NAMED = (errors.RegistryUnavailable, errors.SecurityProfileInvalid)
 
 
 def code_of(error: Exception, method: str = "") -> grpc.StatusCode:
@@ -64,8 +66,9 @@ def is_expected(error: Exception) -> bool:
 
 def details_of(error: Exception) -> str:
     text = str(error)
-    if isinstance(error, errors.RegistryUnavailable) and not text.startswith(_REGISTRY_UNAVAILABLE):
-        text = f"{_REGISTRY_UNAVAILABLE}: {text}"
+    for kind in _NAMED:
+        if isinstance(error, kind) and not text.startswith(kind.__name__):
+            text = f"{kind.__name__}: {text}"
     if not isinstance(error, errors.NodeAgentError | OSError):
         text = f"internal error: {type(error).__name__}: {text}"
     return (text or type(error).__name__)[:MAX_DETAILS]

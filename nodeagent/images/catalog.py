@@ -216,7 +216,7 @@ class Images:
         return image
 
     async def _sync(self) -> None:
-        await to_the_end(self._threads, partial(_sync_file_system, self._root))
+        await to_the_end(self._threads, partial(sync_file_system, self._root))
 
     # --- going ---
 
@@ -269,7 +269,8 @@ class Images:
             self._collect()
 
 
-def _sync_file_system(directory: Path) -> None:
+def sync_file_system(directory: Path) -> None:
+    """Return once all that was written to the file system that a directory is on would survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         syscalls.syncfs(descriptor)

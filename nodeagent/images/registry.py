@@ -3,7 +3,7 @@
 Credentials follow no redirect and no challenge but the server's own.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any
@@ -46,8 +46,10 @@ class Endpoint:
         """How far in the server is, as far as it has been asked."""
         return self._client.scope
 
-    async def manifest(self, version: str) -> tuple[bytes, str]:
-        """The document that a tag or a digest names, and its media type. Raises as `parse_manifest`, and `DataLoss`."""
+    async def manifest(
+        self, version: str, parse: Callable[[bytes, str], object] = manifest.parse_manifest
+    ) -> tuple[bytes, str]:
+        """The document that a tag or a digest names, and its media type. Raises as `parse`, and `DataLoss`."""
         url = self._url("manifests", version)
         async with self._get(url, {"Accept": manifest.ACCEPT}) as response:
             data = await read_bounded(response, manifest.MAX_DOCUMENT_BYTES)
@@ -55,7 +57,7 @@ class Endpoint:
             # Here, where the answer of another server becomes no error's text.
             if is_digest(version) and manifest.digest(data) != version:
                 raise DataLoss(f"{self.host.root}: {version} is another document there")
-            manifest.parse_manifest(data, media_type)
+            parse(data, media_type)
             return data, media_type
 
     async def blob(self, descriptor: Descriptor, offset: int) -> AsyncGenerator[bytes]:

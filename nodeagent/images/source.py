@@ -99,10 +99,12 @@ class Source:
         """Where a blob is fetched from, in this order."""
         return (*(descriptor.urls or ()), *(puller.host.root for puller in self._pullers))
 
-    async def manifest(self, version: str) -> tuple[bytes, str]:
-        """The document of a tag or a digest, and its media type."""
+    async def manifest(
+        self, version: str, parse: Callable[[bytes, str], object] = manifest.parse_manifest
+    ) -> tuple[bytes, str]:
+        """The document of a tag or a digest, and its media type; parse: refuses what it cannot be."""
         endpoints = self._pullers if is_digest(version) else self._resolvers
-        return await self._first(endpoints, lambda endpoint: endpoint.manifest(version))
+        return await self._first(endpoints, lambda endpoint: endpoint.manifest(version, parse))
 
     async def document(self, descriptor: Descriptor) -> bytes:
         """A small blob, verified."""

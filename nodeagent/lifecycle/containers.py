@@ -5,6 +5,7 @@ exists, and goes after they are gone.
 """
 
 import asyncio
+import base64
 import json
 import logging
 import os
@@ -30,7 +31,7 @@ from nodeagent.errors import (
     Unavailable,
 )
 from nodeagent.images.catalog import Images
-from nodeagent.lifecycle import bundle, execs, oomkill, oomscore, process
+from nodeagent.lifecycle import bundle, cgroupmounts, execs, oomkill, oomscore, process
 from nodeagent.lifecycle.cdi import Cdi
 from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.handover import handover
@@ -39,6 +40,7 @@ from nodeagent.lifecycle.registry import Registry
 from nodeagent.lifecycle.supervision import Supervision, pauses
 from nodeagent.lifecycle.trash import Trash
 from nodeagent.records import Container, ContainerConfig, Image, Resources, Sandbox
+from nodeagent.sandbox import seccomp_effective
 from nodeagent.sandbox.client import Supervisor
 from nodeagent.sandbox.spec import ContainerPlan
 
@@ -89,14 +91,18 @@ class Containers:
         return self._registry.visible_containers()
 
     def verbose(self, name: str) -> dict[str, Any]:
-        """The plan that its supervisor executed, without the seccomp program; empty when that is gone."""
+        """The plan that its supervisor executed; empty when that is gone.
+
+        Of the seccomp program it says what that does: names of system calls by the action.
+        """
         container = self._registry.container(name)
         try:
             data = (self._directory / container.id / "plan.json").read_bytes()
         except FileNotFoundError:
             return {}
         plan: dict[str, Any] = msgspec.json.decode(data)
-        plan["process"]["seccomp"] = bool(plan["process"]["seccomp"])
+        program = base64.b64decode(plan["process"]["seccomp"])
+        plan["process"]["seccomp"] = seccomp_effective.describe(program)
         plan.get("hooks", {}).pop("config", None)  # the same again, in other words
         return plan
 
@@ -177,6 +183,8 @@ class Containers:
             group.apply(quota)
         self._warn(made.warnings)
         identity = made.identity
+        if cgroupmounts.is_delegated(container.config):
+            group.delegate(_uid_on_node(sandbox, identity["uid"]))
         self._registry.save(
             msgspec.structs.replace(
                 container,
@@ -497,6 +505,12 @@ def total(resources: Resources, overhead: Resources) -> Resources:
         name: limit + max(0, more[name]) for name in more if (limit := getattr(resources, name)) > 0
     }
     return msgspec.structs.replace(resources, **added)
+
+
+def _uid_on_node(sandbox: Sandbox, uid: int) -> int:
+    """Who a user of a container is outside of it."""
+    user = sandbox.config.namespaces.user
+    return user.uids[0].outside + uid if user is not None and user.mode == "pod" else uid
 
 
 def _uninterruptible(pid: int) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
 from nodeagent.images.catalog import Images, Limits
+from nodeagent.images.profiles import SecurityProfiles
 from nodeagent.lifecycle import apparmor, privatemount
 from nodeagent.lifecycle.cdi import Cdi
 from nodeagent.lifecycle.containers import Containers
@@ -24,7 +25,7 @@ from nodeagent.lifecycle.health import Health
 from nodeagent.lifecycle.launchers import Launchers
 from nodeagent.lifecycle.places import Places
 from nodeagent.lifecycle.plan import Planner
-from nodeagent.lifecycle.profiles import Profiles
+from nodeagent.lifecycle.profiles import Profiles, check_artifact
 from nodeagent.lifecycle.recovery import Recovery
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.lifecycle.sandboxes import Sandboxes
@@ -62,6 +63,7 @@ class Node:
     sandboxes: Sandboxes
     containers: Containers
     images: Images
+    artifacts: SecurityProfiles
     stats: Stats
     events: Events
     sessions: Sessions
@@ -137,13 +139,23 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
         stack.enter_context(privatemount.mounted(places.pods))
         await asyncio.to_thread(apparmor.prepare)
         store, images = await stack.enter_async_context(open_images(config, places))
+        artifacts = await SecurityProfiles.open(
+            root=places.root,
+            store=store,
+            hosts_dir=Path(config.certs_dir),
+            check=check_artifact,
+            private_redirects=config.images.private_redirects,
+        )
+        stack.push_async_callback(artifacts.close)
         cgroups = Cgroups.open(
             driver=config.cgroup.driver,
             default_parent=config.cgroup.parent or f"/nodeagent-{places.instance}",
         )
         network = await Network.start(config=config.network, store=store, instance=places.instance)
         launchers = Launchers(partial(_launcher, cgroups, places))
-        node = _assemble(config, places, profiles, store, images, cgroups, network, launchers)
+        node = _assemble(
+            config, places, profiles, store, images, artifacts, cgroups, network, launchers
+        )
         node.trash.start()
         stack.push_async_callback(node.trash.close)
         stack.push_async_callback(node.supervision.close)
@@ -162,6 +174,7 @@ def _assemble(
     profiles: Profiles,
     store: Store,
     images: Images,
+    artifacts: SecurityProfiles,
     cgroups: Cgroups,
     network: Network,
     launchers: Launchers,
@@ -175,7 +188,7 @@ def _assemble(
         supervision=supervision,
         images=images,
         cgroups=cgroups,
-        planner=Planner(registry, images, cgroups, profiles, config, pods=places.pods),
+        planner=Planner(registry, images, cgroups, profiles, artifacts, config, pods=places.pods),
         cdi=Cdi([Path(each) for each in config.cdi.directories], config.cdi.hook_programs),
         trash=trash,
         directory=places.containers,
@@ -198,6 +211,7 @@ def _assemble(
         sandboxes=sandboxes,
         containers=containers,
         images=images,
+        artifacts=artifacts,
         stats=Stats(registry, containers, network, places.containers),
         events=events,
         sessions=Sessions(registry, containers, supervision),

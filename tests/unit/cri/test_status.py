@@ -26,6 +26,7 @@ C = grpc.StatusCode
         (errors.DataLoss("x"), C.DATA_LOSS, "x"),
         (errors.RegistryUnavailable("x"), C.UNKNOWN, "RegistryUnavailable: x"),
         (errors.RegistryUnavailable("RegistryUnavailable: x"), C.UNKNOWN, "RegistryUnavailable: x"),
+        (errors.SecurityProfileInvalid("x"), C.INVALID_ARGUMENT, "SecurityProfileInvalid: x"),
         (TimeoutError("x"), C.DEADLINE_EXCEEDED, "x"),
         (TimeoutError(), C.DEADLINE_EXCEEDED, "TimeoutError"),
         (OSError(errno.ENOSPC, "full", "/f"), C.RESOURCE_EXHAUSTED, "[Errno 28] full: '/f'"),

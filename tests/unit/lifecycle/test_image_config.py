@@ -48,9 +48,12 @@ class Recording:
 def planner() -> Planner:
     """Of a node without images, profiles and hierarchies."""
     none: Any = SimpleNamespace(
-        lower_dirs=lambda _image: (), mounts=lambda: (), selinux=lambda _config: ""
+        lower_dirs=lambda _image: (),
+        mounts=lambda: (),
+        delegates=False,
+        selinux=lambda _config: "",
     )
-    return Planner(none, none, none, none, Config(), pods=Path("/pods"))
+    return Planner(none, none, none, none, none, Config(), pods=Path("/pods"))
 
 
 def plan_of(image: Image) -> None:

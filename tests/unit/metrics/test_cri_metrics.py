@@ -84,7 +84,7 @@ async def test_what_the_kernel_does_not_account_is_zero() -> None:
 async def test_some_values() -> None:
     found = await values(await running_pod())
     wanted = {
-        "container_cpu_usage_seconds_total": 2,
+        "container_cpu_usage_seconds_total": 2.5,
         "container_memory_working_set_bytes": 800,
         "container_memory_failcnt": 23,
         "container_memory_total_active_file_bytes": 400,
