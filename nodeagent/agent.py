@@ -49,13 +49,26 @@ async def _serve(config: Config) -> None:
                 config.listen,
                 observe=metrics.observe,
                 streaming=streaming,
-                features=_features(config),
+                features=_features(config, node),
+                also=_earlier_socket(config, node),
             )
         )
         log.info("serving CRI v1 on %s", config.listen)
         notify("READY=1")
         await stop.wait()
         notify("STOPPING=1")
+
+
+def _earlier_socket(config: Config, node: Node) -> str:
+    """Where the first versions served the CRI, while pods of theirs run: the kubelet may not know of another place yet.
+
+    "" where there is none.
+    """
+    if not node.places.is_earlier or config.listen != Config().listen:
+        return ""
+    socket_path = f"unix://{node.places.home}/nodeagent.sock"
+    log.warning("serving CRI v1 on %s too, until there is no pod: change what uses it", socket_path)
+    return socket_path
 
 
 def _end_on_signals(stop: asyncio.Event) -> None:
@@ -92,13 +105,19 @@ def _what(task: "asyncio.Task[object]") -> str:
     return what if name.startswith("Task-") else f"{what}: {name}"
 
 
-def _features(config: Config) -> Features:
+def _features(config: Config, node: Node) -> Features:
     try:
         mapped = check.maps_ids(Path(config.root))
     except OSError as error:
         log.warning("no pod can have a user namespace: %s", error)
         mapped = False
-    return Features(user_namespaces=mapped, user_namespaces_host_network=mapped)
+    return Features(
+        user_namespaces=mapped,
+        user_namespaces_host_network=mapped,
+        cgroup_namespaces=Path("/proc/self/ns/cgroup").exists(),
+        cgroup_mount_mode=node.cgroups.delegates,
+        seccomp_profile_oci=check.compiles_filters(),
+    )
 
 
 def _streaming(node: Node, config: Streaming) -> StreamingServer:

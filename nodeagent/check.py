@@ -10,7 +10,7 @@ from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
 from nodeagent.errors import NodeAgentError
 from nodeagent.lifecycle import apparmor
-from nodeagent.linux import capabilities, mounts, syscalls, userns
+from nodeagent.linux import capabilities, libseccomp, mounts, syscalls, userns
 from nodeagent.linux.userns import Extent
 from nodeagent.net import nftables
 from nodeagent.net.declared import Declaration
@@ -101,7 +101,8 @@ def _delegation(cgroups: Cgroups) -> list[Feature]:
             name="cgroup2 with nsdelegate",
             present="nsdelegate" in mount.options.split(","),
             needed=False,
-            loss="containers that mount their own cgroup can lift its limits, up to their pod's",
+            loss="containers that mount their own cgroup can lift its limits, up to their pod's;"
+            " none gets groups to manage (cgroup_mount_mode)",
         )
     ]
 
@@ -187,6 +188,14 @@ def _has_seccomp() -> bool:
     return "errno" in _read("/proc/sys/kernel/seccomp/actions_avail").split()
 
 
+def compiles_filters() -> bool:
+    """Whether seccomp profiles can be compiled, and the kernel takes the result."""
+    try:
+        return libseccomp.number_of("read") is not None and _has_seccomp()
+    except OSError:
+        return False
+
+
 def maps_ids(root: Path) -> bool:
     """Whether pods may have user namespaces: the layers below `root` are to be seen through their mappings.
 
@@ -204,6 +213,14 @@ def maps_ids(root: Path) -> bool:
     finally:
         os.close(made)
     return kernel_version(os.uname().release) >= MAPPED_LAYERS_KERNEL
+
+
+def forwards_ports() -> bool:
+    """Whether the kernel can publish ports of pods on the node."""
+    try:
+        return _takes(_HOST_PORTS)
+    except OSError:
+        return False
 
 
 def _takes(declaration: Declaration) -> bool:

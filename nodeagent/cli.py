@@ -58,6 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     serve.set_defaults(run=_serve)
 
     verb = verbs.add_parser("check", parents=[common], help="what this machine offers")
+    verb.add_argument(
+        "--pod",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="instead, what this node would refuse or skip of a pod: JSON of a sandbox and of containers, "
+        'as crictl takes them, or {"sandbox": …, "containers": […]}',
+    )
     verb.set_defaults(run=_check)
     verb = verbs.add_parser("config", parents=[common], help="print the effective configuration")
     verb.add_argument(
@@ -96,10 +104,24 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    if options.pod:
+        return _check_pod(options)
     features = check.features(_configuration(options))
     for feature in features:
         print(feature)
     return 0 if all(feature.present for feature in features if feature.needed) else 1
+
+
+def _check_pod(options: argparse.Namespace) -> int:
+    """Exit status 1 where something is refused."""
+    from nodeagent.cri import examination  # with protobuf, which the other verbs need not wait for
+
+    findings = examination.examine(_configuration(options), examination.load(options.pod))
+    for finding in findings:
+        print(finding)
+    refused = sum(finding.outcome == "refused" for finding in findings)
+    print("nothing is refused" if not refused else f"{refused} refused")
+    return 1 if refused else 0
 
 
 def _config(options: argparse.Namespace) -> int:

@@ -19,6 +19,25 @@ from nodeagent.errors import InvalidArgument
 DEFAULT_PATH = Path("/etc/nodeagent/config.toml")
 SOCKET_PATH_BYTES = 107
 
+# Not /run/nodeagent, which the first versions had: Calico and old versions of Istio mount /var/run/nodeagent into their
+# pods, for a socket of their own, and would find ours there.
+DEFAULT_STATE = "/run/nodeagent-cri"
+
+# Where packages, the GPU operator's toolkit container and the driver for dynamic resource allocation put what the
+# specifications of NVIDIA's toolkit have as their hooks, under its newer and its older name.
+HOOK_PROGRAMS = tuple(
+    f"{directory}/{name}"
+    for directory in (
+        "/usr/bin",
+        "/usr/local/bin",
+        "/usr/local/nvidia/toolkit",
+        "/run/nvidia/toolkit",
+        "/var/lib/kubelet/plugins/gpu.nvidia.com",
+        "/var/lib/kubelet/plugins/compute-domain.nvidia.com",
+    )
+    for name in ("nvidia-cdi-hook", "nvidia-ctk")
+)
+
 Document = Mapping[str, Any]
 Key = tuple[str, ...]
 Seconds = Annotated[int, Meta(ge=1, le=86_400)]
@@ -124,13 +143,32 @@ class Seccomp(Table, frozen=True, kw_only=True):
     ] = ""
 
 
+class Cdi(Table, frozen=True, kw_only=True):
+    directories: Annotated[
+        tuple[str, ...], doc("of CDI specifications; a later one has priority over an earlier one")
+    ] = ("/etc/cdi", "/var/run/cdi")
+    hook_programs: Annotated[
+        tuple[str, ...],
+        doc("paths of the programs that hooks of CDI specifications may run; others are refused"),
+    ] = HOOK_PROGRAMS
+    hook_timeout_seconds: Annotated[
+        int, Meta(ge=1, le=3_600), doc("of a hook; one that takes longer is killed, and has failed")
+    ] = 60
+
+
 class Config(Table, frozen=True, kw_only=True):
     root: Annotated[str, doc("images, containers and the database")] = "/var/lib/nodeagent"
-    state: Annotated[str, doc("sockets and what ends with a reboot")] = "/run/nodeagent"
-    listen: Annotated[str, doc("the CRI endpoint")] = "unix:///run/nodeagent/nodeagent.sock"
+    state: Annotated[str, doc("sockets and what ends with a reboot")] = DEFAULT_STATE
+    listen: Annotated[str, doc("the CRI endpoint")] = f"unix://{DEFAULT_STATE}/nodeagent.sock"
     metrics: Annotated[str, doc("ADDRESS:PORT of the Prometheus endpoint; empty: none")] = ""
     certs_dir: Annotated[str, doc("registry hosts, <host>/hosts.toml")] = "/etc/nodeagent/certs.d"
     handlers: Annotated[tuple[str, ...], doc('names of RuntimeClass handlers, besides ""')] = ()
+    absent_mount_sources_to_reject: Annotated[
+        tuple[str, ...],
+        doc(
+            "host paths that are not made as directories where they are absent: a mount is refused"
+        ),
+    ] = ()
     slots: Annotated[
         int, Meta(ge=0, le=256), doc("pods prepared ahead, so that they start fast")
     ] = 4
@@ -142,6 +180,7 @@ class Config(Table, frozen=True, kw_only=True):
     log: Log = Log()
     container_logs: ContainerLogs = ContainerLogs()
     seccomp: Seccomp = Seccomp()
+    cdi: Cdi = Cdi()
 
 
 # --- loading --------------------------------------------------------------------------------------------------------
@@ -336,6 +375,10 @@ def _optional_rlimit(value: str) -> str:
     return ""
 
 
+def _directories(value: tuple[str, ...]) -> str:
+    return next(filter(None, map(_directory, value)), "")
+
+
 def _handlers(value: tuple[str, ...]) -> str:
     valid = all(name and name.replace("-", "").replace(".", "").isalnum() for name in value)
     return "" if valid else "names have letters, digits, - and ."
@@ -348,6 +391,9 @@ _CHECKS: dict[Key, Callable[[Any], str]] = {
     ("metrics",): _optional_address,
     ("certs_dir",): _directory,
     ("handlers",): _handlers,
+    ("absent_mount_sources_to_reject",): _directories,
+    ("cdi", "directories"): _directories,
+    ("cdi", "hook_programs"): _directories,
     ("streaming", "address"): _address,
     ("streaming", "tls_cert"): _file,
     ("streaming", "tls_key"): _file,

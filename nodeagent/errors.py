@@ -4,6 +4,7 @@
 
     NodeAgentError
     ├── InvalidArgument        a field of the request is malformed
+    │   └── SecurityProfileInvalid
     ├── NotFound               the named object does not exist
     ├── AlreadyExists          another object holds the name
     ├── FailedPrecondition     the object is in a state that forbids the request
@@ -26,6 +27,10 @@ class NodeAgentError(Exception):
 
 class InvalidArgument(NodeAgentError):
     """A field of the request is malformed; the text names the field."""
+
+
+class SecurityProfileInvalid(InvalidArgument):
+    """A security profile can never be used; the kubelet looks for this name at the start of the text, and gives up."""
 
 
 class NotFound(NodeAgentError):

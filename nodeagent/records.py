@@ -48,20 +48,26 @@ class UserNamespace(Config, frozen=True, kw_only=True):
 
 
 class Namespaces(Config, frozen=True, kw_only=True):
-    """target: the container whose PID namespace is joined, where pid is "target"."""
+    """target: the container whose PID namespace is joined, where pid is "target". cgroup: of containers only."""
 
     network: Literal["pod", "node"] = "pod"
     pid: Namespace = "container"
     ipc: Literal["pod", "node"] = "pod"
     target: str = ""
     user: UserNamespace | None = None
+    cgroup: Literal["container", "node"] = "container"
 
 
 class Profile(Config, frozen=True, kw_only=True):
-    """A seccomp or AppArmor profile; ref: absolute path of a seccomp JSON, or a loaded AppArmor profile."""
+    """A seccomp or AppArmor profile.
 
-    kind: Literal["default", "unconfined", "localhost"]
+    ref: absolute path of a seccomp JSON, or a loaded AppArmor profile; for "oci", the reference of an artifact, with
+    digest. base: what an artifact is intersected with, the path of a seccomp JSON; "" is the default profile.
+    """
+
+    kind: Literal["default", "unconfined", "localhost", "oci"]
     ref: str = ""
+    base: str = ""
 
 
 class SELinux(Config, frozen=True, kw_only=True):
@@ -150,7 +156,10 @@ class SandboxConfig(Config, frozen=True, kw_only=True):
 
 
 class MountConfig(Config, frozen=True, kw_only=True):
-    """image: for an image volume, what PullImage returned; then host_path is empty. options: noexec, nodev, nosuid."""
+    """image: for an image volume, what PullImage returned; then host_path is empty. options: noexec, nodev, nosuid.
+
+    must_exist: a host path that is absent is an error, and not made: the mount is of a CDI specification.
+    """
 
     container_path: str
     host_path: str = ""
@@ -166,10 +175,14 @@ class MountConfig(Config, frozen=True, kw_only=True):
     image_runtime_handler: str = ""
     image_sub_path: str = ""
     options: tuple[str, ...] = ()
+    must_exist: bool = False
 
 
 class DeviceConfig(Config, frozen=True, kw_only=True):
-    """permissions: any of r, w, m. mode, uid and gid: of the node in the container; None is as on the node."""
+    """permissions: any of r, w, m. mode, uid and gid: of the node in the container; None is as on the node.
+
+    type, major, minor: of a CDI specification that has them; the node is not asked then.
+    """
 
     container_path: str
     host_path: str
@@ -177,6 +190,27 @@ class DeviceConfig(Config, frozen=True, kw_only=True):
     mode: int | None = None
     uid: int | None = None
     gid: int | None = None
+    type: Literal["", "b", "c"] = ""
+    major: int = 0
+    minor: int = 0
+
+
+HookStage = Literal[
+    "prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"
+]
+
+
+class HookConfig(Config, frozen=True, kw_only=True):
+    """A program of the node that is run at a stage of the container's life (OCI runtime specification, "POSIX-platform
+    Hooks"). timeout_s 0: the hook has none of its own. source: the CDI specification that asks for it.
+    """
+
+    stage: HookStage
+    path: str
+    args: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    timeout_s: int = 0
+    source: str
 
 
 class CapabilityChange(Config, frozen=True, kw_only=True):
@@ -192,6 +226,8 @@ class ContainerConfig(Config, frozen=True, kw_only=True):
 
     image: what the caller asked for, in this order of trust: image (usually the id), then what the user specified.
     masked_paths, readonly_paths: None is the agent's own choice, empty is none.
+    hooks: of CDI specifications, never of a request or an image.
+    cgroup_mount: the default is writable for a privileged container, else read-only.
     """
 
     name: str
@@ -207,6 +243,7 @@ class ContainerConfig(Config, frozen=True, kw_only=True):
     mounts: tuple[MountConfig, ...] = ()
     devices: tuple[DeviceConfig, ...] = ()
     cdi_devices: tuple[str, ...] = ()
+    hooks: tuple[HookConfig, ...] = ()
     labels: Labels = {}
     annotations: Labels = {}
     log_path: str = ""
@@ -218,6 +255,7 @@ class ContainerConfig(Config, frozen=True, kw_only=True):
     namespaces: Namespaces = Namespaces()
     privileged: bool = False
     readonly_rootfs: bool = False
+    cgroup_mount: Literal["default", "readonly", "writable"] = "default"
     no_new_privs: bool = False
     capabilities: CapabilityChange = CapabilityChange()
     run_as_user: int | None = None
@@ -429,6 +467,27 @@ class ImageHold(Record, frozen=True, kw_only=True):
         return f"{self.holder}/{self.image_id}"
 
 
+# --- security profiles ------------------------------------------------------------------------------------------
+
+
+class StoredProfile(Record, frozen=True, kw_only=True):
+    """A seccomp profile that came as an OCI artifact: its documents are in ``profiles/sha256/``.
+
+    digest: of the manifest, which names it; content: of the JSON; refs: all names that it was asked for by.
+    size_bytes: of both.
+    """
+
+    digest: str
+    content: str
+    refs: tuple[str, ...]
+    size_bytes: int
+    pulled_at: int
+
+    @property
+    def key(self) -> str:
+        return self.digest
+
+
 # --- network ----------------------------------------------------------------------------------------------------
 
 
@@ -481,6 +540,7 @@ KINDS: tuple[type[Record], ...] = (
     Image,
     Layer,
     ImageHold,
+    StoredProfile,
     NodeNetwork,
     Lease,
     HostPort,

@@ -21,7 +21,7 @@ from typing import Self, TypeVar
 import msgspec
 
 from nodeagent import files
-from nodeagent.errors import DataLoss, ResourceExhausted
+from nodeagent.errors import DataLoss, NodeAgentError, ResourceExhausted
 from nodeagent.records import KINDS, Record
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 
 _MODE = 0o600
+# Others hold the database: who reads it for a moment, a backup for one.
+_PASSING = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _ROOM_BYTES = 512 << 10
 _RESERVE_BYTES = 4 * _ROOM_BYTES
 
@@ -41,6 +43,7 @@ class Store:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._db = connection
         self._depth = 0
+        self._trouble = ""
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -103,10 +106,20 @@ class Store:
                     raise
                 self._reuse_log()
                 self._db.execute(statement, parameters)
+            self._trouble = ""
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
                 raise ResourceExhausted(f"state.db: {error}") from error
+            if error.sqlite_errorcode not in _PASSING:
+                self._trouble = f"state.db: {error}"
             raise OSError(errno.EIO, f"state.db: {error}") from error
+
+    def trouble(self) -> str:
+        """Why nothing can be written; "" where it can be, or there is no room. Only after a failure it tries again."""
+        if self._trouble and not self._depth:
+            with suppress(NodeAgentError, OSError), self.transaction():
+                self._write(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        return self._trouble
 
     def _reuse_log(self) -> None:
         """Have the log written from its beginning again, where it has room."""

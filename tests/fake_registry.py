@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -87,9 +87,12 @@ async def serving(
         await runner.cleanup()
 
 
-async def send_part(request: web.Request, data: bytes, size: int) -> web.StreamResponse:
+async def send_part(
+    request: web.Request, data: bytes, size: int, headers: Mapping[str, str] | None = None
+) -> web.StreamResponse:
     """Announce all of the data, send some of it."""
-    response = web.StreamResponse(headers={"Content-Length": str(len(data))})
+    response = web.StreamResponse(headers=headers)
+    response.content_length = len(data)
     await response.prepare(request)
     await response.write(data[:size])
     return response

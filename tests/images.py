@@ -83,6 +83,13 @@ class Tree:
         raw = data.encode() if isinstance(data, str) else data
         return self._add(path, tarfile.REGTYPE, data=raw, mode=mode)
 
+    def capable(self, path: str, data: bytes, capability: bytes) -> Tree:
+        """A program with file capabilities: the value of its security.capability (capabilities(7))."""
+        self.file(path, data, 0o755)
+        value = capability.decode("utf-8", "surrogateescape")
+        self._entries[path][0].pax_headers = {"SCHILY.xattr.security.capability": value}
+        return self
+
     def hard_link(self, path: str, target: str) -> Tree:
         return self._add(path, tarfile.LNKTYPE, target=target, mode=0o755)
 
@@ -99,7 +106,9 @@ class Tree:
 
     def tar(self) -> bytes:
         raw = io.BytesIO()
-        with tarfile.open(fileobj=raw, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        extended = any(info.pax_headers for info, _ in self._entries.values())
+        kind = tarfile.PAX_FORMAT if extended else tarfile.GNU_FORMAT
+        with tarfile.open(fileobj=raw, mode="w", format=kind) as archive:
             for info, data in sorted(self._entries.values(), key=_extraction_order):
                 archive.addfile(info, io.BytesIO(data))
         return raw.getvalue()

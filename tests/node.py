@@ -117,7 +117,7 @@ class RunningAgent:
             self._channel = None
         if self._process is None:
             return 0
-        os.kill(self._process.pid, number)
+        os.kill(self.pid, number)
         code = self._process.wait(timeout=PATIENCE_SECONDS)
         self._process = None
         return code

@@ -1724,6 +1724,21 @@ class ImageServiceStub:
                 request_serializer=nodeagent_dot_api_dot_runtime__pb2.PullImageRequest.SerializeToString,
                 response_deserializer=nodeagent_dot_api_dot_runtime__pb2.PullImageResponse.FromString,
                 _registered_method=True)
+        self.PullSecurityProfile = channel.unary_unary(
+                '/runtime.v1.ImageService/PullSecurityProfile',
+                request_serializer=nodeagent_dot_api_dot_runtime__pb2.PullSecurityProfileRequest.SerializeToString,
+                response_deserializer=nodeagent_dot_api_dot_runtime__pb2.PullSecurityProfileResponse.FromString,
+                _registered_method=True)
+        self.ListSecurityProfiles = channel.unary_unary(
+                '/runtime.v1.ImageService/ListSecurityProfiles',
+                request_serializer=nodeagent_dot_api_dot_runtime__pb2.ListSecurityProfilesRequest.SerializeToString,
+                response_deserializer=nodeagent_dot_api_dot_runtime__pb2.ListSecurityProfilesResponse.FromString,
+                _registered_method=True)
+        self.RemoveSecurityProfile = channel.unary_unary(
+                '/runtime.v1.ImageService/RemoveSecurityProfile',
+                request_serializer=nodeagent_dot_api_dot_runtime__pb2.RemoveSecurityProfileRequest.SerializeToString,
+                response_deserializer=nodeagent_dot_api_dot_runtime__pb2.RemoveSecurityProfileResponse.FromString,
+                _registered_method=True)
         self.RemoveImage = channel.unary_unary(
                 '/runtime.v1.ImageService/RemoveImage',
                 request_serializer=nodeagent_dot_api_dot_runtime__pb2.RemoveImageRequest.SerializeToString,
@@ -1770,6 +1785,28 @@ class ImageServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PullSecurityProfile(self, request, context):
+        """Fetches a security profile that is an OCI artifact, named by its digest. What is here already is
+        not asked for again. Profiles are no images: no call about images knows them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSecurityProfiles(self, request, context):
+        """Lists the security profiles that are here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveSecurityProfile(self, request, context):
+        """Removes a security profile; an absent one is success. Containers that run with it keep it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RemoveImage(self, request, context):
         """Removes an image with all its tags and digests. It is gone from lists at once; an absent image
         is success.
@@ -1807,6 +1844,21 @@ def add_ImageServiceServicer_to_server(servicer, server):
                     servicer.PullImage,
                     request_deserializer=nodeagent_dot_api_dot_runtime__pb2.PullImageRequest.FromString,
                     response_serializer=nodeagent_dot_api_dot_runtime__pb2.PullImageResponse.SerializeToString,
+            ),
+            'PullSecurityProfile': grpc.unary_unary_rpc_method_handler(
+                    servicer.PullSecurityProfile,
+                    request_deserializer=nodeagent_dot_api_dot_runtime__pb2.PullSecurityProfileRequest.FromString,
+                    response_serializer=nodeagent_dot_api_dot_runtime__pb2.PullSecurityProfileResponse.SerializeToString,
+            ),
+            'ListSecurityProfiles': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSecurityProfiles,
+                    request_deserializer=nodeagent_dot_api_dot_runtime__pb2.ListSecurityProfilesRequest.FromString,
+                    response_serializer=nodeagent_dot_api_dot_runtime__pb2.ListSecurityProfilesResponse.SerializeToString,
+            ),
+            'RemoveSecurityProfile': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveSecurityProfile,
+                    request_deserializer=nodeagent_dot_api_dot_runtime__pb2.RemoveSecurityProfileRequest.FromString,
+                    response_serializer=nodeagent_dot_api_dot_runtime__pb2.RemoveSecurityProfileResponse.SerializeToString,
             ),
             'RemoveImage': grpc.unary_unary_rpc_method_handler(
                     servicer.RemoveImage,
@@ -1928,6 +1980,87 @@ class ImageService:
             '/runtime.v1.ImageService/PullImage',
             nodeagent_dot_api_dot_runtime__pb2.PullImageRequest.SerializeToString,
             nodeagent_dot_api_dot_runtime__pb2.PullImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PullSecurityProfile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/runtime.v1.ImageService/PullSecurityProfile',
+            nodeagent_dot_api_dot_runtime__pb2.PullSecurityProfileRequest.SerializeToString,
+            nodeagent_dot_api_dot_runtime__pb2.PullSecurityProfileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSecurityProfiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/runtime.v1.ImageService/ListSecurityProfiles',
+            nodeagent_dot_api_dot_runtime__pb2.ListSecurityProfilesRequest.SerializeToString,
+            nodeagent_dot_api_dot_runtime__pb2.ListSecurityProfilesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveSecurityProfile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/runtime.v1.ImageService/RemoveSecurityProfile',
+            nodeagent_dot_api_dot_runtime__pb2.RemoveSecurityProfileRequest.SerializeToString,
+            nodeagent_dot_api_dot_runtime__pb2.RemoveSecurityProfileResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -101,6 +101,11 @@ class Cgroup:
         self._require_own()
         self._version.set_devices(ControlFiles(_directories(self._layout, self._fence)), rules)
 
+    def delegate(self, uid: int) -> None:
+        """Let a user of the node manage the groups below this one: v2 only, see `v2.delegate`."""
+        self._require_own()
+        v2.delegate(self._tracking.directory(self.path), uid)
+
     # --- processes ---
 
     def join_fds(self) -> list[int]:

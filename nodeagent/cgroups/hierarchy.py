@@ -43,6 +43,10 @@ class Hierarchy:
     def directory(self, path: str) -> str:
         return self.mount + path
 
+    @property
+    def delegates(self) -> bool:
+        return "nsdelegate" in self.options.split(",")
+
     def container_mount(self) -> ContainerMount:
         name = os.path.basename(self.mount)
         links = tuple(sorted(self.controllers - {name})) if "," in name else ()

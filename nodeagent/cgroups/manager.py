@@ -4,6 +4,7 @@ import os
 from typing import Literal, Protocol
 
 from nodeagent.cgroups import hierarchy, limits, paths, systemd, tree
+from nodeagent.cgroups.covering import Watched
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.hierarchy import ContainerMount, Layout
 from nodeagent.errors import NotFound, Unsupported
@@ -29,6 +30,7 @@ class Cgroups:
     def __init__(self, layout: Layout, *, driver: Driver, default_parent: str) -> None:
         self.driver: Driver = driver
         self._layout = layout
+        self._watched = [Watched(hierarchy) for hierarchy in layout.hierarchies]
         self._names: Names = systemd if driver == "systemd" else paths
         self.default_parent = paths.check(default_parent)
         if driver == "systemd":
@@ -63,9 +65,19 @@ class Cgroups:
         """By their kernel names: io is blkio on v1, and cpuacct and devices are controllers of v1 alone."""
         return self._layout.controllers
 
+    def covered(self) -> str:
+        """The mount point of a hierarchy that another mount covers, "" where none is. May block, where that does."""
+        return next((root.mount for root in self._watched if root.is_covered()), "")
+
     def mounts(self) -> tuple[ContainerMount, ...]:
         """What shows a container its own groups."""
         return self._layout.mounts()
+
+    @property
+    def delegates(self) -> bool:
+        """Whether a group that is the root of a namespace bounds whoever manages what is below it (nsdelegate)."""
+        unified = self._layout.unified
+        return self._layout.kind == "v2" and unified is not None and unified.delegates
 
     def parent_path(self, parent: str) -> str:
         """The whole path of a parent that a caller names. Raises InvalidArgument for one that cannot be."""

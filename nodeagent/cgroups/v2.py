@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 
 from nodeagent.cgroups import convert, devices, parse, tree
 from nodeagent.cgroups.control import ControlFiles, Setting
@@ -31,6 +32,7 @@ HUGETLB_MAX = "hugetlb.{}.max"
 HUGETLB_RESERVATION_MAX = "hugetlb.{}.rsvd.max"
 HUGETLB_CURRENT = "hugetlb.{}.current"
 IO_STAT = "io.stat"
+DELEGATE = "/sys/kernel/cgroup/delegate"
 SUBTREE_CONTROL = "cgroup.subtree_control"
 MAX_DESCENDANTS = "cgroup.max.descendants"
 
@@ -178,6 +180,22 @@ def limit_descendants(directory: str) -> None:
     """
     with open(f"{directory}/{MAX_DESCENDANTS}", "w", encoding="ascii") as file:
         file.write(str(DESCENDANTS))
+
+
+def delegate(directory: str, uid: int) -> None:
+    """Give a group and what the kernel names as safe in it to a user (cgroup-v2.rst, "Model of Delegation").
+
+    Its limits stay the node's: they are not among these files.
+    """
+    try:
+        with open(DELEGATE, encoding="ascii") as file:
+            names = file.read().split()
+    except FileNotFoundError:
+        names = ["cgroup.procs", "cgroup.threads", SUBTREE_CONTROL]
+    os.chown(directory, uid, -1)
+    for name in names:
+        with suppress(FileNotFoundError):  # of a controller that is not enabled here
+            os.chown(f"{directory}/{name}", uid, -1)
 
 
 def _pass_on(directory: str, controllers: AbstractSet[str]) -> None:

@@ -8,19 +8,24 @@ from nodeagent.api import runtime_pb2 as pb
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """The names are the CRI's. user_namespaces: with idmapped mounts."""
+    """The names are the CRI's. user_namespaces: with idmapped mounts. cgroup_mount_mode: read-write too."""
 
     recursive_read_only_mounts: bool = True
     user_namespaces: bool = False
     user_namespaces_host_network: bool = False
     supplemental_groups_policy: bool = True
     mount_options: bool = True
+    cgroup_namespaces: bool = False
+    cgroup_mount_mode: bool = False
+    seccomp_profile_oci: bool = False
 
     def message(self) -> pb.RuntimeFeatures:
         return pb.RuntimeFeatures(
             supplemental_groups_policy=self.supplemental_groups_policy,
             user_namespaces_host_network=self.user_namespaces_host_network,
             mount_options=self.mount_options,
+            cgroup_mount_mode=self.cgroup_mount_mode,
+            seccomp_profile_oci=self.seccomp_profile_oci,
         )
 
     def handlers(self, names: Iterable[str]) -> list[pb.RuntimeHandler]:
@@ -28,5 +33,6 @@ class Features:
         features = pb.RuntimeHandlerFeatures(
             recursive_read_only_mounts=self.recursive_read_only_mounts,
             user_namespaces=self.user_namespaces,
+            cgroup_namespaces=self.cgroup_namespaces,
         )
         return [pb.RuntimeHandler(name=name, features=features) for name in ("", *names)]

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import messages, translate_images, validate, verbose
 from nodeagent.cri.listing import Listing
+from nodeagent.errors import SecurityProfileInvalid
 from nodeagent.images.auth import Auth
 from nodeagent.lifecycle.node import Node
 from nodeagent.records import Image
@@ -15,6 +16,7 @@ from nodeagent.records import Image
 class ImageService:
     def __init__(self, node: Node) -> None:
         self._images = node.images
+        self._artifacts = node.artifacts
         self._handlers = frozenset(("", *node.config.handlers))
         self._list = Listing(
             self._images.list, lambda record: messages.image(record).SerializeToString()
@@ -51,6 +53,31 @@ class ImageService:
     async def RemoveImage(self, request: pb.RemoveImageRequest) -> pb.RemoveImageResponse:
         await self._images.remove(self._name(request.image))
         return pb.RemoveImageResponse()
+
+    async def PullSecurityProfile(
+        self, request: pb.PullSecurityProfileRequest
+    ) -> pb.PullSecurityProfileResponse:
+        """A kind that this agent does not know can never be had from it, as a profile that is no profile."""
+        if request.profile_kind != pb.Seccomp:
+            raise SecurityProfileInvalid(f"profile_kind: {request.profile_kind} is not Seccomp (1)")
+        auth = _auth(request.auth) if request.HasField("auth") else None
+        cached = await self._artifacts.pull(self._name(request.image), auth)
+        return pb.PullSecurityProfileResponse(cached=cached)
+
+    async def ListSecurityProfiles(
+        self, request: pb.ListSecurityProfilesRequest
+    ) -> pb.ListSecurityProfilesResponse:
+        profiles = (
+            pb.SecurityProfileInfo(digest=p.digest, refs=p.refs, size=p.size_bytes)
+            for p in self._artifacts.list()
+        )
+        return pb.ListSecurityProfilesResponse(profiles=profiles)
+
+    async def RemoveSecurityProfile(
+        self, request: pb.RemoveSecurityProfileRequest
+    ) -> pb.RemoveSecurityProfileResponse:
+        await self._artifacts.remove(validate.given(request.digest, "digest"))
+        return pb.RemoveSecurityProfileResponse()
 
     async def ImageFsInfo(self, request: pb.ImageFsInfoRequest) -> pb.ImageFsInfoResponse:
         """Layers and writable layers are on one file system."""

@@ -42,6 +42,7 @@ CHANGING = frozenset(
         "ReopenContainerLog",
         "UpdateRuntimeConfig",
         "RemoveImage",
+        "RemoveSecurityProfile",
     }
 )
 
@@ -95,7 +96,7 @@ class Calls:
             call.end(grpc.StatusCode.CANCELLED, logging.INFO, "the client went away")
             raise
         except Exception as error:  # noqa: BLE001, this is the one door
-            code, details = status.code_of(error), status.details_of(error)
+            code, details = status.code_of(error, method), status.details_of(error)
             defect = None if status.is_expected(error) else error
             call.end(code, logging.ERROR if defect else logging.INFO, details, defect)
             await context.abort(code, details)

@@ -36,7 +36,7 @@ class NodeCalls:
         )
 
     async def Status(self, request: pb.StatusRequest) -> pb.StatusResponse:
-        node, now = self._node, self._node.status()
+        node, now = self._node, await self._node.status()
         runtime = pb.RuntimeCondition(
             type="RuntimeReady",
             status=now.runtime_ready,

@@ -112,10 +112,13 @@ def _pod_metrics(pod: metrics.PodMetrics) -> pb.PodSandboxMetrics:
 
 
 def _metric(metric: metrics.Metric) -> pb.Metric:
+    """With its fraction where it has one; a kubelet before 1.38 knows the whole number only."""
+    whole = int(metric.value)
     return pb.Metric(
         name=metric.name,
         timestamp=metric.at_ns,
         metric_type=_TYPES[metric.kind],
         label_values=metric.label_values,
-        value=pb.UInt64Value(value=metric.value),
+        value=pb.UInt64Value(value=whole),
+        double_value=pb.DoubleValue(value=metric.value) if metric.value != whole else None,
     )

@@ -76,19 +76,21 @@ class Server:
         observe: Observe,
         streaming: Streaming | None = None,
         features: Features | None = None,
+        also: str = "",
     ) -> AsyncIterator[Self]:
-        """listen: ``unix:///path``. Raises `AlreadyExists` where somebody listens there."""
+        """listen: ``unix:///path``; also: another one, if any. Raises `AlreadyExists` where somebody listens there."""
         server = cls(node, observe, streaming, features or Features())
-        await server._start(Path(listen.removeprefix("unix://")))
+        await server._start([Path(one.removeprefix("unix://")) for one in (listen, also) if one])
         try:
             yield server
         finally:
             await server._stop()
 
-    async def _start(self, path: Path) -> None:
-        files.ensure_directory(str(path.parent))
-        remove_stale_socket(path)
-        _bind(self._server, path)
+    async def _start(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            files.ensure_directory(str(path.parent))
+            remove_stale_socket(path)
+            _bind(self._server, path)
         await self._server.start()
 
     async def _stop(self) -> None:

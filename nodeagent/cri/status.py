@@ -1,7 +1,8 @@
 """Errors to gRPC status: one table, for every RPC.
 
 The kubelet reads codes and texts: NotFound is success for a stop, DeadlineExceeded is a probe's timeout, and the reason
-of a failed pull is found at the start of the text, but only with code Unknown.
+of a failed pull is found at the start of the text, but only with code Unknown. That a security profile can never be
+used is found there with any code.
 """
 
 import errno
@@ -27,10 +28,29 @@ _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
 )
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
-_REGISTRY_UNAVAILABLE = errors.RegistryUnavailable.__name__
+
+# The kubelet takes the code off the text of a failed pull only where it is Unknown, which is what containerd gives for
+# all of these: "rpc error: code = PermissionDenied desc =" would stand before what the owner of a pod is to read.
+_PULLS = frozenset(("PullImage", "PullSecurityProfile"))
+_UNKNOWN_OF_PULLS = frozenset(
+    (
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DATA_LOSS,
+    )
+)
+# Whose name is to be at the start of the text.
+_NAMED = (errors.RegistryUnavailable, errors.SecurityProfileInvalid)
 
 
-def code_of(error: Exception) -> grpc.StatusCode:
+def code_of(error: Exception, method: str = "") -> grpc.StatusCode:
+    """method: the name of the RPC that failed."""
+    code = _code_of(error)
+    return grpc.StatusCode.UNKNOWN if method in _PULLS and code in _UNKNOWN_OF_PULLS else code
+
+
+def _code_of(error: Exception) -> grpc.StatusCode:
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code
@@ -46,8 +66,9 @@ def is_expected(error: Exception) -> bool:
 
 def details_of(error: Exception) -> str:
     text = str(error)
-    if isinstance(error, errors.RegistryUnavailable) and not text.startswith(_REGISTRY_UNAVAILABLE):
-        text = f"{_REGISTRY_UNAVAILABLE}: {text}"
+    for kind in _NAMED:
+        if isinstance(error, kind) and not text.startswith(kind.__name__):
+            text = f"{kind.__name__}: {text}"
     if not isinstance(error, errors.NodeAgentError | OSError):
         text = f"internal error: {type(error).__name__}: {text}"
     return (text or type(error).__name__)[:MAX_DETAILS]

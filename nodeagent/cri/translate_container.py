@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import signals, translate_images, validate
@@ -10,12 +11,18 @@ from nodeagent.cri.translate_mounts import mounts
 from nodeagent.cri.translate_namespaces import container_namespaces
 from nodeagent.cri.translate_resources import resources
 from nodeagent.errors import Unsupported
+from nodeagent.lifecycle import cdi_specs
 from nodeagent.records import ContainerConfig, DeviceConfig, Profile, SandboxConfig
 
-# vendor/class=device, as the Container Device Interface names them.
-_CDI_NAME = re.compile(r"[A-Za-z][\w.-]*/[A-Za-z][\w.-]*=[\w.:-]+")
 _PERMISSIONS = re.compile(r"(?!.*(.).*\1)[rwm]{1,3}")
 _USERNAME_BYTES = 256
+
+CgroupMount = Literal["default", "readonly", "writable"]
+_CGROUP_MOUNTS: dict[int, CgroupMount] = {
+    pb.CGROUP_MOUNT_MODE_UNSPECIFIED: "default",
+    pb.CGROUP_MOUNT_MODE_READ_ONLY: "readonly",
+    pb.CGROUP_MOUNT_MODE_READ_WRITE: "writable",
+}
 
 # Of a container whose caller says nothing of security at all, as masked and read-only paths are the agent's own then.
 _RUNTIME_DEFAULT = Profile(kind="default")
@@ -63,6 +70,7 @@ def container_config(
         ),
         privileged=context.privileged,
         readonly_rootfs=context.readonly_rootfs,
+        cgroup_mount=_cgroup_mount(context, field),
         no_new_privs=context.no_new_privs,
         capabilities=security.capability_change(context.capabilities, f"{field}.capabilities"),
         run_as_user=user,
@@ -93,6 +101,18 @@ def _user(context: pb.LinuxContainerSecurityContext, field: str) -> tuple[int | 
     if username and user is not None:
         validate.refuse(where, "run_as_user is given as well")
     return user, username
+
+
+def _cgroup_mount(context: pb.LinuxContainerSecurityContext, field: str) -> CgroupMount:
+    """What is not only a container's own to manage is for privileged ones, and theirs is writable."""
+    where = f"{field}.cgroup_mount_mode"
+    mode = validate.word(context.cgroup_mount_mode, _CGROUP_MOUNTS, where)
+    if mode == "readonly" and context.privileged:
+        validate.refuse(where, "read-only, but a privileged container's is writable")
+    options = context.namespace_options.cgroupns_options
+    if mode == "writable" and options.mode == pb.NODE and not context.privileged:
+        validate.refuse(where, "read-write, but cgroupns_options are NODE without privileged")
+    return mode
 
 
 def _log_path(value: str, pod: SandboxConfig) -> str:
@@ -139,6 +159,8 @@ def _cdi_devices(messages: Sequence[pb.CDIDevice]) -> tuple[str, ...]:
     field = "config.CDI_devices"
     validate.bounded(messages, field)
     return tuple(
-        validate.matching(message.name, _CDI_NAME, f"{field}[{index}].name", "vendor/class=device")
+        validate.matching(
+            message.name, cdi_specs.QUALIFIED, f"{field}[{index}].name", "vendor/class=device"
+        )
         for index, message in enumerate(messages)
     )

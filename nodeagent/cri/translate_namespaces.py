@@ -21,6 +21,10 @@ _MODES: dict[str, pb.NamespaceMode] = {
     "node": pb.NODE,
     "target": pb.TARGET,
 }
+_CONTAINER_OR_NODE: dict[int, Literal["container", "node"]] = {
+    pb.CONTAINER: "container",
+    pb.NODE: "node",
+}
 _POD_OR_NODE: dict[int, Literal["pod", "node"]] = {pb.POD: "pod", pb.NODE: "node"}
 
 
@@ -31,6 +35,8 @@ def pod_namespaces(message: pb.NamespaceOption, field: str) -> Namespaces:
         validate.refuse(f"{field}.pid", "TARGET is for containers")
     if message.target_id:
         validate.refuse(f"{field}.target_id", "is for containers")
+    if message.HasField("cgroupns_options"):
+        validate.refuse(f"{field}.cgroupns_options", "is for containers")
     return Namespaces(
         network=validate.word(message.network, _POD_OR_NODE, f"{field}.network"),
         pid=pid,
@@ -61,7 +67,14 @@ def container_namespaces(message: pb.NamespaceOption, pod: SandboxConfig, field:
         ipc=own.ipc,
         target=validate.text(message.target_id, f"{field}.target_id"),
         user=own.user,
+        cgroup=_cgroup_namespace(message, f"{field}.cgroupns_options"),
     )
+
+
+def _cgroup_namespace(message: pb.NamespaceOption, field: str) -> Literal["container", "node"]:
+    if not message.HasField("cgroupns_options"):
+        return "container"
+    return validate.word(message.cgroupns_options.mode, _CONTAINER_OR_NODE, f"{field}.mode")
 
 
 def _no_escape(asked: Namespace, pod: Namespace, field: str) -> None:

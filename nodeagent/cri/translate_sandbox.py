@@ -10,19 +10,13 @@ from nodeagent.cri import translate_security as security
 from nodeagent.cri import validate
 from nodeagent.cri.translate_namespaces import pod_namespaces
 from nodeagent.cri.translate_resources import overhead, pod_resources
-from nodeagent.errors import Unsupported
+from nodeagent.errors import InvalidArgument, Unsupported
 from nodeagent.records import DNS, Namespaces, PortMapping, SandboxConfig
+from nodeagent.sandbox import sysctls
 
-_HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _HOSTNAME_BYTES = 64  # HOST_NAME_MAX
-_SYSCTL = re.compile(r"[a-z0-9_-]+(\.[A-Za-z0-9_-]+)+")
 _WORD = re.compile(r"\S+")
 _MAX_SYSCTLS = 256
-
-# ipc_namespaces(7), uts_namespaces(7): what of the kernel's namespaces is set through sysctl.
-_IPC_SYSCTL = re.compile(
-    r"kernel\.(auto_msgmni|msgmax|msgmnb|msgmni|sem|shmall|shmmax|shmmni|shm_rmid_forced)"
-)
 
 _PROTOCOLS: dict[int, Literal["tcp", "udp", "sctp"]] = {
     pb.TCP: "tcp",
@@ -83,13 +77,13 @@ def _rooted(cgroup_parent: str) -> str:
 
 
 def _hostname(value: str, namespaces: Namespaces) -> str:
+    """What sethostname(2) takes: the kubelet sends a full name without a cluster domain with the dot at its end."""
     if not value:
         return ""
     if namespaces.network == "node":
         validate.refuse("config.hostname", "a pod on the node's network has the node's hostname")
-    if len(value.encode()) > _HOSTNAME_BYTES:
-        validate.refuse("config.hostname", f"is longer than {_HOSTNAME_BYTES} bytes")
-    return validate.matching(value, _HOSTNAME, "config.hostname", "a hostname")
+    validate.text(value, "config.hostname", max_bytes=_HOSTNAME_BYTES)
+    return validate.matching(value, _WORD, "config.hostname", "one word, as /etc/hosts needs it")
 
 
 def _dns(message: pb.DNSConfig) -> DNS:
@@ -157,21 +151,11 @@ def _sysctls(linux: pb.LinuxPodSandboxConfig, namespaces: Namespaces) -> dict[st
     field = "config.linux.sysctls"
     if len(linux.sysctls) > _MAX_SYSCTLS:
         validate.refuse(field, f"has more than {_MAX_SYSCTLS} entries")
-    for name, value in linux.sysctls.items():
-        validate.matching(name, _SYSCTL, field, "the name of a sysctl, with dots")
-        validate.text(value, f'{field}["{name}"]')
-        owner = _owner(name, namespaces)
-        if owner is None:
-            validate.refuse(f'{field}["{name}"]', "is of the whole node, not of a namespace")
-        if owner == "node":
-            validate.refuse(f'{field}["{name}"]', "is of a namespace that the pod has not got")
+    owned = {"net", "uts"} if namespaces.network == "pod" else set()
+    if namespaces.ipc == "pod":
+        owned.add("ipc")
+    try:
+        sysctls.check(linux.sysctls, owned)
+    except InvalidArgument as error:
+        validate.refuse(field, str(error))
     return dict(linux.sysctls)
-
-
-def _owner(name: str, namespaces: Namespaces) -> Literal["pod", "node"] | None:
-    """Whose namespace a sysctl belongs to; None for those without namespace."""
-    if name.startswith("net.") or name == "kernel.domainname":
-        return namespaces.network
-    if name.startswith("fs.mqueue.") or _IPC_SYSCTL.fullmatch(name):
-        return namespaces.ipc
-    return None

@@ -13,10 +13,15 @@ SecurityContext = pb.LinuxSandboxSecurityContext | pb.LinuxContainerSecurityCont
 _MAX_GROUPS = 65_536  # NGROUPS_MAX
 _LOCALHOST = "localhost/"
 
-_KINDS: dict[int, Literal["default", "unconfined", "localhost"]] = {
+_KINDS: dict[int, Literal["default", "unconfined", "localhost", "oci"]] = {
     pb.SecurityProfile.RuntimeDefault: "default",
     pb.SecurityProfile.Unconfined: "unconfined",
     pb.SecurityProfile.Localhost: "localhost",
+    pb.SecurityProfile.OCI: "oci",
+}
+_BASES: dict[int, Literal["default", "localhost"]] = {
+    pb.SecurityProfileBase.RuntimeDefault: "default",
+    pb.SecurityProfileBase.Localhost: "localhost",
 }
 _POLICIES: dict[int, Literal["merge", "strict"]] = {pb.Merge: "merge", pb.Strict: "strict"}
 _CAPABILITIES = frozenset((*capabilities.NAMES, "ALL"))
@@ -61,6 +66,8 @@ def seccomp(context: SecurityContext, field: str) -> Profile | None:
     """None, which is unconfined, where the caller says nothing."""
     if context.HasField("seccomp"):
         profile = _profile(context.seccomp, f"{field}.seccomp")
+        if profile.kind == "oci":
+            return profile
         return _with_path(profile, f"{field}.seccomp.localhost_ref")
     field = f"{field}.seccomp_profile_path"
     named = _by_name(context.seccomp_profile_path, field)
@@ -77,6 +84,8 @@ def apparmor(context: SecurityContext, field: str) -> Profile | None:
     """None, where the caller says nothing."""
     if context.HasField("apparmor"):
         profile = _profile(context.apparmor, f"{field}.apparmor")
+        if profile.kind == "oci":
+            validate.refuse(f"{field}.apparmor.profile_type", "OCI is for seccomp")
         return Profile(kind=profile.kind, ref=profile.ref.removeprefix(_LOCALHOST))
     if isinstance(context, pb.LinuxContainerSecurityContext):
         return _by_name(context.apparmor_profile, f"{field}.apparmor_profile")
@@ -88,7 +97,24 @@ def _profile(message: pb.SecurityProfile, field: str) -> Profile:
     ref = validate.text(message.localhost_ref, f"{field}.localhost_ref")
     if bool(ref) != (kind == "localhost"):
         validate.refuse(f"{field}.localhost_ref", "is needed with Localhost, and only then")
-    return Profile(kind=kind, ref=ref)
+    artifact = validate.text(message.oci_ref, f"{field}.oci_ref")
+    if bool(artifact) != (kind == "oci"):
+        validate.refuse(f"{field}.oci_ref", "is needed with OCI, and only then")
+    if kind != "oci":
+        if message.HasField("base_profile"):
+            validate.refuse(f"{field}.base_profile", "is for OCI")
+        return Profile(kind=kind, ref=ref)
+    return Profile(
+        kind=kind, ref=artifact, base=_base(message.base_profile, f"{field}.base_profile")
+    )
+
+
+def _base(message: pb.SecurityProfileBase, field: str) -> str:
+    """The path of a seccomp JSON, or "" for the default profile, which an absent message means too."""
+    kind = validate.word(message.type, _BASES, f"{field}.type")
+    if bool(message.localhost_ref) != (kind == "localhost"):
+        validate.refuse(f"{field}.localhost_ref", "is needed with Localhost, and only then")
+    return validate.optional_path(message.localhost_ref, f"{field}.localhost_ref")
 
 
 def _by_name(value: str, field: str) -> Profile | None:

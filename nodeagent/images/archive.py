@@ -56,7 +56,7 @@ class _DockerImage(msgspec.Struct, rename="pascal"):
     """An entry of manifest.json."""
 
     config: str
-    layers: tuple[str, ...]
+    layers: tuple[str, ...] | None = None
     repo_tags: tuple[str, ...] | None = None
 
 
@@ -117,18 +117,23 @@ class Archive:
         index = manifest.parse_manifest(self._read("index.json"))
         if not isinstance(index, Index):
             raise InvalidArgument("archive: index.json is no index")
+        best: dict[Hashable, tuple[int, Descriptor]] = {}
         for entry in index.manifests:
-            if entry.platform is None or manifest.is_for_this_node(entry.platform):
-                plan = self._oci_plan(entry)
-                yield Loaded(plan, tuple(_annotated_names(entry)), entry.digest)
+            place = manifest.rank(entry.platform) if entry.platform else 0
+            names = tuple(_annotated_names(entry))
+            key = names or entry.digest  # several platforms of an image have the same names
+            if place is not None and (key not in best or place < best[key][0]):
+                best[key] = place, entry
+        for _, entry in best.values():
+            yield Loaded(self._oci_plan(entry), tuple(_annotated_names(entry)), entry.digest)
 
     def _oci_plan(self, entry: Descriptor) -> Plan:
         kept = [self._document(entry)]
-        document = manifest.parse_manifest(kept[0], entry.media_type)
+        document = manifest.parse_manifest(kept[0], entry.media_type or "")
         if isinstance(document, Index):
             chosen = manifest.choose(document)
             kept.append(self._document(chosen))
-            document = manifest.parse_manifest(kept[1], chosen.media_type)
+            document = manifest.parse_manifest(kept[1], chosen.media_type or "")
         if isinstance(document, Index):
             raise InvalidArgument("archive: indexes in an index")
         digest = manifest.digest(kept[-1])
@@ -154,7 +159,7 @@ class Archive:
         config = self._read(entry.config)
         made = Manifest(
             config=self._descriptor(entry.config, DOCKER_CONFIG),
-            layers=tuple(self._descriptor(name, DOCKER_LAYER) for name in entry.layers),
+            layers=tuple(self._descriptor(name, DOCKER_LAYER) for name in entry.layers or ()),
         )
         image = manifest.parse_image(config, len(made.layers))
         document = {"schemaVersion": 2, "mediaType": DOCKER_MANIFEST}
@@ -249,7 +254,7 @@ def _check_name(name: str, file: File) -> None:
 def _annotated_names(entry: Descriptor) -> Iterator[Reference]:
     """The second annotation may be a whole name, or only a tag, which names nothing by itself."""
     annotations = entry.annotations or {}
-    full, short = (annotations.get(key, "") for key in _NAMES)
+    full, short = (annotations.get(key) or "" for key in _NAMES)
     if full:
         yield parse(full)
     elif "/" in short or ":" in short:

@@ -18,7 +18,7 @@ from nodeagent.errors import InvalidArgument, PermissionDenied
 from nodeagent.images.hosts import Host, http_url, normal_name
 
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
-_SCHEME = re.compile(rf"({_TOKEN})(?:\s+|$)")
+_SCHEME = re.compile(rf"({_TOKEN})(?:\s+|(?=,)|$)")
 _PARAMETER = re.compile(rf'({_TOKEN})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))')
 _MAX_CHALLENGE = 8192
 
@@ -181,7 +181,9 @@ def _check_realm(realm: str, root: str) -> None:
 
 def _decoded(auth: str) -> tuple[str, str]:
     try:
-        text = base64.b64decode(auth, validate=True).decode()
+        # As tools that wrap lines write it; Go's decoder passes over them.
+        joined = auth.translate({ord("\r"): None, ord("\n"): None})
+        text = base64.b64decode(joined, validate=True).decode()
     except (binascii.Error, ValueError):
         raise InvalidArgument("auth: not base64 of a name and a password") from None
     username, colon, password = text.partition(":")

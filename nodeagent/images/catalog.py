@@ -94,7 +94,7 @@ class Images:
         pinned: Collection[str] = (),
         limits: Limits | None = None,
     ) -> Self:
-        """The images below `root` (blobs/, layers/, staging/). What a crash left half done is dropped."""
+        """The images below `root` (blobs/, layers/, empty/, staging/). What a crash left half done is dropped."""
         async with AsyncExitStack() as resources:
             images = cls(root, store, hosts_dir, pinned, limits or Limits(), resources)
             images._recover()
@@ -177,6 +177,7 @@ class Images:
         try:
             with self._layers.pinned(plan.chain_ids):
                 await self._installer.install(plan, content)
+                self._note_platform(plan, (*tags, *digests))
                 return await self._publish(plan, tags, digests)
         except (Unavailable, asyncio.CancelledError):
             raise  # the layers that are complete stay for the next attempt
@@ -187,6 +188,17 @@ class Images:
         except BaseException:
             self._collect()
             raise
+
+    def _note_platform(self, plan: Plan, names: Collection[str]) -> None:
+        """Its index said that it is for this node, or nobody was asked; it may run by way of binfmt_misc."""
+        platform = plan.image.platform
+        if not manifest.is_for_this_node(platform) and plan.image_id not in self._images:
+            log.warning(
+                "image %s: its config names %s, this node is %s; taken as it is",
+                next(iter(names), plan.image_id),
+                platform,
+                manifest.PLATFORM,
+            )
 
     async def _publish(self, plan: Plan, tags: Collection[str], digests: Collection[str]) -> Image:
         """Layers are synced, then recorded together with the image; all of it survives a power cut on return."""
@@ -204,7 +216,7 @@ class Images:
         return image
 
     async def _sync(self) -> None:
-        await to_the_end(self._threads, partial(_sync_file_system, self._root))
+        await to_the_end(self._threads, partial(sync_file_system, self._root))
 
     # --- going ---
 
@@ -257,7 +269,8 @@ class Images:
             self._collect()
 
 
-def _sync_file_system(directory: Path) -> None:
+def sync_file_system(directory: Path) -> None:
+    """Return once all that was written to the file system that a directory is on would survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         syscalls.syncfs(descriptor)

@@ -12,12 +12,12 @@ that it leads to nothing of its own or inside of its network is for its configur
 import asyncio
 import dataclasses
 import logging
+import os
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from http import HTTPStatus
 from typing import Any, NamedTuple, Self
-from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import msgspec
@@ -31,8 +31,12 @@ from nodeagent.errors import (
     PermissionDenied,
     RegistryUnavailable,
 )
+from nodeagent.images.codings import Decoder, Undecodable, decoder_of
 from nodeagent.images.destinations import Connector, Scope, Visit, scope_of_name
-from nodeagent.images.hosts import Host, http_url, is_loopback
+from nodeagent.images.failures import line, network_errors, place
+from nodeagent.images.hosts import Host, http_url
+from nodeagent.images.proxies import Proxies, Proxy
+from nodeagent.images.throttling import Gates, Throttled
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +44,8 @@ SILENCE_SECONDS = 20.0
 FLOOR_WINDOW_SECONDS = 10.0
 FLOOR_BYTES_PER_SECOND = 1024
 
-_MAX_REDIRECTS = 5
+_MAX_REDIRECTS = 10  # as Go's clients have it
 _MAX_ERROR_BYTES = 4096
-_MAX_ERROR_TEXT = 300
 _MAX_FIELD_BYTES = 32 << 10  # signed URLs in Location are long
 _BUFFER_BYTES = 1 << 20
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
@@ -61,17 +64,52 @@ class _Refused(PermissionDenied):
     """A registry led to where none like it may lead."""
 
 
-def open_session() -> aiohttp.ClientSession:
-    """What all servers share: no cookies, no decompression, nothing that is followed by itself."""
-    return aiohttp.ClientSession(
-        connector=Connector(),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        read_bufsize=_BUFFER_BYTES,
-        max_line_size=_MAX_FIELD_BYTES,
-        max_field_size=_MAX_FIELD_BYTES,
-        headers={"User-Agent": "nodeagent", "Accept-Encoding": "identity"},
-    )
+class Session:
+    """What all pulls share: connections, proxies, and which server asked for a pause.
+
+    No cookies, nothing that is decoded or followed by itself.
+    """
+
+    def __init__(self) -> None:
+        self.proxies = Proxies(os.environ)
+        self.gates = Gates()
+        self.http = aiohttp.ClientSession(
+            connector=Connector(),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            read_bufsize=_BUFFER_BYTES,
+            max_line_size=_MAX_FIELD_BYTES,
+            max_field_size=_MAX_FIELD_BYTES,
+            headers={"User-Agent": "nodeagent", "Accept-Encoding": "identity"},
+        )
+
+    def request(
+        self, method: str, url: URL, proxy: Proxy | None, headers: Mapping[str, str], **options: Any
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """The response to one request. A proxy's own secret is not for the server behind a tunnel."""
+        sent = CIMultiDict(headers)
+        if proxy is not None:
+            authorization = {"Proxy-Authorization": proxy.authorization}
+            options["proxy"] = proxy.url
+            if proxy.authorization and url.scheme == "https":
+                options["proxy_headers"] = authorization
+            elif proxy.authorization:
+                sent.update(authorization)
+        return self.http.request(method, url, headers=sent, allow_redirects=False, **options)
+
+    async def close(self) -> None:
+        await self.http.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+def open_session() -> Session:
+    """One is enough for all pulls. It reads the environment."""
+    return Session()
 
 
 class Tls(NamedTuple):
@@ -118,7 +156,7 @@ class Client:
 
     def __init__(
         self,
-        session: aiohttp.ClientSession,
+        session: Session,
         host: Host,
         tls: Tls,
         *,
@@ -161,12 +199,10 @@ class Client:
                     yield response
                     return
                 if not left:
-                    raise RegistryUnavailable(
-                        f"{_place(url)}: more than {_MAX_REDIRECTS} redirects"
-                    )
+                    raise RegistryUnavailable(f"{place(url)}: more than {_MAX_REDIRECTS} redirects")
                 target = _redirection(url, response.headers.get("Location", ""))
             if self.is_own(url):
-                led = f"{_place(url)}: redirects to {target.origin()}"
+                led = f"{place(url)}: redirects to {target.origin()}"
             url = target
 
     @asynccontextmanager
@@ -175,18 +211,22 @@ class Client:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """One request and its response. led: how the host led to another server, for the text of an error."""
         try:
-            with _network_errors(url):
-                async with self._visit(method, url, led, options) as response:
-                    yield response
+            async with self._session.gates.turn(url) as turn:
+                with network_errors(url):
+                    async with self._visit(method, url, led, options) as response:
+                        turn.answered(response.status, response.headers)
+                        yield response
         except _Refused:
             raise
         except NodeAgentError as error:
             if self.is_own(url):
                 raise
             log.warning("%s: %s", led, error)
-            raise RegistryUnavailable(
-                f"{led}: no usable answer from there; the agent's log says why"
-            ) from None
+            text = f"{led}: no usable answer from there; the agent's log says why"
+            told = (
+                error.told_as(text) if isinstance(error, Throttled) else RegistryUnavailable(text)
+            )
+            raise told from None
 
     @asynccontextmanager
     async def _visit(
@@ -198,18 +238,17 @@ class Client:
         named = scope_of_name(url.host or "")
         if named > limit:
             raise _refusal(led, limit)
-        proxy = self._host.proxy or _proxy(url)
+        proxy = self._proxy(url)
         visit = Visit(Scope.NODE if proxy else limit)
         visit.begin()
         try:
             async with self._session.request(
                 method,
                 url,
-                allow_redirects=False,
+                proxy,
                 ssl=self._tls.own if own else self._tls.others,
                 timeout=self._timeout,
-                proxy=proxy,
-                **options,
+                **{"headers": {}, **options},
             ) as response:
                 if own:
                     self._answered(named if proxy else visit.reached)
@@ -219,6 +258,17 @@ class Client:
                 raise _refusal(led, limit) from None
             raise
 
+    def _proxy(self, url: URL) -> Proxy | None:
+        if self._host.proxy:
+            return Proxy.of(URL(self._host.proxy))
+        proxy = self._session.proxies.of(url)
+        if proxy is not None and proxy.url.scheme not in ("http", "https"):
+            raise RegistryUnavailable(
+                f"{place(url)}: {url.scheme.upper()}_PROXY is a {proxy.url.scheme} proxy, which the agent cannot "
+                f"use; set one of http or https, or add {url.host} to NO_PROXY"
+            )
+        return proxy
+
     def _answered(self, scope: Scope | None) -> None:
         scope = Scope.PUBLIC if scope is None else scope
         self._scope = scope if self._scope is None else min(scope, self._scope)
@@ -227,13 +277,35 @@ class Client:
 # --- responses ---
 
 
-async def received(response: aiohttp.ClientResponse, offset: int) -> AsyncGenerator[bytes]:
-    """The body from `offset` on; a server that knows no ranges sends all of it."""
+async def received(
+    response: aiohttp.ClientResponse, offset: int, size: int | None = None
+) -> AsyncGenerator[bytes]:
+    """The body from `offset` on; a server that knows no ranges sends all of it.
+
+    What a middle box compressed is decoded, by pieces. size: of all of it, where that is known: an answer of this very
+    length is the thing itself, and a coding that it claims to have was never applied, or belongs to it.
+    """
     skip = offset
     if response.status == HTTPStatus.PARTIAL_CONTENT:
         if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
-            raise RegistryUnavailable(f"{_place(response.url)}: another range than asked for")
+            raise RegistryUnavailable(f"{place(response.url)}: another range than asked for")
         skip = 0
+    try:
+        decoder = _decoder(response, size)
+        async for data in _as_sent(response):
+            for chunk in decoder.decode(data) if decoder else (data,):
+                skipped = min(skip, len(chunk))
+                skip -= skipped
+                if len(chunk) > skipped:
+                    yield chunk[skipped:]
+        if decoder:
+            decoder.finish()
+    except Undecodable as error:
+        raise RegistryUnavailable(f"{place(response.url)}: {error}") from None
+
+
+async def _as_sent(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes]:
+    """The body, as long as it comes fast enough."""
     clock = asyncio.get_running_loop().time
     waited, got = 0.0, 0
     while True:
@@ -245,35 +317,62 @@ async def received(response: aiohttp.ClientResponse, offset: int) -> AsyncGenera
         if waited > FLOOR_WINDOW_SECONDS:
             if got < waited * FLOOR_BYTES_PER_SECOND:
                 raise RegistryUnavailable(
-                    f"{_place(response.url)}: stalled, {got} bytes in {waited:.0f} s"
+                    f"{place(response.url)}: stalled, {got} bytes in {waited:.0f} s"
                 )
             waited, got = 0.0, 0
-        skipped = min(skip, len(chunk))
-        skip -= skipped
-        if len(chunk) > skipped:
-            yield chunk[skipped:]
+        yield chunk
+
+
+def is_encoded(response: aiohttp.ClientResponse, size: int | None) -> bool:
+    """Whether something on the way has compressed the body, of so many bytes: ranges then count other bytes."""
+    named = any(response.headers.getall("Content-Encoding", []))
+    return named and (size is None or _length(response) != size)
+
+
+def _decoder(response: aiohttp.ClientResponse, size: int | None = None) -> Decoder | None:
+    if not is_encoded(response, size):
+        return None
+    return decoder_of(response.headers.getall("Content-Encoding", []))
+
+
+def _length(response: aiohttp.ClientResponse) -> int | None:
+    """Of all of it, as the answer says."""
+    if response.status != HTTPStatus.PARTIAL_CONTENT:
+        return response.content_length
+    total = response.headers.get("Content-Range", "").rpartition("/")[2]
+    return int(total) if total.isascii() and total.isdigit() and len(total) < 20 else None
 
 
 async def read_bounded(response: aiohttp.ClientResponse, size: int) -> bytes:
-    """The whole body. Raises `InvalidArgument` where it is longer."""
+    """The whole body, decoded. Raises `InvalidArgument` where it is longer."""
     data = bytearray()
-    async for chunk in received(response, 0):
-        data += chunk
-        if len(data) > size:
-            raise InvalidArgument(f"{_place(response.url)}: longer than {size} bytes")
+    async with aclosing(received(response, 0)) as chunks:
+        async for chunk in chunks:
+            data += chunk
+            if len(data) > size:
+                raise InvalidArgument(f"{place(response.url)}: longer than {size} bytes")
     return bytes(data)
 
 
-async def raise_for_status(response: aiohttp.ClientResponse) -> None:
-    """Raises what any status but success means, with what the server says about it."""
-    if response.status in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
+async def raise_for_status(
+    response: aiohttp.ClientResponse, *, denied: str = "", missing: str = ""
+) -> None:
+    """Raises what any status but success means, with what the server says about it.
+
+    denied, missing: what may be done about it.
+    """
+    if HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
         return
-    text = f"{_place(response.url)}: {response.status}{await _explanation(response)}"
+    text = f"{place(response.url)}: {response.status}{await _explanation(response)}"
     if response.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-        raise PermissionDenied(f"{text}: access denied, or no such repository")
+        raise PermissionDenied(f"{text}: access denied, or no such repository{_then(denied)}")
     if response.status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
-        raise NotFound(text)
+        raise NotFound(text + _then(missing))
     raise RegistryUnavailable(text)
+
+
+def _then(remedy: str) -> str:
+    return f"; {remedy}" if remedy else ""
 
 
 async def _explanation(response: aiohttp.ClientResponse) -> str:
@@ -282,10 +381,12 @@ async def _explanation(response: aiohttp.ClientResponse) -> str:
         return ""
     try:
         body = await response.content.read(_MAX_ERROR_BYTES)
+        if decoder := _decoder(response):
+            body = next(decoder.decode(body), b"")[:_MAX_ERROR_BYTES]
         errors = msgspec.json.decode(body, type=_ErrorBody).errors
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except (Undecodable, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return ""
-    return _line("".join(f": {error.code.lower()} {error.message}" for error in errors[:3]))
+    return line("".join(f": {error.code.lower()} {error.message}" for error in errors[:3]))
 
 
 # --- where to ---
@@ -297,10 +398,10 @@ def _redirection(base: URL, location: str) -> URL:
         target = http_url(location, base)
     except ValueError:
         raise RegistryUnavailable(
-            f"{_place(base)}: redirects to a URL that cannot be asked"
+            f"{place(base)}: redirects to a URL that cannot be asked"
         ) from None
     if base.scheme == "https" and target.scheme == "http":
-        raise RegistryUnavailable(f"{_place(base)}: redirects from HTTPS to plain HTTP")
+        raise RegistryUnavailable(f"{place(base)}: redirects from HTTPS to plain HTTP")
     return target
 
 
@@ -310,42 +411,3 @@ def _refusal(led: str, limit: Scope) -> _Refused:
     else:
         why = "to a loopback, link-local or metadata address, which the registry is not at itself"
     return _Refused(f"{led}: refused, it leads {why}")
-
-
-def _proxy(url: URL) -> str | None:
-    """As HTTPS_PROXY, HTTP_PROXY and NO_PROXY say; never for this very machine."""
-    if is_loopback(url.host or "") or proxy_bypass(url.host or ""):
-        return None
-    return getproxies().get(url.scheme)
-
-
-# --- errors ---
-
-
-@contextmanager
-def _network_errors(url: URL) -> Iterator[None]:
-    """What aiohttp and the kernel raise becomes `RegistryUnavailable`."""
-    try:
-        yield
-    except TimeoutError:
-        raise RegistryUnavailable(f"{_place(url)}: timed out") from None
-    except (aiohttp.ClientError, OSError) as error:
-        raise RegistryUnavailable(f"{_place(url)}: {_reason(error)}") from None
-
-
-def _reason(error: aiohttp.ClientError | OSError) -> str:
-    """Not what a server sent that speaks something else, and no query."""
-    if isinstance(error, aiohttp.ClientHttpProxyError):
-        return f"its proxy answers {error.status}"
-    if isinstance(error, aiohttp.ClientResponseError):
-        return "its answer is not HTTP"
-    return _line(str(error).partition("?")[0]) or type(error).__name__
-
-
-def _place(url: URL) -> str:
-    """A URL without its query, which may be secret."""
-    return str(url).partition("?")[0]
-
-
-def _line(text: str) -> str:
-    return "".join(char if char.isprintable() else " " for char in text)[:_MAX_ERROR_TEXT]

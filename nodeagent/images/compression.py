@@ -30,6 +30,9 @@ _DAMAGE: tuple[type[Exception], ...] = (
 )
 _GZIP = b"\x1f\x8b\x08"
 _ZSTD = b"\x28\xb5\x2f\xfd"
+_ZSTD_SKIPPABLE = (
+    b"\x2a\x4d\x18"  # after a byte 0x50 to 0x5f (RFC 8878, 3.1.2): pzstd begins with such a frame
+)
 
 
 class _Readable(Protocol):
@@ -58,7 +61,7 @@ def decompressed(source: io.RawIOBase | BinaryIO, waiter: Waiter | None = None) 
     whole = io.BufferedReader(_Rejoined(head, source), CHUNK_BYTES)
     if head.startswith(_GZIP):
         return _chunks(_gunzip(whole), "gzip")
-    if head.startswith(_ZSTD):
+    if head.startswith(_ZSTD) or (head[1:] == _ZSTD_SKIPPABLE and head[0] >> 4 == 5):
         return _unzstd(whole, waiter)
     return _chunks(whole, "")
 

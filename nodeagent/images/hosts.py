@@ -1,13 +1,18 @@
 """Where the images of a registry are fetched from: ``certs.d/<host>/hosts.toml``, in containerd's layout and keys.
 
 Hosts are tried in the order of the file, the registry itself last. The file is read for each pull, so that a change
-needs no restart. A mistake in it is an `InvalidArgument` that names the file, the host and the key.
+needs no restart. A mistake in it is an `InvalidArgument` that names the file, the host and the key; a key that is
+unknown may be a newer containerd's, and is noted in the log. A directory without the file may have certificates in
+Docker's layout: ``*.crt`` of authorities, ``*.cert`` and ``*.key`` of the node itself.
 """
 
+import json
+import logging
 import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -54,10 +59,10 @@ class Host:
         return normal_name(self.root)
 
 
-class _Table(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class _Table(msgspec.Struct, kw_only=True):
     """The keys of a host."""
 
-    capabilities: list[Literal["pull", "resolve", "push"]] = []
+    capabilities: list[Literal["pull", "resolve", "push", "referrers"]] = []
     ca: str | list[str] = []
     client: str | list[str | list[str]] = []
     skip_verify: bool = False
@@ -67,7 +72,7 @@ class _Table(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     proxy: str = ""
 
 
-class _File(_Table, forbid_unknown_fields=True, kw_only=True):
+class _File(_Table, kw_only=True):
     """The keys beside `host` are those of the server."""
 
     server: str = ""
@@ -75,12 +80,15 @@ class _File(_Table, forbid_unknown_fields=True, kw_only=True):
 
 
 T = TypeVar("T")
+Table = TypeVar("Table", bound=_Table)
+
+log = logging.getLogger(__name__)
 
 
 def hosts_of(domain: str, directory: Path) -> list[Host]:
     """The hosts for the images of a registry, in the order in which they are to be tried."""
     file = _find(domain, directory)
-    hosts = list(_read(file, domain)) if file else [Host(root=_default_root(domain))]
+    hosts = list(_read(file, domain)) if file else [_plain(domain, directory)]
     first: dict[str, Host] = {}
     for host in hosts:
         first.setdefault(host.root, host)
@@ -120,10 +128,25 @@ def is_loopback(name: str) -> bool:
 
 
 def _find(domain: str, directory: Path) -> Path | None:
-    """``host_5000_`` is for file systems without colons."""
-    names = [re.sub(r":([0-9]+)$", r"_\1_", domain), domain, _ANY]
-    files = (directory / name / "hosts.toml" for name in names)
+    files = (directory / name / "hosts.toml" for name in (*_names(domain), _ANY))
     return next((file for file in files if file.is_file()), None)
+
+
+def _names(domain: str) -> tuple[str, str]:
+    """``host_5000_`` is for file systems without colons."""
+    return re.sub(r":([0-9]+)$", r"_\1_", domain), domain
+
+
+def _plain(domain: str, directory: Path) -> Host:
+    """The registry itself, with the certificates that lie there for it."""
+    folders = (directory / name for name in _names(domain))
+    files = next((sorted(folder.iterdir()) for folder in folders if folder.is_dir()), [])
+    pairs = [(path, path.with_suffix(".key")) for path in files if path.suffix == ".cert"]
+    return Host(
+        root=_default_root(domain),
+        ca=tuple(path for path in files if path.suffix == ".crt"),
+        client=tuple((certificate, key) for certificate, key in pairs if key in files),
+    )
 
 
 def _read(file: Path, domain: str) -> Iterator[Host]:
@@ -208,8 +231,19 @@ def _listed(value: str | list[T]) -> list[str | T]:
     return [value] if isinstance(value, str) else [*value]
 
 
-def _convert(value: object, kind: type[T], where: str) -> T:
+def _convert(value: object, kind: type[Table], where: str) -> Table:
     try:
-        return msgspec.convert(value, kind)
+        converted = msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise InvalidArgument(f"{where}: {error}") from None
+    known = [field.encode_name for field in msgspec.structs.fields(kind)]
+    for key in value if isinstance(value, dict) else ():
+        if key not in known:
+            _note_unknown(where, key)
+    return converted
+
+
+@cache
+def _note_unknown(where: str, key: str) -> None:
+    """Once for a file, which is read for each pull."""
+    log.warning("%s: unknown key %s, ignored", where, json.dumps(key[:100]))

@@ -31,6 +31,8 @@ class LayerStore:
         self._store = store
         self._pins: Counter[str] = Counter()
         files.ensure_directory(str(directory), mode=0o700)
+        self._empty = directory.with_name("empty")
+        files.ensure_directory(str(self._empty), mode=0o755)
         self._layers = {layer.chain_id: layer for layer in store.all(Layer)}
         self._recorded = set(self._layers)
         self._recover()
@@ -50,8 +52,11 @@ class LayerStore:
         return self._directory / chain_id.removeprefix("sha256:")
 
     def stack(self, chain_ids: Sequence[str]) -> tuple[Path, ...]:
-        """The directories of these layers, given lowest first: uppermost first, down to one that hides the rest."""
-        visible = []
+        """The directories of these layers, given lowest first: uppermost first, down to one that hides the rest.
+
+        An overlay has at least one of them: that of no layers is an empty directory.
+        """
+        visible = [] if chain_ids else [self._empty]
         for chain_id in reversed(chain_ids):
             visible.append(self.path(chain_id))
             if chain_id in self._layers and self._layers[chain_id].opaque:

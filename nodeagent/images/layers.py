@@ -338,12 +338,21 @@ class _Unpacker:
 
 
 def clean_path(name: str) -> str:
-    """The path of an entry relative to the layer; "" is the layer's own directory. Raises `InvalidArgument`."""
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    if ".." in parts:
-        raise malformed(name, '".." in a path')
+    """The path of an entry relative to the layer; "" is the layer's own directory.
+
+    ".." takes away what stands before it, as in every other reader of layers: no link on the way is asked. Raises
+    `InvalidArgument` where it leads out.
+    """
     if len(name) > _MAX_PATH:
         raise malformed(name, "the path is too long")
+    parts: list[str] = []
+    for part in name.split("/"):
+        if part == "..":
+            if not parts:
+                raise malformed(name, '".." leads out of the layer')
+            parts.pop()
+        elif part not in ("", "."):
+            parts.append(part)
     return "/".join(parts)
 
 

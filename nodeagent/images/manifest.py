@@ -6,6 +6,8 @@ Everything here is pure: bytes in, records out. What a document says is bounded 
 
 import hashlib
 import os
+from collections.abc import Sequence
+from operator import itemgetter
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -29,7 +31,8 @@ DOCKER_LAYER = _DOCKER + "image.rootfs.diff.tar"
 _SCHEMA_1 = _DOCKER + "distribution.manifest.v1+"
 _INDEXES = frozenset((OCI_INDEX, DOCKER_INDEX))
 _MANIFESTS = frozenset((OCI_MANIFEST, DOCKER_MANIFEST))
-ACCEPT = f"{OCI_INDEX}, {DOCKER_INDEX}, {OCI_MANIFEST}, {DOCKER_MANIFEST}"
+# What else there is may still be one of these: some servers know documents by no other type than application/json.
+ACCEPT = f"{OCI_INDEX}, {DOCKER_INDEX}, {OCI_MANIFEST}, {DOCKER_MANIFEST}, */*"
 
 # The compression is seen from the content; nondistributable and foreign layers may be elsewhere (Descriptor.urls).
 _LAYERS = (
@@ -41,9 +44,23 @@ _LAYERS = (
 _COMPRESSIONS = ("", "+gzip", "+zstd", ".gzip", ".zstd")
 LAYER_TYPES = frozenset(layer + suffix for layer in _LAYERS for suffix in _COMPRESSIONS)
 
-# Architecture and variants of this node, the best variant first.
-_PLATFORMS = {"x86_64": ("amd64", ("", "v1")), "aarch64": ("arm64", ("v8", ""))}
-ARCHITECTURE, _VARIANTS = _PLATFORMS[os.uname().machine]
+# Names of architectures beside those of Go, and the variants that need not be told.
+_ARCHITECTURES = {
+    "x86_64": ("amd64", ""),
+    "x86-64": ("amd64", ""),
+    "i386": ("386", ""),
+    "aarch64": ("arm64", ""),
+    "armhf": ("arm", "v7"),
+    "armel": ("arm", "v6"),
+}
+_USUAL_VARIANTS = {("amd64", "v1"): "", ("arm64", "v8"): "", ("arm", ""): "v7"}
+
+# What a node can run, the best first: its own programs, then 32-bit ones, which most such processors run too.
+_RUNS = {
+    "amd64": (("amd64", ""), ("386", "")),
+    "arm64": (("arm64", ""), ("arm", "v8"), ("arm", "v7"), ("arm", "v6"), ("arm", "v5")),
+}
+ARCHITECTURE = _ARCHITECTURES[os.uname().machine][0]
 PLATFORM = f"linux/{ARCHITECTURE}"
 
 Digest = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
@@ -52,22 +69,25 @@ Strings = tuple[str, ...]
 
 
 class Platform(msgspec.Struct, frozen=True):
-    os: str = ""
-    architecture: str = ""
-    variant: str = ""
+    """features: what a node must have besides; nothing here has any."""
 
+    os: str | None = ""
+    architecture: str | None = ""
+    variant: str | None = ""
+    features: Strings | None = msgspec.field(name="os.features", default=None)
 
-_OURS = tuple(Platform("linux", ARCHITECTURE, variant) for variant in _VARIANTS)
+    def __str__(self) -> str:
+        return "/".join(filter(None, (self.os, self.architecture, self.variant)))
 
 
 class Descriptor(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
     """What a blob is, and how to know that one has got it."""
 
-    media_type: str = ""
+    media_type: str | None = ""
     digest: Digest
     size: Size
     urls: Strings | None = None
-    annotations: dict[str, str] | None = None
+    annotations: dict[str, str | None] | None = None
     platform: Platform | None = None
 
 
@@ -76,15 +96,18 @@ class Index(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
+    """An image may have no layers: then all that its containers see is mounted into them."""
+
     config: Descriptor
-    layers: tuple[Descriptor, ...]
+    layers: tuple[Descriptor, ...] = ()
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
-    """A config: how to run the image, and the digests of its unpacked layers."""
+    """A config: how to run the image, and the digests of its unpacked layers. platform: what it says it is for."""
 
     config: ImageConfig
     diff_ids: Strings
+    platform: Platform
 
     @property
     def chain_ids(self) -> Strings:
@@ -104,26 +127,36 @@ class _Kind(msgspec.Struct):
         return any(bytes(getattr(self, field)) not in (b"", b"null") for field in fields)
 
 
+class _Manifest(msgspec.Struct):
+    """As it is written: no layers are also null, and nothing at all."""
+
+    config: Descriptor
+    layers: tuple[Descriptor, ...] | None = None
+
+
 class _RootFS(msgspec.Struct):
-    diff_ids: tuple[Digest, ...]
-    type: str = "layers"
+    diff_ids: tuple[Digest, ...] | None = None
+    type: str | None = None
 
 
 class _Run(msgspec.Struct, rename="pascal"):
+    """Everywhere null is what is empty, inside of lists as well: what Go's decoder makes of it."""
+
     user: str | None = None
-    env: Strings | None = None
-    entrypoint: Strings | None = None
-    cmd: Strings | None = None
+    env: tuple[str | None, ...] | None = None
+    entrypoint: tuple[str | None, ...] | None = None
+    cmd: tuple[str | None, ...] | None = None
     working_dir: str | None = None
     stop_signal: str | None = None
-    labels: dict[str, str] | None = None
+    labels: dict[str, str | None] | None = None
     volumes: dict[str, Any] | None = None
 
 
 class _Document(msgspec.Struct):
-    rootfs: _RootFS
+    rootfs: _RootFS | None = None
     architecture: str | None = None
     os: str | None = None
+    variant: str | None = None
     config: _Run | None = None
 
 
@@ -159,48 +192,79 @@ def parse_manifest(data: bytes, media_type: str = "") -> Index | Manifest:
     if has_index:
         return _decode(data, Index, "index")
     if has_manifest:
-        return _checked(_decode(data, Manifest, "manifest"))
+        found = _decode(data, _Manifest, "manifest")
+        return _checked(Manifest(found.config, found.layers or ()))
     raise InvalidArgument("manifest: neither an index nor the manifest of an image")
 
 
 def parse_image(data: bytes, layers: int) -> Image:
-    """The config of an image with so many layers; refuses one of another platform."""
+    """The config of an image with so many layers. Whether it is for this node is for an index to say, not for it."""
     document = _decode(data, _Document, "config")
-    platform = f"{document.os or 'linux'}/{document.architecture or ARCHITECTURE}"
-    if platform != PLATFORM:
-        raise NotFound(f"the image is for {platform}, this node is {PLATFORM}")
-    if document.rootfs.type != "layers":
-        raise Unsupported(f'config: rootfs.type "{document.rootfs.type}"')
-    diff_ids = document.rootfs.diff_ids
+    rootfs = document.rootfs or _RootFS()
+    if rootfs.type not in (None, "", "layers"):
+        raise Unsupported(f'config: rootfs.type "{rootfs.type}"')
+    diff_ids = rootfs.diff_ids or ()
     if len(diff_ids) != layers:
         raise InvalidArgument(
             f"config: rootfs.diff_ids has {len(diff_ids)} entries for {layers} layers"
         )
-    return Image(config=_run_config(document.config or _Run()), diff_ids=diff_ids)
+    return Image(
+        config=_run_config(document.config or _Run()),
+        diff_ids=diff_ids,
+        platform=Platform(document.os, document.architecture or ARCHITECTURE, document.variant),
+    )
+
+
+def rank(platform: Platform) -> int | None:
+    """How well this node runs what is for a platform: 0 is best; None, not at all."""
+    architecture = (platform.architecture or "").lower()
+    architecture, usual = _ARCHITECTURES.get(architecture, (architecture, ""))
+    variant = (platform.variant or usual).lower()
+    variant = f"v{variant}" if variant.isdecimal() else variant
+    wanted = architecture, _USUAL_VARIANTS.get((architecture, variant), variant)
+    runs = _RUNS[ARCHITECTURE]
+    if (platform.os or "linux").lower() != "linux" or wanted not in runs:
+        return None
+    # Beside an entry that asks for nothing, one that wants a feature of the node is for others.
+    return runs.index(wanted) + (len(runs) if platform.features else 0)
 
 
 def is_for_this_node(platform: Platform) -> bool:
-    return platform in _OURS
+    return rank(platform) is not None
 
 
 def choose(index: Index) -> Descriptor:
-    """The manifest for this node; of several, the first with the best variant."""
-    for platform in _OURS:
-        for entry in index.manifests:
-            if entry.platform == platform:
-                return entry
-    if len(index.manifests) == 1 and index.manifests[0].platform is None:
-        return index.manifests[0]
-    offered = sorted({_name(entry.platform) for entry in index.manifests if entry.platform})
-    raise NotFound(f"no manifest for {PLATFORM}, only for {', '.join(offered) or 'nothing'}")
+    """The manifest for this node: of several the first of the best. Raises `NotFound`."""
+    return candidates(index)[0]
+
+
+def candidates(index: Index) -> Sequence[Descriptor]:
+    """The manifest for this node, else all whose configs have to tell whether they are. Raises `NotFound`."""
+    placed: list[tuple[int, Descriptor]] = []
+    untold: list[Descriptor] = []
+    offered: set[str] = set()
+    for entry in index.manifests:
+        if entry.platform is None or not entry.platform.architecture:
+            untold.append(entry)
+        elif (place := rank(entry.platform)) is not None:
+            placed.append((place, entry))
+        else:
+            offered.add(str(entry.platform))
+    if placed:
+        return [min(placed, key=itemgetter(0))[1]]
+    if untold:
+        return untold
+    names = ", ".join(sorted(offered)) or "nothing"
+    raise NotFound(f"no manifest for {PLATFORM}, only for {names}")
 
 
 def _checked(manifest: Manifest) -> Manifest:
-    if not 1 <= len(manifest.layers) <= MAX_LAYERS:
-        raise InvalidArgument(f"manifest: {len(manifest.layers)} layers, not 1 to {MAX_LAYERS}")
+    if len(manifest.layers) > MAX_LAYERS:
+        raise InvalidArgument(f"manifest: {len(manifest.layers)} layers, not {MAX_LAYERS} at most")
     for number, layer in enumerate(manifest.layers):
         if layer.media_type not in LAYER_TYPES:
-            raise Unsupported(f'manifest: layer {number} is of type "{layer.media_type[:100]}"')
+            kind = (layer.media_type or "")[:100]
+            raise Unsupported(f'manifest: layer {number} is of type "{kind}"')
     return manifest
 
 
@@ -208,21 +272,23 @@ def _run_config(run: _Run) -> ImageConfig:
     directory = run.working_dir or ""
     config = ImageConfig(
         user=run.user or "",
-        env=run.env or (),
-        entrypoint=run.entrypoint or (),
-        cmd=run.cmd or (),
+        env=_strings(run.env),
+        entrypoint=_strings(run.entrypoint),
+        cmd=_strings(run.cmd),
         working_dir=f"/{directory}" if directory and directory[0] != "/" else directory,
         stop_signal=run.stop_signal or "",
-        labels=run.labels or {},
+        labels={key: value or "" for key, value in (run.labels or {}).items()},
         volumes=tuple(run.volumes or ()),
     )
     for field in config.__struct_fields__:
         _refuse_nul(field, getattr(config, field))
-    if any(entry.partition("=")[0] == "" for entry in config.env):
-        raise InvalidArgument("config: env has an entry without a name")
     if not all(map(_is_user, config.user.split(":"))):
         raise InvalidArgument(f'config: user "{config.user[:100]}" has a number that is no id')
     return config
+
+
+def _strings(values: Sequence[str | None] | None) -> Strings:
+    return tuple(value or "" for value in values or ())
 
 
 def _is_user(text: str) -> bool:
@@ -240,10 +306,6 @@ def _refuse_nul(field: str, value: str | Strings | dict[str, str]) -> None:
         strings += value.values()
     if any("\0" in string for string in strings):
         raise InvalidArgument(f"config: {field} has a NUL character")
-
-
-def _name(platform: Platform) -> str:
-    return "/".join(filter(None, (platform.os, platform.architecture, platform.variant)))
 
 
 def _decode(data: bytes, kind: type[T], what: str) -> T:

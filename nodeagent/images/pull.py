@@ -1,15 +1,19 @@
 """From a name to a plan: which manifest is meant, which config, which layers."""
 
 import asyncio
+import logging
 
-from nodeagent.errors import InvalidArgument, NodeAgentError
+from nodeagent.errors import InvalidArgument, NodeAgentError, NotFound, Unsupported
 from nodeagent.images import manifest
 from nodeagent.images.content import Documents
 from nodeagent.images.install import Plan
 from nodeagent.images.manifest import Descriptor, Index, Manifest
 from nodeagent.images.source import Source
 
+log = logging.getLogger(__name__)
+
 _MAX_NESTING = 3  # of indexes
+_MAX_UNTOLD = 8  # manifests without a platform that are looked into
 
 
 async def resolve(source: Source, documents: Documents) -> Plan:
@@ -52,9 +56,30 @@ class _Resolution:
         raise InvalidArgument(f"indexes in indexes, more than {_MAX_NESTING}")
 
     async def _chosen(self, index: Index) -> tuple[bytes, str]:
-        descriptor = manifest.choose(index)
+        """The manifest for this node; where the index does not tell, the first whose config says so."""
+        first, *others = manifest.candidates(index)
+        if not others:
+            return await self._listed(first)
+        for descriptor in (first, *others)[:_MAX_UNTOLD]:
+            try:
+                data, media_type = await self._listed(descriptor)
+                if await self._says_so(manifest.parse_manifest(data, media_type)):
+                    return data, media_type
+            except (InvalidArgument, Unsupported) as error:
+                log.debug("%s: %s: %s", self._source.reference, descriptor.digest, error)
+        raise NotFound(f"no manifest for {manifest.PLATFORM} in an index that names no platforms")
+
+    async def _says_so(self, document: Index | Manifest) -> bool:
+        if isinstance(document, Index):
+            return False
+        config = await self._config(document.config)
+        return manifest.is_for_this_node(
+            manifest.parse_image(config, len(document.layers)).platform
+        )
+
+    async def _listed(self, descriptor: Descriptor) -> tuple[bytes, str]:
         if data := await self._here(descriptor):
-            return data, descriptor.media_type
+            return data, descriptor.media_type or ""
         return await self._source.manifest(descriptor.digest)
 
     async def _config(self, descriptor: Descriptor) -> bytes:

@@ -15,8 +15,9 @@ DEFAULT_DOMAIN = "docker.io"
 DEFAULT_TAG = "latest"
 _DOMAIN_ALIASES = frozenset(("index.docker.io", "registry-1.docker.io"))
 _OFFICIAL = "library/"
-_MAX_NAME = 255
-_MAX_TEXT = _MAX_NAME + 1 + 128 + 1 + 71
+_MAX_DOMAIN = 253 + len(":65535")  # RFC 1035, 2.3.4
+_MAX_PATH = 255  # without the domain, in newer versions of the grammar
+_MAX_TEXT = _MAX_DOMAIN + 1 + _MAX_PATH + 1 + 128 + 1 + 71
 
 # crictl shows 13 digits; much shorter ones could be words that somebody uses as a name.
 MIN_ID_PREFIX = 6
@@ -115,8 +116,8 @@ def _check(text: str, domain: str, path: str, tag: str | None) -> None:
     if not _PATH.fullmatch(path):
         hint = "; it must be lower-case" if path != path.lower() else ""
         raise _malformed(text, f'"{path}" is not a repository{hint}')
-    if len(domain) + 1 + len(path) > _MAX_NAME:
-        raise _malformed(text, f"the name is longer than {_MAX_NAME} characters")
+    if len(domain) > _MAX_DOMAIN or len(path) > _MAX_PATH:
+        raise _malformed(text, f"the repository is longer than {_MAX_PATH} characters")
     if tag is not None and not _TAG.fullmatch(tag):
         raise _malformed(text, f'"{tag}" is not a tag')
 

@@ -3,7 +3,7 @@
 Credentials follow no redirect and no challenge but the server's own.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any
@@ -15,7 +15,7 @@ from yarl import URL
 from nodeagent.errors import DataLoss, PermissionDenied, RegistryUnavailable
 from nodeagent.images import auth, manifest
 from nodeagent.images.auth import Credentials
-from nodeagent.images.client import Client, raise_for_status, read_bounded, received
+from nodeagent.images.client import Client, is_encoded, raise_for_status, read_bounded, received
 from nodeagent.images.destinations import Scope
 from nodeagent.images.hosts import Host
 from nodeagent.images.manifest import Descriptor
@@ -33,9 +33,11 @@ class Endpoint:
         self.host = host
         self._client = client
         self._credentials = credentials
+        self._domain = domain
         self._repository = repository
         self._root = URL(host.root, encoded=True)
         self._query = {"ns": domain} if host.mirror else {}
+        self._is_encoded = False
         token = credentials.registry_token
         self._authorization = f"Bearer {token}" if token else ""
 
@@ -44,8 +46,10 @@ class Endpoint:
         """How far in the server is, as far as it has been asked."""
         return self._client.scope
 
-    async def manifest(self, version: str) -> tuple[bytes, str]:
-        """The document that a tag or a digest names, and its media type. Raises as `parse_manifest`, and `DataLoss`."""
+    async def manifest(
+        self, version: str, parse: Callable[[bytes, str], object] = manifest.parse_manifest
+    ) -> tuple[bytes, str]:
+        """The document that a tag or a digest names, and its media type. Raises as `parse`, and `DataLoss`."""
         url = self._url("manifests", version)
         async with self._get(url, {"Accept": manifest.ACCEPT}) as response:
             data = await read_bounded(response, manifest.MAX_DOCUMENT_BYTES)
@@ -53,13 +57,14 @@ class Endpoint:
             # Here, where the answer of another server becomes no error's text.
             if is_digest(version) and manifest.digest(data) != version:
                 raise DataLoss(f"{self.host.root}: {version} is another document there")
-            manifest.parse_manifest(data, media_type)
+            parse(data, media_type)
             return data, media_type
 
     async def blob(self, descriptor: Descriptor, offset: int) -> AsyncGenerator[bytes]:
         """The bytes of a blob from `offset` on, as they come: as many as there shall be."""
         url = self._url("blobs", descriptor.digest)
-        async with self._get(url, _range(offset)) as response:
+        async with self._get(url, _range(0 if self._is_encoded else offset)) as response:
+            self._is_encoded = is_encoded(response, descriptor.size)
             async for chunk in _exactly(response, descriptor, offset):
                 yield chunk
 
@@ -77,17 +82,33 @@ class Endpoint:
         ) as response:
             challenges = self._challenges(response)
             if not challenges:
-                await raise_for_status(response)
+                await self._raise_for_status(response)
                 yield response
                 return
         await self._authorize(challenges)
         async with self._client.get(
             url, headers, self._own_headers(), led=self.host.root
         ) as response:
-            await raise_for_status(response)
+            await self._raise_for_status(response)
             yield response
 
+    async def _raise_for_status(self, response: aiohttp.ClientResponse) -> None:
+        """With what the owner of a pod may do about it."""
+        missing = "look at the image's name and tag"
+        if "/blobs/" in response.url.path:
+            missing = "a part of the image is not there any more, push it again"
+        await raise_for_status(response, denied=self._denied(), missing=missing)
+
     # --- authorisation ---
+
+    def _denied(self) -> str:
+        if self.host.mirror:
+            return "a mirror is asked without credentials"
+        if self._credentials == auth.ANONYMOUS:
+            return (
+                f"no credentials were given for {self._domain}: a private image needs a pull secret"
+            )
+        return f"the credentials for {self._domain} do not allow it"
 
     def _own_headers(self) -> Mapping[str, str]:
         headers = CIMultiDict(self.host.headers)
@@ -123,10 +144,10 @@ class Endpoint:
         async with self._client.exchange(method, url, led=led, **options) as response:
             denied = response.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
             if not denied or self._client.is_own(url):
-                await raise_for_status(response)
+                await raise_for_status(response, denied=self._denied())
                 return auth.parse_token(await read_bounded(response, _MAX_TOKEN_BYTES))
         # Told of another server as well, for the credentials may be wrong; all else is told as one.
-        raise PermissionDenied(f"{led}: access denied, or no such repository")
+        raise PermissionDenied(f"{led}: access denied, or no such repository; {self._denied()}")
 
 
 async def elsewhere(
@@ -149,7 +170,7 @@ async def _exactly(
     response: aiohttp.ClientResponse, descriptor: Descriptor, offset: int
 ) -> AsyncGenerator[bytes]:
     """The body, up to the blob's size and not beyond it. Raises `DataLoss`, `RegistryUnavailable`."""
-    async for chunk in received(response, offset):
+    async for chunk in received(response, offset, descriptor.size):
         offset += len(chunk)
         if offset > descriptor.size:
             raise DataLoss(f"{descriptor.digest}: longer than its {descriptor.size} bytes")

@@ -13,8 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-import aiohttp
-
 from nodeagent.errors import (
     DataLoss,
     FailedPrecondition,
@@ -24,18 +22,21 @@ from nodeagent.errors import (
     PermissionDenied,
     RegistryUnavailable,
 )
-from nodeagent.images import manifest
+from nodeagent.images import manifest, throttling
 from nodeagent.images.auth import Auth, credentials
-from nodeagent.images.client import Client, Tls
+from nodeagent.images.client import Client, Session, Tls
 from nodeagent.images.destinations import Scope
 from nodeagent.images.hosts import Host, hosts_of, http_url
 from nodeagent.images.manifest import Descriptor
 from nodeagent.images.reference import Reference, is_digest
 from nodeagent.images.registry import Endpoint, elsewhere
+from nodeagent.images.throttling import Throttled
 
 ROUNDS = 3  # over all hosts, without getting on
 PROGRESS_BYTES = 64 << 10  # less from a connection is not getting on
 FIRST_PAUSE_SECONDS = 0.2
+REFUSALS = 5  # of a host that asks for pauses
+HELD_UP_SECONDS = 120.0  # over all the pauses of a pull
 
 _REFUSALS = (DataLoss, InvalidArgument, NotFound, PermissionDenied)
 _MAX_URLS = 4
@@ -45,7 +46,7 @@ Stream = Callable[[int], AsyncGenerator[bytes]]  # from an offset on
 
 
 async def open_source(
-    session: aiohttp.ClientSession,
+    session: Session,
     reference: Reference,
     auth: Auth | None,
     hosts_dir: Path,
@@ -76,7 +77,7 @@ class Source:
 
     def __init__(
         self,
-        session: aiohttp.ClientSession,
+        session: Session,
         reference: Reference,
         endpoints: Sequence[Endpoint],
         floor: Scope,
@@ -84,6 +85,7 @@ class Source:
         self.reference = reference
         self._session = session
         self._floor = floor
+        self._held_up = _HeldUp()
         self._endpoints = endpoints
         self._resolvers = [endpoint for endpoint in endpoints if endpoint.host.resolve]
         self._pullers = [endpoint for endpoint in endpoints if endpoint.host.pull]
@@ -97,10 +99,12 @@ class Source:
         """Where a blob is fetched from, in this order."""
         return (*(descriptor.urls or ()), *(puller.host.root for puller in self._pullers))
 
-    async def manifest(self, version: str) -> tuple[bytes, str]:
-        """The document of a tag or a digest, and its media type."""
+    async def manifest(
+        self, version: str, parse: Callable[[bytes, str], object] = manifest.parse_manifest
+    ) -> tuple[bytes, str]:
+        """The document of a tag or a digest, and its media type; parse: refuses what it cannot be."""
         endpoints = self._pullers if is_digest(version) else self._resolvers
-        return await self._first(endpoints, lambda endpoint: endpoint.manifest(version))
+        return await self._first(endpoints, lambda endpoint: endpoint.manifest(version, parse))
 
     async def document(self, descriptor: Descriptor) -> bytes:
         """A small blob, verified."""
@@ -120,7 +124,7 @@ class Source:
         """The blob's bytes from `offset` on; its digest is not looked at. A later attempt asks fewer hosts."""
         streams = deque([*self._foreign(descriptor), *self._own(descriptor)][attempt:])
         errors: dict[Stream, NodeAgentError] = {}
-        patience = _Patience()
+        patience = _Patience(self._held_up)
         while streams:
             stream, before = streams[0], offset
             try:
@@ -130,9 +134,9 @@ class Source:
                         yield chunk
                 return
             except RegistryUnavailable as error:
-                errors[stream] = error
+                _note(errors, stream, error)
                 streams.rotate(-1)
-                if not await patience.lasts(offset - before, len(streams)):
+                if not await patience.lasts(error, offset - before, len(streams)):
                     break
             except _REFUSALS as error:
                 errors[stream] = error
@@ -161,15 +165,15 @@ class Source:
     ) -> T:
         asked = deque(endpoints)
         errors: dict[Endpoint, NodeAgentError] = {}
-        patience = _Patience()
+        patience = _Patience(self._held_up)
         while asked:
             endpoint = asked[0]
             try:
                 return await ask(endpoint)
             except RegistryUnavailable as error:
-                errors[endpoint] = error
+                _note(errors, endpoint, error)
                 asked.rotate(-1)
-                if not await patience.lasts(0, len(asked)):
+                if not await patience.lasts(error, 0, len(asked)):
                     break
             except _REFUSALS as error:
                 errors[endpoint] = error
@@ -194,16 +198,55 @@ def _is_url(text: str) -> bool:
         return False
 
 
-class _Patience:
-    """With connections that break off: as long as they get us on, and some rounds over all hosts besides."""
+def _note(errors: dict[T, NodeAgentError], host: T, error: NodeAgentError) -> None:
+    """What a host said itself tells more than that it has not been asked again."""
+    if host not in errors or not isinstance(error, Throttled) or error.sent:
+        errors[host] = error
+
+
+class _HeldUp:
+    """How long a pull has waited for servers that asked for a pause. Waits at the same time are one."""
 
     def __init__(self) -> None:
-        self._idle = 0
-        self._pause = FIRST_PAUSE_SECONDS
+        self._seconds = 0.0
+        self._until = 0.0
 
-    async def lasts(self, got_bytes: int, hosts: int) -> bool:
+    async def wait(self, until: float) -> bool:
+        """Whether there was time for it: a pull does not wait for ever new pauses."""
+        now = asyncio.get_running_loop().time()
+        more = max(0.0, until - max(now, self._until))
+        if self._seconds + more > HELD_UP_SECONDS:
+            return False
+        self._seconds += more
+        self._until = max(self._until, until)
+        await asyncio.sleep(until - now)
+        return True
+
+
+class _Patience:
+    """With connections that break off: as long as they get us on, and some rounds over all hosts besides.
+
+    A host that asked for a pause is waited for when none of the others has helped.
+    """
+
+    def __init__(self, held_up: _HeldUp) -> None:
+        self._held_up = held_up
+        self._idle = 0
+        self._refused = 0
+        self._pause = FIRST_PAUSE_SECONDS
+        self._until: float | None = None
+
+    async def lasts(self, error: RegistryUnavailable, got_bytes: int, hosts: int) -> bool:
         """Whether to go on; waits a little after each round."""
         self._idle = 0 if got_bytes >= PROGRESS_BYTES else self._idle + 1
+        if isinstance(error, Throttled) and not throttling.is_too_long(error.until):
+            self._refused += error.sent
+            self._until = error.until if self._until is None else min(self._until, error.until)
+        if self._refused >= REFUSALS * hosts:
+            return False
+        if self._idle and self._idle % hosts == 0 and self._until is not None:
+            until, self._until, self._idle = self._until, None, 0
+            return await self._held_up.wait(until)
         if self._idle >= ROUNDS * hosts:
             return False
         if self._idle and self._idle % hosts == 0:

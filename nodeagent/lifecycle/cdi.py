@@ -1,129 +1,181 @@
-"""Container Device Interface: what a qualified device name adds to a container (CDI specification 1.0).
+"""Container Device Interface: what a qualified device name adds to a container (CDI specification 1.1).
 
-Specs are JSON files in the spec directories, read when a container asks for a device; a later directory wins. What a
-spec asks for that this agent has no way to do, hooks above all, is refused.
+Devices are named by the request's CDI_devices and by annotations of the container, ``cdi.k8s.io/KEY: NAME[,NAME…]``;
+one that is named twice is injected once. A device of a later directory wins over the same one of an earlier directory;
+twice in one directory it is a conflict, and cannot be had. A specification's own edits come before its devices'.
+
+Hooks are taken from specifications only, which are files of the node's root, and only those whose program is listed in
+the configuration; `nodeagent.sandbox.hooks` runs them.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Sequence
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
 
-import msgspec
-from msgspec import Meta
+from msgspec.structs import replace
 
-from nodeagent import files
-from nodeagent.errors import InvalidArgument, NotFound, Unsupported
-from nodeagent.records import ContainerConfig, DeviceConfig, MountConfig
+from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
+from nodeagent.lifecycle.cdi_specs import (
+    QUALIFIED,
+    Device,
+    DeviceNode,
+    Edits,
+    Hook,
+    Mount,
+    Spec,
+    Specs,
+)
+from nodeagent.records import ContainerConfig, DeviceConfig, HookConfig, MountConfig
 
-log = logging.getLogger(__name__)
+ANNOTATION_PREFIX = "cdi.k8s.io/"
+MAX_HOOKS = 256  # of a container
+SETTING = "cdi.hook_programs"
 
-DIRECTORIES = (Path("/etc/cdi"), Path("/var/run/cdi"))
-MAX_SPEC_BYTES = 4 << 20
-
-_OPTIONS = {"noexec", "nodev", "nosuid"}
-_IGNORED_OPTIONS = {"bind", "rbind", "rprivate", "private", "rw"}
-
-
-Id = Annotated[int, Meta(ge=0, le=(1 << 32) - 2)]
-
-
-class DeviceNode(msgspec.Struct, frozen=True, rename="camel"):
-    """hostPath is `path` where it is absent; type and numbers are read from the node itself."""
-
-    path: str
-    host_path: str = ""
-    permissions: str = "rwm"
-    file_mode: Annotated[int, Meta(ge=0, le=0o7777)] | None = None
-    uid: Id | None = None
-    gid: Id | None = None
+_RUNC_DEVICE_MODE = 0o666  # of a device whose specification has no fileMode
+_OPTIONS = {"noexec", "nodev", "nosuid", "nosymfollow", "relatime", "noatime", "strictatime"}
+_PROPAGATIONS = {
+    f"{recursive}{name}": name for recursive in ("", "r") for name in ("private", "slave", "shared")
+}
+_READONLY = {"ro", "rro"}
+_WITHOUT_MEANING = {"bind", "rbind", "rw", "suid", "dev", "exec", "defaults"}
 
 
-class Mount(msgspec.Struct, frozen=True, rename="camel"):
-    host_path: str
-    container_path: str
-    options: tuple[str, ...] = ()
-    type: str = ""
+class Cdi:
+    """hook_programs: paths of the programs that hooks may have."""
 
+    def __init__(self, directories: Sequence[Path], hook_programs: Sequence[str]) -> None:
+        self._specs = Specs(directories)
+        self._programs = frozenset(hook_programs)
 
-class Edits(msgspec.Struct, frozen=True, rename="camel"):
-    """hooks, intelRdt and netDevices are read to be refused, never to be skipped."""
+    def is_asked_for(self, config: ContainerConfig) -> bool:
+        """Whether there is anything to inject; reads no file."""
+        return bool(config.cdi_devices) or any(
+            key.startswith(ANNOTATION_PREFIX) for key in config.annotations
+        )
 
-    env: tuple[str, ...] = ()
-    device_nodes: tuple[DeviceNode, ...] = ()
-    mounts: tuple[Mount, ...] = ()
-    hooks: tuple[Any, ...] = ()
-    additional_gids: tuple[Id, ...] = msgspec.field(name="additionalGids", default=())
-    intel_rdt: Any = None
-    net_devices: tuple[Any, ...] = ()
+    def inject(self, config: ContainerConfig, *, userns: bool = False) -> ContainerConfig:
+        """The config with what its CDI devices add. userns: the pod has a user namespace. Reads files.
 
-
-class Device(msgspec.Struct, frozen=True, rename="camel"):
-    name: str
-    container_edits: Edits = Edits()
-
-
-class Spec(msgspec.Struct, frozen=True, rename="camel"):
-    kind: str
-    devices: tuple[Device, ...]
-    container_edits: Edits = Edits()
-
-
-def inject(config: ContainerConfig, directories: Sequence[Path] = DIRECTORIES) -> ContainerConfig:
-    """The config with what its CDI devices add. Raises NotFound for a device that no spec has."""
-    if not config.cdi_devices:
+        Raises NotFound for a device that no specification has, and FailedPrecondition, InvalidArgument or Unsupported
+        for one that cannot be had; the text has the file and the reason.
+        """
+        names = asked_for(config)
+        if not names:
+            return config
+        directories = self._specs.read()
+        used: set[Path] = set()
+        for name in names:
+            spec, device = self._find(directories, name)
+            if spec.path not in used:
+                used.add(spec.path)
+                config = self._apply(config, spec.edits, spec.kind, spec, userns=userns)
+            config = self._apply(config, device.edits, name, spec, userns=userns)
+        if len(config.hooks) > MAX_HOOKS:
+            raise InvalidArgument(
+                f"CDI devices {', '.join(names)}: {len(config.hooks)} hooks; there can be {MAX_HOOKS}"
+            )
         return config
-    specs = list(_specs(directories))
-    used: dict[str, Spec] = {}
-    for name in config.cdi_devices:
-        spec, device = _find(specs, name)
-        config = _apply(config, device.container_edits, name)
-        used.setdefault(spec.kind, spec)
-    for spec in used.values():
-        config = _apply(config, spec.container_edits, spec.kind)
-    return config
 
-
-def _specs(directories: Iterable[Path]) -> Iterable[Spec]:
-    for directory in directories:
-        for path in sorted(directory.glob("*.json")):
-            try:
-                yield _read(path)
-            except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                log.warning("CDI spec %s: %s", path, error)
-
-
-def _read(path: Path) -> Spec:
-    return msgspec.json.decode(files.read_bounded(str(path), MAX_SPEC_BYTES), type=Spec)
-
-
-def _find(specs: Sequence[Spec], name: str) -> tuple[Spec, Device]:
-    kind, _, device_name = name.partition("=")
-    for spec in reversed(specs):
-        for device in spec.devices:
-            if (spec.kind, device.name) == (kind, device_name):
+    def _find(self, directories: Sequence[Sequence[Spec]], name: str) -> tuple[Spec, Device]:
+        kind, _, device_name = name.partition("=")
+        for specs in reversed(directories):
+            found = [spec for spec in specs if spec.kind == kind and device_name in spec.devices]
+            if len(found) > 1:
+                paths = " and ".join(str(spec.path) for spec in found)
+                raise FailedPrecondition(f'CDI device "{name}": is in {paths}; remove one of them')
+            if found:
+                spec, device = found[0], found[0].devices[device_name]
+                if fault := spec.fault or device.fault:
+                    raise FailedPrecondition(f'CDI device "{name}": {spec.path}: {fault}')
                 return spec, device
-    raise NotFound(
-        f'CDI device "{name}": no JSON spec in {", ".join(map(str, DIRECTORIES))} has it'
-    )
+        broken = self._specs.unreadable()[:4]
+        places = ", ".join(map(str, self._specs.directories))
+        also = f"; not read: {'; '.join(broken)}" if broken else ""
+        raise NotFound(f'CDI device "{name}": no specification in {places} has it{also}')
+
+    def _apply(
+        self, config: ContainerConfig, edits: Edits, name: str, spec: Spec, *, userns: bool
+    ) -> ContainerConfig:
+        what = f'CDI device "{name}": {spec.path}'
+        if edits.net_devices:
+            names = ", ".join(device.host_interface_name for device in edits.net_devices)
+            raise Unsupported(
+                f"{what}: netDevices: {names} is not moved; a pod gets no device of the node"
+            )
+        if edits.intel_rdt:
+            self._specs.say(f"{what}: intelRdt is skipped")
+        return replace(
+            config,
+            envs=(*config.envs, *(_env(entry) for entry in edits.env)),
+            devices=(
+                *config.devices,
+                *(_device(node, config, what, userns=userns) for node in edits.device_nodes),
+            ),
+            mounts=(*config.mounts, *(self._mount(mount, what) for mount in edits.mounts)),
+            hooks=(*config.hooks, *(self._hook(hook, what, spec) for hook in edits.hooks)),
+            supplemental_groups=(
+                *config.supplemental_groups,
+                *(gid for gid in edits.additional_gids if gid),
+            ),
+        )
+
+    def _mount(self, mount: Mount, what: str) -> MountConfig:
+        if mount.type not in ("", "bind", "rbind"):
+            raise Unsupported(f'{what}: mount at "{mount.container_path}" of type "{mount.type}"')
+        target = _inside(mount.container_path)
+        if target == "/":
+            raise FailedPrecondition(f'{what}: mount of "{mount.host_path}" at "/"')
+        known = {*_OPTIONS, *_PROPAGATIONS, *_READONLY, *_WITHOUT_MEANING}
+        if unknown := sorted(set(mount.options) - known):
+            self._specs.say(f"{what}: mount options {', '.join(unknown)} are skipped")
+        asked = [option for option in mount.options if option in _PROPAGATIONS]
+        return MountConfig(
+            container_path=target,
+            host_path=mount.host_path,
+            readonly=not _READONLY.isdisjoint(mount.options),
+            recursive_read_only="rro" in mount.options,
+            propagation=_PROPAGATIONS[asked[-1]] if asked else "private",  # type: ignore[arg-type]
+            options=tuple(option for option in mount.options if option in _OPTIONS),
+            must_exist=True,
+        )
+
+    def _hook(self, hook: Hook, what: str, spec: Spec) -> HookConfig:
+        if spec.hooks_fault:
+            raise FailedPrecondition(f"{what}: hook {hook.hook_name}: {spec.hooks_fault}")
+        if hook.path not in self._programs:
+            raise FailedPrecondition(
+                f'{what}: hook {hook.hook_name}: "{hook.path}" is not one of the programs that hooks may have; '
+                f"if it is to be trusted, add it to {SETTING} in the configuration"
+            )
+        return HookConfig(
+            stage=hook.hook_name,
+            path=hook.path,
+            args=hook.args or (hook.path,),
+            env=hook.env,
+            timeout_s=hook.timeout or 0,
+            source=str(spec.path),
+        )
 
 
-def _apply(config: ContainerConfig, edits: Edits, name: str) -> ContainerConfig:
-    if edits.hooks:
-        raise Unsupported(f'CDI device "{name}": its spec has hooks, which this agent does not run')
-    if edits.intel_rdt:
-        raise Unsupported(f'CDI device "{name}": its spec asks for intelRdt')
-    if edits.net_devices:
-        raise Unsupported(f'CDI device "{name}": its spec moves network devices')
-    return msgspec.structs.replace(
-        config,
-        envs=(*config.envs, *(_env(entry) for entry in edits.env)),
-        devices=(*config.devices, *(_device(node) for node in edits.device_nodes)),
-        mounts=(*config.mounts, *(_mount(mount, name) for mount in edits.mounts)),
-        supplemental_groups=(*config.supplemental_groups, *edits.additional_gids),
-    )
+def asked_for(config: ContainerConfig) -> tuple[str, ...]:
+    """The qualified names of the devices, each once: those of CDI_devices, then those of the annotations.
+
+    Raises InvalidArgument for a name in an annotation that is none.
+    """
+    return tuple(dict.fromkeys((*config.cdi_devices, *_annotated(config.annotations))))
+
+
+def _annotated(annotations: Mapping[str, str]) -> Iterator[str]:
+    for key, value in annotations.items():
+        if key.startswith(ANNOTATION_PREFIX):
+            for name in value.split(","):
+                if not QUALIFIED.fullmatch(name):
+                    raise InvalidArgument(
+                        f'config.annotations["{key}"]: "{name}" is not vendor/class=device'
+                    )
+                yield name
 
 
 def _env(entry: str) -> tuple[str, bytes]:
@@ -131,26 +183,31 @@ def _env(entry: str) -> tuple[str, bytes]:
     return name, value.encode()
 
 
-def _device(node: DeviceNode) -> DeviceConfig:
+def _inside(path: str) -> str:
+    return posixpath.normpath("/" + path.lstrip("/"))  # which keeps two slashes at the front
+
+
+def _device(node: DeviceNode, config: ContainerConfig, what: str, *, userns: bool) -> DeviceConfig:
+    """Without a fileMode a device is open to all, as runc makes it, and without an owner it is the container's user's.
+
+    In a user namespace, where runc mounts the node's own device, mode and owner stay the node's.
+    """
+    if node.type == "p":
+        raise Unsupported(f'{what}: "{node.path}" is to be a FIFO')
+    mode, uid, gid = node.file_mode, node.uid, node.gid
+    if not userns:
+        mode = _RUNC_DEVICE_MODE if mode is None else mode
+        uid = config.run_as_user if uid is None else uid
+        gid = config.run_as_group if gid is None else gid
+    numbered = node.type and node.major
     return DeviceConfig(
-        container_path=node.path,
+        container_path=_inside(node.path),
         host_path=node.host_path or node.path,
-        permissions=node.permissions,
-        mode=node.file_mode,
-        uid=node.uid,
-        gid=node.gid,
-    )
-
-
-def _mount(mount: Mount, name: str) -> MountConfig:
-    if mount.type not in ("", "bind"):
-        raise Unsupported(f'CDI device "{name}": a mount of type "{mount.type}"')
-    unknown = set(mount.options) - _IGNORED_OPTIONS - _OPTIONS - {"ro"}
-    if unknown:
-        raise InvalidArgument(f'CDI device "{name}": unknown mount options {sorted(unknown)}')
-    return MountConfig(
-        container_path=mount.container_path,
-        host_path=mount.host_path,
-        readonly="ro" in mount.options,
-        options=tuple(option for option in mount.options if option in _OPTIONS),
+        permissions=node.permissions or "rwm",
+        mode=mode,
+        uid=uid,
+        gid=gid,
+        type=("b" if node.type == "b" else "c") if numbered else "",
+        major=node.major if numbered else 0,
+        minor=node.minor if numbered else 0,
     )

@@ -5,6 +5,7 @@ exists, and goes after they are gone.
 """
 
 import asyncio
+import base64
 import json
 import logging
 import os
@@ -30,7 +31,8 @@ from nodeagent.errors import (
     Unavailable,
 )
 from nodeagent.images.catalog import Images
-from nodeagent.lifecycle import cdi, execs, oomkill, oomscore, process
+from nodeagent.lifecycle import bundle, cgroupmounts, execs, oomkill, oomscore, process
+from nodeagent.lifecycle.cdi import Cdi
 from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.handover import handover
 from nodeagent.lifecycle.plan import Planner, reference
@@ -38,7 +40,7 @@ from nodeagent.lifecycle.registry import Registry
 from nodeagent.lifecycle.supervision import Supervision, pauses
 from nodeagent.lifecycle.trash import Trash
 from nodeagent.records import Container, ContainerConfig, Image, Resources, Sandbox
-from nodeagent.sandbox import credentials
+from nodeagent.sandbox import seccomp_effective
 from nodeagent.sandbox.client import Supervisor
 from nodeagent.sandbox.spec import ContainerPlan
 
@@ -62,6 +64,7 @@ class Containers:
         images: Images,
         cgroups: Cgroups,
         planner: Planner,
+        cdi: Cdi,
         trash: Trash,
         directory: Path,
     ) -> None:
@@ -70,12 +73,13 @@ class Containers:
         self._images = images
         self._cgroups = cgroups
         self._planner = planner
+        self._cdi = cdi
         self._trash = trash
         self._directory = directory
         self._groups: dict[str, Cgroup] = {}
         # Containers whose program is about to be executed, or is held up before that.
         self._starting: set[str] = set()
-        # Warnings about limits, which hold for every container; no more than the configuration has limits.
+        # Warnings that hold for every container: no more than there are limits, capabilities and scores.
         self._said_of_all: set[str] = set()
         self._flights = Flights(lambda container_id: container_id in registry.containers)
 
@@ -87,14 +91,19 @@ class Containers:
         return self._registry.visible_containers()
 
     def verbose(self, name: str) -> dict[str, Any]:
-        """The plan that its supervisor executed, without the seccomp program; empty when that is gone."""
+        """The plan that its supervisor executed; empty when that is gone.
+
+        Of the seccomp program it says what that does: names of system calls by the action.
+        """
         container = self._registry.container(name)
         try:
             data = (self._directory / container.id / "plan.json").read_bytes()
         except FileNotFoundError:
             return {}
         plan: dict[str, Any] = msgspec.json.decode(data)
-        plan["process"]["seccomp"] = bool(plan["process"]["seccomp"])
+        program = base64.b64decode(plan["process"]["seccomp"])
+        plan["process"]["seccomp"] = seccomp_effective.describe(program)
+        plan.get("hooks", {}).pop("config", None)  # the same again, in other words
         return plan
 
     def of(self, sandbox_id: str) -> tuple[Container, ...]:
@@ -126,7 +135,10 @@ class Containers:
             raise FailedPrecondition(f'pod sandbox "{sandbox.id}": is stopped')
         self._refuse_twin(sandbox, config)
         with pod.creation(sandbox.id) as supervisor:
-            config = cdi.inject(config)
+            if self._cdi.is_asked_for(config):
+                userns = sandbox.config.namespaces.user
+                in_userns = userns is not None and userns.mode == "pod"
+                config = await asyncio.to_thread(self._cdi.inject, config, userns=in_userns)
             image = self._image(config)
             container = self._intention(sandbox, config, image)
             async with AsyncExitStack() as undo:
@@ -151,7 +163,13 @@ class Containers:
             self._images.hold(needed.id, container.id)
         undo.callback(self._trash.take, self._directory / container.id)
         _make_directory(self._directory / container.id, plan)
-        group = self._cgroups.create(container.cgroup_path, container.resources)
+        # Its first process works for some milliseconds until it is ready, which takes seconds of a quota like "10m".
+        quota = Resources(
+            cpu_period_usec=container.resources.cpu_period_usec,
+            cpu_quota_usec=container.resources.cpu_quota_usec,
+        )
+        unhurried = msgspec.structs.replace(container.resources, cpu_quota_usec=0)
+        group = self._cgroups.create(container.cgroup_path, unhurried)
         undo.push_async_callback(self._remove_group, container)
         self._groups[container.id] = group
         if not sandbox.config.cgroup_parent:
@@ -160,8 +178,13 @@ class Containers:
         undo.push_async_callback(supervisor.remove, container.id)
         with handover(group) as fds, oomkill.named(container, group):
             made = await supervisor.create(plan, fds)
-        self._warn(container, made.warnings)
+        bundle.require(plan)
+        if quota.cpu_quota_usec:
+            group.apply(quota)
+        self._warn(made.warnings)
         identity = made.identity
+        if cgroupmounts.is_delegated(container.config):
+            group.delegate(_uid_on_node(sandbox, identity["uid"]))
         self._registry.save(
             msgspec.structs.replace(
                 container,
@@ -174,13 +197,12 @@ class Containers:
             "created",
         )
 
-    def _warn(self, container: Container, warnings: Sequence[str]) -> None:
+    def _warn(self, warnings: Sequence[str]) -> None:
+        """What an init warns of is what the agent lacks itself: it holds for every container, and is said once."""
         for warning in warnings:
-            if not warning.startswith(credentials.LIMIT):
-                log.warning('container "%s": %s', container.id, warning)
-            elif warning not in self._said_of_all:
+            if warning not in self._said_of_all:
                 self._said_of_all.add(warning)
-                log.warning("every container: %s", warning)
+                log.warning("every container that is to have it: %s", warning)
 
     def _intention(self, sandbox: Sandbox, config: ContainerConfig, image: Image) -> Container:
         container_id = secrets.token_hex(32)
@@ -483,6 +505,12 @@ def total(resources: Resources, overhead: Resources) -> Resources:
         name: limit + max(0, more[name]) for name in more if (limit := getattr(resources, name)) > 0
     }
     return msgspec.structs.replace(resources, **added)
+
+
+def _uid_on_node(sandbox: Sandbox, uid: int) -> int:
+    """Who a user of a container is outside of it."""
+    user = sandbox.config.namespaces.user
+    return user.uids[0].outside + uid if user is not None and user.mode == "pod" else uid
 
 
 def _uninterruptible(pid: int) -> str:

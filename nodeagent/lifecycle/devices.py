@@ -16,6 +16,7 @@ from nodeagent.sandbox.spec import Device
 
 # of the node itself, which every container has of its own
 _OWN = frozenset(("/dev/pts", "/dev/shm", "/dev/mqueue", "/dev/fd", "/dev/console", "/dev/ptmx"))
+_USUAL_MODE = 0o666
 
 
 class ContainerDevices(NamedTuple):
@@ -46,6 +47,8 @@ def named(wanted: DeviceConfig) -> list[Device]:
 
     Raises NotFound and InvalidArgument.
     """
+    if wanted.type:
+        return [_numbered(wanted)]
     try:
         host_path = os.path.realpath(wanted.host_path)
         if os.path.isdir(host_path):
@@ -60,6 +63,20 @@ def named(wanted: DeviceConfig) -> list[Device]:
             device[key] = value
             device["of_node"] = device["of_node"] and key == "mode"
     return [device]
+
+
+def _numbered(wanted: DeviceConfig) -> Device:
+    """One of which all is known without a look at the node, where it may not be there at all."""
+    return Device(
+        path=wanted.container_path,
+        type="b" if wanted.type == "b" else "c",
+        major=wanted.major,
+        minor=wanted.minor,
+        mode=_USUAL_MODE if wanted.mode is None else wanted.mode,
+        uid=wanted.uid or 0,
+        gid=wanted.gid or 0,
+        of_node=wanted.uid is None and wanted.gid is None,
+    )
 
 
 def _below(directory: str, container_path: str) -> Iterator[Device]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -37,15 +38,16 @@ class DiskUsage:
 
 @dataclass(slots=True)
 class _Layer:
-    """due: of time.monotonic, when the next walk may begin."""
+    """due: of time.monotonic, when the next walk may begin. said: what the log has of the last walk that failed."""
 
     usage: DiskUsage | None = None
     due: float = 0.0
     walk: asyncio.Task[None] | None = field(default=None)
+    said: str = ""
 
 
 class Disks:
-    """directory: has the layers, as ``<container id>/upper``."""
+    """directory: has the layers, as ``<container id>/upper``, and beside them the volumes of the containers' images."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -69,11 +71,13 @@ class Disks:
     async def _walk(self, container_id: str, layer: _Layer) -> None:
         try:
             async with self._turns:
-                layer.usage = await asyncio.to_thread(
-                    measure, self._directory / container_id / "upper"
-                )
+                own = self._directory / container_id
+                layer.usage = await asyncio.to_thread(measure, own / "upper", own / "volumes")
+            layer.said = ""
         except OSError as error:
-            log.warning('container "%s": size of its writable layer: %s', container_id, error)
+            if str(error) != layer.said:
+                layer.said = str(error)
+                log.warning('container "%s": size of its writable layer: %s', container_id, error)
         finally:
             layer.walk = None
             layer.due = time.monotonic() + DISK_SECONDS
@@ -84,8 +88,10 @@ class Disks:
             del self._layers[container_id]
 
 
-def measure(directory: Path) -> DiskUsage:
-    """Bytes allocated and inodes below a directory; a file of several names is counted once, as du(1) does.
+def measure(directory: Path, *more: Path) -> DiskUsage:
+    """Bytes allocated and inodes below directories; a file of several names is counted once, as du(1) does.
+
+    more: beside `directory`, where there are any.
 
     Links are not followed; what vanishes meanwhile is not counted. Once `REMEMBERED` files with several names are
     known, every name of a further one counts for its share of the file, st_nlink being the number of shares: right
@@ -93,7 +99,7 @@ def measure(directory: Path) -> DiskUsage:
     """
     used_bytes = inodes = 0.0
     linked: set[int] = set()
-    for status in _Walk(directory):
+    for status in chain.from_iterable(map(_Walk, (directory, *more))):
         share = _share(status, linked)
         used_bytes += status.st_blocks * 512 * share
         inodes += share

@@ -1,17 +1,24 @@
-"""The mounts of a container: the defaults, the pod's files, and what the caller adds or replaces. Pure.
+"""The mounts of a container, and the one place that decides their order. Pure.
 
-Parents come before what is mounted in them; of two mounts on one path the caller's is taken.
+1. The volumes of the image, 2. the defaults, 3. what the request asks for, with the pod's own files in /etc. In each of
+these, parents come before what is mounted in them. What is asked for is mounted over the rest, and nothing of ours is
+mounted at or below it: it may be a tree of the node, which others use, and which may be shared with the node.
 """
 
 import functools
+import logging
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from nodeagent.errors import InvalidArgument
 from nodeagent.records import ContainerConfig, IdMapping, MountConfig, Sandbox
 from nodeagent.sandbox import rootfs
-from nodeagent.sandbox.spec import IdMap, Mount
+from nodeagent.sandbox.spec import IdMap, Mount, Volume
+
+log = logging.getLogger(__name__)
+
+MAX_VOLUMES = 256  # of an image: each is a mount
 
 MASKED_PATHS = (
     "/proc/acpi",
@@ -47,36 +54,88 @@ def container_mounts(
     shared: Path,
     hierarchies: Hierarchies,
     image_layers: Callable[[str], Sequence[Path]],
+    *,
+    rejected: Collection[str] = (),
 ) -> list[Mount]:
     """shared: where hosts, hostname, resolv.conf and shm of the pod are.
 
     image_layers: the layer directories of an image volume, uppermost first; raises NotFound.
+    rejected: host paths that are not made where they are absent.
     """
-    by_target: dict[str, Mount] = {}
+    asked = _asked_for(config, image_layers, rejected)
     defaults = rootfs.default_mounts(config.privileged, hierarchies)
-    for mount in (*defaults, *_pod_mounts(sandbox, config, shared)):
-        by_target[mount["target"]] = mount
-    asked: set[str] = set()
+    defaults.append(_shared_memory(sandbox, shared))
+    return [
+        *outside_of(defaults, asked),
+        *sorted(
+            [*_pod_files(config, shared, asked), *asked.values()],
+            key=lambda mount: _depth(mount["target"]),
+        ),
+    ]
+
+
+def _asked_for(
+    config: ContainerConfig,
+    image_layers: Callable[[str], Sequence[Path]],
+    rejected: Collection[str],
+) -> dict[str, Mount]:
+    """By target; of two for one path the later is taken, as the other runtimes do."""
+    asked: dict[str, Mount] = {}
     for wanted in config.mounts:
         mount = _mount(wanted, image_layers)
-        target = mount["target"]
-        if target in asked:
-            raise InvalidArgument(f'mounts: "{target}" is mounted twice')
-        asked.add(target)
-        by_target[target] = mount
-    return sorted(by_target.values(), key=lambda mount: _depth(mount["target"]))
+        if mount["kind"] == "bind" and not wanted.must_exist:
+            mount["absent"] = "reject" if mount["source"] in rejected else "make"
+        if asked.pop(mount["target"], None) is not None:
+            log.warning(
+                'container "%s": "%s" is mounted twice; the later mount is taken',
+                config.name,
+                mount["target"],
+            )
+        asked[mount["target"]] = mount
+    return asked
 
 
-def _pod_mounts(sandbox: Sandbox, config: ContainerConfig, shared: Path) -> list[Mount]:
-    """hosts, hostname, resolv.conf and /dev/shm, which all containers of a pod share."""
-    attributes = ["ro"] if config.readonly_rootfs else []
-    files = [
-        rootfs.bind(str(shared / name), f"/etc/{name}", *attributes)
-        for name in ("hosts", "hostname", "resolv.conf")
-    ]
+def outside_of(mounts: Iterable[Mount], targets: Iterable[str]) -> list[Mount]:
+    """Those that are neither at nor below one of the targets."""
+    places = tuple([f"{target}/" for target in targets])
+    return [mount for mount in mounts if not f"{mount['target']}/".startswith(places)]
+
+
+def _shared_memory(sandbox: Sandbox, shared: Path) -> Mount:
+    """/dev/shm, which all containers of a pod share."""
     on_node = sandbox.config.namespaces.ipc == "node"
-    shm = "/dev/shm" if on_node else str(shared / "shm")
-    return [*files, rootfs.bind(shm, "/dev/shm", "nosuid", "nodev", "noexec")]
+    source = "/dev/shm" if on_node else str(shared / "shm")
+    return rootfs.bind(source, "/dev/shm", "nosuid", "nodev", "noexec")
+
+
+def _pod_files(config: ContainerConfig, shared: Path, asked: dict[str, Mount]) -> Iterator[Mount]:
+    """hosts, hostname and resolv.conf, which all containers of a pod share.
+
+    They belong to the pod's request (its name, its DNS), so that a volume at /etc does not take them away. One that is
+    shared with the node does: they would become the node's.
+    """
+    if "/etc" in asked and asked["/etc"]["propagation"] == "shared":
+        return
+    attributes = ["ro"] if config.readonly_rootfs else []
+    for name in ("hosts", "hostname", "resolv.conf"):
+        if (target := f"/etc/{name}") not in asked:
+            yield rootfs.bind(str(shared / name), target, *attributes)
+
+
+def image_volumes(names: Iterable[str], directory: Path, mounts: Sequence[Mount]) -> list[Volume]:
+    """A directory of the container's own, in `directory`, for each VOLUME that nothing else is mounted over.
+
+    One that is "/", or where the file systems of the kernel are, has no meaning and is left out, as a covered one is.
+    """
+    covered = tuple(f"{mount['target']}/" for mount in mounts)
+    targets = sorted({posixpath.normpath(f"/{name.strip('/')}") for name in names} - {"/"})
+    if len(targets) > MAX_VOLUMES:
+        raise InvalidArgument(f"image: {len(targets)} volumes; there can be {MAX_VOLUMES}")
+    return [
+        Volume(source=str(directory / "volumes" / str(number)), target=target)
+        for number, target in enumerate(sorted(targets, key=_depth))
+        if not f"{target}/".startswith(covered)
+    ]
 
 
 def _mount(wanted: MountConfig, image_layers: Callable[[str], Sequence[Path]]) -> Mount:
@@ -105,4 +164,4 @@ def id_map(mapping: IdMapping) -> IdMap:
 
 
 def _depth(target: str) -> int:
-    return 0 if target == "/" else target.count("/")
+    return target.count("/")

@@ -23,6 +23,8 @@ class Launchers:
         self._lock = asyncio.Lock()
         self._current: Launcher | None = None
         self._keeper: asyncio.Task[None] | None = None
+        # Why there is none, since the last attempt to have one.
+        self.trouble = ""
 
     def start(self) -> None:
         """See that there always is one."""
@@ -39,8 +41,7 @@ class Launchers:
             try:
                 launcher = await self.get()
                 await launcher.lost.wait()
-            except (NodeAgentError, OSError) as error:
-                log.error("no launcher: %s", error)
+            except (NodeAgentError, OSError):
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def get(self) -> Launcher:
@@ -54,5 +55,17 @@ class Launchers:
                 self._current.close()
                 self._current = None
             if self._current is None:
-                self._current = await self._start()
+                self._current = await self._start_one()
             return self._current
+
+    async def _start_one(self) -> Launcher:
+        """What keeps failing in the same way is said once."""
+        try:
+            launcher = await self._start()
+        except (NodeAgentError, OSError) as error:
+            if str(error) != self.trouble:
+                log.error("no launcher: %s", error)
+            self.trouble = str(error)
+            raise
+        self.trouble = ""
+        return launcher

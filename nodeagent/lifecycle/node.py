@@ -15,14 +15,17 @@ from pathlib import Path
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
 from nodeagent.images.catalog import Images, Limits
+from nodeagent.images.profiles import SecurityProfiles
 from nodeagent.lifecycle import apparmor, privatemount
+from nodeagent.lifecycle.cdi import Cdi
 from nodeagent.lifecycle.containers import Containers
 from nodeagent.lifecycle.events import Events
 from nodeagent.lifecycle.handover import joining_files
+from nodeagent.lifecycle.health import Health
 from nodeagent.lifecycle.launchers import Launchers
 from nodeagent.lifecycle.places import Places
 from nodeagent.lifecycle.plan import Planner
-from nodeagent.lifecycle.profiles import Profiles
+from nodeagent.lifecycle.profiles import Profiles, check_artifact
 from nodeagent.lifecycle.recovery import Recovery
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.lifecycle.sandboxes import Sandboxes
@@ -55,10 +58,12 @@ class Node:
     """What the API serves. The verbs are in the parts."""
 
     config: Config
+    places: Places
     version: str
     sandboxes: Sandboxes
     containers: Containers
     images: Images
+    artifacts: SecurityProfiles
     stats: Stats
     events: Events
     sessions: Sessions
@@ -69,14 +74,16 @@ class Node:
     registry: Registry
     supervision: Supervision
     trash: Trash
+    health: Health
 
-    def status(self) -> NodeStatus:
-        """Asked of the kernel where that is cheap, never remembered."""
+    async def status(self) -> NodeStatus:
+        """Asked of the kernel where that is cheap, never remembered; within a second or two, whatever hangs."""
         network = self.network.status()
+        trouble = await self.health.trouble()
         return NodeStatus(
-            runtime_ready=True,
-            runtime_reason="",
-            runtime_message="",
+            runtime_ready=not trouble.reason,
+            runtime_reason=trouble.reason,
+            runtime_message=trouble.message,
             network_ready=network.ready,
             network_reason=network.reason,
             network_message=network.message or "; ".join(network.problems),
@@ -122,16 +129,33 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
     async with AsyncExitStack() as stack:
         stack.enter_context(places.owned())
         places.make()
+        if places.is_earlier:
+            log.warning(
+                "%s: has pods of an earlier version, and stays in use until an agent is started without one; "
+                "sockets are in %s now",
+                places.home,
+                places.state,
+            )
         stack.enter_context(privatemount.mounted(places.pods))
         await asyncio.to_thread(apparmor.prepare)
         store, images = await stack.enter_async_context(open_images(config, places))
+        artifacts = await SecurityProfiles.open(
+            root=places.root,
+            store=store,
+            hosts_dir=Path(config.certs_dir),
+            check=check_artifact,
+            private_redirects=config.images.private_redirects,
+        )
+        stack.push_async_callback(artifacts.close)
         cgroups = Cgroups.open(
             driver=config.cgroup.driver,
             default_parent=config.cgroup.parent or f"/nodeagent-{places.instance}",
         )
         network = await Network.start(config=config.network, store=store, instance=places.instance)
         launchers = Launchers(partial(_launcher, cgroups, places))
-        node = _assemble(config, places, profiles, store, images, cgroups, network, launchers)
+        node = _assemble(
+            config, places, profiles, store, images, artifacts, cgroups, network, launchers
+        )
         node.trash.start()
         stack.push_async_callback(node.trash.close)
         stack.push_async_callback(node.supervision.close)
@@ -150,6 +174,7 @@ def _assemble(
     profiles: Profiles,
     store: Store,
     images: Images,
+    artifacts: SecurityProfiles,
     cgroups: Cgroups,
     network: Network,
     launchers: Launchers,
@@ -163,7 +188,8 @@ def _assemble(
         supervision=supervision,
         images=images,
         cgroups=cgroups,
-        planner=Planner(registry, images, cgroups, profiles, config, pods=places.pods),
+        planner=Planner(registry, images, cgroups, profiles, artifacts, config, pods=places.pods),
+        cdi=Cdi([Path(each) for each in config.cdi.directories], config.cdi.hook_programs),
         trash=trash,
         directory=places.containers,
     )
@@ -176,14 +202,16 @@ def _assemble(
         supervision=supervision,
         cgroups=cgroups,
         directory=places.pods,
-        handlers=frozenset(("", *config.handlers)),
+        handlers=config.handlers,
     )
     return Node(
         config=config,
+        places=places,
         version=version("nodeagent"),
         sandboxes=sandboxes,
         containers=containers,
         images=images,
+        artifacts=artifacts,
         stats=Stats(registry, containers, network, places.containers),
         events=events,
         sessions=Sessions(registry, containers, supervision),
@@ -194,6 +222,7 @@ def _assemble(
         registry=registry,
         supervision=supervision,
         trash=trash,
+        health=Health(places, cgroups, launchers, store),
     )
 
 
@@ -214,7 +243,7 @@ def _recovery(node: Node, places: Places) -> Recovery:
 async def _launcher(cgroups: Cgroups, places: Places) -> Launcher:
     """The one that runs, or a new one in the agent's own cgroup."""
     with joining_files(cgroups.instance_group()) as files:
-        return await Launcher.connect_or_start(places.state, join_fds=files)
+        return await Launcher.connect_or_start(places.home, join_fds=files)
 
 
 async def _end(node: Node) -> None:

@@ -4,34 +4,49 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from nodeagent import files
-from nodeagent.config import Config
+from nodeagent.config import DEFAULT_STATE, Config
 from nodeagent.errors import AlreadyExists
+from nodeagent.lifecycle import privatemount
 
 PRIVATE = 0o700
+LOCK = "lock"
 
 # Whoever was given the CRI's socket, which is there by default, must be able to get to it.
 STATE = 0o711
 
+# The default of the first versions. Pods of theirs may run, whose supervisors know no other place.
+EARLIER = Path("/run/nodeagent")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """instance: eight hex digits of the root directory, in the names of links, nft tables and cgroups."""
+    """instance: eight hex digits of the root directory, in the names of links, nft tables and cgroups.
+
+    home: where the launcher and the pods are: the state directory, or the one of an earlier version while that has any.
+    """
 
     instance: str
     root: Path
     state: Path
+    home: Path
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        root = Path(config.root).resolve()
+        root, state = Path(config.root).resolve(), Path(config.state).resolve()
         instance = hashlib.sha256(str(root).encode()).hexdigest()[:8]
-        return cls(instance=instance, root=root, state=Path(config.state).resolve())
+        home = EARLIER if config.state == DEFAULT_STATE and _is_used(EARLIER) else state
+        return cls(instance=instance, root=root, state=state, home=home)
+
+    @property
+    def is_earlier(self) -> bool:
+        """Whether the pods are where an earlier version has put them."""
+        return self.home != self.state
 
     @property
     def database(self) -> Path:
@@ -47,14 +62,15 @@ class Places:
 
     @property
     def pods(self) -> Path:
-        return self.state / "pods"
+        return self.home / "pods"
 
     def make(self) -> None:
         """Make what is missing, and take from the rest what an earlier version let others do."""
         for directory in (self.root, self.containers, self.trash, self.pods):
             files.ensure_directory(str(directory), mode=PRIVATE)
             files.narrow(str(directory), PRIVATE)
-        files.narrow(str(self.state), STATE)
+        for directory in (self.state, self.home):
+            files.narrow(str(directory), STATE)
         for inner in (self.root / "blobs", *self.containers.iterdir(), *self.pods.iterdir()):
             files.narrow(str(inner), PRIVATE)
         for plan in self.containers.glob("*/plan.json"):
@@ -62,15 +78,40 @@ class Places:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """Hold the locks of both directories: two agents on one would undo each other's work."""
-        with _locked(self.root, PRIVATE), _locked(self.state, STATE):
+        """Hold the locks of all directories: two agents on one would undo each other's work."""
+        with ExitStack() as locks:
+            locks.enter_context(_locked(self.root, PRIVATE))
+            for directory in dict.fromkeys((self.state, self.home)):
+                locks.enter_context(_locked(directory, STATE))
             yield
+
+
+def _is_used(state: Path) -> bool:
+    """Whether an agent has left pods there, or its launcher, and none runs.
+
+    The mount tells, which stays as long as they do, and which nobody makes who has only got the directory as a volume.
+    """
+    return privatemount.is_there(state / "pods") and not _is_held(state / LOCK)
+
+
+def _is_held(lock: Path) -> bool:
+    try:
+        file = os.open(lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
 
 
 @contextmanager
 def _locked(directory: Path, mode: int) -> Iterator[None]:
     files.ensure_directory(str(directory), mode=mode)
-    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,22 +3,22 @@
 The plan is complete: nothing in it is looked up again, so that it can be printed, kept and tested without root.
 """
 
+import asyncio
 import base64
+import posixpath
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
 from nodeagent.errors import InvalidArgument, NotFound
-from nodeagent.images.catalog import Images
-from nodeagent.lifecycle import devices, filesystems, podfiles, process
+from nodeagent.lifecycle import bundle, cgroupmounts, devices, filesystems, podfiles, process
 from nodeagent.lifecycle.devices import ContainerDevices
 from nodeagent.lifecycle.hostpaths import HostPaths
-from nodeagent.lifecycle.profiles import Profiles
+from nodeagent.lifecycle.profiles import Profiles, is_filtered
 from nodeagent.lifecycle.registry import Registry
-from nodeagent.linux import syscalls
 from nodeagent.records import Container, ContainerConfig, Image, MountStatus, Sandbox
 from nodeagent.sandbox import seccomp_successor
 from nodeagent.sandbox.seccomp_profile import Filter
@@ -32,6 +32,9 @@ from nodeagent.sandbox.spec import (
 )
 
 UMASK = 0o022
+COMPILERS = (
+    2  # of profiles that anybody may have written: each may take some seconds of a processor
+)
 
 
 class Seen(NamedTuple):
@@ -42,15 +45,30 @@ class Seen(NamedTuple):
     apparmor: str
 
 
+class Catalog(Protocol):
+    """What a planner asks of the images of a node."""
+
+    def find(self, name_or_id: str) -> Image | None: ...
+
+    def lower_dirs(self, image: Image) -> Sequence[Path]: ...
+
+
+class Artifacts(Protocol):
+    """What a planner asks of the security profiles of a node."""
+
+    async def read(self, reference: str) -> bytes: ...
+
+
 class Planner:
     """Knows the node; makes plans of requests."""
 
     def __init__(
         self,
         registry: Registry,
-        images: Images,
+        images: Catalog,
         cgroups: Cgroups,
         profiles: Profiles,
+        artifacts: Artifacts,
         config: Config,
         *,
         pods: Path,
@@ -58,14 +76,18 @@ class Planner:
         self._registry = registry
         self._images = images
         self._profiles = profiles
+        self._artifacts = artifacts
         self._host_paths = HostPaths()
         self._pods = pods
         self._rlimits = [
             Rlimit(resource=name, soft=soft, hard=hard)
             for name, soft, hard in config.rlimits.pairs()
         ]
+        self._rejected = frozenset(map(posixpath.normpath, config.absent_mount_sources_to_reject))
         self._logs = config.container_logs
-        _, self._held, _ = syscalls.capget()
+        self._hook_seconds = config.cdi.hook_timeout_seconds
+        self._compiling = asyncio.Semaphore(COMPILERS)
+        self._delegates = cgroups.delegates
         self._hierarchies = {
             mount.name: mount.options.split(",") if mount.type == "cgroup" else []
             for mount in cgroups.mounts()
@@ -81,19 +103,35 @@ class Planner:
             await self._host_paths.look(what, wanted.host_path, partial(devices.named, wanted))
             for wanted in config.devices
         ]
-        seccomp = partial(self._profiles.seccomp, config, self._capabilities(config)["bounding"])
-        path = config.seccomp.ref if config.seccomp is not None else ""
         return Seen(
             devices=devices.container_devices(config, asked),
-            seccomp=await self._host_paths.look(what, path, seccomp) if path else seccomp(),
+            seccomp=await self._seccomp(config, what),
             apparmor=await self._profiles.apparmor(config),
         )
+
+    async def _seccomp(self, config: ContainerConfig, what: str) -> Filter:
+        profile, artifact = config.seccomp, b""
+        path = profile.ref if profile is not None else ""
+        if profile is not None and profile.kind == "oci":
+            path = profile.base
+            if is_filtered(config):
+                artifact = await self._artifacts.read(profile.ref)
+        bounding = self._capabilities(config)["bounding"]
+        seccomp = partial(self._profiles.seccomp, config, bounding, artifact)
+        if not artifact:
+            return await self._host_paths.look(what, path, seccomp) if path else seccomp()
+        async with self._compiling:
+            look = (
+                self._host_paths.look(what, path, seccomp) if path else asyncio.to_thread(seccomp)
+            )
+            return await look
 
     def plan(
         self, sandbox: Sandbox, container: Container, image: Image, seen: Seen, directory: Path
     ) -> ContainerPlan:
         """directory: the container's own, with `upper` and `work`. Raises InvalidArgument, NotFound, Unsupported."""
         config = container.config
+        cgroupmounts.check(config, delegates=self._delegates)
         open_paths = config.privileged
         masked = filesystems.masked_paths() if config.masked_paths is None else config.masked_paths
         readonly = (
@@ -109,19 +147,23 @@ class Planner:
                 work=str(directory / "work"),
                 readonly=config.readonly_rootfs,
             ),
-            mounts=filesystems.container_mounts(
-                sandbox,
+            mounts=cgroupmounts.requested(
+                filesystems.container_mounts(
+                    sandbox,
+                    config,
+                    podfiles.directory(self._pods / sandbox.id),
+                    self._hierarchies,
+                    self._volume_layers,
+                    rejected=self._rejected,
+                ),
                 config,
-                podfiles.directory(self._pods / sandbox.id),
-                self._hierarchies,
-                self._volume_layers,
             ),
             devices=seen.devices.nodes,
             masked_paths=[] if open_paths else list(masked),
             readonly_paths=[] if open_paths else list(readonly),
             pid=config.namespaces.pid,
             pid_target=self._pid_target(sandbox, config),
-            cgroup_namespace=True,
+            cgroup_namespace=config.namespaces.cgroup == "container",
             privileged=config.privileged,
             tty=config.tty,
             stdin=config.stdin,
@@ -129,6 +171,13 @@ class Planner:
             log_path=container.log_path,
             log_root=sandbox.config.log_directory,
         )
+        if image.config.volumes:
+            plan["volumes"] = filesystems.image_volumes(
+                image.config.volumes, directory, plan["mounts"]
+            )
+        if config.hooks:
+            pod = self._pods / sandbox.id
+            plan["hooks"] = bundle.hooks(config, plan, pod, self._hook_seconds)
         if self._logs.max_bytes_per_second:
             plan["log_limit"] = LogLimit(
                 bytes_per_second=self._logs.max_bytes_per_second, burst_bytes=self._logs.burst_bytes
@@ -160,16 +209,12 @@ class Planner:
         return plan
 
     def _capabilities(self, config: ContainerConfig) -> Capabilities:
-        return process.capability_sets(
-            config.capabilities, privileged=config.privileged, held=self._held
-        )
+        return process.capability_sets(config.capabilities, privileged=config.privileged)
 
     def mount_statuses(self, config: ContainerConfig) -> tuple[MountStatus, ...]:
-        """What was asked to be mounted, with the digest behind each image volume."""
+        """What was asked to be mounted, with the id of each image volume, as PullImage answered it."""
         return tuple(
-            MountStatus(
-                config=mount, image_ref=reference(self._volume(mount.image)) if mount.image else ""
-            )
+            MountStatus(config=mount, image_ref=self._volume(mount.image).id if mount.image else "")
             for mount in config.mounts
         )
 

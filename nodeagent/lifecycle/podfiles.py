@@ -60,7 +60,9 @@ def hostname(config: SandboxConfig) -> str:
 
 
 def hosts(name: str, addresses: tuple[str, ...]) -> str:
-    return HOSTS_HEAD + "".join(f"{address}\t{name}\n" for address in addresses)
+    """hosts(5). A full name that ends with a dot is found with it and without it."""
+    names = "\t".join(dict.fromkeys((name, name.rstrip(".") or name)))
+    return HOSTS_HEAD + "".join(f"{address}\t{names}\n" for address in addresses)
 
 
 def resolv_conf(dns: DNS | None) -> str:

@@ -15,7 +15,7 @@ from nodeagent.linux import syscalls
 def mounted(directory: Path) -> Iterator[None]:
     """Mount a directory on itself, without propagation. On leaving an empty one is unmounted."""
     path = str(directory)
-    if not _is_mount_point(path):
+    if not is_there(directory):
         syscalls.mount(path, path, "", syscalls.MS_BIND)
     syscalls.mount("", path, "", syscalls.MS_PRIVATE)
     try:
@@ -25,7 +25,8 @@ def mounted(directory: Path) -> Iterator[None]:
             syscalls.umount2(path, syscalls.MNT_DETACH)
 
 
-def _is_mount_point(path: str) -> bool:
-    escaped = path.replace("\\", "\\134").replace(" ", "\\040")
+def is_there(directory: Path) -> bool:
+    """Whether a directory is a mount point."""
+    escaped = str(directory).replace("\\", "\\134").replace(" ", "\\040")
     with open("/proc/self/mountinfo", errors="surrogateescape") as table:
         return any(line.split(" ", 5)[4] == escaped for line in table)

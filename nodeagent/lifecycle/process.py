@@ -6,7 +6,7 @@ Every rule that an image's config and a container's config share is decided here
 import re
 import signal
 
-from nodeagent.errors import InvalidArgument, Unsupported
+from nodeagent.errors import InvalidArgument
 from nodeagent.linux import capabilities
 from nodeagent.records import CapabilityChange, ContainerConfig, ImageConfig
 from nodeagent.sandbox.spec import Capabilities, UserRequest
@@ -44,13 +44,25 @@ def arguments(config: ContainerConfig, image: ImageConfig) -> list[str]:
 
 
 def environment(config: ContainerConfig, image: ImageConfig, hostname: str) -> list[str]:
-    """``NAME=value`` in the order of first mention; the caller wins over the image, it over us."""
+    """``NAME=value`` in the order of first mention; the caller wins over the image, it over us.
+
+    An entry of an image that is a name alone takes away what was there, as containerd reads it; to set one without a
+    name is refused by the runtimes below it, when a container is made and not when the image is pulled.
+    """
     merged = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
     if config.tty:
         merged["TERM"] = "xterm"
     for entry in image.env:
-        name, _, value = entry.partition("=")
-        merged[name] = value
+        name, sets, value = entry.partition("=")
+        if not sets:
+            merged.pop(name, None)
+        elif name:
+            merged[name] = value
+        else:
+            raise InvalidArgument(
+                f'image "{config.image}": its Env has "{entry}", which sets a variable without a name; '
+                "build the image without it"
+            )
     for name, raw in config.envs:
         merged[name] = raw.decode("utf-8", "surrogateescape")
     return [f"{name}={value}" for name, value in merged.items()]
@@ -99,10 +111,11 @@ def stop_signal(config: ContainerConfig, image: ImageConfig) -> int:
         ) from None
 
 
-def capability_sets(change: CapabilityChange, *, privileged: bool, held: int) -> Capabilities:
+def capability_sets(change: CapabilityChange, *, privileged: bool) -> Capabilities:
     """ALL first, then single additions, then drops; ambient additions are in all five sets.
 
-    held: the agent's own; raises Unsupported for one that is added by name and is not among them.
+    One that the agent has not got itself stays in them: the container is made without it, as runc makes it, and there
+    is a warning. Charts ask for more than their programs need on any one node.
     """
     if privileged:
         return _sets(capabilities.known(), ambient=0)
@@ -112,8 +125,6 @@ def capability_sets(change: CapabilityChange, *, privileged: bool, held: int) ->
         effective = 0
     ambient = _mask(change.add_ambient) | (everything if "ALL" in change.add_ambient else 0)
     added = _mask(change.add) | _mask(change.add_ambient)
-    if missing := capabilities.names(added & ~held):
-        raise Unsupported(f"capabilities {', '.join(missing)}: the agent has not got them itself")
     effective = (effective | added | ambient) & ~_mask(change.drop)
     return _sets(effective, ambient=ambient & effective)
 

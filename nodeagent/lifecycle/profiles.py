@@ -1,17 +1,27 @@
-"""Which seccomp, AppArmor and SELinux confinement a container gets; refused where the node cannot give it."""
+"""Which seccomp, AppArmor and SELinux confinement a container gets.
+
+Filters and profiles are refused where the node cannot give them, labels are passed over where it has no SELinux.
+"""
 
 import asyncio
-from pathlib import Path
 
-from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
+from nodeagent.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    SecurityProfileInvalid,
+    Unsupported,
+)
 from nodeagent.lifecycle import apparmor
+from nodeagent.lifecycle.selinux import Labels
 from nodeagent.linux import capabilities
 from nodeagent.records import ContainerConfig
-from nodeagent.sandbox import seccomp_profile
+from nodeagent.sandbox import seccomp_artifact, seccomp_profile
 from nodeagent.sandbox.seccomp_profile import Filter
 
-SELINUX = Path("/sys/fs/selinux/enforce")
 UNCONFINED = Filter(program=b"", flags=0)
+# What a profile says for a capability is compiled only for processes that have it.
+_EXTREMES = (0, capabilities.mask(capabilities.NAMES))
 
 
 class Profiles:
@@ -19,26 +29,39 @@ class Profiles:
 
     def __init__(self, default: str) -> None:
         self._default = default
+        self._labels = Labels()
 
     def check_default(self) -> None:
         """Raises InvalidArgument, which names the setting, for a default that no container could be started with."""
         if not self._default:
             return
         try:
-            # What a profile says for a capability is compiled only for processes that have it.
-            for held in (0, capabilities.mask(capabilities.NAMES)):
+            for held in _EXTREMES:
                 seccomp_profile.from_file(self._default, held)
         except (InvalidArgument, NotFound, Unsupported) as error:
             raise InvalidArgument(
                 f"seccomp.default_profile: {error}; mend the file, or leave the setting empty for the built-in profile"
             ) from error
 
-    def seccomp(self, config: ContainerConfig, capabilities: int) -> Filter:
-        """capabilities: the bounding set, which opens some calls. A privileged container is never filtered."""
+    def seccomp(self, config: ContainerConfig, capabilities: int, artifact: bytes = b"") -> Filter:
+        """capabilities: the bounding set, which opens some calls. A privileged container is never filtered.
+
+        artifact: the text of a profile that is one. It blocks then, and where a path is named.
+        """
         profile = config.seccomp
-        if profile is None or profile.kind == "unconfined" or config.privileged:
+        if not is_filtered(config) or profile is None:
             return UNCONFINED
-        path = profile.ref or self._default
+        if profile.kind != "oci":
+            return self._local(profile.ref, capabilities)
+        base = self._local(profile.base, capabilities)
+        try:
+            return seccomp_artifact.compiled(artifact, capabilities, base)
+        except (InvalidArgument, Unsupported) as error:
+            raise type(error)(f'seccomp profile "{profile.ref}": {error}') from error
+
+    def _local(self, path: str, capabilities: int) -> Filter:
+        """The profile in a file of the node; "" is the default one."""
+        path = path or self._default
         if path:
             return seccomp_profile.from_file(path, capabilities)
         return seccomp_profile.runtime_default(capabilities)
@@ -57,18 +80,27 @@ class Profiles:
         options = config.selinux
         if options is None or config.privileged:
             return ""
-        if not SELINUX.exists():
-            raise Unsupported("selinux_options: this kernel has no SELinux")
-        parts = (options.user, options.role, options.type)
-        label = ":".join((*parts, options.level) if options.level else parts)
-        if not all(parts):
-            raise InvalidArgument(f'selinux_options: "{label}" lacks its user, role or type')
+        label = self._labels.process(options)
         for mount in config.mounts:
-            if mount.selinux_relabel:
+            if label and mount.selinux_relabel:
                 raise Unsupported(
                     f'selinux_relabel of "{mount.container_path}": this agent labels no volumes'
                 )
         return label
+
+
+def is_filtered(config: ContainerConfig) -> bool:
+    profile = config.seccomp
+    return profile is not None and profile.kind != "unconfined" and not config.privileged
+
+
+def check_artifact(text: bytes) -> None:
+    """Raises SecurityProfileInvalid for what is no seccomp profile that containers here could have. It blocks."""
+    try:
+        for held in _EXTREMES:
+            seccomp_artifact.compiled(text, held)
+    except (InvalidArgument, Unsupported) as error:
+        raise SecurityProfileInvalid(str(error)) from error
 
 
 def _loaded_apparmor(name: str) -> str:

@@ -6,6 +6,7 @@ without `ready_at` is the intention to make them; the record goes when all of th
 
 import asyncio
 import time
+from collections.abc import Collection
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,9 @@ class Sandboxes:
         supervision: Supervision,
         directory: Path,
         cgroups: Cgroups,
-        handlers: frozenset[str],
+        handlers: Collection[str],
     ) -> None:
+        """handlers: the names of those that are configured."""
         self._registry = registry
         self._slots = slots
         self._network = network
@@ -80,12 +82,7 @@ class Sandboxes:
 
         A retry with the same uid, name, namespace and attempt joins a call that its caller gave up.
         """
-        if runtime_handler not in self._handlers:
-            raise InvalidArgument(
-                f'runtime handler "{runtime_handler}": not configured, there are '
-                + ", ".join(f'"{name}"' for name in sorted(self._handlers))
-            )
-        parent = self._cgroups.parent_path(config.cgroup_parent) if config.cgroup_parent else ""
+        parent = admit(config, runtime_handler, self._handlers, self._cgroups)
         key = _identity(config)
         what = f'pod sandbox "{config.namespace}/{config.name}"'
         return await self._flights.join(
@@ -209,6 +206,21 @@ class Sandboxes:
     async def close(self) -> None:
         """Undo what is under way."""
         await self._flights.close()
+
+
+def admit(
+    config: SandboxConfig, runtime_handler: str, handlers: Collection[str], cgroups: Cgroups
+) -> str:
+    """The whole path of the cgroup parent that is asked for, "" for none.
+
+    Raises InvalidArgument for what no pod of this node can have. handlers: those of the configuration.
+    """
+    if runtime_handler and runtime_handler not in handlers:
+        raise InvalidArgument(
+            f'runtime handler "{runtime_handler}": not configured, there are '
+            + ", ".join(f'"{name}"' for name in sorted({"", *handlers}))
+        )
+    return cgroups.parent_path(config.cgroup_parent) if config.cgroup_parent else ""
 
 
 def _updated(old: Resources | None, new: Resources | None) -> Resources | None:

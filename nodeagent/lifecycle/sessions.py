@@ -116,7 +116,7 @@ class Command:
         return (await self.handle.wait()).code
 
     async def close(self) -> None:
-        """The command goes on without its streams."""
+        """The command goes on without its streams; who has a terminal gets SIGHUP, from its supervisor."""
 
 
 async def _resize(resize: Callable[[], Awaitable[None]]) -> None:

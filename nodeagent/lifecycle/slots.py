@@ -94,12 +94,16 @@ class Slots:
 
     async def _fill(self) -> None:
         """One for each that is missing. A slot that cannot be undone must not make up for our cancellation."""
+        said = ""
         while not self._is_closed:
             await self._missing.acquire()
             try:
                 self._ready.append(await self._make(USUAL))
+                said = ""
             except (NodeAgentError, OSError) as error:
-                log.warning("no warm slot: %s", error)
+                if str(error) != said:  # what keeps failing in the same way is said once
+                    said = str(error)
+                    log.warning("no warm slot: %s", error)
                 self._missing.release()
                 await asyncio.sleep(RETRY_SECONDS)
 

@@ -33,6 +33,7 @@ CMP_MASKED_EQ = 7
 _ATTRIBUTE_BAD_ARCH = 2
 _ATTRIBUTE_OPTIMIZE = 8
 _OPTIMIZE_BINARY_TREE = 2
+_NATIVE = 0  # SCMP_ARCH_NATIVE
 _NO_SYSCALL = -1  # __NR_SCMP_ERROR
 _EEXIST = -17
 _EDOM = -33
@@ -78,6 +79,8 @@ def _library() -> ctypes.CDLL:
     library.seccomp_arch_resolve_name.restype = c_uint32
     library.seccomp_arch_resolve_name.argtypes = [c_char_p]
     library.seccomp_syscall_resolve_name.argtypes = [c_char_p]
+    library.seccomp_syscall_resolve_num_arch.restype = c_void_p
+    library.seccomp_syscall_resolve_num_arch.argtypes = [c_uint32, c_int]
     library.seccomp_rule_add_array.argtypes = [
         c_void_p,
         c_uint32,
@@ -89,10 +92,28 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def _free(text: int) -> None:
+    """Give back what the library has allocated, with the C library's free(3)."""
+    release = ctypes.CDLL(None).free
+    release.restype, release.argtypes = None, [c_void_p]
+    release(text)
+
+
 def number_of(name: str) -> int | None:
     """The number of a system call on this machine, negative where only other architectures have it."""
     number: int = _library().seccomp_syscall_resolve_name(name.encode())
     return None if number == _NO_SYSCALL else number
+
+
+def name_of(number: int) -> str:
+    """The name of a system call of this machine by its number, "" where the library knows none."""
+    text = _library().seccomp_syscall_resolve_num_arch(_NATIVE, number)
+    if not text:
+        return ""
+    try:
+        return (c_char_p(text).value or b"").decode()
+    finally:
+        _free(text)
 
 
 def is_architecture(name: str) -> bool:

@@ -1,7 +1,7 @@
 """The metrics of the CRI as plain values: descriptors, and what they are for every pod now.
 
 The kubelet drops a metric without descriptor and wants a value behind each descriptor, so a value that the kernel does
-not account is 0 here. All values are whole numbers: those in seconds have lost their fractions.
+not account is 0 here.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ class Metric:
     name: str
     kind: Kind
     label_values: tuple[str, ...]
-    value: int
+    value: float
     at_ns: int
 
 
@@ -117,6 +117,6 @@ def _metrics(
                 name=family.name,
                 kind=family.kind,
                 label_values=(*base, *labels),
-                value=int(value),
+                value=value,
                 at_ns=at_ns,
             )

@@ -172,6 +172,18 @@ ACCOUNTED: tuple[Family[ContainerUsage], ...] = (
         "Bytes of mapped files",
         lambda memory: memory.mapped_file_bytes,
     ),
+    _memory(
+        "memory_total_active_file_bytes",
+        "gauge",
+        "Page cache that was used lately",
+        lambda memory: memory.active_file_bytes,
+    ),
+    _memory(
+        "memory_total_inactive_file_bytes",
+        "gauge",
+        "Page cache that is taken back first",
+        lambda memory: memory.inactive_file_bytes,
+    ),
     _memory("memory_swap", "gauge", "Bytes in swap", lambda memory: memory.swap_bytes),
     _memory(
         "memory_max_usage_bytes", "gauge", "Most memory ever", lambda memory: memory.max_usage_bytes

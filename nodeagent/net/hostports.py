@@ -32,17 +32,9 @@ class HostPorts:
     def reserve(
         self, pod_id: str, mappings: Iterable[PortMapping], versions: Sequence[int]
     ) -> list[HostPort]:
-        """Hold what the mappings ask for, in place of what the pod had; or nothing.
-
-        versions: of the pod's addresses. Raises `AlreadyExists` for a port that another pod, or another mapping, has.
-        """
-        ports: list[HostPort] = []
-        others = [port for port in self._held.values() if port.pod_id != pod_id]
-        for mapping in mappings:
-            port = _host_port(pod_id, mapping, versions)
-            if port not in ports:
-                _refuse_conflict(port, [*others, *ports])
-                ports.append(port)
+        """Hold what the mappings ask for, in place of what the pod had; or nothing. Raises as `wanted`."""
+        ports = self.wanted(pod_id, mappings, versions)
+        others = self._others(pod_id)
         with self._store.transaction():
             for old in self.of(pod_id):
                 self._store.delete(HostPort, old.key)
@@ -50,6 +42,25 @@ class HostPorts:
                 self._store.put(port)
         self._held = {port.key: port for port in (*others, *ports)}
         return ports
+
+    def wanted(
+        self, pod_id: str, mappings: Iterable[PortMapping], versions: Sequence[int]
+    ) -> list[HostPort]:
+        """What the mappings ask for, each once.
+
+        versions: of the pod's addresses. Raises `AlreadyExists` for a port that another pod, or another mapping, has.
+        """
+        ports: list[HostPort] = []
+        others = self._others(pod_id)
+        for mapping in mappings:
+            port = _host_port(pod_id, mapping, versions)
+            if port not in ports:
+                _refuse_conflict(port, [*others, *ports])
+                ports.append(port)
+        return ports
+
+    def _others(self, pod_id: str) -> list[HostPort]:
+        return [port for port in self._held.values() if port.pod_id != pod_id]
 
     def release(self, pod_id: str) -> None:
         """Let go of every port of a pod."""

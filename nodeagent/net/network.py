@@ -302,15 +302,19 @@ class Network:
         while True:
             await self._bridge_lost.wait()
             log.warning("bridge %s: is missing or down, it is made anew", self._side.bridge)
-            try:
-                async with self._setting_up:
-                    await self._set_up(self._choices)
-                sysctls.apply(self._settings())
-                await self._plug_in()
-                self._bridge_lost.clear()
-            except (NodeAgentError, OSError) as error:
-                log.warning("%s", error)
-                await asyncio.sleep(_RETRY_SECONDS)
+            said = ""
+            while self._bridge_lost.is_set():
+                try:
+                    async with self._setting_up:
+                        await self._set_up(self._choices)
+                    sysctls.apply(self._settings())
+                    await self._plug_in()
+                    self._bridge_lost.clear()
+                except (NodeAgentError, OSError) as error:
+                    if str(error) != said:  # what keeps failing in the same way is said once
+                        said = str(error)
+                        log.warning("%s", error)
+                    await asyncio.sleep(_RETRY_SECONDS)
 
     async def _plug_in(self) -> set[str]:
         """Make the links of pods ports of the bridge. Returns all links that are there."""

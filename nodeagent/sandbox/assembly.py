@@ -15,9 +15,9 @@ from typing import NamedTuple
 from nodeagent import files
 from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound
 from nodeagent.linux import confined, mounts, syscalls
-from nodeagent.sandbox import idmaps, rootfs
+from nodeagent.sandbox import idmaps, rootfs, volumes
 from nodeagent.sandbox.idmaps import IdMaps
-from nodeagent.sandbox.spec import ContainerPlan, Device, Mount, Rootfs
+from nodeagent.sandbox.spec import ContainerPlan, Device, Mount, Rootfs, Volume
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _DEVICE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK}
@@ -25,6 +25,11 @@ _DEVICE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK}
 # A link would lead a file system of the kernel away from its masks, and the pod's shared memory out of /dev.
 _NEVER_THROUGH_LINKS = frozenset(("/proc", "/sys", "/dev", "/dev/shm"))
 _PROC_ROOT_INO = 1  # of every procfs
+
+# What a path of a request, of an image or of a volume can be at fault for: EISDIR where a file was to be mounted.
+_FAULTS_OF_A_PATH = frozenset(
+    (errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS, errno.ENAMETOOLONG)
+)
 
 
 class Layers(NamedTuple):
@@ -35,7 +40,7 @@ class Layers(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What a step of the plan mounts, as far as it comes from the node: a detached tree, or layers."""
+    """What a step of the plan mounts, as far as it is on the node: a detached tree, or layers."""
 
     tree: int = -1
     layers: Layers = Layers((), {})
@@ -81,10 +86,12 @@ def assemble(plan: ContainerPlan, maps: IdMaps, procfs: int = -1) -> Assembly:
     lower = _open_layers(plan["rootfs"]["lower"], maps)
     upper, work = _open_own_layers(plan["rootfs"], maps)
     sources = [_open_source(mount, maps) for mount in plan["mounts"]]
+    own = [(volume, volumes.make(volume["source"])) for volume in plan.get("volumes", [])]
     mounts.isolate()
     scratch = _make_scratch(os.path.dirname(plan["rootfs"]["upper"]))
     directories = _layer_directories(scratch, lower, maps)
     root = mounts.mount_overlay(_mount_point(scratch, "root"), directories, upper, work)
+    _forbid_devices(root, own, plan, maps)
     idmaps.act_as_root(maps)
     dev = _make_dev(plan, maps)
     sealed = [root] if plan["rootfs"]["readonly"] else []
@@ -92,6 +99,8 @@ def assemble(plan: ContainerPlan, maps: IdMaps, procfs: int = -1) -> Assembly:
     devices = tuple(os.fstat(place).st_dev for place in (root, dev) if place != -1)
     assembly = Assembly(root, dev, scratch, maps, procfs, sealed, devices, shares)
     _make_devices_outside_dev(root, plan, maps)
+    for volume, tree in own:
+        _attach_volume(root, volume, tree)
     for mount, source in zip(plan["mounts"], sources, strict=True):
         _execute(assembly, mount, source)
     _require_devices(assembly, plan)
@@ -138,16 +147,41 @@ def _open_source(mount: Mount, maps: IdMaps) -> Source:
     return Source()
 
 
-def _clone_host_path(mount: Mount, maps: IdMaps) -> int:
+def open_host_path(mount: Mount) -> int:
+    """An absent one is made a directory where the plan says so, as every other runtime does."""
+    path, absent = mount["source"], mount.get("absent")
+    what = f'host path "{path}" for {mount["target"]}'
     try:
-        origin = syscalls.open_tree(syscalls.AT_FDCWD, mount["source"], 0)
+        try:
+            return syscalls.open_tree(syscalls.AT_FDCWD, path, 0)
+        except FileNotFoundError:
+            if absent != "make":
+                raise
+        _make_directories(path)
+        return syscalls.open_tree(syscalls.AT_FDCWD, path, 0)
+    except FileNotFoundError as error:
+        reason = ", and absent_mount_sources_to_reject has it" if absent == "reject" else ""
+        raise NotFound(f"{what}: {os.strerror(errno.ENOENT)}{reason}") from error
     except OSError as error:
-        text = (
-            f'host path "{mount["source"]}" for {mount["target"]}: {os.strerror(error.errno or 0)}'
-        )
-        kind = NotFound if isinstance(error, FileNotFoundError) else FailedPrecondition
-        raise kind(text) from error
-    _require_propagation(mount, origin)
+        raise FailedPrecondition(f"{what}: {os.strerror(error.errno or 0)}") from error
+
+
+def _make_directories(path: str) -> None:
+    """With the parents that are missing, 0755, of the node's root.
+
+    No link to nothing is followed: who made it would choose what is made.
+    """
+    missing = [path]
+    while not os.path.lexists(parent := os.path.dirname(missing[-1])):
+        missing.append(parent)
+    for directory in reversed(missing):
+        with suppress(FileExistsError):  # of another container, or a link to nothing
+            os.mkdir(directory, 0o755)
+
+
+def _clone_host_path(mount: Mount, maps: IdMaps) -> int:
+    origin = open_host_path(mount)
+    require_propagation(mount, origin)
     tree = mounts.clone_tree(origin)
     mounts.set_attributes(tree, mount["attributes"], mount["recursive"])
     idmaps.map_volume(tree, origin, mount, maps)
@@ -156,7 +190,7 @@ def _clone_host_path(mount: Mount, maps: IdMaps) -> int:
     return tree
 
 
-def _require_propagation(mount: Mount, origin: int) -> None:
+def require_propagation(mount: Mount, origin: int) -> None:
     """What is to be propagated must come from a mount that does: "slave" from any but a private one."""
     asked = mount["propagation"]
     if asked == "private":
@@ -211,17 +245,46 @@ def _attach_mapped(scratch: Scratch, path: str, directory: int, maps: IdMaps) ->
     return tree
 
 
+def _forbid_devices(
+    root: int, own: list[tuple[Volume, int]], plan: ContainerPlan, maps: IdMaps
+) -> None:
+    """A device of the image would belong to the root of the user namespace, who gets none of the node's.
+
+    One that is asked for outside of /dev is made in the image's own file system, which has to allow it then.
+    """
+    if maps.is_node:
+        return
+    if all(device["path"].startswith("/dev/") for device in plan["devices"]):
+        mounts.set_attributes(root, ["nodev"])
+    for _, tree in own:
+        mounts.set_attributes(tree, ["nodev"])
+
+
+def _attach_volume(root: int, volume: Volume, tree: int) -> None:
+    """While nothing is mounted in the root but others of them, so that what is copied is the image's."""
+    what = f"volume of the image at {volume['target']}"
+    try:
+        target = confined.make_path(root, volume["target"], directory=True)
+        if not _is_directory(target):
+            raise FailedPrecondition(f"{what}: the image has a file there")
+        volumes.fill(tree, target)
+        syscalls.move_mount(tree, target)
+    except OSError as error:
+        raise _of_step(what, error) from error
+
+
 def _execute(assembly: Assembly, mount: Mount, source: Source) -> None:
     try:
         _attach(assembly, mount, _tree(assembly, mount, source))
     except OSError as error:
-        raise _of_step(mount, error) from error
+        raise _of_step(f"mount {rootfs.describe(mount)}", error) from error
 
 
-def _of_step(mount: Mount, error: OSError) -> OSError:
+def _of_step(step: str, error: OSError) -> OSError | FailedPrecondition:
     """An error of the kernel, with the step of the plan that it is about."""
-    text = f"mount {rootfs.describe(mount)}: {error.strerror or error}"
-    return OSError(error.errno, text, error.filename)
+    if error.errno in _FAULTS_OF_A_PATH:
+        return FailedPrecondition(f"{step}: {os.strerror(error.errno)}")
+    return OSError(error.errno, f"{step}: {error.strerror or error}", error.filename)
 
 
 def _tree(assembly: Assembly, mount: Mount, source: Source) -> int:
@@ -247,22 +310,31 @@ def _attach(assembly: Assembly, mount: Mount, tree: int) -> None:
     target = _open_target(assembly, mount, directory)
     status = os.fstat(target)
     if directory != stat.S_ISDIR(status.st_mode):
-        code = errno.ENOTDIR if directory else errno.EISDIR
-        raise OSError(code, os.strerror(code))
+        kinds = ("is a directory", "is none")
+        ours, theirs = kinds if directory else reversed(kinds)
+        raise FailedPrecondition(
+            f"mount {rootfs.describe(mount)}: what is mounted {ours}, and what the container has there {theirs}"
+        )
     if mount["kind"] != "fs":
         _check_procfs(assembly, mount, status, tree)
-    _move_mount(assembly, tree, target)
+    _move_mount(assembly, tree, target, ours=mount["kind"] == "fs")
 
 
-def _move_mount(assembly: Assembly, tree: int, target: int) -> None:
-    """What the runtime mounts is the container's only: at a place that is shared with the node it would appear there.
+def _move_mount(assembly: Assembly, tree: int, target: int, *, ours: bool = False) -> None:
+    """Nothing is attached to a mount that is shared with the node so that it appears there, and stays there.
 
-    It would cover the node's /dev/pts or /sys/fs/cgroup, for one, and stay when the container has gone.
+    It would cover the node's /dev/pts or /sys/fs/cgroup, for one. What a request mounts in what it shares, and masks,
+    are attached apart; what every container has is not attached at all: to take it away again would take away what the
+    node has at that place.
     """
-    if assembly.shares and mounts.propagation_of(target) == "shared":
-        mounts.attach_apart(tree, target)
-    else:
+    if not assembly.shares or mounts.propagation_of(target) != "shared":
         syscalls.move_mount(tree, target)
+        return
+    if ours:
+        raise FailedPrecondition(
+            "mounts of the runtime never go into a tree that is shared with the node"
+        )
+    mounts.attach_apart(tree, target)
 
 
 def _open_target(assembly: Assembly, mount: Mount, directory: bool) -> int:
@@ -359,7 +431,7 @@ def _make_dev(plan: ContainerPlan, maps: IdMaps) -> int:
             try:
                 dev = _make_filesystem(mount, maps)
             except OSError as error:
-                raise _of_step(mount, error) from error
+                raise _of_step(f"mount {rootfs.describe(mount)}", error) from error
             _populate_dev(dev, plan, maps)
             return dev
     return -1
@@ -374,7 +446,7 @@ def _populate_dev(dev: int, plan: ContainerPlan, maps: IdMaps) -> None:
             parent = os.path.dirname(path)
             if parent not in parents:
                 below = parent.removeprefix("/dev/")
-                parents[parent] = confined.make_path(dev, below, directory=True, follow=False)
+                parents[parent] = _device_directory(dev, below, device, follow=False)
             _make_device(parents[parent], device, maps)
     taken = {mount["target"] for mount in plan["mounts"]} | asked.keys()
     for name, target in rootfs.DEFAULT_LINKS.items():
@@ -386,9 +458,16 @@ def _make_devices_outside_dev(root: int, plan: ContainerPlan, maps: IdMaps) -> N
     """In the image's own file system, while nothing is mounted in it: a volume never gets one."""
     for device in plan["devices"]:
         if not device["path"].startswith("/dev/"):
-            parent = confined.make_path(root, os.path.dirname(device["path"]), directory=True)
+            parent = _device_directory(root, os.path.dirname(device["path"]), device, follow=True)
             with suppress(FileExistsError):  # of the image, or of a start that is repeated
                 _make_device(parent, device, maps)
+
+
+def _device_directory(root: int, path: str, device: Device, *, follow: bool) -> int:
+    try:
+        return confined.make_path(root, path, directory=True, follow=follow)
+    except OSError as error:
+        raise _of_step(f"device {device['path']}", error) from error
 
 
 def _require_devices(assembly: Assembly, plan: ContainerPlan) -> None:
@@ -424,7 +503,7 @@ def _make_device(parent: int, device: Device, maps: IdMaps) -> None:
         os.mknod(name, kind | device["mode"], number, dir_fd=parent)
         os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
     except OSError as error:
-        raise OSError(error.errno, f"make device {device['path']}: {error.strerror}") from error
+        raise _of_step(f"device {device['path']}", error) from error
 
 
 # ---- masks ----
@@ -448,7 +527,10 @@ def _make_readonly(assembly: Assembly, path: str) -> None:
 
 
 def _find(root: int, path: str) -> int | None:
+    """What the container finds there, if it finds something."""
     try:
         return confined.open_path(root, path)
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, *_FAULTS_OF_A_PATH):
+            raise
         return None

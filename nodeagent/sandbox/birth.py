@@ -7,7 +7,8 @@
         │                                │    its successor is adopted   │
         └─ {"error": …}, or it dies ─────┴───────────────── a text ──────┴──────────────────────► over: failed
 
-A process may be told to go before it is ready. `nodeagent.sandbox.init` is the other side.
+A process may be told to go before it is ready. One whose container has hooks that the supervisor runs says ``{"hooks":
+true}`` while it prepares, and waits until it may proceed. `nodeagent.sandbox.init` is the other side.
 
 A hidden process prepares itself where no container sees it, and its successor, which others may see and trace, executes
 the program. So what the hidden process says until it is ready is believed, and nothing that is said later: what the
@@ -34,6 +35,7 @@ SUCCESSOR = 7
 BORN = b"b"
 
 _GO = b"g"
+_PROCEED = b"p"
 _MAX_TEXT_BYTES = 4096
 _LOOK_MS = 200
 
@@ -81,6 +83,9 @@ class Birth:
         self._over = False
         # How what the birth had open is closed, when it is over.
         self.give_up: Callable[[Collection[int]], None] = protocol.close_all
+        # Called when the process waits for hooks, until `proceed`; None has it proceed at once, where a method of our
+        # own would be a cycle, which nobody collects.
+        self.await_hooks: Callable[[], None] | None = None
         self._watch()
 
     @classmethod
@@ -112,6 +117,15 @@ class Birth:
         """As `go`, for who cannot know whether a supervisor before has said so already."""
         self._resumed = True
         self.go()
+
+    def proceed(self) -> None:
+        """The hooks that the process waits for have been run."""
+        if self._over:
+            return
+        try:
+            os.write(self._text, _PROCEED)
+        except OSError:
+            pass  # it has died, and the end of file says so
 
     def abandon(self, error: Exception) -> None:
         """Whatever it is doing, it has failed."""
@@ -163,6 +177,8 @@ class Birth:
             self.abandon(_died())
         elif "ready" in message.body:
             self._announced(message)
+        elif "hooks" in message.body:
+            (self.await_hooks or self.proceed)()
         else:
             protocol.close_all(message.fds)
             self.abandon(protocol.read_error(message.body))

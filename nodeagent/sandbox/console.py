@@ -13,6 +13,7 @@ import struct
 import termios
 from typing import NamedTuple
 
+from nodeagent.errors import FailedPrecondition
 from nodeagent.linux import confined, mounts, syscalls
 
 _DEVPTS_SUPER_MAGIC = 0x1CD1
@@ -38,7 +39,7 @@ def open_terminal(root: int, own: int) -> Stdio:
     path = "/dev/pts/ptmx"
     found = _find_device(root, path, os.makedev(5, 2), follow=False)
     if syscalls.statfs_type(found) != _DEVPTS_SUPER_MAGIC:
-        raise OSError(errno.ENOTTY, "not on devpts", path)
+        raise FailedPrecondition(f'terminal "{path}": not on devpts')
     master = confined.open_again(own, found, os.O_RDWR | os.O_NOCTTY)
     fcntl.ioctl(master, _TIOCSPTLCK, struct.pack("i", 0))
     slave = fcntl.ioctl(master, _TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
@@ -60,11 +61,16 @@ def with_null(root: int, own: int, stdin: int, stdout: int, stderr: int) -> Stdi
 
 
 def _find_device(root: int, path: str, number: int, *, follow: bool = True) -> int:
-    """O_PATH: what may be there instead is not opened."""
-    found = confined.open_path(root, path, follow=follow)
+    """O_PATH: what may be there instead is not opened. A /dev that the request mounts may lack it."""
+    try:
+        found = confined.open_path(root, path, follow=follow)
+    except OSError as error:
+        text = f'device "{path}" of the container: {os.strerror(error.errno or 0)}'
+        raise FailedPrecondition(text) from error
     status = os.fstat(found)
     if not stat.S_ISCHR(status.st_mode) or status.st_rdev != number:
-        raise OSError(errno.ENODEV, "not the device that belongs there", path)
+        text = f'device "{path}" of the container: not the device that belongs there'
+        raise FailedPrecondition(text)
     return found
 
 

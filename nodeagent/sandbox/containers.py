@@ -22,6 +22,7 @@ from nodeagent.sandbox import exits, facts, process, protocol
 from nodeagent.sandbox.birth import Birth
 from nodeagent.sandbox.facts import Facts
 from nodeagent.sandbox.groups import Group
+from nodeagent.sandbox.hookrun import ContainerHooks
 from nodeagent.sandbox.keeping import Deposit
 from nodeagent.sandbox.loop import Timer, guarded, report
 from nodeagent.sandbox.peers import Request
@@ -68,12 +69,15 @@ class Container:
         self._start: Request | None = None
         self._waiting: list[Request] = []
         self._removals: list[Request] = []
+        self.hooks = ContainerHooks(pod, plan)
+        self._is_over = False
 
     # --- creation ---
 
     def await_birth(self, birth: Birth, creation: Request, *, hidden: bool) -> None:
         """The process exists, and makes itself ready; so does, meanwhile, what shall be known of it."""
         self.birth = birth
+        birth.await_hooks = self._run_hooks_of_creation
         self._is_hidden = hidden
         self._creation = creation
         try:
@@ -133,6 +137,17 @@ class Container:
         limit = self.plan.get("log_limit")
         self.pump = Pump(self.pod.loop, outputs, journal, self.pod.clock, limit)
 
+    def _run_hooks_of_creation(self) -> None:
+        """While the process waits, with a root file system that is complete."""
+
+        def done(text: str) -> None:
+            if self.birth is not None and text:
+                self.birth.abandon(FailedPrecondition(text))
+            elif self.birth is not None:
+                self.birth.proceed()
+
+        self.hooks.create(self.facts["pid"], done)
+
     def _undo(self) -> None:
         """The process ended before it was ready."""
         protocol.close_all(self._release())
@@ -162,6 +177,10 @@ class Container:
 
     def executed(self) -> None:
         self._forget_birth()
+        if self._start is not None:
+            self.hooks.after_start(self.facts["pid"], self._reply_start)
+
+    def _reply_start(self) -> None:
         if self._start is not None:
             self._start.reply({"at": self.facts["started_at"]})
             self._start = None
@@ -216,7 +235,7 @@ class Container:
 
     def kill(self) -> None:
         """The end of a PID namespace's first process ends the others; without one of its own, the cgroup does."""
-        if self.exit is not None:
+        if self.exit is not None or self._is_over:
             return
         self.facts["killed"] = True
         self._signal(signal.SIGKILL)
@@ -234,10 +253,14 @@ class Container:
 
     def ended(self, code: int) -> None:
         """The process is a zombie: write down how it ended, before it is reaped."""
+        if self._is_over:
+            return
+        self._is_over = True
         if self.birth is not None:
             self.birth.conclude()
+        self.hooks.end_creation()  # before the pid that they were told can be another process's
         if not self.facts["created_at"]:
-            self._undo()
+            self.hooks.after_end(self._undo)
             return
         if self.plan["pid"] != "container":
             self.group.kill()
@@ -253,6 +276,13 @@ class Container:
             report(f"container {self.id}: exit code {code} is not recorded: {error}")
         self.pod.keeper.drop(self.id, None, self._release())
         self.pod.loop.call_after(0, self._tell_end)
+        if self.hooks.are_left:
+            self.hooks.after_end(self.remove_as_asked)
+
+    def cut_off(self) -> None:
+        """Its creation was, by the end of a supervisor before us; its process has ended with that."""
+        self._is_over = True
+        self.hooks.after_end(self._undo)
 
     def watch(self) -> None:
         """Learn of the end of a process that is not our child."""
@@ -287,13 +317,18 @@ class Container:
         """Later than the record, and when the process has been reaped."""
         if self.exit is None:
             return
-        if self._start is not None:
+        if self._start is not None and self._failure is not None:
             self._start.fail(StartError(f'container "{self.id}": {self._failure}'))
             self._start = None
+        self._reply_start()
         self.pod.tell({"event": "exit", "container": self.id, "exit": self.exit})
         for request in self._waiting:
             request.reply({"exit": self.exit})
         self._waiting.clear()
+        self.remove_as_asked()
+
+    def remove_as_asked(self) -> None:
+        """What had to wait for the end, or for the hooks after it."""
         removals, self._removals = self._removals, []
         for request in removals:
             self.remove(request)
@@ -305,8 +340,8 @@ class Container:
             self._waiting.append(request)
 
     def remove(self, request: Request) -> None:
-        """Reply when nothing is left of it; one that has not ended is killed."""
-        if self.exit is None:
+        """Reply when nothing is left of it; one that has not ended is killed. Hooks are waited for."""
+        if self.exit is None or self.hooks.are_running:
             self._removals.append(request)
             self.kill()
             return

@@ -224,7 +224,7 @@ def restore(pod: Pod, family: Family, kept: dict[str, dict[str, int]]) -> None:
             plan, known = facts.load(pod.directory, container_id)
         except (FileNotFoundError, ValueError):
             # Its process has ended, for lack of a supervisor to tell that it is ready.
-            facts.remove(pod.directory, container_id)
+            _restore_cut_off(pod, family, container_id)
             continue
         fds = kept.pop(container_id, {})
         container = Container(pod, family, plan, known, fds)
@@ -234,6 +234,17 @@ def restore(pod: Pod, family: Family, kept: dict[str, dict[str, int]]) -> None:
         protocol.close_all(fds.values())
     for container in family.values():
         _note_namespace(family, container)
+
+
+def _restore_cut_off(pod: Pod, family: Family, container_id: str) -> None:
+    """Nothing is left of it, but hooks that are owed to those which have been run."""
+    try:
+        plan = facts.load_plan(pod.directory, container_id)
+    except (FileNotFoundError, ValueError):
+        facts.remove(pod.directory, container_id)
+        return
+    container = family[container_id] = Container(pod, family, plan, _nothing_known({}), {})
+    container.cut_off()
 
 
 def _note_namespace(family: Family, container: Container) -> None:
@@ -251,6 +262,8 @@ def _note_namespace(family: Family, container: Container) -> None:
 def _take_over(container: Container) -> None:
     container.exit = exits.read(container.pod.directory, container.id)
     if container.exit is not None and not container.fds:
+        if container.hooks.are_left:
+            container.hooks.after_end(container.remove_as_asked)
         return
     if "pidfd" not in container.fds:
         _find_again(container)

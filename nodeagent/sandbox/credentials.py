@@ -57,9 +57,6 @@ def _write_own(name: str, text: str) -> None:
 
 # ---- limits ----
 
-# How a warning about a limit begins. Limits are of the configuration: what is said of one container holds for all.
-LIMIT = "limit "
-
 
 def set_limits(limits: list[Rlimit]) -> list[str]:
     """Returns warnings: to raise a hard limit takes SYS_RESOURCE; it stays as it is without."""
@@ -77,7 +74,7 @@ def _set_limit(limit: Rlimit) -> list[str]:
         hard = resource.getrlimit(number)[1]
         resource.setrlimit(number, (_lower(limit["soft"], hard), hard))
         return [
-            f"{LIMIT}{limit['resource']}: not raised above {hard}, the agent's own; a higher one takes CAP_SYS_RESOURCE"
+            f"limit {limit['resource']}: not raised above {hard}, the agent's own; a higher one takes CAP_SYS_RESOURCE"
         ]
 
 

@@ -1,6 +1,9 @@
 """Further processes in running containers.
 
 An exec lives in the supervisor: that the agent dies does not end it. It is known by a number that the agent gave it.
+What has a terminal is hung up when nobody has that terminal any more, be it that the client left or that the agent did:
+who controls it gets SIGHUP, as at the end of an ssh session. Without a terminal, a program whose client has left reads
+the end of its input, and gets EPIPE for what it writes; one that does neither goes on.
 Its cgroup is its own, so that when its time is over the whole tree is killed, what it left in the background included.
 Its pipes are its own as well: what it reads and writes is relayed from and to those that the agent gave.
 """
@@ -16,7 +19,7 @@ from nodeagent.sandbox.birth import Birth
 from nodeagent.sandbox.children import Child
 from nodeagent.sandbox.containers import Container, set_size
 from nodeagent.sandbox.groups import Group, split_join_fds
-from nodeagent.sandbox.loop import READABLE, Timer
+from nodeagent.sandbox.loop import Timer
 from nodeagent.sandbox.peers import Peer, Request
 from nodeagent.sandbox.pod import Pod
 from nodeagent.sandbox.relay import Streams
@@ -80,7 +83,7 @@ class Exec:
         self._master = master
         if self._size:
             set_size(master, *self._size)
-        self._streams.connect(master)
+        self._streams.connect(master, self.hang_up)
         self._birth.go()
 
     def executed(self) -> None:
@@ -116,20 +119,13 @@ class Exec:
             raise FailedPrecondition(f"exec {self.number}: has no terminal")
         set_size(self._master, width, height)
 
-    def drain(self) -> None:
-        """Nobody reads the terminal any more: see that the program is not held up."""
-        if self._master is not None:
-            self._loop.watch(self._master, self._discard_output, READABLE)
-
-    def _discard_output(self, _events: int) -> None:
+    def hang_up(self) -> None:
+        """Nobody has the terminal any more: with the last copy of its master it goes, and SIGHUP comes (tty(4))."""
         if self._master is None:
             return
-        try:
-            os.read(self._master, 65536)
-        except BlockingIOError:
-            pass
-        except OSError:  # EIO: nobody has the terminal open any more
-            self._loop.forget(self._master)
+        self._streams.disconnect()
+        os.close(self._master)
+        self._master = None
 
     def first_ended(self, code: int) -> None:
         """A hidden process ends when its successor has been found."""
@@ -147,8 +143,8 @@ class Exec:
         self._group.close()
         os.close(self._pidfd)
         if self._master is not None:
-            self._loop.forget(self._master)
             os.close(self._master)
+            self._master = None
         self._streams.close_waiting()
         self._loop.call_after(0, lambda: self._streams.settle(lambda: self._tell_end(code)))
 
@@ -235,7 +231,7 @@ class Execs:
         return list(self._execs.values())
 
     def left_by(self, agent: Peer) -> None:
-        """The agent has gone."""
+        """The agent has gone, and with it whoever was at a terminal."""
         for exec_ in self.running():
             if exec_.agent is agent:
-                exec_.drain()
+                exec_.hang_up()

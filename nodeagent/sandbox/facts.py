@@ -1,7 +1,8 @@
 """What is known of a container, in the pod's directory: so that a successor of its supervisor knows it, too.
 
-``containers/<id>/plan.json`` is written once; ``state.json`` is replaced with every change. The directory is on tmpfs:
-what happened is not lost with the process, and is void after a reboot anyway.
+``containers/<id>/plan.json`` is written once, as the bundle of a container with hooks is; ``state.json`` is replaced
+with every change. The directory is on tmpfs: what happened is not lost with the process, and is void after a reboot
+anyway.
 """
 
 import json
@@ -9,7 +10,7 @@ import os
 from typing import NotRequired, TypedDict
 
 from nodeagent import files
-from nodeagent.sandbox import exits, protocol
+from nodeagent.sandbox import exits, hooks, protocol
 from nodeagent.sandbox.spec import ContainerPlan, Identity
 
 _MODE = 0o600
@@ -43,6 +44,8 @@ def make_directory(pod: str, plan: ContainerPlan) -> None:
     path = directory(pod, plan["id"])
     os.makedirs(path, mode=0o700)
     files.write_atomic(f"{path}/plan.json", protocol.to_json(plan), _MODE, sync=False)
+    if "hooks" in plan:
+        hooks.write_bundle(plan)
     exits.reserve(pod, plan["id"])
 
 
@@ -53,9 +56,14 @@ def save(pod: str, container: str, facts: Facts) -> None:
 
 def load(pod: str, container: str) -> tuple[ContainerPlan, Facts]:
     """Raises FileNotFoundError for a container whose creation was cut off."""
-    path = directory(pod, container)
-    with open(f"{path}/plan.json", "rb") as plan, open(f"{path}/state.json", "rb") as state:
-        return json.loads(plan.read()), json.loads(state.read())
+    with open(f"{directory(pod, container)}/state.json", "rb") as state:
+        return load_plan(pod, container), json.loads(state.read())
+
+
+def load_plan(pod: str, container: str) -> ContainerPlan:
+    with open(f"{directory(pod, container)}/plan.json", "rb") as file:
+        plan: ContainerPlan = json.loads(file.read())
+        return plan
 
 
 def open_journal(pod: str, container: str) -> int:

@@ -56,6 +56,11 @@ def root_of(plan: PodPlan) -> tuple[int, int]:
     return userns.outside(0, uids), userns.outside(0, gids)
 
 
+def groups_of(plan: PodPlan) -> tuple[Extent, ...]:
+    """The map of groups of the pod's user namespace; empty without one."""
+    return extents(plan.get("gid_map", []))
+
+
 def extents(lines: list[IdMap]) -> tuple[Extent, ...]:
     return tuple(Extent(line["inside"], line["outside"], line["length"]) for line in lines)
 

@@ -4,6 +4,7 @@
 it, and becomes who it shall be. `run_exec` makes a further process of a running container. Both report over the
 status socket: ``{"ready": {"identity": …, "warnings": […]}}``, with the master end of a terminal attached, then wait
 for one byte, "go", and execute the program; the socket closes itself when that succeeds.
+Before, ``{"hooks": true}`` asks for the hooks that the supervisor runs, and one byte comes when they have been.
 ``{"error": class, "text": …}`` reports the failure of any step before; what fails later is told as a plain text.
 
 Where others share the PID namespace and may trace, the process is **hidden**: it prepares itself in the supervisor's
@@ -22,6 +23,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple, NoReturn
 
 from nodeagent.errors import FailedPrecondition
@@ -31,6 +33,9 @@ from nodeagent.sandbox import (
     birth,
     console,
     credentials,
+    hookroot,
+    hookrun,
+    hooks,
     idmaps,
     procfs,
     program,
@@ -106,6 +111,7 @@ class _Start(NamedTuple):
 
     owned: kinds of namespaces that are still to be left for ones that belong to the pod's user namespace.
     hidden: the program is executed by a successor.
+    begin: called before the program is executed, with the rights that it will have.
     """
 
     argv: list[str]
@@ -117,6 +123,7 @@ class _Start(NamedTuple):
     owned: int
     warnings: list[str]
     hidden: bool
+    begin: Callable[[], None]
 
 
 class _Reporter:
@@ -184,13 +191,16 @@ def _prepare_container(plan: ContainerPlan, fds: InitFds) -> _Start:
     maps = idmaps.of_process(settings, fds.userns)
     _join_cgroups(fds.cgroups)
     own = confined.own_descriptors()
-    credentials.write_labels(settings)
+    if "hooks" not in plan:
+        credentials.write_labels(settings)
     warnings = credentials.set_oom_score(settings)
     if plan["cgroup_namespace"]:
         syscalls.unshare(syscalls.CLONE_NEWCGROUP)
     hidden = fds.pid_namespace != -1
     shared_proc = procfs.of_shared(fds.pid_namespace, fds.procfs) if hidden else -1
     built = assembly.assemble(plan, maps, shared_proc)
+    if "hooks" in plan:
+        _run_hooks(plan, fds.status, maps, built.root)
     identity = users.resolve(built.root, own, settings["user"])
     with _working_directory(settings["cwd"]):
         cwd = confined.make_path(built.root, settings["cwd"], directory=True)
@@ -198,7 +208,23 @@ def _prepare_container(plan: ContainerPlan, fds: InitFds) -> _Start:
     assembly.seal(built, plan["masked_paths"], plan["readonly_paths"])
     mounts.enter_root(built.root)
     owned = syscalls.CLONE_NEWNS | (syscalls.CLONE_NEWCGROUP if plan["cgroup_namespace"] else 0)
-    return _Start(plan["argv"], settings, identity, cwd, stdio, maps, owned, warnings, hidden)
+    begin = partial(hookroot.run_in_place, plan)
+    return _Start(
+        plan["argv"], settings, identity, cwd, stdio, maps, owned, warnings, hidden, begin
+    )
+
+
+def _run_hooks(plan: ContainerPlan, status: int, maps: IdMaps, root: int) -> None:
+    """While the root file system is complete, and neither entered nor masked.
+
+    Labels are for the program of the container, and would be for the next one that is executed.
+    """
+    hookroot.show(plan, root, maps)
+    if hooks.of(plan, *hookrun.CREATION):
+        _send(status, {"hooks": True})
+        _wait_for_go(status)
+    hookroot.run_inside_mounts(plan, maps)
+    credentials.write_labels(plan["process"])
 
 
 def _container_stdio(
@@ -231,7 +257,13 @@ def _prepare_exec(plan: ExecPlan, settings: ProcessPlan, fds: ExecFds) -> _Start
     stdio = (
         console.open_terminal(root, own) if plan["tty"] else console.with_null(root, own, *given)
     )
-    return _Start(plan["argv"], settings, identity, cwd, stdio, maps, 0, warnings, fds.hidden)
+    return _Start(
+        plan["argv"], settings, identity, cwd, stdio, maps, 0, warnings, fds.hidden, _nothing
+    )
+
+
+def _nothing() -> None:
+    """An exec has no hooks."""
 
 
 def _join_cgroups(tasks: Sequence[int]) -> None:
@@ -266,6 +298,7 @@ def _finish(reporter: _Reporter, start: _Start) -> NoReturn:
         console.take_control()
     if not start.hidden:
         credentials.confine(settings)
+    start.begin()
     program.execute(to_execute)
 
 

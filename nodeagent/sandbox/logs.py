@@ -1,7 +1,9 @@
 """The log file of a container, in the format of the CRI.
 
 One line is ``2026-11-23T16:05:00.123456789Z stdout F text``: time, stream, a tag, and the text as it was written. A
-text longer than MAX_LINE_BYTES is cut into parts with the tag P; its last part, and every other line, has F.
+text longer than MAX_LINE_BYTES is cut into parts with the tag P; its last part, and every other line, has F. P says
+that no newline was written there, so that the end of an output without a newline has P as well: who reads the log gets
+back what was written, and no newline more.
 """
 
 import errno
@@ -41,8 +43,8 @@ def format_lines(data: bytes, stamp: bytes, stream: bytes) -> tuple[bytes, bytes
 
 
 def format_end(rest: bytes, stamp: bytes, stream: bytes) -> bytes:
-    """The last line of a stream, which lacks its newline."""
-    return b"%s %s F %s\n" % (stamp, stream, rest) if rest else b""
+    """The last line of a stream, which lacks its newline: a part of a line that nobody goes on with."""
+    return b"%s %s P %s\n" % (stamp, stream, rest) if rest else b""
 
 
 def _has_long_line(lines: bytes) -> bool:

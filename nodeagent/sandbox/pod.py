@@ -20,7 +20,7 @@ class Pod:
     """agent: who is told what happens; init_pidfd: of the first process of the PID namespace that containers share.
 
     about_to_share: containers whose own PID namespaces others will join; once they have, it is the container's fact.
-    userns: the pod's user namespace, -1 without one; root: who its root is on the node.
+    userns: the pod's user namespace, -1 without one; root: who its root is on the node; groups: its map of groups.
     """
 
     def __init__(self, plan: PodPlan, loop: Loop, keeper: Keeper) -> None:
@@ -29,6 +29,7 @@ class Pod:
         self.namespaces = plan["namespaces"]
         self.userns = namespaces.user_namespace(plan["directory"])
         self.root, _ = idmaps.root_of(plan)
+        self.groups = idmaps.groups_of(plan)
         self.loop = loop
         self.keeper = keeper
         self.children = Children(loop)

@@ -27,10 +27,15 @@ class Relay:
     Either may be the master of a terminal, which has ended when nobody has the terminal open any more.
 
     It copies: splice(2) would hold the lock of the agent's pipe while it waits for the one of the container's.
+
+    unread: called when nobody reads the sink any more, with both ends closed.
     """
 
-    def __init__(self, loop: Loop, source: int, sink: int) -> None:
+    def __init__(
+        self, loop: Loop, source: int, sink: int, unread: Callable[[], None] | None = None
+    ) -> None:
         self._is_open = True
+        self._unread = unread
         self._loop = loop
         self._source = source
         self._sink = sink
@@ -51,6 +56,11 @@ class Relay:
         else:
             self._tell_settled()
 
+    def close(self) -> None:
+        """Carry nothing more; idempotent."""
+        if self._is_open:
+            self._close()
+
     def _close(self) -> None:
         self._is_open = False
         self._rest = b""
@@ -65,11 +75,16 @@ class Relay:
     def _sink_ready(self, _events: int) -> None:
         if not self._rest:
             if self._has_no_reader():
-                self._close()
+                self._close_unread()
         elif self._write(self._rest):
             self._loop.change(self._sink, 0)
             self._loop.watch(self._source, self._source_ready)
             self._take_what_is_there()
+
+    def _close_unread(self) -> None:
+        self._close()
+        if self._unread is not None:
+            self._unread()
 
     def _has_no_reader(self) -> bool:
         poll = select.poll()
@@ -115,7 +130,7 @@ class Relay:
         except BlockingIOError:
             taken = 0
         except OSError:  # EPIPE; of a terminal, EIO
-            self._close()
+            self._close_unread()
             return False
         self._rest = data[taken:]
         if not self._rest and self._left <= 0:
@@ -141,6 +156,7 @@ class Streams:
         self.stdin = self.stdout = self.stderr = -1
         self._loop = loop
         self._outputs: list[Relay] = []
+        self._terminal: list[Relay] = []
         self._waiting: list[int | None] = []
         if tty:
             self._waiting = [stdin, stdout, stderr]
@@ -156,14 +172,23 @@ class Streams:
             reader, self.stderr = pipes.pop()
             self._outputs.append(Relay(loop, reader, stderr))
 
-    def connect(self, master: int) -> None:
-        """Relay the terminal. The descriptor stays the caller's."""
+    def connect(self, master: int, unread: Callable[[], None]) -> None:
+        """Relay the terminal. The descriptor stays the caller's.
+
+        unread: called when nobody reads any more what the terminal shows.
+        """
         stdin, stdout, stderr = self._waiting
         self._waiting = [stderr]  # a terminal has one output
         if stdin is not None:
-            Relay(self._loop, stdin, os.dup(master))
+            self._terminal.append(Relay(self._loop, stdin, os.dup(master)))
         if stdout is not None:
-            self._outputs.append(Relay(self._loop, os.dup(master), stdout))
+            self._outputs.append(Relay(self._loop, os.dup(master), stdout, unread))
+        self._terminal += self._outputs
+
+    def disconnect(self) -> None:
+        """Let go of the terminal, whatever is still on its way to it or from it."""
+        for relay in self._terminal:
+            relay.close()
 
     def close_waiting(self) -> None:
         """There is no terminal to wait for."""

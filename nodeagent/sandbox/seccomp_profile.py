@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from nodeagent import files
 from nodeagent.errors import InvalidArgument, NotFound, Unsupported
-from nodeagent.linux import capabilities, libseccomp, seccomp
+from nodeagent.linux import bpf_classic, capabilities, libseccomp, seccomp
 from nodeagent.linux.bpf_classic import (
     JUMP_AT_LEAST,
     JUMP_EQUAL,
@@ -29,6 +29,7 @@ from nodeagent.sandbox import seccomp_oci
 _MAX_PROFILE_BYTES = 1 << 20
 _CACHED = 64
 
+_ACTION = 0xFFFF0000  # SECCOMP_RET_ACTION_FULL
 _EPERM = libseccomp.ACT_ERRNO | errno.EPERM
 _ENOSYS = libseccomp.ACT_ERRNO | errno.ENOSYS
 
@@ -69,6 +70,36 @@ def from_json(text: bytes, held: int) -> Filter:
     newest = None if profile.is_permissive else _newest(profile.named)
     program = _compile(profile.default, profile.architectures, profile.rules, newest)
     return Filter(program, profile.flags)
+
+
+@functools.lru_cache(_CACHED)
+def intersection(base: Filter, profile: Filter) -> Filter:
+    """What allows only what both allow, argument by argument: of two actions, the stricter is taken.
+
+    It is one program, because a supervisor of an earlier version would pass over a second one in its plan. Where both
+    refuse with an errno, it is that of the base. Which of both comes first changes nothing but the size.
+    """
+    first, second, limit = base.program, profile.program, seccomp.MAX_BYTES
+    orders = (
+        bpf_classic.joined(first, second, _stricter, limit),
+        bpf_classic.joined(second, first, lambda own, other: _stricter(other, own), limit),
+    )
+    programs = [program for program in orders if program is not None]
+    if not programs:
+        raise InvalidArgument(f"filter, together with its base: larger than {limit} bytes")
+    program = min(programs, key=len)
+    either, both = base.flags | profile.flags, base.flags & profile.flags
+    return Filter(program, either & seccomp.FLAG_LOG | both & seccomp.FLAG_SPEC_ALLOW)
+
+
+def _stricter(base: int, profile: int) -> int:
+    return base if _rank(base) <= _rank(profile) else profile
+
+
+def _rank(value: int) -> int:
+    """The strictest first, as the kernel orders actions: as signed numbers (seccomp(2), "precedence")."""
+    action = value & _ACTION
+    return action - (1 << 32) if action == libseccomp.ACT_KILL_PROCESS else action
 
 
 def _default_rules(held: set[str]) -> Iterator[Rule]:

@@ -54,6 +54,8 @@ class Mount(TypedDict):
     recursive: the attributes hold for all mounts below, too (recursive read-only); binds always take the whole tree.
     lower: for kind "image", the layer directories, uppermost first, and sub_path below them.
     uid_map, gid_map: of an idmapped bind, how the owners of its files are seen.
+    absent: for kind "bind", what is done where `source` is absent: a directory is made, or the request is rejected
+    because of the configuration. Without it, the absence is an error.
     """
 
     kind: Literal["bind", "fs", "image"]
@@ -65,8 +67,19 @@ class Mount(TypedDict):
     data: dict[str, str]
     lower: NotRequired[list[str]]
     sub_path: NotRequired[str]
+    absent: NotRequired[Literal["make", "reject"]]
     uid_map: NotRequired[list[IdMap]]
     gid_map: NotRequired[list[IdMap]]
+
+
+class Volume(TypedDict):
+    """A volume of the image, mounted before all else.
+
+    source: a directory to be made on the node. It gets what the image has at `target`.
+    """
+
+    source: str
+    target: str
 
 
 class Rootfs(TypedDict):
@@ -161,6 +174,36 @@ class ProcessPlan(TypedDict):
     gid_map: NotRequired[list[IdMap]]
 
 
+HookStage = Literal[
+    "prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"
+]
+
+
+class Hook(TypedDict):
+    """A program of the node, or of the container at startContainer. env: ``NAME=value``, all that it gets.
+
+    timeout_ms: it is killed then. source: which file asks for it.
+    """
+
+    path: str
+    args: list[str]
+    env: list[str]
+    timeout_ms: int
+    source: str
+
+
+class Hooks(TypedDict):
+    """bundle: ``bundle`` in the container's directory in that of its pod; the root file system is shown beside it.
+
+    config: what its config.json has. annotations: as the state of the container tells them.
+    """
+
+    bundle: str
+    config: str
+    annotations: dict[str, str]
+    stages: dict[HookStage, list[Hook]]
+
+
 class LogLimit(TypedDict):
     """What a container may write to its log before it has to wait, as a token bucket of the log's own bytes."""
 
@@ -175,6 +218,7 @@ class ContainerPlan(TypedDict):
     log_path: absolute host path, or "" for no log; no link is followed below log_root, a directory above it.
     log_limit: without it, a container writes as fast as it is read.
     masked and readonly paths: of the container, absent ones skipped.
+    volumes: parents first; a supervisor of an earlier version does not know them.
     cgroup_namespace: False only for containers that shall see the node's cgroups.
     """
 
@@ -183,6 +227,7 @@ class ContainerPlan(TypedDict):
     process: ProcessPlan
     rootfs: Rootfs
     mounts: list[Mount]
+    volumes: NotRequired[list[Volume]]
     devices: list[Device]
     masked_paths: list[str]
     readonly_paths: list[str]
@@ -195,6 +240,7 @@ class ContainerPlan(TypedDict):
     stdin_once: bool
     log_path: str
     log_root: NotRequired[str]
+    hooks: NotRequired[Hooks]
     log_limit: NotRequired[LogLimit]
 
 

@@ -18,6 +18,7 @@ from nodeagent.linux import syscalls
 from nodeagent.sandbox import (
     creation,
     exits,
+    idmaps,
     namespaces,
     peers,
     podfile,
@@ -59,7 +60,7 @@ def prepare(plan: PodPlan) -> PodFacts:
     try:
         namespaces.make(plan)
         if "net" in plan["namespaces"]:
-            sysctls.write(sysctls.DEFAULTS)
+            sysctls.write(sysctls.DEFAULTS, groups=idmaps.groups_of(plan))
     except BaseException:
         namespaces.unpin(plan["directory"])
         raise
@@ -164,7 +165,7 @@ class Supervisor:
             syscalls.sethostname(settings["hostname"])
         if settings["shm_bytes"] not in (None, namespaces.DEFAULT_SHM_BYTES) and "ipc" in owned:
             namespaces.resize_shm(self.pod.directory, int(settings["shm_bytes"] or 0))
-        sysctls.write(settings["sysctls"], owner=self.pod.root)
+        sysctls.write(settings["sysctls"], owner=self.pod.root, groups=self.pod.groups)
         if settings["pid"] == "pod" and self.pod.init_pidfd is None:
             self._start_init(request)
         else:
@@ -317,7 +318,7 @@ class Supervisor:
                 pass
 
     def _end_if_empty(self, patience_ms: int) -> None:
-        alive = [container for container in self.containers.values() if container.exit is None]
+        alive = [c for c in self.containers.values() if c.exit is None or c.hooks.are_running]
         busy = self.execs.running() or self.pod.init_pidfd is not None
         if alive or busy or (self.pod.keeper.is_closing and time.monotonic() < self._patience_ends):
             patience_ms = min(2 * patience_ms, 100)

@@ -2,7 +2,7 @@
 
 Only parameters that a namespace has for itself can be written: what else a name or a value says stays without effect
 on the node (CVE-2022-0811). The path is walked below /proc/sys, through no link and no other mount, and the file is
-written only if it is of procfs.
+written only if it is of procfs. `check` is what the API asks as well: a name is taken or refused in one place.
 """
 
 import errno
@@ -12,7 +12,10 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from nodeagent.errors import InvalidArgument, NodeAgentError, Unsupported
-from nodeagent.linux import syscalls
+from nodeagent.linux import syscalls, userns
+from nodeagent.linux.userns import Extent
+
+_PING_GROUPS = "net/ipv4/ping_group_range"
 
 # Safe in a pod's own network: any process may bind low ports and send pings.
 DEFAULTS = {
@@ -20,14 +23,21 @@ DEFAULTS = {
     "net.ipv4.ping_group_range": "0 2147483647",
 }
 
+# ipc_namespaces(7), uts_namespaces(7): what of the kernel's namespaces is set through sysctl, as paths.
 _OWNERS = (
-    (re.compile(r"net\..+"), "net"),
-    (re.compile(r"kernel\.(auto_msgmni|msg.*|sem|shm.*)"), "ipc"),
-    (re.compile(r"kernel\.domainname"), "uts"),
-    (re.compile(r"fs\.mqueue\..+"), "ipc"),
+    (re.compile(r"net/.+"), "net"),
+    (
+        re.compile(
+            r"kernel/(auto_msgmni|msg_next_id|msgmax|msgmnb|msgmni|sem|sem_next_id|shm_next_id|shm_rmid_forced|shmall"
+            r"|shmmax|shmmni)"
+        ),
+        "ipc",
+    ),
+    (re.compile(r"kernel/domainname"), "uts"),
+    (re.compile(r"fs/mqueue/.+"), "ipc"),
 )
 _PART = re.compile(r"[A-Za-z0-9_.@:-]{1,255}")
-_VALUE = re.compile(r"[ -~\t]{0,1024}")
+_VALUE = re.compile(r"[ -~\t]{0,1024}\n?")  # a block of YAML ends with a newline
 _ROOT = "/proc/sys"
 _RESOLVE = (
     syscalls.RESOLVE_BENEATH
@@ -38,35 +48,47 @@ _RESOLVE = (
 
 
 def check(sysctls: Mapping[str, str], owned: Collection[str]) -> None:
-    """Raises InvalidArgument for what is malformed, or is not of the namespaces that the pod owns."""
+    """Raises InvalidArgument for what is malformed, or is not of the namespaces that the pod owns.
+
+    owned: of "net", "ipc" and "uts", those that the pod does not share with the node.
+    """
     for name, value in sysctls.items():
         parts = _parts(name)
         if any(not _PART.fullmatch(part) or part in (".", "..") for part in parts):
             raise InvalidArgument(f"sysctl {name!r}: not a name of a kernel parameter")
-        if not any(
-            pattern.fullmatch(".".join(parts)) and owner in owned for pattern, owner in _OWNERS
-        ):
-            raise InvalidArgument(f'sysctl "{name}": not of a namespace that the pod owns')
+        owner = _owner(parts)
+        if owner is None:
+            raise InvalidArgument(f'sysctl "{name}": is of the whole node, not of a namespace')
+        if owner not in owned:
+            raise InvalidArgument(f'sysctl "{name}": is of a namespace that the pod has not got')
         if not _VALUE.fullmatch(value):
             raise InvalidArgument(
                 f'sysctl "{name}": the value {value!r} is not printable, or too long'
             )
 
 
-def write(sysctls: Mapping[str, str], owner: int = 0) -> None:
+def write(sysctls: Mapping[str, str], owner: int = 0, groups: Collection[Extent] = ()) -> None:
     """Write what `check` has let pass. Raises Unsupported for a name that this kernel does not have.
 
-    owner: the root of the namespaces. Of IPC the kernel asks who writes, of networks what capabilities they have.
+    owner: the root of the namespaces. Of IPC the kernel wants the writer to be that, of UTS the node's root, and of
+    networks it asks what capabilities they have.
+    groups: of the pod's user namespace: who writes is in the node's, so that groups are to be told as the node's.
     """
     if not sysctls:
         return
     root = os.open(_ROOT, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with _acting_as(owner):
-            for name, value in sysctls.items():
-                _write(root, name, value)
+        for name, value in sysctls.items():
+            with _acting_as(owner if _owner(_parts(name)) == "ipc" else 0):
+                _write(root, name, _outside(name, value, groups))
     finally:
         os.close(root)
+
+
+def _owner(parts: list[str]) -> str | None:
+    """The kind of namespace that a parameter belongs to; None for one of the node."""
+    path = "/".join(parts)
+    return next((owner for pattern, owner in _OWNERS if pattern.fullmatch(path)), None)
 
 
 @contextmanager
@@ -98,6 +120,27 @@ def _write(root: int, name: str, value: str) -> None:
         raise _explained(error, name, value) from None
 
 
+def _outside(name: str, value: str, groups: Collection[Extent]) -> str:
+    """The value as the node's user namespace says it. Of all parameters of a pod, one is ids: the groups that may ping.
+
+    A range is cut to the groups that there are: who says "0 2147483647" means all of them.
+    """
+    if not groups or "/".join(_parts(name)) != _PING_GROUPS:
+        return value
+    try:
+        low, high = (int(number) for number in value.split())
+    except ValueError:
+        return value  # which the kernel refuses
+    if high < low:  # nobody
+        return value
+    last = max(extent.inside + extent.length - 1 for extent in groups)
+    try:
+        return f"{userns.outside(low, groups)} {userns.outside(min(high, last), groups)}"
+    except ValueError:
+        text = f'sysctl "{name}": group {low} is not mapped in the user namespace of the pod'
+        raise InvalidArgument(text) from None
+
+
 def _explained(error: OSError, name: str, value: str) -> NodeAgentError:
     if error.errno == errno.ENOENT:
         return Unsupported(f'sysctl "{name}": this kernel does not have it')
@@ -107,5 +150,9 @@ def _explained(error: OSError, name: str, value: str) -> NodeAgentError:
 
 
 def _parts(name: str) -> list[str]:
-    """Of ``net.ipv4.conf.eth0/1.forwarding``, where "/" stands for a dot in the name of an interface (sysctl(8))."""
-    return [part.replace("/", ".") for part in name.split(".")]
+    """Of a name with dots, or with slashes: the first of them separates, and the other one stands for a dot.
+
+    sysctl(8): ``net.ipv4.conf.eth0/1.forwarding`` and ``net/ipv4/conf/eth0.1/forwarding`` are the same.
+    """
+    first = next((character for character in name if character in "./"), ".")
+    return [part.replace("/", ".") for part in name.split(first)]

@@ -62,9 +62,15 @@ def test_missing_user(pod: Pod) -> None:
     refused(NOT_FOUND, "nobody-knows-me", lambda: pod.container(linux=linux))
 
 
-def test_missing_host_path(pod: Pod) -> None:
-    mount = pb.Mount(container_path="/data", host_path="/no/such/path")
-    refused(NOT_FOUND, "/no/such/path", lambda: pod.container(mounts=[mount]))
+@pytest.fixture
+def missing(tmp_path: Path) -> pb.Mount:
+    """Of a host path that is a link to nothing: nothing is made where that leads."""
+    (tmp_path / "link").symlink_to(tmp_path / "absent")
+    return pb.Mount(container_path="/data", host_path=f"{tmp_path}/link")
+
+
+def test_missing_host_path(pod: Pod, missing: pb.Mount) -> None:
+    refused(NOT_FOUND, missing.host_path, lambda: pod.container(mounts=[missing]))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +100,7 @@ def test_malformed_containers(pod: Pod, fields: dict[str, Any], text: str) -> No
 
 def test_malformed_pods(cri: Cri) -> None:
     refused(INVALID, "metadata", lambda: cri.agent.runtime.RunPodSandbox(pb.RunPodSandboxRequest()))
-    refused(INVALID, "hostname", lambda: cri.pod(hostname="no/slash"))
+    refused(INVALID, "hostname", lambda: cri.pod(hostname="two words"))
     refused(
         INVALID,
         "cgroup_parent",
@@ -116,14 +122,13 @@ def test_unknown_runtime_handler(cri: Cri) -> None:
     refused(INVALID, "kata", lambda: cri.agent.runtime.RunPodSandbox(request))
 
 
-def test_failures_leave_nothing(cri: Cri) -> None:
+def test_failures_leave_nothing(cri: Cri, missing: pb.Mount) -> None:
     pod = cri.pod()
-    mount = pb.Mount(container_path="/data", host_path="/no/such/path")
     root = cri.agent.root / "lib"
     before = sorted(path.name for path in (root / "containers").iterdir())
     groups = set(cgroups_of(pod.id))
     for _ in range(3):
-        refused(NOT_FOUND, "/no/such/path", lambda: pod.container(mounts=[mount]))
+        refused(NOT_FOUND, missing.host_path, lambda: pod.container(mounts=[missing]))
     assert sorted(path.name for path in (root / "containers").iterdir()) == before
     assert set(cgroups_of(pod.id)) == groups
     pod.remove()

@@ -106,6 +106,41 @@ def test_another_agent_cannot_have_the_state_directory(
     assert container.shell("echo works") == "works"
 
 
+class Apart(RunningAgent):
+    """In a mount namespace of its own, in which everything can be covered."""
+
+    def command(self, verb: str, *arguments: str) -> list[str]:
+        apart = ["unshare", "--mount", "--propagation", "private"]
+        return [*apart, *super().command(verb, *arguments)]
+
+    def inside(self, *command: str) -> None:
+        subprocess.run(["nsenter", f"--mount=/proc/{self.pid}/ns/mnt", *command], check=True)
+
+    def runtime_ready(self) -> tuple[bool, str]:
+        status = self.runtime.Status(pb.StatusRequest(), timeout=60).status
+        [found] = [c for c in status.conditions if c.type == "RuntimeReady"]
+        return found.status, found.reason
+
+
+def test_a_node_whose_mounts_are_covered_is_not_ready(tmp_path: Path) -> None:
+    """By a pod with a volume of the node, until the mount is taken away."""
+    agent = Apart(tmp_path / "agent")
+    agent.start()
+    try:
+        for place, reason in (
+            (Path("/sys/fs/cgroup"), "CgroupRootCovered"),
+            (Path("/sys"), "CgroupRootCovered"),
+            (agent.root / "lib", "DirectoryReplaced"),
+        ):
+            assert agent.runtime_ready() == (True, "")
+            agent.inside("mount", "-t", "tmpfs", "cover", str(place))
+            assert agent.runtime_ready() == (False, reason)
+            agent.inside("umount", str(place))
+        assert agent.runtime_ready() == (True, "")
+    finally:
+        agent.stop()
+
+
 @pytest.mark.parametrize("place", ["lib", "run"])
 def test_a_full_disk(tmp_path: Path, registry: Registry, place: str) -> None:
     """Containers end, pods go, and an agent starts: or nothing would ever be freed."""

@@ -116,6 +116,28 @@ def test_file_system_usage(agent: RunningAgent) -> None:
     assert usage.timestamp > 0
 
 
+def test_an_image_without_layers(cri: Cri, registry: Registry) -> None:
+    """It has what is mounted into it; a program that is not there is named."""
+    registry.push(images.Image("test/empty", ("1",), (), {}, indexed=False))
+    name = f"{registry.host}/test/empty:1"
+    image_id = pull(cri.agent, name)
+    assert status(cri.agent, name).image.size > 0
+    folder = images.static_busybox()
+    mount = pb.Mount(container_path="/bin", host_path=str(folder.parent), readonly=True)
+    spec, pod = pb.ImageSpec(image=image_id), cri.pod()
+    volume = pb.Mount(container_path="/volume", image=spec, readonly=True)
+    program = f"/bin/{folder.name}"
+    container = pod.run(program, "sleep", "1000", image=spec, mounts=[mount, volume])
+    listed = set(container.exec(program, "ls", "/").stdout.decode().split())
+    assert listed - {"etc"} == {"bin", "dev", "proc", "sys", "volume"}
+    assert container.exec(program, "ls", "/volume").stdout == b""
+    lone = pod.container("/bin/sh", name="lone", image=spec)
+    with pytest.raises(grpc.RpcError, match=r"/bin/sh.*[Nn]o such file"):
+        lone.start()
+    pod.remove()
+    remove(cri.agent, image_id)
+
+
 def test_an_image_volume_outlives_its_image(cri: Cri, registry: Registry) -> None:
     agent = cri.agent
     image_id = pull(agent, f"{registry.host}/k8s-staging-cri-tools/test-image-3")

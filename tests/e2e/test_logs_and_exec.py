@@ -26,7 +26,7 @@ def test_log_lines(cri: Cri) -> None:
     assert sorted(line.split(" ", 1)[1] for line in lines) == [
         "stderr F err",
         "stdout F out",
-        "stdout F unterminated",
+        "stdout P unterminated",
     ]
     assert container.status.log_path == str(container.log)
     assert container.log.stat().st_mode & 0o777 == 0o640

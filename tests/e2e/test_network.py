@@ -76,6 +76,17 @@ def test_resolv_conf_hosts_and_hostname(cri: Cri) -> None:
     pod.remove()
 
 
+def test_a_full_name_with_a_dot_at_its_end(cri: Cri) -> None:
+    """As the kubelet sends it for setHostnameAsFQDN, and as long as sethostname(2) takes it."""
+    name = "web-0." + "x" * 53 + ".svc."
+    assert len(name) == 64
+    pod = cri.pod(hostname=name)
+    container = pod.run()
+    assert container.shell("hostname; cat /etc/hostname; echo $HOSTNAME").split() == [name] * 3
+    assert f"{pod.ip}\t{name}\t{name[:-1]}" in container.shell("cat /etc/hosts")
+    pod.remove()
+
+
 def test_sysctls(cri: Cri) -> None:
     pod = cri.pod(linux=pb.LinuxPodSandboxConfig(sysctls={"net.ipv4.ip_forward": "1"}))
     container = pod.run()

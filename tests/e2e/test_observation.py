@@ -19,7 +19,7 @@ def test_every_metric_has_a_value_for_a_plain_pod(cri: Cri) -> None:
     runtime = cri.agent.runtime
     descriptors = runtime.ListMetricDescriptors(pb.ListMetricDescriptorsRequest()).descriptors
     keys = {descriptor.name: len(descriptor.label_keys) for descriptor in descriptors}
-    assert len(keys) == 56
+    assert len(keys) == 58
     pods = runtime.ListPodSandboxMetrics(pb.ListPodSandboxMetricsRequest()).pod_metrics
     (pod,) = [pod for pod in pods if pod.pod_sandbox_id == container.pod.id]
     found = [*pod.metrics, *(metric for c in pod.container_metrics for metric in c.metrics)]

@@ -20,6 +20,7 @@ from tests.e2e.conftest import client, running_agent
 from tests.node import wait_for
 from tests.registry import Registry
 
+CGROUPS = Path("/sys/fs/cgroup")
 LIMITS = pb.LinuxContainerResources(
     cpu_period=100_000, cpu_quota=50_000, cpu_shares=512, memory_limit_in_bytes=64 << 20
 )
@@ -39,6 +40,26 @@ def test_limits_are_in_force(cri: Cri) -> None:
     assert container.shell(CPU_LIMIT).split()[0] == "50000"
     assert container.status.resources.linux.memory_limit_in_bytes == 64 << 20
     container.pod.remove()
+
+
+def test_a_small_quota_does_not_hold_up_the_creation(cri: Cri) -> None:
+    """node-problem-detector's limit is 10m: what makes the container is not the container's work."""
+    quota = pb.LinuxContainerResources(cpu_period=100_000, cpu_quota=1_000)
+    container = cri.pod().container(linux=pb.LinuxContainerConfig(resources=quota))
+    limit = quota_file(container)
+    throttled = dict(line.split() for line in (limit.parent / "cpu.stat").read_text().splitlines())
+    assert throttled["nr_throttled"] == "0"
+    assert limit.read_text().split()[0] == "1000"
+    container.pod.remove()
+
+
+def quota_file(container: Container) -> Path:
+    """Of the group of a container that has a quota: on cgroup v2, groups with its id may have others in them."""
+    names = ("cpu.cfs_quota_us", "cpu.max")
+    groups = list(CGROUPS.rglob(f"*{container.id}*"))
+    found = {path for group in groups for name in names for path in group.rglob(name)}
+    (limited,) = (path for path in found if path.read_text().split()[0] not in ("max", "-1"))
+    return limited
 
 
 def test_update(cri: Cri) -> None:
@@ -317,7 +338,7 @@ def test_a_limit_that_no_container_can_have_is_said_once(
             pod.container(name=name)
         warnings = [line for line in agent.log.read_text().splitlines() if "limit NOFILE" in line]
         assert len(warnings) == 1, warnings
-        assert "every container: limit NOFILE: not raised above" in warnings[0]
+        assert "every container that is to have it: limit NOFILE: not raised above" in warnings[0]
         pod.remove()
 
 

@@ -55,6 +55,21 @@ def test_a_shell(streams: Streams, container: Container, terminal: Open) -> None
     shell.shows("command terminated with exit code 7")
 
 
+def test_a_client_that_is_gone(streams: Streams, container: Container, terminal: Open) -> None:
+    """What has a terminal is hung up; what has none reads the end of its input."""
+    shell = terminal(streams.command("exec", "-it", container.id, "sh"))
+    shell.shows(PROMPT)
+    shell.type("sleep 1235")
+    with streams.running("exec", "-i", container.id, "sh", "-c", "sleep 1236 & cat; kill $!"):
+        wait_for("both", lambda: {"sleep 1235", "sleep 1236"} <= commands(container))
+    shell.kill()
+    wait_for("their end", lambda: not {"sleep 1235", "sleep 1236"} & commands(container))
+
+
+def commands(container: Container) -> set[str]:
+    return {line.strip() for line in container.shell("ps -o args").splitlines()}
+
+
 def test_sizes(streams: Streams, container: Container, terminal: Open) -> None:
     """A program finds the size of crictl's terminal when it starts, and hears of another."""
     program = terminal(streams.command("exec", "-it", container.id, "sh", "-c", SIZES))

@@ -103,11 +103,29 @@ def test_namespaces_are_the_pod_s(cri: Cri) -> None:
     assert made.exec("sh", "-c", "echo 1 > /proc/sys/kernel/panic").exit_code != 0
 
 
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [(None, "0 65535"), ("0 2147483647", "0 65535"), ("1000\t1001", "1000 1001")],
+)
+def test_groups_that_may_ping_are_the_pod_s(cri: Cri, asked: str | None, wanted: str) -> None:
+    """The supervisor writes the range from the node's user namespace, whose groups have other numbers."""
+    sysctls = {"net.ipv4.ping_group_range": asked} if asked else {}
+    made = mapped_pod(cri, sysctls=sysctls).run()
+    found = made.shell("cat /proc/sys/net/ipv4/ping_group_range")
+    assert found.split() == wanted.split()
+
+
 def test_sysctls(cri: Cri) -> None:
-    wanted = {"kernel.shm_rmid_forced": "1", "net.ipv4.ip_forward": "1"}
+    """Of each kind of namespace: who may write a file of procfs is asked in another way for each."""
+    wanted = {
+        "kernel.shm_rmid_forced": "1",
+        "fs.mqueue.msg_max": "11",
+        "net.ipv4.ip_forward": "1",
+        "kernel.domainname": "here",
+    }
     made = mapped_pod(cri, sysctls=wanted).run()
-    files = "/proc/sys/kernel/shm_rmid_forced /proc/sys/net/ipv4/ip_forward"
-    assert made.shell(f"cat {files}").split() == ["1", "1"]
+    files = " ".join(f"/proc/sys/{name.replace('.', '/')}" for name in wanted)
+    assert made.shell(f"cat {files}").split() == list(wanted.values())
     assert made.shell("cat /proc/sys/net/ipv4/ip_unprivileged_port_start") == "0"
 
 

@@ -26,7 +26,6 @@ from nodeagent.records import (
 from nodeagent.sandbox import protocol
 from tests.fuzz.target import Target
 
-HELD = (1 << 64) - 1  # all capabilities that there are
 NOW = Resources(cpu_period_usec=100_000, cpu_quota_usec=-1, memory_limit_bytes=-1)
 
 
@@ -75,7 +74,7 @@ def create_container(data: bytes) -> None:
     environment = process.environment(config, ImageConfig(), "h")
     assert not any("\0" in entry for entry in environment)
     protocol.encode({"env": environment, "user": process.user(config, ImageConfig())})
-    process.capability_sets(config.capabilities, privileged=config.privileged, held=HELD)
+    process.capability_sets(config.capabilities, privileged=config.privileged)
 
 
 def update_container_resources(data: bytes) -> None:

@@ -27,12 +27,23 @@ from nodeagent.errors import (
     NotFound,
     PermissionDenied,
     ResourceExhausted,
+    SecurityProfileInvalid,
     Unsupported,
 )
-from nodeagent.images import archive, auth, hosts, inheritance, layers, manifest, reference, tar
+from nodeagent.images import (
+    archive,
+    artifact,
+    auth,
+    hosts,
+    inheritance,
+    layers,
+    manifest,
+    reference,
+    tar,
+)
 from nodeagent.images.auth import ANONYMOUS, Credentials
 from nodeagent.images.budget import Budget
-from nodeagent.images.client import Client, Tls, open_session
+from nodeagent.images.client import Client, Session, Tls, open_session
 from nodeagent.images.compression import CHUNK_BYTES, decompressed
 from nodeagent.images.content import Blob, BlobReader
 from nodeagent.images.destinations import Scope
@@ -42,7 +53,8 @@ from nodeagent.images.registry import Endpoint
 from nodeagent.images.source import Source
 from nodeagent.lifecycle import process
 from nodeagent.records import ContainerConfig, Image
-from tests import tars
+from nodeagent.sandbox import seccomp_oci
+from tests import artifacts, tars
 from tests.fuzz.target import Target, in_steps
 
 DOMAIN = "registry.example:5000"
@@ -68,6 +80,32 @@ IMAGE_NAMES = (
     f"[::1]:80/a:b@{DIGEST}".encode(),
     b"index.docker.io/library/a-b.c",
     DIGEST.removeprefix("sha256:").encode(),
+)
+
+
+def profile_manifest(data: bytes) -> None:
+    found = artifact.parse_seccomp(data)
+    assert 0 < found.size <= artifact.MAX_PROFILE_BYTES
+
+
+PROFILE_MANIFESTS = tuple(
+    artifacts.Artifact(profile=b"{}", changes=changes).manifests()[0]
+    for changes in ({}, {"artifactType": "", "annotations": {"a": "b"}, "layers": []})
+)
+
+
+def seccomp_profile(data: bytes) -> None:
+    """As far as it is read in the agent; what is compiled of it is compiled elsewhere."""
+    seccomp_oci.decode(data, {"SYS_ADMIN"})
+
+
+SECCOMP_PROFILES = (
+    (
+        b'{"defaultAction":"SCMP_ACT_ERRNO","defaultErrnoRet":38,"architectures":["SCMP_ARCH_X86"],"flags":[],"syscalls":'
+        b'[{"names":["read"],"action":"SCMP_ACT_ALLOW","args":[{"index":0,"value":1,"valueTwo":2,"op":"SCMP_CMP_MASKED_EQ"}'
+        b'],"includes":{"caps":["CAP_SYS_ADMIN"],"arches":["amd64"],"minKernel":"4.8"},"excludes":{}}]}'
+    ),
+    b'{"defaultAction":"SCMP_ACT_ALLOW","archMap":[{"architecture":"SCMP_ARCH_X86_64","subArchitectures":[]}]}',
 )
 
 
@@ -414,7 +452,7 @@ async def _ask(known: Credentials, *answers: bytes) -> None:
 
 
 @asynccontextmanager
-async def _answering(answers: tuple[bytes, ...]) -> AsyncIterator[aiohttp.ClientSession]:
+async def _answering(answers: tuple[bytes, ...]) -> AsyncIterator[Session]:
     """A session of which every connection, whoever is meant, gets the next answer, and is closed."""
     left = iter(answers)
 
@@ -432,9 +470,9 @@ async def _answering(answers: tuple[bytes, ...]) -> AsyncIterator[aiohttp.Client
     with tempfile.TemporaryDirectory(prefix="na-fuzz-") as folder:
         path = f"{folder}/registry.sock"
         async with await asyncio.start_unix_server(serve, path), open_session() as session:
-            assert session.connector is not None
-            await session.connector.close()
-            session._connector = aiohttp.UnixConnector(path, force_close=True)
+            assert session.http.connector is not None
+            await session.http.connector.close()
+            session.http._connector = aiohttp.UnixConnector(path, force_close=True)
             yield session
 
 
@@ -443,6 +481,8 @@ TARGETS = (
     Target(image_name, (InvalidArgument,), IMAGE_NAMES),
     Target(image_manifest, DOCUMENT_REFUSALS, MANIFESTS),
     Target(image_config, DOCUMENT_REFUSALS, IMAGE_CONFIGS),
+    Target(profile_manifest, (SecurityProfileInvalid,), PROFILE_MANIFESTS),
+    Target(seccomp_profile, (InvalidArgument, Unsupported), SECCOMP_PROFILES),
     Target(tar_entries, (), tuple(b"\x07" + data for data in LAYERS)),
     Target(layer, (InvalidArgument, Unsupported, DataLoss, ResourceExhausted), LAYERS),
     Target(

@@ -13,7 +13,7 @@ import msgspec
 from nodeagent import config
 from nodeagent.cgroups import hierarchy, parse, v1, v2
 from nodeagent.cgroups.control import ControlFiles
-from nodeagent.errors import InvalidArgument, NotFound, Unsupported
+from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from nodeagent.lifecycle import cdi, filesystems, process
 from nodeagent.net import netlink
 from nodeagent.records import ContainerConfig, ImageConfig
@@ -66,10 +66,11 @@ core = "unlimited"
 def cdi_spec(data: bytes) -> None:
     """A device of it goes the way into the store, and into the plan of a container."""
     with _folder() as folder:
-        (folder / "spec.json").write_bytes(data)
+        (folder / f"spec.{'yaml' if data[:1] in b'-c' else 'json'}").write_bytes(data)
+        injecting = cdi.Cdi([folder], ["/usr/bin/nvidia-cdi-hook"])
         asked = ContainerConfig(name="c", image="i", cdi_devices=("v.com/gpu=0", "v.com/gpu=1"))
         for devices in (asked.cdi_devices[:1], asked.cdi_devices):
-            made = cdi.inject(msgspec.structs.replace(asked, cdi_devices=devices), [folder])
+            made = injecting.inject(msgspec.structs.replace(asked, cdi_devices=devices))
             assert msgspec.json.decode(msgspec.json.encode(made), type=ContainerConfig) == made
             protocol.encode({"env": process.environment(made, ImageConfig(), "h")})
             for mount in made.mounts:
@@ -98,7 +99,25 @@ SPEC = {
     ],
     "containerEdits": {"additionalGids": [44], "env": ["A=é"]},
 }
-HOOKED = {"kind": "v.com/gpu", "devices": [{"name": "0", "containerEdits": {"hooks": [{}]}}]}
+HOOK = {"hookName": "createContainer", "path": "/usr/bin/nvidia-cdi-hook", "args": ["a", "b"]}
+HOOKED = {
+    "cdiVersion": "1.1.0",
+    "kind": "v.com/gpu",
+    "devices": [{"name": "0", "containerEdits": {"hooks": [{}, HOOK]}}],
+    "containerEdits": {"hooks": [HOOK]},
+}
+YAML = b"""---
+cdiVersion: 0.5.0
+kind: v.com/gpu
+devices:
+    - name: "0"
+      containerEdits:
+        deviceNodes:
+            - {path: /dev/gpu0, type: c, major: 1, minor: 3}
+containerEdits:
+    env:
+        - A=b
+"""
 
 
 # --- the kernel's files ---------------------------------------------------------------------------------------------
@@ -200,8 +219,8 @@ TARGETS = (
     Target(config_toml, (InvalidArgument,), CONFIGS),
     Target(
         cdi_spec,
-        (InvalidArgument, NotFound, Unsupported),
-        tuple(json.dumps(spec).encode() for spec in (SPEC, HOOKED)),
+        (FailedPrecondition, InvalidArgument, NotFound, Unsupported),
+        (*(json.dumps(spec).encode() for spec in (SPEC, HOOKED)), YAML),
     ),
     Target(cgroup_files, (), CGROUP_FILES),
     Target(pressure, (ValueError,), PRESSURE),

@@ -27,6 +27,7 @@ SECURITY = [
     "tests/security/test_log_pump.py",
     "tests/security/test_network_spoofing.py",
 ]
+CHARTS = ["tests/charts"]
 SECONDS = 2400
 
 
@@ -40,7 +41,7 @@ def guest() -> machine.Guest:
 
 @pytest.mark.guest
 @pytest.mark.timeout(SECONDS + 30)
-@pytest.mark.parametrize("suites", [SUITES, SECURITY], ids=["suites", "security"])
+@pytest.mark.parametrize("suites", [SUITES, SECURITY, CHARTS], ids=["suites", "security", "charts"])
 def test_suites_pass_on_cgroup_v2(guest: machine.Guest, suites: list[str]) -> None:
     pytest_command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not guest"]
     assert machine.run(guest, [*pytest_command, *suites], PROJECT, {}) == 0

@@ -270,7 +270,7 @@ async def test_a_name_that_is_resolved_again(
             if "/blobs/" not in request.path:
                 return None
             names["registry.example"] = ["127.0.0.1"]
-            images._session.connector.clear_dns_cache()  # type: ignore[union-attr]
+            images._session.http.connector.clear_dns_cache()  # type: ignore[union-attr]
             headers = {"Location": "/pods", "Connection": "close"}
             return web.Response(status=307, headers=headers)
 

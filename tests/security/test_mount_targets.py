@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from nodeagent.lifecycle.filesystems import outside_of
 from nodeagent.linux import mounts, syscalls
 from nodeagent.sandbox import rootfs
 from nodeagent.sandbox.spec import Mount
@@ -45,9 +46,12 @@ def volume(tmp_path: Path) -> Path:
 
 
 def with_mounts(*added: Mount) -> list[Mount]:
-    """As a request's: what it has at the place of a default replaces that; parents come first."""
-    by_target = {mount["target"]: mount for mount in (*DEFAULT, *added)}
-    return sorted(by_target.values(), key=lambda mount: mount["target"].count("/"))
+    """As the plan of a request has them: defaults that are not at or below what it mounts, then that, parents first."""
+    asked = [mount["target"] for mount in added]
+    return [
+        *outside_of(DEFAULT, asked),
+        *sorted(added, key=lambda mount: mount["target"].count("/")),
+    ]
 
 
 def image(target: str, layer: Path, sub_path: str = "") -> Mount:
@@ -93,16 +97,13 @@ def test_a_volume_for_a_directory_of_the_kernel_that_the_image_has_as_a_link(
     assert not (upper / "elsewhere").exists()
 
 
-@pytest.mark.parametrize("name", ["pts", "mqueue", "shm"])
-def test_nothing_in_a_dev_of_the_request_is_reached_through_a_link(
-    plan: Plan, volume: Path, name: str
+def test_shm_in_a_dev_of_the_request_is_not_reached_through_a_link(
+    plan: Plan, volume: Path
 ) -> None:
-    """A volume that is mounted at /dev has links at the places of what is mounted in it."""
-    (volume / name).symlink_to("/etc")
-    added = [rootfs.bind(str(volume), "/dev")]
-    if name == "shm":
-        added.append(rootfs.bind(str(volume), "/dev/shm"))
-    assert f"on /dev/{name}" in refusal(plan("true", mounts=with_mounts(*added)))
+    """A volume that is mounted at /dev has a link at the place of what is mounted in it."""
+    (volume / "shm").symlink_to("/etc")
+    added = [rootfs.bind(str(volume), target) for target in ("/dev", "/dev/shm")]
+    assert "on /dev/shm" in refusal(plan("true", mounts=with_mounts(*added)))
 
 
 def test_what_is_mounted_in_dev(plan: Plan, volume: Path) -> None:
@@ -138,8 +139,8 @@ def test_what_is_mounted_in_dev(plan: Plan, volume: Path) -> None:
 
 
 def test_the_dev_of_the_node(plan: Plan) -> None:
-    """A driver that sees the node's devices come and go, with a terminal of its own."""
-    script = "stat -c %t:%T /dev/kmsg /dev/null; ls /dev/pts; tty"
+    """A driver that sees the node's devices come and go; its terminal is one of the node's, too."""
+    script = "stat -c %t:%T /dev/kmsg /dev/null; tty; test -c $(tty) && echo there"
     added = [
         rootfs.bind("/dev", "/dev"),
         rootfs.bind("/sys", "/sys"),
@@ -149,7 +150,10 @@ def test_the_dev_of_the_node(plan: Plan) -> None:
     made = plan(script, mounts=with_mounts(*added), tty=True, privileged=True)
     with start(made) as process:
         process.go()
-        assert process.output().split() == ["1:b", "1:3", "0", "ptmx", "/dev/pts/0"]
+        *devices, terminal, there = process.output().split()
+        assert devices == ["1:b", "1:3"]
+        assert terminal.startswith("/dev/pts/")
+        assert there == "there"
     assert os.listdir("/dev") == before
 
 
@@ -317,6 +321,18 @@ def test_the_node_gets_no_mount_of_the_runtime(
         syscalls.umount2(str(shared / name), syscalls.MNT_DETACH)
 
 
+def test_a_default_is_never_mounted_in_a_tree_that_is_shared(plan: Plan, shared: Path) -> None:
+    """Whatever the order of a plan is: this is what the init asserts."""
+    (shared / "cgroup").mkdir()
+    before = below(shared)
+    own = rootfs.filesystem("/a/cgroup", "tmpfs", "")
+    asked = rootfs.bind(str(shared), "/a", propagation="shared")
+    with start(plan("true", mounts=[*DEFAULT, asked, own])) as process:
+        assert process.message["error"] == "FailedPrecondition"
+        assert "never go into a tree that is shared" in process.message["text"]
+    assert below(shared) == before
+
+
 # ---- what is looked at before it is opened ----
 
 IN_OPEN = 0x20
@@ -366,5 +382,5 @@ def test_devices_that_are_others_are_never_opened(
     own = [mount for mount in DEFAULT if not mount["target"].startswith("/dev")]
     made = plan("true", mounts=[*own, rootfs.bind(str(volume), "/dev")], tty=tty)
     with never_opened(volume / name), start(made) as process:
-        assert process.message["error"] == "OSError"
+        assert process.message["error"] == "FailedPrecondition"
         assert f"/dev/{name}" in process.message["text"]

@@ -11,7 +11,7 @@ FILE: FileDescriptor = pb.DESCRIPTOR
 
 def test_has_every_rpc() -> None:
     counts = {name: len(service.methods) for name, service in FILE.services_by_name.items()}
-    assert counts == {"RuntimeService": 37, "ImageService": 6}
+    assert counts == {"RuntimeService": 37, "ImageService": 9}
 
 
 def test_lists_that_can_be_long_are_streamed_too() -> None:

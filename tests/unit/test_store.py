@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodeagent.errors import DataLoss
+from nodeagent.errors import DataLoss, ResourceExhausted
 from nodeagent.records import ContainerConfig, HostPort, Lease
 from nodeagent.store import SCHEMA_VERSION, Store
 from tests.unit.cri import records
@@ -51,6 +51,34 @@ def test_all_files_are_the_owner_s_alone(path: Path) -> None:
             path.chmod(0o644)
     finally:
         os.umask(umask)
+
+
+def test_a_store_that_cannot_be_written_says_so_until_it_can(path: Path) -> None:
+    with closing(Store.open(path)) as store:
+        assert store.trouble() == ""
+        store._db.execute("PRAGMA query_only = 1")
+        assert store.trouble() == ""  # nobody has tried
+        with pytest.raises(OSError, match="readonly"):
+            store.put(lease())
+        assert "readonly" in store.trouble()
+        assert "readonly" in store.trouble()
+        store._db.execute("PRAGMA query_only = 0")
+        assert store.trouble() == ""
+
+
+def test_neither_a_full_disk_nor_another_user_is_trouble(path: Path) -> None:
+    """A node that is not ready frees nothing; a backup is over soon."""
+    with closing(Store.open(path)) as store:
+        pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+        store._db.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(ResourceExhausted):
+            store.put(lease("p", "x" * (1 << 20)))
+        store._db.execute("PRAGMA busy_timeout = 0")
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(OSError, match="locked"):
+                store.put(lease())
+        assert store.trouble() == ""
 
 
 def test_put_replaces_and_delete_forgets(path: Path) -> None:

@@ -102,6 +102,15 @@ async def test_an_image_without_a_name(images: Images) -> None:
         assert (loaded.repo_tags, loaded.repo_digests) == ((), ())
 
 
+async def test_an_image_without_layers(images: Images) -> None:
+    """No layers are null where Go wrote the list."""
+    empty = image()
+    for data in (oci(empty), docker(empty), docker(empty, Layers=None)):
+        (loaded,) = await images.load(io.BytesIO(data))
+        assert loaded.layers == ()
+        await images.remove(loaded.id)
+
+
 async def test_loading_twice_is_loading_once(images: Images) -> None:
     data = oci(SAMPLE, **{"io.containerd.image.name": "demo.local/a:1"})
     (first,) = await images.load(io.BytesIO(data))

@@ -8,7 +8,6 @@ import json
 import random
 import socket
 import ssl
-import subprocess
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from nodeagent.errors import (
     RegistryUnavailable,
     Unsupported,
 )
-from nodeagent.images import client, manifest, source
+from nodeagent.images import client, manifest, source, throttling
 from nodeagent.images.catalog import Auth, Images
 from tests import images as made
 from tests import tars
@@ -44,6 +43,7 @@ def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "SILENCE_SECONDS", 0.4)
     monkeypatch.setattr(client, "FLOOR_WINDOW_SECONDS", 0.2)
     monkeypatch.setattr(source, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(throttling, "FIRST_SECONDS", 0.01)
 
 
 def mirrored(place: Place, mirror: Server, server: Server, extra: str = "") -> str:
@@ -151,7 +151,8 @@ async def test_every_question_is_asked_again(images: Images, server: Server, sta
     before = len(server.requests)
     with pytest.raises(RegistryUnavailable):
         await images.pull(f"{server.host}/test/image:1")
-    assert len(server.requests) - before == source.ROUNDS
+    tries = source.REFUSALS if status == 429 else source.ROUNDS
+    assert len(server.requests) - before == tries
 
 
 # --- mirrors ---
@@ -289,6 +290,67 @@ async def test_a_proxy_of_the_environment(
         asked = len(proxy.requests)
         await images.pull(f"{server.host}/test/image:1")
     assert len(proxy.requests) == asked > 0
+
+
+@pytest.fixture
+async def refusing_proxy() -> AsyncIterator[tuple[str, list[bytes]]]:
+    """Its address, and the heads of the requests that it refuses: no proxy is a server of the usual kind."""
+    heads: list[bytes] = []
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 407 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as listening:
+        host, port = listening.sockets[0].getsockname()
+        yield f"{host}:{port}", heads
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_a_proxy_gets_its_own_secret(
+    place: Place,
+    refusing_proxy: tuple[str, list[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+    scheme: str,
+) -> None:
+    address, heads = refusing_proxy
+    monkeypatch.setenv(f"{scheme.upper()}_PROXY", f"http://me:se%63ret@{address}")
+    place.hosts("a.b", f'server = "{scheme}://registry.invalid"')
+    async with place.open() as images:
+        with pytest.raises(RegistryUnavailable, match="407") as caught:
+            await images.pull("a.b/test/image:1", Auth(username="other", password="hidden"))
+    assert f"Proxy-Authorization: {BASIC}".encode() in heads[0]
+    assert heads[0].startswith({"http": b"GET http://", "https": b"CONNECT "}[scheme])
+    assert b"\r\nAuthorization" not in heads[0]
+    assert "se%63ret" not in str(caught.value)
+
+
+async def test_a_server_that_needs_no_proxy(
+    place: Place, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("HTTP_PROXY", server.url)
+    monkeypatch.setenv("NO_PROXY", "10.0.0.0/8,registry.invalid:80,.svc")
+    server.add(SAMPLE)
+    place.hosts("a.b", 'server = "http://registry.invalid"')
+    async with place.open() as images:
+        with pytest.raises(RegistryUnavailable, match=r"registry\.invalid"):
+            await images.pull("a.b/test/image:1")
+    assert not server.requests
+
+
+async def test_a_proxy_that_cannot_be_used_is_named(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "socks5://me:secret@127.0.0.1:1080")
+    async with place.open() as images:
+        with pytest.raises(
+            RegistryUnavailable, match=r"HTTPS_PROXY is a socks5 .*NO_PROXY"
+        ) as caught:
+            await images.pull("registry.invalid/test/image:1")
+    assert "secret" not in str(caught.value)
 
 
 async def test_no_host_at_all(place: Place, server: Server) -> None:
@@ -582,18 +644,6 @@ async def test_redirects_in_circles(images: Images, server: Server) -> None:
 
 
 # --- TLS ---
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for 127.0.0.1 that signs itself, with its key in the same file."""
-    folder = tmp_path_factory.mktemp("tls")
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
-    names = "-subj /CN=test -addext subjectAltName=IP:127.0.0.1 -keyout key.pem -out cert.pem"
-    subprocess.run(f"{command} {names}".split(), cwd=folder, check=True, capture_output=True)
-    both = folder / "both.pem"
-    both.write_text((folder / "cert.pem").read_text() + (folder / "key.pem").read_text())
-    return both
 
 
 @pytest.fixture

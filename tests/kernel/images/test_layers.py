@@ -128,6 +128,40 @@ def test_compressions(workshop: Workshop, compress: type[bytes]) -> None:
     assert (root / "a").stat().st_size == 100_000
 
 
+def test_a_zstd_blob_may_begin_with_a_frame_to_skip(workshop: Workshop) -> None:
+    tar = archive(file("a", b"x" * 5000))
+    skipped = b"\x5d\x2a\x4d\x18" + struct.pack("<I", 4) + b"pzst"
+    root = workshop.unpack_blob(skipped + zstandard.compress(tar), digest(tar))
+    assert names(root) == ["a"]
+
+
+def test_zeros_after_a_gzip_member_are_padding(workshop: Workshop) -> None:
+    tar = archive(file("a", b"x" * 5000))
+    root = workshop.unpack_blob(gzip.compress(tar) + bytes(1000), digest(tar))
+    assert names(root) == ["a"]
+
+
+def test_names_that_climb_and_stay_inside(workshop: Workshop) -> None:
+    """Some tools write them; what stands before a ".." need not be there, and is not followed."""
+    root = workshop.unpack(
+        directory("usr/bin/", mode=0o711),
+        symlink("elsewhere", "usr/bin"),
+        file("usr/bin/../lib/b", b"2"),
+        file("none/../a", b"1"),
+        file("elsewhere/../c", b"3"),
+        link("usr/../d", "./usr/bin/../lib/b"),
+        directory("usr/bin/../bin/./", mode=0o700),
+        directory("a/.."),
+    )
+    assert names(root) == ["a", "c", "d", "elsewhere", "usr"]
+    assert names(root / "usr") == ["bin", "lib"]
+    assert (root / "d").read_bytes() == (root / "usr/lib/b").read_bytes() == b"2"
+    assert (root / "c").read_bytes() == b"3"
+    assert stat.S_IMODE((root / "usr/bin").stat().st_mode) == 0o700
+    root = workshop.unpack(file("x/../usr/lib/.wh.b"))
+    assert is_whiteout(os.lstat(root / "usr/lib/b"))
+
+
 def test_several_gzip_members_are_one_layer(workshop: Workshop) -> None:
     tar = archive(file("a", b"x" * 5000), file("b", b"y"))
     members = b"".join(gzip.compress(tar[at : at + 512]) for at in range(0, len(tar), 512))

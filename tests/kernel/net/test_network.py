@@ -223,8 +223,11 @@ async def test_a_bridge_that_is_down_or_gone_is_told_and_made_good(
         assert await ask_tcp(pod.namespace, (other6, 80))
 
 
-async def test_a_bridge_that_cannot_be_made_is_tried_again(
-    world: World, network: Network, monkeypatch: pytest.MonkeyPatch
+async def test_a_bridge_that_cannot_be_made_is_tried_again_and_told_once(
+    world: World,
+    network: Network,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("nodeagent.net.network._RETRY_SECONDS", 0.05)
     async with world.node.routing() as ipr:
@@ -235,6 +238,7 @@ async def test_a_bridge_that_cannot_be_made_is_tried_again(
             await asyncio.sleep(0.01)
         await ipr.link("del", index=world.node.links()[BRIDGE])
     await until(lambda: network.status().ready)
+    assert len(caplog.messages) == len(set(caplog.messages))
 
 
 @needs_nf_tables

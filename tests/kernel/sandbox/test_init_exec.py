@@ -196,7 +196,7 @@ def test_no_terminal_comes_from_what_is_no_devpts(plan: Plan, script: str) -> No
     with trap(plan, script) as container:
         assert os.read(container.stdout, 100).endswith(b"set\n")
         with start_exec(container, exec_plan(["/bin/tty"], tty=True), process_plan()) as process:
-            assert process.message["error"] == "OSError"
+            assert process.message["error"] == "FailedPrecondition"
             assert "/dev/pts/ptmx" in process.message["text"]
 
 
@@ -213,5 +213,5 @@ def test_no_stdin_comes_from_what_is_no_null_device(plan: Plan, script: str) -> 
     with trap(plan, script) as container:
         assert os.read(container.stdout, 100).endswith(b"set\n")
         with start_exec(container, exec_plan(["/bin/cat"]), process_plan()) as process:
-            assert process.message["error"] == "OSError"
+            assert process.message["error"] == "FailedPrecondition"
             assert "/dev/null" in process.message["text"]

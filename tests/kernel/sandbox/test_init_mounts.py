@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from nodeagent import files
 from nodeagent.linux import capabilities, mounts, syscalls
 from nodeagent.sandbox import rootfs
 from nodeagent.sandbox.spec import Device, Mount
@@ -263,6 +264,50 @@ def test_links_in_the_image_stay_in_the_image(
     assert not Path("/missing").exists()
 
 
+def test_a_missing_host_path_is_made(plan: Plan, tmp_path: Path) -> None:
+    """The node's root owns it, 0755, and its parents that are missing as well, whatever the umask."""
+    absent = tmp_path.joinpath("a", *["b"] * 1500, "c")
+    added = rootfs.bind(str(absent), "/data")
+    added["absent"] = "make"
+    assert run(plan("echo x > /data/x", mounts=with_mounts(added)))[0] == 0
+    assert (absent / "x").read_text() == "x\n"
+    for path in (absent, absent.parent, absent.parent.parent):
+        status = path.stat()
+        assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (0o755, 0, 0)
+    files.remove_tree(str(tmp_path / "a"))
+
+
+def test_a_missing_host_path_that_the_configuration_lists_is_not_made(
+    plan: Plan, tmp_path: Path
+) -> None:
+    added = rootfs.bind(str(tmp_path / "absent"), "/data")
+    added["absent"] = "reject"
+    with start(plan("true", mounts=with_mounts(added))) as process:
+        assert process.message["error"] == "NotFound"
+        assert "absent_mount_sources_to_reject" in process.message["text"]
+    assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize("below", ["", "/deep"])
+def test_nothing_is_made_where_a_link_to_nothing_leads(
+    plan: Plan, tmp_path: Path, below: str
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "absent")
+    added = rootfs.bind(f"{tmp_path}/link{below}", "/data")
+    added["absent"] = "make"
+    with start(plan("true", mounts=with_mounts(added))) as process:
+        assert process.message["error"] == "NotFound"
+    assert not (tmp_path / "absent").exists()
+
+
+def test_a_missing_host_path_below_a_file(plan: Plan, volume: Path) -> None:
+    added = rootfs.bind(str(volume / "file" / "deep"), "/data")
+    added["absent"] = "make"
+    with start(plan("true", mounts=with_mounts(added))) as process:
+        assert process.message["error"] == "FailedPrecondition"
+        assert f'host path "{volume}/file/deep" for /data: Not a dir' in process.message["text"]
+
+
 def test_a_missing_host_path_is_named(plan: Plan) -> None:
     with start(plan("true", mounts=with_mounts(rootfs.bind("/no/such", "/data")))) as process:
         assert process.message == {
@@ -273,15 +318,36 @@ def test_a_missing_host_path_is_named(plan: Plan) -> None:
 
 @pytest.mark.parametrize(
     ("source", "target", "reason"),
-    [("", "/etc/passwd", "Not a directory"), ("file", "/etc", "Is a directory")],
+    [
+        (
+            "",
+            "/etc/passwd",
+            "what is mounted is a directory, and what the container has there is none",
+        ),
+        (
+            "file",
+            "/etc",
+            "what is mounted is none, and what the container has there is a directory",
+        ),
+        ("", "/etc/passwd/deep/er", "Not a directory"),
+        ("file", "/etc/passwd/deep", "Not a directory"),
+        ("", "/loop/deep", "Too many levels of symbolic links"),
+        ("file", "/loop", "Too many levels of symbolic links"),
+        ("", "/sealed/deep", "Read-only file system"),
+        ("", f"/{'x' * 256}", "File name too long"),
+    ],
 )
 def test_a_mount_on_something_of_another_kind_is_an_error_that_names_the_step(
-    plan: Plan, volume: Path, source: str, target: str, reason: str
+    plan: Plan, volume: Path, tmp_path: Path, source: str, target: str, reason: str
 ) -> None:
+    upper = tmp_path / "container" / "upper"
+    upper.mkdir(parents=True)
+    (upper / "loop").symlink_to("loop")
     path = str(volume / source)
-    with start(plan("true", mounts=with_mounts(rootfs.bind(path, target)))) as process:
+    added = [rootfs.bind(str(volume), "/sealed", "ro"), rootfs.bind(path, target)]
+    with start(plan("true", mounts=with_mounts(*added))) as process:
         text = f"mount {path} on {target}: {reason}"
-        assert process.message == {"error": "OSError", "text": text}
+        assert process.message == {"error": "FailedPrecondition", "text": text}
 
 
 def test_later_mounts_land_inside_earlier_ones(plan: Plan, volume: Path) -> None:

@@ -304,7 +304,7 @@ async def test_the_life_of_a_container(node: Node) -> None:
     assert sorted(pod.records()) == [
         ("stderr", "F", "err"),
         ("stdout", "F", "out"),
-        ("stdout", "F", "unfinished"),
+        ("stdout", "P", "unfinished"),
     ]
     [state] = await pod.supervisor.state()
     assert (state.id, state.pid, state.exit) == ("main", made.pid, end)

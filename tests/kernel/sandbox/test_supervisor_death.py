@@ -414,14 +414,16 @@ async def test_the_launcher_drops_a_held_pipe_of_a_supervisor_that_has_died(node
 # ---- the agent ----
 
 
-async def test_execs_outlive_the_agent(node: Node) -> None:
+async def test_execs_outlive_the_agent_but_terminals_do_not(node: Node) -> None:
     pod = await node.pod()
     await pod.run("sleep 1000")
     await pod.exec("sleep 0.3; touch /done")
-    await pod.exec("stty; sleep 0.3; seq 100000 | cat; touch /tty-done", tty=True)
+    command = "trap 'touch /hung-up; exit' HUP; touch /begun; while :; do sleep 0.05; done"
+    await pod.exec(command, tty=True)
     root = Path(f"/proc/{(await state(pod)).pid}/root")
+    await eventually((root / "begun").exists)
     await pod.reconnect()
-    await eventually(lambda: (root / "done").exists() and (root / "tty-done").exists())
+    await eventually(lambda: (root / "done").exists() and (root / "hung-up").exists())
 
 
 async def test_an_agent_that_comes_back_finds_everything(node: Node) -> None:

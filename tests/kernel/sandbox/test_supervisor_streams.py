@@ -130,6 +130,32 @@ async def test_an_exec_has_a_terminal_of_the_asked_size(pod: Pod) -> None:
     os.close(read_out)
 
 
+async def test_a_terminal_that_its_client_has_left_is_hung_up(pod: Pod) -> None:
+    await pod.run("sleep 1000")
+    (read_in, write_in), (read_out, write_out) = os.pipe(), os.pipe()
+    command = "trap 'exit 6' HUP; echo begun; while :; do sleep 0.05; done"
+    streams = ExecIO(stdin=read_in, stdout=write_out)
+    handle = await pod.exec(command, tty=True, streams=streams)
+    os.close(read_in)
+    os.close(write_out)
+    assert await read_until(read_out, b"begun\r\n")
+    os.close(read_out)
+    assert (await handle.wait()).code == 6
+    with pytest.raises(BrokenPipeError):
+        os.write(write_in, b"x")
+    os.close(write_in)
+
+
+async def test_a_command_whose_client_has_left_reads_the_end_of_its_input(pod: Pod) -> None:
+    await pod.run("sleep 1000")
+    (read_in, write_in), (read_out, write_out) = os.pipe(), os.pipe()
+    streams = ExecIO(stdin=read_in, stdout=write_out)
+    handle = await pod.exec("cat; exit 5", streams=streams)
+    for descriptor in (read_in, write_out, read_out, write_in):
+        os.close(descriptor)
+    assert (await handle.wait()).code == 5
+
+
 @pytest.mark.parametrize("argv", [["/absent"], ["/etc/passwd"]])
 async def test_a_command_that_cannot_be_executed(pod: Pod, argv: list[str]) -> None:
     await pod.run("sleep 1000")
@@ -274,7 +300,7 @@ async def test_a_terminal_logs_as_stdout(pod: Pod) -> None:
     assert pod.records() == [
         ("stdout", "F", "out\r"),
         ("stdout", "F", "err\r"),
-        ("stdout", "F", "rest"),
+        ("stdout", "P", "rest"),
     ]
 
 
@@ -302,7 +328,7 @@ async def test_a_full_disk_does_not_stop_the_container(pod: Pod, tmp_path: Path)
 async def test_the_log_ends_though_others_hold_the_pipe(pod: Pod) -> None:
     await pod.run("(sleep 0.5; echo late) & printf rest; exit 0", pid="node")
     await pod.supervisor.wait("main")
-    assert pod.records() == [("stdout", "F", "rest")]
+    assert pod.records() == [("stdout", "P", "rest")]
 
 
 async def test_a_container_that_reads_its_own_pipe_harms_nobody(pod: Pod) -> None:

@@ -1,7 +1,8 @@
 """Attacks on cgroup v2 from inside a container: its limits, its device rules, the way out of its group.
 
-Four attackers: a default container; one with SYS_ADMIN, which mounts cgroup2 for itself; a privileged one; and root of
-a user namespace, privileged as well. None has a seccomp filter or an AppArmor profile.
+Five attackers: a default container; one whose groups are its own to manage (cgroup_mount_mode); one with SYS_ADMIN,
+which mounts cgroup2 for itself; a privileged one; and root of a user namespace, privileged as well. None has a seccomp
+filter or an AppArmor profile.
 """
 
 from collections.abc import Iterator
@@ -86,7 +87,7 @@ int main(int argc, char **argv)
 """
 
 
-KINDS = ["default", "admin", "privileged", "userns"]
+KINDS = ["default", "delegated", "admin", "privileged", "userns"]
 NO_PROFILE = pb.SecurityProfile(profile_type=pb.SecurityProfile.Unconfined)
 LIMITS = pb.LinuxContainerResources(
     memory_limit_in_bytes=64 << 20, cpu_period=100_000, cpu_quota=50_000, unified={"pids.max": "50"}
@@ -116,6 +117,7 @@ class Attacker:
             namespace_options=space,
             apparmor=NO_PROFILE,
             capabilities=pb.Capability(add_capabilities=added),
+            cgroup_mount_mode=pb.CGROUP_MOUNT_MODE_READ_WRITE if kind == "delegated" else None,
         )
         linux.resources.CopyFrom(LIMITS)
         self.container: Container = self.pod.run(image=image, linux=linux, mounts=mounts)
@@ -155,7 +157,7 @@ def test_a_group_below_has_the_limits_of_the_one_above(attacker: Attacker) -> No
     made = attacker.does(
         "mkdir $g/x && echo 0 > $g/x/cgroup.procs && grep -q '^0::/x$' /proc/self/cgroup"
     )
-    assert made == (attacker.kind in ("admin", "privileged"))
+    assert made == (attacker.kind in ("admin", "privileged", "delegated"))
     assert not attacker.does("echo +memory > $g/cgroup.subtree_control")
     assert attacker.group().parent.name == attacker.container.id
 
@@ -233,11 +235,12 @@ PILES = {
 }
 
 
+@pytest.mark.parametrize("kind", ["admin", "delegated"])
 @pytest.mark.parametrize("pile", PILES)
 def test_groups_that_are_left_go_with_the_container(
-    cri: Cri, image: pb.ImageSpec, pile: str
+    cri: Cri, image: pb.ImageSpec, pile: str, kind: str
 ) -> None:
-    attacker = Attacker(cri, image, "admin")
+    attacker = Attacker(cri, image, kind)
     attacker.container.shell(f"{MOUNTED}; {{ {PILES[pile]}; }} > /dev/null")
     outer = attacker.group().parent
     attacker.container.stop()

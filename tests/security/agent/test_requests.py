@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
+from tests import tars
 from tests.cri import Cri, Pod, options, pod_options, refused
 from tests.node import free_port, wait_for
 from tests.security.agent.conftest import PullHostile, attempted
@@ -193,9 +194,16 @@ def test_newlines_are_characters(cri: Cri, hostile: PullHostile) -> None:
 
 
 def test_cve_2022_23648_volumes_of_an_image(cri: Cri, hostile: PullHostile, outside: Path) -> None:
-    image = hostile(Volumes={f"{UP}{outside}": {}, "/data": {}})
+    """Neither what they name, nor what a link of the image leads to, is the node's."""
+    names = [f"{UP}{outside}", f"/data/{UP}{outside}", "/link", "/link/deep"]
+    image = hostile(
+        tars.symlink("link", f"{UP}{outside}/linked"), Volumes={name: {} for name in names}
+    )
     container = cri.pod().run(image=image)
-    assert container.exec("ls", "/data", str(outside)).exit_code != 0
+    places = [str(outside), "/link", "/link/deep"]
+    for place in places:
+        container.shell(f"test -d {place} && touch {place}/new")
+    assert "precious" not in container.shell(f"ls -R {' '.join(places)}")
     container.pod.remove()
 
 

@@ -32,7 +32,15 @@ from nodeagent.lifecycle.execs import ExecResult
 from nodeagent.lifecycle.node import Node, NodeStatus
 from nodeagent.lifecycle.stats import ContainerUsage, LogUsage, SandboxUsage
 from nodeagent.net.stats import InterfaceStats
-from nodeagent.records import Container, ContainerConfig, Image, Resources, Sandbox, SandboxConfig
+from nodeagent.records import (
+    Container,
+    ContainerConfig,
+    Image,
+    Resources,
+    Sandbox,
+    SandboxConfig,
+    StoredProfile,
+)
 from tests.unit.cri import records
 
 SECOND = 10**9
@@ -173,6 +181,27 @@ class FakeImages:
         return SimpleNamespace(mountpoint=Path("/var/lib/x"), used_bytes=4096, inodes_used=7)
 
 
+class FakeArtifacts:
+    def __init__(self) -> None:
+        self.records: dict[str, StoredProfile] = {}
+        self.pulls: list[tuple[str, Any]] = []
+
+    def list(self) -> list[StoredProfile]:
+        return list(self.records.values())
+
+    async def pull(self, reference: str, auth: Any) -> bool:
+        self.pulls.append((reference, auth))
+        digest = reference.partition("@")[2]
+        cached = digest in self.records
+        self.records[digest] = StoredProfile(
+            digest=digest, content="sha256:c", refs=(reference,), size_bytes=9, pulled_at=1
+        )
+        return cached
+
+    async def remove(self, digest: str) -> None:
+        self.records.pop(digest, None)
+
+
 class FakeStats:
     def __init__(self, node: "FakeNode") -> None:
         self._node = node
@@ -274,6 +303,7 @@ class FakeNode:
         self.sandboxes = FakeSandboxes()
         self.containers = FakeContainers()
         self.images = FakeImages()
+        self.artifacts = FakeArtifacts()
         self.stats = FakeStats(self)
         self.events = Events()
         self.slots = SimpleNamespace(ready=3)
@@ -289,7 +319,7 @@ class FakeNode:
             network_message="na0: no such link",
         )
 
-    def status(self) -> NodeStatus:
+    async def status(self) -> NodeStatus:
         return self.condition
 
     async def _set_pod_cidr(self, cidr: str) -> None:

@@ -81,12 +81,17 @@ CONTAINER = f"""
           add_capabilities: "NET_ADMIN" drop_capabilities: "ALL" add_ambient_capabilities: "CHOWN"
         }}
         privileged: true
-        namespace_options {{ pid: TARGET target_id: "t-1" }}
+        namespace_options {{ pid: TARGET target_id: "t-1" cgroupns_options {{ mode: NODE }} }}
         selinux_options {{ user: "u" role: "r" type: "t" level: "s0" }}
         run_as_user {{ value: 7 }} run_as_group {{ value: 8 }}
         readonly_rootfs: true supplemental_groups: 9 supplemental_groups_policy: Strict
         no_new_privs: true masked_paths: "/proc/keys" readonly_paths: "/proc/sys"
-        seccomp {{ profile_type: Unconfined }} apparmor {{ profile_type: Unconfined }}
+        seccomp {{
+          profile_type: OCI oci_ref: "reg/p@sha256:1"
+          base_profile {{ type: Localhost localhost_ref: "/base.json" }}
+        }}
+        apparmor {{ profile_type: Unconfined }}
+        cgroup_mount_mode: CGROUP_MOUNT_MODE_READ_WRITE
       }}
     }}
 """

@@ -119,3 +119,48 @@ async def test_the_file_system_has_every_number(client: Client) -> None:
         assert filesystem.used_bytes.value == 4096
         assert filesystem.inodes_used.value == 7
     assert len(info.image_filesystems) == len(info.container_filesystems) == 1
+
+
+PROFILE = "reg/p@sha256:1"
+
+
+def profile(**fields: object) -> pb.PullSecurityProfileRequest:
+    values = {"image": spec(PROFILE), "profile_kind": pb.Seccomp} | fields
+    return pb.PullSecurityProfileRequest(**values)  # type: ignore[arg-type]
+
+
+async def test_the_life_of_a_security_profile(client: Client) -> None:
+    auth = pb.AuthConfig(username="u", password="p")
+    first = await client.images.PullSecurityProfile(profile(auth=auth))
+    second = await client.images.PullSecurityProfile(profile())
+    assert (first.cached, second.cached) == (False, True)
+    wanted = Auth(username="u", password="p")
+    assert client.node.artifacts.pulls == [(PROFILE, wanted), (PROFILE, None)]
+    listed = await client.images.ListSecurityProfiles(pb.ListSecurityProfilesRequest())
+    assert list(listed.profiles) == [
+        pb.SecurityProfileInfo(digest="sha256:1", refs=[PROFILE], size=9)
+    ]
+    for _ in range(2):
+        request = pb.RemoveSecurityProfileRequest(digest="sha256:1")
+        await client.images.RemoveSecurityProfile(request)
+    listed = await client.images.ListSecurityProfiles(pb.ListSecurityProfilesRequest())
+    assert not listed.profiles
+
+
+@pytest.mark.parametrize(
+    ("request_", "text"),
+    [
+        (profile(profile_kind=0), "SecurityProfileInvalid: profile_kind: 0"),
+        (profile(profile_kind=2), "SecurityProfileInvalid: profile_kind: 2"),
+        (profile(image=spec("")), "image.image: is required"),
+        (profile(image=spec(PROFILE, handler="gvisor")), "image.runtime_handler: "),
+    ],
+)
+async def test_security_profiles_that_cannot_be_pulled(
+    client: Client, request_: pb.PullSecurityProfileRequest, text: str
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await client.images.PullSecurityProfile(request_)
+    assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert (error.value.details() or "").startswith(text)
+    assert not client.node.artifacts.pulls

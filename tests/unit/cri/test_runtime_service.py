@@ -37,7 +37,7 @@ URLS = Urls()
 @pytest.fixture(name="client")
 async def client_of_node(tmp_path: Path) -> AsyncIterator[Client]:
     URLS.requests.clear()
-    features = Features(user_namespaces=True)
+    features = Features(user_namespaces=True, cgroup_mount_mode=True)
     async with serving(tmp_path / "s", streaming=URLS, features=features) as client:
         yield client
 
@@ -89,6 +89,9 @@ async def test_status(client: Client) -> None:
     assert all(handler.features.user_namespaces for handler in status.runtime_handlers)
     assert status.features.mount_options
     assert not status.features.user_namespaces_host_network
+    assert status.features.cgroup_mount_mode
+    assert not status.features.seccomp_profile_oci
+    assert not any(handler.features.cgroup_namespaces for handler in status.runtime_handlers)
     assert not status.info
     verbose = await client.runtime.Status(pb.StatusRequest(verbose=True))
     assert json.loads(verbose.info["config"])["root"] == "/var/lib/nodeagent"
@@ -196,6 +199,13 @@ async def test_streams_of_lists_have_each_item(client: Client) -> None:
     assert [s.container_stats[0].attributes.id async for s in stats] == [made.id]
     pod_stats = client.runtime.StreamPodSandboxStats(pb.StreamPodSandboxStatsRequest())
     assert [s.pod_sandbox_stats[0].attributes.id async for s in pod_stats] == [made.sandbox_id]
+    [pod] = (
+        await client.runtime.ListPodSandboxMetrics(pb.ListPodSandboxMetricsRequest())
+    ).pod_metrics
+    values = {m.name: m for one in pod.container_metrics for m in one.metrics}
+    usage = values["container_cpu_usage_seconds_total"]
+    assert (usage.value.value, usage.double_value.value) == (2, 2.5)
+    assert not values["container_threads"].HasField("double_value")
     metrics = client.runtime.StreamPodSandboxMetrics(pb.StreamPodSandboxMetricsRequest())
     assert [m.pod_sandbox_metrics[0].pod_sandbox_id async for m in metrics] == [made.sandbox_id]
 

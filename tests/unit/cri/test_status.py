@@ -26,6 +26,7 @@ C = grpc.StatusCode
         (errors.DataLoss("x"), C.DATA_LOSS, "x"),
         (errors.RegistryUnavailable("x"), C.UNKNOWN, "RegistryUnavailable: x"),
         (errors.RegistryUnavailable("RegistryUnavailable: x"), C.UNKNOWN, "RegistryUnavailable: x"),
+        (errors.SecurityProfileInvalid("x"), C.INVALID_ARGUMENT, "SecurityProfileInvalid: x"),
         (TimeoutError("x"), C.DEADLINE_EXCEEDED, "x"),
         (TimeoutError(), C.DEADLINE_EXCEEDED, "TimeoutError"),
         (OSError(errno.ENOSPC, "full", "/f"), C.RESOURCE_EXHAUSTED, "[Errno 28] full: '/f'"),
@@ -39,6 +40,28 @@ C = grpc.StatusCode
 def test_codes_and_texts(error: Exception, code: grpc.StatusCode, details: str) -> None:
     assert status.code_of(error) == code
     assert status.details_of(error) == details
+
+
+@pytest.mark.parametrize("method", ["PullImage", "PullSecurityProfile"])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.PermissionDenied("x"), C.UNKNOWN),
+        (errors.ResourceExhausted("x"), C.UNKNOWN),
+        (OSError(errno.ENOSPC, "full"), C.UNKNOWN),
+        (errors.DataLoss("x"), C.UNKNOWN),
+        (errors.Unavailable("x"), C.UNKNOWN),
+        (errors.RegistryUnavailable("x"), C.UNKNOWN),
+        (errors.NotFound("x"), C.NOT_FOUND),
+        (errors.InvalidArgument("x"), C.INVALID_ARGUMENT),
+        (errors.Unsupported("x"), C.UNIMPLEMENTED),
+        (TimeoutError("x"), C.DEADLINE_EXCEEDED),
+        (OSError(errno.EIO, "io"), C.INTERNAL),
+    ],
+)
+def test_codes_of_failed_pulls(error: Exception, code: grpc.StatusCode, method: str) -> None:
+    """As containerd's: the kubelet shows a text without its code where that is Unknown."""
+    assert status.code_of(error, method) == code
 
 
 def test_every_class_has_a_code() -> None:

@@ -80,7 +80,7 @@ def test_every_field_arrives() -> None:
         tty=True,
         stop_signal=signal.SIGQUIT,
         resources=LIMITS,
-        namespaces=Namespaces(pid="target", target="t-1"),
+        namespaces=Namespaces(pid="target", target="t-1", cgroup="node"),
         privileged=True,
         readonly_rootfs=True,
         no_new_privs=True,
@@ -91,7 +91,8 @@ def test_every_field_arrives() -> None:
         groups_policy="strict",
         masked_paths=("/proc/keys",),
         readonly_paths=("/proc/sys",),
-        seccomp=Profile(kind="unconfined"),
+        seccomp=Profile(kind="oci", ref="reg/p@sha256:1", base="/base.json"),
+        cgroup_mount="writable",
         apparmor=Profile(kind="unconfined"),
         selinux=SELinux(user="u", role="r", type="t", level="s0"),
     )
@@ -109,6 +110,9 @@ ELSEWHERE = {
     f"{CONTEXT}seccomp_profile_path",
     f"{CONTEXT}seccomp.localhost_ref",
     f"{CONTEXT}apparmor.localhost_ref",
+    f"{CONTEXT}apparmor.oci_ref",
+    f"{CONTEXT}apparmor.base_profile.type",
+    f"{CONTEXT}apparmor.base_profile.localhost_ref",
 }
 
 
@@ -130,6 +134,14 @@ def test_the_least_config() -> None:
     assert container_config(samples.simple_container(), UNPRIVILEGED) == ContainerConfig(
         name="main", image="busybox", seccomp=Profile(kind="default")
     )
+
+
+def test_the_cgroups_of_a_privileged_container_are_writable() -> None:
+    for mode in (pb.CGROUP_MOUNT_MODE_UNSPECIFIED, pb.CGROUP_MOUNT_MODE_READ_WRITE):
+        container_config(samples.in_container(privileged=True, cgroup_mount_mode=mode), POD)
+    asked = samples.in_container(privileged=True, cgroup_mount_mode=pb.CGROUP_MOUNT_MODE_READ_ONLY)
+    with pytest.raises(InvalidArgument, match="cgroup_mount_mode: read-only, but a privileged"):
+        container_config(asked, POD)
 
 
 def test_windows_is_unsupported() -> None:
@@ -223,6 +235,36 @@ def test_capabilities_in_any_spelling() -> None:
 )
 def test_apparmor_in_both_forms(fields: dict[str, object], profile: Profile | None) -> None:
     assert container_config(samples.in_container(**fields), POD).apparmor == profile
+
+
+LOCALHOST = pb.SecurityProfileBase.Localhost
+
+
+def oci(**fields: object) -> pb.SecurityProfile:
+    return pb.SecurityProfile(profile_type=pb.SecurityProfile.OCI, **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        None,
+        pb.SecurityProfileBase(),
+        pb.SecurityProfileBase(localhost_ref="/b.json", type=LOCALHOST),
+    ],
+)
+def test_the_base_of_an_artifact(base: pb.SecurityProfileBase | None) -> None:
+    """An absent one, and one of zero values, are the default profile."""
+    config = samples.in_container(seccomp=oci(oci_ref="reg/p@sha256:1", base_profile=base))
+    found = container_config(config, POD).seccomp
+    path = base.localhost_ref if base is not None else ""
+    assert found == Profile(kind="oci", ref="reg/p@sha256:1", base=path)
+
+
+@pytest.mark.parametrize("mode", [pb.CONTAINER, pb.NODE])
+def test_cgroup_namespaces(mode: pb.NamespaceMode) -> None:
+    config = namespaces(cgroupns_options=pb.CgroupNamespace(mode=mode))
+    found = container_config(config, UNPRIVILEGED).namespaces.cgroup
+    assert found == {pb.CONTAINER: "container", pb.NODE: "node"}[mode]
 
 
 @pytest.mark.parametrize("value", [value for _, value in pb.Signal.items()])
@@ -340,6 +382,59 @@ ROOT = pb.IDMapping(container_id=0, host_id=1, length=1)
             namespaces(userns_options=pb.UserNamespace(mode=pb.POD, uids=[ROOT], gids=[ROOT])),
             "namespace_options.userns_options: differs",
         ),
+        (
+            namespaces(cgroupns_options=pb.CgroupNamespace()),
+            "namespace_options.cgroupns_options.mode: 0 is none of 1 (container), 2 (node)",
+        ),
+        (
+            namespaces(cgroupns_options=pb.CgroupNamespace(mode=pb.TARGET)),
+            "namespace_options.cgroupns_options.mode: 3",
+        ),
+        (
+            samples.in_container(
+                cgroup_mount_mode=pb.CGROUP_MOUNT_MODE_READ_WRITE,
+                namespace_options=pb.NamespaceOption(
+                    cgroupns_options=pb.CgroupNamespace(mode=pb.NODE)
+                ),
+            ),
+            "cgroup_mount_mode: read-write, but cgroupns_options are NODE",
+        ),
+        (samples.in_container(cgroup_mount_mode=3), "cgroup_mount_mode: 3 is none of"),
+        (samples.in_container(seccomp=oci()), "seccomp.oci_ref: is needed with OCI"),
+        (
+            samples.in_container(seccomp=pb.SecurityProfile(oci_ref="reg/p@sha256:1")),
+            "seccomp.oci_ref: is needed with OCI",
+        ),
+        (
+            samples.in_container(seccomp=oci(oci_ref="r", localhost_ref="/p.json")),
+            "seccomp.localhost_ref",
+        ),
+        (
+            samples.in_container(seccomp=pb.SecurityProfile(base_profile=pb.SecurityProfileBase())),
+            "seccomp.base_profile: is for OCI",
+        ),
+        (
+            samples.in_container(
+                seccomp=oci(oci_ref="r", base_profile=pb.SecurityProfileBase(type=LOCALHOST))
+            ),
+            "seccomp.base_profile.localhost_ref: is needed with Localhost",
+        ),
+        (
+            samples.in_container(
+                seccomp=oci(oci_ref="r", base_profile=pb.SecurityProfileBase(localhost_ref="/p"))
+            ),
+            "seccomp.base_profile.localhost_ref: is needed with Localhost",
+        ),
+        (
+            samples.in_container(
+                seccomp=oci(
+                    oci_ref="r",
+                    base_profile=pb.SecurityProfileBase(type=LOCALHOST, localhost_ref="p"),
+                )
+            ),
+            "seccomp.base_profile.localhost_ref",
+        ),
+        (samples.in_container(apparmor=oci(oci_ref="r")), "apparmor.profile_type: OCI is for"),
         (samples.in_container(run_as_group=pb.Int64Value()), "run_as_group: needs a user"),
         (
             samples.in_container(run_as_user=pb.Int64Value(), run_as_username="x"),

@@ -88,6 +88,13 @@ ELSEWHERE = {
     "linux.overhead.hugepage_limits.limit",
     "linux.overhead.unified",
     "linux.security_context.seccomp_profile_path",
+    "linux.security_context.seccomp.oci_ref",
+    "linux.security_context.seccomp.base_profile.type",
+    "linux.security_context.seccomp.base_profile.localhost_ref",
+    "linux.security_context.apparmor.oci_ref",
+    "linux.security_context.apparmor.base_profile.type",
+    "linux.security_context.apparmor.base_profile.localhost_ref",
+    "linux.security_context.namespace_options.cgroupns_options.mode",
     "linux.security_context.namespace_options.network",
     "linux.security_context.namespace_options.ipc",
     "linux.security_context.namespace_options.target_id",
@@ -180,6 +187,26 @@ def users(**fields: object) -> pb.PodSandboxConfig:
     return namespaces(userns_options=pb.UserNamespace(**fields))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["web-0.sub.ns.svc.", "-x", "a_b", "ü", "x" * 64, "a/b"])
+def test_hostnames_that_sethostname_takes(name: str) -> None:
+    assert sandbox_config(samples.simple_sandbox(hostname=name)).hostname == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("net/ipv4/ip_forward", "1"),
+        ("net.ipv4.conf.eth0/1.forwarding", "1"),
+        ("net/ipv4/conf/eth0.1/forwarding", "1"),
+        ("net.ipv4.tcp_rmem", "4096\t87380\t6291456"),
+        ("net.ipv4.ip_forward", "1\n"),
+        ("kernel/shmmax", "1"),
+    ],
+)
+def test_sysctls_as_sysctl_writes_them(name: str, value: str) -> None:
+    assert sandbox_config(linux(sysctls={name: value})).sysctls == {name: value}
+
+
 def limits(**fields: object) -> pb.PodSandboxConfig:
     return linux(resources=pb.LinuxContainerResources(**fields))  # type: ignore[arg-type]
 
@@ -210,8 +237,10 @@ LOCALHOST = pb.SecurityProfile.Localhost
             samples.simple_sandbox(metadata=pb.PodSandboxMetadata(name="a\n")),
             "config.metadata.name",
         ),
-        (samples.simple_sandbox(hostname="-x"), "config.hostname"),
         (samples.simple_sandbox(hostname="a" * 65), "config.hostname: is longer"),
+        (samples.simple_sandbox(hostname="ü" * 33), "config.hostname: is longer"),
+        (samples.simple_sandbox(hostname="a\n"), "config.hostname: has a control character"),
+        (samples.simple_sandbox(hostname="a b"), "config.hostname"),
         (on_node(hostname="x"), "config.hostname: a pod on the node's network"),
         (samples.simple_sandbox(log_directory="logs"), "config.log_directory"),
         (samples.simple_sandbox(log_directory="/a/../b"), "config.log_directory"),
@@ -247,8 +276,8 @@ LOCALHOST = pb.SecurityProfile.Localhost
         (linux(cgroup_parent="pods"), "config.linux.cgroup_parent"),
         (linux(cgroup_parent="/a/../b"), "config.linux.cgroup_parent"),
         (linux(sysctls={"kernel.shm_rmid_forced+x": "1"}), "config.linux.sysctls"),
-        (linux(sysctls={"net/ipv4/ip_forward": "1"}), "config.linux.sysctls"),
-        (linux(sysctls={"net.ipv4.ip_forward": "1\n"}), "config.linux.sysctls"),
+        (linux(sysctls={"net/../kernel/sem": "1"}), "config.linux.sysctls"),
+        (linux(sysctls={"net.ipv4.ip_forward": "1\n2"}), "config.linux.sysctls"),
         (linux(sysctls={"kernel.core_pattern": "x"}), "is of the whole node"),
         (linux(sysctls={"kernel.shmmax.x": "x"}), "is of the whole node"),
         (linux(sysctls={"kernel.hostname": "x"}), "is of the whole node"),

@@ -1,5 +1,6 @@
 """hosts.toml: where a registry's images come from."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -112,14 +113,12 @@ def test_a_changed_file_is_seen(tmp_path: Path) -> None:
         ('server = "ftp://a"', "server"),
         ('server = "https://user:pw@a"', "server"),
         ('server = "https://a:port"', "server"),
-        ('sever = "https://a"', "sever"),
         ('capabilities = ["pul"]', "capabilities"),
         ('[host."http://m"]\nskip_verify = "yes"', r'host "http://m".*skip_verify'),
         ('[host."http://m"]\nca = 5', r'host "http://m".*ca'),
         ('[host."http://m"]\nclient = [["a"]]', r'host "http://m".*client'),
         ('[host."http://m"]\ndial_timeout = "5"', r'host "http://m".*dial_timeout'),
         ('[host."http://m"]\ndial_timeout = 5', r'host "http://m".*dial_timeout'),
-        ('[host."http://m"]\nserver = "http://n"', r'host "http://m".*server'),
         ('[host."http://m".header]\n"a b" = "c"', r'host "http://m".*header "a b"'),
         ('[host."http://m".header]\na = "c\\nd"', r'host "http://m".*header "a"'),
         ('[host."http://m"]\nproxy = "socks5://p"', r'host "http://m".*proxy'),
@@ -135,6 +134,34 @@ def test_mistakes_are_named(tmp_path: Path, text: str, key: str) -> None:
     write(tmp_path, "a.b", text)
     with pytest.raises(InvalidArgument, match=rf"a\.b/hosts\.toml: .*{key}"):
         hosts_of("a.b", tmp_path)
+
+
+def test_keys_of_newer_versions_are_noted_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = 'sever = "x"\n[host."http://m"]\ncapabilities = ["pull", "referrers"]\nserver = "y"'
+    file = write(tmp_path, "a.b", text)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            first, _ = hosts_of("a.b", tmp_path)
+    assert (first.pull, first.resolve) == (True, False)
+    assert [record.getMessage() for record in caplog.records] == [
+        f'{file}: unknown key "sever", ignored',
+        f'{file}: host "http://m": unknown key "server", ignored',
+    ]
+
+
+@pytest.mark.parametrize("name", ["host.example_5000_", "host.example:5000"])
+def test_certificates_without_a_file(tmp_path: Path, name: str) -> None:
+    """Docker's layout, which containerd reads as well."""
+    directory = tmp_path / name
+    directory.mkdir()
+    for file in ("ca.crt", "b.crt", "node.cert", "node.key", "lone.cert", "other.key", "readme"):
+        (directory / file).touch()
+    (host,) = hosts_of("host.example:5000", tmp_path)
+    assert host.root == "https://host.example:5000/v2"
+    assert host.ca == (directory / "b.crt", directory / "ca.crt")
+    assert host.client == ((directory / "node.cert", directory / "node.key"),)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,6 @@ def test_schema_1_is_named() -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"layers": []}, "0 layers"),
         ({"layers": [LAYER] * 201}, "201 layers"),
         ({"layers": [LAYER | {"size": -1}]}, "layers.*size"),
         ({"layers": [LAYER | {"size": "5"}]}, "layers.*size"),
@@ -124,20 +123,117 @@ def test_chooses_this_platform() -> None:
     assert choose(index).digest == entries[3]["digest"]
 
 
-def test_another_platform_is_named() -> None:
-    index = parse_manifest(encoded(schemaVersion=2, manifests=[entry("1", "linux", "s390x")]))
+def chosen(*entries: dict[str, Any]) -> str:
+    """The digit of the entry that this node takes."""
+    index = parse_manifest(encoded(schemaVersion=2, manifests=entries))
     assert isinstance(index, Index)
+    return choose(index).digest[-1]
+
+
+@pytest.fixture(params=["amd64", "arm64"])
+def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the node is."""
+    monkeypatch.setattr(manifest, "ARCHITECTURE", request.param)
+    return str(request.param)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"amd64": ("amd64",), "arm64": ("arm64",)},
+        {"amd64": ("x86_64",), "arm64": ("aarch64",)},
+        {"amd64": ("x86-64",), "arm64": ("arm64", "8")},
+        {"amd64": ("amd64", "v1"), "arm64": ("arm64", "v8")},
+        {"amd64": ("AMD64",), "arm64": ("AARCH64", "V8")},
+    ],
+)
+def test_other_names_of_this_platform(architecture: str, names: dict[str, tuple[str, ...]]) -> None:
+    assert chosen(entry("1", "linux", "s390x"), entry("2", "linux", *names[architecture])) == "2"
+
+
+@pytest.mark.parametrize(
+    ("node", "worst_first"),
+    [
+        ("amd64", [("i386",), ("amd64",)]),
+        ("arm64", [("arm", "v5"), ("armel",), ("arm", "7"), ("arm", "v8"), ("aarch64",)]),
+    ],
+)
+def test_32_bit_images_come_last(
+    monkeypatch: pytest.MonkeyPatch, node: str, worst_first: list[tuple[str, ...]]
+) -> None:
+    monkeypatch.setattr(manifest, "ARCHITECTURE", node)
+    entries = [entry(str(n), "linux", *names) for n, names in enumerate(worst_first)]
+    for count in range(1, len(entries) + 1):
+        assert chosen(*entries[:count]) == str(count - 1)
+
+
+@pytest.mark.parametrize("names", [("amd64", "v3"), ("arm", "v9"), ("s390x",), ("unknown",)])
+def test_what_this_node_may_not_run_is_not_chosen(names: tuple[str, ...]) -> None:
+    with pytest.raises(NotFound, match="/".join(("linux", *names))):
+        chosen(entry("1", "linux", *names))
+
+
+def test_an_entry_that_wants_a_feature_comes_after_one_that_wants_none() -> None:
+    special = entry("1", "linux", manifest.ARCHITECTURE)
+    special["platform"]["os.features"] = ["erofs"]
+    assert chosen(special, entry("2", "linux", manifest.ARCHITECTURE)) == "2"
+    assert chosen(special) == "1"
+
+
+def test_nulls_in_an_index() -> None:
+    ours = entry("1", "linux", manifest.ARCHITECTURE)
+    ours["platform"] |= {"variant": None, "os.features": None}
+    ours |= {"mediaType": None, "annotations": {"a": None}, "urls": None}
+    assert chosen(ours) == "1"
+
+
+def test_another_platform_is_named() -> None:
     with pytest.raises(NotFound, match="linux/s390x"):
-        choose(index)
+        chosen(entry("1", "linux", "s390x"))
+
+
+def test_a_config_of_another_platform_is_no_reason_not_to_take_it() -> None:
     other = encoded(os="linux", architecture="s390x", rootfs={"diff_ids": []})
-    with pytest.raises(NotFound, match="linux/s390x"):
-        parse_image(other, 0)
+    assert str(parse_image(other, 0).platform) == "linux/s390x"
+
+
+@pytest.mark.parametrize("layers", [{}, {"layers": None}, {"layers": []}])
+def test_an_image_without_layers(layers: dict[str, Any]) -> None:
+    parsed = parse_manifest(encoded(schemaVersion=2, config=CONFIG, **layers))
+    assert isinstance(parsed, Manifest)
+    assert parsed.layers == ()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"rootfs": None},
+        {"rootfs": {}},
+        {"rootfs": {"type": "", "diff_ids": None}},
+        {"rootfs": {"type": "layers", "diff_ids": []}},
+        {"rootfs": {"type": None, "diff_ids": []}, "config": None, "architecture": None},
+    ],
+)
+def test_the_config_of_an_image_without_layers(config: dict[str, Any]) -> None:
+    parsed = parse_image(encoded(**config), 0)
+    assert parsed.chain_ids == ()
+    assert manifest.is_for_this_node(parsed.platform)
 
 
 def test_config_with_nulls() -> None:
     run = parse_image(image(Env=None, Entrypoint=None, Cmd=["sh"], User=None, Volumes=None), 1)
     assert run.config.cmd == ("sh",)
     assert run.config.env == ()
+    run = parse_image(
+        image(Env=["A=1", None], Cmd=[None], Labels={"a": None}, Volumes={"/v": None}), 1
+    )
+    assert (run.config.env, run.config.cmd) == (("A=1", ""), ("",))
+    assert (run.config.labels, run.config.volumes) == ({"a": ""}, ("/v",))
+
+
+def test_an_env_entry_without_a_name_is_no_reason_not_to_pull() -> None:
+    assert parse_image(image(Env=["=1", "A"]), 1).config.env == ("=1", "A")
 
 
 def test_config_is_read_whole() -> None:
@@ -165,7 +261,6 @@ def test_config_is_read_whole() -> None:
     "run",
     [
         {"Env": ["A=1\0B=2"]},
-        {"Env": ["=1"]},
         {"Env": "A=1"},
         {"Env": [1]},
         {"User": "root\0"},

@@ -32,6 +32,7 @@ DIGEST = "sha256:" + "0123456789abcdef" * 4
         (f"busybox@{DIGEST}", f"docker.io/library/busybox@{DIGEST}"),
         (f"busybox:1.36@{DIGEST}", f"docker.io/library/busybox@{DIGEST}"),
         ("a" * 63, "docker.io/library/" + "a" * 63 + ":latest"),
+        ("registry.example:5000/" + "a" * 255, "registry.example:5000/" + "a" * 255 + ":latest"),
     ],
 )
 def test_normalises(text: str, normal: str) -> None:
@@ -74,7 +75,8 @@ def test_normalises(text: str, normal: str) -> None:
         "a.b:0/c",
         "a_b.c:5000/d",
         "0123456789abcdef" * 4,
-        "a." + "b" * 252 + "/c",
+        "a." + "b" * 260 + "/c",
+        "a.b/" + "c" * 256,
         "a/" * 5000 + "a",
     ],
 )

@@ -46,6 +46,18 @@ def test_names_holes_and_links(layer: Path, tmp_path: Path) -> None:
     assert usage.mountpoint == str(tmp_path)
 
 
+def test_the_volumes_of_the_image_count(layer: Path, tmp_path: Path) -> None:
+    volumes = layer.parent / "volumes"
+    assert measure(layer, volumes).used_bytes == 0
+    (volumes / "0/deep").mkdir(parents=True)
+    (volumes / "0/deep/file").write_bytes(b"x" * 300_000)
+    (layer / "file").write_bytes(b"x" * 5_000)
+    usage = measure(layer, volumes)
+    sizes = zip(du(layer), du(volumes), strict=True)
+    assert (usage.used_bytes, usage.inodes_used) == tuple(map(sum, sizes))
+    assert usage.mountpoint == str(tmp_path)
+
+
 def test_files_with_several_names_beyond_those_that_are_remembered(
     layer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,3 +144,20 @@ async def test_what_has_gone_is_forgotten(layer: Path, tmp_path: Path) -> None:
         await disks.usage(name)
     disks.keep({"id"})
     assert disks._layers.keys() == {"id"}
+
+
+async def test_a_layer_that_cannot_be_walked_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(directory: Path, *_: Path) -> disk.DiskUsage:
+        raise OSError(5, "Input/output error", str(directory))
+
+    monkeypatch.setattr(disk, "DISK_SECONDS", 0)
+    disks = Disks(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "measure", fail)
+        for _ in range(3):
+            assert (await disks.usage("id")).used_bytes is None
+    assert len(caplog.messages) == 1
+    (tmp_path / "id/upper").mkdir(parents=True)
+    assert (await disks.usage("id")).used_bytes == 0

@@ -1,11 +1,18 @@
 """The order and the overriding of mounts."""
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nodeagent.errors import InvalidArgument
-from nodeagent.lifecycle.filesystems import MASKED_PATHS, container_mounts, masked_paths
+from nodeagent.lifecycle.filesystems import (
+    MASKED_PATHS,
+    container_mounts,
+    image_volumes,
+    masked_paths,
+)
 from nodeagent.records import ContainerConfig, MountConfig, Namespaces, Sandbox, SandboxConfig
 from nodeagent.sandbox.spec import Mount
 
@@ -13,7 +20,10 @@ POD = Path("/run/pod")
 
 
 def mounts(
-    *wanted: MountConfig, namespaces: Namespaces | None = None, **fields: object
+    *wanted: MountConfig,
+    namespaces: Namespaces | None = None,
+    rejected: Collection[str] = (),
+    **fields: object,
 ) -> list[Mount]:
     sandbox = Sandbox(
         id="s",
@@ -25,7 +35,14 @@ def mounts(
         created_at=1,
     )
     config = ContainerConfig(name="c", image="i", mounts=wanted, **fields)  # type: ignore[arg-type]
-    return container_mounts(sandbox, config, POD, {"": []}, lambda _: [Path("/layer")])
+    return container_mounts(
+        sandbox,
+        config,
+        POD,
+        {"": []},
+        lambda _: [Path("/layer")],
+        rejected=rejected,
+    )
 
 
 def of(plan: list[Mount], target: str) -> Mount:
@@ -59,10 +76,105 @@ def test_thermal_counters_are_masked_where_there_are_any(tmp_path: Path) -> None
     )
 
 
-def test_one_path_twice_is_refused() -> None:
-    twice = MountConfig(container_path="/data", host_path="/a")
-    with pytest.raises(InvalidArgument, match='"/data" is mounted twice'):
-        mounts(twice, twice)
+def targets(plan: list[Mount]) -> list[str]:
+    return [mount["target"] for mount in plan]
+
+
+DEFAULTS = ["/proc", "/dev", "/dev/pts", "/dev/mqueue", "/sys", "/sys/fs/cgroup", "/dev/shm"]
+FILES = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"]
+
+
+def test_what_is_asked_for_comes_last() -> None:
+    asked = ("/a", "/sys/fs/bpf", "/dev/null", "/z")
+    plan = mounts(*(MountConfig(container_path=path, host_path="/h") for path in asked))
+    assert targets(plan) == [*DEFAULTS, "/a", "/z", *FILES, "/dev/null", "/sys/fs/bpf"]
+
+
+@pytest.mark.parametrize("propagation", ["private", "slave", "shared"])
+@pytest.mark.parametrize(
+    ("path", "left_out"),
+    [
+        ("/sys", ["/sys", "/sys/fs/cgroup"]),
+        ("/sys/fs", ["/sys/fs/cgroup"]),
+        ("/sys/fs/cgroup", ["/sys/fs/cgroup"]),
+        ("/sys/fs/bpf", []),
+        ("/dev", ["/dev", "/dev/pts", "/dev/mqueue", "/dev/shm"]),
+        ("/dev/shm", ["/dev/shm"]),
+        ("/dev/sh", []),
+        ("/proc", ["/proc"]),
+        ("/run", []),
+        ("/var", []),
+    ],
+)
+def test_no_default_at_or_below_what_is_asked_for(
+    path: str, left_out: list[str], propagation: Any
+) -> None:
+    wanted = MountConfig(container_path=path, host_path="/h", propagation=propagation)
+    defaults = [mount for mount in mounts(wanted) if mount["source"] != "/h"]
+    expected = [target for target in DEFAULTS if target not in left_out]
+    assert [target for target in targets(defaults) if target not in FILES] == expected
+
+
+@pytest.mark.parametrize(
+    ("propagation", "found"), [("private", FILES), ("slave", FILES), ("shared", [])]
+)
+def test_the_pod_s_files_are_in_a_volume_at_etc_unless_that_is_shared_with_the_node(
+    propagation: Any, found: list[str]
+) -> None:
+    wanted = MountConfig(container_path="/etc", host_path="/h", propagation=propagation)
+    plan = targets(mounts(wanted))
+    assert plan[plan.index("/etc") :] == ["/etc", *found]
+    assert [target for target in plan if target in FILES] == found
+
+
+def test_of_two_mounts_on_one_path_the_later_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    plan = mounts(
+        MountConfig(container_path="/data", host_path="/a"),
+        MountConfig(container_path="/other", host_path="/o"),
+        MountConfig(container_path="/data/", host_path="/b"),
+    )
+    assert of(plan, "/data")["source"] == "/b"
+    assert '"/data" is mounted twice; the later mount is taken' in caplog.text
+
+
+def test_an_absent_host_path_is_made_but_for_those_that_are_listed() -> None:
+    plan = mounts(
+        MountConfig(container_path="/a", host_path="/h/a"),
+        MountConfig(container_path="/b", host_path="/h/b"),
+        MountConfig(container_path="/c", host_path="/h/c", must_exist=True),
+        MountConfig(container_path="/d", image="sha256:1"),
+        rejected=("/h/b",),
+    )
+    absent = {mount["target"]: mount.get("absent") for mount in plan}
+    assert [absent[target] for target in ("/a", "/b", "/c", "/d", "/etc/hosts", "/dev/shm")] == [
+        "make",
+        "reject",
+        *[None] * 4,
+    ]
+
+
+def volumes(*names: str, asked: Collection[str] = ()) -> list[str]:
+    """The targets of the volumes of an image."""
+    plan = mounts(*(MountConfig(container_path=path, host_path="/h") for path in asked))
+    made = image_volumes(names, Path("/container"), plan)
+    assert len({volume["source"] for volume in made}) == len(made)
+    assert all(volume["source"].startswith("/container/volumes/") for volume in made)
+    return [volume["target"] for volume in made]
+
+
+def test_volumes_of_the_image_have_their_parents_first() -> None:
+    names = ("/data/deep", "/data/", "relative/../b", "/etc", "/data")
+    assert volumes(*names, asked=["/data/asked"]) == ["/b", "/data", "/etc", "/data/deep"]
+
+
+def test_volumes_of_the_image_that_something_else_is_mounted_over_are_left_out() -> None:
+    names = ("/data", "/data/deep", "/var", "/", "", "/proc", "/sys/fs", "/dev/shm/x", "/var/x/y")
+    assert volumes(*names, asked=["/data", "/var/x"]) == ["/var"]
+
+
+def test_the_volumes_of_an_image_have_a_bound() -> None:
+    with pytest.raises(InvalidArgument, match="257 volumes"):
+        volumes(*(f"/{number}" for number in range(257)))
 
 
 def test_shared_memory_follows_the_ipc_namespace() -> None:

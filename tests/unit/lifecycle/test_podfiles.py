@@ -49,3 +49,12 @@ def test_hosts_has_every_address() -> None:
     text = podfiles.hosts("pod", ("10.1.2.3", "fd00::3"))
     assert text.endswith("10.1.2.3\tpod\nfd00::3\tpod\n")
     assert text.startswith("127.0.0.1\tlocalhost\n")
+
+
+def test_a_full_name_is_found_with_and_without_its_dot() -> None:
+    """What the kubelet sends for setHostnameAsFQDN where it has no cluster domain."""
+    name = "web-0.sub.ns.svc."
+    assert podfiles.hosts(name, ("10.1.2.3",)).endswith(
+        "10.1.2.3\tweb-0.sub.ns.svc.\tweb-0.sub.ns.svc\n"
+    )
+    assert podfiles.hosts(".", ("10.1.2.3",)).endswith("10.1.2.3\t.\n")

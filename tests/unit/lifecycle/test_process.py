@@ -2,7 +2,7 @@
 
 import pytest
 
-from nodeagent.errors import InvalidArgument, Unsupported
+from nodeagent.errors import InvalidArgument
 from nodeagent.lifecycle import process
 from nodeagent.linux import capabilities
 from nodeagent.records import CapabilityChange, ContainerConfig, ImageConfig
@@ -42,6 +42,16 @@ def test_environment() -> None:
         "Z=",
     ]
     assert "TERM=xterm" in process.environment(config(tty=True), IMAGE, "pod")
+
+
+def test_a_name_alone_in_an_image_takes_a_variable_away() -> None:
+    image = ImageConfig(env=("X=1", "PATH", "X", "", "Y=2"))
+    assert process.environment(config(), image, "pod") == ["HOSTNAME=pod", "Y=2"]
+
+
+def test_a_variable_without_a_name_is_refused_when_a_container_is_made() -> None:
+    with pytest.raises(InvalidArgument, match='image "image": its Env has "=x"'):
+        process.environment(config(), ImageConfig(env=("=x",)), "pod")
 
 
 @pytest.mark.parametrize(
@@ -99,18 +109,11 @@ ALL = capabilities.known()
     ],
 )
 def test_capabilities(change: CapabilityChange, effective: int, ambient: int) -> None:
-    sets = process.capability_sets(change, privileged=False, held=ALL)
+    sets = process.capability_sets(change, privileged=False)
     assert (sets["effective"], sets["bounding"], sets["permitted"]) == (effective,) * 3
     assert (sets["ambient"], sets["inheritable"]) == (ambient, ambient)
 
 
 def test_privileged_has_everything() -> None:
-    sets = process.capability_sets(CapabilityChange(drop=("ALL",)), privileged=True, held=0)
+    sets = process.capability_sets(CapabilityChange(drop=("ALL",)), privileged=True)
     assert (sets["effective"], sets["ambient"]) == (ALL, 0)
-
-
-@pytest.mark.parametrize("field", ["add", "add_ambient"])
-def test_a_capability_that_the_agent_lacks_is_refused(field: str) -> None:
-    change = CapabilityChange(**{field: ("NET_ADMIN", "NET_RAW")})
-    with pytest.raises(Unsupported, match="capabilities NET_ADMIN: the agent has not got"):
-        process.capability_sets(change, privileged=False, held=DEFAULT)

@@ -11,7 +11,8 @@ from zipfile import ZipFile
 import pytest
 
 from nodeagent.errors import FailedPrecondition, InvalidArgument, Unsupported
-from nodeagent.lifecycle import apparmor, profiles
+from nodeagent.lifecycle import apparmor
+from nodeagent.lifecycle import selinux as selinux_
 from nodeagent.lifecycle.profiles import Profiles
 from nodeagent.records import ContainerConfig, MountConfig, Profile, SELinux
 from tests.conformance.apparmor import put_in_path
@@ -50,8 +51,18 @@ def install_parser(folder: Path, script: str) -> None:
 
 
 @pytest.fixture
-def selinux(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(profiles, "SELINUX", tmp_path)
+def selinux(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A kernel with SELinux; the file of the policy that has the labels of containers."""
+    contexts = tmp_path / "mine/contexts/lxc_contexts"
+    contexts.parent.mkdir(parents=True)
+    (tmp_path / "config").write_text("# by hand\nSELINUX=enforcing\nSELINUXTYPE=mine\n")
+    contexts.write_text(
+        'process = "system_u:system_r:container_t:s0"\n'
+        'file = "system_u:object_r:container_file_t:s0"\n'
+    )
+    monkeypatch.setattr(selinux_, "ENFORCE", tmp_path)
+    monkeypatch.setattr(selinux_, "POLICIES", tmp_path)
+    return contexts
 
 
 async def test_apparmor(loaded: Path) -> None:
@@ -113,8 +124,38 @@ def test_a_wheel_has_the_default_profile(tmp_path: Path) -> None:
 def test_selinux() -> None:
     assert PROFILES.selinux(config(selinux=LABEL)) == "system_u:system_r:container_t:s0:c1"
     assert PROFILES.selinux(config()) == ""
-    with pytest.raises(InvalidArgument, match="lacks its user, role or type"):
-        PROFILES.selinux(config(selinux=SELinux(level="s0:c1")))
+    assert PROFILES.selinux(config(selinux=LABEL, privileged=True)) == ""
+
+
+@pytest.mark.parametrize(
+    ("asked", "label"),
+    [
+        (SELinux(type="spc_t"), "system_u:system_r:spc_t:s0"),
+        (SELinux(level="s0:c1,c2"), "system_u:system_r:container_t:s0:c1,c2"),
+        (SELinux(user="u", role="r", type="t"), "u:r:t:s0"),
+        (SELinux(role="r", level="s1"), "system_u:r:container_t:s1"),
+    ],
+)
+@pytest.mark.usefixtures("selinux")
+def test_parts_of_a_label_that_are_left_out_are_the_policy_s(asked: SELinux, label: str) -> None:
+    """Charts give a type (Cilium), the kubelet's conformance pods a level."""
+    assert PROFILES.selinux(config(selinux=asked)) == label
+
+
+def test_a_policy_without_levels(selinux: Path) -> None:
+    selinux.write_text("process = system_u:system_r:container_t\n")
+    assert PROFILES.selinux(config(selinux=SELinux(type="spc_t"))) == "system_u:system_r:spc_t"
+
+
+@pytest.mark.parametrize("text", [None, "", 'process = ""\n', 'process = "a:b"\n'])
+def test_a_policy_without_a_label_of_containers(selinux: Path, text: str | None) -> None:
+    if text is None:
+        selinux.unlink()
+    else:
+        selinux.write_text(text)
+    with pytest.raises(FailedPrecondition, match="lxc_contexts has no label of containers"):
+        PROFILES.selinux(config(selinux=SELinux(type="spc_t")))
+    assert PROFILES.selinux(config(selinux=LABEL)) == "system_u:system_r:container_t:s0:c1"
 
 
 @pytest.mark.usefixtures("selinux")
@@ -125,10 +166,19 @@ def test_volumes_that_a_label_would_need_are_not_labelled() -> None:
         PROFILES.selinux(config(mounts=(mount,), selinux=LABEL))
 
 
-def test_selinux_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(profiles, "SELINUX", tmp_path / "absent")
-    with pytest.raises(Unsupported, match="no SELinux"):
-        PROFILES.selinux(config(selinux=LABEL))
+def test_selinux_that_is_not_there_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(selinux_, "ENFORCE", tmp_path / "absent")
+    caplog.set_level("INFO")
+    profiles = Profiles("")
+    mount = MountConfig(container_path="/data", host_path="/srv", selinux_relabel=True)
+    assert profiles.selinux(config()) == ""
+    assert not caplog.messages
+    for _ in range(2):
+        assert profiles.selinux(config(selinux=LABEL, mounts=(mount,))) == ""
+    [said] = caplog.messages
+    assert "no SELinux" in said
 
 
 def test_a_default_seccomp_profile_is_checked_also_for_what_capabilities_open(

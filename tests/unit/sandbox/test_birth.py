@@ -196,3 +196,21 @@ def test_a_hidden_process_that_brings_no_pipes() -> None:
     hidden.listen()
     process.close()
     assert isinstance(parent.end, NodeAgentError)
+
+
+def test_a_process_that_waits_for_hooks_proceeds_when_it_is_told() -> None:
+    parent = Parent()
+    ours, process = pair()
+    subject = Birth(Loop(), ours.detach(), parent)
+    asked: list[bool] = []
+    subject.await_hooks = lambda: asked.append(True)
+    process.send(json.dumps({"hooks": True}).encode())
+    subject.listen()
+    assert asked == [True]
+    subject.proceed()
+    assert process.recv(1) == b"p"
+    process.send(READY)
+    process.close()
+    subject.conclude()
+    assert parent.was_ready == 1
+    subject.proceed()  # of one that is over

@@ -213,7 +213,7 @@ DEVICES = {
 
 
 def test_capabilities() -> None:
-    sets = process.capability_sets(CapabilityChange(), privileged=False, held=(1 << 64) - 1)
+    sets = process.capability_sets(CapabilityChange(), privileged=False)
     assert set(capabilities.names(sets["bounding"])) == CAPABILITIES
 
 

@@ -2,7 +2,10 @@
 
 import os
 import select
+import termios
+import tty
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -192,6 +195,32 @@ def test_streams_settle_when_all_outputs_have(descriptors: Callable[[], int]) ->
     assert (os.read(stdout, 100), os.read(stderr, 100)) == (b"", b"")
     os.close(stdout)
     os.close(stderr)
+    loop._epoll.close()
+
+
+def test_a_terminal_that_nobody_reads_is_let_go(descriptors: Callable[[], int]) -> None:
+    """Also while there is input that its program does not take."""
+    loop, told = Loop(), list[str]()
+    (their_stdin, stdin), (stdout, their_stdout) = os.pipe(), os.pipe()
+    streams = Streams(loop, their_stdin, their_stdout, None, tty=True)
+    master, slave = os.openpty()
+    tty.setraw(slave)
+    streams.connect(master, lambda: told.append("unread"))
+    os.close(master)
+    os.set_blocking(stdin, False)
+    for _ in range(3):
+        with suppress(BlockingIOError):
+            os.write(stdin, bytes(PIPE_BYTES))
+        run(loop)
+    assert told == []
+    os.close(stdout)
+    run(loop)
+    assert told == ["unread"]
+    streams.disconnect()
+    with pytest.raises(termios.error, match="Input/output error"):  # hung up
+        termios.tcgetattr(slave)
+    os.close(slave)
+    os.close(stdin)
     loop._epoll.close()
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from nodeagent.errors import InvalidArgument
+from nodeagent.linux.userns import Extent
 from nodeagent.sandbox import sysctls
 
 ALL = ("net", "ipc", "uts")
@@ -13,6 +14,12 @@ ALL = ("net", "ipc", "uts")
     [
         "net.ipv4.ip_forward",
         "net.ipv4.conf.eth0/1.rp_filter",
+        "net/ipv4/ip_forward",
+        "net/ipv4/conf/eth0.1/rp_filter",
+        "net.ipv4.conf.eth0:1@x.rp_filter",
+        "kernel/sem",
+        "kernel.msg_next_id",
+        "fs/mqueue/msg_max",
         "kernel.shm_rmid_forced",
         "kernel.msgmax",
         "kernel.sem",
@@ -40,6 +47,14 @@ def test_parameters_of_the_pods_namespaces(name: str) -> None:
         "net...kernel.core_pattern",
         "net.//.//.kernel.core_pattern",
         "net./.x",
+        "net/../kernel/core_pattern",
+        "net//ipv4",
+        "net.ipv4.ip_forward+kernel.core_pattern",
+        "net.ipv4.ip_forward=1+kernel.core_pattern",
+        "/net/ipv4/ip_forward",
+        "kernel/core_pattern",
+        "kernel.shm_rmid_forced+x",
+        "kernel.shmmax.x",
         "net.ipv4.x\ny",
         "net.ipv4.x y",
         "net.ipv4.ü",
@@ -51,6 +66,41 @@ def test_anything_else_is_refused(name: str) -> None:
         sysctls.check({name: "1"}, ALL)
 
 
+@pytest.mark.parametrize("value", ["", "4096\t87380\t6291456", "1 2", "1\n"])
+def test_values_as_manifests_have_them(value: str) -> None:
+    sysctls.check({"net.ipv4.tcp_rmem": value}, ALL)
+
+
+def test_the_first_separator_separates() -> None:
+    """sysctl(8): the other one is a dot in the name of an interface."""
+    path = ["net", "ipv4", "conf", "eth0.1", "rp_filter"]
+    assert sysctls._parts("net.ipv4.conf.eth0/1.rp_filter") == path
+    assert sysctls._parts("net/ipv4/conf/eth0.1/rp_filter") == path
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        ("0 0", "200000 200000"),
+        ("0\t9", "200000 200009"),
+        ("0 2147483647", "200000 265535"),
+        ("1 0", "1 0"),
+        ("nonsense", "nonsense"),
+    ],
+)
+@pytest.mark.parametrize("name", ["net.ipv4.ping_group_range", "net/ipv4/ping_group_range"])
+def test_groups_are_written_as_the_pod_s(name: str, value: str, written: str) -> None:
+    groups = [Extent(0, 200_000, 65_536)]
+    assert sysctls._outside(name, value, groups) == written
+    assert sysctls._outside(name, value, ()) == value
+    assert sysctls._outside("net.ipv4.tcp_rmem", value, groups) == value
+
+
+def test_groups_that_the_pod_has_not_got_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="group 70000 is not mapped"):
+        sysctls._outside("net.ipv4.ping_group_range", "70000 70001", [Extent(0, 200_000, 65_536)])
+
+
 @pytest.mark.parametrize("value", ["1\n2", "1\0", "x" * 2000, "ü"])
 def test_values_are_plain(value: str) -> None:
     with pytest.raises(InvalidArgument, match="value"):
@@ -58,7 +108,7 @@ def test_values_are_plain(value: str) -> None:
 
 
 def test_a_namespace_that_is_the_nodes_is_left_alone() -> None:
-    with pytest.raises(InvalidArgument, match="not of a namespace"):
+    with pytest.raises(InvalidArgument, match="has not got"):
         sysctls.check({"net.ipv4.ip_forward": "1"}, ("ipc",))
-    with pytest.raises(InvalidArgument, match="not of a namespace"):
+    with pytest.raises(InvalidArgument, match="has not got"):
         sysctls.check({"kernel.sem": "1 1 1 1"}, ("net",))

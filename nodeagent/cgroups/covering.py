@@ -1,0 +1,61 @@
+"""Whether a path still leads to the cgroup hierarchy that was found there, or another mount covers it.
+
+A pod can mount over /sys/fs/cgroup, or over what is above it, where a volume shares its mounts with the node: groups
+that are made and limited then are not those of the node.
+"""
+
+import os
+
+from nodeagent.cgroups.hierarchy import Hierarchy
+from nodeagent.linux import syscalls
+from nodeagent.linux.mounts import mount_table
+
+_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_KINDS = ("cgroup", "cgroup2")
+
+Identity = tuple[int, int]
+
+
+class Watched:
+    """The root of a hierarchy, by device and inode; found in the table of mounts where those are not known yet."""
+
+    def __init__(self, hierarchy: Hierarchy) -> None:
+        self.mount = hierarchy.mount
+        self._root: Identity | None = None
+        self.is_covered()
+
+    def is_covered(self) -> bool:
+        """One stat(2) while all is well. Blocks where what covers it does."""
+        try:
+            visible = os.open(self.mount, _FLAGS)
+        except OSError:
+            return True
+        try:
+            status = os.fstat(visible)
+            identity = (status.st_dev, status.st_ino)
+            if identity == self._root:
+                return False
+            if not _shows_the_lowest(syscalls.statx_mount_id(visible), self.mount):
+                return True
+            self._root = identity
+            return False
+        finally:
+            os.close(visible)
+
+
+def _shows_the_lowest(visible: int, path: str) -> bool:
+    """Whether a mount shows the same as the first cgroup mount at a path, be it that one or a copy of it.
+
+    Those that cover it come after it, and are of something else, or of a group below (proc_pid_mountinfo(5)).
+    """
+    lowest = shown = None
+    for line in filter(None, mount_table().split("\n")):
+        head, _, tail = line.partition(" - ")
+        mount_id, _, device, root, point, _ = head.split(" ", 5)
+        if tail.split(" ", 1)[0] not in _KINDS:
+            continue
+        if point == path and lowest is None:
+            lowest = (device, root)
+        if int(mount_id) == visible:
+            shown = (device, root)
+    return shown is not None and shown == lowest

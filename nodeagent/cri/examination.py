@@ -1,0 +1,347 @@
+"""`nodeagent check --pod`: what this node would refuse or skip of a pod, and why, without an agent.
+
+The requests go the way of RunPodSandbox and CreateContainer: the same translation, the same checks and the same
+planner, up to the plans. Nothing is made, started or kept, so that what only the making can tell stays open; that is
+said too. An object is refused with its first fault, as a request is.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from google.protobuf import json_format
+from google.protobuf.message import Message
+
+from nodeagent import check
+from nodeagent.api import runtime_pb2 as pb
+from nodeagent.cgroups.manager import Cgroups
+from nodeagent.config import Config
+from nodeagent.cri.translate_container import container_config
+from nodeagent.cri.translate_sandbox import sandbox_config
+from nodeagent.errors import FailedPrecondition, InvalidArgument, NodeAgentError, Unsupported
+from nodeagent.images.names import NamedImages
+from nodeagent.lifecycle import process, sandboxes
+from nodeagent.lifecycle.cdi import Cdi
+from nodeagent.lifecycle.events import Events
+from nodeagent.lifecycle.places import Places
+from nodeagent.lifecycle.plan import Planner
+from nodeagent.lifecycle.profiles import Profiles
+from nodeagent.lifecycle.registry import Registry
+from nodeagent.linux import capabilities, syscalls
+from nodeagent.net.hostports import HostPorts
+from nodeagent.records import Container, ContainerConfig, Image, ImageConfig, Sandbox, SandboxConfig
+from nodeagent.sandbox import assembly
+from nodeagent.sandbox.spec import ContainerPlan
+from nodeagent.store import Store
+
+M = TypeVar("M", bound=Message)
+T = TypeVar("T")
+
+Outcome = Literal["refused", "skipped", "made", "not seen"]
+
+MAX_FILE_BYTES = 16 << 20  # as a message of gRPC
+_ID = "0" * 64  # of a pod or container that there will never be
+
+
+class Finding(NamedTuple):
+    """made: what the agent would make on the node. not seen: what could not be looked at."""
+
+    outcome: Outcome
+    what: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.outcome:9} {self.what}: {self.text}"
+
+
+class Pod(NamedTuple):
+    """unknown: what the files have besides, which is passed over."""
+
+    sandbox: pb.PodSandboxConfig
+    containers: list[pb.ContainerConfig]
+    handler: str
+    unknown: list[str]
+
+
+# --- the files ---
+
+
+def load(paths: Sequence[Path]) -> Pod:
+    """A pod from JSON files: PodSandboxConfig and ContainerConfigs as crictl takes them, or one file with both.
+
+    The latter has ``{"sandbox": …, "containers": […], "runtime_handler": …}``. Raises InvalidArgument, with the file.
+    """
+    sandbox: pb.PodSandboxConfig | None = None
+    containers: list[pb.ContainerConfig] = []
+    handler, unknown = "", list[str]()
+    for path in paths:
+        document = _read(path)
+        both = "sandbox" in document
+        is_container = not both and "image" in document
+        if both or not is_container:
+            if sandbox is not None:
+                raise InvalidArgument(f"{path}: a second pod; there can be one")
+            given = document["sandbox"] if both else document
+            sandbox = _parse(given, pb.PodSandboxConfig(), f"{path}: sandbox", unknown)
+            handler = str(document.get("runtime_handler", "")) if both else ""
+        for index, given in enumerate(
+            document.get("containers", ()) if both else [document] * is_container
+        ):
+            where = f"{path}: containers[{index}]" if both else f"{path}: container"
+            containers.append(_parse(given, pb.ContainerConfig(), where, unknown))
+    if sandbox is None:
+        raise InvalidArgument(f"{', '.join(map(str, paths))}: there is no pod, only containers")
+    return Pod(sandbox, containers, handler, unknown)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise InvalidArgument(f"{path}: is larger than {MAX_FILE_BYTES} bytes")
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"{path}: {error}") from None
+    if not isinstance(document, dict):
+        raise InvalidArgument(f"{path}: is not a JSON object")
+    return document
+
+
+def _parse(document: object, message: M, where: str, unknown: list[str]) -> M:
+    """Of fields that the contract lacks the first is told, as proto3 passes over them."""
+    if not isinstance(document, dict):
+        raise InvalidArgument(f"{where}: is not a JSON object")
+    try:
+        return json_format.ParseDict(document, message)
+    except json_format.ParseError as error:
+        first = f"{where}: {error}"
+    message.Clear()
+    try:
+        json_format.ParseDict(document, message, ignore_unknown_fields=True)
+    except json_format.ParseError as error:
+        raise InvalidArgument(f"{where}: {error}") from None
+    unknown.append(first)
+    return message
+
+
+# --- the pod ---
+
+
+def examine(config: Config, pod: Pod) -> list[Finding]:
+    """All that is found, in the order of the objects. Raises Unsupported on a machine without cgroups."""
+    places = Places.of(config)
+    with tempfile.TemporaryDirectory() as empty:
+        database = places.database if places.database.exists() else Path(empty, "state.db")
+        store = Store.open(database)
+        try:
+            return asyncio.run(_Examination(config, places, store).run(pod))
+        finally:
+            store.close()
+
+
+class _Known:
+    """The images of the node; in the place of one that is not there, an empty one, which `missing` has."""
+
+    def __init__(self, images: NamedImages, layers: Path) -> None:
+        self._images = images
+        self._layers = layers
+        self.missing: list[str] = []
+
+    def find(self, name_or_id: str) -> Image:
+        found = self._images.find(name_or_id)
+        if found is not None:
+            return found
+        self.missing.append(name_or_id)
+        unknown = ImageConfig(cmd=("unknown",))
+        return Image(id="", manifest="", layers=(), size_bytes=0, config=unknown, pulled_at=0)
+
+    def lower_dirs(self, image: Image) -> tuple[Path, ...]:
+        return tuple(self._layers / chain_id for chain_id in reversed(image.layers))
+
+
+class _Artifacts:
+    """No security profile is read: only a running agent has them."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def read(self, reference: str) -> bytes:
+        self.asked.append(reference)
+        return b""
+
+
+class _Examination:
+    def __init__(self, config: Config, places: Places, store: Store) -> None:
+        self._config = config
+        self._places = places
+        self._host_ports = HostPorts(store)
+        self._images = _Known(NamedImages(store, ()), places.root / "layers")
+        self._cgroups = Cgroups.open(
+            driver=config.cgroup.driver,
+            default_parent=config.cgroup.parent or f"/nodeagent-{places.instance}",
+        )
+        self._artifacts = _Artifacts()
+        self._planner = Planner(
+            Registry(store, Events()),
+            self._images,
+            self._cgroups,
+            Profiles(config.seccomp.default_profile),
+            self._artifacts,
+            config,
+            pods=places.pods,
+        )
+        self._cdi = Cdi([Path(each) for each in config.cdi.directories], config.cdi.hook_programs)
+        self._findings: list[Finding] = []
+
+    async def run(self, pod: Pod) -> list[Finding]:
+        for text in pod.unknown:
+            self._found("skipped", "fields that this agent does not know", text)
+        metadata = pod.sandbox.metadata
+        what = f'pod sandbox "{metadata.namespace}/{metadata.name}"'
+        sandbox = await self._try(what, self._sandbox(pod.sandbox, pod.handler, what))
+        for message in pod.containers:
+            what = f'container "{message.metadata.name}"'
+            if sandbox is None:
+                self._found("not seen", what, "its pod is refused")
+            else:
+                await self._try(what, self._container(sandbox, message, what))
+        return self._findings
+
+    def _found(self, outcome: Outcome, what: str, text: str) -> None:
+        self._findings.append(Finding(outcome, what, text))
+
+    async def _try(self, what: str, look: Awaitable[T]) -> T | None:
+        """An error refuses the object; what is logged meanwhile has been skipped."""
+        log = logging.getLogger("nodeagent")
+        heard = _Heard()
+        before = log.level, log.propagate
+        log.addHandler(heard)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        try:
+            return await look
+        except (NodeAgentError, OSError) as error:
+            self._found("refused", what, str(error))
+            return None
+        finally:
+            log.removeHandler(heard)
+            log.level, log.propagate = before
+            for text in heard.texts:
+                self._found("skipped", what, text)
+
+    async def _sandbox(self, message: pb.PodSandboxConfig, handler: str, what: str) -> Sandbox:
+        config = sandbox_config(message)
+        parent = sandboxes.admit(config, handler, self._config.handlers, self._cgroups)
+        self._require_user_namespaces(config)
+        self._look_at_ports(config)
+        if config.sysctls:
+            self._found("not seen", what, "whether the kernel takes the values of its sysctls")
+        return Sandbox(
+            id=_ID,
+            config=config,
+            runtime_handler=handler,
+            cgroup_parent=parent or self._cgroups.pod_path(_ID),
+            boot_id="",
+            created_at=0,
+        )
+
+    def _require_user_namespaces(self, config: SandboxConfig) -> None:
+        user = config.namespaces.user
+        if user is None or user.mode == "node":
+            return
+        try:
+            mapped = check.maps_ids(self._places.root)
+        except OSError as error:
+            raise Unsupported(f"user namespaces: {error.strerror}") from None
+        if not mapped:
+            raise Unsupported("user namespaces: this kernel maps no ids of layers")
+
+    def _look_at_ports(self, config: SandboxConfig) -> None:
+        wanted = [mapping for mapping in config.port_mappings if mapping.host_port]
+        if config.namespaces.network == "node" or not wanted:
+            return
+        network = self._config.network
+        subnets = {4: network.subnet4, 6: network.subnet6}
+        self._host_ports.wanted(_ID, wanted, [version for version in subnets if subnets[version]])
+        if not network.host_ports:
+            raise FailedPrecondition("host ports: network.host_ports of the configuration is off")
+        if not check.forwards_ports():
+            raise Unsupported("host ports: this kernel has no nf_tables")
+
+    async def _container(self, sandbox: Sandbox, message: pb.ContainerConfig, what: str) -> None:
+        config = container_config(message, sandbox.config, sandbox.runtime_handler)
+        user = sandbox.config.namespaces.user
+        in_userns = user is not None and user.mode == "pod"
+        config = self._cdi.inject(config, userns=in_userns)
+        self._images.missing.clear()
+        self._artifacts.asked.clear()
+        image = self._images.find(config.image)
+        container = Container(
+            id=_ID,
+            sandbox_id=sandbox.id,
+            config=config,
+            image_id=image.id,
+            image_ref="",
+            image_name=config.image,
+            cgroup_path=self._cgroups.container_path(sandbox.cgroup_parent, _ID),
+            resources=config.resources,
+            stop_signal=process.stop_signal(config, image.config),
+        )
+        seen = await self._planner.look(config)
+        directory = self._places.containers / _ID
+        plan = self._planner.plan(sandbox, container, image, seen, directory)
+        for name in dict.fromkeys(self._images.missing):
+            text = f'image "{name}" is not on this node: its user, command, environment, volumes'
+            self._found("not seen", what, text)
+        for name in self._artifacts.asked:
+            text = f'security profile "{name}": whether it is on this node, and what it forbids'
+            self._found("not seen", what, text)
+        self._look_at_mounts(plan, what)
+        self._look_at_rights(config, plan, what)
+        if config.resources != type(config.resources)():
+            self._found("not seen", what, "whether the kernel takes its limits")
+
+    def _look_at_mounts(self, plan: ContainerPlan, what: str) -> None:
+        """Host paths as the container's first process will find them, if they do not change until then."""
+        for mount in plan["mounts"]:
+            own = Path(mount["source"]).is_relative_to(self._places.pods)
+            if mount["kind"] != "bind" or own:
+                continue
+            if mount.get("absent") == "make" and not os.path.exists(mount["source"]):
+                text = f'"{mount["source"]}" is absent: a directory, for {mount["target"]}'
+                self._found("made", what, text)
+                continue
+            origin = assembly.open_host_path(mount)
+            try:
+                assembly.require_propagation(mount, origin)
+            finally:
+                os.close(origin)
+
+    def _look_at_rights(self, config: ContainerConfig, plan: ContainerPlan, what: str) -> None:
+        """What the container's first process warns of, because the agent, as this command, lacks it."""
+        _, held, _ = syscalls.capget()
+        lacking = plan["process"]["capabilities"]["bounding"] & ~held
+        for name in capabilities.names(lacking):
+            self._found("skipped", what, f"capability {name}: the agent has not got it itself")
+        if config.resources.oom_score_adj < _own_oom_score() and not held & check.SYS_RESOURCE:
+            text = f"oom_score_adj {config.resources.oom_score_adj}: takes CAP_SYS_RESOURCE"
+            self._found("skipped", what, text)
+
+
+class _Heard(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def _own_oom_score() -> int:
+    return int(Path("/proc/self/oom_score_adj").read_text())

@@ -1,0 +1,62 @@
+"""Content codings of HTTP answers (RFC 9110, 8.4.1): some middle boxes compress what nobody asked them to.
+
+Only gzip and deflate, which are what such boxes do. Decoding is bounded by whoever takes the pieces: none of them is
+long, and no more is decoded than is taken.
+"""
+
+import zlib
+from collections.abc import Iterable, Iterator
+
+PIECE_BYTES = 256 << 10
+
+_GZIP = 16 + zlib.MAX_WBITS  # zlib.h, inflateInit2
+
+
+class Undecodable(Exception):
+    """The answer is in a coding that nobody asked for, or not in the one that it names."""
+
+
+def decoder_of(headers: Iterable[str]) -> "Decoder | None":
+    """For what Content-Encoding headers name; None for nothing. Raises `Undecodable`."""
+    names = [name.strip().lower() for header in headers for name in header.split(",")]
+    names = [name for name in names if name not in ("", "identity")]
+    return Decoder(", ".join(names)) if names else None
+
+
+class Decoder:
+    """Takes off a coding."""
+
+    def __init__(self, name: str) -> None:
+        if name not in ("gzip", "x-gzip", "deflate"):
+            raise Undecodable(f'its Content-Encoding is "{name[:40]}", which was not asked for')
+        self._name = name
+        self._stream = None if name == "deflate" else zlib.decompressobj(_GZIP)
+
+    def decode(self, data: bytes) -> Iterator[bytes]:
+        """What comes of the next bytes, in pieces of at most PIECE_BYTES. Raises `Undecodable`."""
+        while data:
+            stream = self._stream or _inflater(data[0])
+            if stream.eof:  # what follows is padding, or one more member
+                data = data.lstrip(b"\0")
+                if not data:
+                    return
+                stream = zlib.decompressobj(_GZIP)
+            self._stream = stream
+            try:
+                piece = stream.decompress(data, PIECE_BYTES)
+            except zlib.error:
+                raise Undecodable(f"damaged {self._name} data") from None
+            data = stream.unused_data if stream.eof else stream.unconsumed_tail
+            if piece:
+                yield piece
+
+    def finish(self) -> None:
+        """No more will come. Raises `Undecodable`."""
+        if self._stream is None or not self._stream.eof:
+            raise Undecodable(f"cut off {self._name} data")
+
+
+def _inflater(first: int) -> "zlib._Decompress":
+    """deflate is zlib's format or, against the standard, the bare one: the first byte tells (RFC 1950, 2.2)."""
+    is_zlib = first & 0x0F == zlib.DEFLATED and first >> 4 <= 7
+    return zlib.decompressobj(zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS)

@@ -1,0 +1,211 @@
+"""Security profiles that come as OCI artifacts: fetched by digest, kept beside the images, and unknown to them.
+
+An artifact is two small documents, its manifest and the profile, in ``profiles/sha256/``. They are written before the
+record that names them; documents that no record names go with the next start, records without documents too.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from nodeagent.errors import InvalidArgument, NodeAgentError, NotFound, SecurityProfileInvalid
+from nodeagent.images import artifact, manifest
+from nodeagent.images.auth import Auth
+from nodeagent.images.catalog import sync_file_system
+from nodeagent.images.client import open_session
+from nodeagent.images.concurrency import Flights, to_the_end
+from nodeagent.images.content import Documents
+from nodeagent.images.destinations import Scope
+from nodeagent.images.reference import Reference, parse
+from nodeagent.images.source import open_source
+from nodeagent.records import StoredProfile
+from nodeagent.store import Store
+
+log = logging.getLogger(__name__)
+
+MAX_REFS = 1000  # of one profile, the latest; each of them is a name of the same bytes
+
+_THREADS = 2
+_CHECKS = 2  # at once: each may take some seconds of a processor
+
+Check = Callable[[bytes], None]
+
+
+class SecurityProfiles:
+    """Opened with `SecurityProfiles.open`.
+
+    check: raises SecurityProfileInvalid for a text that is no profile; called in a thread. private_redirects: as
+    `Limits` of images.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        store: Store,
+        hosts_dir: Path,
+        check: Check,
+        private_redirects: bool,
+        resources: AsyncExitStack,
+    ) -> None:
+        self._root = root
+        self._store = store
+        self._hosts_dir = hosts_dir
+        self._check = check
+        self._floor = Scope.PRIVATE if private_redirects else Scope.PUBLIC
+        self._resources = resources
+        self._directory = root / "profiles/sha256"
+        self._documents = Documents(self._directory)
+        # Not the event loop's own threads, which are for the whole agent: a sync may last.
+        self._threads = ThreadPoolExecutor(_THREADS, "profiles")
+        resources.callback(self._threads.shutdown)
+        self._session = open_session()
+        resources.push_async_callback(self._session.close)
+        self._pulls: Flights[None] = Flights()
+        resources.push_async_callback(self._pulls.close)
+        self._changing = asyncio.Lock()
+        self._checking = asyncio.Semaphore(_CHECKS)
+        self._profiles = {profile.digest: profile for profile in store.all(StoredProfile)}
+
+    @classmethod
+    async def open(
+        cls,
+        *,
+        root: Path,
+        store: Store,
+        hosts_dir: Path,
+        check: Check,
+        private_redirects: bool = True,
+    ) -> Self:
+        """The profiles below `root`. What a crash left half done is dropped."""
+        async with AsyncExitStack() as resources:
+            profiles = cls(root, store, hosts_dir, check, private_redirects, resources)
+            profiles._recover()
+            profiles._resources = resources.pop_all()
+            return profiles
+
+    async def close(self) -> None:
+        """End what goes on; each piece undoes itself."""
+        await self._resources.aclose()
+
+    def list(self) -> Sequence[StoredProfile]:
+        """In the order in which they came."""
+        return sorted(self._profiles.values(), key=lambda profile: profile.pulled_at)
+
+    async def pull(self, reference: str, auth: Auth | None = None) -> bool:
+        """Have the profile of this reference here; returns whether it was here, then nobody is asked for it.
+
+        Raises SecurityProfileInvalid for what can never be one; NotFound, PermissionDenied, RegistryUnavailable,
+        DataLoss and ResourceExhausted as for an image. Nothing of it is here then.
+        """
+        name = _pinned(reference)
+        known = self._profiles.get(name.digest)
+        is_here = known is not None and await self._text(known) is not None
+        if not is_here:
+            await self._pulls.join((name, auth), lambda: self._pull(name, reference, auth))
+        self._remember(name.digest, reference)
+        return is_here
+
+    async def read(self, reference: str) -> bytes:
+        """The text of a profile by the reference or the digest; raises NotFound for one that is not here."""
+        profile = self._profiles.get(_pinned(reference).digest)
+        text = await self._text(profile) if profile is not None else None
+        if text is None:
+            raise NotFound(f'security profile "{reference}": not on this node; pull it first')
+        return text
+
+    async def remove(self, digest: str) -> None:
+        """Forget a profile; containers have its filter already. One that is not here is success."""
+        async with self._changing:
+            self._forget(digest)
+
+    async def _text(self, profile: StoredProfile) -> bytes | None:
+        return await to_the_end(self._threads, partial(self._documents.get, profile.content))
+
+    async def _pull(self, name: Reference, reference: str, auth: Auth | None) -> None:
+        try:
+            source = await open_source(self._session, name, auth, self._hosts_dir, self._floor)
+            data, _ = await source.manifest(name.digest, artifact.parse_seccomp)
+            text = await source.document(artifact.parse_seccomp(data))
+            async with self._checking:
+                await asyncio.to_thread(self._check, text)
+            await self._keep(name.digest, reference, data, text)
+        except NodeAgentError as error:
+            # The registry client names all that it fetches an image.
+            said = str(error).removeprefix("RegistryUnavailable: ")
+            said = said.removeprefix(f'image "{name}": ')
+            raise type(error)(f'security profile "{name}": {said}') from None
+
+    async def _keep(self, digest: str, reference: str, data: bytes, text: bytes) -> None:
+        """Both documents, then the record; all of it survives a power cut on return, or nothing of it is here."""
+        async with self._changing:
+            old = self._profiles.get(digest)
+            try:
+                for document in (data, text):
+                    await to_the_end(self._threads, partial(self._documents.put, document))
+                self._put(
+                    StoredProfile(
+                        digest=digest,
+                        content=manifest.digest(text),
+                        refs=_joined(old.refs if old is not None else (), reference),
+                        size_bytes=len(data) + len(text),
+                        pulled_at=time.time_ns(),
+                    )
+                )
+                await to_the_end(self._threads, partial(sync_file_system, self._root))
+            except BaseException:
+                self._forget(digest)
+                raise
+
+    def _remember(self, digest: str, reference: str) -> None:
+        """The names that it was asked for by. Whoever has removed it meanwhile has removed it."""
+        profile = self._profiles.get(digest)
+        if profile is not None and reference not in profile.refs:
+            refs = _joined(profile.refs, reference)
+            self._put(msgspec.structs.replace(profile, refs=refs))
+
+    def _put(self, profile: StoredProfile) -> None:
+        self._store.put(profile)
+        self._profiles[profile.digest] = profile
+
+    def _forget(self, digest: str) -> None:
+        """The record and then the documents that no other has."""
+        if digest in self._profiles:
+            self._store.delete(StoredProfile, digest)
+            del self._profiles[digest]
+        self._collect()
+
+    def _collect(self) -> None:
+        owners = self._profiles.values()
+        self._documents.keep({d for owner in owners for d in (owner.digest, owner.content)})
+
+    def _recover(self) -> None:
+        for profile in self.list():
+            if self._documents.get(profile.content) is None:
+                log.warning("security profile %s: damaged, dropped; pull it again", profile.digest)
+                self._store.delete(StoredProfile, profile.digest)
+                del self._profiles[profile.digest]
+        self._documents = Documents(self._directory)  # what is damaged is unknown to the old one
+        self._collect()
+
+
+def _pinned(reference: str) -> Reference:
+    """Raises SecurityProfileInvalid for what names no artifact by its digest."""
+    try:
+        name = parse(reference)
+    except InvalidArgument as error:
+        raise SecurityProfileInvalid(str(error)) from None
+    if not name.digest:
+        raise SecurityProfileInvalid(f'security profile "{reference}": must be named by its digest')
+    return name
+
+
+def _joined(refs: Sequence[str], reference: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*refs, reference)))[-MAX_REFS:]

@@ -1,0 +1,106 @@
+"""What keeps the runtime from working, for its condition RuntimeReady: the first of what is found.
+
+A full disk is not among it: a node that is not ready frees nothing.
+"""
+
+import asyncio
+import logging
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from nodeagent.cgroups.manager import Cgroups
+from nodeagent.lifecycle.hostpaths import HostPaths
+from nodeagent.lifecycle.launchers import Launchers
+from nodeagent.lifecycle.places import Places
+from nodeagent.store import Store
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+
+
+class Trouble(NamedTuple):
+    """reason: for programs, one word. Both are empty where there is none."""
+
+    reason: str
+    message: str
+
+
+NONE = Trouble("", "")
+
+
+class Health:
+    """Looks when it is asked, which is every few seconds, and says in the log what has changed."""
+
+    def __init__(
+        self, places: Places, cgroups: Cgroups, launchers: Launchers, store: Store
+    ) -> None:
+        self._directories = {path: _identity(path) for path in (places.root, places.pods)}
+        self._cgroups = cgroups
+        self._launchers = launchers
+        self._store = store
+        self._paths = HostPaths()
+        self._look: asyncio.Future[Trouble] | None = None
+        self._said = NONE
+
+    async def trouble(self) -> Trouble:
+        """Within LOOK_SECONDS, whatever the file systems do."""
+        found = await self._find()
+        if found != self._said:
+            self._said = found
+            if found == NONE:
+                log.info("RuntimeReady: true again")
+            else:
+                log.error("RuntimeReady: false: %s: %s", *found)
+        return found
+
+    async def _find(self) -> Trouble:
+        if self._launchers.trouble:
+            return Trouble("LauncherGone", f"no launcher: {self._launchers.trouble}")
+        if text := self._store.trouble():
+            return Trouble("StoreNotWritable", text)
+        return await self._look_at_paths()
+
+    async def _look_at_paths(self) -> Trouble:
+        """In a thread: a path may be covered by a file system that never answers. There is one look at a time."""
+        if self._look is None or self._look.done():
+            what, path = "status", str(next(iter(self._directories)))
+            self._look = asyncio.ensure_future(self._paths.look(what, path, self._paths_trouble))
+        done, _ = await asyncio.wait((self._look,), timeout=LOOK_SECONDS)
+        if done:
+            return self._look.result()
+        names = ", ".join(map(str, self._directories))
+        return Trouble(
+            "NotAnswering",
+            f"a look at {names} and the cgroup hierarchies is still blocked; is one of their filesystems hung?",
+        )
+
+    def _paths_trouble(self) -> Trouble:
+        if covered := self._cgroups.covered():
+            return Trouble(
+                "CgroupRootCovered",
+                f"{covered}: another mount covers the cgroup hierarchy of this node; find it in "
+                "/proc/self/mountinfo, end the pod that made it, and unmount it",
+            )
+        for path, identity in self._directories.items():
+            try:
+                if _identity(path) != identity:
+                    return Trouble(
+                        "DirectoryReplaced",
+                        f"{path}: another directory or mount is there than when the agent was started; "
+                        "take it away, or restart the agent",
+                    )
+                if os.statvfs(path).f_flag & os.ST_RDONLY:
+                    return Trouble(
+                        "ReadOnly",
+                        f"{path}: its filesystem is read-only; the kernel's log says why it has become so",
+                    )
+            except OSError as error:
+                return Trouble("DirectoryGone", f"{path}: {error.strerror}")
+        return NONE
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino

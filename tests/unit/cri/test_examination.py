@@ -1,0 +1,66 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nodeagent.cri import examination
+from nodeagent.errors import InvalidArgument
+
+SANDBOX = {"metadata": {"name": "p", "uid": "u", "namespace": "n"}, "hostname": "p"}
+CONTAINER = {"metadata": {"name": "c"}, "image": {"image": "busybox"}, "command": ["sleep"]}
+
+
+def written(path: Path, document: Any) -> Path:
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    return path
+
+
+def test_files_as_crictl_takes_them(tmp_path: Path) -> None:
+    paths = [
+        written(tmp_path / "container.json", CONTAINER),
+        written(tmp_path / "sandbox.json", SANDBOX),
+        written(tmp_path / "other.json", CONTAINER),
+    ]
+    pod = examination.load(paths)
+    assert (pod.sandbox.hostname, pod.handler, pod.unknown) == ("p", "", [])
+    assert [container.metadata.name for container in pod.containers] == ["c", "c"]
+
+
+def test_one_file_with_both(tmp_path: Path) -> None:
+    both = {"sandbox": SANDBOX, "containers": [CONTAINER], "runtime_handler": "fast"}
+    pod = examination.load([written(tmp_path / "pod.json", both)])
+    assert (pod.sandbox.metadata.name, pod.handler) == ("p", "fast")
+    assert list(pod.containers[0].command) == ["sleep"]
+
+
+def test_fields_of_a_newer_contract_are_passed_over(tmp_path: Path) -> None:
+    both = {"sandbox": {**SANDBOX, "novelty": 1}, "containers": [CONTAINER]}
+    pod = examination.load([written(tmp_path / "pod.json", both)])
+    assert pod.sandbox.hostname == "p"
+    assert len(pod.unknown) == 1
+    assert "novelty" in pod.unknown[0]
+
+
+@pytest.mark.parametrize(
+    ("documents", "text"),
+    [
+        ([SANDBOX, SANDBOX], "a second pod"),
+        ([CONTAINER], "there is no pod"),
+        (["{"], "Expecting"),
+        (["[" * 100_000], "file-0"),
+        (["[]"], "is not a JSON object"),
+        ([{"sandbox": []}], "sandbox: is not a JSON object"),
+        ([{"sandbox": SANDBOX, "containers": [1]}], r"containers\[0\]: is not a JSON object"),
+        ([{**SANDBOX, "hostname": {}}], "hostname"),
+    ],
+)
+def test_what_is_no_pod_is_refused_with_the_file(
+    tmp_path: Path, documents: list[Any], text: str
+) -> None:
+    paths = [
+        written(tmp_path / f"file-{number}", document) for number, document in enumerate(documents)
+    ]
+    with pytest.raises(InvalidArgument, match=text) as caught:
+        examination.load(paths)
+    assert str(tmp_path) in str(caught.value)

@@ -1,0 +1,20 @@
+"""What the log says of containers."""
+
+from typing import Any, cast
+
+import pytest
+
+from nodeagent.lifecycle.containers import Containers
+
+
+def test_what_holds_for_every_container_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A node's privileged pods would fill its log with what the agent lacks."""
+    nothing = cast(Any, None)
+    parts = ("registry", "supervision", "images", "cgroups", "planner", "cdi", "trash", "directory")
+    containers = Containers(**dict.fromkeys(parts, nothing))
+    missing, refused = "capability SYS_RESOURCE: not available", "oom_score_adj -997: not permitted"
+    for _ in range(3):
+        containers._warn([missing, refused])
+    assert caplog.messages == [
+        f"every container that is to have it: {text}" for text in (missing, refused)
+    ]

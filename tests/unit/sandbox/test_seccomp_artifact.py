@@ -1,0 +1,92 @@
+"""Profiles that anybody may have written, compiled in a process of their own."""
+
+import json
+import subprocess
+from typing import Any
+
+import pytest
+
+from nodeagent.errors import InvalidArgument, ResourceExhausted, Unavailable, Unsupported
+from nodeagent.linux import capabilities
+from nodeagent.sandbox import seccomp_artifact, seccomp_profile
+
+
+def text(*entries: dict[str, Any], default: str = "SCMP_ACT_ERRNO") -> bytes:
+    return json.dumps({"defaultAction": default, "syscalls": list(entries)}).encode()
+
+
+def conditions(*operators: str, value: int) -> list[dict[str, Any]]:
+    return [{"index": i, "value": value + i, "op": op} for i, op in enumerate(operators)]
+
+
+def test_what_is_compiled_apart_is_the_same() -> None:
+    profile = text({"names": ["read", "mount"], "action": "SCMP_ACT_ALLOW"})
+    base = seccomp_profile.runtime_default(0)
+    held = capabilities.mask(["SYS_ADMIN"])
+    own = seccomp_profile.from_json(profile, held)
+    assert seccomp_artifact.compiled(profile, held) == own
+    both = seccomp_profile.intersection(base, own)
+    assert seccomp_artifact.compiled(profile, held, base) == both
+
+
+@pytest.mark.parametrize(
+    ("profile", "kind"),
+    [
+        (b"no profile", InvalidArgument),
+        (text(default="SCMP_ACT_NONE"), InvalidArgument),
+        (text(default="SCMP_ACT_NOTIFY"), Unsupported),
+    ],
+)
+def test_faults_are_told(profile: bytes, kind: type[Exception]) -> None:
+    with pytest.raises(kind) as apart:
+        seccomp_artifact.compiled(profile, 0)
+    with pytest.raises(kind) as here:
+        seccomp_profile.from_json(profile, 0)
+    assert str(apart.value) == str(here.value)
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        # The ways through six comparisons of 64 bits, in four rules, multiply.
+        text(
+            *(
+                {
+                    "names": ["write"],
+                    "action": "SCMP_ACT_ALLOW",
+                    "args": conditions(*["SCMP_CMP_GT"] * 6, value=v),
+                }
+                for v in (0, 1000, 2000, 3000)
+            )
+        ),
+        # As many rules as names and alternatives of conditions together.
+        text(
+            {
+                "names": ["write"] * 50_000,
+                "action": "SCMP_ACT_ALLOW",
+                "args": [
+                    {"index": 0, "value": value, "op": "SCMP_CMP_EQ"} for value in range(5000)
+                ],
+            }
+        ),
+    ],
+    ids=["ways", "rules"],
+)
+def test_what_would_take_for_ever_is_cut_off(profile: bytes) -> None:
+    with pytest.raises(InvalidArgument, match="to compile; use fewer conditions"):
+        seccomp_artifact.compiled(profile, 0)
+
+
+def test_what_is_not_the_profile_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kubelet tries again."""
+
+    def killed(command: list[str], **_: object) -> "subprocess.CompletedProcess[str]":
+        return subprocess.CompletedProcess(command, -9, "", "")
+
+    def late(command: list[str], **_: object) -> "subprocess.CompletedProcess[str]":
+        raise subprocess.TimeoutExpired(command, 1)
+
+    for run, kind in ((killed, ResourceExhausted), (late, Unavailable)):
+        monkeypatch.setattr(subprocess, "run", run)
+        with pytest.raises(kind):
+            seccomp_artifact.compiled(text(default="SCMP_ACT_TRAP"), 0)
