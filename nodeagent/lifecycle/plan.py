@@ -32,9 +32,8 @@ from nodeagent.sandbox.spec import (
 )
 
 UMASK = 0o022
-COMPILERS = (
-    2  # of profiles that anybody may have written: each may take some seconds of a processor
-)
+# Of profiles that anybody may have written, each of which may take some seconds of a processor.
+COMPILERS = 2
 
 
 class Seen(NamedTuple):
