@@ -9,7 +9,7 @@ import pytest
 from tests.guest import machine, policy, setup
 
 PROJECT = Path(__file__).parents[2]
-SUITES = ["tests/e2e/test_selinux.py"]
+SUITES = ["tests/e2e/test_selinux.py", "tests/charts/test_charts.py::test_chart[cilium-agent]"]
 SECONDS = 900
 
 
