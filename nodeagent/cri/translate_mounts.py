@@ -31,7 +31,7 @@ def mounts(
 def _mount(message: pb.Mount, field: str, pod: SandboxConfig, handler: str) -> MountConfig:
     translate_images.check(message.image, f"{field}.image", {"", handler})
     mount = MountConfig(
-        container_path=validate.path(message.container_path, f"{field}.container_path"),
+        container_path=validate.container_path(message.container_path, f"{field}.container_path"),
         host_path=validate.optional_path(message.host_path, f"{field}.host_path"),
         readonly=message.readonly,
         recursive_read_only=message.recursive_read_only,

@@ -87,6 +87,25 @@ def test_absent_host_paths_that_are_not_made(rejecting: Cri, tmp_path: Path) -> 
     pod.remove()
 
 
+# ---- paths as people write them ----
+
+
+@pytest.mark.parametrize("target", ["/data/", "//data/./", "/tmp/../data", "data", "./x/../data"])
+def test_where_a_mount_is_may_be_written_in_several_ways(
+    cri: Cri, tmp_path: Path, target: str
+) -> None:
+    (tmp_path / "file").write_text("mounted")
+    container = cri.run(mounts=[at(tmp_path, target)], working_dir="/tmp/../data/")
+    assert container.shell("pwd; cat file; cat /data/file") == "/data\nmountedmounted"
+    container.pod.remove()
+
+
+def test_a_device_without_a_place_of_its_own_is_where_the_node_has_it(cri: Cri) -> None:
+    container = cri.run(devices=[pb.Device(host_path="/dev/kmsg", permissions="r")])
+    assert container.shell("stat -c %t:%T /dev/kmsg") == "1:b"
+    container.pod.remove()
+
+
 # ---- what cannot be mounted ----
 
 
