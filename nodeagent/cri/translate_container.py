@@ -154,8 +154,11 @@ def _devices(messages: Sequence[pb.Device]) -> tuple[DeviceConfig, ...]:
 def _device(message: pb.Device, field: str) -> DeviceConfig:
     host_path = validate.path(message.host_path, f"{field}.host_path")
     path = message.container_path or host_path  # which plug-ins leave out where both are the same
+    container_path = validate.container_path(path, f"{field}.container_path")
+    if container_path == "/":
+        validate.refuse(f"{field}.container_path", "the root file system is no place of a device")
     return DeviceConfig(
-        container_path=validate.container_path(path, f"{field}.container_path"),
+        container_path=container_path,
         host_path=host_path,
         permissions=validate.matching(
             message.permissions, _PERMISSIONS, f"{field}.permissions", "some of r, w and m"

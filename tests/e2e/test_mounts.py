@@ -138,6 +138,34 @@ def test_a_directory_on_a_file_and_the_reverse(
     pod.remove()
 
 
+@pytest.mark.parametrize("target", ["/sys/none", "/sys/fs/none/deep", "/dev/pts/99"])
+def test_a_mount_point_that_cannot_be_made(cri: Cri, target: str) -> None:
+    """As /sys/fs/bpf of a kernel without it."""
+    pod = cri.pod()
+    call = partial(pod.container, mounts=[at("/dev/null", target)])
+    refused(FAILED_PRECONDITION, f"mount /dev/null on {target}: the path is not there", call)
+    pod.remove()
+
+
+def test_a_host_path_that_no_mount_has(cri: Cri) -> None:
+    read, write = os.pipe()
+    path = f"/proc/{os.getpid()}/fd/{read}"
+    pod = cri.pod()
+    call = partial(pod.container, mounts=[at(path, "/pipe")])
+    refused(FAILED_PRECONDITION, f'host path "{path}" for /pipe: cannot be mounted', call)
+    os.close(read)
+    os.close(write)
+    pod.remove()
+
+
+def test_a_host_path_of_a_device_below_a_file(cri: Cri) -> None:
+    device = pb.Device(container_path="/dev/x", host_path="/dev/null/x", permissions="r")
+    pod = cri.pod()
+    call = partial(pod.container, devices=[device])
+    refused(grpc.StatusCode.NOT_FOUND, 'device "/dev/null/x": not on this node', call)
+    pod.remove()
+
+
 def test_a_device_below_a_file(cri: Cri) -> None:
     device = pb.Device(container_path="/etc/passwd/null", host_path="/dev/null", permissions="r")
     pod = cri.pod()

@@ -398,6 +398,7 @@ ROOT = pb.IDMapping(container_id=0, host_id=1, length=1)
         (volume(image_sub_path="../etc"), "config.mounts[0].image_sub_path"),
         (volume(image_sub_path="/etc"), "config.mounts[0].image_sub_path"),
         (device(container_path="/.."), "config.devices[0].container_path"),
+        (device(container_path="/a/.."), "config.devices[0].container_path: the root"),
         (device(host_path="sda"), "config.devices[0].host_path"),
         (device(permissions=""), "config.devices[0].permissions"),
         (device(permissions="rx"), "config.devices[0].permissions"),
