@@ -97,6 +97,8 @@ def test_where_a_mount_is_may_be_written_in_several_ways(
     (tmp_path / "file").write_text("mounted")
     container = cri.run(mounts=[at(tmp_path, target)], working_dir="/tmp/../data/")
     assert container.shell("pwd; cat file; cat /data/file") == "/data\nmountedmounted"
+    # The kubelet looks for a termination message by the path that it has asked for.
+    assert [mount.container_path for mount in container.status.mounts] == [target]
     container.pod.remove()
 
 
