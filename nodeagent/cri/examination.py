@@ -6,6 +6,7 @@ said too. An object is refused with its first fault, as a request is.
 """
 
 import asyncio
+import base64
 import json
 import logging
 import os
@@ -89,11 +90,13 @@ def load(paths: Sequence[Path]) -> Pod:
             given = document["sandbox"] if both else document
             sandbox = _parse(given, pb.PodSandboxConfig(), f"{path}: sandbox", unknown)
             handler = str(document.get("runtime_handler", "")) if both else ""
-        for index, given in enumerate(
-            document.get("containers", ()) if both else [document] * is_container
-        ):
+        listed = document.get("containers", []) if both else [document] * is_container
+        if not isinstance(listed, list):
+            raise InvalidArgument(f"{path}: containers: is not a JSON array")
+        for index, given in enumerate(listed):
             where = f"{path}: containers[{index}]" if both else f"{path}: container"
-            containers.append(_parse(given, pb.ContainerConfig(), where, unknown))
+            container = _parse(_with_encoded_envs(given), pb.ContainerConfig(), where, unknown)
+            containers.append(container)
     if sandbox is None:
         raise InvalidArgument(f"{', '.join(map(str, paths))}: there is no pod, only containers")
     return Pod(sandbox, containers, handler, unknown)
@@ -107,10 +110,30 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise InvalidArgument(f"{path}: {error}") from None
+        raise InvalidArgument(f"{path}: is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise InvalidArgument(f"{path}: is not a JSON object")
+    if "apiVersion" in document:
+        raise InvalidArgument(
+            f"{path}: is a manifest of Kubernetes; what is looked at are the requests that a kubelet makes of it, "
+            "the JSON of a PodSandboxConfig and of ContainerConfigs"
+        )
     return document
+
+
+def _with_encoded_envs(document: object) -> object:
+    """As protobuf's JSON has bytes, in base64: in crictl's files the value of a variable is the text itself."""
+    envs = document.get("envs") if isinstance(document, dict) else None
+    if not isinstance(document, dict) or not isinstance(envs, list):
+        return document
+    return {**document, "envs": [_with_encoded_value(env) for env in envs]}
+
+
+def _with_encoded_value(env: object) -> object:
+    value = env.get("value") if isinstance(env, dict) else None
+    if not isinstance(env, dict) or not isinstance(value, str):
+        return env
+    return {**env, "value": base64.b64encode(value.encode(errors="replace")).decode()}
 
 
 def _parse(document: object, message: M, where: str, unknown: list[str]) -> M:

@@ -187,7 +187,13 @@ def _clone_host_path(mount: Mount, maps: IdMaps) -> int:
     if "label" in mount:
         relabel.require_relabelable(origin, mount["source"])
         relabel.relabel_tree(origin, mount["label"], mount["source"])
-    tree = mounts.clone_tree(origin)
+    try:
+        tree = mounts.clone_tree(origin)
+    except OSError as error:
+        # A pipe, a socket or a file without a name, by its descriptor in procfs.
+        what = f'host path "{mount["source"]}" for {mount["target"]}'
+        text = f"{what}: cannot be mounted: {os.strerror(error.errno or 0)}"
+        raise FailedPrecondition(text) from error
     mounts.set_attributes(tree, mount["attributes"], mount["recursive"])
     idmaps.map_volume(tree, origin, mount, maps)
     if mount["propagation"] != "shared":  # a clone of a shared mount shares already
@@ -367,6 +373,11 @@ def _open_target(assembly: Assembly, mount: Mount, directory: bool) -> int:
         raise InvalidArgument(
             f"mount {rootfs.describe(mount)}: the path is not there, and leads into a file system in which none can"
             " be made, as procfs is"
+        ) from error
+    except PermissionError as error:  # sysfs and devpts take nothing new
+        raise FailedPrecondition(
+            f"mount {rootfs.describe(mount)}: the path is not there, and cannot be made or reached where it leads:"
+            f" {os.strerror(error.errno or 0)}"
         ) from error
     except OSError as error:
         if error.errno != errno.ELOOP or follow:
