@@ -75,14 +75,15 @@ def _check_bind(mount: MountConfig, field: str) -> None:
 
 
 def _check_image(mount: MountConfig, field: str, pod: SandboxConfig) -> None:
-    """Its files are seen with the ids of the pod, as those of the container's own image are."""
+    """Its files are seen with the ids of the pod, as those of the container's own image are.
+
+    Nobody mounts anything in what is made for this container alone, so that any propagation is as good as none.
+    """
     if mount.host_path:
         validate.refuse(f"{field}.image", "a mount has a host_path or an image, not both")
     validate.given(mount.image, f"{field}.image.image")
     if not mount.readonly:
         validate.refuse(f"{field}.readonly", "an image can only be mounted read-only")
-    if mount.propagation != "private":
-        validate.refuse(f"{field}.propagation", "an image can only be mounted private")
     user = pod.namespaces.user or UserNamespace(mode="node")
     if mount.uids and (mount.uids, mount.gids) != (user.uids, user.gids):
         validate.refuse(f"{field}.uidMappings", "an image is mapped as its pod is, or not at all")

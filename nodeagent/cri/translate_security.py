@@ -1,5 +1,6 @@
 """What the security contexts of pods and containers have in common: identity, profiles, SELinux labels."""
 
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -7,6 +8,8 @@ from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import validate
 from nodeagent.linux import capabilities
 from nodeagent.records import CapabilityChange, Profile, SELinux
+
+log = logging.getLogger(__name__)
 
 SecurityContext = pb.LinuxSandboxSecurityContext | pb.LinuxContainerSecurityContext
 
@@ -157,9 +160,9 @@ def capability_change(message: pb.Capability, field: str) -> CapabilityChange:
 
 
 def _capabilities(values: Sequence[str], field: str) -> tuple[str, ...]:
+    """Without those that nobody knows, which the other runtimes pass over as well: a later kernel may have them."""
     validate.bounded(values, field)
-    names = tuple(value.upper().removeprefix("CAP_") for value in values)
-    for value, name in zip(values, names, strict=True):
-        if name not in _CAPABILITIES:
-            validate.refuse(field, f'"{value}" is not a capability')
-    return names
+    names = {value.upper().removeprefix("CAP_"): value for value in values}
+    for unknown in names.keys() - _CAPABILITIES:
+        log.warning("%s: %s is no capability, and is passed over", field, ascii(names[unknown]))
+    return tuple(name for name in names if name in _CAPABILITIES)

@@ -6,12 +6,15 @@ every one of a family (0.0.0.0 and ::), or for one address.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from ipaddress import ip_address
 
 from nodeagent.errors import AlreadyExists, InvalidArgument
 from nodeagent.records import HostPort, PortMapping
 from nodeagent.store import Store
+
+log = logging.getLogger(__name__)
 
 _PORTS = range(1, 65536)
 
@@ -54,7 +57,7 @@ class HostPorts:
         others = self._others(pod_id)
         for mapping in mappings:
             port = _host_port(pod_id, mapping, versions)
-            if port not in ports:
+            if port is not None and port not in ports:
                 _refuse_conflict(port, [*others, *ports])
                 ports.append(port)
         return ports
@@ -67,7 +70,8 @@ class HostPorts:
         self.reserve(pod_id, (), ())
 
 
-def _host_port(pod_id: str, mapping: PortMapping, versions: Sequence[int]) -> HostPort:
+def _host_port(pod_id: str, mapping: PortMapping, versions: Sequence[int]) -> HostPort | None:
+    """None for an address of a family that the pod has none of, which CNI's portmap passes over as well."""
     what = f"port mapping {mapping.protocol} {mapping.host_port}"
     if mapping.host_port not in _PORTS:
         raise InvalidArgument(f"{what}: host_port is not in 1..65535")
@@ -78,7 +82,13 @@ def _host_port(pod_id: str, mapping: PortMapping, versions: Sequence[int]) -> Ho
     except ValueError:
         raise InvalidArgument(f'{what}: host_ip "{mapping.host_ip}" is no address') from None
     if host is not None and host.version not in versions:
-        raise InvalidArgument(f"{what}: host_ip {host}: the pod has no IPv{host.version} address")
+        log.warning(
+            "%s of host_ip %s: passed over, as the pod has no IPv%d address",
+            what,
+            host,
+            host.version,
+        )
+        return None
     return HostPort(
         protocol=mapping.protocol,
         host_ip=str(host or ""),

@@ -490,7 +490,7 @@ def _populate_dev(dev: int, plan: ContainerPlan, maps: IdMaps) -> None:
                 below = parent.removeprefix("/dev/")
                 parents[parent] = _device_directory(dev, below, device, follow=False)
             _make_device(parents[parent], device, maps)
-    taken = {mount["target"] for mount in plan["mounts"]} | asked.keys()
+    taken = {mount["target"] for mount in plan["mounts"]} | asked.keys() | parents.keys()
     for name, target in rootfs.DEFAULT_LINKS.items():
         if f"/dev/{name}" not in taken:
             os.symlink(target, name, dir_fd=dev)

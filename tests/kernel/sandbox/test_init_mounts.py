@@ -134,6 +134,12 @@ def test_further_devices(plan: Plan) -> None:
     ]
 
 
+def test_a_device_below_the_place_of_a_link(plan: Plan) -> None:
+    devices = [rootfs.character_device("/dev/fd/9", 1, 3)]
+    _, output = run(plan("stat -c %t:%T /dev/fd/9; readlink /dev/stdin", devices=devices))
+    assert output.splitlines() == ["1:3", "/proc/self/fd/0"]
+
+
 def test_a_dev_of_the_request_is_left_alone(plan: Plan, volume: Path) -> None:
     """It may be the node's own."""
     added = [mount for mount in DEFAULT if not mount["target"].startswith("/dev")]

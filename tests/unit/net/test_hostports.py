@@ -110,7 +110,6 @@ def test_release_gives_all_back(store: Store) -> None:
         (mapping(80, container_port=0), "container_port 0"),
         (mapping(80, container_port=70000), "container_port 70000"),
         (mapping(80, "localhost"), 'host_ip "localhost"'),
-        (mapping(80, "fd00::1"), "no IPv6 address"),
     ],
 )
 def test_malformed_mapping_is_refused_by_field(wrong: PortMapping, text: str, store: Store) -> None:
@@ -118,3 +117,13 @@ def test_malformed_mapping_is_refused_by_field(wrong: PortMapping, text: str, st
     with pytest.raises(InvalidArgument, match=text):
         ports.reserve("a", [mapping(1), wrong], (4,))
     assert ports.all() == []
+
+
+def test_an_address_of_another_family_is_passed_over(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    ports = HostPorts(store)
+    held = ports.reserve("a", [mapping(80, "::"), mapping(80, "0.0.0.0")], (4,))
+    assert [port.host_ip for port in held] == ["0.0.0.0"]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == "port mapping tcp 80 of host_ip ::: passed over, as the pod has no IPv6 address"
