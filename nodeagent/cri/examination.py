@@ -9,7 +9,6 @@ import asyncio
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -36,7 +35,7 @@ from nodeagent.linux import capabilities, syscalls
 from nodeagent.net.hostports import HostPorts
 from nodeagent.records import Container, ContainerConfig, Image, ImageConfig, Sandbox, SandboxConfig
 from nodeagent.sandbox import assembly
-from nodeagent.sandbox.spec import ContainerPlan
+from nodeagent.sandbox.spec import ContainerPlan, Mount
 from nodeagent.store import Store
 
 M = TypeVar("M", bound=Message)
@@ -46,6 +45,7 @@ Outcome = Literal["refused", "skipped", "made", "not seen"]
 
 MAX_FILE_BYTES = 16 << 20  # as a message of gRPC
 _ID = "0" * 64  # of a pod or container that there will never be
+_JSON: dict[type, str] = {list: "list", str: "string"}
 
 
 class Finding(NamedTuple):
@@ -56,7 +56,7 @@ class Finding(NamedTuple):
     text: str
 
     def __str__(self) -> str:
-        return f"{self.outcome:9} {self.what}: {self.text}"
+        return _line(f"{self.outcome:9} {self.what}: {self.text}")
 
 
 class Pod(NamedTuple):
@@ -88,10 +88,9 @@ def load(paths: Sequence[Path]) -> Pod:
                 raise InvalidArgument(f"{path}: a second pod; there can be one")
             given = document["sandbox"] if both else document
             sandbox = _parse(given, pb.PodSandboxConfig(), f"{path}: sandbox", unknown)
-            handler = str(document.get("runtime_handler", "")) if both else ""
-        for index, given in enumerate(
-            document.get("containers", ()) if both else [document] * is_container
-        ):
+            handler = _given(document, "runtime_handler", str, path) if both else ""
+        listed = _given(document, "containers", list, path) if both else [document] * is_container
+        for index, given in enumerate(listed):
             where = f"{path}: containers[{index}]" if both else f"{path}: container"
             containers.append(_parse(given, pb.ContainerConfig(), where, unknown))
     if sandbox is None:
@@ -106,11 +105,22 @@ def _read(path: Path) -> dict[str, Any]:
         raise InvalidArgument(f"{path}: is larger than {MAX_FILE_BYTES} bytes")
     try:
         document = json.loads(data)
+        json.dumps(document, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"{path}: {error}") from None
     if not isinstance(document, dict):
         raise InvalidArgument(f"{path}: is not a JSON object")
     return document
+
+
+def _given(document: dict[str, Any], name: str, kind: type[T], path: Path) -> T:
+    """A field, empty where it is absent or null, as the fields of messages are."""
+    value = document.get(name)
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise InvalidArgument(f"{path}: {name}: is not a {_JSON[kind]}")
+    return value
 
 
 def _parse(document: object, message: M, where: str, unknown: list[str]) -> M:
@@ -120,14 +130,19 @@ def _parse(document: object, message: M, where: str, unknown: list[str]) -> M:
     try:
         return json_format.ParseDict(document, message)
     except json_format.ParseError as error:
-        first = f"{where}: {error}"
+        first = _line(f"{where}: {error}")
     message.Clear()
     try:
         json_format.ParseDict(document, message, ignore_unknown_fields=True)
     except json_format.ParseError as error:
-        raise InvalidArgument(f"{where}: {error}") from None
+        raise InvalidArgument(_line(f"{where}: {error}")) from None
     unknown.append(first)
     return message
+
+
+def _line(text: str) -> str:
+    """On one line, and without what a terminal obeys: the files may be anybody's."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 # --- the pod ---
@@ -136,13 +151,11 @@ def _parse(document: object, message: M, where: str, unknown: list[str]) -> M:
 def examine(config: Config, pod: Pod) -> list[Finding]:
     """All that is found, in the order of the objects. Raises Unsupported on a machine without cgroups."""
     places = Places.of(config)
-    with tempfile.TemporaryDirectory() as empty:
-        database = places.database if places.database.exists() else Path(empty, "state.db")
-        store = Store.open(database)
-        try:
-            return asyncio.run(_Examination(config, places, store).run(pod))
-        finally:
-            store.close()
+    store = Store.copy_of(places.database)
+    try:
+        return asyncio.run(_Examination(config, places, store).run(pod))
+    finally:
+        store.close()
 
 
 class _Known:
@@ -314,6 +327,7 @@ class _Examination:
             if mount["kind"] != "bind" or own:
                 continue
             if mount.get("absent") == "make" and not os.path.exists(mount["source"]):
+                _require_place(mount)
                 text = f'"{mount["source"]}" is absent: a directory, for {mount["target"]}'
                 self._found("made", what, text)
                 continue
@@ -341,6 +355,17 @@ class _Heard(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.texts.append(record.getMessage())
+
+
+def _require_place(mount: Mount) -> None:
+    """Raises FailedPrecondition where a host path that is absent cannot be made: see `assembly.open_host_path`."""
+    path = above = mount["source"]
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if above == path or not os.path.isdir(above):
+        raise FailedPrecondition(
+            f'host path "{path}" for {mount["target"]}: "{above}" is no directory, or a link to nothing'
+        )
 
 
 def _own_oom_score() -> int:
