@@ -298,6 +298,8 @@ async def received(
                 skip -= skipped
                 if len(chunk) > skipped:
                     yield chunk[skipped:]
+                else:  # a few bytes that were sent may be gigabytes to pass over
+                    await asyncio.sleep(0)
         if decoder:
             decoder.finish()
     except Undecodable as error:

@@ -1,12 +1,19 @@
 """What a registry's answers and its host's configuration may not say."""
 
+import asyncio
+import gzip
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import aiohttp
 import pytest
+from multidict import CIMultiDict
 from yarl import URL
 
 from nodeagent.errors import InvalidArgument, RegistryUnavailable
-from nodeagent.images.client import Tls, _redirection, open_session
+from nodeagent.images.client import Tls, _redirection, open_session, received
+from nodeagent.images.codings import PIECE_BYTES
 from nodeagent.images.destinations import Scope
 from nodeagent.images.hosts import Host
 from nodeagent.images.manifest import Descriptor
@@ -47,3 +54,36 @@ async def test_only_urls_that_can_be_asked_are_elsewhere() -> None:
 def test_a_file_that_cannot_be_is_named() -> None:
     with pytest.raises(InvalidArgument, match="null byte"):
         Tls.of(Host(root="https://a.b/v2", ca=(Path("/a\0b"),)))
+
+
+class _Content:
+    def __init__(self, data: bytes) -> None:
+        self._left = [data]
+
+    async def readany(self) -> bytes:
+        return self._left.pop() if self._left else b""
+
+
+async def test_others_have_their_turns_while_a_start_is_passed_over() -> None:
+    """A server that knows no ranges sends all of it again, of which a middle box has made a thousandth."""
+    size = 64 << 20
+    answer = SimpleNamespace(
+        status=200,
+        headers=CIMultiDict({"Content-Encoding": "gzip"}),
+        content_length=None,
+        content=_Content(gzip.compress(bytes(size) + b"end")),
+        url=URL("http://registry/blob"),
+    )
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(others())
+    chunks = [chunk async for chunk in received(cast(aiohttp.ClientResponse, answer), size)]
+    task.cancel()
+    assert b"".join(chunks) == b"end"
+    assert turns >= size // PIECE_BYTES - 1
