@@ -49,13 +49,21 @@ def _make_if_absent(path: str, mode: int) -> None:
 
 
 def narrow(path: str, mode: int) -> None:
-    """Take all permissions from what `path` names that are not in `mode`; nothing to do where nothing is there."""
+    """Take all permissions from what `path` names that are not in `mode`; nothing to do where nothing is there.
+
+    A link has none, and is not followed: it may be somebody else's.
+    """
     try:
-        found = stat.S_IMODE(os.lstat(path).st_mode)
+        place = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return
-    if found & ~mode:
-        os.chmod(path, found & mode)
+    try:
+        status = os.fstat(place)
+        found = stat.S_IMODE(status.st_mode)
+        if found & ~mode and not stat.S_ISLNK(status.st_mode):
+            os.chmod(f"/proc/self/fd/{place}", found & mode)
+    finally:
+        os.close(place)
 
 
 def read_bounded(path: str, limit: int) -> bytes:
