@@ -78,7 +78,7 @@ $(TOOLS)/kubelet $(TOOLS)/grpc-health $(TOOLS)/kubelet-streams &: tests/kubelet/
 
 guest: setup ## Unpack the kernel of the tests' cgroup v2 machine (x86-64)
 	$(call install,e2fsprogs kmod)
-	$(PYTHON) -m tests.guest --setup uml
+	$(PYTHON) -m tests.guest --setup uml selinux
 
 # An environment of its own, because atheris is not there for every machine.
 $(FUZZ)/.ready: requirements.txt tests/fuzz/requirements.txt | $(PYTHON)

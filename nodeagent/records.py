@@ -159,9 +159,11 @@ class MountConfig(Config, frozen=True, kw_only=True):
     """image: for an image volume, what PullImage returned; then host_path is empty. options: noexec, nodev, nosuid.
 
     must_exist: a host path that is absent is an error, and not made: the mount is of a CDI specification.
+    asked_path: what was asked for, where container_path is a shorter form of it.
     """
 
     container_path: str
+    asked_path: str = ""
     host_path: str = ""
     readonly: bool = False
     recursive_read_only: bool = False

@@ -86,6 +86,8 @@ def kind(directory: str) -> bytes | None:
     try:
         mode = os.stat(directory).st_mode  # first: a group is marked before it loses the sticky bit
         return os.getxattr(directory, MARK)
+    except NotADirectoryError:  # below a control file
+        return None
     except OSError as error:
         if error.errno in _GONE:
             return None

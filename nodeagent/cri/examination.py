@@ -6,6 +6,7 @@ said too. An object is refused with its first fault, as a request is.
 """
 
 import asyncio
+import base64
 import json
 import logging
 import os
@@ -45,7 +46,7 @@ Outcome = Literal["refused", "skipped", "made", "not seen"]
 
 MAX_FILE_BYTES = 16 << 20  # as a message of gRPC
 _ID = "0" * 64  # of a pod or container that there will never be
-_JSON: dict[type, str] = {list: "list", str: "string"}
+_JSON: dict[type, str] = {list: "array", str: "string"}
 
 
 class Finding(NamedTuple):
@@ -92,7 +93,8 @@ def load(paths: Sequence[Path]) -> Pod:
         listed = _given(document, "containers", list, path) if both else [document] * is_container
         for index, given in enumerate(listed):
             where = f"{path}: containers[{index}]" if both else f"{path}: container"
-            containers.append(_parse(given, pb.ContainerConfig(), where, unknown))
+            container = _parse(_with_encoded_envs(given), pb.ContainerConfig(), where, unknown)
+            containers.append(container)
     if sandbox is None:
         raise InvalidArgument(f"{', '.join(map(str, paths))}: there is no pod, only containers")
     return Pod(sandbox, containers, handler, unknown)
@@ -105,28 +107,56 @@ def _read(path: Path) -> dict[str, Any]:
         raise InvalidArgument(f"{path}: is larger than {MAX_FILE_BYTES} bytes")
     try:
         document = json.loads(data)
-        json.dumps(document, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as error:
-        raise InvalidArgument(f"{path}: {error}") from None
+        raise InvalidArgument(f"{path}: is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise InvalidArgument(f"{path}: is not a JSON object")
+    if "apiVersion" in document:
+        raise InvalidArgument(
+            f"{path}: is a manifest of Kubernetes; what is looked at are the requests that a kubelet makes of it, "
+            "the JSON of a PodSandboxConfig and of ContainerConfigs"
+        )
     return document
 
 
 def _given(document: dict[str, Any], name: str, kind: type[T], path: Path) -> T:
-    """A field, empty where it is absent or null, as the fields of messages are."""
-    value = document.get(name)
-    if value is None:
-        return kind()
+    """A field, empty where it is absent."""
+    value = document.get(name, kind())
     if not isinstance(value, kind):
-        raise InvalidArgument(f"{path}: {name}: is not a {_JSON[kind]}")
+        raise InvalidArgument(f"{path}: {name}: is not a JSON {_JSON[kind]}")
+    if kind is str:
+        _require_text(value, f"{path}: {name}")
     return value
+
+
+def _require_text(document: object, where: str) -> None:
+    """Half of a surrogate pair is none: neither protobuf nor a terminal takes it."""
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"{where}: {error}") from None
+
+
+def _with_encoded_envs(document: object) -> object:
+    """As protobuf's JSON has bytes, in base64: in crictl's files the value of a variable is the text itself."""
+    envs = document.get("envs") if isinstance(document, dict) else None
+    if not isinstance(document, dict) or not isinstance(envs, list):
+        return document
+    return {**document, "envs": [_with_encoded_value(env) for env in envs]}
+
+
+def _with_encoded_value(env: object) -> object:
+    value = env.get("value") if isinstance(env, dict) else None
+    if not isinstance(env, dict) or not isinstance(value, str):
+        return env
+    return {**env, "value": base64.b64encode(value.encode(errors="replace")).decode()}
 
 
 def _parse(document: object, message: M, where: str, unknown: list[str]) -> M:
     """Of fields that the contract lacks the first is told, as proto3 passes over them."""
     if not isinstance(document, dict):
         raise InvalidArgument(f"{where}: is not a JSON object")
+    _require_text(document, where)
     try:
         return json_format.ParseDict(document, message)
     except json_format.ParseError as error:

@@ -2,6 +2,7 @@
 # ruff: noqa: N802
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 
@@ -14,6 +15,8 @@ from nodeagent.cri.translate_resources import resources
 from nodeagent.errors import Unsupported
 from nodeagent.lifecycle.node import Node
 from nodeagent.records import Container
+
+log = logging.getLogger(__name__)
 
 MAX_SECONDS = 1 << 31
 
@@ -79,10 +82,11 @@ class ContainerCalls:
     ) -> pb.UpdateContainerResourcesResponse:
         if request.HasField("windows"):
             raise Unsupported("windows: this is a Linux node")
-        if request.annotations:
-            raise Unsupported(f"annotations: {sorted(request.annotations)} mean nothing here")
+        wanted = container_id(request.container_id)
         limits = resources(request.linux, "linux")
-        await self._containers.update(container_id(request.container_id), limits)
+        if request.annotations:  # for plug-ins of other runtimes
+            log.info('container "%s": the annotations of an update are passed over', wanted)
+        await self._containers.update(wanted, limits)
         return pb.UpdateContainerResourcesResponse()
 
     async def ReopenContainerLog(

@@ -52,7 +52,7 @@ def container_config(
         image_runtime_handler=message.image.runtime_handler,
         command=validate.strings(message.command, "config.command"),
         args=validate.strings(message.args, "config.args"),
-        working_dir=validate.optional_path(message.working_dir, "config.working_dir"),
+        working_dir=_working_dir(message.working_dir),
         envs=_envs(message.envs),
         mounts=mounts(message.mounts, pod, handler),
         devices=_devices(message.devices),
@@ -79,10 +79,12 @@ def container_config(
         supplemental_groups=security.groups(context, field),
         groups_policy=security.groups_policy(context, field),
         masked_paths=(
-            validate.paths(context.masked_paths, f"{field}.masked_paths") if has_context else None
+            validate.container_paths(context.masked_paths, f"{field}.masked_paths")
+            if has_context
+            else None
         ),
         readonly_paths=(
-            validate.paths(context.readonly_paths, f"{field}.readonly_paths")
+            validate.container_paths(context.readonly_paths, f"{field}.readonly_paths")
             if has_context
             else None
         ),
@@ -90,6 +92,10 @@ def container_config(
         apparmor=security.apparmor(context, field),
         selinux=security.selinux(context, field),
     )
+
+
+def _working_dir(value: str) -> str:
+    return validate.absolute_container_path(value, "config.working_dir") if value else ""
 
 
 def _user(context: pb.LinuxContainerSecurityContext, field: str) -> tuple[int | None, str]:
@@ -146,9 +152,14 @@ def _devices(messages: Sequence[pb.Device]) -> tuple[DeviceConfig, ...]:
 
 
 def _device(message: pb.Device, field: str) -> DeviceConfig:
+    host_path = validate.path(message.host_path, f"{field}.host_path")
+    path = message.container_path or host_path  # which plug-ins leave out where both are the same
+    container_path = validate.container_path(path, f"{field}.container_path")
+    if container_path == "/":
+        validate.refuse(f"{field}.container_path", "the root file system is no place of a device")
     return DeviceConfig(
-        container_path=validate.path(message.container_path, f"{field}.container_path"),
-        host_path=validate.path(message.host_path, f"{field}.host_path"),
+        container_path=container_path,
+        host_path=host_path,
         permissions=validate.matching(
             message.permissions, _PERMISSIONS, f"{field}.permissions", "some of r, w and m"
         ),

@@ -30,8 +30,10 @@ def mounts(
 
 def _mount(message: pb.Mount, field: str, pod: SandboxConfig, handler: str) -> MountConfig:
     translate_images.check(message.image, f"{field}.image", {"", handler})
+    path = validate.container_path(message.container_path, f"{field}.container_path")
     mount = MountConfig(
-        container_path=validate.path(message.container_path, f"{field}.container_path"),
+        container_path=path,
+        asked_path=message.container_path if message.container_path != path else "",
         host_path=validate.optional_path(message.host_path, f"{field}.host_path"),
         readonly=message.readonly,
         recursive_read_only=message.recursive_read_only,
@@ -99,9 +101,10 @@ def _check_together(mount: MountConfig, field: str) -> None:
 
 
 def mount_message(status: MountStatus) -> pb.Mount:
+    """The path is the one that was asked for: by it the kubelet finds the file of a termination message."""
     mount = status.config
     message = pb.Mount(
-        container_path=mount.container_path,
+        container_path=mount.asked_path or mount.container_path,
         host_path=mount.host_path,
         readonly=mount.readonly,
         recursive_read_only=mount.recursive_read_only,

@@ -80,9 +80,31 @@ def relative_path(value: str, field: str) -> str:
     return _components(value, field)
 
 
-def paths(values: Sequence[str], field: str) -> tuple[str, ...]:
+def container_path(value: str, field: str) -> str:
+    """Where something is in a container: absolute, in its shortest form. A relative path begins at the root.
+
+    ``..`` goes back before any link is followed, as Go's filepath.Clean has it, and stays inside.
+    """
+    parts: list[str] = []
+    for part in value.split("/"):
+        if part not in ("", ".", ".."):
+            parts.append(part)
+        elif part == ".." and not parts:
+            refuse(field, f'"{value}" leads out of the container')
+        elif part == "..":
+            parts.pop()
+    return path("/" + "/".join(parts) if value else "", field)
+
+
+def absolute_container_path(value: str, field: str) -> str:
+    return container_path(value, field) if value.startswith("/") else path(value, field)
+
+
+def container_paths(values: Sequence[str], field: str) -> tuple[str, ...]:
     bounded(values, field)
-    return tuple(path(value, f"{field}[{index}]") for index, value in enumerate(values))
+    return tuple(
+        absolute_container_path(value, f"{field}[{index}]") for index, value in enumerate(values)
+    )
 
 
 def _components(value: str, field: str) -> str:

@@ -30,9 +30,8 @@ _DAMAGE: tuple[type[Exception], ...] = (
 )
 _GZIP = b"\x1f\x8b\x08"
 _ZSTD = b"\x28\xb5\x2f\xfd"
-_ZSTD_SKIPPABLE = (
-    b"\x2a\x4d\x18"  # after a byte 0x50 to 0x5f (RFC 8878, 3.1.2): pzstd begins with such a frame
-)
+# After a byte 0x50 to 0x5f (RFC 8878, 3.1.2): pzstd begins with such a frame.
+_ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
 
 
 class _Readable(Protocol):

@@ -87,6 +87,7 @@ def _oci_config(plan: ContainerPlan, told: Hooks, root: str) -> dict[str, Any]:
             **({"gidMappings": _mappings(mappings[1])} if mappings[1] else {}),
             "maskedPaths": plan["masked_paths"],
             "readonlyPaths": plan["readonly_paths"],
+            **({"mountLabel": label} if (label := plan["rootfs"].get("label")) else {}),
         },
     }
 

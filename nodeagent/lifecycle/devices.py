@@ -54,7 +54,7 @@ def named(wanted: DeviceConfig) -> list[Device]:
         if os.path.isdir(host_path):
             return list(_below(host_path, wanted.container_path))
         device = _device(host_path, wanted.container_path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise NotFound(f'device "{wanted.host_path}": not on this node') from None
     if device is None:
         raise InvalidArgument(f'device "{wanted.host_path}": not a device')

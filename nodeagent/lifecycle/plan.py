@@ -14,7 +14,15 @@ from typing import NamedTuple, Protocol
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
 from nodeagent.errors import InvalidArgument, NotFound
-from nodeagent.lifecycle import bundle, cgroupmounts, devices, filesystems, podfiles, process
+from nodeagent.lifecycle import (
+    bundle,
+    cgroupmounts,
+    devices,
+    filelabels,
+    filesystems,
+    podfiles,
+    process,
+)
 from nodeagent.lifecycle.devices import ContainerDevices
 from nodeagent.lifecycle.hostpaths import HostPaths
 from nodeagent.lifecycle.profiles import Profiles, is_filtered
@@ -32,9 +40,8 @@ from nodeagent.sandbox.spec import (
 )
 
 UMASK = 0o022
-COMPILERS = (
-    2  # of profiles that anybody may have written: each may take some seconds of a processor
-)
+# Of profiles that anybody may have written, each of which may take some seconds of a processor.
+COMPILERS = 2
 
 
 class Seen(NamedTuple):
@@ -132,6 +139,8 @@ class Planner:
         """directory: the container's own, with `upper` and `work`. Raises InvalidArgument, NotFound, Unsupported."""
         config = container.config
         cgroupmounts.check(config, delegates=self._delegates)
+        labels = self._profiles.selinux(config)
+        shared = podfiles.directory(self._pods / sandbox.id)
         open_paths = config.privileged
         masked = filesystems.masked_paths() if config.masked_paths is None else config.masked_paths
         readonly = (
@@ -140,7 +149,7 @@ class Planner:
         plan = ContainerPlan(
             id=container.id,
             argv=process.arguments(config, image.config),
-            process=self._process(sandbox, config, image, seen),
+            process=self._process(sandbox, config, image, seen, labels.process),
             rootfs=Rootfs(
                 lower=[str(layer) for layer in self._images.lower_dirs(image)],
                 upper=str(directory / "upper"),
@@ -151,7 +160,7 @@ class Planner:
                 filesystems.container_mounts(
                     sandbox,
                     config,
-                    podfiles.directory(self._pods / sandbox.id),
+                    shared,
                     self._hierarchies,
                     self._volume_layers,
                     rejected=self._rejected,
@@ -175,6 +184,8 @@ class Planner:
             plan["volumes"] = filesystems.image_volumes(
                 image.config.volumes, directory, plan["mounts"]
             )
+        if labels.files:
+            filelabels.assign(plan, config, shared, labels.files)
         if config.hooks:
             pod = self._pods / sandbox.id
             plan["hooks"] = bundle.hooks(config, plan, pod, self._hook_seconds)
@@ -185,7 +196,7 @@ class Planner:
         return plan
 
     def _process(
-        self, sandbox: Sandbox, config: ContainerConfig, image: Image, seen: Seen
+        self, sandbox: Sandbox, config: ContainerConfig, image: Image, seen: Seen, selinux: str
     ) -> ProcessPlan:
         plan = ProcessPlan(
             env=process.environment(config, image.config, podfiles.hostname(sandbox.config)),
@@ -196,7 +207,7 @@ class Planner:
             seccomp=base64.b64encode(seen.seccomp.program).decode(),
             seccomp_flags=seen.seccomp.flags,
             apparmor=seen.apparmor,
-            selinux=self._profiles.selinux(config),
+            selinux=selinux,
             rlimits=self._rlimits,
             oom_score_adj=config.resources.oom_score_adj,
             umask=UMASK,

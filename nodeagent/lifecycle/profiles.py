@@ -13,7 +13,7 @@ from nodeagent.errors import (
     Unsupported,
 )
 from nodeagent.lifecycle import apparmor
-from nodeagent.lifecycle.selinux import Labels
+from nodeagent.lifecycle.selinux import NO_LABELS, Labels, Policy
 from nodeagent.linux import capabilities
 from nodeagent.records import ContainerConfig
 from nodeagent.sandbox import seccomp_artifact, seccomp_profile
@@ -29,7 +29,7 @@ class Profiles:
 
     def __init__(self, default: str) -> None:
         self._default = default
-        self._labels = Labels()
+        self._policy = Policy()
 
     def check_default(self) -> None:
         """Raises InvalidArgument, which names the setting, for a default that no container could be started with."""
@@ -75,18 +75,11 @@ class Profiles:
             return ""
         return await _default_apparmor(required=asked is not None)
 
-    def selinux(self, config: ContainerConfig) -> str:
-        """The process label, or "" for none."""
-        options = config.selinux
-        if options is None or config.privileged:
-            return ""
-        label = self._labels.process(options)
-        for mount in config.mounts:
-            if label and mount.selinux_relabel:
-                raise Unsupported(
-                    f'selinux_relabel of "{mount.container_path}": this agent labels no volumes'
-                )
-        return label
+    def selinux(self, config: ContainerConfig) -> Labels:
+        """Of its processes and of its files; none for who asks for none."""
+        if config.selinux is None or config.privileged:
+            return NO_LABELS
+        return self._policy.labels(config.selinux)
 
 
 def is_filtered(config: ContainerConfig) -> bool:

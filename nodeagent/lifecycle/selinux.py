@@ -1,36 +1,53 @@
-"""SELinux labels of containers' processes: what a request says, and the node's policy for what it leaves out.
+"""SELinux labels of containers: what a request says, and the node's policy for what it leaves out.
 
-Volumes and images are not labelled here. On a node without SELinux there is nothing that a label could do: charts carry
-their options to every node, so that they are passed over there, which the log says once.
+A process has a label, and so have the files that it may use: the type that the policy has for containers' files, with
+the level of the process. Who asks for no label gets none. On a node without SELinux there is nothing that a label could
+do: charts carry their options to every node, so that they are passed over there, which the log says once.
 """
 
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from nodeagent.errors import FailedPrecondition
+from nodeagent.errors import FailedPrecondition, InvalidArgument
 from nodeagent.records import SELinux
 
 log = logging.getLogger(__name__)
 
 ENFORCE = Path("/sys/fs/selinux/enforce")
+# container-selinux has labels in a file of its own, which the other runtimes read first as well.
+CONTAINERS = Path("/usr/share/containers/selinux/contexts")
 POLICIES = Path("/etc/selinux")
 
-_POLICY = re.compile(r"\s*SELINUXTYPE\s*=\s*(\w[\w.-]*)\s*")
-_PROCESS = re.compile(r'\s*process\s*=\s*"?([^"\s]+)"?\s*')
+# What policies are written with. A quote, for one, would end the label among the options of a mount.
+_LABEL = re.compile(r"[\w.-]+:[\w.-]+:[\w.-]+(:[\w.,:-]+)?", re.ASCII)
+_SETTING = re.compile(r'\s*(\w+)\s*=\s*"?([^"\s]*)"?\s*')
 
 
-class Labels:
+class Labels(NamedTuple):
+    """process: of what a container executes; files: of what it may read and write. "" is none."""
+
+    process: str
+    files: str
+
+
+NO_LABELS = Labels("", "")
+
+
+class Policy:
     """Of this node."""
 
     def __init__(self) -> None:
         self._has_said_so = False
 
-    def process(self, asked: SELinux) -> str:
-        """The label; "" where the kernel has no SELinux. Raises FailedPrecondition where the policy lacks a default.
+    def labels(self, asked: SELinux) -> Labels:
+        """None where the kernel has no SELinux.
 
-        user, role, type and level that are not asked for are those of the policy's label of containers.
+        Raises InvalidArgument for what is no label, and FailedPrecondition where the policy lacks a default.
+
+        user, role, type and level that are not asked for are those of the policy's label of containers; no categories
+        are drawn. A policy without a label of containers' files gives them none: who names all parts may do without.
         """
         if not ENFORCE.exists():
             if not self._has_said_so:
@@ -38,18 +55,23 @@ class Labels:
                 log.info(
                     "this kernel has no SELinux: selinux_options are passed over, of all containers"
                 )
-            return ""
+            return NO_LABELS
+        path, contexts = _contexts()
         parts = [asked.user, asked.role, asked.type, asked.level]
         if not all(parts):
-            parts = [given or usual for given, usual in zip(parts, _usual(), strict=True)]
-        return ":".join(part for part in parts if part)
+            usual = _usual(path, contexts.get("process", ""))
+            parts = [given or default for given, default in zip(parts, usual, strict=True)]
+        process = _label(parts)
+        if not _LABEL.fullmatch(process):
+            raise InvalidArgument(
+                f'selinux_options: "{process}" is no label; a part has letters, digits, dots, hyphens and underscores,'
+                " a level also commas and colons"
+            )
+        return Labels(process, _files(asked.user, parts[3], contexts.get("file", "")))
 
 
-def _usual() -> list[str]:
+def _usual(path: Path, label: str) -> list[str]:
     """user, role, type and level of a container's process, as the policy has them; level is "" without MLS."""
-    policy = next(_matches(POLICIES / "config", _POLICY), "targeted")
-    path = POLICIES / policy / "contexts/lxc_contexts"
-    label = next(_matches(path, _PROCESS), "")
     parts = label.split(":", 3)
     if len(parts) < 3 or not all(parts):
         raise FailedPrecondition(
@@ -59,11 +81,32 @@ def _usual() -> list[str]:
     return [*parts, ""][:4]
 
 
-def _matches(path: Path, pattern: re.Pattern[str]) -> Iterator[str]:
+def _files(user: str, level: str, label: str) -> str:
+    """The policy's label of containers' files, with the user that is asked for, and the level of the process."""
+    parts = label.split(":", 3)
+    if len(parts) < 3:
+        return ""
+    return _label([user or parts[0], parts[1], parts[2], level])
+
+
+def _label(parts: list[str]) -> str:
+    return ":".join(part for part in parts if part)
+
+
+def _contexts() -> tuple[Path, dict[str, str]]:
+    """The labels that the policy has for containers, by their names there, and the file that should have them."""
+    contexts = _settings(CONTAINERS)
+    if contexts:
+        return CONTAINERS, contexts
+    policy = _settings(POLICIES / "config").get("SELINUXTYPE", "targeted")
+    path = POLICIES / policy / "contexts/lxc_contexts"
+    return path, _settings(path)
+
+
+def _settings(path: Path) -> dict[str, str]:
+    """``name = "value"`` of each line that has one; of none where the file cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return
-    for line in lines:
-        if match := pattern.fullmatch(line):
-            yield match[1]
+        return {}
+    return {match[1]: match[2] for line in lines if (match := _SETTING.fullmatch(line))}

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from nodeagent import files
 from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from nodeagent.linux import confined, mounts, syscalls
-from nodeagent.sandbox import idmaps, rootfs, volumes
+from nodeagent.sandbox import idmaps, relabel, rootfs, volumes
 from nodeagent.sandbox.idmaps import IdMaps
 from nodeagent.sandbox.spec import ContainerPlan, Device, Mount, Rootfs, Volume
 
@@ -88,9 +88,11 @@ def assemble(plan: ContainerPlan, maps: IdMaps, procfs: int = -1) -> Assembly:
     sources = [_open_source(mount, maps) for mount in plan["mounts"]]
     own = [(volume, volumes.make(volume["source"])) for volume in plan.get("volumes", [])]
     mounts.isolate()
-    scratch = _make_scratch(os.path.dirname(plan["rootfs"]["upper"]))
+    label = plan["rootfs"].get("label", "")
+    scratch = _make_scratch(os.path.dirname(plan["rootfs"]["upper"]), label)
     directories = _layer_directories(scratch, lower, maps)
-    root = mounts.mount_overlay(_mount_point(scratch, "root"), directories, upper, work)
+    point = _mount_point(scratch, "root")
+    root = mounts.mount_overlay(point, directories, upper, work, label=label)
     _forbid_devices(root, own, plan, maps)
     idmaps.act_as_root(maps)
     dev = _make_dev(plan, maps)
@@ -182,7 +184,16 @@ def _make_directories(path: str) -> None:
 def _clone_host_path(mount: Mount, maps: IdMaps) -> int:
     origin = open_host_path(mount)
     require_propagation(mount, origin)
-    tree = mounts.clone_tree(origin)
+    if "label" in mount:
+        relabel.require_relabelable(origin, mount["source"])
+        relabel.relabel_tree(origin, mount["label"], mount["source"])
+    try:
+        tree = mounts.clone_tree(origin)
+    except OSError as error:
+        # A pipe, a socket or a file without a name, by its descriptor in procfs.
+        what = f'host path "{mount["source"]}" for {mount["target"]}'
+        text = f"{what}: cannot be mounted: {os.strerror(error.errno or 0)}"
+        raise FailedPrecondition(text) from error
     mounts.set_attributes(tree, mount["attributes"], mount["recursive"])
     idmaps.map_volume(tree, origin, mount, maps)
     if mount["propagation"] != "shared":  # a clone of a shared mount shares already
@@ -206,15 +217,21 @@ def require_propagation(mount: Mount, origin: int) -> None:
 # ---- what is the container's ----
 
 
-def _make_scratch(path: str) -> Scratch:
+def _make_scratch(path: str, label: str) -> Scratch:
     """Over the container's own directory on the node, in this mount namespace only."""
-    mount = mounts.make_filesystem("tmpfs", {"mode": "700"}, ["nosuid", "noexec"])
+    data = {"mode": "700", **_context(label)}
+    mount = mounts.make_filesystem("tmpfs", data, ["nosuid", "noexec"])
     os.mkdir("empty", 0o555, dir_fd=mount)
     os.mknod("null", stat.S_IFCHR | 0o666, os.makedev(1, 3), dir_fd=mount)
     syscalls.move_mount(mount, os.open(path, _DIRECTORY))
     empty = os.open("empty", _DIRECTORY, dir_fd=mount)
     null = os.open("null", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=mount)
     return Scratch(mount, path, empty, null)
+
+
+def _context(label: str) -> dict[str, str]:
+    """The mount option by which all files of a new file system have the label of SELinux, if there is one."""
+    return {"context": label} if label else {}
 
 
 def _mount_point(scratch: Scratch, name: str) -> str:
@@ -270,6 +287,8 @@ def _attach_volume(root: int, volume: Volume, tree: int) -> None:
         if os.path.samestat(os.fstat(target), os.fstat(root)):
             return  # by a link of the image to its root, where a volume has no meaning: see `filesystems.image_volumes`
         volumes.fill(tree, target)
+        if "label" in volume:
+            relabel.relabel_tree(tree, volume["label"], volume["source"])
         syscalls.move_mount(tree, target)
     except OSError as error:
         raise _of_step(what, error) from error
@@ -359,6 +378,11 @@ def _open_target(assembly: Assembly, mount: Mount, directory: bool) -> int:
             f"mount {rootfs.describe(mount)}: the path is not there, and leads into a file system in which none can"
             " be made, as procfs is"
         ) from error
+    except PermissionError as error:  # sysfs and devpts take nothing new
+        raise FailedPrecondition(
+            f"mount {rootfs.describe(mount)}: the path is not there, and cannot be made or reached where it leads:"
+            f" {os.strerror(error.errno or 0)}"
+        ) from error
     except OSError as error:
         if error.errno != errno.ELOOP or follow:
             raise
@@ -397,16 +421,34 @@ def _make_filesystem(mount: Mount, maps: IdMaps) -> int:
     data = mount["data"]
     if "gid" in data:
         data = {**data, "gid": str(maps.gid(int(data["gid"])))}
-    return mounts.make_filesystem(mount["source"], data, attributes)
+    if "label" not in mount:
+        return mounts.make_filesystem(mount["source"], data, attributes)
+    return _make_labelled(mount["source"], data, attributes, mount["label"])
+
+
+def _make_labelled(kind: str, data: dict[str, str], attributes: list[str], label: str) -> int:
+    """That of an IPC namespace is there already, and cannot be mounted with a label any more: its root is given one."""
+    if kind != "mqueue":
+        return mounts.make_filesystem(kind, {**data, **_context(label)}, attributes)
+    tree = mounts.make_filesystem(kind, data, attributes)
+    relabel.relabel_file(tree, label, "/dev/mqueue")
+    return tree
 
 
 def _image_tree(assembly: Assembly, mount: Mount, layers: Layers) -> int:
-    """The files of an image, or what is at sub_path in them; an overlay needs two layers at least."""
+    """The files of an image, or what is at sub_path in them.
+
+    An overlay needs two layers at least, and what is bound instead of one has no label of its own.
+    """
     directories = _layer_directories(assembly.scratch, layers, assembly.maps)
     top = directories[0]
+    label = mount.get("label", "")
+    if label and len(directories) == 1:
+        point = _mount_point(assembly.scratch, f"below-{top}")
+        directories.append(os.open(point, _DIRECTORY))
     if len(directories) > 1:
         point = _mount_point(assembly.scratch, f"image-{top}")
-        top = mounts.mount_overlay(point, directories)
+        top = mounts.mount_overlay(point, directories, label=label)
     try:
         origin = confined.open_path(top, mount.get("sub_path") or ".")
     except FileNotFoundError as error:

@@ -278,7 +278,10 @@ def _finish(reporter: _Reporter, start: _Start) -> NoReturn:
     with _working_directory(settings["cwd"]):
         os.fchdir(start.cwd)
         os.getcwd()  # fails where it cannot be reached from the root
-    console.install(start.stdio, start.maps.uid(identity["uid"]))
+    owner = start.maps.uid(identity["uid"])
+    for group in identity["groups"]:  # setgroups(2) does not say which of them it refuses
+        start.maps.gid(group)
+    console.install(start.stdio, owner)
     warnings += credentials.set_limits(settings["rlimits"])
     if not start.maps.is_node:
         credentials.enter_user_namespace(start.maps.userns, start.owned)

@@ -8,9 +8,8 @@ import fcntl
 import os
 import shutil
 
-_MFD_EXEC = (
-    0x10  # of linux/memfd.h, since 6.3, where a sysctl may make memfds not executable by default
-)
+# Of linux/memfd.h, since 6.3, where a sysctl may make memfds not executable by default.
+_MFD_EXEC = 0x10
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 

@@ -21,7 +21,13 @@ MAX_LINE_BYTES = 16384
 _MODE = 0o640
 _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-_SOMETHING_ELSE = frozenset((errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO))
+# What the place of a log can be at fault for: EEXIST where a link leads to nothing, ENOENT and EPERM in /proc and /sys.
+_FAULTS_OF_A_PLACE = frozenset(
+    (
+        *(errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.EEXIST),
+        *(errno.ENOENT, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG),
+    )
+)
 
 
 # ---- the format ----
@@ -140,7 +146,7 @@ def _open(path: str, root: str) -> int:
         with _directories_for_others():
             file = _open_below(root, path.removeprefix(f"{root}/"))
     except OSError as error:
-        if error.errno in _SOMETHING_ELSE:
+        if error.errno in _FAULTS_OF_A_PLACE:
             raise FailedPrecondition(f"log {path}: {os.strerror(error.errno)}") from error
         raise
     if not stat.S_ISREG(os.fstat(file).st_mode):

@@ -17,9 +17,8 @@ from nodeagent.sandbox import process, procfs, protocol
 TITLE = "pod"
 
 _NOBODY = 65534
-_OOM_SCORE_ADJ = (
-    -998
-)  # the pod ends with it, and it cannot grow; as other runtimes have it for this process
+# The pod ends with it, and it cannot grow; as other runtimes have it for this process.
+_OOM_SCORE_ADJ = -998
 
 
 def main(status: int, tasks: Sequence[int], directory: str) -> NoReturn:

@@ -22,10 +22,8 @@ MEMORY_BYTES = 512 << 20
 WALL_SECONDS = 60.0
 _CACHED = 64
 
-_SIGKILL, _SIGXCPU = (
-    -9,
-    -24,
-)  # as a returncode; the first is the OOM killer, which profiles are not to blame for
+# As a returncode; the first is the OOM killer, which profiles are not to blame for.
+_SIGKILL, _SIGXCPU = -9, -24
 _TOO_MUCH = (
     f"takes more than {CPU_SECONDS} s or {MEMORY_BYTES >> 20} MiB to compile; use fewer conditions"
 )

@@ -54,6 +54,7 @@ class Mount(TypedDict):
     recursive: the attributes hold for all mounts below, too (recursive read-only); binds always take the whole tree.
     lower: for kind "image", the layer directories, uppermost first, and sub_path below them.
     uid_map, gid_map: of an idmapped bind, how the owners of its files are seen.
+    label: of SELinux. A new file system is mounted with it (the root of mqueue is given it), a bound tree is given it.
     absent: for kind "bind", what is done where `source` is absent: a directory is made, or the request is rejected
     because of the configuration. Without it, the absence is an error.
     """
@@ -70,25 +71,31 @@ class Mount(TypedDict):
     absent: NotRequired[Literal["make", "reject"]]
     uid_map: NotRequired[list[IdMap]]
     gid_map: NotRequired[list[IdMap]]
+    label: NotRequired[str]
 
 
 class Volume(TypedDict):
     """A volume of the image, mounted before all else.
 
-    source: a directory to be made on the node. It gets what the image has at `target`.
+    source: a directory to be made on the node. It gets what the image has at `target`, and the label.
     """
 
     source: str
     target: str
+    label: NotRequired[str]
 
 
 class Rootfs(TypedDict):
-    """An overlay: shared layer directories, uppermost first, below the container's own upper directory."""
+    """An overlay: shared layer directories, uppermost first, below the container's own upper directory.
+
+    label: of SELinux, which it is mounted with, and so is what paths are masked with.
+    """
 
     lower: list[str]
     upper: str
     work: str
     readonly: bool
+    label: NotRequired[str]
 
 
 class Device(TypedDict):

@@ -146,6 +146,10 @@ def _explained(error: OSError, name: str, value: str) -> NodeAgentError:
         return Unsupported(f'sysctl "{name}": this kernel does not have it')
     if error.errno in (errno.EINVAL, errno.ERANGE):
         return InvalidArgument(f'sysctl "{name}": the kernel refuses the value "{value}"')
+    if error.errno in (errno.EACCES, errno.EPERM):  # such as net.core.rmem_max
+        return Unsupported(
+            f'sysctl "{name}": the kernel lets no pod write it; if it is of all networks, set it on the node'
+        )
     return Unsupported(f'sysctl "{name}": {error.strerror}')
 
 

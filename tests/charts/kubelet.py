@@ -20,6 +20,7 @@ from tests.charts.node import NAME
 PODS = "/var/lib/kubelet/pods"
 LOGS = "/var/log/pods"
 CGROUPS = Path("/sys/fs/cgroup")
+HAS_SELINUX = Path("/sys/fs/selinux/enforce").exists()
 CLUSTER_DNS, CLUSTER_DOMAIN = "10.96.0.10", "cluster.local"
 MASKED = [
     *(
@@ -324,8 +325,9 @@ class Kubelet:
             yield pb.KeyValue(key=key, value=text.encode())
 
     def _mounts(self, spec: Json) -> Iterator[pb.Mount]:
-        """Each with the mapping of the pod's ids, where it has one."""
+        """Each with the mapping of the pod's ids, where it has one; what is the pod's own is to be relabelled."""
         for mount in self._all_mounts(spec):
+            mount.selinux_relabel = HAS_SELINUX and mount.host_path.startswith(f"{self.directory}/")
             mount.uidMappings.extend(self._ids)
             mount.gidMappings.extend(self._ids)
             yield mount

@@ -41,6 +41,9 @@ mount -t devpts -o newinstance,ptmxmode=0666 devpts "$root/dev/pts"
 mount -t tmpfs shm "$root/dev/shm"
 mount -t proc proc "$root/proc"
 mount -t sysfs sysfs "$root/sys"
+if [ -e /sys/fs/selinux/enforce ]; then
+	mount --bind /sys/fs/selinux "$root/sys/fs/selinux"
+fi
 if [ -d /sys/fs/bpf ]; then
 	mount --rbind /sys/fs/cgroup "$root/sys/fs/cgroup"
 else # a kernel without BPF has no place for its file system

@@ -76,8 +76,7 @@ def test_missing_host_path(pod: Pod, missing: pb.Mount) -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"mounts": [pb.Mount(container_path="relative", host_path="/tmp")]}, "container_path"),
-        ({"mounts": [pb.Mount(container_path="/a/../b", host_path="/tmp")]}, "container_path"),
+        ({"mounts": [pb.Mount(container_path="/a/../../b", host_path="/tmp")]}, "container_path"),
         ({"envs": [pb.KeyValue(key="A=B", value=b"")]}, "envs[0].key"),
         ({"envs": [pb.KeyValue(key="A", value=b"\0")]}, "envs[0].value"),
         ({"log_path": "../../etc/cron.d/x"}, "log_path"),

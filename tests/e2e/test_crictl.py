@@ -109,6 +109,37 @@ def test_logs_follow(run: Crictl, registry: Registry, tmp_path: Path) -> None:
     run("rmp", "-f", pod)
 
 
+def test_the_same_files_start_a_pod_and_are_looked_at(
+    run: Crictl, agent: RunningAgent, registry: Registry, tmp_path: Path
+) -> None:
+    """In them a variable's value is text, which neither side takes for base64."""
+    busybox = images.busybox()
+    image = f"{registry.host}/{busybox.repository}:{busybox.tags[0]}"
+    pod_file = write(
+        tmp_path / "pod.json",
+        metadata={"name": "same", "uid": "same-1", "namespace": "hand"},
+        log_directory=str(tmp_path / "logs"),
+        linux={},
+    )
+    container_file = write(
+        tmp_path / "container.json",
+        metadata={"name": "printer"},
+        image={"image": image},
+        command=["sh", "-c", "echo $A $B"],
+        envs=[{"key": "A", "value": "x"}, {"key": "B", "value": "QkI="}],
+        log_path="printer.log",
+        linux={},
+    )
+    run("pull", image)
+    command = agent.command("check", "--pod", str(pod_file), str(container_file))
+    looked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (looked.returncode, looked.stdout) == (0, "nothing is refused\n"), looked.stderr
+    pod = run("runp", pod_file)
+    run("start", run("create", pod, container_file, pod_file))
+    wait_for("the values", lambda: (tmp_path / "logs/printer.log").read_text().endswith("x QkI=\n"))
+    run("rmp", "-f", pod)
+
+
 def test_version_info_and_images(run: Crictl) -> None:
     assert "RuntimeName:  nodeagent" in run("version")
     info = json.loads(run("info"))

@@ -33,6 +33,15 @@ def test_log_lines(cri: Cri) -> None:
     container.pod.remove()
 
 
+@pytest.mark.parametrize("place", ["link", "/proc/none", "/sys/none"])
+def test_a_log_that_cannot_be_made_is_named(cri: Cri, tmp_path: Path, place: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "none")
+    pod = cri.pod(log_directory=str(tmp_path / place))
+    start = pod.container().start
+    refused(grpc.StatusCode.FAILED_PRECONDITION, f"log {tmp_path / place}/main.log: ", start)
+    pod.remove()
+
+
 def test_long_lines_are_split(cri: Cri) -> None:
     container = cri.run("sh", "-c", "head -c 40000 /dev/zero | tr '\\0' x; echo")
     container.ended()

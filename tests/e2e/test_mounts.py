@@ -87,6 +87,27 @@ def test_absent_host_paths_that_are_not_made(rejecting: Cri, tmp_path: Path) -> 
     pod.remove()
 
 
+# ---- paths as people write them ----
+
+
+@pytest.mark.parametrize("target", ["/data/", "//data/./", "/tmp/../data", "data", "./x/../data"])
+def test_where_a_mount_is_may_be_written_in_several_ways(
+    cri: Cri, tmp_path: Path, target: str
+) -> None:
+    (tmp_path / "file").write_text("mounted")
+    container = cri.run(mounts=[at(tmp_path, target)], working_dir="/tmp/../data/")
+    assert container.shell("pwd; cat file; cat /data/file") == "/data\nmountedmounted"
+    # The kubelet looks for a termination message by the path that it has asked for.
+    assert [mount.container_path for mount in container.status.mounts] == [target]
+    container.pod.remove()
+
+
+def test_a_device_without_a_place_of_its_own_is_where_the_node_has_it(cri: Cri) -> None:
+    container = cri.run(devices=[pb.Device(host_path="/dev/kmsg", permissions="r")])
+    assert container.shell("stat -c %t:%T /dev/kmsg") == "1:b"
+    container.pod.remove()
+
+
 # ---- what cannot be mounted ----
 
 
@@ -116,6 +137,34 @@ def test_a_directory_on_a_file_and_the_reverse(
     logged = cri.agent.log.stat().st_size
     refused(FAILED_PRECONDITION, f"mount {tmp_path}/{source} on {target}: ", call)
     assert "Traceback" not in cri.agent.log.read_text()[logged:]
+    pod.remove()
+
+
+@pytest.mark.parametrize("target", ["/sys/none", "/sys/fs/none/deep", "/dev/pts/99"])
+def test_a_mount_point_that_cannot_be_made(cri: Cri, target: str) -> None:
+    """As /sys/fs/bpf of a kernel without it."""
+    pod = cri.pod()
+    call = partial(pod.container, mounts=[at("/dev/null", target)])
+    refused(FAILED_PRECONDITION, f"mount /dev/null on {target}: the path is not there", call)
+    pod.remove()
+
+
+def test_a_host_path_that_no_mount_has(cri: Cri) -> None:
+    read, write = os.pipe()
+    path = f"/proc/{os.getpid()}/fd/{read}"
+    pod = cri.pod()
+    call = partial(pod.container, mounts=[at(path, "/pipe")])
+    refused(FAILED_PRECONDITION, f'host path "{path}" for /pipe: cannot be mounted', call)
+    os.close(read)
+    os.close(write)
+    pod.remove()
+
+
+def test_a_host_path_of_a_device_below_a_file(cri: Cri) -> None:
+    device = pb.Device(container_path="/dev/x", host_path="/dev/null/x", permissions="r")
+    pod = cri.pod()
+    call = partial(pod.container, devices=[device])
+    refused(grpc.StatusCode.NOT_FOUND, 'device "/dev/null/x": not on this node', call)
     pod.remove()
 
 

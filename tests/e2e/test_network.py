@@ -95,6 +95,13 @@ def test_sysctls(cri: Cri) -> None:
     pod.remove()
 
 
+def test_a_sysctl_that_a_pod_can_only_read(cri: Cri) -> None:
+    name = "net.ipv4.tcp_available_congestion_control"
+    linux = pb.LinuxPodSandboxConfig(sysctls={name: "reno"})
+    text = f'sysctl "{name}": the kernel lets no pod write it'
+    refused(grpc.StatusCode.UNIMPLEMENTED, text, lambda: cri.pod(linux=linux))
+
+
 @pytest.mark.parametrize("name", ["kernel.core_pattern", "net.ipv4/../../kernel.core_pattern"])
 def test_sysctls_of_the_node_are_refused(cri: Cri, name: str) -> None:
     with open("/proc/sys/kernel/core_pattern") as file:

@@ -188,10 +188,21 @@ def test_refused_maps(cri: Cri, uids: list[pb.IDMapping], text: str) -> None:
     refused(INVALID, text, lambda: cri.pod(linux=linux))
 
 
-def test_an_id_that_is_not_mapped(cri: Cri) -> None:
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"run_as_user": pb.Int64Value(value=70_000)}, "uid 70000: not mapped"),
+        ({"run_as_group": pb.Int64Value(value=70_000)}, "gid 70000: not mapped"),
+        ({"supplemental_groups": [5, 70_000]}, "gid 70000: not mapped"),
+    ],
+    ids=["user", "group", "supplemental"],
+)
+def test_an_id_that_is_not_mapped(cri: Cri, fields: dict[str, Any], text: str) -> None:
+    """A supplemental group is such as an fsGroup."""
     pod = mapped_pod(cri)
-    linux = options(run_as_user=pb.Int64Value(value=70_000))
-    refused(INVALID, "uid 70000: not mapped", lambda: pod.container(linux=linux))
+    linux = options(**{"run_as_user": pb.Int64Value(value=1), **fields})
+    refused(INVALID, text, lambda: pod.container(linux=linux))
+    pod.remove()
 
 
 def test_a_container_may_not_have_another(cri: Cri) -> None:

@@ -1,6 +1,6 @@
 """Runs a command as root on a throw-away machine with another kernel and cgroup v2.
 
-    python -m tests.guest --setup [KERNEL...]
+    python -m tests.guest --setup [KERNEL...] [selinux]
     python -m tests.guest [options] DIRECTORY -- COMMAND...
 
 The machine's root is the host's, read-only below an overlay; DIRECTORY is the host's own, read-write, at the same
@@ -20,8 +20,11 @@ from tests.guest import machine, setup
 def main() -> int:
     options = _parser().parse_args()
     if options.setup is not None:
-        for kernel in options.setup or ["uml"]:
-            setup.prepare(kernel)
+        for name in options.setup or ["uml"]:
+            if name == "selinux":
+                setup.prepare_policy_compiler()
+            else:
+                setup.prepare(name)
         return 0
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     directory = Path(options.directory or "").resolve()
@@ -32,6 +35,7 @@ def main() -> int:
     guest = machine.Guest(
         kernel=options.kernel,
         init=options.init,
+        security=options.security,
         memory_mib=options.memory,
         cpus=options.cpus,
         timeout_seconds=options.timeout,
@@ -56,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
         "qemu: bookworm-backports under emulation, has everything",
     )
     parser.add_argument("--init", choices=("none", "systemd"), default="none")
+    parser.add_argument(
+        "--security",
+        choices=("apparmor", "selinux"),
+        default="apparmor",
+        help="selinux has no policy: selinux.sh loads one, and runs a command",
+    )
     parser.add_argument("--timeout", type=float, default=600, help="seconds")
     parser.add_argument("--memory", type=int, default=2048, help="MiB")
     parser.add_argument("--cpus", type=int, default=1, help="of qemu")

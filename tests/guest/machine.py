@@ -31,10 +31,11 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guest:
-    """A machine to boot. `init` is "none" (the command is nearly alone) or "systemd"."""
+    """A machine to boot. `init` is "none" (the command is nearly alone) or "systemd"; `security`: "selinux" or this."""
 
     kernel: str = "uml"
     init: str = "none"
+    security: str = "apparmor"
     memory_mib: int = 2048
     disk_mib: int = 8192  # sparse
     cpus: int = 1
@@ -92,7 +93,8 @@ def _kernel_arguments(guest: Guest, control: Path, directory: Path) -> list[str]
         f"guest.directory={directory}",
         f"guest.modules={modules}",
         f"guest.python={sys.executable}",
-        *"apparmor=1 security=apparmor panic=-1 rdinit=/init quiet".split(),
+        f"security={guest.security}",
+        *"apparmor=1 panic=-1 rdinit=/init quiet".split(),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Unpacks what the guests are made of, all of it from Debian: kernels, a C library, an emulator.
+"""Unpacks what the guests are made of, all of it from Debian: kernels, a C library, an emulator, a policy compiler.
 
 A package of another release is only downloaded and unpacked, by an apt with lists of its own. For the emulator, its own
 libraries and kmod are installed from the host's release where they are missing.
@@ -50,6 +50,25 @@ def prepare(kernel: str) -> None:
             _prepare_qemu(apt, folder(kernel))
         else:
             _prepare_uml(apt, folder(kernel))
+
+
+def prepare_policy_compiler() -> None:
+    """That of SELinux, of the host's own release, with the library that it needs."""
+    target = folder("selinux")
+    if target.exists():
+        return
+    subprocess.run(["apt-get", "-qq", "update"], check=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [
+            *"apt-get -qq -o APT::Sandbox::User=root download".split(),
+            "secilc",
+            "libsepol2",
+        ]
+        subprocess.run(command, cwd=scratch, check=True)
+        unpacked = Path(scratch) / "unpacked"
+        for archive in Path(scratch).glob("*.deb"):
+            subprocess.run(["dpkg-deb", "-x", archive, unpacked], check=True)
+        shutil.move(unpacked, target)
 
 
 def _prepare_uml(apt: _Apt, target: Path) -> None:

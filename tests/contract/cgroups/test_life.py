@@ -199,9 +199,10 @@ def test_a_taken_path_in_the_last_hierarchy_undoes_the_others(
         os.rmdir(last)
 
 
-def test_a_control_file_is_no_parent(cgroups: Cgroups) -> None:
+@pytest.mark.parametrize("below", ["", "/a", "/a/b"])
+def test_a_control_file_is_no_parent(cgroups: Cgroups, below: str) -> None:
     with pytest.raises(InvalidArgument, match="control file"):
-        cgroups.create("/cgroup.procs/group")
+        cgroups.create(f"/cgroup.procs{below}/group")
 
 
 @pytest.mark.parametrize(

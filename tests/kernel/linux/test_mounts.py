@@ -23,3 +23,8 @@ def test_white_space_in_a_name(tmp_path: Path, name: str) -> None:
             os.close(descriptor)
     finally:
         syscalls.umount2(str(directory), syscalls.MNT_DETACH)
+
+
+def test_a_label_is_one_option_of_an_overlay(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has a quote in it"):
+        mounts.mount_overlay(str(tmp_path), [0], label='u:r:t:s0",lowerdir="/')

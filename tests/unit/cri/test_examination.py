@@ -37,6 +37,23 @@ def test_one_file_with_both(tmp_path: Path) -> None:
     assert list(pod.containers[0].command) == ["sleep"]
 
 
+def test_values_of_variables_are_text(tmp_path: Path) -> None:
+    """As crictl has them; the contract has bytes, which protobuf's JSON writes in base64."""
+    values = ["B", "QkI=", "", "ü", "\ud800"]
+    envs = [{"key": "A", "value": value} for value in values]
+    both = {"sandbox": SANDBOX, "containers": [{**CONTAINER, "envs": [*envs, {"key": "A"}]}]}
+    pod = examination.load([written(tmp_path / "pod.json", both)])
+    found = [env.value for env in pod.containers[0].envs]
+    assert found == [b"B", b"QkI=", b"", "ü".encode(), b"?", b""]
+
+
+@pytest.mark.parametrize("envs", [5, [5], [{"key": "A", "value": 5}]])
+def test_malformed_variables_are_refused_with_the_container(tmp_path: Path, envs: Any) -> None:
+    both = {"sandbox": SANDBOX, "containers": [{**CONTAINER, "envs": envs}]}
+    with pytest.raises(InvalidArgument, match=r"containers\[0\]: .*env"):
+        examination.load([written(tmp_path / "pod.json", both)])
+
+
 def test_fields_of_a_newer_contract_are_passed_over(tmp_path: Path) -> None:
     both = {"sandbox": {**SANDBOX, "novelty": 1}, "containers": [CONTAINER]}
     pod = examination.load([written(tmp_path / "pod.json", both)])
@@ -50,15 +67,21 @@ def test_fields_of_a_newer_contract_are_passed_over(tmp_path: Path) -> None:
     [
         ([SANDBOX, SANDBOX], "a second pod"),
         ([CONTAINER], "there is no pod"),
-        (["{"], "Expecting"),
+        (["{"], "is not JSON: Expecting"),
+        (["metadata:\n  name: p\n"], "is not JSON"),
+        (
+            [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}}],
+            "a manifest of Kubernetes",
+        ),
         (["[" * 100_000], "file-0"),
         (["[]"], "is not a JSON object"),
         ([{"sandbox": []}], "sandbox: is not a JSON object"),
+        ([{"sandbox": SANDBOX, "containers": 5}], "containers: is not a JSON array"),
+        ([{"sandbox": SANDBOX, "containers": None}], "containers: is not a JSON array"),
+        ([{"sandbox": SANDBOX, "containers": {"image": {}}}], "containers: is not a JSON array"),
         ([{"sandbox": SANDBOX, "containers": [1]}], r"containers\[0\]: is not a JSON object"),
         ([{**SANDBOX, "hostname": {}}], "hostname"),
-        ([{"sandbox": SANDBOX, "containers": 5}], "containers: is not a list"),
-        ([{"sandbox": SANDBOX, "containers": {"a": 1}}], "containers: is not a list"),
-        ([{"sandbox": SANDBOX, "runtime_handler": [1]}], "runtime_handler: is not a string"),
+        ([{"sandbox": SANDBOX, "runtime_handler": [1]}], "runtime_handler: is not a JSON string"),
         ([{**SANDBOX, "hostname": "\ud800"}], "surrogates"),
         ([{**SANDBOX, "\ud800": 1}], "surrogates"),
         ([{"sandbox": SANDBOX, "runtime_handler": "\udc80"}], "surrogates"),
@@ -73,12 +96,6 @@ def test_what_is_no_pod_is_refused_with_the_file(
     with pytest.raises(InvalidArgument, match=text) as caught:
         examination.load(paths)
     assert str(tmp_path) in str(caught.value)
-
-
-def test_null_is_what_is_absent(tmp_path: Path) -> None:
-    both = {"sandbox": SANDBOX, "containers": None, "runtime_handler": None}
-    pod = examination.load([written(tmp_path / "pod.json", both)])
-    assert (pod.containers, pod.handler) == ([], "")
 
 
 def examined(place: Path, document: Any) -> list[str]:

@@ -271,13 +271,27 @@ async def test_update_of_a_containers_resources(client: Client) -> None:
     await client.runtime.UpdateContainerResources(request)
     status = await client.runtime.ContainerStatus(pb.ContainerStatusRequest(container_id=made.id))
     assert status.status.resources.linux.memory_limit_in_bytes == 1 << 20
-    for field in (
-        {"windows": pb.WindowsContainerResources(cpu_count=1)},
-        {"annotations": {"a": "b"}},
-    ):
-        odd = pb.UpdateContainerResourcesRequest(container_id=made.id, **field)
-        call = client.runtime.UpdateContainerResources(odd)
-        assert await code(call) == grpc.StatusCode.UNIMPLEMENTED
+    odd = pb.UpdateContainerResourcesRequest(
+        container_id=made.id, windows=pb.WindowsContainerResources(cpu_count=1)
+    )
+    call = client.runtime.UpdateContainerResources(odd)
+    assert await code(call) == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_annotations_of_an_update_are_passed_over(
+    client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = await running(client)
+    request = pb.UpdateContainerResourcesRequest(
+        container_id=made.id,
+        linux=pb.LinuxContainerResources(memory_limit_in_bytes=1 << 20),
+        annotations={"a": "b"},
+    )
+    with caplog.at_level("INFO"):
+        await client.runtime.UpdateContainerResources(request)
+    assert f'container "{made.id}": the annotations of an update are passed over' in caplog.text
+    status = await client.runtime.ContainerStatus(pb.ContainerStatusRequest(container_id=made.id))
+    assert status.status.resources.linux.memory_limit_in_bytes == 1 << 20
 
 
 @pytest.mark.parametrize("seconds", [-1, 1 << 40])

@@ -210,6 +210,36 @@ def test_users_by_name() -> None:
     assert (config.run_as_user, config.run_as_username, config.run_as_group) == (None, "www", 3)
 
 
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("/a/", "/a"),
+        ("//a//b/.", "/a/b"),
+        ("/a/../b", "/b"),
+        ("/a/b/../../c/..//d", "/d"),
+        ("a/b", "/a/b"),
+        ("./a/../b", "/b"),
+    ],
+)
+def test_where_things_are_in_a_container(path: str, found: str) -> None:
+    """In its shortest form, as runc takes it."""
+    wanted = mount(container_path=path)
+    wanted.devices.add(container_path=path, host_path="/dev/b", permissions="r")
+    config = container_config(wanted, POD)
+    assert (config.mounts[0].container_path, config.devices[0].container_path) == (found, found)
+    if path.startswith("/"):
+        security = samples.in_container(masked_paths=[path], readonly_paths=[path])
+        config = container_config(security, POD)
+        assert (config.masked_paths, config.readonly_paths) == ((found,), (found,))
+        config = container_config(samples.simple_container(working_dir=path), POD)
+        assert config.working_dir == found
+
+
+def test_a_device_is_where_it_is_on_the_node_unless_the_request_says_where() -> None:
+    config = container_config(device(container_path=""), POD)
+    assert config.devices[0].container_path == "/dev/b"
+
+
 def test_capabilities_in_any_spelling() -> None:
     change = pb.Capability(add_capabilities=["cap_net_raw", "Sys_Admin", "all"])
     config = container_config(samples.in_container(capabilities=change), POD)
@@ -326,14 +356,20 @@ ROOT = pb.IDMapping(container_id=0, host_id=1, length=1)
         (samples.simple_container(args=["\0"]), "config.args[0]"),
         (samples.simple_container(args=["x"] * 100_001), "config.args: has 100001 entries"),
         (samples.simple_container(working_dir="tmp"), "config.working_dir"),
-        (samples.simple_container(working_dir="/proc/self/fd/8/../.."), "config.working_dir"),
+        (
+            samples.simple_container(working_dir="/proc/self/fd/8/../../../../.."),
+            "config.working_dir",
+        ),
         (env(""), "config.envs[0].key"),
         (env("A=B"), "config.envs[0].key"),
         (env("A\0"), "config.envs[0].key"),
         (env("A", b"x\0"), "config.envs[0].value"),
-        (mount(container_path="a"), "config.mounts[0].container_path"),
+        (mount(container_path=""), "config.mounts[0].container_path: is required"),
         (mount(container_path="/"), "config.mounts[0].container_path"),
+        (mount(container_path="/a/.."), "config.mounts[0].container_path"),
         (mount(container_path="/a/../.."), "config.mounts[0].container_path"),
+        (mount(container_path="../a"), "config.mounts[0].container_path"),
+        (mount(host_path="/a/../b"), "config.mounts[0].host_path"),
         (mount(host_path=""), "config.mounts[0].host_path: is required"),
         (mount(host_path="b"), "config.mounts[0].host_path"),
         (mount(host_path="/b\0"), "config.mounts[0].host_path"),
@@ -361,7 +397,8 @@ ROOT = pb.IDMapping(container_id=0, host_id=1, length=1)
         (volume(propagation=1), "config.mounts[0].propagation"),
         (volume(image_sub_path="../etc"), "config.mounts[0].image_sub_path"),
         (volume(image_sub_path="/etc"), "config.mounts[0].image_sub_path"),
-        (device(container_path=""), "config.devices[0].container_path: is required"),
+        (device(container_path="/.."), "config.devices[0].container_path"),
+        (device(container_path="/a/.."), "config.devices[0].container_path: the root"),
         (device(host_path="sda"), "config.devices[0].host_path"),
         (device(permissions=""), "config.devices[0].permissions"),
         (device(permissions="rx"), "config.devices[0].permissions"),
@@ -443,7 +480,7 @@ ROOT = pb.IDMapping(container_id=0, host_id=1, length=1)
         (samples.in_container(run_as_username="a:b"), "run_as_username"),
         (samples.in_container(run_as_username="a\n"), "run_as_username"),
         (samples.in_container(masked_paths=["proc"]), "masked_paths[0]"),
-        (samples.in_container(readonly_paths=["/proc/../etc"]), "readonly_paths[0]"),
+        (samples.in_container(readonly_paths=["/proc/../../etc"]), "readonly_paths[0]"),
         (samples.in_container(apparmor_profile="mine"), "apparmor_profile"),
         (
             samples.in_container(capabilities=pb.Capability(add_capabilities=["SYS_NOTHING"])),

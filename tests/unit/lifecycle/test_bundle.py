@@ -75,6 +75,16 @@ def test_a_bundle_says_what_the_plan_says() -> None:
     ]
 
 
+def test_a_bundle_says_the_label_of_the_files() -> None:
+    made = plan()
+    config = ContainerConfig(name="c", image="i", hooks=HOOKS)
+    told = json.loads(bundle.hooks(config, made, Path("/state/pods/p"), 60)["config"])
+    assert "mountLabel" not in told["linux"]
+    made["rootfs"]["label"] = "u:r:t:s0"
+    told = json.loads(bundle.hooks(config, made, Path("/state/pods/p"), 60)["config"])
+    assert told["linux"]["mountLabel"] == "u:r:t:s0"
+
+
 def test_the_time_of_a_hook_is_bounded() -> None:
     config = ContainerConfig(name="c", image="i", hooks=HOOKS)
     stages = bundle.hooks(config, plan(), Path("/state/pods/p"), 60)["stages"]

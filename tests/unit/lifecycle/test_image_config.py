@@ -10,6 +10,7 @@ from nodeagent.images import manifest
 from nodeagent.lifecycle import process
 from nodeagent.lifecycle.devices import ContainerDevices
 from nodeagent.lifecycle.plan import Planner, Seen
+from nodeagent.lifecycle.selinux import NO_LABELS
 from nodeagent.records import (
     Container,
     ContainerConfig,
@@ -51,7 +52,7 @@ def planner() -> Planner:
         lower_dirs=lambda _image: (),
         mounts=lambda: (),
         delegates=False,
-        selinux=lambda _config: "",
+        selinux=lambda _config: NO_LABELS,
     )
     return Planner(none, none, none, none, none, Config(), pods=Path("/pods"))
 

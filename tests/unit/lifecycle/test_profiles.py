@@ -14,7 +14,8 @@ from nodeagent.errors import FailedPrecondition, InvalidArgument, Unsupported
 from nodeagent.lifecycle import apparmor
 from nodeagent.lifecycle import selinux as selinux_
 from nodeagent.lifecycle.profiles import Profiles
-from nodeagent.records import ContainerConfig, MountConfig, Profile, SELinux
+from nodeagent.lifecycle.selinux import NO_LABELS, Labels
+from nodeagent.records import ContainerConfig, Profile, SELinux
 from tests.conformance.apparmor import put_in_path
 from tests.images import DEBIAN, PROJECT
 
@@ -62,6 +63,7 @@ def selinux(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     )
     monkeypatch.setattr(selinux_, "ENFORCE", tmp_path)
     monkeypatch.setattr(selinux_, "POLICIES", tmp_path)
+    monkeypatch.setattr(selinux_, "CONTAINERS", tmp_path / "contexts")
     return contexts
 
 
@@ -122,29 +124,73 @@ def test_a_wheel_has_the_default_profile(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("selinux")
 def test_selinux() -> None:
-    assert PROFILES.selinux(config(selinux=LABEL)) == "system_u:system_r:container_t:s0:c1"
-    assert PROFILES.selinux(config()) == ""
-    assert PROFILES.selinux(config(selinux=LABEL, privileged=True)) == ""
+    assert PROFILES.selinux(config(selinux=LABEL)).process == "system_u:system_r:container_t:s0:c1"
+    assert PROFILES.selinux(config()) == NO_LABELS
+    assert PROFILES.selinux(config(selinux=LABEL, privileged=True)) == NO_LABELS
 
 
 @pytest.mark.parametrize(
-    ("asked", "label"),
+    ("asked", "process", "files"),
     [
-        (SELinux(type="spc_t"), "system_u:system_r:spc_t:s0"),
-        (SELinux(level="s0:c1,c2"), "system_u:system_r:container_t:s0:c1,c2"),
-        (SELinux(user="u", role="r", type="t"), "u:r:t:s0"),
-        (SELinux(role="r", level="s1"), "system_u:r:container_t:s1"),
+        (SELinux(type="spc_t"), "system_u:system_r:spc_t:s0", "system_u:object_r:{}:s0"),
+        (
+            SELinux(level="s0:c1,c2"),
+            "system_u:system_r:container_t:s0:c1,c2",
+            "system_u:object_r:{}:s0:c1,c2",
+        ),
+        (SELinux(user="u", role="r", type="t"), "u:r:t:s0", "u:object_r:{}:s0"),
+        (
+            SELinux(role="r", level="s0-s1:c0.c9"),
+            "system_u:r:container_t:s0-s1:c0.c9",
+            "system_u:object_r:{}:s0-s1:c0.c9",
+        ),
     ],
 )
 @pytest.mark.usefixtures("selinux")
-def test_parts_of_a_label_that_are_left_out_are_the_policy_s(asked: SELinux, label: str) -> None:
-    """Charts give a type (Cilium), the kubelet's conformance pods a level."""
-    assert PROFILES.selinux(config(selinux=asked)) == label
+def test_parts_of_a_label_that_are_left_out_are_the_policy_s(
+    asked: SELinux, process: str, files: str
+) -> None:
+    """Charts give a type (Cilium), the kubelet's conformance pods a level.
+
+    The files of a container have the type that the policy has for them, and the level of its processes.
+    """
+    labels = PROFILES.selinux(config(selinux=asked))
+    assert labels == Labels(process, files.format("container_file_t"))
+
+
+def test_the_policy_of_containers_has_a_file_of_its_own(selinux: Path) -> None:
+    selinux_.CONTAINERS.write_text(
+        'process = "system_u:system_r:other_t:s0"\nfile = "system_u:object_r:other_file_t:s0"\n'
+    )
+    labels = PROFILES.selinux(config(selinux=SELinux(level="s0:c1")))
+    assert labels == Labels(
+        "system_u:system_r:other_t:s0:c1", "system_u:object_r:other_file_t:s0:c1"
+    )
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        SELinux(level='s0",lowerdir="/'),
+        SELinux(type="t t"),
+        SELinux(level="s0\\"),
+        SELinux(type="t,u"),
+        SELinux(user="ü"),
+    ],
+)
+@pytest.mark.usefixtures("selinux")
+def test_what_is_no_label_is_refused(asked: SELinux) -> None:
+    """It becomes an option of mounts, and shall end where the label does."""
+    with pytest.raises(InvalidArgument, match="is no label"):
+        PROFILES.selinux(config(selinux=asked))
 
 
 def test_a_policy_without_levels(selinux: Path) -> None:
-    selinux.write_text("process = system_u:system_r:container_t\n")
-    assert PROFILES.selinux(config(selinux=SELinux(type="spc_t"))) == "system_u:system_r:spc_t"
+    selinux.write_text(
+        "process = system_u:system_r:container_t\nfile = system_u:object_r:container_file_t\n"
+    )
+    labels = PROFILES.selinux(config(selinux=SELinux(type="spc_t")))
+    assert labels == Labels("system_u:system_r:spc_t", "system_u:object_r:container_file_t")
 
 
 @pytest.mark.parametrize("text", [None, "", 'process = ""\n', 'process = "a:b"\n'])
@@ -155,15 +201,8 @@ def test_a_policy_without_a_label_of_containers(selinux: Path, text: str | None)
         selinux.write_text(text)
     with pytest.raises(FailedPrecondition, match="lxc_contexts has no label of containers"):
         PROFILES.selinux(config(selinux=SELinux(type="spc_t")))
-    assert PROFILES.selinux(config(selinux=LABEL)) == "system_u:system_r:container_t:s0:c1"
-
-
-@pytest.mark.usefixtures("selinux")
-def test_volumes_that_a_label_would_need_are_not_labelled() -> None:
-    mount = MountConfig(container_path="/data", host_path="/srv", selinux_relabel=True)
-    assert PROFILES.selinux(config(mounts=(mount,))) == ""
-    with pytest.raises(Unsupported, match='selinux_relabel of "/data"'):
-        PROFILES.selinux(config(mounts=(mount,), selinux=LABEL))
+    labels = PROFILES.selinux(config(selinux=LABEL))
+    assert labels == Labels("system_u:system_r:container_t:s0:c1", "")
 
 
 def test_selinux_that_is_not_there_is_said_once(
@@ -172,11 +211,10 @@ def test_selinux_that_is_not_there_is_said_once(
     monkeypatch.setattr(selinux_, "ENFORCE", tmp_path / "absent")
     caplog.set_level("INFO")
     profiles = Profiles("")
-    mount = MountConfig(container_path="/data", host_path="/srv", selinux_relabel=True)
-    assert profiles.selinux(config()) == ""
+    assert profiles.selinux(config()) == NO_LABELS
     assert not caplog.messages
     for _ in range(2):
-        assert profiles.selinux(config(selinux=LABEL, mounts=(mount,))) == ""
+        assert profiles.selinux(config(selinux=LABEL)) == NO_LABELS
     [said] = caplog.messages
     assert "no SELinux" in said
 

@@ -1,0 +1,33 @@
+"""Which files of a container get its SELinux label. Pure.
+
+What is made for the container is mounted with it: its root, the small file systems of ours, image volumes. What is
+there already is given it where the request says so, and where it is the pod's own. procfs, sysfs and cgroups have
+the labels of the node's policy; a file system of the node that nobody asks to relabel keeps its own.
+"""
+
+import posixpath
+from pathlib import Path
+
+from nodeagent.records import ContainerConfig
+from nodeagent.sandbox.spec import ContainerPlan, Mount
+
+_OWN_FILESYSTEMS = frozenset(("tmpfs", "devpts", "mqueue"))
+
+
+def assign(plan: ContainerPlan, config: ContainerConfig, shared: Path, label: str) -> None:
+    """Write the label into a plan that is otherwise complete. shared: where the pod's own files are."""
+    asked = {
+        posixpath.normpath(mount.container_path) for mount in config.mounts if mount.selinux_relabel
+    }
+    plan["rootfs"]["label"] = label
+    for volume in plan.get("volumes", []):
+        volume["label"] = label
+    for mount in plan["mounts"]:
+        if _is_labelled(mount, shared) or mount["target"] in asked:
+            mount["label"] = label
+
+
+def _is_labelled(mount: Mount, shared: Path) -> bool:
+    if mount["kind"] == "bind":
+        return mount["source"].startswith(f"{shared}/")
+    return mount["kind"] == "image" or mount["source"] in _OWN_FILESYSTEMS
