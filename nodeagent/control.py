@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import BinaryIO, TypedDict
 
+from nodeagent import files
 from nodeagent.config import Config
 from nodeagent.errors import (
     DataLoss,
@@ -24,7 +25,6 @@ from nodeagent.errors import (
     Unavailable,
     Unsupported,
 )
-from nodeagent.images import budget
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle.node import open_images
 from nodeagent.lifecycle.places import Places
@@ -91,7 +91,7 @@ async def _spool(
         place.keep()
         try:
             if not failure:
-                budget.require_space(root, len(chunk))
+                files.require_space(root, len(chunk))
                 await asyncio.to_thread(archive.write, chunk)
         except (NodeAgentError, OSError) as error:
             failure = {"error": str(error)}

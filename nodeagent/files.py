@@ -7,6 +7,9 @@ Plain calls of the standard library; what needs newer kernel calls lives in `nod
 import errno
 import os
 import stat
+from pathlib import Path
+
+from nodeagent.errors import ResourceExhausted
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -15,6 +18,11 @@ UMASK = 0o077
 
 # Of a tree that is being removed; each level keeps two descriptors open.
 _MAX_DEPTH = 64
+
+# What images, and what containers are made of, leave to the node.
+_RESERVE_BYTES = 512 << 20
+_RESERVE_INODES = 64 << 10
+_RESERVE_SHARE = 50  # of the file system, where that is less
 
 
 def ensure_directory(path: str, mode: int = 0o755) -> None:
@@ -41,13 +49,21 @@ def _make_if_absent(path: str, mode: int) -> None:
 
 
 def narrow(path: str, mode: int) -> None:
-    """Take all permissions from what `path` names that are not in `mode`; nothing to do where nothing is there."""
+    """Take all permissions from what `path` names that are not in `mode`; nothing to do where nothing is there.
+
+    A link has none, and is not followed: it may be somebody else's.
+    """
     try:
-        found = stat.S_IMODE(os.lstat(path).st_mode)
+        place = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return
-    if found & ~mode:
-        os.chmod(path, found & mode)
+    try:
+        status = os.fstat(place)
+        found = stat.S_IMODE(status.st_mode)
+        if found & ~mode and not stat.S_ISLNK(status.st_mode):
+            os.chmod(f"/proc/self/fd/{place}", found & mode)
+    finally:
+        os.close(place)
 
 
 def read_bounded(path: str, limit: int) -> bytes:
@@ -67,6 +83,28 @@ def read_bounded(path: str, limit: int) -> bytes:
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"larger than {limit} bytes", path)
     return data
+
+
+def require_space(directory: Path | int, size_bytes: int) -> None:
+    """Raises `ResourceExhausted` when so much more would not leave the node its reserve of bytes and inodes.
+
+    directory: its path, or a descriptor of it.
+    """
+    disk = os.statvfs(directory)
+    what = "" if isinstance(directory, int) else f"{directory}: "
+    reserve = min(_RESERVE_BYTES, disk.f_blocks * disk.f_frsize // _RESERVE_SHARE)
+    available = disk.f_bavail * disk.f_frsize
+    if available - size_bytes < reserve:
+        raise ResourceExhausted(
+            f"{what}{available} bytes left on the disk, {size_bytes} needed and {reserve} kept"
+        )
+    inodes = min(
+        _RESERVE_INODES, disk.f_files // _RESERVE_SHARE
+    )  # 0 where there is no such bound (btrfs)
+    if disk.f_favail < inodes:
+        raise ResourceExhausted(
+            f"{what}{disk.f_favail} inodes left on the disk, of which {inodes} are kept"
+        )
 
 
 def sync_directory(path: str) -> None:

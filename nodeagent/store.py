@@ -14,7 +14,7 @@ import logging
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -58,6 +58,25 @@ class Store:
             except sqlite3.Error as error:
                 raise DataLoss(f"{path}: {error}") from error
         _keep_reserve(reserve)
+        return cls(db)
+
+    @classmethod
+    def copy_of(cls, path: Path) -> Self:
+        """What the file of an agent has, in memory: neither it nor what is beside it is written.
+
+        One that is not there has nothing. Raises `DataLoss` as `open`.
+        """
+        db = sqlite3.connect(":memory:", isolation_level=None)
+        try:
+            if path.exists():
+                _read(path, db)
+            _prepare(db, path)
+        except sqlite3.Error as error:
+            db.close()
+            raise DataLoss(f"{path}: {error}") from error
+        except BaseException:
+            db.close()
+            raise
         return cls(db)
 
     def close(self) -> None:
@@ -157,6 +176,14 @@ def _open(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def _read(path: Path, target: sqlite3.Connection) -> None:
+    """Without a log beside it nobody writes; to look for one would make one (sqlite.org/wal.html, "Read-Only")."""
+    alone = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
+    uri = f"{path.absolute().as_uri()}?mode=ro{alone}"
+    with closing(sqlite3.connect(uri, uri=True)) as source:
+        source.backup(target)
 
 
 def _make_private(path: Path) -> None:

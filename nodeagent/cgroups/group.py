@@ -210,7 +210,9 @@ class Cgroup:
             for hierarchy in self._own:
                 undo.callback(tree.remove_empty_parents, hierarchy.mount, self.path)
                 tree.make(hierarchy.mount, self.path)
-                undo.callback(tree.remove, hierarchy.mount, self.path, time.monotonic())
+                undo.callback(
+                    tree.remove, hierarchy.mount, self.path, self._fence, time.monotonic()
+                )
                 if "cpuset" in hierarchy.controllers and self._version is v1:
                     v1.fill_cpuset(hierarchy.mount, self.path)
             if self._version is v2:
@@ -230,13 +232,13 @@ class Cgroup:
         deadline = time.monotonic() + timeout_s
         try:
             for hierarchy in self._own:
-                tree.remove(hierarchy.mount, self.path, deadline)
+                tree.remove(hierarchy.mount, self.path, self._fence, deadline)
                 tree.remove_empty_parents(hierarchy.mount, self.path)
         finally:
             self.close()
 
     def _require_own(self) -> None:
-        tree.require_group(self._tracking.mount, self.path)
+        tree.require_group(self._tracking.mount, self.path, self._fence)
 
 
 class ExecGroup(Cgroup):
@@ -248,6 +250,8 @@ class ExecGroup(Cgroup):
     def __init__(self, layout: Layout, container: str, name: str) -> None:
         super().__init__(layout, f"{container}/{name}")
         self._container = container
+        if not layout.legacy:
+            self._fence = paths.fence(container)
         self._own = layout.hierarchies[:1]
         if layout.legacy:
             self._files = ControlFiles({})

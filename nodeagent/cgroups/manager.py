@@ -122,7 +122,7 @@ class Cgroups:
         """
         group = self._group(self._instance_path)
         if group.exists():
-            tree.require_group(self._layout.hierarchies[0].mount, group.path)
+            tree.require_group(self._layout.hierarchies[0].mount, group.path, group.path)
             return group
         group.make(limits.NOTHING)
         return group

@@ -148,19 +148,25 @@ def _groups_in(descriptor: int) -> list[str]:
         return []
 
 
-def require_group(mount: str, path: str) -> None:
-    """Raises FailedPrecondition for a group that exists and is not wholly the agent's."""
-    if kind(mount + path) not in (GROUP, UNFINISHED) and os.path.isdir(mount + path):
+def require_group(mount: str, path: str, fence: str) -> None:
+    """Raises FailedPrecondition for a group that exists and is not wholly the agent's.
+
+    fence: the group itself or, out of its container's sight, one above it that is that container's alone: who has
+    SYS_ADMIN can take the mark away from a group that he sees.
+    """
+    if kind(mount + path) in (GROUP, UNFINISHED) or not os.path.isdir(mount + path):
+        return
+    if fence == path or kind(mount + fence) is None:
         raise FailedPrecondition(f'cgroup "{path}": in {mount} it was not made by this agent')
 
 
-def remove(mount: str, path: str, deadline: float) -> None:
+def remove(mount: str, path: str, fence: str, deadline: float) -> None:
     """Remove the group and what is below it, also what a container made there; nothing to do where it is absent.
 
     Processes that were killed may still be on their way out: waits for them until `deadline` (of time.monotonic).
-    Raises FailedPrecondition where some stay, and for a group that others made.
+    Raises FailedPrecondition where some stay, and for a group that others made. fence: see `require_group`.
     """
-    require_group(mount, path)
+    require_group(mount, path, fence)
     if _rmdir(mount + path):
         return
     pause = _FIRST_PAUSE_S

@@ -10,7 +10,6 @@ import base64
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -37,7 +36,7 @@ from nodeagent.linux import capabilities, syscalls
 from nodeagent.net.hostports import HostPorts
 from nodeagent.records import Container, ContainerConfig, Image, ImageConfig, Sandbox, SandboxConfig
 from nodeagent.sandbox import assembly
-from nodeagent.sandbox.spec import ContainerPlan
+from nodeagent.sandbox.spec import ContainerPlan, Mount
 from nodeagent.store import Store
 
 M = TypeVar("M", bound=Message)
@@ -47,6 +46,7 @@ Outcome = Literal["refused", "skipped", "made", "not seen"]
 
 MAX_FILE_BYTES = 16 << 20  # as a message of gRPC
 _ID = "0" * 64  # of a pod or container that there will never be
+_JSON: dict[type, str] = {list: "array", str: "string"}
 
 
 class Finding(NamedTuple):
@@ -57,7 +57,7 @@ class Finding(NamedTuple):
     text: str
 
     def __str__(self) -> str:
-        return f"{self.outcome:9} {self.what}: {self.text}"
+        return _line(f"{self.outcome:9} {self.what}: {self.text}")
 
 
 class Pod(NamedTuple):
@@ -89,10 +89,8 @@ def load(paths: Sequence[Path]) -> Pod:
                 raise InvalidArgument(f"{path}: a second pod; there can be one")
             given = document["sandbox"] if both else document
             sandbox = _parse(given, pb.PodSandboxConfig(), f"{path}: sandbox", unknown)
-            handler = str(document.get("runtime_handler", "")) if both else ""
-        listed = document.get("containers", []) if both else [document] * is_container
-        if not isinstance(listed, list):
-            raise InvalidArgument(f"{path}: containers: is not a JSON array")
+            handler = _given(document, "runtime_handler", str, path) if both else ""
+        listed = _given(document, "containers", list, path) if both else [document] * is_container
         for index, given in enumerate(listed):
             where = f"{path}: containers[{index}]" if both else f"{path}: container"
             container = _parse(_with_encoded_envs(given), pb.ContainerConfig(), where, unknown)
@@ -121,6 +119,24 @@ def _read(path: Path) -> dict[str, Any]:
     return document
 
 
+def _given(document: dict[str, Any], name: str, kind: type[T], path: Path) -> T:
+    """A field, empty where it is absent."""
+    value = document.get(name, kind())
+    if not isinstance(value, kind):
+        raise InvalidArgument(f"{path}: {name}: is not a JSON {_JSON[kind]}")
+    if kind is str:
+        _require_text(value, f"{path}: {name}")
+    return value
+
+
+def _require_text(document: object, where: str) -> None:
+    """Half of a surrogate pair is none: neither protobuf nor a terminal takes it."""
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"{where}: {error}") from None
+
+
 def _with_encoded_envs(document: object) -> object:
     """As protobuf's JSON has bytes, in base64: in crictl's files the value of a variable is the text itself."""
     envs = document.get("envs") if isinstance(document, dict) else None
@@ -140,17 +156,23 @@ def _parse(document: object, message: M, where: str, unknown: list[str]) -> M:
     """Of fields that the contract lacks the first is told, as proto3 passes over them."""
     if not isinstance(document, dict):
         raise InvalidArgument(f"{where}: is not a JSON object")
+    _require_text(document, where)
     try:
         return json_format.ParseDict(document, message)
     except json_format.ParseError as error:
-        first = f"{where}: {error}"
+        first = _line(f"{where}: {error}")
     message.Clear()
     try:
         json_format.ParseDict(document, message, ignore_unknown_fields=True)
     except json_format.ParseError as error:
-        raise InvalidArgument(f"{where}: {error}") from None
+        raise InvalidArgument(_line(f"{where}: {error}")) from None
     unknown.append(first)
     return message
+
+
+def _line(text: str) -> str:
+    """On one line, and without what a terminal obeys: the files may be anybody's."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 # --- the pod ---
@@ -159,13 +181,11 @@ def _parse(document: object, message: M, where: str, unknown: list[str]) -> M:
 def examine(config: Config, pod: Pod) -> list[Finding]:
     """All that is found, in the order of the objects. Raises Unsupported on a machine without cgroups."""
     places = Places.of(config)
-    with tempfile.TemporaryDirectory() as empty:
-        database = places.database if places.database.exists() else Path(empty, "state.db")
-        store = Store.open(database)
-        try:
-            return asyncio.run(_Examination(config, places, store).run(pod))
-        finally:
-            store.close()
+    store = Store.copy_of(places.database)
+    try:
+        return asyncio.run(_Examination(config, places, store).run(pod))
+    finally:
+        store.close()
 
 
 class _Known:
@@ -337,6 +357,7 @@ class _Examination:
             if mount["kind"] != "bind" or own:
                 continue
             if mount.get("absent") == "make" and not os.path.exists(mount["source"]):
+                _require_place(mount)
                 text = f'"{mount["source"]}" is absent: a directory, for {mount["target"]}'
                 self._found("made", what, text)
                 continue
@@ -364,6 +385,17 @@ class _Heard(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.texts.append(record.getMessage())
+
+
+def _require_place(mount: Mount) -> None:
+    """Raises FailedPrecondition where a host path that is absent cannot be made: see `assembly.open_host_path`."""
+    path = above = mount["source"]
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if above == path or not os.path.isdir(above):
+        raise FailedPrecondition(
+            f'host path "{path}" for {mount["target"]}: "{above}" is no directory, or a link to nothing'
+        )
 
 
 def _own_oom_score() -> int:

@@ -1,19 +1,16 @@
 """What unpacking one image may take: files, bytes, and disk that others need as well."""
 
 import errno
-import os
 import threading
 from pathlib import Path
 
+from nodeagent import files
 from nodeagent.errors import ResourceExhausted
 
 # A layer that is both larger than this and so many times its blob is a bomb; deflate can do 1032 to 1.
 BOMB_BYTES = 1 << 30
 BOMB_RATIO = 250
 
-_RESERVE_BYTES = 512 << 20
-_RESERVE_INODES = 64 << 10
-_RESERVE_SHARE = 50  # of the file system, where that is less
 _CHECK_BYTES = 4 << 20
 _ENTRY_BYTES = 4096  # a file or directory takes about a block besides its content
 
@@ -35,7 +32,7 @@ class Disk:
             if check:
                 self._next_check = self._written + _CHECK_BYTES
         if check:
-            require_space(self.directory, max(size_bytes, _CHECK_BYTES))
+            files.require_space(self.directory, max(size_bytes, _CHECK_BYTES))
 
 
 class Budget:
@@ -76,7 +73,7 @@ class Budget:
 
     def require(self, size_bytes: int) -> None:
         """Raises `ResourceExhausted` where the disk has no room for so much, of which nothing is spent yet."""
-        require_space(self._disk.directory, size_bytes)
+        files.require_space(self._disk.directory, size_bytes)
 
     def _return(self, entries: int, size_bytes: int, added_bytes: int) -> None:
         with self._lock:
@@ -114,24 +111,6 @@ class Share(Budget):
 def bomb_limit(blob_bytes: int) -> int:
     """How much blobs of this size may become."""
     return max(BOMB_BYTES, BOMB_RATIO * blob_bytes)
-
-
-def require_space(directory: Path, size_bytes: int) -> None:
-    """Raises `ResourceExhausted` when so much more would not leave the node its reserve of bytes and inodes."""
-    disk = os.statvfs(directory)
-    reserve = min(_RESERVE_BYTES, disk.f_blocks * disk.f_frsize // _RESERVE_SHARE)
-    available = disk.f_bavail * disk.f_frsize
-    if available - size_bytes < reserve:
-        raise ResourceExhausted(
-            f"{directory}: {available} bytes left on the disk, {size_bytes} needed and {reserve} kept"
-        )
-    inodes = min(
-        _RESERVE_INODES, disk.f_files // _RESERVE_SHARE
-    )  # 0 where there is no such bound (btrfs)
-    if disk.f_favail < inodes:
-        raise ResourceExhausted(
-            f"{directory}: {disk.f_favail} inodes left on the disk, of which {inodes} are kept"
-        )
 
 
 def is_full(error: OSError) -> bool:

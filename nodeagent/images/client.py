@@ -48,6 +48,7 @@ _MAX_REDIRECTS = 10  # as Go's clients have it
 _MAX_ERROR_BYTES = 4096
 _MAX_FIELD_BYTES = 32 << 10  # signed URLs in Location are long
 _BUFFER_BYTES = 1 << 20
+_SLICE_BYTES = 16 << 10  # of an encoded answer, between turns of others
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 
 
@@ -291,17 +292,30 @@ async def received(
             raise RegistryUnavailable(f"{place(response.url)}: another range than asked for")
         skip = 0
     try:
-        decoder = _decoder(response, size)
-        async for data in _as_sent(response):
-            for chunk in decoder.decode(data) if decoder else (data,):
-                skipped = min(skip, len(chunk))
-                skip -= skipped
-                if len(chunk) > skipped:
-                    yield chunk[skipped:]
-        if decoder:
-            decoder.finish()
+        async for chunk in _decoded(response, _decoder(response, size)):
+            skipped = min(skip, len(chunk))
+            skip -= skipped
+            if len(chunk) > skipped:
+                yield chunk[skipped:]
     except Undecodable as error:
         raise RegistryUnavailable(f"{place(response.url)}: {error}") from None
+
+
+async def _decoded(
+    response: aiohttp.ClientResponse, decoder: Decoder | None
+) -> AsyncGenerator[bytes]:
+    """Others have their turns meanwhile: of what is read at once, each byte may be a thousand, or none at all."""
+    async for data in _as_sent(response):
+        if decoder is None:
+            yield data
+            continue
+        for at in range(0, len(data), _SLICE_BYTES):
+            for piece in decoder.decode(data[at : at + _SLICE_BYTES]):
+                yield piece
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
+    if decoder is not None:
+        decoder.finish()
 
 
 async def _as_sent(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes]:

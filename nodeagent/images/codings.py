@@ -8,6 +8,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 
 PIECE_BYTES = 256 << 10
+# That are nothing, as empty members and padding are: an answer of more could go on for ever.
+MAX_IDLE_BYTES = 256 << 10
 
 _GZIP = 16 + zlib.MAX_WBITS  # zlib.h, inflateInit2
 
@@ -30,6 +32,7 @@ class Decoder:
         if name not in ("gzip", "x-gzip", "deflate"):
             raise Undecodable(f'its Content-Encoding is "{name[:40]}", which was not asked for')
         self._name = name
+        self._idle = 0
         self._stream = None if name == "deflate" else zlib.decompressobj(_GZIP)
 
     def decode(self, data: bytes) -> Iterator[bytes]:
@@ -37,7 +40,9 @@ class Decoder:
         while data:
             stream = self._stream or _inflater(data[0])
             if stream.eof:  # what follows is padding, or one more member
-                data = data.lstrip(b"\0")
+                rest = data.lstrip(b"\0")
+                self._pass_over(len(data) - len(rest))
+                data = rest
                 if not data:
                     return
                 stream = zlib.decompressobj(_GZIP)
@@ -46,9 +51,18 @@ class Decoder:
                 piece = stream.decompress(data, PIECE_BYTES)
             except zlib.error:
                 raise Undecodable(f"damaged {self._name} data") from None
+            taken = len(data)
             data = stream.unused_data if stream.eof else stream.unconsumed_tail
             if piece:
+                self._idle = 0
                 yield piece
+            else:
+                self._pass_over(taken - len(data))
+
+    def _pass_over(self, size_bytes: int) -> None:
+        self._idle += size_bytes
+        if self._idle > MAX_IDLE_BYTES:
+            raise Undecodable(f"{self._name} data without content")
 
     def finish(self) -> None:
         """No more will come. Raises `Undecodable`."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from nodeagent import files
 from nodeagent.errors import DataLoss, Unavailable
 from nodeagent.images import manifest
-from nodeagent.images.budget import Disk, require_space
+from nodeagent.images.budget import Disk
 from nodeagent.images.slots import Permits
 
 _LOOK_SECONDS = 0.2
@@ -202,7 +202,7 @@ class Documents:
     def put(self, data: bytes) -> None:
         """Keep a document; it is durable after the next sync of the file system. Raises `ResourceExhausted`."""
         path = self._path(manifest.digest(data))
-        require_space(self._directory, len(data))
+        files.require_space(self._directory, len(data))
         files.write_atomic(str(path), data, mode=0o600, sync=False)
         self._sizes[path.name] = len(data)
 

@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from nodeagent import files
 from nodeagent.errors import DataLoss, InvalidArgument, Unsupported
 from nodeagent.images import inheritance, layers
-from nodeagent.images.budget import Budget, Share, require_space
+from nodeagent.images.budget import Budget, Share
 from nodeagent.images.concurrency import Flight, Flights, to_the_end
 from nodeagent.images.content import Blob, BlobReader, Starved
 from nodeagent.images.layer_store import LayerStore
@@ -147,7 +148,7 @@ class Installer:
         if not missing:
             return
         directory = self._staging.directory
-        require_space(directory, sum(layer.size for layer in missing.values()))
+        files.require_space(directory, sum(layer.size for layer in missing.values()))
         budget = Budget(
             directory,
             max_bytes=self._limits.max_image_bytes,

@@ -20,6 +20,8 @@ from nodeagent.records import ImageConfig
 MAX_DOCUMENT_BYTES = 4 << 20
 MAX_LAYERS = 200  # an overlay's options must fit into one page
 
+_SHOWN = 100  # of a text of somebody else's
+
 _OCI = "application/vnd.oci.image."
 _DOCKER = "application/vnd.docker."
 OCI_INDEX = _OCI + "index.v1+json"
@@ -77,7 +79,9 @@ class Platform(msgspec.Struct, frozen=True):
     features: Strings | None = msgspec.field(name="os.features", default=None)
 
     def __str__(self) -> str:
-        return "/".join(filter(None, (self.os, self.architecture, self.variant)))
+        """For the log, in which whoever made the image writes no line of his own."""
+        text = "/".join(filter(None, (self.os, self.architecture, self.variant)))
+        return "".join(char if char.isprintable() else " " for char in text)[:_SHOWN]
 
 
 class Descriptor(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):

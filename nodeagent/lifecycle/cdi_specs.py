@@ -200,7 +200,7 @@ class Specs:
         if known is not None and known.stamp == stamp:
             return known
         try:
-            return self._known_of(path, stamp, _changed_by_others(status))
+            return self._known_of(path, stamp, _changed_by_others(path))
         except OSError as error:
             return self._fault(path, stamp, error.strerror or str(error))
         except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -219,11 +219,21 @@ class Specs:
         return _Known(stamp, None, text)
 
 
-def _changed_by_others(status: os.stat_result) -> str:
-    """What is wrong with a file whose writer would have programs run with the rights of root."""
-    if status.st_uid not in (0, os.geteuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        mode = f"owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o}"
-        return f"the file can be changed by others than root ({mode})"
+def _changed_by_others(path: Path) -> str:
+    """What is wrong with a file whose writer would have programs run with the rights of root.
+
+    Whoever can write to a directory above it, or above the link that it is, can put another one in its place.
+    """
+    for place in dict.fromkeys((path.parent.resolve(), path.resolve())):
+        for each in (place, *place.parents):
+            status = each.stat()
+            writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            if each.is_dir() and status.st_mode & stat.S_ISVTX:
+                writable = 0  # as /tmp: nobody there replaces what is another's
+            if status.st_uid not in (0, os.geteuid()) or writable:
+                mode = f"owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o}"
+                what = "the file" if each == path else str(each)
+                return f"{what} can be changed by others than root ({mode})"
     return ""
 
 

@@ -6,6 +6,7 @@ mounted at or below it: it may be a tree of the node, which others use, and whic
 """
 
 import functools
+import json
 import logging
 import posixpath
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -87,9 +88,9 @@ def _asked_for(
             mount["absent"] = "reject" if mount["source"] in rejected else "make"
         if asked.pop(mount["target"], None) is not None:
             log.warning(
-                'container "%s": "%s" is mounted twice; the later mount is taken',
+                'container "%s": %s is mounted twice; the later mount is taken',
                 config.name,
-                mount["target"],
+                json.dumps(mount["target"]),  # which may have a newline in it
             )
         asked[mount["target"]] = mount
     return asked

@@ -23,6 +23,9 @@ STATE = 0o711
 # The default of the first versions. Pods of theirs may run, whose supervisors know no other place.
 EARLIER = Path("/run/nodeagent")
 
+# Whoever has that directory as a volume may have put something else in the place of a file.
+_ITSELF = os.O_NOFOLLOW | os.O_CLOEXEC
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
@@ -96,7 +99,7 @@ def _is_used(state: Path) -> bool:
 
 def _is_held(lock: Path) -> bool:
     try:
-        file = os.open(lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        file = os.open(lock, os.O_RDONLY | os.O_NONBLOCK | _ITSELF)
     except OSError:
         return False
     try:
@@ -111,7 +114,7 @@ def _is_held(lock: Path) -> bool:
 @contextmanager
 def _locked(directory: Path, mode: int) -> Iterator[None]:
     files.ensure_directory(str(directory), mode=mode)
-    lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | _ITSELF, 0o600)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

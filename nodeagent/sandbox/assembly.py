@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from nodeagent import files
-from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound
+from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from nodeagent.linux import confined, mounts, syscalls
 from nodeagent.sandbox import idmaps, relabel, rootfs, volumes
 from nodeagent.sandbox.idmaps import IdMaps
@@ -284,12 +284,16 @@ def _attach_volume(root: int, volume: Volume, tree: int) -> None:
         target = confined.make_path(root, volume["target"], directory=True)
         if not _is_directory(target):
             raise FailedPrecondition(f"{what}: the image has a file there")
+        if os.path.samestat(os.fstat(target), os.fstat(root)):
+            return  # by a link of the image to its root, where a volume has no meaning: see `filesystems.image_volumes`
         volumes.fill(tree, target)
         if "label" in volume:
             relabel.relabel_tree(tree, volume["label"], volume["source"])
         syscalls.move_mount(tree, target)
     except OSError as error:
         raise _of_step(what, error) from error
+    except ResourceExhausted as error:
+        raise ResourceExhausted(f"{what}: {error}") from None
 
 
 def _execute(assembly: Assembly, mount: Mount, source: Source) -> None:

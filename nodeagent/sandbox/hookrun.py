@@ -61,7 +61,13 @@ class ContainerHooks:
             hookroot.unlink(self._plan)
             done(text)
 
-        hookroot.link(self._plan, pid)
+        try:
+            hookroot.link(self._plan, pid)
+        except (
+            OSError
+        ) as error:  # of a full disk, for one; whoever waits for the hooks has to hear of it
+            done(f"hooks {', '.join(CREATION)}: {error}")
+            return
         self._run(CREATION, "creating", pid, ended)
 
     def end_creation(self) -> None:

@@ -124,6 +124,16 @@ def _trusted(what: str, path: str) -> str:
 def _run(
     what: str, hook: Hook, program: str, told: bytes, main: Callable[[], None], flags: int
 ) -> None:
+    try:
+        _run_to_its_end(what, hook, program, told, main, flags)
+    except OSError as error:
+        reason = f"{error.strerror}; do a limit or a filter of the container forbid what it takes?"
+        raise FailedPrecondition(f"{what}: cannot be run: {reason}") from error
+
+
+def _run_to_its_end(
+    what: str, hook: Hook, program: str, told: bytes, main: Callable[[], None], flags: int
+) -> None:
     reader, writer = os.pipe2(os.O_CLOEXEC)
     given = _memory(told)
     try:

@@ -3,8 +3,12 @@
 A volume is no part of the overlay: it can be written to where the root is read-only, and an overlay can be made of what
 is in it. What is copied is the image's, before anything is mounted over it and before anybody runs in the container.
 Nothing here follows a link, and one directory is open at a time, whatever the depth.
+
+A copy takes no more of the disk than the image does: a file keeps its holes, of which a few bytes of a layer can make
+a terabyte. An image may want many copies, of volumes in volumes; they leave the node its reserve.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -16,7 +20,8 @@ from nodeagent.linux import confined, mounts
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_CHUNK_BYTES = 1 << 30  # of sendfile(2), which moves 2 GiB at most
+_CHECK_BYTES = 4 << 20  # after which the disk is looked at again
+_ENTRY_BYTES = 4096  # a file or directory takes about a block besides its content
 _OVERLAYS_OWN = "trusted."
 
 
@@ -39,6 +44,7 @@ def fill(volume: int, source: int) -> None:
     """Copy a directory of the image: owners, modes, times, extended attributes and names of a file stay as they are.
 
     volume: an empty directory. Owners are those on the node, as the files of the container's own layer have them.
+    Raises ResourceExhausted at the node's reserve.
     """
     _Copy(source, volume).run()
 
@@ -50,6 +56,7 @@ class _Copy:
         self._source = source
         self._target = target
         self._names: dict[tuple[int, int], str] = {}
+        self._unchecked = _CHECK_BYTES
 
     def run(self) -> None:
         directories = ["."]
@@ -64,6 +71,7 @@ class _Copy:
 
     def _copy(self, source: int, target: int, parent: str, name: str) -> bool:
         """Copy all but the content of a directory, for which it returns True."""
+        self._spend(_ENTRY_BYTES)
         status = os.stat(name, dir_fd=source, follow_symlinks=False)
         kind = stat.S_IFMT(status.st_mode)
         if kind == stat.S_IFDIR:
@@ -76,10 +84,41 @@ class _Copy:
         if first != path:
             os.link(first, name, src_dir_fd=self._target, dst_dir_fd=target, follow_symlinks=False)
         elif kind == stat.S_IFREG:
-            _copy_file(source, target, name)
+            self._copy_file(source, target, name)
         else:
             _copy_special(source, target, name, status)
         return False
+
+    def _copy_file(self, source: int, target: int, name: str) -> None:
+        read = os.open(name, _READ, dir_fd=source)
+        try:
+            write = os.open(name, _WRITE, 0o600, dir_fd=target)
+            try:
+                for start, end in _data(read):
+                    self._copy_data(read, write, start, end)
+                os.ftruncate(write, os.fstat(read).st_size)
+                _copy_attributes(read, write)
+            finally:
+                os.close(write)
+        finally:
+            os.close(read)
+
+    def _copy_data(self, read: int, write: int, start: int, end: int) -> None:
+        os.lseek(write, start, os.SEEK_SET)
+        while start < end:
+            size = min(end - start, _CHECK_BYTES)
+            self._spend(size)
+            moved = os.sendfile(write, read, start, size)
+            if not moved:
+                return
+            start += moved
+
+    def _spend(self, size_bytes: int) -> None:
+        """To be called before so much is written."""
+        self._unchecked += size_bytes
+        if self._unchecked >= _CHECK_BYTES:
+            self._unchecked = 0
+            files.require_space(self._target, _CHECK_BYTES)
 
 
 @contextmanager
@@ -91,18 +130,18 @@ def _opened(root: int, path: str) -> Iterator[int]:
         os.close(directory)
 
 
-def _copy_file(source: int, target: int, name: str) -> None:
-    read = os.open(name, _READ, dir_fd=source)
-    try:
-        write = os.open(name, _WRITE, 0o600, dir_fd=target)
+def _data(file: int) -> Iterator[tuple[int, int]]:
+    """Where a file has data; what is between is holes (lseek(2))."""
+    end, size = 0, os.fstat(file).st_size
+    while end < size:
         try:
-            while os.sendfile(write, read, None, _CHUNK_BYTES):
-                pass
-            _copy_attributes(read, write)
-        finally:
-            os.close(write)
-    finally:
-        os.close(read)
+            start = os.lseek(file, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return  # a hole up to the end
+        end = os.lseek(file, start, os.SEEK_HOLE)
+        yield start, end
 
 
 def _copy_special(source: int, target: int, name: str, status: os.stat_result) -> None:

@@ -508,6 +508,27 @@ def test_a_hook_of_the_start_that_fails(node: Node) -> None:
     pod.remove()
 
 
+@pytest.mark.parametrize("call", ["pidfd_open", "memfd_create"])
+def test_a_hook_of_the_start_that_the_filter_of_the_container_forbids(
+    node: Node, call: str
+) -> None:
+    rule = {"names": [call], "action": "SCMP_ACT_ERRNO", "errnoRet": 1}
+    profile = node.directory / "profile.json"
+    profile.write_text(json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]}))
+    kind = pb.SecurityProfile.Localhost
+    seccomp = pb.SecurityProfile(profile_type=kind, localhost_ref=str(profile))
+    device = node.spec(
+        {"hookName": "startContainer", "path": "/bin/hook"},
+        mounts=[{"hostPath": str(hook_file(node, "#!/bin/sh")), "containerPath": "/bin/hook"}],
+    )
+    pod = node.cri.pod()
+    container = pod.container(CDI_devices=[device], linux=options(seccomp=seccomp))
+    text = "cannot be run: Operation not permitted; do a limit or a filter of the container"
+    refused(FAILED_PRECONDITION, text, container.start)
+    assert container.ended().exit_code == 128
+    pod.remove()
+
+
 @pytest.mark.parametrize("stage", ["poststart", "poststop"])
 def test_what_fails_after_the_start_is_logged(node: Node, stage: str) -> None:
     device = node.spec(node.hook(stage, "fail", "later"), node.hook(stage, "log", "next"))

@@ -189,3 +189,35 @@ def _memory() -> sqlite3.Connection:
     db = sqlite3.connect(":memory:", isolation_level=None)
     db.execute("CREATE TABLE record_container (key TEXT PRIMARY KEY, body BLOB NOT NULL)")
     return db
+
+
+def test_a_copy_has_what_the_file_has(path: Path) -> None:
+    """With what is still in the log, and without writing to either."""
+    with closing(Store.copy_of(path)) as nothing:
+        assert nothing.all(Lease) == []
+    assert os.listdir(path.parent) == []
+    with closing(Store.open(path)) as store:
+        store.put(lease("a"))
+        with closing(Store.copy_of(path)) as copy:
+            copy.put(lease("b"))
+            assert copy.all(Lease) == [lease("a"), lease("b")]
+        assert store.all(Lease) == [lease("a")]
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("PRAGMA user_version = 0")
+        db.execute("DROP TABLE record_lease")
+    with closing(Store.copy_of(path)) as earlier:
+        assert earlier.all(Lease) == []
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("content", [b"x" * 4096, None])
+def test_a_copy_of_what_is_no_store_of_ours_is_refused(path: Path, content: bytes | None) -> None:
+    if content is None:
+        Store.open(path).close()
+        with closing(sqlite3.connect(path)) as db:
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    else:
+        path.write_bytes(content)
+    with pytest.raises(DataLoss):
+        Store.copy_of(path)

@@ -146,6 +146,22 @@ def test_groups_of_others_are_never_touched(cgroups: Cgroups, layout: Layout) ->
         assert len(directories(layout, TOP)) == len(layout.hierarchies)
 
 
+def test_a_mark_that_its_container_took_away(cgroups: Cgroups, layout: Layout) -> None:
+    """On v2, where SYS_ADMIN and a writable group are not the node's root: the group above has one as well."""
+    if layout.legacy:
+        pytest.skip("a container that may write to groups is privileged on v1")
+    group = cgroups.create(cgroups.container_path(TOP, "id"))
+    exec_ = group.child("exec")
+    for path in (group.path, exec_.path):
+        os.removexattr(layout.hierarchies[0].directory(path), tree.MARK)
+    for owned in (exec_, group):
+        owned.kill()
+        owned.freeze()
+        owned.thaw()
+        owned.remove()
+    assert directories(layout, group.path) == []
+
+
 def test_nor_are_parents_that_were_made(cgroups: Cgroups) -> None:
     group = cgroups.create(f"{TOP}/shared/group")
     shared = cgroups.open_existing(f"{TOP}/shared")

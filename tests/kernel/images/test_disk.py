@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from nodeagent import files
 from nodeagent.errors import ResourceExhausted
-from nodeagent.images import budget
 from nodeagent.linux import syscalls
 from tests import images as made
 from tests import tars
@@ -47,7 +47,7 @@ async def test_a_full_disk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not reserve:  # the kernel is who says so
-        monkeypatch.setattr(budget, "_RESERVE_BYTES", -(1 << 40))
+        monkeypatch.setattr(files, "_RESERVE_BYTES", -(1 << 40))
     server.add(image(layer(tars.file("small")), layer(*entries)))
     server.add(image(layer(tars.file("small")), tag="2"))
     place = Place(small_disk)

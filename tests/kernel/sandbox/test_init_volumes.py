@@ -11,6 +11,7 @@ import pytest
 from nodeagent import files
 from nodeagent.linux import userns
 from nodeagent.sandbox import rootfs
+from nodeagent.sandbox import volumes as made
 from nodeagent.sandbox.spec import ContainerPlan, Volume
 from tests.kernel.sandbox.conftest import Plan
 from tests.kernel.sandbox.containers import run, start, user
@@ -182,6 +183,65 @@ def test_a_volume_as_deep_as_paths_are_long(volumes: Volumes, image: Path, tmp_p
     assert run(volumes(f"cat /{path.relative_to(image)}/file", "/data"))[1] == "content"
     for directory in (image, tmp_path / "container"):  # too deep for others
         files.remove_tree(str(directory))
+
+
+def test_a_volume_at_a_link_to_the_root(volumes: Volumes, image: Path, tmp_path: Path) -> None:
+    """As one that is "/": it would be a copy of the whole image, over the root, where "/.." leads to."""
+    (image / "all").symlink_to("..")
+    assert run(volumes("stat -c %d:%i / | grep -c $(stat -c %d:%i /..)", "/all"))[1] == "1\n"
+    assert os.listdir(tmp_path / "container/volumes/0") == []
+
+
+def test_holes_of_a_file_stay_holes(volumes: Volumes, image: Path, tmp_path: Path) -> None:
+    """A few bytes of a layer can make a sparse file of a terabyte: a copy in full would be the end of the disk."""
+    (image / "data").mkdir()
+    with (image / "data/file").open("wb") as file:
+        file.write(b"first")
+        file.seek(64 << 20)
+        file.write(b"second")
+        file.truncate(128 << 20)
+    (image / "data/empty").touch()
+    _, output = run(
+        volumes("stat -c %s /data/file /data/empty; grep -c second /data/file", "/data")
+    )
+    assert output.split() == [str(128 << 20), "0", "1"]
+    copy = tmp_path / "container/volumes/0/file"
+    assert copy.read_bytes() == (image / "data/file").read_bytes()
+    assert copy.stat().st_blocks == (image / "data/file").stat().st_blocks < 100
+
+
+def test_a_volume_leaves_the_disk_its_reserve(
+    volumes: Volumes, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (image / "data").mkdir()
+    (image / "data/file").touch()
+    monkeypatch.setattr(files, "_RESERVE_BYTES", 1 << 60)
+    monkeypatch.setattr(files, "_RESERVE_SHARE", 1)
+    with start(volumes("true", "/data")) as process:
+        assert process.message["error"] == "ResourceExhausted"
+        assert process.message["text"].startswith("volume of the image at /data: ")
+        assert "left on the disk" in process.message["text"]
+
+
+@pytest.mark.parametrize("sizes", [[32 << 20], [1 << 20] * 32, [0] * 8000])
+def test_the_disk_is_looked_at_while_a_volume_is_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+) -> None:
+    """For files as for bytes: volumes in volumes are as many copies of what the innermost has."""
+    (tmp_path / "image").mkdir()
+    for number, size in enumerate(sizes):
+        (tmp_path / f"image/{number}").write_bytes(bytes(size))
+    looks: list[int] = []
+    monkeypatch.setattr(files, "require_space", lambda _, size: looks.append(size))
+    opened = [
+        os.open(tmp_path / "image", os.O_PATH),
+        made.make(str(tmp_path / "container/volumes/0")),
+    ]
+    made.fill(opened[1], opened[0])
+    for descriptor in opened:
+        os.close(descriptor)
+    assert 8 <= len(looks) <= 10
+    assert len(os.listdir(tmp_path / "container/volumes/0")) == len(sizes)
 
 
 @pytest.fixture

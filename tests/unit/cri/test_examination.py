@@ -1,11 +1,14 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nodeagent.config import Config
 from nodeagent.cri import examination
 from nodeagent.errors import InvalidArgument
+from nodeagent.store import Store
 
 SANDBOX = {"metadata": {"name": "p", "uid": "u", "namespace": "n"}, "hostname": "p"}
 CONTAINER = {"metadata": {"name": "c"}, "image": {"image": "busybox"}, "command": ["sleep"]}
@@ -78,6 +81,10 @@ def test_fields_of_a_newer_contract_are_passed_over(tmp_path: Path) -> None:
         ([{"sandbox": SANDBOX, "containers": {"image": {}}}], "containers: is not a JSON array"),
         ([{"sandbox": SANDBOX, "containers": [1]}], r"containers\[0\]: is not a JSON object"),
         ([{**SANDBOX, "hostname": {}}], "hostname"),
+        ([{"sandbox": SANDBOX, "runtime_handler": [1]}], "runtime_handler: is not a JSON string"),
+        ([{**SANDBOX, "hostname": "\ud800"}], "surrogates"),
+        ([{**SANDBOX, "\ud800": 1}], "surrogates"),
+        ([{"sandbox": SANDBOX, "runtime_handler": "\udc80"}], "surrogates"),
     ],
 )
 def test_what_is_no_pod_is_refused_with_the_file(
@@ -89,3 +96,64 @@ def test_what_is_no_pod_is_refused_with_the_file(
     with pytest.raises(InvalidArgument, match=text) as caught:
         examination.load(paths)
     assert str(tmp_path) in str(caught.value)
+
+
+def examined(place: Path, document: Any) -> list[str]:
+    config = Config(root=str(place / "root"), state=str(place / "state"))
+    (place / "pod.json").unlink(missing_ok=True)
+    pod = examination.load([written(place / "pod.json", document)])
+    return [str(finding) for finding in examination.examine(config, pod)]
+
+
+def test_a_finding_is_a_line_that_no_terminal_obeys(tmp_path: Path) -> None:
+    name = "\x1b[2J\nrefused"
+    sandbox = {**SANDBOX, "metadata": {"name": name, "uid": "u", "namespace": "n"}}
+    found = examined(tmp_path, {"sandbox": sandbox, "containers": [{"\x1b[2J": 1, **CONTAINER}]})
+    assert any("control character" in line for line in found)
+    assert all(line.isprintable() for line in found)
+
+
+def test_nothing_of_an_agent_is_written(tmp_path: Path) -> None:
+    """Be it that one runs, of an earlier version, or that none does."""
+    both = {"sandbox": SANDBOX, "containers": [CONTAINER]}
+    examined(tmp_path, both)
+    assert os.listdir(tmp_path) == ["pod.json"]
+    (tmp_path / "root").mkdir()
+    for is_running in (True, False):
+        store = Store.open(tmp_path / "root/state.db")
+        if not is_running:
+            store.close()
+        before = content(tmp_path / "root")
+        assert not any("refused" in line for line in examined(tmp_path, both))
+        assert content(tmp_path / "root") == before
+        store.close()
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    """But for the index of a log, in which readers mark where they are."""
+    return {
+        path.name: path.read_bytes() for path in directory.iterdir() if path.suffix != ".db-shm"
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "outcome"),
+    [
+        ("absent/below", "made"),
+        ("file/below", "refused"),
+        ("dangling", "refused"),
+        ("dangling/below", "refused"),
+        ("link/below", "made"),
+    ],
+)
+def test_host_paths_that_are_absent(tmp_path: Path, path: str, outcome: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nothing")
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "link").symlink_to("directory")
+    mount = {"container_path": "/a", "host_path": str(tmp_path / path)}
+    found = examined(
+        tmp_path, {"sandbox": SANDBOX, "containers": [{**CONTAINER, "mounts": [mount]}]}
+    )
+    assert [line.split()[0] for line in found if path in line] == [outcome]
+    assert not (tmp_path / "absent").exists()

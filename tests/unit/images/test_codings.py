@@ -71,3 +71,22 @@ def test_no_coding(headers: list[str]) -> None:
 def test_other_codings_are_named(headers: list[str]) -> None:
     with pytest.raises(Undecodable, match=", ".join(headers)):
         decoder_of(headers)
+
+
+@pytest.mark.parametrize("nothing", ["members", "blocks", "padding"])
+def test_what_is_nothing_comes_to_an_end(nothing: str) -> None:
+    """No bound on the length of what is decoded would be met."""
+    empty = gzip.compress(b"")
+    encoded = {
+        "members": empty * 20_000,
+        "blocks": empty[:10] + b"\0\0\0\xff\xff" * 100_000,
+        "padding": empty + bytes(400_000),
+    }
+    with pytest.raises(Undecodable, match="without content"):
+        list(Decoder("gzip").decode(encoded[nothing]))
+
+
+def test_a_little_of_nothing_is_in_nobody_s_way() -> None:
+    decoder = Decoder("gzip")
+    encoded = gzip.compress(b"") * 5000 + gzip.compress(b"x")
+    assert b"".join(decoder.decode(encoded * 4)) == b"xxxx"

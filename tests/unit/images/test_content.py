@@ -12,6 +12,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nodeagent import files
 from nodeagent.errors import (
     DataLoss,
     InvalidArgument,
@@ -19,7 +20,6 @@ from nodeagent.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from nodeagent.images import budget
 from nodeagent.images.compression import decompressed
 from nodeagent.images.content import Blob, BlobReader, Documents, Starved
 from nodeagent.images.slots import Permits
@@ -142,8 +142,8 @@ def test_a_blob_leaves_the_disk_its_reserve(
 ) -> None:
     """Several may be on their way, each of which would fit alone."""
     blob = Blob(tmp_path / "blob", digest(b""), 10)
-    monkeypatch.setattr(budget, "_RESERVE_BYTES", 1 << 60)
-    monkeypatch.setattr(budget, "_RESERVE_SHARE", 1)
+    monkeypatch.setattr(files, "_RESERVE_BYTES", 1 << 60)
+    monkeypatch.setattr(files, "_RESERVE_SHARE", 1)
     with pytest.raises(ResourceExhausted, match="left on the disk"):
         blob.append(b"x")
     assert blob.path.stat().st_size == 0

@@ -197,6 +197,15 @@ def test_a_config_of_another_platform_is_no_reason_not_to_take_it() -> None:
     assert str(parse_image(other, 0).platform) == "linux/s390x"
 
 
+def test_a_platform_is_short_and_on_one_line() -> None:
+    """A config's is in the agent's log, where the image would write lines of its own."""
+    document = encoded(os="linux\nERROR \x1b[2J", architecture="x" * 1000)
+    shown = str(parse_image(document, 0).platform)
+    assert shown.startswith("linux ERROR  [2J/xx")
+    assert shown.isprintable()
+    assert len(shown) == 100
+
+
 @pytest.mark.parametrize("layers", [{}, {"layers": None}, {"layers": []}])
 def test_an_image_without_layers(layers: dict[str, Any]) -> None:
     parsed = parse_manifest(encoded(schemaVersion=2, config=CONFIG, **layers))

@@ -389,3 +389,19 @@ def test_hooks_of_a_file_that_others_can_change(tmp_path: Path, mode: int) -> No
     path.chmod(mode)
     with pytest.raises(FailedPrecondition, match=rf"can be changed by others .*mode {mode:o}"):
         injecting.inject(config("nvidia.com/gpu=0"))
+
+
+@pytest.mark.parametrize("where", ["etc", "etc/cdi", "run", "run/cdi"])
+def test_hooks_of_a_file_that_others_can_replace(tmp_path: Path, where: str) -> None:
+    """In its own directory or, where it is a link, in that of the link."""
+    for directory in ("etc/cdi", "run/cdi"):
+        (tmp_path / directory).mkdir(parents=True)
+    (tmp_path / "etc/cdi/nvidia.yaml").write_text(GENERATED)
+    (tmp_path / "run/cdi/nvidia.yaml").symlink_to(tmp_path / "etc/cdi/nvidia.yaml")
+    asked = config("nvidia.com/gpu=0")
+    cdi(tmp_path / "run/cdi").inject(asked)
+    (tmp_path / where).chmod(0o1777)  # where nobody replaces what is another's
+    cdi(tmp_path / "run/cdi").inject(asked)
+    (tmp_path / where).chmod(0o775)
+    with pytest.raises(FailedPrecondition, match=rf"{where} can be changed by others .*mode 775"):
+        cdi(tmp_path / "run/cdi").inject(asked)

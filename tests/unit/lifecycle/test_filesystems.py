@@ -137,6 +137,12 @@ def test_of_two_mounts_on_one_path_the_later_is_taken(caplog: pytest.LogCaptureF
     assert '"/data" is mounted twice; the later mount is taken' in caplog.text
 
 
+def test_a_path_writes_no_line_into_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    twice = MountConfig(container_path="/data\nERROR forged", host_path="/a")
+    mounts(twice, twice)
+    assert [record.getMessage() for record in caplog.records if "\n" in record.getMessage()] == []
+
+
 def test_an_absent_host_path_is_made_but_for_those_that_are_listed() -> None:
     plan = mounts(
         MountConfig(container_path="/a", host_path="/h/a"),

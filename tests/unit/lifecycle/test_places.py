@@ -1,6 +1,9 @@
 """Where an agent has what it has, and an earlier version's place."""
 
 import fcntl
+import os
+import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,3 +63,35 @@ def test_an_earlier_place_is_held_by_one_agent(earlier: Path, tmp_path: Path) ->
         pass
     with of("two").owned():
         pass
+
+
+def test_what_is_planted_in_the_place_of_the_lock_is_not_waited_for(earlier: Path) -> None:
+    """By a pod of an earlier version that has the directory as a volume."""
+    (earlier / "lock").unlink()
+    os.mkfifo(earlier / "lock")
+    waiting = threading.Thread(target=found, daemon=True)
+    waiting.start()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert found() == earlier
+
+
+def test_links_that_are_planted_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs").chmod(0o755)
+    (tmp_path / "earlier/pods").mkdir(parents=True)
+    (tmp_path / "earlier/pods/planted").symlink_to(tmp_path / "theirs")
+    own = Places(
+        instance="own",
+        root=tmp_path / "lib",
+        state=tmp_path / "run",
+        home=tmp_path / "earlier",
+    )
+    with own.owned():
+        own.make()
+    assert stat.S_IMODE((tmp_path / "theirs").stat().st_mode) == 0o755
+    (tmp_path / "earlier/lock").unlink()
+    (tmp_path / "earlier/lock").symlink_to(tmp_path / "theirs/made")
+    with pytest.raises(OSError, match="symbolic links"), own.owned():
+        pass
+    assert not (tmp_path / "theirs/made").exists()
