@@ -98,9 +98,8 @@ def require_space(directory: Path | int, size_bytes: int) -> None:
         raise ResourceExhausted(
             f"{what}{available} bytes left on the disk, {size_bytes} needed and {reserve} kept"
         )
-    inodes = min(
-        _RESERVE_INODES, disk.f_files // _RESERVE_SHARE
-    )  # 0 where there is no such bound (btrfs)
+    # None are kept where there is no such bound (btrfs).
+    inodes = min(_RESERVE_INODES, disk.f_files // _RESERVE_SHARE)
     if disk.f_favail < inodes:
         raise ResourceExhausted(
             f"{what}{disk.f_favail} inodes left on the disk, of which {inodes} are kept"

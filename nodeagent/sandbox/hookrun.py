@@ -63,9 +63,8 @@ class ContainerHooks:
 
         try:
             hookroot.link(self._plan, pid)
-        except (
-            OSError
-        ) as error:  # of a full disk, for one; whoever waits for the hooks has to hear of it
+        except OSError as error:
+            # Of a full disk, for one. Whoever waits for the hooks has to hear of it.
             done(f"hooks {', '.join(CREATION)}: {error}")
             return
         self._run(CREATION, "creating", pid, ended)

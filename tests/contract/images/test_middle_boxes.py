@@ -247,7 +247,8 @@ async def test_more_pauses_than_other_failures_are_waited_for(
     limit = Limit(server, source.REFUSALS - 1)
     await pulled(images, server)
     first, second = limit.asked[1] - limit.asked[0], limit.asked[2] - limit.asked[1]
-    assert second > first >= 0.05
+    assert first >= 0.05
+    assert second >= 2 * 0.05
 
 
 @pytest.mark.usefixtures("short_pauses")
@@ -264,12 +265,12 @@ async def test_a_long_pause_is_told_at_once(images: Images, server: Server) -> N
     limit = Limit(server, 1000, Retry_After="3600")
     began = time.monotonic()
     for _ in range(2):
-        with pytest.raises(RegistryUnavailable, match=r"a pause.* (3600|3599) s") as caught:
+        with pytest.raises(RegistryUnavailable, match=r"a pause.* 3[56]\d\d s") as caught:
             await pulled(images, server)
         assert str(caught.value).startswith(
             f'RegistryUnavailable: image "{server.host}/test/image:1": {server.url}'
         )
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < throttling.LONGEST_SECONDS
     assert len(limit.asked) == 1
 
 
@@ -289,12 +290,12 @@ async def test_a_mirror_that_wants_a_pause_is_left(
 ) -> None:
     mirror, server = servers
     server.add(SAMPLE)
-    limit = Limit(mirror, 1000, Retry_After="30")
+    limit = Limit(mirror, 1000, Retry_After="50")
     place.hosts(server.host, f'[host."{mirror.url}"]')
     began = time.monotonic()
     async with place.open() as images:
         await pulled(images, server)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 50
     assert len(limit.asked) == 1
 
 
@@ -309,22 +310,24 @@ async def test_many_pulls_share_a_pause(images: Images, server: Server) -> None:
     ]
     for one in wanted:
         server.add(one)
-    opens_at = under_way = 0.0
+    refused_at = under_way = 0.0
     widths: list[float] = []
     early: list[str] = []
 
     async def limited(request: web.Request) -> web.StreamResponse | None:
-        nonlocal opens_at, under_way
+        nonlocal refused_at, under_way
         if "/blobs/" not in request.path:
             return None
-        if not opens_at:
-            opens_at = time.monotonic() + 1
+        if not refused_at:
+            refused_at = time.monotonic()
             await asyncio.sleep(0.3)  # the others that are on their way come meanwhile
-            return web.Response(status=429, headers={"Retry-After": "1"})
-        if time.monotonic() < opens_at:
-            return web.Response(status=429, headers={"Retry-After": "1"})
-        if time.monotonic() < opens_at + 0.2:
+            refused_at = time.monotonic()
+            return web.Response(status=429, headers={"Retry-After": "3"})
+        passed = time.monotonic() - refused_at
+        if 1.5 < passed < 3:  # those that were on their way are there by then
             early.append(request.path)
+        if passed < 3:
+            return web.Response(status=429, headers={"Retry-After": "3"})
         under_way += 1
         widths.append(under_way)
         await asyncio.sleep(0.02)
