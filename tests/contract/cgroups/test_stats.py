@@ -48,7 +48,8 @@ def test_cpu(group: Cgroup, layout: Layout, spawn: Spawn) -> None:
     assert cpu
     assert 90_000_000 <= cpu.usage_ns < 2_000_000_000
     assert cpu.usage_ns == measured_ns(layout, group)
-    assert cpu.user_ns + cpu.system_ns == pytest.approx(cpu.usage_ns, rel=0.5)
+    # On v1 these are counted in ticks, at whose moments anybody may be running; of a wrong unit they would be far off.
+    assert cpu.usage_ns / 20 < cpu.user_ns + cpu.system_ns < 20 * cpu.usage_ns
 
 
 def measured_ns(layout: Layout, group: Cgroup) -> int:
