@@ -28,6 +28,11 @@ def are_used() -> bool:
     return (CGROUPS / "cgroup.controllers").exists() and systemd.manages_node()
 
 
+def place(cgroup: str) -> str:
+    """The path of a cgroup as a kubelet calls it here: `/a/b`, or the slice that stands for it."""
+    return path(cgroup) if are_used() else cgroup
+
+
 def path(cgroup: str) -> str:
     """The slice that stands for a cgroup: of `/a-b/c` it is `/a_b.slice/a_b-c.slice`."""
     name = "-".join(part.replace("-", "_") for part in cgroup.strip("/").split("/"))

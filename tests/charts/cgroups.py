@@ -11,11 +11,6 @@ from tests import slices
 TOP = Path("/sys/fs/cgroup")
 
 
-def place(name: str) -> str:
-    """The path of a group as the kubelet calls it: `/a/b`, or the slice that stands for it."""
-    return slices.path(name) if slices.are_used() else name
-
-
 def make(path: str) -> None:
     """With the groups above; each may have limits of all controllers."""
     if slices.are_used():

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import slices
 from tests.charts import cgroups, images
 from tests.charts.node import Node
 
@@ -19,9 +20,9 @@ _USUAL = re.compile(r"INFO nodeagent\.(cri\.interceptors: rpc=\w+ code=OK|agent:
 def cgroup_root() -> Iterator[str]:
     """What the kubelet's `cgroupRoot` would be: where the cgroups of its pods are."""
     name = f"/na-charts-{os.getpid()}"
-    cgroups.make(cgroups.place(name))
+    cgroups.make(slices.place(name))
     yield name
-    cgroups.remove(cgroups.place(name))
+    cgroups.remove(slices.place(name))
 
 
 @pytest.fixture(scope="session")

@@ -266,11 +266,11 @@ def cgroup_root(name: str) -> Iterator[str]:
 
 def cgroups(name: str) -> list[Path]:
     """The cgroup and all below it, in every hierarchy; a parent comes after its children."""
-    place = slices.path(name)[1:] if slices.are_used() else name
+    place = slices.place(f"/{name}")
     return [
         Path(folder)
         for hierarchy in _hierarchies()
-        for folder, _, _ in os.walk(hierarchy / place, topdown=False)
+        for folder, _, _ in os.walk(f"{hierarchy}{place}", topdown=False)
     ]
 
 
