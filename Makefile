@@ -17,7 +17,7 @@ DEBIAN := .cache/debian
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test-setup tools peer guest demo test fuzz conformance conformance-v2 kubelet lint proto lock bench bench-peer clean
+.PHONY: help setup test-setup tools peer guest demo test fuzz conformance conformance-v2 kubelet charts lint proto lock bench bench-peer clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -133,8 +133,18 @@ conformance-v2: test-setup tools ## Run it on cgroup v2, with both drivers, in g
 	$(IN_GUEST) --init systemd . -- $(abspath $(PYTHON)) -m tests.conformance --timeout 2000
 	$(IN_GUEST) --kernel qemu . -- $(abspath $(PYTHON)) -m tests.conformance --focus 'port mapping'
 
+# Here, and where most users are: on cgroup v2, with the systemd driver beside a systemd.
+WITH_SYSTEMD := $(IN_GUEST) --init systemd . -- $(abspath $(PYTHON)) -m pytest -p no:cacheprovider
 kubelet: test-setup $(TOOLS)/kubelet ## Let a real kubelet run static pods on an agent
 	$(PYTHON) -m pytest tests/kubelet
+	@$(MAKE) --no-print-directory guest
+	$(WITH_SYSTEMD) tests/kubelet
+
+charts: test-setup ## Run the pods of public charts, here and on cgroup v2 with both drivers
+	$(PYTHON) -m pytest tests/charts
+	@$(MAKE) --no-print-directory guest
+	$(IN_GUEST) . -- $(abspath $(PYTHON)) -m pytest -p no:cacheprovider tests/charts
+	$(WITH_SYSTEMD) tests/charts
 
 lint: setup ## Check style, types, layers and generated code
 	$(VENV)/bin/ruff check

@@ -1,13 +1,20 @@
-"""The cgroups that a kubelet makes for its pods, below one of the test's own, in every hierarchy of the machine."""
+"""The cgroups that a kubelet makes for its pods, below one of the test's own, in every hierarchy of the machine.
+
+Where agents use the systemd driver they are slices, and systemd makes and ends them.
+"""
 
 from contextlib import suppress
 from pathlib import Path
+
+from tests import slices
 
 TOP = Path("/sys/fs/cgroup")
 
 
 def make(path: str) -> None:
     """With the groups above; each may have limits of all controllers."""
+    if slices.are_used():
+        slices.start(path)
     for hierarchy in _hierarchies():
         group = hierarchy
         for name in path.strip("/").split("/"):
@@ -20,6 +27,8 @@ def make(path: str) -> None:
 
 def remove(path: str) -> None:
     """With all that is below, where no process may be left."""
+    if slices.are_used():
+        slices.stop(path)
     for hierarchy in _hierarchies():
         top = hierarchy / path.strip("/")
         for group in sorted(top.rglob("*/"), key=lambda each: -len(each.parts)):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import slices
 from tests.charts import cgroups, images
 from tests.charts.node import Node
 
@@ -17,11 +18,11 @@ _USUAL = re.compile(r"INFO nodeagent\.(cri\.interceptors: rpc=\w+ code=OK|agent:
 
 @pytest.fixture(scope="session")
 def cgroup_root() -> Iterator[str]:
-    """Where the kubelet's cgroups are."""
-    path = f"/na-charts-{os.getpid()}"
-    cgroups.make(path)
-    yield path
-    cgroups.remove(path)
+    """What the kubelet's `cgroupRoot` would be: where the cgroups of its pods are."""
+    name = f"/na-charts-{os.getpid()}"
+    cgroups.make(slices.place(name))
+    yield name
+    cgroups.remove(slices.place(name))
 
 
 @pytest.fixture(scope="session")

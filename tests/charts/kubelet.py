@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nodeagent.api import runtime_pb2 as pb
+from tests import slices
 from tests.charts.chart import Chart, Json
 from tests.charts.node import NAME
 
@@ -55,7 +56,7 @@ class Kubelet:
         self.chart = chart
         self.directory = f"{PODS}/{chart.uid}"
         self.log_directory = f"{LOGS}/{chart.namespace}_{chart.pod_name}_{chart.uid}"
-        self.cgroup = f"{cgroup_root}/{self._qos}pod{chart.uid}"
+        self.cgroup = slices.place(f"{cgroup_root}/{self._qos}pod{chart.uid}")
         self._ids = [IDS] if user_namespace else []
         self._volumes = {volume["name"]: volume for volume in chart.spec.get("volumes", ())}
 

@@ -3,7 +3,8 @@
 It has the machine's files below a copy-on-write layer, and namespaces of its own for mounts, processes, network and
 name, so that requests name the paths that a kubelet names (/var/lib/kubelet, /etc/cni, /run, /sys/fs/bpf), a pod on the
 node's network takes the ports that it takes, and process 1 may be entered. All its mounts are shared, as systemd makes
-them. Only cgroups are the machine's, and what devices lead to.
+them. Only cgroups are the machine's, and what devices lead to. Where the machine's systemd manages the cgroups, it does
+so for this node as well, and can be seen there: the agent's driver is systemd.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ mount -t tmpfs node "$top/node"
 mkdir "$top/node/upper" "$top/node/work" "$root"
 mount -t overlay node "$root" -o "lowerdir=/,upperdir=$top/node/upper,workdir=$top/node/work"
 mount -t tmpfs -o mode=755 run "$root/run"
+if [ -d /run/systemd/system ]; then
+	mkdir "$root/run/systemd"
+	mount --bind /run/systemd "$root/run/systemd"
+fi
 mount -t tmpfs -o mode=755 dev "$root/dev"
 cp -ax /dev/. "$root/dev/"
 mount -t devpts -o newinstance,ptmxmode=0666 devpts "$root/dev/pts"

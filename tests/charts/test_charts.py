@@ -9,12 +9,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from nodeagent.api import runtime_pb2 as pb
+from tests import slices
 from tests.charts.chart import Chart, Json, charts
 from tests.charts.conftest import skipped
 from tests.charts.kubelet import IDS
 from tests.charts.node import Node
 from tests.charts.observation import observe
 from tests.charts.pods import ChartPod
+from tests.node import PATIENCE_SECONDS
 
 # What the agent says that it skips of the charts: labels, and what it may not do itself without CAP_SYS_RESOURCE.
 KNOWN = re.compile(
@@ -75,6 +78,12 @@ def _see(pod: ChartPod, seen: Json) -> None:
     else:
         text = pod.containers[seen["in"]].shell(seen["run"])
     assert re.search(seen["says"], text), text
+
+
+def test_the_driver_is_that_of_the_kubelet_s_cgroups(node: Node) -> None:
+    """The kubelet goes by what the agent says: with systemd beside cgroup v2, the pods above were in slices."""
+    answer = node.runtime.RuntimeConfig(pb.RuntimeConfigRequest(), timeout=PATIENCE_SECONDS)
+    assert answer.linux.cgroup_driver == (pb.SYSTEMD if slices.are_used() else pb.CGROUPFS)
 
 
 def test_what_is_skipped_is_known(node: Node) -> None:

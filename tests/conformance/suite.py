@@ -19,19 +19,21 @@ UPSTREAM = ("docker.io", "registry.k8s.io", "k8s.gcr.io", "gcr.io", "quay.io", "
 # Specs of parts that are not there yet, by a regular expression of their names, and why.
 NOT_YET = {r"^\[k8s\.io\] NRI ": "the agent has no socket of the Node Resource Interface"}
 # Specs that need what critest does not look for itself.
-HOST_PORTS = {r"port mapping with host port": "the kernel has no nf_tables with the family inet"}
+NO_HOST_PORTS = "the kernel has no nf_tables with the family inet"
+HOST_PORTS = {r"port mapping with host port": NO_HOST_PORTS}
 # Specs that leave something on the machine.
 GUEST_ONLY = {r"^\[k8s\.io\] AppArmor ": "it loads profiles into the kernel: only in a guest"}
 
 
 def absences() -> dict[str, str]:
     """Which specs can't pass on this machine, by a regular expression of their names, and why."""
-    host_ports = {} if _has_nftables() else HOST_PORTS
+    host_ports = {} if has_nftables() else HOST_PORTS
     elsewhere = {} if "NODEAGENT_GUEST" in os.environ else GUEST_ONLY
     return NOT_YET | host_ports | elsewhere
 
 
-def _has_nftables() -> bool:
+def has_nftables() -> bool:
+    """Whether the kernel has what host ports need."""
     command = ["nft", "--check", "add table inet probe"]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 

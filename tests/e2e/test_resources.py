@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import threading
 import time
 import urllib.request
@@ -15,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.linux import capabilities, syscalls
+from tests import slices
 from tests.cri import Container, Cri, options, pod_options, refused
 from tests.e2e.conftest import client, running_agent
 from tests.node import wait_for
@@ -156,10 +158,13 @@ def test_a_memory_limit_that_is_too_low_to_prepare_the_container_is_named(cri: C
 
 
 def pod_memory_limit(container: Container) -> int:
-    """Of the cgroup that the agent made for the pod: on v2, two levels above the container's."""
+    """Of the cgroup that the agent made for the pod: on v2, two levels above the container's.
+
+    The one between has the container's ID as its name, or in the name of a scope.
+    """
     request = pb.ContainerStatusRequest(container_id=container.id, verbose=True)
     info = json.loads(container.pod.cri.agent.runtime.ContainerStatus(request).info["info"])
-    parent = info["cgroupPath"].partition(f"/{container.id}")[0]
+    parent, _ = re.split(rf"/[^/]*{container.id}", info["cgroupPath"])
     files = (
         Path(f"/sys/fs/cgroup{parent}/memory.max"),
         Path(f"/sys/fs/cgroup/memory{parent}/memory.limit_in_bytes"),
@@ -229,7 +234,7 @@ def test_what_has_ended_stays_in_the_accounts_of_its_pod(cri: Cri) -> None:
 
 def test_pods_in_one_group_have_accounts_of_their_own(cri: Cri) -> None:
     shared = pod_options(pid=pb.CONTAINER)
-    shared.cgroup_parent = f"/na-test-{os.getpid()}/shared"
+    shared.cgroup_parent = slices.place(f"/na-test-{os.getpid()}/shared")
     one, other = cri.pod(linux=shared), cri.pod(linux=shared)
     one.run("sh", "-c", "sleep 1000 & sleep 1000 & wait")
     other.run()

@@ -1,4 +1,7 @@
-"""What depends on cgroups, on a machine of its own, whose kernel has cgroup v2 alone: the same tests as here."""
+"""What depends on cgroups, on a machine of its own, whose kernel has cgroup v2 alone: the same tests as here.
+
+The drivers: cgroupfs where the tests are alone with the kernel, systemd beside a systemd, as most users have it.
+"""
 
 import os
 import sys
@@ -27,21 +30,22 @@ SECURITY = [
     "tests/security/test_log_pump.py",
     "tests/security/test_network_spoofing.py",
 ]
-CHARTS = ["tests/charts"]
+WITH_SYSTEMD = ["tests/kernel/cgroups/test_systemd.py", "tests/charts", "tests/kubelet"]
 SECONDS = 2400
-
-
-@pytest.fixture
-def guest() -> machine.Guest:
-    if not setup.is_prepared("uml"):
-        message = "the guest's kernel is not there: `make guest` unpacks it"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    return machine.Guest(kernel="uml", memory_mib=4096, timeout_seconds=SECONDS)
 
 
 @pytest.mark.guest
 @pytest.mark.timeout(SECONDS + 30)
-@pytest.mark.parametrize("suites", [SUITES, SECURITY, CHARTS], ids=["suites", "security", "charts"])
-def test_suites_pass_on_cgroup_v2(guest: machine.Guest, suites: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("init", "suites"),
+    [("none", SUITES), ("none", SECURITY), ("systemd", WITH_SYSTEMD)],
+    ids=["suites", "security", "systemd"],
+)
+def test_suites_pass_on_cgroup_v2(init: str, suites: list[str]) -> None:
+    if not setup.is_prepared("uml"):
+        message = "the guest's kernel is not there: `make guest` unpacks it"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    guest = machine.Guest(kernel="uml", init=init, memory_mib=4096, timeout_seconds=SECONDS)
     pytest_command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not guest"]
-    assert machine.run(guest, [*pytest_command, *suites], PROJECT, {}) == 0
+    strict = {"CI": os.environ["CI"]} if "CI" in os.environ else {}  # what is not built fails
+    assert machine.run(guest, [*pytest_command, *suites], PROJECT, strict) == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.suite import agent_with_mirrors
+from tests.conformance.suite import agent_with_mirrors, has_nftables
 from tests.conftest import IN_CI, TOOLS
 from tests.kubelet import manifests
 from tests.kubelet.node import Kubelet, cgroup_root, shared_mount
@@ -18,12 +18,15 @@ from tests.registry import Registry
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """host_folder: what pods see as a volume. outages: when the agent or the kubelet was stopped, and up again."""
+    """host_port: None on a machine that has none. host_folder: what pods see as a volume.
+
+    outages: when the agent or the kubelet was stopped, and up again.
+    """
 
     agent: RunningAgent
     kubelet: Kubelet
     cgroup: str
-    host_port: int
+    host_port: int | None
     host_folder: Path
     outages: list[tuple[datetime, datetime]] = field(default_factory=list)
 
@@ -41,7 +44,7 @@ def node(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     kubelet_program, health_program = built("kubelet"), built("grpc-health")
     registry.push(manifests.health_image(health_program))
     root = tmp_path_factory.mktemp("node")
-    host_folder, host_port = root / "host", free_port()
+    host_folder, host_port = root / "host", free_port() if has_nftables() else None
     host_folder.mkdir()
     with (
         shared_mount(root / "kubelet") as folder,

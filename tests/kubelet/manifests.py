@@ -15,6 +15,8 @@ HEALTH = "registry.k8s.io/e2e-test-images/grpc-health:1"
 FOREVER = "while :; do sleep 1000; done"
 MEMORY_LIMIT = 64 << 20
 GRACE_SECONDS = 20
+# Of every probe: what fails them is never how long a busy machine takes to answer.
+PROBING = {"periodSeconds": 1, "timeoutSeconds": 60}
 
 
 def health_image(program: Path) -> images.Image:
@@ -37,11 +39,14 @@ def shell(name: str, script: str, **fields: Any) -> Json:
 
 
 def exec_probe(script: str, **fields: Any) -> Json:
-    return {"exec": {"command": ["sh", "-c", script]}, "periodSeconds": 1, **fields}
+    return {"exec": {"command": ["sh", "-c", script]}, **PROBING, **fields}
 
 
-def web(host_port: int, host_folder: Path) -> Json:
+def web(host_port: int | None, host_folder: Path) -> Json:
     """An init container, then a sidecar, then two containers, which share volumes and the network."""
+    port: Json = {"containerPort": 80}
+    if host_port is not None:
+        port |= {"hostPort": host_port, "hostIP": "127.0.0.1"}
     mounts = [
         {"name": "memory", "mountPath": "/memory"},
         {"name": "host", "mountPath": "/host"},
@@ -58,9 +63,9 @@ def web(host_port: int, host_folder: Path) -> Json:
     server = {
         "name": "server",
         "image": NGINX,
-        "ports": [{"containerPort": 80, "hostPort": host_port, "hostIP": "127.0.0.1"}],
-        "readinessProbe": {"httpGet": {"path": "/", "port": 80}, "periodSeconds": 1},
-        "livenessProbe": {"tcpSocket": {"port": 80}, "periodSeconds": 1},
+        "ports": [port],
+        "readinessProbe": {"httpGet": {"path": "/", "port": 80}, **PROBING},
+        "livenessProbe": {"tcpSocket": {"port": 80}, **PROBING},
     }
     client = shell(
         "client",
@@ -85,7 +90,7 @@ def web(host_port: int, host_folder: Path) -> Json:
 
 def health() -> Json:
     """Answers gRPC probes."""
-    probe = {"grpc": {"port": 50051}, "periodSeconds": 1}
+    probe = {"grpc": {"port": 50051}, **PROBING}
     container = {
         "name": "health",
         "image": HEALTH,

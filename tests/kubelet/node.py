@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests import slices
 from tests.node import free_port, wait_for
 
 Json = dict[str, Any]
@@ -32,6 +33,7 @@ STOP_SECONDS, HTTP_SECONDS = 60.0, 60.0
 
 # Paths that no option of the kubelet moves.
 FIXED_PATHS = (Path("/var/lib/kubelet"), Path("/var/log/containers"))
+CPU_INFO = Path("/proc/cpuinfo")
 # What the kubelet would set [k8s.io/component-helpers/node/util/sysctl].
 SYSCTLS = {
     "vm/overcommit_memory": 1,
@@ -41,13 +43,14 @@ SYSCTLS = {
     "kernel/keys/root_maxkeys": 1000000,
     "kernel/keys/root_maxbytes": 25000000,
 }
-# Nothing but the kubelet's root propagates to the machine. Arguments: that of sysctl files, then the command.
+# Nothing but the kubelet's root propagates to the machine. Arguments: the folder of those files of /proc that are other
+# ones to the kubelet, then the command.
 ENTER = f"""set -e
-for path in /proc/sys {" ".join(map(str, FIXED_PATHS))}; do
+for path in /proc /proc/sys {" ".join(map(str, FIXED_PATHS))}; do
 	mount --make-private "$(stat -c %m $path)"
 done
 for path in {" ".join(map(str, FIXED_PATHS))}; do mount -t tmpfs none $path; done
-for name in {" ".join(SYSCTLS)}; do mount --bind "$1/$name" /proc/sys/$name; done
+for name in $(cd "$1" && find . -type f); do mount --bind "$1/$name" "/proc/$name"; done
 shift
 exec "$@"
 """
@@ -72,17 +75,17 @@ class Kubelet:
         self.log = root / "kubelet.log"
         self._manifests.mkdir()
         (root / "config.json").write_text(json.dumps(self._configuration()))
-        for name, value in SYSCTLS.items():
-            path = root / "sysctl" / name
+        for name, text in _files_of_proc().items():
+            path = root / "proc" / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{value}\n")
+            path.write_text(text)
 
     def start(self) -> None:
         """Return once it answers."""
         root = self.root
         command: list[str | Path] = [
             *("unshare", "--mount", "--propagation", "unchanged"),
-            *("sh", "-c", ENTER, "sh", root / "sysctl"),
+            *("sh", "-c", ENTER, "sh", root / "proc"),
             *(self._program, "--config", root / "config.json", "--hostname-override", NODE),
             *("--root-dir", root / "lib", "--cert-dir", root / "pki", "--v", "2"),
         ]
@@ -195,6 +198,15 @@ class Kubelet:
         }
 
 
+def _files_of_proc() -> dict[str, str]:
+    """The kubelet's, by their names in /proc. It does not start on a processor without a frequency."""
+    files = {f"sys/{name}": f"{value}\n" for name, value in SYSCTLS.items()}
+    processors = CPU_INFO.read_text()
+    if "MHz" not in processors:
+        files[CPU_INFO.name] = f"{processors}cpu MHz\t\t: 1000.000\n"
+    return files
+
+
 def self_signed() -> ssl.SSLContext:
     """Takes any certificate: the kubelet has made its own."""
     context = ssl.create_default_context()
@@ -233,22 +245,32 @@ def _mounts_below(folder: Path) -> list[str]:
 
 @contextmanager
 def cgroup_root(name: str) -> Iterator[str]:
-    """A cgroup in every hierarchy of the machine; whatever the kubelet makes below goes with it."""
-    for hierarchy in _hierarchies():
-        (hierarchy / name).mkdir()
+    """A cgroup in every hierarchy of the machine, `/name`; whatever the kubelet makes below goes with it.
+
+    Where the agent uses the systemd driver, and so the kubelet, it is the slice that stands for it.
+    """
+    if slices.are_used():
+        slices.start(slices.path(name))
+        slices.keep_controllers(slices.path(name))
+    else:
+        for hierarchy in _hierarchies():
+            (hierarchy / name).mkdir()
     try:
         yield name
     finally:
+        if slices.are_used():
+            slices.stop(slices.path(name))
         for cgroup in cgroups(name):
             cgroup.rmdir()
 
 
 def cgroups(name: str) -> list[Path]:
     """The cgroup and all below it, in every hierarchy; a parent comes after its children."""
+    place = slices.place(f"/{name}")
     return [
         Path(folder)
         for hierarchy in _hierarchies()
-        for folder, _, _ in os.walk(hierarchy / name, topdown=False)
+        for folder, _, _ in os.walk(f"{hierarchy}{place}", topdown=False)
     ]
 
 
