@@ -31,6 +31,7 @@ SECURITY = [
     "tests/security/test_network_spoofing.py",
 ]
 WITH_SYSTEMD = ["tests/kernel/cgroups/test_systemd.py", "tests/charts", "tests/kubelet"]
+SYSTEMD = [Path("/lib/systemd/systemd"), Path("/usr/bin/dbus-daemon"), Path("/usr/bin/busctl")]
 SECONDS = 2400
 
 
@@ -44,6 +45,9 @@ SECONDS = 2400
 def test_suites_pass_on_cgroup_v2(init: str, suites: list[str]) -> None:
     if not setup.is_prepared("uml"):
         message = "the guest's kernel is not there: `make guest` unpacks it"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    if init == "systemd" and (lacking := [path for path in SYSTEMD if not path.exists()]):
+        message = f"the guest has this machine's programs, among which {lacking[0]} is not"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
     guest = machine.Guest(kernel="uml", init=init, memory_mib=4096, timeout_seconds=SECONDS)
     pytest_command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not guest"]
