@@ -375,7 +375,7 @@ def _optional_rlimit(value: str) -> str:
     return ""
 
 
-def _directories(value: tuple[str, ...]) -> str:
+def _absolute_paths(value: tuple[str, ...]) -> str:
     return next(filter(None, map(_directory, value)), "")
 
 
@@ -391,9 +391,9 @@ _CHECKS: dict[Key, Callable[[Any], str]] = {
     ("metrics",): _optional_address,
     ("certs_dir",): _directory,
     ("handlers",): _handlers,
-    ("absent_mount_sources_to_reject",): _directories,
-    ("cdi", "directories"): _directories,
-    ("cdi", "hook_programs"): _directories,
+    ("absent_mount_sources_to_reject",): _absolute_paths,
+    ("cdi", "directories"): _absolute_paths,
+    ("cdi", "hook_programs"): _absolute_paths,
     ("streaming", "address"): _address,
     ("streaming", "tls_cert"): _file,
     ("streaming", "tls_key"): _file,

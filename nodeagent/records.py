@@ -203,8 +203,9 @@ HookStage = Literal[
 
 
 class HookConfig(Config, frozen=True, kw_only=True):
-    """A program of the node that is run at a stage of the container's life (OCI runtime specification, "POSIX-platform
-    Hooks"). timeout_s 0: the hook has none of its own. source: the CDI specification that asks for it.
+    """A program of the node that is run at a stage of the container's life, as the OCI runtime specification has it.
+
+    timeout_s 0: the hook has none of its own. source: the CDI specification that asks for it.
     """
 
     stage: HookStage

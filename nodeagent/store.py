@@ -134,9 +134,12 @@ class Store:
             raise OSError(errno.EIO, f"state.db: {error}") from error
 
     def trouble(self) -> str:
-        """Why nothing can be written; "" where it can be, or there is no room. Only after a failure it tries again."""
+        """Why nothing can be written; "" where it can be. Only after a failure it tries again.
+
+        A full disk is not among the reasons: what frees it needs a node that works.
+        """
         if self._trouble and not self._depth:
-            with suppress(NodeAgentError, OSError), self.transaction():
+            with suppress(NodeAgentError, OSError, sqlite3.Error), self.transaction():
                 self._write(f"PRAGMA user_version = {SCHEMA_VERSION}")
         return self._trouble
 

@@ -4,6 +4,7 @@ A pod can mount over /sys/fs/cgroup, or over what is above it, where a volume sh
 that are made and limited then are not those of the node.
 """
 
+import errno
 import os
 
 from nodeagent.cgroups.hierarchy import Hierarchy
@@ -12,6 +13,7 @@ from nodeagent.linux.mounts import mount_table
 
 _FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _KINDS = ("cgroup", "cgroup2")
+_NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 Identity = tuple[int, int]
 
@@ -25,10 +27,12 @@ class Watched:
         self.is_covered()
 
     def is_covered(self) -> bool:
-        """One stat(2) while all is well. Blocks where what covers it does."""
+        """One stat(2) while all is well. Blocks where what covers it does. Raises OSError where it cannot be told."""
         try:
             visible = os.open(self.mount, _FLAGS)
-        except OSError:
+        except OSError as error:
+            if error.errno not in _NO_DIRECTORY:
+                raise
             return True
         try:
             status = os.fstat(visible)

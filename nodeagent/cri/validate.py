@@ -83,15 +83,16 @@ def relative_path(value: str, field: str) -> str:
 def container_path(value: str, field: str) -> str:
     """Where something is in a container: absolute, in its shortest form. A relative path begins at the root.
 
-    ``..`` goes back before any link is followed, as Go's filepath.Clean has it, and stays inside.
+    ``..`` goes back before any link is followed, and at the root stays there, as Go's filepath.Clean has it. A relative
+    path that leads out is refused: the other runtimes differ in what they make of it.
     """
     parts: list[str] = []
     for part in value.split("/"):
         if part not in ("", ".", ".."):
             parts.append(part)
-        elif part == ".." and not parts:
+        elif part == ".." and not parts and not value.startswith("/"):
             refuse(field, f'"{value}" leads out of the container')
-        elif part == "..":
+        elif part == ".." and parts:
             parts.pop()
     return path("/" + "/".join(parts) if value else "", field)
 

@@ -5,7 +5,6 @@ there already is given it where the request says so, and where it is the pod's o
 the labels of the node's policy; a file system of the node that nobody asks to relabel keeps its own.
 """
 
-import posixpath
 from pathlib import Path
 
 from nodeagent.records import ContainerConfig
@@ -16,14 +15,13 @@ _OWN_FILESYSTEMS = frozenset(("tmpfs", "devpts", "mqueue"))
 
 def assign(plan: ContainerPlan, config: ContainerConfig, shared: Path, label: str) -> None:
     """Write the label into a plan that is otherwise complete. shared: where the pod's own files are."""
-    asked = {
-        posixpath.normpath(mount.container_path) for mount in config.mounts if mount.selinux_relabel
-    }
+    # Of two mounts on one path the later is there, and says whether it is relabelled.
+    asked = {mount.container_path: mount.selinux_relabel for mount in config.mounts}
     plan["rootfs"]["label"] = label
     for volume in plan.get("volumes", []):
         volume["label"] = label
     for mount in plan["mounts"]:
-        if _is_labelled(mount, shared) or mount["target"] in asked:
+        if _is_labelled(mount, shared) or asked.get(mount["target"]):
             mount["label"] = label
 
 

@@ -17,7 +17,8 @@ from nodeagent.store import Store
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 1.0  # that who asks is kept waiting
+HUNG_SECONDS = 10.0  # a busy machine may take longer than that, and pods are not evicted for it
 
 
 class Trouble(NamedTuple):
@@ -42,6 +43,8 @@ class Health:
         self._store = store
         self._paths = HostPaths()
         self._look: asyncio.Future[Trouble] | None = None
+        self._look_began = 0.0
+        self._seen = NONE
         self._said = NONE
 
     async def trouble(self) -> Trouble:
@@ -63,21 +66,32 @@ class Health:
         return await self._look_at_paths()
 
     async def _look_at_paths(self) -> Trouble:
-        """In a thread: a path may be covered by a file system that never answers. There is one look at a time."""
+        """In a thread: a path may be covered by a file system that never answers. There is one look at a time.
+
+        Until it is taken for hung, what the last one has found holds.
+        """
+        now = asyncio.get_running_loop().time
         if self._look is None or self._look.done():
+            self._look_began = now()
             what, path = "status", str(next(iter(self._directories)))
             self._look = asyncio.ensure_future(self._paths.look(what, path, self._paths_trouble))
         done, _ = await asyncio.wait((self._look,), timeout=LOOK_SECONDS)
         if done:
-            return self._look.result()
-        names = ", ".join(map(str, self._directories))
-        return Trouble(
-            "NotAnswering",
-            f"a look at {names} and the cgroup hierarchies is still blocked; is one of their filesystems hung?",
-        )
+            self._seen = self._look.result()
+        elif now() - self._look_began > HUNG_SECONDS:
+            names = ", ".join(map(str, self._directories))
+            self._seen = Trouble(
+                "NotAnswering",
+                f"a look at {names} and the cgroup hierarchies is still blocked; is one of their filesystems hung?",
+            )
+        return self._seen
 
     def _paths_trouble(self) -> Trouble:
-        if covered := self._cgroups.covered():
+        try:
+            covered = self._cgroups.covered()
+        except OSError as error:
+            return Trouble("CgroupsUnreadable", f"the cgroup hierarchies: {error}")
+        if covered:
             return Trouble(
                 "CgroupRootCovered",
                 f"{covered}: another mount covers the cgroup hierarchy of this node; find it in "
@@ -89,7 +103,7 @@ class Health:
                     return Trouble(
                         "DirectoryReplaced",
                         f"{path}: another directory or mount is there than when the agent was started; "
-                        "take it away, or restart the agent",
+                        "unmount or move it, or restart the agent",
                     )
                 if os.statvfs(path).f_flag & os.ST_RDONLY:
                     return Trouble(

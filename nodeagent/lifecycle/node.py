@@ -131,7 +131,7 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
         places.make()
         if places.is_earlier:
             log.warning(
-                "%s: has pods of an earlier version, and stays in use until an agent is started without one; "
+                "%s: has pods of an earlier version, and stays in use until an agent has ended without one; "
                 "sockets are in %s now",
                 places.home,
                 places.state,

@@ -92,7 +92,8 @@ class Places:
 def _is_used(state: Path) -> bool:
     """Whether an agent has left pods there, or its launcher, and none runs.
 
-    The mount tells, which stays as long as they do, and which nobody makes who has only got the directory as a volume.
+    The mount tells, which stays as long as they do, and until an agent has ended without any; nobody makes one who has
+    only got the directory as a volume.
     """
     return privatemount.is_there(state / "pods") and not _is_held(state / LOCK)
 

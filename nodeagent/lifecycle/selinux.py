@@ -42,7 +42,7 @@ class Policy:
         self._has_said_so = False
 
     def labels(self, asked: SELinux) -> Labels:
-        """None where the kernel has no SELinux.
+        """NO_LABELS where the kernel has no SELinux.
 
         Raises InvalidArgument for what is no label, and FailedPrecondition where the policy lacks a default.
 

@@ -1,7 +1,8 @@
 """What is measured of containers and pods: each metric's name, meaning and labels, and how it is read.
 
-One table for both outputs: the Prometheus endpoint gives the values as they are, the CRI whole numbers only. The names
-are cAdvisor's, which dashboards know; units stand in them. What the kernel does not account has no value.
+One table for both outputs: the Prometheus endpoint gives the values as they are, the CRI the whole number, and the
+fraction beside it (double_value). The names are cAdvisor's, which dashboards know; units stand in them. What the kernel
+does not account has no value.
 """
 
 from collections.abc import Callable, Iterator

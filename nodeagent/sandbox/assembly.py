@@ -340,22 +340,23 @@ def _attach(assembly: Assembly, mount: Mount, tree: int) -> None:
         )
     if mount["kind"] != "fs":
         _check_procfs(assembly, mount, status, tree)
-    _move_mount(assembly, tree, target, ours=mount["kind"] == "fs")
+    _move_mount(assembly, tree, target, rootfs.describe(mount) if mount["kind"] == "fs" else "")
 
 
-def _move_mount(assembly: Assembly, tree: int, target: int, *, ours: bool = False) -> None:
+def _move_mount(assembly: Assembly, tree: int, target: int, ours: str = "") -> None:
     """Nothing is attached to a mount that is shared with the node so that it appears there, and stays there.
 
     It would cover the node's /dev/pts or /sys/fs/cgroup, for one. What a request mounts in what it shares, and masks,
     are attached apart; what every container has is not attached at all: to take it away again would take away what the
-    node has at that place.
+    node has at that place. ours: what errors call a mount of that kind.
     """
     if not assembly.shares or mounts.propagation_of(target) != "shared":
         syscalls.move_mount(tree, target)
         return
     if ours:
         raise FailedPrecondition(
-            "mounts of the runtime never go into a tree that is shared with the node"
+            f"mount {ours}: its place is in a tree that is shared with the node, where the runtime mounts nothing of "
+            "its own; mount that tree without Bidirectional propagation"
         )
     mounts.attach_apart(tree, target)
 

@@ -83,8 +83,8 @@ class Birth:
         self._over = False
         # How what the birth had open is closed, when it is over.
         self.give_up: Callable[[Collection[int]], None] = protocol.close_all
-        # Called when the process waits for hooks, until `proceed`; None has it proceed at once, where a method of our
-        # own would be a cycle, which nobody collects.
+        # Called when the process waits for hooks, until `proceed`. None has it proceed at once: our own method would be
+        # a cycle of references, and supervisors collect none.
         self.await_hooks: Callable[[], None] | None = None
         self._watch()
 

@@ -22,12 +22,9 @@ _MODE = 0o640
 _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 # What the place of a log can be at fault for: EEXIST where a link leads to nothing, ENOENT and EPERM in /proc and /sys.
-_FAULTS_OF_A_PLACE = frozenset(
-    (
-        *(errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.EEXIST),
-        *(errno.ENOENT, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG),
-    )
-)
+_FAULTS_OF_A_LINK = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.EEXIST}
+_FAULTS_OF_A_TREE = {errno.ENOENT, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG}
+_FAULTS_OF_A_PLACE = _FAULTS_OF_A_LINK | _FAULTS_OF_A_TREE
 
 
 # ---- the format ----

@@ -329,7 +329,7 @@ def test_a_default_is_never_mounted_in_a_tree_that_is_shared(plan: Plan, shared:
     asked = rootfs.bind(str(shared), "/a", propagation="shared")
     with start(plan("true", mounts=[*DEFAULT, asked, own])) as process:
         assert process.message["error"] == "FailedPrecondition"
-        assert "never go into a tree that is shared" in process.message["text"]
+        assert "/a/cgroup: its place is in a tree that is shared" in process.message["text"]
     assert below(shared) == before
 
 

@@ -217,6 +217,7 @@ def test_users_by_name() -> None:
         ("//a//b/.", "/a/b"),
         ("/a/../b", "/b"),
         ("/a/b/../../c/..//d", "/d"),
+        ("/../a/../../b", "/b"),
         ("a/b", "/a/b"),
         ("./a/../b", "/b"),
     ],
@@ -375,7 +376,7 @@ ROOT = pb.IDMapping(container_id=0, host_id=1, length=1)
         (samples.simple_container(args=["x"] * 100_001), "config.args: has 100001 entries"),
         (samples.simple_container(working_dir="tmp"), "config.working_dir"),
         (
-            samples.simple_container(working_dir="/proc/self/fd/8/../../../../.."),
+            samples.simple_container(working_dir="proc/self/fd/8/../../../../.."),
             "config.working_dir",
         ),
         (env(""), "config.envs[0].key"),
@@ -497,7 +498,7 @@ ROOT = pb.IDMapping(container_id=0, host_id=1, length=1)
         (samples.in_container(run_as_username="a:b"), "run_as_username"),
         (samples.in_container(run_as_username="a\n"), "run_as_username"),
         (samples.in_container(masked_paths=["proc"]), "masked_paths[0]"),
-        (samples.in_container(readonly_paths=["/proc/../../etc"]), "readonly_paths[0]"),
+        (samples.in_container(readonly_paths=["../etc"]), "readonly_paths[0]"),
         (samples.in_container(apparmor_profile="mine"), "apparmor_profile"),
     ],
 )

@@ -31,7 +31,7 @@ def test_what_is_made_for_a_container_and_what_is_asked_for() -> None:
         name="c",
         image="i",
         mounts=(
-            MountConfig(container_path="/volume/", host_path="/volume", selinux_relabel=True),
+            MountConfig(container_path="/volume", host_path="/volume", selinux_relabel=True),
             MountConfig(container_path="/srv", host_path="/srv"),
         ),
     )
@@ -53,5 +53,14 @@ def test_what_is_made_for_a_container_and_what_is_asked_for() -> None:
 def test_memory_of_the_node_keeps_its_label() -> None:
     made: dict[str, Any] = {"rootfs": {}, "mounts": [bind("/dev/shm", "/dev/shm")]}
     config = ContainerConfig(name="c", image="i")
+    filelabels.assign(cast(ContainerPlan, made), config, POD, LABEL)
+    assert "label" not in made["mounts"][0]
+
+
+def test_of_two_mounts_on_one_path_the_later_is_asked() -> None:
+    made: dict[str, Any] = {"rootfs": {}, "mounts": [bind("/other", "/data")]}
+    one = MountConfig(container_path="/data", host_path="/one", selinux_relabel=True)
+    other = MountConfig(container_path="/data", host_path="/other")
+    config = ContainerConfig(name="c", image="i", mounts=(one, other))
     filelabels.assign(cast(ContainerPlan, made), config, POD, LABEL)
     assert "label" not in made["mounts"][0]
