@@ -1,4 +1,4 @@
-"""The mounts of a container, and the one place that decides their order. Pure.
+"""The mounts of a container, and the one place that decides their order. Pure, but for a line in the log.
 
 1. The volumes of the image, 2. the defaults, 3. what the request asks for, with the pod's own files in /etc. In each of
 these, parents come before what is mounted in them. What is asked for is mounted over the rest, and nothing of ours is
