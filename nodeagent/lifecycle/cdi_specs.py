@@ -303,7 +303,16 @@ def _given(value: object, depth: int = 0) -> object:
 
 
 def _load_yaml(data: bytes) -> object:
-    """Looked at event by event first: the loader recurses, and follows aliases."""
+    """Looked at event by event first: the loader recurses, and follows aliases. Raises as `parse` does."""
+    try:
+        _refuse_what_multiplies(data)
+        return yaml.load(data, Loader=_LOADER)
+    except (LookupError, AttributeError, TypeError) as error:
+        # Of a scalar whose tag says what it is not, as in "!!bool foo": PyYAML does not look before it converts.
+        raise ValueError(f"is not YAML: {type(error).__name__}: {error}") from error
+
+
+def _refuse_what_multiplies(data: bytes) -> None:
     depth = 0
     for event in yaml.parse(data, Loader=_LOADER):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
@@ -314,7 +323,6 @@ def _load_yaml(data: bytes) -> object:
             depth -= 1
         if depth > MAX_DEPTH:
             raise ValueError(f"is nested deeper than {MAX_DEPTH} levels")
-    return yaml.load(data, Loader=_LOADER)
 
 
 def _shown(value: object) -> str:

@@ -311,6 +311,9 @@ def test_warnings_are_said_once(directory: Path, caplog: pytest.LogCaptureFixtur
         ("a: " + "[" * 100_000, "nesting depth|nested deeper"),
         ("a: " + "[" * 40 + "]" * 40, "nested deeper"),
         ("a: !!python/object/apply:os.system [true]", "is not vendor/class|constructor"),
+        ("a: !!bool foo", "is not YAML: KeyError"),
+        ("a: !!timestamp foo", "is not YAML: AttributeError"),
+        ("a: !!int ''", "is not YAML: IndexError"),
         ("a: [", "expected"),
         ("- a", "is not an object"),
         ("kind: gpu", "is not vendor/class"),
@@ -320,8 +323,11 @@ def test_warnings_are_said_once(directory: Path, caplog: pytest.LogCaptureFixtur
 )
 def test_files_of_which_nothing_can_be_made(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "bad.yaml").write_text(text)
+    (tmp_path / "good.json").write_text(json.dumps(SPEC))
+    injecting = cdi(tmp_path)
     with pytest.raises(NotFound, match=rf"bad\.yaml: .*({reason})"):
-        cdi(tmp_path).inject(config("v.com/gpu=0"))
+        injecting.inject(config("v.com/gpu=0"))
+    assert injecting.inject(config("vendor.com/gpu=0")).devices
 
 
 def test_hooks_run_listed_programs_only(tmp_path: Path) -> None:
