@@ -26,6 +26,7 @@ from nodeagent.lifecycle.cdi_specs import (
     Mount,
     Spec,
     Specs,
+    changed_by_others,
 )
 from nodeagent.records import ContainerConfig, DeviceConfig, HookConfig, MountConfig
 
@@ -106,6 +107,8 @@ class Cdi:
             )
         if edits.intel_rdt:
             self._specs.say(f"{what}: intelRdt is skipped")
+        if edits.hooks and (fault := changed_by_others(spec.path)):
+            raise FailedPrecondition(f"{what}: hook {edits.hooks[0].hook_name}: {fault}")
         return replace(
             config,
             envs=(*config.envs, *(_env(entry) for entry in edits.env)),
@@ -142,8 +145,6 @@ class Cdi:
         )
 
     def _hook(self, hook: Hook, what: str, spec: Spec) -> HookConfig:
-        if spec.hooks_fault:
-            raise FailedPrecondition(f"{what}: hook {hook.hook_name}: {spec.hooks_fault}")
         if hook.path not in self._programs:
             raise FailedPrecondition(
                 f'{what}: hook {hook.hook_name}: "{hook.path}" is not one of the programs that hooks may have; '

@@ -121,14 +121,13 @@ class Device(msgspec.Struct, frozen=True):
 
 
 class Spec(msgspec.Struct, frozen=True):
-    """fault: why none of its devices can be had. hooks_fault: why none of its hooks is run."""
+    """fault: why none of its devices can be had."""
 
     path: Path
     kind: str
     devices: dict[str, Device]
     edits: Edits = Edits()
     fault: str = ""
-    hooks_fault: str = ""
 
 
 class _Known(msgspec.Struct, frozen=True):
@@ -200,15 +199,14 @@ class Specs:
         if known is not None and known.stamp == stamp:
             return known
         try:
-            return self._known_of(path, stamp, _changed_by_others(path))
+            return self._known_of(path, stamp)
         except OSError as error:
             return self._fault(path, stamp, error.strerror or str(error))
         except (ValueError, RecursionError, yaml.YAMLError) as error:
             return self._fault(path, stamp, " ".join(str(error).split())[:500])
 
-    def _known_of(self, path: Path, stamp: tuple[int, ...], hooks_fault: str) -> _Known:
+    def _known_of(self, path: Path, stamp: tuple[int, ...]) -> _Known:
         spec = parse(path, files.read_bounded(str(path), MAX_SPEC_BYTES))
-        spec = msgspec.structs.replace(spec, hooks_fault=hooks_fault)
         for text in [spec.fault, *(device.fault for device in spec.devices.values())]:
             if text:
                 self.say(f"CDI: {path}: {text}")
@@ -219,11 +217,19 @@ class Specs:
         return _Known(stamp, None, text)
 
 
-def _changed_by_others(path: Path) -> str:
-    """What is wrong with a file whose writer would have programs run with the rights of root.
+def changed_by_others(path: Path) -> str:
+    """What is wrong with a file whose writer would have programs run with the rights of root; "" for nothing.
 
-    Whoever can write to a directory above it, or above the link that it is, can put another one in its place.
+    Whoever can write to a directory above it, or above the link that it is, can put another one in its place. So it
+    is asked whenever hooks are taken from it: what is above a file changes without a trace in the file.
     """
+    try:
+        return _place_of_others(path)
+    except (OSError, RuntimeError) as error:  # of links in a circle
+        return f"cannot be looked at: {error}"
+
+
+def _place_of_others(path: Path) -> str:
     for place in dict.fromkeys((path.parent.resolve(), path.resolve())):
         for each in (place, *place.parents):
             status = each.stat()

@@ -404,10 +404,12 @@ def test_hooks_of_a_file_that_others_can_replace(tmp_path: Path, where: str) -> 
         (tmp_path / directory).mkdir(parents=True)
     (tmp_path / "etc/cdi/nvidia.yaml").write_text(GENERATED)
     (tmp_path / "run/cdi/nvidia.yaml").symlink_to(tmp_path / "etc/cdi/nvidia.yaml")
-    asked = config("nvidia.com/gpu=0")
-    cdi(tmp_path / "run/cdi").inject(asked)
+    asked, injecting = config("nvidia.com/gpu=0"), cdi(tmp_path / "run/cdi")
+    injecting.inject(asked)
     (tmp_path / where).chmod(0o1777)  # where nobody replaces what is another's
-    cdi(tmp_path / "run/cdi").inject(asked)
+    injecting.inject(asked)
     (tmp_path / where).chmod(0o775)
     with pytest.raises(FailedPrecondition, match=rf"{where} can be changed by others .*mode 775"):
-        cdi(tmp_path / "run/cdi").inject(asked)
+        injecting.inject(asked)
+    (tmp_path / where).chmod(0o755)
+    injecting.inject(asked)
