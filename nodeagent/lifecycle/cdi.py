@@ -106,7 +106,7 @@ class Cdi:
                 f"{what}: netDevices: {names} is not moved; a pod gets no device of the node"
             )
         if edits.intel_rdt:
-            self._specs.say(f"{what}: intelRdt is skipped")
+            self._specs.say(spec.path, f"{what}: intelRdt is skipped")
         if edits.hooks and (fault := changed_by_others(spec.path)):
             raise FailedPrecondition(f"{what}: hook {edits.hooks[0].hook_name}: {fault}")
         return replace(
@@ -116,7 +116,7 @@ class Cdi:
                 *config.devices,
                 *(_device(node, config, what, userns=userns) for node in edits.device_nodes),
             ),
-            mounts=(*config.mounts, *(self._mount(mount, what) for mount in edits.mounts)),
+            mounts=(*config.mounts, *(self._mount(mount, what, spec) for mount in edits.mounts)),
             hooks=(*config.hooks, *(self._hook(hook, what, spec) for hook in edits.hooks)),
             supplemental_groups=(
                 *config.supplemental_groups,
@@ -124,7 +124,7 @@ class Cdi:
             ),
         )
 
-    def _mount(self, mount: Mount, what: str) -> MountConfig:
+    def _mount(self, mount: Mount, what: str, spec: Spec) -> MountConfig:
         if mount.type not in ("", "bind", "rbind"):
             raise Unsupported(f'{what}: mount at "{mount.container_path}" of type "{mount.type}"')
         target = _inside(mount.container_path)
@@ -132,7 +132,7 @@ class Cdi:
             raise FailedPrecondition(f'{what}: mount of "{mount.host_path}" at "/"')
         known = {*_OPTIONS, *_PROPAGATIONS, *_READONLY, *_WITHOUT_MEANING}
         if unknown := sorted(set(mount.options) - known):
-            self._specs.say(f"{what}: mount options {', '.join(unknown)} are skipped")
+            self._specs.say(spec.path, f"{what}: mount options {', '.join(unknown)} are skipped")
         asked = [option for option in mount.options if option in _PROPAGATIONS]
         return MountConfig(
             container_path=target,

@@ -303,6 +303,32 @@ def test_warnings_are_said_once(directory: Path, caplog: pytest.LogCaptureFixtur
         assert sum(name in text for text in texts) == 1
 
 
+def test_what_was_said_goes_with_its_file(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Drivers of dynamic resource allocation write a file for each claim: an agent's memory is not for all of them."""
+    specs = cdi_specs.Specs([directory])
+    for _ in range(2):
+        (directory / "claim.json").write_text("{")
+        specs.read()
+        (directory / "claim.json").unlink()
+        specs.read()
+    assert sum("claim.json" in text for text in caplog.messages) == 2
+    assert sum("broken.json" in text for text in caplog.messages) == 1
+    assert directory / "claim.json" not in specs._said
+
+
+def test_no_more_is_said_of_a_file_than_can_be_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = SPEC | {"devices": [{"name": f"-{number}"} for number in range(1000)]}
+    (tmp_path / "gpu.json").write_text(json.dumps(spec))
+    specs = cdi_specs.Specs([tmp_path])
+    specs.read()
+    assert len(caplog.messages) == cdi_specs.MAX_SAID + 1
+    assert caplog.messages[-1].endswith("gpu.json: has more faults, which are not logged")
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
