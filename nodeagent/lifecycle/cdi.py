@@ -50,6 +50,11 @@ class Cdi:
         self._specs = Specs(directories)
         self._programs = frozenset(hook_programs)
 
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        """Where the specifications are."""
+        return self._specs.directories
+
     def is_asked_for(self, config: ContainerConfig) -> bool:
         """Whether there is anything to inject; reads no file."""
         return bool(config.cdi_devices) or any(

@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from nodeagent.lifecycle import bundle, cgroupmounts, execs, oomkill, oomscore, 
 from nodeagent.lifecycle.cdi import Cdi
 from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.handover import handover
+from nodeagent.lifecycle.hostpaths import HostPaths
 from nodeagent.lifecycle.plan import Planner, reference
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.lifecycle.supervision import Supervision, pauses
@@ -74,6 +76,7 @@ class Containers:
         self._cgroups = cgroups
         self._planner = planner
         self._cdi = cdi
+        self._host_paths = HostPaths()
         self._trash = trash
         self._directory = directory
         self._groups: dict[str, Cgroup] = {}
@@ -135,10 +138,7 @@ class Containers:
             raise FailedPrecondition(f'pod sandbox "{sandbox.id}": is stopped')
         self._refuse_twin(sandbox, config)
         with pod.creation(sandbox.id) as supervisor:
-            if self._cdi.is_asked_for(config):
-                userns = sandbox.config.namespaces.user
-                in_userns = userns is not None and userns.mode == "pod"
-                config = await asyncio.to_thread(self._cdi.inject, config, userns=in_userns)
+            config = await self._with_devices(sandbox, config)
             image = self._image(config)
             container = self._intention(sandbox, config, image)
             async with AsyncExitStack() as undo:
@@ -147,6 +147,19 @@ class Containers:
                 await self._make(sandbox, container, image, supervisor, undo)
                 undo.pop_all()
         return container.id
+
+    async def _with_devices(self, sandbox: Sandbox, config: ContainerConfig) -> ContainerConfig:
+        """With what its CDI devices add. A directory of specifications that hangs holds up who asks for a device."""
+        if not self._cdi.is_asked_for(config):
+            return config
+        userns = sandbox.config.namespaces.user
+        in_userns = userns is not None and userns.mode == "pod"
+        directories = self._cdi.directories
+        what = f'container "{config.name}": CDI directories {", ".join(map(str, directories))}'
+        inject = partial(self._cdi.inject, config, userns=in_userns)
+        # All are read at once, behind one lock: the first one's name stands for them in the count of looks.
+        place = str(directories[0]) if directories else "/"
+        return await self._host_paths.look(what, place, inject)
 
     async def _make(
         self,
