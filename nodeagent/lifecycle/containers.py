@@ -283,7 +283,7 @@ class Containers:
         except NotFound:
             return
         if container.id in self._starting:
-            container = await self._end_start(container)
+            container = await self._end_start(container, timeout_s)
         if container.state != "running":
             return
         await self._ask_to_stop(container, timeout_s)
@@ -295,13 +295,17 @@ class Containers:
         if not await self._ends_within(container, KILL_PATIENCE_SECONDS):
             raise TimeoutError(self._why_alive(container))
 
-    async def _end_start(self, container: Container) -> Container:
-        """Its record once its start is over. Another container may hold it up (SIGSTOP, ptrace): it is killed then."""
+    async def _end_start(self, container: Container, timeout_s: float) -> Container:
+        """Its record once its start is over. Another container may hold it up (SIGSTOP, ptrace): it is killed then.
+
+        With hooks of poststart its program can run for long before the start is over: it has the time of the caller.
+        """
         try:
             async with asyncio.timeout(START_SECONDS), self._registry.lock(container.id):
                 pass
         except TimeoutError:
-            await self._ask_to_stop(container, 0)
+            may_run = any(hook.stage == "poststart" for hook in container.config.hooks)
+            await self._ask_to_stop(container, timeout_s if may_run else 0)
             async with self._registry.lock(container.id):
                 pass
         return self._registry.containers.get(container.id, container)
