@@ -5,7 +5,11 @@ hears what has failed. It is in the supervisor's cgroup, and no container sees i
 
 poststop runs once, whatever is killed: the runner does not end with its supervisor, and the container's directory has a
 file that it locks, and writes to before the first hook. A successor of the supervisor starts another runner, which
-waits for the lock and finds that it was done. Only what kills the runner itself, or a reboot, takes hooks away.
+waits for the lock and finds that it was done. Only what kills the runner itself, a reboot, or that no process can be
+started for it takes hooks away. Its supervisor reports which hooks were not run, or not to their end.
+
+poststart runs at most once: not for a container that has ended before, and it ends with its supervisor, whose successor
+runs it where the program was not known to be executed.
 """
 
 import fcntl
