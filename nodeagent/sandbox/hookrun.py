@@ -26,8 +26,6 @@ from nodeagent.sandbox.loop import report
 from nodeagent.sandbox.pod import Pod
 from nodeagent.sandbox.spec import ContainerPlan, Hook, HookStage
 
-CREATION: tuple[HookStage, ...] = ("prestart", "createRuntime")
-
 _MAX_TEXT = 4096
 _CLAIM = "poststop"
 _BEGUN = b"begun\n"
@@ -69,13 +67,13 @@ class ContainerHooks:
             hookroot.link(self._plan, pid)
         except OSError as error:
             # Of a full disk, for one. Whoever waits for the hooks has to hear of it.
-            done(f"hooks {', '.join(CREATION)}: {error}")
+            done(f"hooks {', '.join(hooks.CREATION)}: {error}")
             return
-        self._run(CREATION, "creating", pid, ended)
+        self._run(hooks.CREATION, "creating", pid, ended)
 
     def end_creation(self) -> None:
         """Kill those that are told of a process which ends."""
-        if self._runner is not None and self._runner.stages == CREATION:
+        if self._runner is not None and self._runner.stages == hooks.CREATION:
             self._runner.kill()
 
     def after_start(self, pid: int, done: Callable[[], None]) -> None:
@@ -241,6 +239,6 @@ def _run_all(found: Sequence[tuple[HookStage, Hook]], told: bytes, bundle: str) 
             hooks.run(stage, hook, told, bundle, lambda: None)
         except (FailedPrecondition, OSError) as error:
             faults.append(str(error))
-            if stage in CREATION:
+            if stage in hooks.CREATION:
                 break
     return faults
