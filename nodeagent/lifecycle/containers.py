@@ -194,7 +194,7 @@ class Containers:
         bundle.require(plan)
         if quota.cpu_quota_usec:
             group.apply(quota)
-        self._warn(made.warnings)
+        self._warn(container, made.warnings)
         identity = made.identity
         if cgroupmounts.is_delegated(container.config):
             group.delegate(_uid_on_node(sandbox, identity["uid"]))
@@ -210,12 +210,14 @@ class Containers:
             "created",
         )
 
-    def _warn(self, warnings: Sequence[str]) -> None:
-        """What an init warns of is what the agent lacks itself: it holds for every container, and is said once."""
+    def _warn(self, container: Container, warnings: Sequence[str]) -> None:
+        """What an init warns of is what the agent lacks itself: it holds for every container; said of the first."""
         for warning in warnings:
             if warning not in self._said_of_all:
                 self._said_of_all.add(warning)
-                log.warning("every container that is to have it: %s", warning)
+                log.warning(
+                    'container "%s": %s; not repeated for other containers', container.id, warning
+                )
 
     def _intention(self, sandbox: Sandbox, config: ContainerConfig, image: Image) -> Container:
         container_id = secrets.token_hex(32)
