@@ -26,6 +26,7 @@ from nodeagent.lifecycle.cdi_specs import (
     Mount,
     Spec,
     Specs,
+    changed_by_others,
 )
 from nodeagent.records import ContainerConfig, DeviceConfig, HookConfig, MountConfig
 
@@ -48,6 +49,11 @@ class Cdi:
     def __init__(self, directories: Sequence[Path], hook_programs: Sequence[str]) -> None:
         self._specs = Specs(directories)
         self._programs = frozenset(hook_programs)
+
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        """Where the specifications are."""
+        return self._specs.directories
 
     def is_asked_for(self, config: ContainerConfig) -> bool:
         """Whether there is anything to inject; reads no file."""
@@ -105,7 +111,9 @@ class Cdi:
                 f"{what}: netDevices: {names} is not moved; a pod gets no device of the node"
             )
         if edits.intel_rdt:
-            self._specs.say(f"{what}: intelRdt is skipped")
+            self._specs.say(spec.path, f"{what}: intelRdt is skipped")
+        if edits.hooks and (fault := changed_by_others(spec.path)):
+            raise FailedPrecondition(f"{what}: hook {edits.hooks[0].hook_name}: {fault}")
         return replace(
             config,
             envs=(*config.envs, *(_env(entry) for entry in edits.env)),
@@ -113,7 +121,7 @@ class Cdi:
                 *config.devices,
                 *(_device(node, config, what, userns=userns) for node in edits.device_nodes),
             ),
-            mounts=(*config.mounts, *(self._mount(mount, what) for mount in edits.mounts)),
+            mounts=(*config.mounts, *(self._mount(mount, what, spec) for mount in edits.mounts)),
             hooks=(*config.hooks, *(self._hook(hook, what, spec) for hook in edits.hooks)),
             supplemental_groups=(
                 *config.supplemental_groups,
@@ -121,7 +129,7 @@ class Cdi:
             ),
         )
 
-    def _mount(self, mount: Mount, what: str) -> MountConfig:
+    def _mount(self, mount: Mount, what: str, spec: Spec) -> MountConfig:
         if mount.type not in ("", "bind", "rbind"):
             raise Unsupported(f'{what}: mount at "{mount.container_path}" of type "{mount.type}"')
         target = _inside(mount.container_path)
@@ -129,7 +137,7 @@ class Cdi:
             raise FailedPrecondition(f'{what}: mount of "{mount.host_path}" at "/"')
         known = {*_OPTIONS, *_PROPAGATIONS, *_READONLY, *_WITHOUT_MEANING}
         if unknown := sorted(set(mount.options) - known):
-            self._specs.say(f"{what}: mount options {', '.join(unknown)} are skipped")
+            self._specs.say(spec.path, f"{what}: mount options {', '.join(unknown)} are skipped")
         asked = [option for option in mount.options if option in _PROPAGATIONS]
         return MountConfig(
             container_path=target,
@@ -142,8 +150,6 @@ class Cdi:
         )
 
     def _hook(self, hook: Hook, what: str, spec: Spec) -> HookConfig:
-        if spec.hooks_fault:
-            raise FailedPrecondition(f"{what}: hook {hook.hook_name}: {spec.hooks_fault}")
         if hook.path not in self._programs:
             raise FailedPrecondition(
                 f'{what}: hook {hook.hook_name}: "{hook.path}" is not one of the programs that hooks may have; '

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +30,8 @@ MAX_SPEC_BYTES = 1 << 20
 MAX_SPECS = 4096  # of a directory: drivers of dynamic resource allocation write one for each claim
 MAX_DEPTH = 32
 MAX_NAME = 255
+MAX_SAID = 32  # warnings about a file, which can have a fault in each of its devices
+MAX_TEXT = 1000
 
 VERSIONS = frozenset(
     ("0.1.0", "0.2.0", "0.3.0", "0.4.0", "0.5.0", "0.6.0", "0.7.0", "0.8.0", "1.0.0", "1.1.0")
@@ -121,14 +123,13 @@ class Device(msgspec.Struct, frozen=True):
 
 
 class Spec(msgspec.Struct, frozen=True):
-    """fault: why none of its devices can be had. hooks_fault: why none of its hooks is run."""
+    """fault: why none of its devices can be had."""
 
     path: Path
     kind: str
     devices: dict[str, Device]
     edits: Edits = Edits()
     fault: str = ""
-    hooks_fault: str = ""
 
 
 class _Known(msgspec.Struct, frozen=True):
@@ -146,7 +147,8 @@ class Specs:
         self.directories = tuple(directories)
         self._lock = threading.Lock()
         self._known: dict[Path, _Known] = {}
-        self._said: set[str] = set()
+        self._saying = threading.Lock()  # its own: the other one is held while files are read
+        self._said: dict[Path, set[str]] = {}
 
     def read(self) -> list[list[Spec]]:
         """Those of each directory. May take a while: not for an event loop."""
@@ -156,6 +158,7 @@ class Specs:
             }
             known = {path: look for path, look in looks.items() if look is not None}
             self._known = known
+            self._forget_what_was_said(looks.keys() | set(self.directories))
         return [
             [k.spec for path, k in known.items() if path.parent == each and k.spec is not None]
             for each in self.directories
@@ -165,11 +168,21 @@ class Specs:
         """The files of which nothing could be made, with the reason: any device may have been in them."""
         return [f"{path}: {known.fault}" for path, known in self._known.items() if not known.spec]
 
-    def say(self, text: str) -> None:
-        """Warn of something once, however often it is met."""
-        if text not in self._said:
-            self._said.add(text)
-            log.warning("%s", text)
+    def say(self, path: Path, text: str) -> None:
+        """Warn of something about a file once, however often it is met, for as long as there is the file."""
+        text = text[:MAX_TEXT]
+        with self._saying:
+            said = self._said.setdefault(path, set())
+            if text in said or len(said) > MAX_SAID:
+                return
+            said.add(text)
+            last = len(said) > MAX_SAID
+        log.warning("%s", f"CDI: {path}: has more faults, which are not logged" if last else text)
+
+    def _forget_what_was_said(self, there: Collection[Path]) -> None:
+        """Drivers of dynamic resource allocation write a file for each claim, and remove it."""
+        with self._saying:
+            self._said = {path: said for path, said in self._said.items() if path in there}
 
     def _paths(self, directory: Path) -> Iterator[Path]:
         """Not those in directories below it."""
@@ -179,7 +192,10 @@ class Specs:
             return
         wanted = [n for n in names if n.endswith((".json", ".yaml")) and n.isprintable()]
         if len(wanted) > MAX_SPECS:
-            self.say(f"CDI: {directory}: has more than {MAX_SPECS} files; the rest is not read")
+            self.say(
+                directory,
+                f"CDI: {directory}: has more than {MAX_SPECS} files; the rest is not read",
+            )
         yield from (directory / name for name in wanted[:MAX_SPECS])
 
     def _look(self, path: Path) -> _Known | None:
@@ -200,30 +216,37 @@ class Specs:
         if known is not None and known.stamp == stamp:
             return known
         try:
-            return self._known_of(path, stamp, _changed_by_others(path))
+            return self._known_of(path, stamp)
         except OSError as error:
             return self._fault(path, stamp, error.strerror or str(error))
         except (ValueError, RecursionError, yaml.YAMLError) as error:
             return self._fault(path, stamp, " ".join(str(error).split())[:500])
 
-    def _known_of(self, path: Path, stamp: tuple[int, ...], hooks_fault: str) -> _Known:
+    def _known_of(self, path: Path, stamp: tuple[int, ...]) -> _Known:
         spec = parse(path, files.read_bounded(str(path), MAX_SPEC_BYTES))
-        spec = msgspec.structs.replace(spec, hooks_fault=hooks_fault)
         for text in [spec.fault, *(device.fault for device in spec.devices.values())]:
             if text:
-                self.say(f"CDI: {path}: {text}")
+                self.say(path, f"CDI: {path}: {text}")
         return _Known(stamp, spec)
 
     def _fault(self, path: Path, stamp: tuple[int, ...], text: str) -> _Known:
-        self.say(f"CDI: {path}: {text}")
+        self.say(path, f"CDI: {path}: {text}")
         return _Known(stamp, None, text)
 
 
-def _changed_by_others(path: Path) -> str:
-    """What is wrong with a file whose writer would have programs run with the rights of root.
+def changed_by_others(path: Path) -> str:
+    """What is wrong with a file whose writer would have programs run with the rights of root; "" for nothing.
 
-    Whoever can write to a directory above it, or above the link that it is, can put another one in its place.
+    Whoever can write to a directory above it, or above the link that it is, can put another one in its place. So it
+    is asked whenever hooks are taken from it: what is above a file changes without a trace in the file.
     """
+    try:
+        return _place_of_others(path)
+    except (OSError, RuntimeError) as error:  # of links in a circle
+        return f"cannot be looked at: {error}"
+
+
+def _place_of_others(path: Path) -> str:
     for place in dict.fromkeys((path.parent.resolve(), path.resolve())):
         for each in (place, *place.parents):
             status = each.stat()
@@ -303,7 +326,16 @@ def _given(value: object, depth: int = 0) -> object:
 
 
 def _load_yaml(data: bytes) -> object:
-    """Looked at event by event first: the loader recurses, and follows aliases."""
+    """Looked at event by event first: the loader recurses, and follows aliases. Raises as `parse` does."""
+    try:
+        _refuse_what_multiplies(data)
+        return yaml.load(data, Loader=_LOADER)
+    except (LookupError, AttributeError, TypeError) as error:
+        # Of a scalar whose tag says what it is not, as in "!!bool foo": PyYAML does not look before it converts.
+        raise ValueError(f"is not YAML: {type(error).__name__}: {error}") from error
+
+
+def _refuse_what_multiplies(data: bytes) -> None:
     depth = 0
     for event in yaml.parse(data, Loader=_LOADER):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
@@ -314,7 +346,6 @@ def _load_yaml(data: bytes) -> object:
             depth -= 1
         if depth > MAX_DEPTH:
             raise ValueError(f"is nested deeper than {MAX_DEPTH} levels")
-    return yaml.load(data, Loader=_LOADER)
 
 
 def _shown(value: object) -> str:

@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from nodeagent.lifecycle import bundle, cgroupmounts, execs, oomkill, oomscore, 
 from nodeagent.lifecycle.cdi import Cdi
 from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.handover import handover
+from nodeagent.lifecycle.hostpaths import HostPaths
 from nodeagent.lifecycle.plan import Planner, reference
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.lifecycle.supervision import Supervision, pauses
@@ -74,6 +76,7 @@ class Containers:
         self._cgroups = cgroups
         self._planner = planner
         self._cdi = cdi
+        self._host_paths = HostPaths()
         self._trash = trash
         self._directory = directory
         self._groups: dict[str, Cgroup] = {}
@@ -135,10 +138,7 @@ class Containers:
             raise FailedPrecondition(f'pod sandbox "{sandbox.id}": is stopped')
         self._refuse_twin(sandbox, config)
         with pod.creation(sandbox.id) as supervisor:
-            if self._cdi.is_asked_for(config):
-                userns = sandbox.config.namespaces.user
-                in_userns = userns is not None and userns.mode == "pod"
-                config = await asyncio.to_thread(self._cdi.inject, config, userns=in_userns)
+            config = await self._with_devices(sandbox, config)
             image = self._image(config)
             container = self._intention(sandbox, config, image)
             async with AsyncExitStack() as undo:
@@ -147,6 +147,19 @@ class Containers:
                 await self._make(sandbox, container, image, supervisor, undo)
                 undo.pop_all()
         return container.id
+
+    async def _with_devices(self, sandbox: Sandbox, config: ContainerConfig) -> ContainerConfig:
+        """With what its CDI devices add. A directory of specifications that hangs holds up who asks for a device."""
+        if not self._cdi.is_asked_for(config):
+            return config
+        userns = sandbox.config.namespaces.user
+        in_userns = userns is not None and userns.mode == "pod"
+        directories = self._cdi.directories
+        what = f'container "{config.name}": CDI directories {", ".join(map(str, directories))}'
+        inject = partial(self._cdi.inject, config, userns=in_userns)
+        # All are read at once, behind one lock: the first one's name stands for them in the count of looks.
+        place = str(directories[0]) if directories else "/"
+        return await self._host_paths.look(what, place, inject)
 
     async def _make(
         self,
@@ -181,7 +194,7 @@ class Containers:
         bundle.require(plan)
         if quota.cpu_quota_usec:
             group.apply(quota)
-        self._warn(made.warnings)
+        self._warn(container, made.warnings)
         identity = made.identity
         if cgroupmounts.is_delegated(container.config):
             group.delegate(_uid_on_node(sandbox, identity["uid"]))
@@ -197,12 +210,14 @@ class Containers:
             "created",
         )
 
-    def _warn(self, warnings: Sequence[str]) -> None:
-        """What an init warns of is what the agent lacks itself: it holds for every container, and is said once."""
+    def _warn(self, container: Container, warnings: Sequence[str]) -> None:
+        """What an init warns of is what the agent lacks itself: it holds for every container; said of the first."""
         for warning in warnings:
             if warning not in self._said_of_all:
                 self._said_of_all.add(warning)
-                log.warning("every container that is to have it: %s", warning)
+                log.warning(
+                    'container "%s": %s; not repeated for other containers', container.id, warning
+                )
 
     def _intention(self, sandbox: Sandbox, config: ContainerConfig, image: Image) -> Container:
         container_id = secrets.token_hex(32)
@@ -270,7 +285,7 @@ class Containers:
         except NotFound:
             return
         if container.id in self._starting:
-            container = await self._end_start(container)
+            container = await self._end_start(container, timeout_s)
         if container.state != "running":
             return
         await self._ask_to_stop(container, timeout_s)
@@ -282,13 +297,17 @@ class Containers:
         if not await self._ends_within(container, KILL_PATIENCE_SECONDS):
             raise TimeoutError(self._why_alive(container))
 
-    async def _end_start(self, container: Container) -> Container:
-        """Its record once its start is over. Another container may hold it up (SIGSTOP, ptrace): it is killed then."""
+    async def _end_start(self, container: Container, timeout_s: float) -> Container:
+        """Its record once its start is over. Another container may hold it up (SIGSTOP, ptrace): it is killed then.
+
+        With hooks of poststart its program can run for long before the start is over: it has the time of the caller.
+        """
         try:
             async with asyncio.timeout(START_SECONDS), self._registry.lock(container.id):
                 pass
         except TimeoutError:
-            await self._ask_to_stop(container, 0)
+            may_run = any(hook.stage == "poststart" for hook in container.config.hooks)
+            await self._ask_to_stop(container, timeout_s if may_run else 0)
             async with self._registry.lock(container.id):
                 pass
         return self._registry.containers.get(container.id, container)

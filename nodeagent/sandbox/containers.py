@@ -176,8 +176,9 @@ class Container:
         self.birth.go()
 
     def executed(self) -> None:
+        """Also where a supervisor before us let it go. Hooks are told of a process that is there, or not run."""
         self._forget_birth()
-        if self._start is not None:
+        if not self._is_over:
             self.hooks.after_start(self.facts["pid"], self._reply_start)
 
     def _reply_start(self) -> None:

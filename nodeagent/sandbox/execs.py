@@ -2,8 +2,9 @@
 
 An exec lives in the supervisor: that the agent dies does not end it. It is known by a number that the agent gave it.
 What has a terminal is hung up when nobody has that terminal any more, be it that the client left or that the agent did:
-who controls it gets SIGHUP, as at the end of an ssh session. Without a terminal, a program whose client has left reads
-the end of its input, and gets EPIPE for what it writes; one that does neither goes on.
+who controls it gets SIGHUP, as at the end of an ssh session. A client that only writes to it has left when its input
+ends. Without a terminal, a program whose client has left reads the end of its input, and gets EPIPE for what it writes;
+one that does neither goes on.
 Its cgroup is its own, so that when its time is over the whole tree is killed, what it left in the background included.
 Its pipes are its own as well: what it reads and writes is relayed from and to those that the agent gave.
 """

@@ -5,7 +5,11 @@ hears what has failed. It is in the supervisor's cgroup, and no container sees i
 
 poststop runs once, whatever is killed: the runner does not end with its supervisor, and the container's directory has a
 file that it locks, and writes to before the first hook. A successor of the supervisor starts another runner, which
-waits for the lock and finds that it was done. Only what kills the runner itself, or a reboot, takes hooks away.
+waits for the lock and finds that it was done. Only what kills the runner itself, a reboot, or that no process can be
+started for it takes hooks away. Its supervisor reports which hooks were not run, or not to their end.
+
+poststart runs at most once: not for a container that has ended before, and it ends with its supervisor, whose successor
+runs it where the program was not known to be executed.
 """
 
 import fcntl
@@ -21,8 +25,6 @@ from nodeagent.sandbox.children import Child
 from nodeagent.sandbox.loop import report
 from nodeagent.sandbox.pod import Pod
 from nodeagent.sandbox.spec import ContainerPlan, Hook, HookStage
-
-CREATION: tuple[HookStage, ...] = ("prestart", "createRuntime")
 
 _MAX_TEXT = 4096
 _CLAIM = "poststop"
@@ -65,13 +67,13 @@ class ContainerHooks:
             hookroot.link(self._plan, pid)
         except OSError as error:
             # Of a full disk, for one. Whoever waits for the hooks has to hear of it.
-            done(f"hooks {', '.join(CREATION)}: {error}")
+            done(f"hooks {', '.join(hooks.CREATION)}: {error}")
             return
-        self._run(CREATION, "creating", pid, ended)
+        self._run(hooks.CREATION, "creating", pid, ended)
 
     def end_creation(self) -> None:
         """Kill those that are told of a process which ends."""
-        if self._runner is not None and self._runner.stages == CREATION:
+        if self._runner is not None and self._runner.stages == hooks.CREATION:
             self._runner.kill()
 
     def after_start(self, pid: int, done: Callable[[], None]) -> None:
@@ -237,6 +239,6 @@ def _run_all(found: Sequence[tuple[HookStage, Hook]], told: bytes, bundle: str) 
             hooks.run(stage, hook, told, bundle, lambda: None)
         except (FailedPrecondition, OSError) as error:
             faults.append(str(error))
-            if stage in CREATION:
+            if stage in hooks.CREATION:
                 break
     return faults

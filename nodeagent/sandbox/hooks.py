@@ -26,6 +26,8 @@ from nodeagent.sandbox.spec import ContainerPlan, Hook, HookStage
 OCI_VERSION = "1.2.0"
 CONFIG = "config.json"
 ROOTFS = "rootfs"
+# Of a container's creation, those that the supervisor runs, while the first process waits.
+CREATION: tuple[HookStage, ...] = ("prestart", "createRuntime")
 
 MAX_OUTPUT_BYTES = 1 << 20
 _TAIL_BYTES = 1024

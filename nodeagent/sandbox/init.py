@@ -34,7 +34,6 @@ from nodeagent.sandbox import (
     console,
     credentials,
     hookroot,
-    hookrun,
     hooks,
     idmaps,
     procfs,
@@ -220,7 +219,7 @@ def _run_hooks(plan: ContainerPlan, status: int, maps: IdMaps, root: int) -> Non
     Labels are for the program of the container, and would be for the next one that is executed.
     """
     hookroot.show(plan, root, maps)
-    if hooks.of(plan, *hookrun.CREATION):
+    if hooks.of(plan, *hooks.CREATION):
         _send(status, {"hooks": True})
         _wait_for_go(status)
     hookroot.run_inside_mounts(plan, maps)

@@ -28,14 +28,20 @@ class Relay:
 
     It copies: splice(2) would hold the lock of the agent's pipe while it waits for the one of the container's.
 
-    unread: called when nobody reads the sink any more, with both ends closed.
+    unread: called when nobody reads the sink any more, with both ends closed; drained: when the source has ended.
     """
 
     def __init__(
-        self, loop: Loop, source: int, sink: int, unread: Callable[[], None] | None = None
+        self,
+        loop: Loop,
+        source: int,
+        sink: int,
+        unread: Callable[[], None] | None = None,
+        drained: Callable[[], None] | None = None,
     ) -> None:
         self._is_open = True
         self._unread = unread
+        self._drained = drained
         self._loop = loop
         self._source = source
         self._sink = sink
@@ -105,6 +111,8 @@ class Relay:
             return False
         if not data:
             self._close()
+            if self._drained is not None:
+                self._drained()
             return False
         self._left -= len(data)
         if self._write(data):
@@ -172,17 +180,18 @@ class Streams:
             reader, self.stderr = pipes.pop()
             self._outputs.append(Relay(loop, reader, stderr))
 
-    def connect(self, master: int, unread: Callable[[], None]) -> None:
+    def connect(self, master: int, left: Callable[[], None]) -> None:
         """Relay the terminal. The descriptor stays the caller's.
 
-        unread: called when nobody reads any more what the terminal shows.
+        left: called when nobody reads any more what the terminal shows; where nobody ever did, when the input ends.
         """
         stdin, stdout, stderr = self._waiting
         self._waiting = [stderr]  # a terminal has one output
         if stdin is not None:
-            self._terminal.append(Relay(self._loop, stdin, os.dup(master)))
+            drained = left if stdout is None else None  # the output tells better: input has an end
+            self._terminal.append(Relay(self._loop, stdin, os.dup(master), drained=drained))
         if stdout is not None:
-            self._outputs.append(Relay(self._loop, os.dup(master), stdout, unread))
+            self._outputs.append(Relay(self._loop, os.dup(master), stdout, left))
         self._terminal += self._outputs
 
     def disconnect(self) -> None:

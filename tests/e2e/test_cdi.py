@@ -103,7 +103,9 @@ class Node:
         self.out = directory / "out"
         self.out.mkdir()
         self.out.chmod(0o1777)  # hooks in a user namespace write there as well
-        self.program = directory / "nvidia-ctk"
+        # What is above it is not above the specifications.
+        self.program = directory / "bin/nvidia-ctk"
+        self.program.parent.mkdir()
         self.program.write_text(NVIDIA_CTK.format(directory=self.out))
         self.program.chmod(0o755)
         self.cri: Cri
@@ -557,6 +559,23 @@ def test_a_hook_that_hangs(node: Node, stage: str) -> None:
     pod.remove()
 
 
+def test_a_container_is_stopped_while_a_hook_runs_after_the_start(node: Node) -> None:
+    """Its program runs: it hears the signal, and has its time."""
+    device = node.spec(node.hook("poststart", "wait", "go"))
+    pod = node.cri.pod()
+    script = "trap 'exit 7' TERM; echo ready; while :; do sleep 0.1; done"
+    container = pod.container("sh", "-c", script, CDI_devices=[device])
+    request = pb.StartContainerRequest(container_id=container.id)
+    starting = node.cri.agent.runtime.StartContainer.future(request)
+    container.said("ready")
+    wait_for("the hook", lambda: node.log == ["began"])
+    container.stop(timeout=30)
+    assert container.status.exit_code == 7
+    starting.result()
+    (node.out / "go").touch()
+    pod.remove()
+
+
 @pytest.mark.parametrize("stage", ["createRuntime", "createContainer"])
 def test_a_pod_is_removed_while_a_hook_hangs(node: Node, stage: str) -> None:
     device = node.spec(node.hook(stage, "hang"), node.hook("poststop", "log", "poststop"))
@@ -591,7 +610,7 @@ def test_programs_that_are_not_listed(node: Node) -> None:
 @pytest.mark.parametrize("fault", ["writable", "owner", "directory", "absent"])
 def test_programs_that_others_could_change(node: Node, fault: str) -> None:
     device = node.spec(node.hook("createContainer", "log", "ran"))
-    path = node.directory if fault == "directory" else node.program
+    path = node.program.parent if fault == "directory" else node.program
     mode, moved = stat.S_IMODE(path.stat().st_mode), node.directory / "moved"
     try:
         if fault == "owner":

@@ -339,11 +339,11 @@ def test_a_limit_that_no_container_can_have_is_said_once(
     config = '[rlimits]\nnofile = "1024:unlimited"\n'
     with running_agent(tmp_path_factory, registry, config) as agent:
         pod = client(agent, registry).pod()
-        for name in ("one", "two"):
-            pod.container(name=name)
+        first, _ = (pod.container(name=name) for name in ("one", "two"))
         warnings = [line for line in agent.log.read_text().splitlines() if "limit NOFILE" in line]
         assert len(warnings) == 1, warnings
-        assert "every container that is to have it: limit NOFILE: not raised above" in warnings[0]
+        assert f'container "{first.id}": limit NOFILE: not raised above' in warnings[0]
+        assert warnings[0].endswith("not repeated for other containers")
         pod.remove()
 
 

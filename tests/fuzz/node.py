@@ -118,6 +118,8 @@ containerEdits:
     env:
         - A=b
 """
+# Tags of what their scalars are not: PyYAML raises what comes to hand.
+TAGGED = (b"c: !!bool foo", b"c: !!timestamp foo", b"c: !!int ''")
 
 
 # --- the kernel's files ---------------------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ TARGETS = (
     Target(
         cdi_spec,
         (FailedPrecondition, InvalidArgument, NotFound, Unsupported),
-        (*(json.dumps(spec).encode() for spec in (SPEC, HOOKED)), YAML),
+        (*(json.dumps(spec).encode() for spec in (SPEC, HOOKED)), YAML, *TAGGED),
     ),
     Target(cgroup_files, (), CGROUP_FILES),
     Target(pressure, (ValueError,), PRESSURE),

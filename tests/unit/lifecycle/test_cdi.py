@@ -303,6 +303,32 @@ def test_warnings_are_said_once(directory: Path, caplog: pytest.LogCaptureFixtur
         assert sum(name in text for text in texts) == 1
 
 
+def test_what_was_said_goes_with_its_file(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Drivers of dynamic resource allocation write a file for each claim: an agent's memory is not for all of them."""
+    specs = cdi_specs.Specs([directory])
+    for _ in range(2):
+        (directory / "claim.json").write_text("{")
+        specs.read()
+        (directory / "claim.json").unlink()
+        specs.read()
+    assert sum("claim.json" in text for text in caplog.messages) == 2
+    assert sum("broken.json" in text for text in caplog.messages) == 1
+    assert directory / "claim.json" not in specs._said
+
+
+def test_no_more_is_said_of_a_file_than_can_be_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = SPEC | {"devices": [{"name": f"-{number}"} for number in range(1000)]}
+    (tmp_path / "gpu.json").write_text(json.dumps(spec))
+    specs = cdi_specs.Specs([tmp_path])
+    specs.read()
+    assert len(caplog.messages) == cdi_specs.MAX_SAID + 1
+    assert caplog.messages[-1].endswith("gpu.json: has more faults, which are not logged")
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -311,6 +337,9 @@ def test_warnings_are_said_once(directory: Path, caplog: pytest.LogCaptureFixtur
         ("a: " + "[" * 100_000, "nesting depth|nested deeper"),
         ("a: " + "[" * 40 + "]" * 40, "nested deeper"),
         ("a: !!python/object/apply:os.system [true]", "is not vendor/class|constructor"),
+        ("a: !!bool foo", "is not YAML: KeyError"),
+        ("a: !!timestamp foo", "is not YAML: AttributeError"),
+        ("a: !!int ''", "is not YAML: IndexError"),
         ("a: [", "expected"),
         ("- a", "is not an object"),
         ("kind: gpu", "is not vendor/class"),
@@ -320,8 +349,11 @@ def test_warnings_are_said_once(directory: Path, caplog: pytest.LogCaptureFixtur
 )
 def test_files_of_which_nothing_can_be_made(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "bad.yaml").write_text(text)
+    (tmp_path / "good.json").write_text(json.dumps(SPEC))
+    injecting = cdi(tmp_path)
     with pytest.raises(NotFound, match=rf"bad\.yaml: .*({reason})"):
-        cdi(tmp_path).inject(config("v.com/gpu=0"))
+        injecting.inject(config("v.com/gpu=0"))
+    assert injecting.inject(config("vendor.com/gpu=0")).devices
 
 
 def test_hooks_run_listed_programs_only(tmp_path: Path) -> None:
@@ -398,10 +430,12 @@ def test_hooks_of_a_file_that_others_can_replace(tmp_path: Path, where: str) -> 
         (tmp_path / directory).mkdir(parents=True)
     (tmp_path / "etc/cdi/nvidia.yaml").write_text(GENERATED)
     (tmp_path / "run/cdi/nvidia.yaml").symlink_to(tmp_path / "etc/cdi/nvidia.yaml")
-    asked = config("nvidia.com/gpu=0")
-    cdi(tmp_path / "run/cdi").inject(asked)
+    asked, injecting = config("nvidia.com/gpu=0"), cdi(tmp_path / "run/cdi")
+    injecting.inject(asked)
     (tmp_path / where).chmod(0o1777)  # where nobody replaces what is another's
-    cdi(tmp_path / "run/cdi").inject(asked)
+    injecting.inject(asked)
     (tmp_path / where).chmod(0o775)
     with pytest.raises(FailedPrecondition, match=rf"{where} can be changed by others .*mode 775"):
-        cdi(tmp_path / "run/cdi").inject(asked)
+        injecting.inject(asked)
+    (tmp_path / where).chmod(0o755)
+    injecting.inject(asked)

@@ -1,10 +1,12 @@
 """What the log says of containers."""
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from nodeagent.lifecycle.containers import Containers
+from nodeagent.records import Container
 
 
 def test_what_holds_for_every_container_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -13,8 +15,9 @@ def test_what_holds_for_every_container_is_said_once(caplog: pytest.LogCaptureFi
     parts = ("registry", "supervision", "images", "cgroups", "planner", "cdi", "trash", "directory")
     containers = Containers(**dict.fromkeys(parts, nothing))
     missing, refused = "capability SYS_RESOURCE: not available", "oom_score_adj -997: not permitted"
-    for _ in range(3):
-        containers._warn([missing, refused])
+    for name in ("first", "second", "third"):
+        containers._warn(cast(Container, SimpleNamespace(id=name)), [missing, refused])
     assert caplog.messages == [
-        f"every container that is to have it: {text}" for text in (missing, refused)
+        f'container "first": {text}; not repeated for other containers'
+        for text in (missing, refused)
     ]

@@ -7,9 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+
 from nodeagent.sandbox import exits, facts
+from nodeagent.sandbox.birth import Birth
 from nodeagent.sandbox.containers import Container
+from nodeagent.sandbox.hookrun import ContainerHooks
 from nodeagent.sandbox.loop import Loop
+from nodeagent.sandbox.peers import Request
 from nodeagent.sandbox.pod import Pod
 from tests.kernel.sandbox.containers import container_plan
 
@@ -48,3 +53,36 @@ def test_a_process_that_was_reaped_unheard_has_ended(tmp_path: Path) -> None:
         exits.UNKNOWN,
     )  # from Linux 6.15 on, a pidfd knows the code
     assert [event["event"] for event in cast(Any, container.pod).told] == ["exit"]
+
+
+@pytest.fixture
+def told_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The processes that hooks of poststart were told of."""
+    pids: list[int] = []
+    monkeypatch.setattr(ContainerHooks, "after_start", lambda _, pid, _done: pids.append(pid))
+    return pids
+
+
+def test_no_hook_is_told_of_a_process_that_has_just_ended(
+    tmp_path: Path, told_of: list[int]
+) -> None:
+    """That its program was executed is learned from its end."""
+    process = subprocess.Popen(["/bin/true"])
+    container = running(tmp_path, process.pid)
+    process.wait()
+    container.birth = cast(Birth, SimpleNamespace(conclude=container.executed))
+    replies: list[Any] = []
+    container._start = cast(Request, SimpleNamespace(reply=replies.append))
+    container.ended(0)
+    container.pod.loop.call_after(0, container.pod.loop.stop)
+    container.pod.loop.run()
+    assert (container.state, told_of, replies) == ("exited", [], [{"at": 2}])
+
+
+def test_hooks_of_a_program_that_a_supervisor_before_let_go_are_run(
+    tmp_path: Path, told_of: list[int]
+) -> None:
+    """Nobody waits for the reply any more."""
+    container = running(tmp_path, os.getpid())
+    container.executed()
+    assert told_of == [os.getpid()]

@@ -224,6 +224,48 @@ def test_a_terminal_that_nobody_reads_is_let_go(descriptors: Callable[[], int]) 
     loop._epoll.close()
 
 
+def test_a_terminal_that_nobody_writes_to_is_let_go_where_nobody_reads_it(
+    descriptors: Callable[[], int],
+) -> None:
+    """A client that only writes has nothing else to show that it has gone."""
+    loop, told = Loop(), list[str]()
+    their_stdin, stdin = os.pipe()
+    streams = Streams(loop, their_stdin, None, None, tty=True)
+    master, slave = os.openpty()
+    tty.setraw(slave)
+    streams.connect(master, lambda: told.append("left"))
+    os.close(master)
+    os.write(stdin, b"word")
+    run(loop)
+    assert (os.read(slave, 100), told) == (b"word", [])
+    os.close(stdin)
+    run(loop)
+    assert told == ["left"]
+    streams.disconnect()
+    os.close(slave)
+    loop._epoll.close()
+
+
+def test_the_end_of_input_is_not_the_end_of_a_terminal_that_is_read(
+    descriptors: Callable[[], int],
+) -> None:
+    loop, told = Loop(), list[str]()
+    (their_stdin, stdin), (stdout, their_stdout) = os.pipe(), os.pipe()
+    streams = Streams(loop, their_stdin, their_stdout, None, tty=True)
+    master, slave = os.openpty()
+    streams.connect(master, lambda: told.append("left"))
+    os.close(master)
+    os.close(stdin)
+    run(loop)
+    assert told == []
+    os.close(stdout)
+    run(loop)
+    assert told == ["left"]
+    streams.disconnect()
+    os.close(slave)
+    loop._epoll.close()
+
+
 def test_the_end_of_input_is_relayed(descriptors: Callable[[], int]) -> None:
     loop = Loop()
     their_stdin, stdin = os.pipe()
