@@ -25,7 +25,7 @@ from nodeagent.lifecycle import (
 )
 from nodeagent.lifecycle.devices import ContainerDevices
 from nodeagent.lifecycle.hostpaths import HostPaths
-from nodeagent.lifecycle.profiles import Profiles, is_filtered
+from nodeagent.lifecycle.profiles import UNCONFINED, Profiles, filtering
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.records import Container, ContainerConfig, Image, MountStatus, Sandbox
 from nodeagent.sandbox import seccomp_successor
@@ -63,7 +63,8 @@ class Catalog(Protocol):
 class Artifacts(Protocol):
     """What a planner asks of the security profiles of a node."""
 
-    async def read(self, reference: str) -> bytes: ...
+    async def read(self, reference: str) -> bytes | None:
+        """The text of one; None where nobody can see whether it is there."""
 
 
 class Planner:
@@ -117,15 +118,15 @@ class Planner:
         )
 
     async def _seccomp(self, config: ContainerConfig, what: str) -> Filter:
-        profile, artifact = config.seccomp, b""
-        path = profile.ref if profile is not None else ""
-        if profile is not None and profile.kind == "oci":
-            path = profile.base
-            if is_filtered(config):
-                artifact = await self._artifacts.read(profile.ref)
+        profile = filtering(config)
+        if profile is None:
+            return UNCONFINED
+        path, artifact = profile.ref, None
+        if profile.kind == "oci":
+            path, artifact = profile.base, await self._artifacts.read(profile.ref)
         bounding = self._capabilities(config)["bounding"]
-        seccomp = partial(self._profiles.seccomp, config, bounding, artifact)
-        if not artifact:
+        seccomp = partial(self._profiles.seccomp, profile, bounding, artifact)
+        if artifact is None:
             return await self._host_paths.look(what, path, seccomp) if path else seccomp()
         async with self._compiling:
             look = (

@@ -15,7 +15,7 @@ from nodeagent.errors import (
 from nodeagent.lifecycle import apparmor
 from nodeagent.lifecycle.selinux import NO_LABELS, Labels, Policy
 from nodeagent.linux import capabilities
-from nodeagent.records import ContainerConfig
+from nodeagent.records import ContainerConfig, Profile
 from nodeagent.sandbox import seccomp_artifact, seccomp_profile
 from nodeagent.sandbox.seccomp_profile import Filter
 
@@ -43,17 +43,17 @@ class Profiles:
                 f"seccomp.default_profile: {error}; mend the file, or leave the setting empty for the built-in profile"
             ) from error
 
-    def seccomp(self, config: ContainerConfig, capabilities: int, artifact: bytes = b"") -> Filter:
-        """capabilities: the bounding set, which opens some calls. A privileged container is never filtered.
+    def seccomp(self, profile: Profile, capabilities: int, artifact: bytes | None) -> Filter:
+        """profile: as `filtering` has it. capabilities: the bounding set, which opens some calls.
 
-        artifact: the text of a profile that is one. It blocks then, and where a path is named.
+        artifact: the text of a profile that is one, or None where nobody can see it: what its base says is all then.
+        It blocks with one, and where a path is named.
         """
-        profile = config.seccomp
-        if not is_filtered(config) or profile is None:
-            return UNCONFINED
         if profile.kind != "oci":
             return self._local(profile.ref, capabilities)
         base = self._local(profile.base, capabilities)
+        if artifact is None:
+            return base
         try:
             return seccomp_artifact.compiled(artifact, capabilities, base)
         except (InvalidArgument, Unsupported) as error:
@@ -82,9 +82,12 @@ class Profiles:
         return self._policy.labels(config.selinux)
 
 
-def is_filtered(config: ContainerConfig) -> bool:
+def filtering(config: ContainerConfig) -> Profile | None:
+    """The seccomp profile of a container; None for one that is not filtered, as a privileged one never is."""
     profile = config.seccomp
-    return profile is not None and profile.kind != "unconfined" and not config.privileged
+    if profile is None or profile.kind == "unconfined" or config.privileged:
+        return None
+    return profile
 
 
 def check_artifact(text: bytes) -> None:

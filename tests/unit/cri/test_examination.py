@@ -157,3 +157,29 @@ def test_host_paths_that_are_absent(tmp_path: Path, path: str, outcome: str) -> 
     )
     assert [line.split()[0] for line in found if path in line] == [outcome]
     assert not (tmp_path / "absent").exists()
+
+
+OCI = {"profile_type": "OCI", "oci_ref": f"r.example/p@sha256:{'a' * 64}"}
+
+
+def with_seccomp(profile: dict[str, Any], **security: Any) -> dict[str, Any]:
+    linux = {"security_context": {"seccomp": profile, **security}}
+    return {"sandbox": SANDBOX, "containers": [{**CONTAINER, "linux": linux}]}
+
+
+def test_a_profile_of_a_registry_is_not_seen(tmp_path: Path) -> None:
+    """Only a running agent has it; the rest of the container is looked at as ever."""
+    found = examined(tmp_path, with_seccomp(OCI))
+    assert not any(line.startswith("refused") for line in found)
+    assert any(line.startswith("not seen") and OCI["oci_ref"] in line for line in found)
+
+
+def test_a_privileged_container_needs_no_profile_of_a_registry(tmp_path: Path) -> None:
+    found = examined(tmp_path, with_seccomp(OCI, privileged=True))
+    assert not any(OCI["oci_ref"] in line for line in found)
+
+
+def test_the_base_of_a_profile_of_a_registry_is_looked_at(tmp_path: Path) -> None:
+    base = {"type": "Localhost", "localhost_ref": str(tmp_path / "absent.json")}
+    found = examined(tmp_path, with_seccomp({**OCI, "base_profile": base}))
+    assert any(line.startswith("refused") and "absent.json" in line for line in found)
