@@ -14,13 +14,15 @@ import sys
 from typing import TypedDict
 
 from nodeagent.errors import InvalidArgument, ResourceExhausted, Unavailable, Unsupported
-from nodeagent.sandbox import seccomp_profile
+from nodeagent.sandbox import process, seccomp_profile
 from nodeagent.sandbox.seccomp_profile import Filter
 
 CPU_SECONDS = 5  # what engines distribute takes a hundredth
 MEMORY_BYTES = 512 << 20
 WALL_SECONDS = 60.0
 _CACHED = 64
+
+_FIRST_TO_GO = 1000  # OOM_SCORE_ADJ_MAX
 
 # As a returncode; the first is the OOM killer, which profiles are not to blame for.
 _SIGKILL, _SIGXCPU = -9, -24
@@ -104,6 +106,8 @@ def _decoded(found: _Encoded) -> Filter:
 
 def main() -> None:
     """Read an order, write a filter or an error, all of it JSON."""
+    # The agent's unit has it spared by the OOM killer, which is inherited: this is what is to go first.
+    process.set_oom_score(_FIRST_TO_GO)
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

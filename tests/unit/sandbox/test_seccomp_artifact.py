@@ -1,7 +1,9 @@
 """Profiles that anybody may have written, compiled in a process of their own."""
 
+import base64
 import json
 import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -75,6 +77,24 @@ def test_faults_are_told(profile: bytes, kind: type[Exception]) -> None:
 def test_what_would_take_for_ever_is_cut_off(profile: bytes) -> None:
     with pytest.raises(InvalidArgument, match="to compile; use fewer conditions"):
         seccomp_artifact.compiled(profile, 0)
+
+
+def test_the_oom_killer_takes_the_compiler_first() -> None:
+    """Not the agent, which it spares, nor a pod: a profile may be anybody's."""
+    script = (
+        "from nodeagent.sandbox import seccomp_artifact; seccomp_artifact.main();"
+        "print(); print(open('/proc/self/oom_score_adj').read())"
+    )
+    order = {"text": base64.b64encode(text()).decode(), "held": 0, "base": None}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps(order),
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert "program" in done.stdout
+    assert done.stdout.split()[-1] == "1000"
 
 
 def test_what_is_not_the_profile_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
