@@ -7,7 +7,7 @@ record that names them; documents that no record names go with the next start, r
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from functools import partial
@@ -34,16 +34,14 @@ log = logging.getLogger(__name__)
 MAX_REFS = 1000  # of one profile, the latest; each of them is a name of the same bytes
 
 _THREADS = 2
-_CHECKS = 2  # at once: each may take some seconds of a processor
 
-Check = Callable[[bytes], None]
+Check = Callable[[bytes], Awaitable[None]]
 
 
 class SecurityProfiles:
     """Opened with `SecurityProfiles.open`.
 
-    check: raises SecurityProfileInvalid for a text that is no profile; called in a thread. private_redirects: as
-    `Limits` of images.
+    check: raises SecurityProfileInvalid for a text that is no profile. private_redirects: as `Limits` of images.
     """
 
     def __init__(
@@ -71,7 +69,6 @@ class SecurityProfiles:
         self._pulls: Flights[None] = Flights()
         resources.push_async_callback(self._pulls.close)
         self._changing = asyncio.Lock()
-        self._checking = asyncio.Semaphore(_CHECKS)
         self._profiles = {profile.digest: profile for profile in store.all(StoredProfile)}
 
     @classmethod
@@ -134,8 +131,7 @@ class SecurityProfiles:
             source = await open_source(self._session, name, auth, self._hosts_dir, self._floor)
             data, _ = await source.manifest(name.digest, artifact.parse_seccomp)
             text = await source.document(artifact.parse_seccomp(data))
-            async with self._checking:
-                await asyncio.to_thread(self._check, text)
+            await self._check(text)
             await self._keep(name.digest, reference, data, text)
         except NodeAgentError as error:
             # The registry client names all that it fetches an image.

@@ -43,24 +43,11 @@ class Profiles:
                 f"seccomp.default_profile: {error}; mend the file, or leave the setting empty for the built-in profile"
             ) from error
 
-    def seccomp(self, profile: Profile, capabilities: int, artifact: bytes | None) -> Filter:
-        """profile: as `filtering` has it. capabilities: the bounding set, which opens some calls.
+    def local(self, path: str, capabilities: int) -> Filter:
+        """The seccomp profile in a file of the node, at which it blocks; "" is the default one.
 
-        artifact: the text of a profile that is one, or None where nobody can see it: what its base says is all then.
-        It blocks with one, and where a path is named.
+        capabilities: the bounding set, which opens some calls.
         """
-        if profile.kind != "oci":
-            return self._local(profile.ref, capabilities)
-        base = self._local(profile.base, capabilities)
-        if artifact is None:
-            return base
-        try:
-            return seccomp_artifact.compiled(artifact, capabilities, base)
-        except (InvalidArgument, Unsupported) as error:
-            raise type(error)(f'seccomp profile "{profile.ref}": {error}') from error
-
-    def _local(self, path: str, capabilities: int) -> Filter:
-        """The profile in a file of the node; "" is the default one."""
         path = path or self._default
         if path:
             return seccomp_profile.from_file(path, capabilities)
@@ -90,11 +77,19 @@ def filtering(config: ContainerConfig) -> Profile | None:
     return profile
 
 
-def check_artifact(text: bytes) -> None:
-    """Raises SecurityProfileInvalid for what is no seccomp profile that containers here could have. It blocks."""
+async def with_artifact(name: str, text: bytes, capabilities: int, base: Filter) -> Filter:
+    """What allows only what both a base and the text of an artifact of this name allow."""
+    try:
+        return await asyncio.wrap_future(seccomp_artifact.compiled(text, capabilities, base))
+    except (InvalidArgument, Unsupported) as error:
+        raise type(error)(f'seccomp profile "{name}": {error}') from error
+
+
+async def check_artifact(text: bytes) -> None:
+    """Raises SecurityProfileInvalid for what is no seccomp profile that containers here could have."""
     try:
         for held in _EXTREMES:
-            seccomp_artifact.compiled(text, held)
+            await asyncio.wrap_future(seccomp_artifact.compiled(text, held))
     except (InvalidArgument, Unsupported) as error:
         raise SecurityProfileInvalid(str(error)) from error
 

@@ -32,7 +32,7 @@ PROFILE = artifacts.seccomp({"defaultAction": "SCMP_ACT_ALLOW"})
 OTHER = artifacts.seccomp({"defaultAction": "SCMP_ACT_LOG"})
 
 
-def check(text: bytes) -> None:
+async def check(text: bytes) -> None:
     if b"defaultAction" not in text:
         raise SecurityProfileInvalid("no action")
 
