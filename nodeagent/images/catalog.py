@@ -19,7 +19,7 @@ from typing import BinaryIO, Self
 from nodeagent.errors import ResourceExhausted, Unavailable
 from nodeagent.images import archive, manifest
 from nodeagent.images.auth import Auth
-from nodeagent.images.client import open_session
+from nodeagent.images.client import Session
 from nodeagent.images.concurrency import Flights, to_the_end
 from nodeagent.images.content import Documents
 from nodeagent.images.destinations import Scope
@@ -56,6 +56,7 @@ class Images:
         hosts_dir: Path,
         pinned: Collection[str],
         limits: Limits,
+        session: Session,
         resources: AsyncExitStack,
     ) -> None:
         self.counters = Counters()
@@ -75,8 +76,7 @@ class Images:
         writers = ThreadPoolExecutor(_WRITERS, "blob")
         resources.callback(writers.shutdown)
         self._downloads = Downloads(self._staging, writers, self.counters)
-        self._session = open_session()
-        resources.push_async_callback(self._session.close)
+        self._session = session
         self._installer = Installer(self._layers, self._staging, limits, self.counters)
         resources.push_async_callback(self._installer.close)
         self._pulls: Flights[Image] = Flights()
@@ -91,12 +91,16 @@ class Images:
         root: Path,
         store: Store,
         hosts_dir: Path,
+        session: Session,
         pinned: Collection[str] = (),
         limits: Limits | None = None,
     ) -> Self:
-        """The images below `root` (blobs/, layers/, empty/, staging/). What a crash left half done is dropped."""
+        """The images below `root` (blobs/, layers/, empty/, staging/). What a crash left half done is dropped.
+
+        session: the node's, which all that pulls shares; whoever opened it closes it afterwards.
+        """
         async with AsyncExitStack() as resources:
-            images = cls(root, store, hosts_dir, pinned, limits or Limits(), resources)
+            images = cls(root, store, hosts_dir, pinned, limits or Limits(), session, resources)
             images._recover()
             images._resources = resources.pop_all()
             return images

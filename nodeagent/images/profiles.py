@@ -20,7 +20,7 @@ from nodeagent.errors import InvalidArgument, NodeAgentError, NotFound, Security
 from nodeagent.images import artifact, manifest
 from nodeagent.images.auth import Auth
 from nodeagent.images.catalog import sync_file_system
-from nodeagent.images.client import open_session
+from nodeagent.images.client import Session
 from nodeagent.images.concurrency import Flights, to_the_end
 from nodeagent.images.content import Documents
 from nodeagent.images.destinations import Scope
@@ -41,7 +41,8 @@ Check = Callable[[bytes], Awaitable[None]]
 class SecurityProfiles:
     """Opened with `SecurityProfiles.open`.
 
-    check: raises SecurityProfileInvalid for a text that is no profile. private_redirects: as `Limits` of images.
+    session: the node's, which images are pulled with too. check: raises SecurityProfileInvalid for a text that is no
+    profile. private_redirects: as `Limits` of images.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class SecurityProfiles:
         root: Path,
         store: Store,
         hosts_dir: Path,
+        session: Session,
         check: Check,
         private_redirects: bool,
         resources: AsyncExitStack,
@@ -64,8 +66,7 @@ class SecurityProfiles:
         # Not the event loop's own threads, which are for the whole agent: a sync may last.
         self._threads = ThreadPoolExecutor(_THREADS, "profiles")
         resources.callback(self._threads.shutdown)
-        self._session = open_session()
-        resources.push_async_callback(self._session.close)
+        self._session = session
         self._pulls: Flights[None] = Flights()
         resources.push_async_callback(self._pulls.close)
         self._changing = asyncio.Lock()
@@ -78,12 +79,13 @@ class SecurityProfiles:
         root: Path,
         store: Store,
         hosts_dir: Path,
+        session: Session,
         check: Check,
         private_redirects: bool = True,
     ) -> Self:
         """The profiles below `root`. What a crash left half done is dropped."""
         async with AsyncExitStack() as resources:
-            profiles = cls(root, store, hosts_dir, check, private_redirects, resources)
+            profiles = cls(root, store, hosts_dir, session, check, private_redirects, resources)
             profiles._recover()
             profiles._resources = resources.pop_all()
             return profiles

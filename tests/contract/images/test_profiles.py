@@ -20,6 +20,7 @@ from nodeagent.errors import (
 )
 from nodeagent.images import profiles as module
 from nodeagent.images.auth import Auth
+from nodeagent.images.client import open_session
 from nodeagent.images.profiles import SecurityProfiles
 from nodeagent.store import Store
 from tests import artifacts, images
@@ -41,13 +42,14 @@ async def check(text: bytes) -> None:
 async def opened(place: Place) -> AsyncIterator[SecurityProfiles]:
     store = Store.open(place.root / "state.db")
     try:
-        profiles = await SecurityProfiles.open(
-            root=place.root, store=store, hosts_dir=place.certs, check=check
-        )
-        try:
-            yield profiles
-        finally:
-            await profiles.close()
+        async with open_session() as session:
+            profiles = await SecurityProfiles.open(
+                root=place.root, store=store, hosts_dir=place.certs, session=session, check=check
+            )
+            try:
+                yield profiles
+            finally:
+                await profiles.close()
     finally:
         store.close()
 
