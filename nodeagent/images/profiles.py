@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 import msgspec
 
@@ -31,6 +31,7 @@ from nodeagent.store import Store
 
 log = logging.getLogger(__name__)
 
+KIND: Final = "security profile"
 MAX_REFS = 1000  # of one profile, the latest; each of them is a name of the same bytes
 
 _THREADS = 2
@@ -117,7 +118,7 @@ class SecurityProfiles:
         profile = self._profiles.get(_pinned(reference).digest)
         text = await self._text(profile) if profile is not None else None
         if text is None:
-            raise NotFound(f'security profile "{reference}": not on this node; pull it first')
+            raise NotFound(f'{KIND} "{reference}": not on this node; pull it first')
         return text
 
     async def remove(self, digest: str) -> None:
@@ -129,17 +130,14 @@ class SecurityProfiles:
         return await to_the_end(self._threads, partial(self._documents.get, profile.content))
 
     async def _pull(self, name: Reference, reference: str, auth: Auth | None) -> None:
+        source = await open_source(self._session, name, auth, self._hosts_dir, self._floor, KIND)
+        data, _ = await source.manifest(name.digest, artifact.parse_seccomp)
+        text = await source.document(artifact.parse_seccomp(data))
         try:
-            source = await open_source(self._session, name, auth, self._hosts_dir, self._floor)
-            data, _ = await source.manifest(name.digest, artifact.parse_seccomp)
-            text = await source.document(artifact.parse_seccomp(data))
             await self._check(text)
             await self._keep(name.digest, reference, data, text)
         except NodeAgentError as error:
-            # The registry client names all that it fetches an image.
-            said = str(error).removeprefix("RegistryUnavailable: ")
-            said = said.removeprefix(f'image "{name}": ')
-            raise type(error)(f'security profile "{name}": {said}') from None
+            raise type(error)(f'{KIND} "{name}": {error}') from None
 
     async def _keep(self, digest: str, reference: str, data: bytes, text: bytes) -> None:
         """Both documents, then the record; all of it survives a power cut on return, or nothing of it is here."""
@@ -197,11 +195,11 @@ class SecurityProfiles:
 def _pinned(reference: str) -> Reference:
     """Raises SecurityProfileInvalid for what names no artifact by its digest."""
     try:
-        name = parse(reference)
+        name = parse(reference, KIND)
     except InvalidArgument as error:
         raise SecurityProfileInvalid(str(error)) from None
     if not name.digest:
-        raise SecurityProfileInvalid(f'security profile "{reference}": must be named by its digest')
+        raise SecurityProfileInvalid(f'{KIND} "{reference}": must be named by its digest')
     return name
 
 
