@@ -8,6 +8,7 @@ import pytest
 from nodeagent.config import Config
 from nodeagent.cri import examination
 from nodeagent.errors import InvalidArgument
+from nodeagent.records import Image, ImageConfig, Layer
 from nodeagent.store import Store
 
 SANDBOX = {"metadata": {"name": "p", "uid": "u", "namespace": "n"}, "hostname": "p"}
@@ -183,3 +184,31 @@ def test_the_base_of_a_profile_of_a_registry_is_looked_at(tmp_path: Path) -> Non
     base = {"type": "Localhost", "localhost_ref": str(tmp_path / "absent.json")}
     found = examined(tmp_path, with_seccomp({**OCI, "base_profile": base}))
     assert any(line.startswith("refused") and "absent.json" in line for line in found)
+
+
+def test_layers_are_where_the_agent_has_them(tmp_path: Path) -> None:
+    """Down to one that hides the others; an image without any has an empty directory."""
+    chains = [f"sha256:{digit * 64}" for digit in "abc"]
+    store = Store.open(tmp_path / "state.db")
+    for chain in chains:
+        layer = Layer(
+            chain_id=chain,
+            diff_id=chain,
+            blob=chain,
+            size_bytes=1,
+            used_bytes=1,
+            inodes=1,
+            opaque=chain == chains[1],
+        )
+        store.put(layer)
+    stored = examination._StoredImages(store, tmp_path / "layers")
+    store.close()
+
+    def lower_dirs(*layers: str) -> list[str]:
+        image = Image(
+            id="i", manifest="", layers=layers, size_bytes=0, config=ImageConfig(), pulled_at=0
+        )
+        return [str(path.relative_to(tmp_path)) for path in stored.lower_dirs(image)]
+
+    assert lower_dirs(*chains) == [f"layers/{digit * 64}" for digit in "cb"]
+    assert lower_dirs() == ["empty"]
