@@ -8,7 +8,6 @@ Everything is used from one event loop; what blocks runs in threads, and their n
 
 import asyncio
 import logging
-import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -21,7 +20,7 @@ from nodeagent.images import archive, manifest
 from nodeagent.images.auth import Auth
 from nodeagent.images.client import Session
 from nodeagent.images.concurrency import Flights, to_the_end
-from nodeagent.images.content import Documents
+from nodeagent.images.content import Documents, sync_file_system
 from nodeagent.images.destinations import Scope
 from nodeagent.images.download import Downloads
 from nodeagent.images.holds import Holds
@@ -33,7 +32,6 @@ from nodeagent.images.reference import Reference, parse
 from nodeagent.images.source import open_source
 from nodeagent.images.staging import Staging
 from nodeagent.images.usage import Counters, FsUsage
-from nodeagent.linux import syscalls
 from nodeagent.records import Image, ImageHold
 from nodeagent.store import Store
 
@@ -271,12 +269,3 @@ class Images:
                 self._images.drop(image)
         if complete:
             self._collect()
-
-
-def sync_file_system(directory: Path) -> None:
-    """Return once all that was written to the file system that a directory is on would survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        syscalls.syncfs(descriptor)
-    finally:
-        os.close(descriptor)

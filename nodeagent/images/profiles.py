@@ -19,10 +19,9 @@ import msgspec
 from nodeagent.errors import InvalidArgument, NodeAgentError, NotFound, SecurityProfileInvalid
 from nodeagent.images import artifact, manifest
 from nodeagent.images.auth import Auth
-from nodeagent.images.catalog import sync_file_system
 from nodeagent.images.client import Session
 from nodeagent.images.concurrency import Flights, to_the_end
-from nodeagent.images.content import Documents
+from nodeagent.images.content import Documents, sync_file_system
 from nodeagent.images.destinations import Scope
 from nodeagent.images.reference import Reference, parse
 from nodeagent.images.source import open_source
