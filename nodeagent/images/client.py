@@ -374,7 +374,7 @@ async def raise_for_status(
 ) -> None:
     """Raises what any status but success means, with what the server says about it.
 
-    denied, missing: what may be done about it.
+    What may be done about it is added to the text. denied: about 401 and 403; missing: about 404 and 410.
     """
     if HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
         return
