@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nodeagent.images.catalog import Images
+from nodeagent.images.client import open_session
 from nodeagent.store import Store
 
 
@@ -24,11 +25,14 @@ class Place:
     async def open(self, **options: Any) -> AsyncIterator[Images]:
         store = Store.open(self.root / "state.db")
         try:
-            images = await Images.open(root=self.root, store=store, hosts_dir=self.certs, **options)
-            try:
-                yield images
-            finally:
-                await images.close()
+            async with open_session() as session:
+                images = await Images.open(
+                    root=self.root, store=store, hosts_dir=self.certs, session=session, **options
+                )
+                try:
+                    yield images
+                finally:
+                    await images.close()
         finally:
             store.close()
 

@@ -24,6 +24,7 @@ from nodeagent.config import Config
 from nodeagent.cri.translate_container import container_config
 from nodeagent.cri.translate_sandbox import sandbox_config
 from nodeagent.errors import FailedPrecondition, InvalidArgument, NodeAgentError, Unsupported
+from nodeagent.images import layer_store
 from nodeagent.images.names import NamedImages
 from nodeagent.lifecycle import process, sandboxes
 from nodeagent.lifecycle.cdi import Cdi
@@ -34,7 +35,15 @@ from nodeagent.lifecycle.profiles import Profiles
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.linux import capabilities, syscalls
 from nodeagent.net.hostports import HostPorts
-from nodeagent.records import Container, ContainerConfig, Image, ImageConfig, Sandbox, SandboxConfig
+from nodeagent.records import (
+    Container,
+    ContainerConfig,
+    Image,
+    ImageConfig,
+    Layer,
+    Sandbox,
+    SandboxConfig,
+)
 from nodeagent.sandbox import assembly
 from nodeagent.sandbox.spec import ContainerPlan, Mount
 from nodeagent.store import Store
@@ -188,12 +197,16 @@ def examine(config: Config, pod: Pod) -> list[Finding]:
         store.close()
 
 
-class _Known:
-    """The images of the node; in the place of one that is not there, an empty one, which `missing` has."""
+class _StoredImages:
+    """The images of the node; in the place of one that is not there, an empty one, which `missing` has.
 
-    def __init__(self, images: NamedImages, layers: Path) -> None:
-        self._images = images
-        self._layers = layers
+    directory: where their layers are.
+    """
+
+    def __init__(self, store: Store, directory: Path) -> None:
+        self._images = NamedImages(store, ())
+        self._layers = {layer.chain_id: layer for layer in store.all(Layer)}
+        self._directory = directory
         self.missing: list[str] = []
 
     def find(self, name_or_id: str) -> Image:
@@ -205,7 +218,7 @@ class _Known:
         return Image(id="", manifest="", layers=(), size_bytes=0, config=unknown, pulled_at=0)
 
     def lower_dirs(self, image: Image) -> tuple[Path, ...]:
-        return tuple(self._layers / chain_id for chain_id in reversed(image.layers))
+        return layer_store.stack(self._directory, self._layers, image.layers)
 
 
 class _Artifacts:
@@ -214,9 +227,8 @@ class _Artifacts:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    async def read(self, reference: str) -> bytes:
+    async def read(self, reference: str) -> None:
         self.asked.append(reference)
-        return b""
 
 
 class _Examination:
@@ -224,7 +236,7 @@ class _Examination:
         self._config = config
         self._places = places
         self._host_ports = HostPorts(store)
-        self._images = _Known(NamedImages(store, ()), places.root / "layers")
+        self._images = _StoredImages(store, places.root / "layers")
         self._cgroups = Cgroups.open(
             driver=config.cgroup.driver,
             default_parent=config.cgroup.parent or f"/nodeagent-{places.instance}",

@@ -57,7 +57,7 @@ class ImageService:
     async def PullSecurityProfile(
         self, request: pb.PullSecurityProfileRequest
     ) -> pb.PullSecurityProfileResponse:
-        """A kind that this agent does not know can never be had from it, as a profile that is no profile."""
+        """An unknown kind is SecurityProfileInvalid, so that the kubelet does not ask for it again and again."""
         if request.profile_kind != pb.Seccomp:
             raise SecurityProfileInvalid(f"profile_kind: {request.profile_kind} is not Seccomp (1)")
         auth = _auth(request.auth) if request.HasField("auth") else None

@@ -8,7 +8,6 @@ Everything is used from one event loop; what blocks runs in threads, and their n
 
 import asyncio
 import logging
-import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -19,9 +18,9 @@ from typing import BinaryIO, Self
 from nodeagent.errors import ResourceExhausted, Unavailable
 from nodeagent.images import archive, manifest
 from nodeagent.images.auth import Auth
-from nodeagent.images.client import open_session
+from nodeagent.images.client import Session
 from nodeagent.images.concurrency import Flights, to_the_end
-from nodeagent.images.content import Documents
+from nodeagent.images.content import Documents, sync_file_system
 from nodeagent.images.destinations import Scope
 from nodeagent.images.download import Downloads
 from nodeagent.images.holds import Holds
@@ -33,7 +32,6 @@ from nodeagent.images.reference import Reference, parse
 from nodeagent.images.source import open_source
 from nodeagent.images.staging import Staging
 from nodeagent.images.usage import Counters, FsUsage
-from nodeagent.linux import syscalls
 from nodeagent.records import Image, ImageHold
 from nodeagent.store import Store
 
@@ -56,6 +54,7 @@ class Images:
         hosts_dir: Path,
         pinned: Collection[str],
         limits: Limits,
+        session: Session,
         resources: AsyncExitStack,
     ) -> None:
         self.counters = Counters()
@@ -75,8 +74,7 @@ class Images:
         writers = ThreadPoolExecutor(_WRITERS, "blob")
         resources.callback(writers.shutdown)
         self._downloads = Downloads(self._staging, writers, self.counters)
-        self._session = open_session()
-        resources.push_async_callback(self._session.close)
+        self._session = session
         self._installer = Installer(self._layers, self._staging, limits, self.counters)
         resources.push_async_callback(self._installer.close)
         self._pulls: Flights[Image] = Flights()
@@ -91,12 +89,16 @@ class Images:
         root: Path,
         store: Store,
         hosts_dir: Path,
+        session: Session,
         pinned: Collection[str] = (),
         limits: Limits | None = None,
     ) -> Self:
-        """The images below `root` (blobs/, layers/, empty/, staging/). What a crash left half done is dropped."""
+        """The images below `root` (blobs/, layers/, empty/, staging/). What a crash left half done is dropped.
+
+        session: the node's, which all that pulls shares; whoever opened it closes it afterwards.
+        """
         async with AsyncExitStack() as resources:
-            images = cls(root, store, hosts_dir, pinned, limits or Limits(), resources)
+            images = cls(root, store, hosts_dir, pinned, limits or Limits(), session, resources)
             images._recover()
             images._resources = resources.pop_all()
             return images
@@ -267,12 +269,3 @@ class Images:
                 self._images.drop(image)
         if complete:
             self._collect()
-
-
-def sync_file_system(directory: Path) -> None:
-    """Return once all that was written to the file system that a directory is on would survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        syscalls.syncfs(descriptor)
-    finally:
-        os.close(descriptor)

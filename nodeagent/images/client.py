@@ -31,7 +31,8 @@ from nodeagent.errors import (
     PermissionDenied,
     RegistryUnavailable,
 )
-from nodeagent.images.codings import Decoder, Undecodable, decoder_of
+from nodeagent.images import codings
+from nodeagent.images.codings import Decoder, Undecodable
 from nodeagent.images.destinations import Connector, Scope, Visit, scope_of_name
 from nodeagent.images.failures import line, network_errors, place
 from nodeagent.images.hosts import Host, http_url
@@ -339,14 +340,14 @@ async def _as_sent(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes]:
 
 def is_encoded(response: aiohttp.ClientResponse, size: int | None) -> bool:
     """Whether something on the way has compressed the body, of so many bytes: ranges then count other bytes."""
-    named = any(response.headers.getall("Content-Encoding", []))
-    return named and (size is None or _length(response) != size)
+    names = codings.named(response.headers.getall("Content-Encoding", []))
+    return bool(names) and (size is None or _length(response) != size)
 
 
 def _decoder(response: aiohttp.ClientResponse, size: int | None = None) -> Decoder | None:
     if not is_encoded(response, size):
         return None
-    return decoder_of(response.headers.getall("Content-Encoding", []))
+    return codings.decoder_of(response.headers.getall("Content-Encoding", []))
 
 
 def _length(response: aiohttp.ClientResponse) -> int | None:
@@ -373,7 +374,7 @@ async def raise_for_status(
 ) -> None:
     """Raises what any status but success means, with what the server says about it.
 
-    denied, missing: what may be done about it.
+    What may be done about it is added to the text. denied: about 401 and 403; missing: about 404 and 410.
     """
     if HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
         return

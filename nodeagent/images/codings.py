@@ -18,10 +18,15 @@ class Undecodable(Exception):
     """The answer is in a coding that nobody asked for, or not in the one that it names."""
 
 
+def named(headers: Iterable[str]) -> list[str]:
+    """The codings that Content-Encoding headers name; identity is the name for none."""
+    names = [name.strip().lower() for header in headers for name in header.split(",")]
+    return [name for name in names if name not in ("", "identity")]
+
+
 def decoder_of(headers: Iterable[str]) -> "Decoder | None":
     """For what Content-Encoding headers name; None for nothing. Raises `Undecodable`."""
-    names = [name.strip().lower() for header in headers for name in header.split(",")]
-    names = [name for name in names if name not in ("", "identity")]
+    names = named(headers)
     return Decoder(", ".join(names)) if names else None
 
 

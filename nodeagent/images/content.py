@@ -16,6 +16,7 @@ from nodeagent.errors import DataLoss, Unavailable
 from nodeagent.images import manifest
 from nodeagent.images.budget import Disk
 from nodeagent.images.slots import Permits
+from nodeagent.linux import syscalls
 
 _LOOK_SECONDS = 0.2
 
@@ -215,3 +216,12 @@ class Documents:
 
     def _path(self, digest: str) -> Path:
         return self._directory / digest.removeprefix("sha256:")
+
+
+def sync_file_system(directory: Path) -> None:
+    """Return once all that was written to the file system that a directory is on would survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        syscalls.syncfs(descriptor)
+    finally:
+        os.close(descriptor)

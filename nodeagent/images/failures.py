@@ -69,7 +69,7 @@ def _reason(url: URL, error: aiohttp.ClientError | OSError) -> str:
 
 def _unresolved(url: URL, error: OSError) -> str:
     if error.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
-        return f"no such host {url.host}; look at the image's name, and at the node's DNS"
+        return f"no such host {url.host}; look at how it is spelt, and at the node's DNS"
     return f"the name {url.host} cannot be looked up: {_cause(error)}"
 
 

@@ -9,7 +9,7 @@ A layer is recorded after everything in it has been synced. What has no record w
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,8 +31,7 @@ class LayerStore:
         self._store = store
         self._pins: Counter[str] = Counter()
         files.ensure_directory(str(directory), mode=0o700)
-        self._empty = directory.with_name("empty")
-        files.ensure_directory(str(self._empty), mode=0o755)
+        files.ensure_directory(str(_empty(directory)), mode=0o755)
         self._layers = {layer.chain_id: layer for layer in store.all(Layer)}
         self._recorded = set(self._layers)
         self._recover()
@@ -49,19 +48,10 @@ class LayerStore:
         return chain_id in self._layers
 
     def path(self, chain_id: str) -> Path:
-        return self._directory / chain_id.removeprefix("sha256:")
+        return _path(self._directory, chain_id)
 
     def stack(self, chain_ids: Sequence[str]) -> tuple[Path, ...]:
-        """The directories of these layers, given lowest first: uppermost first, down to one that hides the rest.
-
-        An overlay has at least one of them: that of no layers is an empty directory.
-        """
-        visible = [] if chain_ids else [self._empty]
-        for chain_id in reversed(chain_ids):
-            visible.append(self.path(chain_id))
-            if chain_id in self._layers and self._layers[chain_id].opaque:
-                break
-        return tuple(visible)
+        return stack(self._directory, self._layers, chain_ids)
 
     def add(self, layer: Layer, unpacked: Path) -> None:
         """Take a complete layer in; it is not recorded yet."""
@@ -106,3 +96,26 @@ class LayerStore:
             self._recorded.discard(chain_id)
         for chain_id in present - self._layers.keys():
             self._staging.take(self.path(chain_id))
+
+
+def stack(
+    directory: Path, layers: Mapping[str, Layer], chain_ids: Sequence[str]
+) -> tuple[Path, ...]:
+    """Where these layers, given lowest first, are below ``layers/``: uppermost first, down to one that hides the rest.
+
+    An overlay has at least one of them: that of no layers is an empty directory.
+    """
+    visible = [] if chain_ids else [_empty(directory)]
+    for chain_id in reversed(chain_ids):
+        visible.append(_path(directory, chain_id))
+        if chain_id in layers and layers[chain_id].opaque:
+            break
+    return tuple(visible)
+
+
+def _path(directory: Path, chain_id: str) -> Path:
+    return directory / chain_id.removeprefix("sha256:")
+
+
+def _empty(directory: Path) -> Path:
+    return directory.with_name("empty")

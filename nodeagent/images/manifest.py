@@ -71,7 +71,7 @@ Strings = tuple[str, ...]
 
 
 class Platform(msgspec.Struct, frozen=True):
-    """features: what a node must have besides; nothing here has any."""
+    """features: what a node must have besides. None is known here, so that entries with any are ranked last."""
 
     os: str | None = ""
     architecture: str | None = ""

@@ -7,22 +7,21 @@ record that names them; documents that no record names go with the next start, r
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 import msgspec
 
 from nodeagent.errors import InvalidArgument, NodeAgentError, NotFound, SecurityProfileInvalid
 from nodeagent.images import artifact, manifest
 from nodeagent.images.auth import Auth
-from nodeagent.images.catalog import sync_file_system
-from nodeagent.images.client import open_session
+from nodeagent.images.client import Session
 from nodeagent.images.concurrency import Flights, to_the_end
-from nodeagent.images.content import Documents
+from nodeagent.images.content import Documents, sync_file_system
 from nodeagent.images.destinations import Scope
 from nodeagent.images.reference import Reference, parse
 from nodeagent.images.source import open_source
@@ -31,19 +30,19 @@ from nodeagent.store import Store
 
 log = logging.getLogger(__name__)
 
+KIND: Final = "security profile"
 MAX_REFS = 1000  # of one profile, the latest; each of them is a name of the same bytes
 
 _THREADS = 2
-_CHECKS = 2  # at once: each may take some seconds of a processor
 
-Check = Callable[[bytes], None]
+Check = Callable[[bytes], Awaitable[None]]
 
 
 class SecurityProfiles:
     """Opened with `SecurityProfiles.open`.
 
-    check: raises SecurityProfileInvalid for a text that is no profile; called in a thread. private_redirects: as
-    `Limits` of images.
+    session: the node's, which images are pulled with too. check: raises SecurityProfileInvalid for a text that is no
+    profile. private_redirects: as `Limits` of images.
     """
 
     def __init__(
@@ -51,6 +50,7 @@ class SecurityProfiles:
         root: Path,
         store: Store,
         hosts_dir: Path,
+        session: Session,
         check: Check,
         private_redirects: bool,
         resources: AsyncExitStack,
@@ -66,12 +66,10 @@ class SecurityProfiles:
         # Not the event loop's own threads, which are for the whole agent: a sync may last.
         self._threads = ThreadPoolExecutor(_THREADS, "profiles")
         resources.callback(self._threads.shutdown)
-        self._session = open_session()
-        resources.push_async_callback(self._session.close)
+        self._session = session
         self._pulls: Flights[None] = Flights()
         resources.push_async_callback(self._pulls.close)
         self._changing = asyncio.Lock()
-        self._checking = asyncio.Semaphore(_CHECKS)
         self._profiles = {profile.digest: profile for profile in store.all(StoredProfile)}
 
     @classmethod
@@ -81,12 +79,13 @@ class SecurityProfiles:
         root: Path,
         store: Store,
         hosts_dir: Path,
+        session: Session,
         check: Check,
         private_redirects: bool = True,
     ) -> Self:
         """The profiles below `root`. What a crash left half done is dropped."""
         async with AsyncExitStack() as resources:
-            profiles = cls(root, store, hosts_dir, check, private_redirects, resources)
+            profiles = cls(root, store, hosts_dir, session, check, private_redirects, resources)
             profiles._recover()
             profiles._resources = resources.pop_all()
             return profiles
@@ -118,7 +117,7 @@ class SecurityProfiles:
         profile = self._profiles.get(_pinned(reference).digest)
         text = await self._text(profile) if profile is not None else None
         if text is None:
-            raise NotFound(f'security profile "{reference}": not on this node; pull it first')
+            raise NotFound(f'{KIND} "{reference}": not on this node; pull it first')
         return text
 
     async def remove(self, digest: str) -> None:
@@ -130,18 +129,14 @@ class SecurityProfiles:
         return await to_the_end(self._threads, partial(self._documents.get, profile.content))
 
     async def _pull(self, name: Reference, reference: str, auth: Auth | None) -> None:
+        source = await open_source(self._session, name, auth, self._hosts_dir, self._floor, KIND)
+        data, _ = await source.manifest(name.digest, artifact.parse_seccomp)
+        text = await source.document(artifact.parse_seccomp(data))
         try:
-            source = await open_source(self._session, name, auth, self._hosts_dir, self._floor)
-            data, _ = await source.manifest(name.digest, artifact.parse_seccomp)
-            text = await source.document(artifact.parse_seccomp(data))
-            async with self._checking:
-                await asyncio.to_thread(self._check, text)
+            await self._check(text)
             await self._keep(name.digest, reference, data, text)
         except NodeAgentError as error:
-            # The registry client names all that it fetches an image.
-            said = str(error).removeprefix("RegistryUnavailable: ")
-            said = said.removeprefix(f'image "{name}": ')
-            raise type(error)(f'security profile "{name}": {said}') from None
+            raise type(error)(f'{KIND} "{name}": {error}') from None
 
     async def _keep(self, digest: str, reference: str, data: bytes, text: bytes) -> None:
         """Both documents, then the record; all of it survives a power cut on return, or nothing of it is here."""
@@ -199,11 +194,11 @@ class SecurityProfiles:
 def _pinned(reference: str) -> Reference:
     """Raises SecurityProfileInvalid for what names no artifact by its digest."""
     try:
-        name = parse(reference)
+        name = parse(reference, KIND)
     except InvalidArgument as error:
         raise SecurityProfileInvalid(str(error)) from None
     if not name.digest:
-        raise SecurityProfileInvalid(f'security profile "{reference}": must be named by its digest')
+        raise SecurityProfileInvalid(f'{KIND} "{reference}": must be named by its digest')
     return name
 
 

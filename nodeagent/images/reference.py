@@ -7,6 +7,7 @@ docker.io, a tag beside a digest is dropped, and 64 hexadecimal digits are an im
 import re
 from dataclasses import dataclass
 from ipaddress import IPv6Address
+from typing import Literal
 from urllib.parse import urlsplit
 
 from nodeagent.errors import InvalidArgument
@@ -31,6 +32,12 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _ID = re.compile(r"[0-9a-f]{64}")
 _ID_PREFIX = re.compile(rf"(?:sha256:)?([0-9a-f]{{{MIN_ID_PREFIX},64}})")
 
+Kind = Literal["image", "security profile"]  # as errors call what a reference is for
+
+
+class _Malformed(Exception):
+    """Why a text is no reference."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reference:
@@ -54,18 +61,25 @@ class Reference:
         return f"{self.name}@{self.digest}" if self.digest else f"{self.name}:{self.tag}"
 
 
-def parse(text: str) -> Reference:
+def parse(text: str, kind: Kind = "image") -> Reference:
     """Normalise what a user wrote; raises `InvalidArgument`."""
     if len(text) > _MAX_TEXT:
-        raise InvalidArgument(f'image "{text[:64]}…": longer than {_MAX_TEXT} characters')
+        raise InvalidArgument(f'{kind} "{text[:64]}…": longer than {_MAX_TEXT} characters')
+    try:
+        return _parsed(text)
+    except _Malformed as error:
+        raise InvalidArgument(f'{kind} "{text}": {error}') from None
+
+
+def _parsed(text: str) -> Reference:
     if _ID.fullmatch(text):
-        raise InvalidArgument(f'image "{text}": this is an ID, not a name')
+        raise _Malformed("this is an ID, not a name")
     rest, at, digest = text.partition("@")
     if at and not is_digest(digest):
-        raise _malformed(text, f'"{digest}" is not a digest "sha256:" and 64 hex digits')
+        raise _Malformed(f'"{digest}" is not a digest "sha256:" and 64 hex digits')
     rest, tag = _split_tag(rest)
     domain, path = _split_domain(rest)
-    _check(text, domain, path, tag)
+    _check(domain, path, tag)
     if digest:
         return Reference(domain, path, "", digest)
     return Reference(domain, path, DEFAULT_TAG if tag is None else tag, "")
@@ -110,16 +124,16 @@ def _is_domain(component: str) -> bool:
     )
 
 
-def _check(text: str, domain: str, path: str, tag: str | None) -> None:
+def _check(domain: str, path: str, tag: str | None) -> None:
     if not _is_address(domain):
-        raise _malformed(text, f'"{domain}" is not a registry host')
+        raise _Malformed(f'"{domain}" is not a registry host')
     if not _PATH.fullmatch(path):
         hint = "; it must be lower-case" if path != path.lower() else ""
-        raise _malformed(text, f'"{path}" is not a repository{hint}')
+        raise _Malformed(f'"{path}" is not a repository{hint}')
     if len(domain) > _MAX_DOMAIN or len(path) > _MAX_PATH:
-        raise _malformed(text, f"the repository is longer than {_MAX_PATH} characters")
+        raise _Malformed(f"the repository is longer than {_MAX_PATH} characters")
     if tag is not None and not _TAG.fullmatch(tag):
-        raise _malformed(text, f'"{tag}" is not a tag')
+        raise _Malformed(f'"{tag}" is not a tag')
 
 
 def _is_address(domain: str) -> bool:
@@ -131,7 +145,3 @@ def _is_address(domain: str) -> bool:
         return parts.port != 0 and (domain[0] != "[" or bool(IPv6Address(parts.hostname or "")))
     except ValueError:
         return False
-
-
-def _malformed(text: str, why: str) -> InvalidArgument:
-    return InvalidArgument(f'image "{text}": {why}')

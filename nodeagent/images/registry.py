@@ -19,22 +19,33 @@ from nodeagent.images.client import Client, is_encoded, raise_for_status, read_b
 from nodeagent.images.destinations import Scope
 from nodeagent.images.hosts import Host
 from nodeagent.images.manifest import Descriptor
-from nodeagent.images.reference import is_digest
+from nodeagent.images.reference import Kind, is_digest
 
 _MAX_TOKEN_BYTES = 1 << 20
 
 
 class Endpoint:
-    """A server, for one repository and one caller. The errors' texts name the server, not the image."""
+    """A server, for one repository and one caller. The errors' texts name the server, not the image.
+
+    kind: what the repository has, for these texts.
+    """
 
     def __init__(
-        self, client: Client, host: Host, credentials: Credentials, *, domain: str, repository: str
+        self,
+        client: Client,
+        host: Host,
+        credentials: Credentials,
+        *,
+        domain: str,
+        repository: str,
+        kind: Kind = "image",
     ) -> None:
         self.host = host
         self._client = client
         self._credentials = credentials
         self._domain = domain
         self._repository = repository
+        self._kind = kind
         self._root = URL(host.root, encoded=True)
         self._query = {"ns": domain} if host.mirror else {}
         self._is_encoded = False
@@ -82,21 +93,22 @@ class Endpoint:
         ) as response:
             challenges = self._challenges(response)
             if not challenges:
-                await self._raise_for_status(response)
+                await self._raise_for_status(url, response)
                 yield response
                 return
         await self._authorize(challenges)
         async with self._client.get(
             url, headers, self._own_headers(), led=self.host.root
         ) as response:
-            await self._raise_for_status(response)
+            await self._raise_for_status(url, response)
             yield response
 
-    async def _raise_for_status(self, response: aiohttp.ClientResponse) -> None:
+    async def _raise_for_status(self, asked: URL, response: aiohttp.ClientResponse) -> None:
         """With what the owner of a pod may do about it."""
-        missing = "look at the image's name and tag"
-        if "/blobs/" in response.url.path:
-            missing = "a part of the image is not there any more, push it again"
+        version = "digest" if is_digest(asked.name) else "tag"
+        missing = f"look at the {self._kind}'s name and {version}"
+        if "/blobs/" in asked.path:
+            missing = f"a part of the {self._kind} is not there any more, push it again"
         await raise_for_status(response, denied=self._denied(), missing=missing)
 
     # --- authorisation ---
@@ -106,7 +118,8 @@ class Endpoint:
             return "a mirror is asked without credentials"
         if self._credentials == auth.ANONYMOUS:
             return (
-                f"no credentials were given for {self._domain}: a private image needs a pull secret"
+                f"no credentials were given for {self._domain}: "
+                f"a private {self._kind} needs a pull secret"
             )
         return f"the credentials for {self._domain} do not allow it"
 

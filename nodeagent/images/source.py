@@ -28,7 +28,7 @@ from nodeagent.images.client import Client, Session, Tls
 from nodeagent.images.destinations import Scope
 from nodeagent.images.hosts import Host, hosts_of, http_url
 from nodeagent.images.manifest import Descriptor
-from nodeagent.images.reference import Reference, is_digest
+from nodeagent.images.reference import Kind, Reference, is_digest
 from nodeagent.images.registry import Endpoint, elsewhere
 from nodeagent.images.throttling import Throttled
 
@@ -51,10 +51,11 @@ async def open_source(
     auth: Auth | None,
     hosts_dir: Path,
     floor: Scope,
+    kind: Kind = "image",
 ) -> "Source":
     """Reads the hosts' configuration; asks nobody yet. Raises `InvalidArgument`.
 
-    floor: how far in every registry may lead.
+    floor: how far in every registry may lead. kind: what it is a source of, for the texts of errors.
     """
 
     def endpoint(host: Host) -> Endpoint:
@@ -64,16 +65,17 @@ async def open_source(
             credentials(auth, reference.domain, host),
             domain=reference.domain,
             repository=reference.path,
+            kind=kind,
         )
 
     def endpoints() -> list[Endpoint]:
         return [endpoint(host) for host in hosts_of(reference.domain, hosts_dir)]
 
-    return Source(session, reference, await asyncio.to_thread(endpoints), floor)
+    return Source(session, reference, await asyncio.to_thread(endpoints), floor, kind)
 
 
 class Source:
-    """Errors name the image, and what each of the hosts said."""
+    """Errors name the image or the profile, and what each of the hosts said."""
 
     def __init__(
         self,
@@ -81,8 +83,10 @@ class Source:
         reference: Reference,
         endpoints: Sequence[Endpoint],
         floor: Scope,
+        kind: Kind = "image",
     ) -> None:
         self.reference = reference
+        self._subject = f'{kind} "{reference}"'
         self._session = session
         self._floor = floor
         self._held_up = _HeldUp()
@@ -184,8 +188,8 @@ class Source:
         """That of the last host, which is the registry itself, with what all of them said."""
         said = list(errors)
         if not said:
-            return FailedPrecondition(f'image "{self.reference}": hosts.toml allows no host for it')
-        text = f'image "{self.reference}": {"; ".join(map(str, said))}'
+            return FailedPrecondition(f"{self._subject}: hosts.toml allows no host for it")
+        text = f"{self._subject}: {'; '.join(map(str, said))}"
         if isinstance(said[-1], RegistryUnavailable):
             return RegistryUnavailable(f"RegistryUnavailable: {text}")
         return type(said[-1])(text)

@@ -15,6 +15,7 @@ from pathlib import Path
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
 from nodeagent.images.catalog import Images, Limits
+from nodeagent.images.client import Session, open_session
 from nodeagent.images.profiles import SecurityProfiles
 from nodeagent.lifecycle import apparmor, privatemount
 from nodeagent.lifecycle.cdi import Cdi
@@ -98,12 +99,21 @@ class Node:
 @asynccontextmanager
 async def open_images(config: Config, places: Places) -> AsyncIterator[tuple[Store, Images]]:
     """The store and the images of a root directory, which the caller owns."""
+    async with open_session() as session, _opened(config, places, session) as (store, images):
+        yield store, images
+
+
+@asynccontextmanager
+async def _opened(
+    config: Config, places: Places, session: Session
+) -> AsyncIterator[tuple[Store, Images]]:
     store = Store.open(places.database)
     try:
         images = await Images.open(
             root=places.root,
             store=store,
             hosts_dir=Path(config.certs_dir),
+            session=session,
             pinned=config.images.pinned,
             limits=Limits(
                 layers_at_once=config.images.max_concurrent_downloads,
@@ -138,11 +148,14 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
             )
         stack.enter_context(privatemount.mounted(places.pods))
         await asyncio.to_thread(apparmor.prepare)
-        store, images = await stack.enter_async_context(open_images(config, places))
+        # One for images and profiles: a registry that asked for a pause is left alone by both.
+        session = await stack.enter_async_context(open_session())
+        store, images = await stack.enter_async_context(_opened(config, places, session))
         artifacts = await SecurityProfiles.open(
             root=places.root,
             store=store,
             hosts_dir=Path(config.certs_dir),
+            session=session,
             check=check_artifact,
             private_redirects=config.images.private_redirects,
         )

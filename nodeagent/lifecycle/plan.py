@@ -3,7 +3,6 @@
 The plan is complete: nothing in it is looked up again, so that it can be printed, kept and tested without root.
 """
 
-import asyncio
 import base64
 import posixpath
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from nodeagent.lifecycle import (
 )
 from nodeagent.lifecycle.devices import ContainerDevices
 from nodeagent.lifecycle.hostpaths import HostPaths
-from nodeagent.lifecycle.profiles import Profiles, is_filtered
+from nodeagent.lifecycle.profiles import UNCONFINED, Profiles, filtering, with_artifact
 from nodeagent.lifecycle.registry import Registry
 from nodeagent.records import Container, ContainerConfig, Image, MountStatus, Sandbox
 from nodeagent.sandbox import seccomp_successor
@@ -40,8 +39,6 @@ from nodeagent.sandbox.spec import (
 )
 
 UMASK = 0o022
-# Of profiles that anybody may have written, each of which may take some seconds of a processor.
-COMPILERS = 2
 
 
 class Seen(NamedTuple):
@@ -63,7 +60,8 @@ class Catalog(Protocol):
 class Artifacts(Protocol):
     """What a planner asks of the security profiles of a node."""
 
-    async def read(self, reference: str) -> bytes: ...
+    async def read(self, reference: str) -> bytes | None:
+        """The text of one; None where nobody can see whether it is there."""
 
 
 class Planner:
@@ -93,7 +91,6 @@ class Planner:
         self._rejected = frozenset(map(posixpath.normpath, config.absent_mount_sources_to_reject))
         self._logs = config.container_logs
         self._hook_seconds = config.cdi.hook_timeout_seconds
-        self._compiling = asyncio.Semaphore(COMPILERS)
         self._delegates = cgroups.delegates
         self._hierarchies = {
             mount.name: mount.options.split(",") if mount.type == "cgroup" else []
@@ -117,21 +114,21 @@ class Planner:
         )
 
     async def _seccomp(self, config: ContainerConfig, what: str) -> Filter:
-        profile, artifact = config.seccomp, b""
-        path = profile.ref if profile is not None else ""
-        if profile is not None and profile.kind == "oci":
-            path = profile.base
-            if is_filtered(config):
-                artifact = await self._artifacts.read(profile.ref)
+        profile = filtering(config)
+        if profile is None:
+            return UNCONFINED
         bounding = self._capabilities(config)["bounding"]
-        seccomp = partial(self._profiles.seccomp, config, bounding, artifact)
-        if not artifact:
-            return await self._host_paths.look(what, path, seccomp) if path else seccomp()
-        async with self._compiling:
-            look = (
-                self._host_paths.look(what, path, seccomp) if path else asyncio.to_thread(seccomp)
-            )
-            return await look
+        if profile.kind != "oci":
+            return await self._local(profile.ref, bounding, what)
+        artifact = await self._artifacts.read(profile.ref)
+        base = await self._local(profile.base, bounding, what)
+        if artifact is None:
+            return base
+        return await with_artifact(profile.ref, artifact, bounding, base)
+
+    async def _local(self, path: str, bounding: int, what: str) -> Filter:
+        local = partial(self._profiles.local, path, bounding)
+        return await self._host_paths.look(what, path, local) if path else local()
 
     def plan(
         self, sandbox: Sandbox, container: Container, image: Image, seen: Seen, directory: Path

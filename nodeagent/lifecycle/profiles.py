@@ -15,7 +15,7 @@ from nodeagent.errors import (
 from nodeagent.lifecycle import apparmor
 from nodeagent.lifecycle.selinux import NO_LABELS, Labels, Policy
 from nodeagent.linux import capabilities
-from nodeagent.records import ContainerConfig
+from nodeagent.records import ContainerConfig, Profile
 from nodeagent.sandbox import seccomp_artifact, seccomp_profile
 from nodeagent.sandbox.seccomp_profile import Filter
 
@@ -43,24 +43,11 @@ class Profiles:
                 f"seccomp.default_profile: {error}; mend the file, or leave the setting empty for the built-in profile"
             ) from error
 
-    def seccomp(self, config: ContainerConfig, capabilities: int, artifact: bytes = b"") -> Filter:
-        """capabilities: the bounding set, which opens some calls. A privileged container is never filtered.
+    def local(self, path: str, capabilities: int) -> Filter:
+        """The seccomp profile in a file of the node, at which it blocks; "" is the default one.
 
-        artifact: the text of a profile that is one. It blocks then, and where a path is named.
+        capabilities: the bounding set, which opens some calls.
         """
-        profile = config.seccomp
-        if not is_filtered(config) or profile is None:
-            return UNCONFINED
-        if profile.kind != "oci":
-            return self._local(profile.ref, capabilities)
-        base = self._local(profile.base, capabilities)
-        try:
-            return seccomp_artifact.compiled(artifact, capabilities, base)
-        except (InvalidArgument, Unsupported) as error:
-            raise type(error)(f'seccomp profile "{profile.ref}": {error}') from error
-
-    def _local(self, path: str, capabilities: int) -> Filter:
-        """The profile in a file of the node; "" is the default one."""
         path = path or self._default
         if path:
             return seccomp_profile.from_file(path, capabilities)
@@ -82,16 +69,27 @@ class Profiles:
         return self._policy.labels(config.selinux)
 
 
-def is_filtered(config: ContainerConfig) -> bool:
+def filtering(config: ContainerConfig) -> Profile | None:
+    """The seccomp profile of a container; None for one that is not filtered, as a privileged one never is."""
     profile = config.seccomp
-    return profile is not None and profile.kind != "unconfined" and not config.privileged
+    if profile is None or profile.kind == "unconfined" or config.privileged:
+        return None
+    return profile
 
 
-def check_artifact(text: bytes) -> None:
-    """Raises SecurityProfileInvalid for what is no seccomp profile that containers here could have. It blocks."""
+async def with_artifact(name: str, text: bytes, capabilities: int, base: Filter) -> Filter:
+    """What allows only what both a base and the text of an artifact of this name allow."""
+    try:
+        return await asyncio.wrap_future(seccomp_artifact.compiled(text, capabilities, base))
+    except (InvalidArgument, Unsupported) as error:
+        raise type(error)(f'seccomp profile "{name}": {error}') from error
+
+
+async def check_artifact(text: bytes) -> None:
+    """Raises SecurityProfileInvalid for what is no seccomp profile that containers here could have."""
     try:
         for held in _EXTREMES:
-            seccomp_artifact.compiled(text, held)
+            await asyncio.wrap_future(seccomp_artifact.compiled(text, held))
     except (InvalidArgument, Unsupported) as error:
         raise SecurityProfileInvalid(str(error)) from error
 

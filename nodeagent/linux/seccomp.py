@@ -15,6 +15,8 @@ FLAG_LOG = 1 << 1
 FLAG_SPEC_ALLOW = 1 << 2
 FLAG_WAIT_KILLABLE_RECV = 1 << 5
 
+RET_ACTION_FULL = 0xFFFF0000  # of what a filter returns; the rest is the action's number
+
 _INSTRUCTION_BYTES = 8  # sizeof(struct sock_filter)
 MAX_BYTES = 4096 * _INSTRUCTION_BYTES  # BPF_MAXINSNS
 

@@ -2,7 +2,9 @@
 
 Four rules can keep libseccomp busy for hours: the ways through conditions on several arguments multiply. Whoever makes
 a pod names the artifact, so what it costs is bounded by the kernel, in a program (`main`) that a thread of the agent
-starts and waits for. A profile in a file of the node is its administrator's, and is compiled in the agent.
+starts and waits for. There are a few of these threads for the whole agent: what waits for one is in their queue, and
+takes no thread that anything else needs. A profile in a file of the node is its administrator's, and is compiled in the
+agent.
 """
 
 import base64
@@ -11,16 +13,20 @@ import json
 import resource
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypedDict
 
 from nodeagent.errors import InvalidArgument, ResourceExhausted, Unavailable, Unsupported
-from nodeagent.sandbox import seccomp_profile
+from nodeagent.sandbox import process, seccomp_profile
 from nodeagent.sandbox.seccomp_profile import Filter
 
+COMPILERS = 2  # at once, whoever asks; each may take all of a processor
 CPU_SECONDS = 5  # what engines distribute takes a hundredth
 MEMORY_BYTES = 512 << 20
 WALL_SECONDS = 60.0
 _CACHED = 64
+
+_FIRST_TO_GO = 1000  # OOM_SCORE_ADJ_MAX
 
 # As a returncode; the first is the OOM killer, which profiles are not to blame for.
 _SIGKILL, _SIGXCPU = -9, -24
@@ -47,14 +53,20 @@ class _Order(TypedDict):
 # ---- in the agent ----
 
 
-@functools.lru_cache(_CACHED)
-def compiled(text: bytes, held: int, base: Filter | None = None) -> Filter:
+_threads = ThreadPoolExecutor(COMPILERS, "seccomp")
+
+
+def compiled(text: bytes, held: int, base: Filter | None = None) -> Future[Filter]:
     """A profile's text, for processes with these capabilities, together with its base.
 
-    For a thread, of which there are to be few: it blocks until a process has ended.
-
-    Raises InvalidArgument and Unsupported for the profile's faults, Unavailable and ResourceExhausted for others.
+    Has InvalidArgument and Unsupported for the profile's faults, Unavailable and ResourceExhausted for others. One that
+    is cancelled before its turn is not compiled; one that has begun keeps its thread to the end.
     """
+    return _threads.submit(_compiled, text, held, base)
+
+
+@functools.lru_cache(_CACHED)
+def _compiled(text: bytes, held: int, base: Filter | None) -> Filter:
     order = _Order(
         text=base64.b64encode(text).decode(),
         held=held,
@@ -104,6 +116,8 @@ def _decoded(found: _Encoded) -> Filter:
 
 def main() -> None:
     """Read an order, write a filter or an error, all of it JSON."""
+    # The agent's unit has it spared by the OOM killer, which is inherited: this is what is to go first.
+    process.set_oom_score(_FIRST_TO_GO)
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -20,7 +20,6 @@ _ACTIONS = {
     libseccomp.ACT_ALLOW: "SCMP_ACT_ALLOW",
 }
 _NUMBERED = (libseccomp.ACT_ERRNO, libseccomp.ACT_TRACE)
-_ACTION = 0xFFFF0000  # SECCOMP_RET_ACTION_FULL
 
 
 @functools.lru_cache(64)
@@ -38,8 +37,9 @@ def describe(program: bytes) -> dict[str, list[str]]:
 
 
 def _action(value: int) -> str:
-    name = _ACTIONS.get(value & _ACTION, f"{value:#x}")
-    return f"{name} {value & ~_ACTION}" if value & _ACTION in _NUMBERED else name
+    action, number = value & seccomp.RET_ACTION_FULL, value & ~seccomp.RET_ACTION_FULL
+    name = _ACTIONS.get(action, f"{value:#x}")
+    return f"{name} {number}" if action in _NUMBERED else name
 
 
 @functools.cache

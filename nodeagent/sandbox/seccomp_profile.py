@@ -29,7 +29,6 @@ from nodeagent.sandbox import seccomp_oci
 _MAX_PROFILE_BYTES = 1 << 20
 _CACHED = 64
 
-_ACTION = 0xFFFF0000  # SECCOMP_RET_ACTION_FULL
 _EPERM = libseccomp.ACT_ERRNO | errno.EPERM
 _ENOSYS = libseccomp.ACT_ERRNO | errno.ENOSYS
 
@@ -98,7 +97,7 @@ def _stricter(base: int, profile: int) -> int:
 
 def _rank(value: int) -> int:
     """The strictest first, as the kernel orders actions: as signed numbers (seccomp(2), "precedence")."""
-    action = value & _ACTION
+    action = value & seccomp.RET_ACTION_FULL
     return action - (1 << 32) if action == libseccomp.ACT_KILL_PROCESS else action
 
 

@@ -1,7 +1,9 @@
 """Seccomp profiles that come as OCI artifacts, from the registry to what a program in a container may call."""
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,30 @@ class Profiles:
 @pytest.fixture
 def profiles(cri: Cri, registry: Registry) -> Profiles:
     return Profiles(cri, registry)
+
+
+@pytest.fixture
+def busy() -> Iterator[tuple[str, list[str]]]:
+    """The host of a registry that wants to be left alone for an hour, and the paths that it was asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(429)
+            self.send_header("Retry-After", "3600")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -311,3 +337,16 @@ def test_a_shared_pid_namespace_needs_what_starts_processes(
 def test_the_feature_is_told(cri: Cri) -> None:
     status = cri.agent.runtime.Status(pb.StatusRequest(), timeout=60)
     assert status.features.seccomp_profile_oci
+
+
+def test_a_pause_that_images_were_asked_for_is_one_of_profiles_too(
+    profiles: Profiles, busy: tuple[str, list[str]]
+) -> None:
+    host, asked = busy
+    request = pb.PullImageRequest(image=pb.ImageSpec(image=f"{host}/some/image:1"))
+    with pytest.raises(grpc.RpcError, match="429"):
+        profiles.cri.agent.images.PullImage(request, timeout=60)
+    before = list(asked)
+    with pytest.raises(grpc.RpcError, match="has asked for a pause"):
+        profiles.pull(f"{host}/some/profile@sha256:{'a' * 64}")
+    assert (len(before), asked) == (1, before)

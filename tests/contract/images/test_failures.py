@@ -41,7 +41,7 @@ async def failure(images: Images, name: str, auth: Auth | None = None) -> str:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (socket.EAI_NONAME, "no such host registry.invalid; look at the image's name"),
+        (socket.EAI_NONAME, "no such host registry.invalid; look at how it is spelt"),
         (socket.EAI_AGAIN, "the name registry.invalid cannot be looked up: Temporary failure"),
     ],
 )

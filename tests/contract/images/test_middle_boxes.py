@@ -147,6 +147,35 @@ async def test_a_compressed_blob_that_breaks_off_begins_anew(
     assert not server.requests[-1].http_range.start
 
 
+@pytest.mark.parametrize("coding", ["identity", " , Identity"])
+async def test_a_blob_that_is_said_not_to_be_compressed_goes_on(
+    images: Images, server: Server, coding: str
+) -> None:
+    """Where it broke off, though the answer does not state its length."""
+    server.add(SAMPLE)
+    starts = []
+
+    async def label(request: web.Request) -> web.StreamResponse | None:
+        if BLOB not in request.path:
+            return None
+        starts.append(request.http_range.start or 0)
+        answer = server.answer(request)
+        answer.headers["Content-Encoding"] = coding
+        if len(starts) == 1:
+            assert request.transport is not None
+            response = web.StreamResponse(headers=answer.headers)
+            response.enable_chunked_encoding()
+            await response.prepare(request)
+            await response.write(server.contents[request.path][0][:200_000])
+            request.transport.close()
+        return answer
+
+    server.hooks.append(label)
+    assert (await pulled(images, server) / "a").read_bytes() == CONTENT
+    assert len(starts) == 2
+    assert starts[1] > 0
+
+
 async def test_a_compressed_document_has_a_bound(images: Images, server: Server) -> None:
     path = "/v2/test/image/manifests/1"
     server.contents[path] = bytes(256 << 20), manifest.OCI_MANIFEST

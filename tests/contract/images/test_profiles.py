@@ -20,6 +20,7 @@ from nodeagent.errors import (
 )
 from nodeagent.images import profiles as module
 from nodeagent.images.auth import Auth
+from nodeagent.images.client import open_session
 from nodeagent.images.profiles import SecurityProfiles
 from nodeagent.store import Store
 from tests import artifacts, images
@@ -32,7 +33,7 @@ PROFILE = artifacts.seccomp({"defaultAction": "SCMP_ACT_ALLOW"})
 OTHER = artifacts.seccomp({"defaultAction": "SCMP_ACT_LOG"})
 
 
-def check(text: bytes) -> None:
+async def check(text: bytes) -> None:
     if b"defaultAction" not in text:
         raise SecurityProfileInvalid("no action")
 
@@ -41,13 +42,14 @@ def check(text: bytes) -> None:
 async def opened(place: Place) -> AsyncIterator[SecurityProfiles]:
     store = Store.open(place.root / "state.db")
     try:
-        profiles = await SecurityProfiles.open(
-            root=place.root, store=store, hosts_dir=place.certs, check=check
-        )
-        try:
-            yield profiles
-        finally:
-            await profiles.close()
+        async with open_session() as session:
+            profiles = await SecurityProfiles.open(
+                root=place.root, store=store, hosts_dir=place.certs, session=session, check=check
+            )
+            try:
+                yield profiles
+            finally:
+                await profiles.close()
     finally:
         store.close()
 
@@ -188,13 +190,26 @@ async def test_an_image_is_no_profile(profiles: SecurityProfiles, registry: Regi
 
 @pytest.mark.parametrize("name", ["reg.example/p:1", "reg.example/p", "A B", f"sha256:{'a' * 64}"])
 async def test_a_profile_is_named_by_its_digest(profiles: SecurityProfiles, name: str) -> None:
-    with pytest.raises(SecurityProfileInvalid):
+    with pytest.raises(SecurityProfileInvalid, match=f'^security profile "{name}": '):
         await profiles.pull(name)
 
 
 async def test_what_the_registry_has_not(profiles: SecurityProfiles, server: Server) -> None:
-    with pytest.raises(NotFound):
-        await profiles.pull(PROFILE.reference(server.host))
+    """Whoever reads it knows of no image."""
+    name = PROFILE.reference(server.host)
+    with pytest.raises(NotFound) as no_manifest:
+        await profiles.pull(name)
+    server.add(PROFILE)
+    del server.contents[
+        next(path for path in server.contents if images.digest(PROFILE.profile) in path)
+    ]
+    with pytest.raises(NotFound) as no_text:
+        await profiles.pull(name)
+    told = [str(caught.value) for caught in (no_manifest, no_text)]
+    assert all(text.startswith(f'security profile "{name}": http') for text in told)
+    assert told[0].endswith("; look at the security profile's name and digest")
+    assert told[1].endswith("; a part of the security profile is not there any more, push it again")
+    assert not any("image" in text for text in told)
 
 
 async def test_another_profile_in_its_place(
@@ -217,8 +232,11 @@ async def test_a_registry_that_is_down(
         return web.Response(status=503)
 
     server.hooks.append(down)
-    with pytest.raises(RegistryUnavailable):
-        await profiles.pull(PROFILE.reference(server.host))
+    name = PROFILE.reference(server.host)
+    with pytest.raises(
+        RegistryUnavailable, match=f'^RegistryUnavailable: security profile "{name}": .*503'
+    ):
+        await profiles.pull(name)
     assert not profiles.list()
 
 
@@ -290,7 +308,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
 
 async def test_credentials_are_used(profiles: SecurityProfiles, guarded: Registry) -> None:
     name = PROFILE.reference(guarded.host)
-    with pytest.raises(PermissionDenied):
+    with pytest.raises(PermissionDenied, match="a private security profile needs a pull secret"):
         await profiles.pull(name)
     with pytest.raises(PermissionDenied):
         await profiles.pull(name, Auth(username=USERNAME, password="wrong"))

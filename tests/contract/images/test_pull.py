@@ -287,12 +287,15 @@ PULL_FOR_EVER = """
 import asyncio, sys
 from pathlib import Path
 from nodeagent.images.catalog import Images
+from nodeagent.images.client import open_session
 from nodeagent.store import Store
 
 async def main():
     root = Path(sys.argv[1])
     store = Store.open(root / "state.db")
-    images = await Images.open(root=root, store=store, hosts_dir=root / "none")
+    images = await Images.open(
+        root=root, store=store, hosts_dir=root / "none", session=open_session()
+    )
     while True:
         await images.pull(sys.argv[2])
         print("pulled", flush=True)

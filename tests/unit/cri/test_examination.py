@@ -8,6 +8,7 @@ import pytest
 from nodeagent.config import Config
 from nodeagent.cri import examination
 from nodeagent.errors import InvalidArgument
+from nodeagent.records import Image, ImageConfig, Layer
 from nodeagent.store import Store
 
 SANDBOX = {"metadata": {"name": "p", "uid": "u", "namespace": "n"}, "hostname": "p"}
@@ -157,3 +158,57 @@ def test_host_paths_that_are_absent(tmp_path: Path, path: str, outcome: str) -> 
     )
     assert [line.split()[0] for line in found if path in line] == [outcome]
     assert not (tmp_path / "absent").exists()
+
+
+OCI = {"profile_type": "OCI", "oci_ref": f"r.example/p@sha256:{'a' * 64}"}
+
+
+def with_seccomp(profile: dict[str, Any], **security: Any) -> dict[str, Any]:
+    linux = {"security_context": {"seccomp": profile, **security}}
+    return {"sandbox": SANDBOX, "containers": [{**CONTAINER, "linux": linux}]}
+
+
+def test_a_profile_of_a_registry_is_not_seen(tmp_path: Path) -> None:
+    """Only a running agent has it; the rest of the container is looked at as ever."""
+    found = examined(tmp_path, with_seccomp(OCI))
+    assert not any(line.startswith("refused") for line in found)
+    assert any(line.startswith("not seen") and OCI["oci_ref"] in line for line in found)
+
+
+def test_a_privileged_container_needs_no_profile_of_a_registry(tmp_path: Path) -> None:
+    found = examined(tmp_path, with_seccomp(OCI, privileged=True))
+    assert not any(OCI["oci_ref"] in line for line in found)
+
+
+def test_the_base_of_a_profile_of_a_registry_is_looked_at(tmp_path: Path) -> None:
+    base = {"type": "Localhost", "localhost_ref": str(tmp_path / "absent.json")}
+    found = examined(tmp_path, with_seccomp({**OCI, "base_profile": base}))
+    assert any(line.startswith("refused") and "absent.json" in line for line in found)
+
+
+def test_layers_are_where_the_agent_has_them(tmp_path: Path) -> None:
+    """Down to one that hides the others; an image without any has an empty directory."""
+    chains = [f"sha256:{digit * 64}" for digit in "abc"]
+    store = Store.open(tmp_path / "state.db")
+    for chain in chains:
+        layer = Layer(
+            chain_id=chain,
+            diff_id=chain,
+            blob=chain,
+            size_bytes=1,
+            used_bytes=1,
+            inodes=1,
+            opaque=chain == chains[1],
+        )
+        store.put(layer)
+    stored = examination._StoredImages(store, tmp_path / "layers")
+    store.close()
+
+    def lower_dirs(*layers: str) -> list[str]:
+        image = Image(
+            id="i", manifest="", layers=layers, size_bytes=0, config=ImageConfig(), pulled_at=0
+        )
+        return [str(path.relative_to(tmp_path)) for path in stored.lower_dirs(image)]
+
+    assert lower_dirs(*chains) == [f"layers/{digit * 64}" for digit in "cb"]
+    assert lower_dirs() == ["empty"]
