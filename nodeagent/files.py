@@ -7,7 +7,6 @@ Plain calls of the standard library; what needs newer kernel calls lives in `nod
 import errno
 import os
 import stat
-from pathlib import Path
 
 from nodeagent.errors import ResourceExhausted
 
@@ -85,7 +84,7 @@ def read_bounded(path: str, limit: int) -> bytes:
     return data
 
 
-def require_space(directory: Path | int, size_bytes: int) -> None:
+def require_space(directory: os.PathLike[str] | int, size_bytes: int) -> None:
     """Raises `ResourceExhausted` when so much more would not leave the node its reserve of bytes and inodes.
 
     directory: its path, or a descriptor of it.
