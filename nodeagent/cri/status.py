@@ -1,8 +1,8 @@
 """Errors to gRPC status: one table, for every RPC.
 
 The kubelet reads codes and texts: NotFound is success for a stop, DeadlineExceeded is a probe's timeout, and the reason
-of a failed pull is found at the start of the text, but only with code Unknown. What is said
-of a security profile that can never be used, SecurityProfileInvalid, is found there with any code.
+of a failed pull is found at the start of the text, but only with code Unknown. SecurityProfileInvalid, of a profile
+that can never be used, is found there with any code.
 """
 
 import errno
