@@ -34,23 +34,23 @@ def pod(cri: Cri) -> Pod:
 # ---- names and paths ----
 
 LOCALHOST = pb.SecurityProfile(profile_type=pb.SecurityProfile.Localhost, localhost_ref="../x")
-DEVICE = pb.Device(container_path=f"/dev/{UP}x", host_path="/dev/null", permissions="rwm")
+DEVICE = pb.Device(container_path=f"dev/{UP}x", host_path="/dev/null", permissions="rwm")
 
 
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"mounts": [pb.Mount(container_path=f"/v/{UP}x", host_path="/tmp")]}, "container_path"),
+        ({"mounts": [pb.Mount(container_path=f"v/{UP}x", host_path="/tmp")]}, "container_path"),
         ({"mounts": [pb.Mount(container_path="/v", host_path=f"/tmp/{UP}etc")]}, "host_path"),
         ({"mounts": [pb.Mount(container_path="/v\0x", host_path="/tmp")]}, "container_path"),
         ({"devices": [DEVICE]}, "container_path"),
         ({"log_path": "/etc/passwd"}, "log_path"),
         ({"log_path": "a\0b"}, "log_path"),
-        ({"working_dir": f"/tmp/{UP}etc"}, "working_dir"),
+        ({"working_dir": f"tmp/{UP}etc"}, "working_dir"),
         ({"metadata": pb.ContainerMetadata(name="../x")}, "metadata.name"),
         ({"metadata": pb.ContainerMetadata(name="a\0b")}, "metadata.name"),
         ({"command": ["sh\0", "-c"]}, "command"),
-        ({"linux": options(masked_paths=[f"/proc/{UP}etc"])}, "masked_paths"),
+        ({"linux": options(masked_paths=[f"proc/{UP}etc"])}, "masked_paths"),
         ({"linux": options(run_as_username="root\0x")}, "run_as_username"),
         ({"linux": options(seccomp=LOCALHOST)}, "localhost_ref"),
     ],
@@ -58,6 +58,25 @@ DEVICE = pb.Device(container_path=f"/dev/{UP}x", host_path="/dev/null", permissi
 def test_containers_that_name_something_else(pod: Pod, fields: dict[str, Any], text: str) -> None:
     refused(INVALID, text, lambda: pod.container(**fields))
     pod.remove()
+
+
+def test_paths_that_go_back_beyond_the_root_stay_inside(cri: Cri, tmp_path: Path) -> None:
+    """The root is above itself, as Go cleans paths and the kernel walks them."""
+    volume, device = f"/back-volume-{os.getpid()}", f"/back-device-{os.getpid()}"
+    container = cri.run(
+        mounts=[pb.Mount(container_path=f"/v/{UP}{volume}", host_path=str(tmp_path))],
+        devices=[
+            pb.Device(container_path=f"/dev/{UP}{device}", host_path="/dev/null", permissions="rwm")
+        ],
+        working_dir=f"/tmp/{UP}etc",
+        linux=options(masked_paths=[f"/proc/{UP}etc/hostname"]),
+    )
+    (tmp_path / "file").write_text("seen")
+    script = f"pwd; cat {volume}/file; echo; stat -c %t:%T {device}; wc -c < /etc/hostname"
+    assert container.shell(script).splitlines() == ["/etc", "seen", "1:3", "0"]
+    assert not Path(volume).exists()
+    assert not Path(device).exists()
+    container.pod.remove()
 
 
 @pytest.mark.parametrize("value", ["../../x", "a\0b", "a\nb"])
