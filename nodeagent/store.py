@@ -62,7 +62,7 @@ class Store:
 
     @classmethod
     def copy_of(cls, path: Path) -> Self:
-        """What the file of an agent has, in memory: neither it nor what is beside it is written.
+        """A copy, in memory, of the file of an agent: neither it nor what is beside it is written.
 
         One that is not there has nothing. Raises `DataLoss` as `open`.
         """

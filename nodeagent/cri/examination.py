@@ -147,7 +147,7 @@ def _require_text(document: object, where: str) -> None:
 
 
 def _with_encoded_envs(document: object) -> object:
-    """As protobuf's JSON has bytes, in base64: in crictl's files the value of a variable is the text itself."""
+    """Encode the values of variables in base64, as protobuf's JSON has bytes: crictl's files have plain text."""
     envs = document.get("envs") if isinstance(document, dict) else None
     if not isinstance(document, dict) or not isinstance(envs, list):
         return document

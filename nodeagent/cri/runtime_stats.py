@@ -112,7 +112,7 @@ def _pod_metrics(pod: metrics.PodMetrics) -> pb.PodSandboxMetrics:
 
 
 def _metric(metric: metrics.Metric) -> pb.Metric:
-    """With its fraction where it has one; a kubelet before 1.38 knows the whole number only."""
+    """The whole number, and the value with its fraction if it has one: a kubelet before 1.38 reads the former only."""
     whole = int(metric.value)
     return pb.Metric(
         name=metric.name,

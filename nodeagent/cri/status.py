@@ -40,7 +40,7 @@ _UNKNOWN_OF_PULLS = frozenset(
         grpc.StatusCode.DATA_LOSS,
     )
 )
-# Whose name is to be at the start of the text.
+# The kubelet looks for the names of these at the start of the text.
 _NAMED = (errors.RegistryUnavailable, errors.SecurityProfileInvalid)
 
 

@@ -110,7 +110,7 @@ def _user(context: pb.LinuxContainerSecurityContext, field: str) -> tuple[int | 
 
 
 def _cgroup_mount(context: pb.LinuxContainerSecurityContext, field: str) -> CgroupMount:
-    """What is not only a container's own to manage is for privileged ones, and theirs is writable."""
+    """Read-only or writable. Groups that are not the container's own alone are writable for privileged ones only."""
     where = f"{field}.cgroup_mount_mode"
     mode = validate.word(context.cgroup_mount_mode, _CGROUP_MOUNTS, where)
     if mode == "readonly" and context.privileged:

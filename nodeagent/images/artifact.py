@@ -1,6 +1,6 @@
 """The manifest of a security profile that is an OCI artifact: one layer, which is the profile itself.
 
-What it is is told by the type of its config or, where that is the empty one, by artifactType (image-spec
+The type of its config says what an artifact is or, where the config is the empty one, artifactType does (image-spec
 ``manifest.md``, "Guidelines for Artifact Usage"). The type of the layer is whatever the tool that pushed it uses.
 Everything here is pure; what is wrong with a manifest is wrong for good, as its digest names it.
 """

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 
 PIECE_BYTES = 256 << 10
-# That are nothing, as empty members and padding are: an answer of more could go on for ever.
+# Empty members and padding decode to nothing: an answer that has more of them could go on for ever.
 MAX_IDLE_BYTES = 256 << 10
 
 _GZIP = 16 + zlib.MAX_WBITS  # zlib.h, inflateInit2

@@ -331,7 +331,7 @@ def _load_yaml(data: bytes) -> object:
         _refuse_what_multiplies(data)
         return yaml.load(data, Loader=_LOADER)
     except (LookupError, AttributeError, TypeError) as error:
-        # Of a scalar whose tag says what it is not, as in "!!bool foo": PyYAML does not look before it converts.
+        # A scalar may have a tag that does not fit, as in "!!bool foo": PyYAML does not look before it converts.
         raise ValueError(f"is not YAML: {type(error).__name__}: {error}") from error
 
 

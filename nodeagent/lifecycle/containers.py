@@ -96,7 +96,7 @@ class Containers:
     def verbose(self, name: str) -> dict[str, Any]:
         """The plan that its supervisor executed; empty when that is gone.
 
-        Of the seccomp program it says what that does: names of system calls by the action.
+        The seccomp program is described by what it does: the names of system calls by action.
         """
         container = self._registry.container(name)
         try:
@@ -149,7 +149,7 @@ class Containers:
         return container.id
 
     async def _with_devices(self, sandbox: Sandbox, config: ContainerConfig) -> ContainerConfig:
-        """With what its CDI devices add. A directory of specifications that hangs holds up who asks for a device."""
+        """The config with what its CDI devices add. A hung directory of specifications holds up no other requests."""
         if not self._cdi.is_asked_for(config):
             return config
         userns = sandbox.config.namespaces.user
@@ -211,7 +211,7 @@ class Containers:
         )
 
     def _warn(self, container: Container, warnings: Sequence[str]) -> None:
-        """What an init warns of is what the agent lacks itself: it holds for every container; said of the first."""
+        """Log what an init warns of for the first container alone: the agent itself lacks it, and so do all others."""
         for warning in warnings:
             if warning not in self._said_of_all:
                 self._said_of_all.add(warning)
@@ -300,7 +300,7 @@ class Containers:
     async def _end_start(self, container: Container, timeout_s: float) -> Container:
         """Its record once its start is over. Another container may hold it up (SIGSTOP, ptrace): it is killed then.
 
-        With hooks of poststart its program can run for long before the start is over: it has the time of the caller.
+        While poststart hooks run its program is running already, and has the caller's timeout to end.
         """
         try:
             async with asyncio.timeout(START_SECONDS), self._registry.lock(container.id):
@@ -527,7 +527,7 @@ def total(resources: Resources, overhead: Resources) -> Resources:
 
 
 def _uid_on_node(sandbox: Sandbox, uid: int) -> int:
-    """Who a user of a container is outside of it."""
+    """The id that a user of a container has on the node."""
     user = sandbox.config.namespaces.user
     return user.uids[0].outside + uid if user is not None and user.mode == "pod" else uid
 

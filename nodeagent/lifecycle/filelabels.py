@@ -15,7 +15,7 @@ _OWN_FILESYSTEMS = frozenset(("tmpfs", "devpts", "mqueue"))
 
 def assign(plan: ContainerPlan, config: ContainerConfig, shared: Path, label: str) -> None:
     """Write the label into a plan that is otherwise complete. shared: where the pod's own files are."""
-    # Of two mounts on one path the later is there, and says whether it is relabelled.
+    # The later of two mounts on one path is there, and says whether it is relabelled.
     asked = {mount.container_path: mount.selinux_relabel for mount in config.mounts}
     plan["rootfs"]["label"] = label
     for volume in plan.get("volumes", []):

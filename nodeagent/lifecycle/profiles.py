@@ -63,7 +63,7 @@ class Profiles:
         return await _default_apparmor(required=asked is not None)
 
     def selinux(self, config: ContainerConfig) -> Labels:
-        """Of its processes and of its files; none for who asks for none."""
+        """The labels of a container's processes and files; NO_LABELS where it is privileged, or asks for none."""
         if config.selinux is None or config.privileged:
             return NO_LABELS
         return self._policy.labels(config.selinux)
@@ -78,7 +78,7 @@ def filtering(config: ContainerConfig) -> Profile | None:
 
 
 async def with_artifact(name: str, text: bytes, capabilities: int, base: Filter) -> Filter:
-    """What allows only what both a base and the text of an artifact of this name allow."""
+    """A filter that allows only what both the base and the text of the artifact `name` allow."""
     try:
         return await asyncio.wrap_future(seccomp_artifact.compiled(text, capabilities, base))
     except (InvalidArgument, Unsupported) as error:

@@ -428,7 +428,7 @@ def _make_filesystem(mount: Mount, maps: IdMaps) -> int:
 
 
 def _make_labelled(kind: str, data: dict[str, str], attributes: list[str], label: str) -> int:
-    """That of an IPC namespace is there already, and cannot be mounted with a label any more: its root is given one."""
+    """The mqueue of an IPC namespace is there already, and takes no label as an option: its root is given one."""
     if kind != "mqueue":
         return mounts.make_filesystem(kind, {**data, **_context(label)}, attributes)
     tree = mounts.make_filesystem(kind, data, attributes)

@@ -21,7 +21,7 @@ def write_labels(plan: ProcessPlan) -> None:
         _write_label("AppArmor profile", plan["apparmor"], "attr/apparmor/exec", "exec ")
     if plan["selinux"]:
         _write_label("SELinux label", plan["selinux"], "attr/exec", "")
-        # Of the session keyring, which the program could not use otherwise.
+        # The label of the session keyring, which the program could not use otherwise.
         _write_label("SELinux label", plan["selinux"], "attr/keycreate", "")
 
 

@@ -66,7 +66,7 @@ class ContainerHooks:
         try:
             hookroot.link(self._plan, pid)
         except OSError as error:
-            # Of a full disk, for one. Whoever waits for the hooks has to hear of it.
+            # The disk may be full. Whoever waits for the hooks has to hear of it.
             done(f"hooks {', '.join(hooks.CREATION)}: {error}")
             return
         self._run(hooks.CREATION, "creating", pid, ended)

@@ -26,7 +26,7 @@ from nodeagent.sandbox.spec import ContainerPlan, Hook, HookStage
 OCI_VERSION = "1.2.0"
 CONFIG = "config.json"
 ROOTFS = "rootfs"
-# Of a container's creation, those that the supervisor runs, while the first process waits.
+# The stages of a creation that the supervisor runs, while the first process waits.
 CREATION: tuple[HookStage, ...] = ("prestart", "createRuntime")
 
 MAX_OUTPUT_BYTES = 1 << 20

@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 
-# Of linux/memfd.h, since 6.3, where a sysctl may make memfds not executable by default.
+# In linux/memfd.h since 6.3, where a sysctl may make memfds not executable by default.
 _MFD_EXEC = 0x10
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 

@@ -59,7 +59,10 @@ def relabel_tree(root: int, label: str, path: str) -> None:
 
 
 def relabel_file(file: int, label: str, path: str) -> bool:
-    """As `relabel_tree`, of this file alone, be it a link or a socket; False where the file system keeps no labels."""
+    """Label this file alone, be it a link or a socket. False where the file system keeps no labels.
+
+    Raises FailedPrecondition where it cannot have the label.
+    """
     name = f"/proc/self/fd/{file}"
     try:
         if _label_of(name) != label:
@@ -120,7 +123,7 @@ def _relabel_entry(directory: int, name: str, label: str, path: str) -> int:
 
 
 def _open_directory(file: int) -> int:
-    """What an O_PATH descriptor stands for, to be read."""
+    """Open the directory that an O_PATH descriptor stands for, to be read."""
     return os.open(".", _DIRECTORY, dir_fd=file)
 
 

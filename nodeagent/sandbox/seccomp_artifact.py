@@ -28,7 +28,7 @@ _CACHED = 64
 
 _FIRST_TO_GO = 1000  # OOM_SCORE_ADJ_MAX
 
-# As a returncode; the first is the OOM killer, which profiles are not to blame for.
+# Return codes. The first is that of the OOM killer, which profiles are not to blame for.
 _SIGKILL, _SIGXCPU = -9, -24
 _TOO_MUCH = (
     f"takes more than {CPU_SECONDS} s or {MEMORY_BYTES >> 20} MiB to compile; use fewer conditions"

@@ -73,7 +73,7 @@ def from_json(text: bytes, held: int) -> Filter:
 
 @functools.lru_cache(_CACHED)
 def intersection(base: Filter, profile: Filter) -> Filter:
-    """What allows only what both allow, argument by argument: of two actions, the stricter is taken.
+    """A filter that allows only what both allow, argument by argument: of two actions, the stricter is taken.
 
     It is one program, because a supervisor of an earlier version would pass over a second one in its plan. Where both
     refuse with an errno, it is that of the base. Which of both comes first changes nothing but the size.
