@@ -50,6 +50,7 @@ EXPLAINED = {
     "Version.* code = Canceled": "it gave up what it was doing for a pod that was deleted",
     "stats for.*unable to find data in memory cache": "its own group, until the first of its rounds",
     "Failed to get network devices": "a link of a pod went away since it listed the node's",
+    r"kubelet_(getters|pods|volumes)\.go.*no such file or directory": "it read a pod's folder as it removed it",
 }
 # What it logs, besides, while the agent or itself is stopped, and until it has connected again.
 OF_AN_OUTAGE = (
