@@ -24,7 +24,7 @@ import socket
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, Protocol
 
-from nodeagent.errors import NodeAgentError, StartError
+from nodeagent.errors import FailedPrecondition, NodeAgentError, StartError
 from nodeagent.sandbox import process, protocol
 from nodeagent.sandbox.loop import Loop
 from nodeagent.sandbox.spec import Identity
@@ -277,5 +277,6 @@ class Birth:
         tell()
 
 
-def _died() -> NodeAgentError:
-    return NodeAgentError("init: was killed before it executed the program")
+def _died() -> FailedPrecondition:
+    """Nothing failed here: its container ended, or its pod, or the OOM killer came."""
+    return FailedPrecondition("init: was killed before it executed the program")

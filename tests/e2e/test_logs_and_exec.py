@@ -4,6 +4,8 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.linux import syscalls
-from tests.cri import Cri, refused
+from tests.cri import Container, Cri, refused
 from tests.node import wait_for
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}(Z|[+-]\d\d:\d\d) (stdout|stderr) [PF] .*")
@@ -91,8 +93,7 @@ def test_exec_timeout_kills_the_tree(cri: Cri) -> None:
 
 def test_exec_timeout_holds_where_nothing_can_be_killed(cri: Cri) -> None:
     container = cri.run()
-    for freezer in Path("/sys/fs/cgroup").glob(f"**/{container.id}/freezer.state"):
-        freezer.write_text("FROZEN")
+    freeze(container)
     call = partial(container.exec, "sleep", "100", timeout=1)
     refused(grpc.StatusCode.DEADLINE_EXCEEDED, "'sleep' ran longer than 1 s", call)
     container.pod.remove()
@@ -143,6 +144,33 @@ def test_exec_in_an_ended_container(cri: Cri) -> None:
     container.ended()
     refused(grpc.StatusCode.FAILED_PRECONDITION, container.id, lambda: container.exec("true"))
     container.pod.remove()
+
+
+def test_exec_in_a_container_that_ends_before_the_program_runs(cri: Cri) -> None:
+    """The freezer holds the new process between its birth and its program: the kubelet's probe that comes too late."""
+    container = cri.run()
+    freeze(container)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        command = pool.submit(container.exec, "true", timeout=0)
+        wait_for("a frozen process", lambda: any(processes_of_execs(container)))
+        container.stop()
+        refused(grpc.StatusCode.FAILED_PRECONDITION, "before it executed", command.result)
+    container.pod.remove()
+
+
+def freeze(container: Container) -> None:
+    groups = [Path(path) for path, _, _ in os.walk("/sys/fs/cgroup") if path.endswith(container.id)]
+    for state, text in (("freezer.state", "FROZEN"), ("cgroup.freeze", "1")):
+        for group in groups:
+            if (group / state).exists():
+                (group / state).write_text(text)
+
+
+def processes_of_execs(container: Container) -> Iterator[str]:
+    for path, _, _ in os.walk("/sys/fs/cgroup"):
+        if container.id in path and "/exec-" in path:
+            with suppress(FileNotFoundError):
+                yield from (Path(path) / "cgroup.procs").read_text().split()
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def told(error: Exception, counted: Any) -> Exception:
 @pytest.mark.parametrize(
     "error",
     [
-        NodeAgentError("init: was killed before it executed the program"),
+        FailedPrecondition("init: was killed before it executed the program"),
         StartError('container "c1": init: was killed before it executed the program'),
         OSError(12, "Cannot allocate memory"),
     ],

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nodeagent.errors import NodeAgentError, NotFound, StartError
+from nodeagent.errors import FailedPrecondition, NodeAgentError, NotFound, StartError
 from nodeagent.sandbox import birth
 from nodeagent.sandbox.birth import Birth
 from nodeagent.sandbox.loop import Loop
@@ -83,7 +83,7 @@ def test_who_was_never_ready_cannot_have_executed() -> None:
     process.recv(1)
     process.close()
     subject.listen()
-    assert isinstance(parent.end, NodeAgentError)
+    assert isinstance(parent.end, FailedPrecondition)
 
 
 def test_who_has_read_one_go_of_two_can_have_executed() -> None:
