@@ -14,7 +14,7 @@ NGINX = "registry.k8s.io/e2e-test-images/nginx:1.14-4"
 HEALTH = "registry.k8s.io/e2e-test-images/grpc-health:1"
 FOREVER = "while :; do sleep 1000; done"
 MEMORY_LIMIT = 64 << 20
-GRACE_SECONDS = 20
+GRACE_SECONDS = 80
 # Of every probe: what fails them is never how long a busy machine takes to answer.
 PROBING = {"periodSeconds": 1, "timeoutSeconds": 60}
 

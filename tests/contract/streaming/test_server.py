@@ -187,12 +187,12 @@ async def test_a_client_that_says_nothing(server: StreamingServer) -> None:
 async def test_a_session_is_idle_when_neither_side_speaks(
     backend: Children, wire: str, speaker: str
 ) -> None:
-    script = "cat >&2" if speaker == "client" else "sleep 0.2; echo 1; sleep 0.2; echo 2; sleep 99"
+    script = "cat >&2" if speaker == "client" else "sleep 1; echo 1; sleep 1; echo 2; sleep 99"
     request = ExecRequest(container_id="c", command=("sh", "-c", script), stdin=True, stdout=True)
-    async with StreamingServer(backend, timeouts=Timeouts(idle_s=0.4)) as server:
+    async with StreamingServer(backend, timeouts=Timeouts(idle_s=2)) as server:
         client = await connect_command(wire, server.url(request), request)
         for _ in range(3):
-            await asyncio.sleep(0.15)
+            await asyncio.sleep(0.75)
             if speaker == "client":
                 await client.write(b"x")
         started = time.monotonic()
