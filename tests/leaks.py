@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 VARIABLE = "NODEAGENT_TEST_RUN"
-PATIENCE_SECONDS = 30.0  # the kernel takes network namespaces down in the background
+PATIENCE_SECONDS = 60.0  # the kernel takes network namespaces down in the background
 CGROUPS = Path("/sys/fs/cgroup")
 FOLDERS = ("/tmp", "/run", "/run/netns", "/var/lib", "/var/tmp", "/dev/shm")
 

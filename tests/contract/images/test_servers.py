@@ -178,7 +178,7 @@ async def test_a_stalled_mirror_is_left(
 
     mirror.hooks.append(trickle)
     name = mirrored(place, mirror, server)
-    async with place.open() as images, asyncio.timeout(10):
+    async with place.open() as images, asyncio.timeout(60):
         await images.pull(name)
     (resumed,) = server.asked(BIG)
     assert (resumed.http_range.start or 0) >= 100_000
@@ -190,7 +190,7 @@ async def test_a_mirror_that_does_not_answer(place: Place, server: Server) -> No
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         place.hosts(server.host, f'[host."http://127.0.0.1:{port}"]\n[host."http://127.0.0.1:1"]')
-        async with place.open() as images, asyncio.timeout(10):
+        async with place.open() as images, asyncio.timeout(60):
             await images.pull(f"{server.host}/test/image:1")
 
 

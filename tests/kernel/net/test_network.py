@@ -673,7 +673,7 @@ async def test_udp_client_that_never_pauses_follows_the_port(
         pod, pod4, _ = await new_pod(network)
         await network.publish(pod.id, [DNS])
         async with udp_echo_of_peer(pod.namespace, (pod4, DNS.container_port)):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 while not await answered(client):
                     pass
         await network.detach(pod.id)
@@ -737,7 +737,7 @@ async def test_recovery_forgets_flows_to_pods_that_are_gone(
         pod, pod4, _ = await new_pod(network)
         await network.publish(pod.id, [DNS])
         async with udp_echo_of_peer(pod.namespace, (pod4, DNS.container_port)):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 while not await answered(client):
                     pass
         await network.close(remove=False)

@@ -146,7 +146,7 @@ async def running_node(directory: Path, layer: Path) -> AsyncIterator[Node]:
     try:
         await node.connect()
         yield node
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await asyncio.gather(*(pod.supervisor.shutdown() for pod in node.pods))
             await node.launcher.stop()
     finally:

@@ -433,7 +433,7 @@ async def read_until(descriptor: int | None, end: bytes) -> bytes:
     """What comes, up to and with `end`."""
     assert descriptor is not None
     data = b""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not data.endswith(end):
             data += await _read(descriptor)
     return data
@@ -442,7 +442,7 @@ async def read_until(descriptor: int | None, end: bytes) -> bytes:
 async def read_all(descriptor: int | None) -> bytes:
     assert descriptor is not None
     chunks = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while chunk := await _read(descriptor):
             chunks.append(chunk)
     return b"".join(chunks)

@@ -332,7 +332,7 @@ class FakeNode:
 
 async def until(condition: Callable[[], object]) -> None:
     """Return once it holds; what holds it up is another task of this loop."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110, nobody else tells
             await asyncio.sleep(0.005)
 

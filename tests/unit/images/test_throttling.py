@@ -132,7 +132,7 @@ async def test_one_who_gives_up_waiting_holds_nobody(monkeypatch: pytest.MonkeyP
         waiting[0].cancel()
         await asyncio.sleep(0)
         first.answered(200, {})
-        await asyncio.wait_for(waiting[1], 1)
+        await asyncio.wait_for(waiting[1], 60)
 
 
 async def test_one_who_does_not_wait_for_an_answer_lets_one_other_go(

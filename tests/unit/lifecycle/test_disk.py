@@ -132,7 +132,7 @@ async def test_a_long_walk_holds_up_nobody(
         assert (usage.mountpoint, usage.used_bytes) == (str(tmp_path), None)
         assert (await disks.usage("id")).used_bytes is None
     (layer / "file").touch()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (await disks.usage("id")).inodes_used is None:  # noqa: ASYNC110, nobody else tells
             await asyncio.sleep(0.01)
     assert (await disks.usage("id")).inodes_used == 1
