@@ -1,6 +1,6 @@
 """Containers with a label, on a node whose kernel enforces the policy of `tests/guest/selinux.cil`.
 
-Such a node is a guest: `tests/kernel/test_selinux.py` has these tests run there.
+Such a node is a guest: `tests/kernel/test_guest.py` has these tests run there.
 """
 
 import os
