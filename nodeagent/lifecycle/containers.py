@@ -32,7 +32,15 @@ from nodeagent.errors import (
     Unavailable,
 )
 from nodeagent.images.catalog import Images
-from nodeagent.lifecycle import bundle, cgroupmounts, execs, oomkill, oomscore, process
+from nodeagent.lifecycle import (
+    bundle,
+    cgroupmounts,
+    execs,
+    oomkill,
+    oomscore,
+    process,
+    survival,
+)
 from nodeagent.lifecycle.cdi import Cdi
 from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.handover import handover
@@ -295,7 +303,7 @@ class Containers:
         # The first process of its PID namespace may wait, uninterruptibly, for another one of the container.
         await asyncio.to_thread(self.group(container).kill)
         if not await self._ends_within(container, KILL_PATIENCE_SECONDS):
-            raise TimeoutError(self._why_alive(container))
+            raise TimeoutError(survival.explained(container, self.group(container)))
 
     async def _end_start(self, container: Container, timeout_s: float) -> Container:
         """Its record once its start is over. Another container may hold it up (SIGSTOP, ptrace): it is killed then.
@@ -334,15 +342,6 @@ class Containers:
         except TimeoutError:
             return False
         return True
-
-    def _why_alive(self, container: Container) -> str:
-        stuck = [
-            f"{pid} in {where}"
-            for pid in self.group(container).processes()
-            if (where := _uninterruptible(pid))
-        ]
-        text = f'container "{container.id}": still running after SIGKILL'
-        return f"{text}; uninterruptible: {', '.join(stuck)}" if stuck else text
 
     async def stop_all(self, sandbox_id: str) -> None:
         """Kill every container of a pod, all at once; raises when one of them would not end.
@@ -530,12 +529,3 @@ def _uid_on_node(sandbox: Sandbox, uid: int) -> int:
     """The id that a user of a container has on the node."""
     user = sandbox.config.namespaces.user
     return user.uids[0].outside + uid if user is not None and user.mode == "pod" else uid
-
-
-def _uninterruptible(pid: int) -> str:
-    """The kernel function a process in state D sleeps in, or ""."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
-        return Path(f"/proc/{pid}/wchan").read_text() if state == "D" else ""
-    except OSError:
-        return ""

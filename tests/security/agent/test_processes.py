@@ -311,6 +311,47 @@ def test_who_freezes_itself_can_be_stopped(cri: Cri, tmp_path: Path, kind: str) 
     gone_after_stop(container, mark)
 
 
+# Traces a process, and never waits for it.
+HOLDER = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/ptrace.h>
+#include <unistd.h>
+
+int main(int argc, char **argv)
+{
+    printf("seize %ld\n", ptrace(PTRACE_SEIZE, atoi(argv[1]), 0, 0));
+    fflush(stdout);
+    for (;;) pause();
+}
+"""
+
+
+def test_a_tracer_that_keeps_a_dead_process(cri: Cri, hostile: PullHostile) -> None:
+    """The kernel tells nobody else of that end: the tracer is named, and the pod can be stopped."""
+    pod = cri.pod(linux=pod_options(pid=pb.CONTAINER))
+    target = pod.run("sleep", "1000")
+    joined = pb.NamespaceOption(pid=pb.TARGET, target_id=target.id)
+    victim = pod.run(
+        "tail", "-f", "/dev/null", name="victim", linux=options(namespace_options=joined)
+    )
+    tracer = pod.run(
+        "/bin/hold",
+        target.shell("pidof tail"),
+        name="debug",
+        image=hostile(tars.file("bin/hold", images.compiled(HOLDER), mode=0o755)),
+        linux=options(
+            namespace_options=joined,
+            capabilities=pb.Capability(add_capabilities=["SYS_PTRACE"]),
+        ),
+    )
+    tracer.said("seize 0")
+    request = pb.ContainerStatusRequest(container_id=tracer.id, verbose=True)
+    pid = json.loads(cri.agent.runtime.ContainerStatus(request).info["info"])["pid"]
+    refused(grpc.StatusCode.DEADLINE_EXCEEDED, f"end process {pid} first", victim.stop)
+    pod.remove()
+
+
 def test_what_an_exec_leaves_behind(cri: Cri, tmp_path: Path) -> None:
     """It goes with the container, also where the PID namespace is the pod's."""
     mark = str(tmp_path)

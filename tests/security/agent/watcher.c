@@ -109,7 +109,8 @@ static void take(int pid, const char *node_file)
         before.orig_rax = -1;
     }
     ptrace(PTRACE_SETREGS, pid, 0, &before);
-    ptrace(PTRACE_DETACH, pid, 0, 0);
+    /* One that was killed in our hands is a zombie that its parent cannot reap before we have waited for it. */
+    if (ptrace(PTRACE_DETACH, pid, 0, 0)) waitpid(pid, &status, __WALL);
     printf("took pid=%d seize=0 open=%d device=%d mount=%d unshare=%d\n", pid, opened, device, mounted, unshared);
 }
 
