@@ -39,7 +39,7 @@ from nodeagent.lifecycle import (
     oomkill,
     oomscore,
     process,
-    survival,
+    unkillable,
 )
 from nodeagent.lifecycle.cdi import Cdi
 from nodeagent.lifecycle.flights import Flights
@@ -303,7 +303,7 @@ class Containers:
         # The first process of its PID namespace may wait, uninterruptibly, for another one of the container.
         await asyncio.to_thread(self.group(container).kill)
         if not await self._ends_within(container, KILL_PATIENCE_SECONDS):
-            raise TimeoutError(survival.explained(container, self.group(container)))
+            raise TimeoutError(unkillable.explained(container, self.group(container)))
 
     async def _end_start(self, container: Container, timeout_s: float) -> Container:
         """Its record once its start is over. Another container may hold it up (SIGSTOP, ptrace): it is killed then.

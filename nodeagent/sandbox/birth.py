@@ -278,5 +278,5 @@ class Birth:
 
 
 def _died() -> FailedPrecondition:
-    """Nothing failed here: its container ended, or its pod, or the OOM killer came."""
+    """The process was killed from outside, by the end of its container or pod, or for want of memory: no defect."""
     return FailedPrecondition("init: was killed before it executed the program")

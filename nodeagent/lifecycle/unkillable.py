@@ -1,4 +1,4 @@
-"""What StopContainer says of a container that is still there though the kernel was told to kill it."""
+"""StopContainer's error for a container that has not ended after SIGKILL: what keeps it."""
 
 import re
 from pathlib import Path
@@ -8,16 +8,19 @@ from nodeagent.records import Container
 
 
 def explained(container: Container, group: Cgroup) -> str:
-    """Name what holds it, as far as that can be seen, and the remedy. group: the container's."""
-    text = f'container "{container.id}": still running after SIGKILL'
+    """The error's text, with what holds the container as far as /proc shows it. group: the container's."""
     if tracer := _tracer_of_zombie(container.pid):
-        return f"{text}; its process {container.pid} is dead, but held by its tracer: end process {tracer} first"
+        return (
+            f'container "{container.id}": process {container.pid} is dead, but its tracer has not waited for it, '
+            f"so that nobody else learns of its end: end process {tracer} first"
+        )
+    text = f'container "{container.id}": still running after SIGKILL'
     stuck = [f"{pid} in {where}" for pid in group.processes() if (where := _uninterruptible(pid))]
     return f"{text}; uninterruptible: {', '.join(stuck)}" if stuck else text
 
 
 def _tracer_of_zombie(pid: int) -> int:
-    """The process that traces a dead one and has not waited for it: until then its parent cannot (ptrace(2)). Or 0."""
+    """The tracer of a dead process, else 0. Until it has waited for that, the parent cannot reap it (ptrace(2))."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
