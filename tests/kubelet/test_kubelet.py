@@ -28,9 +28,6 @@ STEADY = (("web", "server"), ("web", "client"), ("web", "sidecar"), ("health", "
 
 MEMORY_LIMIT_FILES = ("memory.limit_in_bytes", "memory.max")  # of cgroup v1 and v2
 
-OF_THE_RUNTIME = "kuberuntime_|remote_|pod_workers"  # the kubelet's sources in which it asks, or repeats an answer
-GONE = "(no such (file or directory|device|process)|Failed to get network devices)"
-
 # What the kubelet logs as errors on a healthy node of this kind, by a regular expression, and why.
 EXPLAINED = {
     "no default routes found": "a machine without a network has no address",
@@ -49,9 +46,13 @@ EXPLAINED = {
     "Housekeeping took longer than expected": "a busy or slow machine",
     "Version.* code = Canceled": "it gave up what it was doing for a pod that was deleted",
     "stats for.*unable to find data in memory cache": "its own group, until the first of its rounds",
-    # Where the runtime has no part: other tests judge streams, and what is left of a pod.
-    r"^(conn|upgradeaware)\.go": "a stream's client went away, in one of many ways",
-    rf"^(?!{OF_THE_RUNTIME})(?!.* code = ).*{GONE}": "a folder, group or link that has gone, or never was",
+    "Set failed: openat2.*/cpuset.cpus: no such file": "the kernel has no controller of processors",
+    "Failed to get network devices": "a link of a pod went away since it listed the node's",
+    # The runtime has no part in these: other tests judge streams, and what is left of a pod.
+    r'^(conn|upgradeaware)\.go.*"Error (on socket receive|proxying data)': "a stream's client went away",
+    r"^(?!kuberuntime_|remote_|pod_workers)(?!.* code = ).*/(lib/pods|sys/fs/cgroup)/.*: no such file or directory": (
+        "it looked at a pod's folder or group while another of its workers removed it"
+    ),
 }
 # What it logs, besides, while the agent or itself is stopped, and until it has connected again.
 OF_AN_OUTAGE = (
