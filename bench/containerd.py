@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests import images
-from tests.registry import Registry, registry_command, running_registry
+from tests.support import images
+from tests.support.registry import Registry, registry_command, running_registry
 
 PROGRAMS = Path(__file__).parent.parent / ".tools/peer"
 START_SECONDS = 30.0

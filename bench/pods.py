@@ -20,9 +20,9 @@ from pathlib import Path
 from bench import streams
 from bench.containerd import running_containerd
 from bench.cri import Client
-from tests import images
-from tests.node import RunningAgent
-from tests.registry import running_registry
+from tests.support import images
+from tests.support.node import RunningAgent
+from tests.support.registry import running_registry
 
 IDLE_SECONDS = 0.1
 DENSITY_PODS = 20

@@ -9,7 +9,7 @@ from pathlib import Path
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
 from nodeagent.errors import NodeAgentError
-from nodeagent.lifecycle import apparmor
+from nodeagent.lifecycle.plan import apparmor
 from nodeagent.linux import capabilities, libseccomp, mounts, syscalls, userns
 from nodeagent.linux.userns import Extent
 from nodeagent.net import nftables

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests import images, leaks
-from tests.registry import Registry, fill, running_registry
+from tests.support import images, leaks
+from tests.support.registry import Registry, fill, running_registry
 
 PROJECT = Path(__file__).parent.parent
 TOOLS = PROJECT / ".tools/bin"
@@ -71,7 +71,7 @@ def machine_as_before(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 @pytest.fixture(scope="session", name="registry")
 def registry_of_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    """A registry that has every image of `tests.images.catalog`."""
+    """A registry that has every image of `tests.support.images.catalog`."""
     with running_registry(tmp_path_factory.mktemp("registry")) as registry:
         fill(registry, images.catalog())
         yield registry
@@ -79,7 +79,7 @@ def registry_of_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reg
 
 @pytest.fixture(scope="session")
 def private_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    """A registry that asks for `USERNAME` and `PASSWORD` of `tests.registry`; it has one image."""
+    """A registry that asks for `USERNAME` and `PASSWORD` of `tests.support.registry`; it has one image."""
     with running_registry(tmp_path_factory.mktemp("private"), authenticated=True) as registry:
         registry.push(images.busybox())
         yield registry

@@ -25,14 +25,15 @@ from nodeagent.cri.translate_container import container_config
 from nodeagent.cri.translate_sandbox import sandbox_config
 from nodeagent.errors import FailedPrecondition, InvalidArgument, NodeAgentError, Unsupported
 from nodeagent.images import layer_store
-from nodeagent.images.names import NamedImages
-from nodeagent.lifecycle import process, sandboxes
-from nodeagent.lifecycle.cdi import Cdi
+from nodeagent.images.image_store import ImageStore
 from nodeagent.lifecycle.events import Events
+from nodeagent.lifecycle.inventory import Inventory
 from nodeagent.lifecycle.places import Places
-from nodeagent.lifecycle.plan import Planner
-from nodeagent.lifecycle.profiles import Profiles
-from nodeagent.lifecycle.registry import Registry
+from nodeagent.lifecycle.plan import process
+from nodeagent.lifecycle.plan.cdi import Cdi
+from nodeagent.lifecycle.plan.planner import Planner
+from nodeagent.lifecycle.plan.profiles import Profiles
+from nodeagent.lifecycle.pods import sandboxes
 from nodeagent.linux import capabilities, syscalls
 from nodeagent.net.hostports import HostPorts
 from nodeagent.records import (
@@ -44,7 +45,7 @@ from nodeagent.records import (
     Sandbox,
     SandboxConfig,
 )
-from nodeagent.sandbox import assembly
+from nodeagent.sandbox.init import rootfs
 from nodeagent.sandbox.spec import ContainerPlan, Mount
 from nodeagent.store import Store
 
@@ -204,7 +205,7 @@ class _StoredImages:
     """
 
     def __init__(self, store: Store, directory: Path) -> None:
-        self._images = NamedImages(store, ())
+        self._images = ImageStore(store, ())
         self._layers = {layer.chain_id: layer for layer in store.all(Layer)}
         self._directory = directory
         self.missing: list[str] = []
@@ -243,7 +244,7 @@ class _Examination:
         )
         self._artifacts = _Artifacts()
         self._planner = Planner(
-            Registry(store, Events()),
+            Inventory(store, Events()),
             self._images,
             self._cgroups,
             Profiles(config.seccomp.default_profile),
@@ -373,9 +374,9 @@ class _Examination:
                 text = f'"{mount["source"]}" is absent: a directory, for {mount["target"]}'
                 self._found("made", what, text)
                 continue
-            origin = assembly.open_host_path(mount)
+            origin = rootfs.open_host_path(mount)
             try:
-                assembly.require_propagation(mount, origin)
+                rootfs.require_propagation(mount, origin)
             finally:
                 os.close(origin)
 

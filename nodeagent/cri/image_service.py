@@ -8,7 +8,7 @@ from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import messages, translate_images, validate, verbose
 from nodeagent.cri.listing import Listing
 from nodeagent.errors import SecurityProfileInvalid
-from nodeagent.images.auth import Auth
+from nodeagent.images.remote.auth import Auth
 from nodeagent.lifecycle.node import Node
 from nodeagent.records import Image
 

@@ -7,7 +7,7 @@ from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import listing, stats
 from nodeagent.cri.runtime_containers import container_id
 from nodeagent.lifecycle.node import Node
-from nodeagent.lifecycle.stats import ContainerUsage, SandboxUsage
+from nodeagent.lifecycle.usage.stats import ContainerUsage, SandboxUsage
 from nodeagent.metrics import cri as metrics
 
 _TYPES: dict[str, pb.MetricType] = {"counter": pb.COUNTER, "gauge": pb.GAUGE}

@@ -6,8 +6,8 @@ from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cgroups.parse import Pressure, PressureLine
 from nodeagent.cgroups.stats import CpuStats, MemoryStats, PressureStats
 from nodeagent.cri import messages
-from nodeagent.lifecycle.disk import DiskUsage
-from nodeagent.lifecycle.stats import ContainerUsage, GroupUsage, SandboxUsage
+from nodeagent.lifecycle.usage.disk import DiskUsage
+from nodeagent.lifecycle.usage.stats import ContainerUsage, GroupUsage, SandboxUsage
 from nodeagent.net.stats import InterfaceStats
 
 _NO_PRESSURE = PressureStats(cpu=None, memory=None, io=None)

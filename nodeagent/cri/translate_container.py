@@ -11,7 +11,7 @@ from nodeagent.cri.translate_mounts import mounts
 from nodeagent.cri.translate_namespaces import container_namespaces
 from nodeagent.cri.translate_resources import resources
 from nodeagent.errors import Unsupported
-from nodeagent.lifecycle import cdi_specs
+from nodeagent.lifecycle.plan import cdi_specs
 from nodeagent.records import ContainerConfig, DeviceConfig, Profile, SandboxConfig
 
 _PERMISSIONS = re.compile(r"(?!.*(.).*\1)[rwm]{1,3}")

@@ -16,12 +16,10 @@ from typing import BinaryIO, NamedTuple
 import msgspec
 
 from nodeagent.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted, Unsupported
-from nodeagent.images import manifest, tar
+from nodeagent.images import manifest
 from nodeagent.images.budget import Budget, is_full
-from nodeagent.images.compression import decompressed
 from nodeagent.images.content import Blob
 from nodeagent.images.install import Plan
-from nodeagent.images.layers import write_all
 from nodeagent.images.manifest import (
     DOCKER_CONFIG,
     DOCKER_LAYER,
@@ -31,6 +29,9 @@ from nodeagent.images.manifest import (
     Manifest,
 )
 from nodeagent.images.reference import Reference, parse
+from nodeagent.images.unpack import tar
+from nodeagent.images.unpack.compression import decompressed
+from nodeagent.images.unpack.layers import write_all
 
 MAX_FILES = 10_000
 _MAX_NAME = 4096  # all names are kept in memory, and a pax header has room for a megabyte

@@ -17,19 +17,19 @@ from typing import BinaryIO, Self
 
 from nodeagent.errors import ResourceExhausted, Unavailable
 from nodeagent.images import archive, manifest
-from nodeagent.images.auth import Auth
-from nodeagent.images.client import Session
 from nodeagent.images.concurrency import Flights, to_the_end
 from nodeagent.images.content import Documents, sync_file_system
-from nodeagent.images.destinations import Scope
-from nodeagent.images.download import Downloads
 from nodeagent.images.holds import Holds
+from nodeagent.images.image_store import ImageStore, documents, title
 from nodeagent.images.install import Content, Installer, Limits, Plan
 from nodeagent.images.layer_store import LayerStore
-from nodeagent.images.names import NamedImages, documents, title
-from nodeagent.images.pull import resolve
 from nodeagent.images.reference import Reference, parse
-from nodeagent.images.source import open_source
+from nodeagent.images.remote.auth import Auth
+from nodeagent.images.remote.client import Session
+from nodeagent.images.remote.destinations import Scope
+from nodeagent.images.remote.download import Downloads
+from nodeagent.images.remote.resolve import resolve
+from nodeagent.images.remote.source import open_source
 from nodeagent.images.staging import Staging
 from nodeagent.images.usage import Counters, FsUsage
 from nodeagent.records import Image, ImageHold
@@ -79,7 +79,7 @@ class Images:
         resources.push_async_callback(self._installer.close)
         self._pulls: Flights[Image] = Flights()
         resources.push_async_callback(self._pulls.close)
-        self._images = NamedImages(store, pinned)
+        self._images = ImageStore(store, pinned)
         self._holds = Holds(store)
 
     @classmethod

@@ -16,15 +16,15 @@ from typing import Protocol
 
 from nodeagent import files
 from nodeagent.errors import DataLoss, InvalidArgument, Unsupported
-from nodeagent.images import inheritance, layers
 from nodeagent.images.budget import Budget, Share
 from nodeagent.images.concurrency import Flight, Flights, to_the_end
 from nodeagent.images.content import Blob, BlobReader, Starved
 from nodeagent.images.layer_store import LayerStore
-from nodeagent.images.layers import Unpacked
 from nodeagent.images.manifest import Descriptor, Image, Manifest
 from nodeagent.images.slots import Permits, Slots
 from nodeagent.images.staging import Staging
+from nodeagent.images.unpack import inheritance, layers
+from nodeagent.images.unpack.layers import Unpacked
 from nodeagent.images.usage import Counters
 from nodeagent.records import Layer
 

@@ -18,13 +18,13 @@ import msgspec
 
 from nodeagent.errors import InvalidArgument, NodeAgentError, NotFound, SecurityProfileInvalid
 from nodeagent.images import artifact, manifest
-from nodeagent.images.auth import Auth
-from nodeagent.images.client import Session
 from nodeagent.images.concurrency import Flights, to_the_end
 from nodeagent.images.content import Documents, sync_file_system
-from nodeagent.images.destinations import Scope
 from nodeagent.images.reference import Reference, parse
-from nodeagent.images.source import open_source
+from nodeagent.images.remote.auth import Auth
+from nodeagent.images.remote.client import Session
+from nodeagent.images.remote.destinations import Scope
+from nodeagent.images.remote.source import open_source
 from nodeagent.records import StoredProfile
 from nodeagent.store import Store
 

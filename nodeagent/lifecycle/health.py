@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nodeagent.cgroups.manager import Cgroups
-from nodeagent.lifecycle.hostpaths import HostPaths
-from nodeagent.lifecycle.launchers import Launchers
 from nodeagent.lifecycle.places import Places
+from nodeagent.lifecycle.plan.host_paths import HostPaths
+from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.store import Store
 
 log = logging.getLogger(__name__)

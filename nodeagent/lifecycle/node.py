@@ -15,28 +15,29 @@ from pathlib import Path
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
 from nodeagent.images.catalog import Images, Limits
-from nodeagent.images.client import Session, open_session
 from nodeagent.images.profiles import SecurityProfiles
-from nodeagent.lifecycle import apparmor, privatemount
-from nodeagent.lifecycle.cdi import Cdi
-from nodeagent.lifecycle.containers import Containers
+from nodeagent.images.remote.client import Session, open_session
+from nodeagent.lifecycle import private_mount
+from nodeagent.lifecycle.containers.containers import Containers
 from nodeagent.lifecycle.events import Events
-from nodeagent.lifecycle.handover import joining_files
 from nodeagent.lifecycle.health import Health
-from nodeagent.lifecycle.launchers import Launchers
+from nodeagent.lifecycle.inventory import Inventory
 from nodeagent.lifecycle.places import Places
-from nodeagent.lifecycle.plan import Planner
-from nodeagent.lifecycle.profiles import Profiles, check_artifact
+from nodeagent.lifecycle.plan import apparmor
+from nodeagent.lifecycle.plan.cdi import Cdi
+from nodeagent.lifecycle.plan.planner import Planner
+from nodeagent.lifecycle.plan.profiles import Profiles, check_artifact
+from nodeagent.lifecycle.pods.sandboxes import Sandboxes
+from nodeagent.lifecycle.pods.slots import Slots
 from nodeagent.lifecycle.recovery import Recovery
-from nodeagent.lifecycle.registry import Registry
-from nodeagent.lifecycle.sandboxes import Sandboxes
 from nodeagent.lifecycle.sessions import Sessions
-from nodeagent.lifecycle.slots import Slots
-from nodeagent.lifecycle.stats import Stats
-from nodeagent.lifecycle.supervision import Supervision
+from nodeagent.lifecycle.supervisors.handover import joining_files
+from nodeagent.lifecycle.supervisors.launchers import Launchers
+from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.lifecycle.trash import Trash
+from nodeagent.lifecycle.usage.stats import Stats
 from nodeagent.net.network import Network
-from nodeagent.sandbox.client import Launcher
+from nodeagent.sandbox.agent.client import Launcher
 from nodeagent.store import Store
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Node:
     network: Network
     cgroups: Cgroups
     launchers: Launchers
-    registry: Registry
+    inventory: Inventory
     supervision: Supervision
     trash: Trash
     health: Health
@@ -146,7 +147,7 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
                 places.home,
                 places.state,
             )
-        stack.enter_context(privatemount.mounted(places.pods))
+        stack.enter_context(private_mount.mounted(places.pods))
         await asyncio.to_thread(apparmor.prepare)
         # One for images and profiles: a registry that asked for a pause is left alone by both.
         session = await stack.enter_async_context(open_session())
@@ -193,22 +194,22 @@ def _assemble(
     launchers: Launchers,
 ) -> Node:
     events = Events()
-    registry = Registry(store, events)
-    supervision = Supervision(registry, launchers, places.pods)
+    inventory = Inventory(store, events)
+    supervision = Supervision(inventory, launchers, places.pods)
     trash = Trash(places.trash)
     containers = Containers(
-        registry=registry,
+        inventory=inventory,
         supervision=supervision,
         images=images,
         cgroups=cgroups,
-        planner=Planner(registry, images, cgroups, profiles, artifacts, config, pods=places.pods),
+        planner=Planner(inventory, images, cgroups, profiles, artifacts, config, pods=places.pods),
         cdi=Cdi([Path(each) for each in config.cdi.directories], config.cdi.hook_programs),
         trash=trash,
         directory=places.containers,
     )
     slots = Slots(launchers, network, places.pods, config.slots)
     sandboxes = Sandboxes(
-        registry=registry,
+        inventory=inventory,
         slots=slots,
         network=network,
         containers=containers,
@@ -225,14 +226,14 @@ def _assemble(
         containers=containers,
         images=images,
         artifacts=artifacts,
-        stats=Stats(registry, containers, network, places.containers),
+        stats=Stats(inventory, containers, network, places.containers),
         events=events,
-        sessions=Sessions(registry, containers, supervision),
+        sessions=Sessions(inventory, containers, supervision),
         slots=slots,
         network=network,
         cgroups=cgroups,
         launchers=launchers,
-        registry=registry,
+        inventory=inventory,
         supervision=supervision,
         trash=trash,
         health=Health(places, cgroups, launchers, store),
@@ -241,7 +242,7 @@ def _assemble(
 
 def _recovery(node: Node, places: Places) -> Recovery:
     return Recovery(
-        registry=node.registry,
+        inventory=node.inventory,
         supervision=node.supervision,
         containers=node.containers,
         network=node.network,

@@ -12,7 +12,7 @@ from typing import Self
 from nodeagent import files
 from nodeagent.config import DEFAULT_STATE, Config
 from nodeagent.errors import AlreadyExists
-from nodeagent.lifecycle import privatemount
+from nodeagent.lifecycle import private_mount
 
 PRIVATE = 0o700
 LOCK = "lock"
@@ -95,7 +95,7 @@ def _is_used(state: Path) -> bool:
     The mount tells, which stays as long as they do, and until an agent has ended without any; nobody makes one who has
     only got the directory as a volume.
     """
-    return privatemount.is_there(state / "pods") and not _is_held(state / LOCK)
+    return private_mount.is_there(state / "pods") and not _is_held(state / LOCK)
 
 
 def _is_held(lock: Path) -> bool:

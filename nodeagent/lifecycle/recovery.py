@@ -15,18 +15,18 @@ from nodeagent import records
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import NodeAgentError
 from nodeagent.images.catalog import Images
-from nodeagent.lifecycle import podgroup
-from nodeagent.lifecycle.containers import Containers
-from nodeagent.lifecycle.launchers import Launchers
+from nodeagent.lifecycle.containers.containers import Containers
+from nodeagent.lifecycle.inventory import Inventory, boot_id
 from nodeagent.lifecycle.places import Places
-from nodeagent.lifecycle.registry import Registry, boot_id
-from nodeagent.lifecycle.slots import dismantle
-from nodeagent.lifecycle.supervision import Supervision
+from nodeagent.lifecycle.pods import cgroup
+from nodeagent.lifecycle.pods.slots import dismantle
+from nodeagent.lifecycle.supervisors.launchers import Launchers
+from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.lifecycle.trash import Trash
 from nodeagent.net.network import Network
 from nodeagent.records import Sandbox
-from nodeagent.sandbox import namespaces
-from nodeagent.sandbox.client import Supervisor
+from nodeagent.sandbox.agent.client import Supervisor
+from nodeagent.sandbox.supervisor import namespaces
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Recovery:
     def __init__(
         self,
         *,
-        registry: Registry,
+        inventory: Inventory,
         supervision: Supervision,
         containers: Containers,
         network: Network,
@@ -47,7 +47,7 @@ class Recovery:
         cgroups: Cgroups,
         places: Places,
     ) -> None:
-        self._registry = registry
+        self._inventory = inventory
         self._supervision = supervision
         self._containers = containers
         self._network = network
@@ -59,15 +59,15 @@ class Recovery:
 
     async def run(self) -> None:
         boot = boot_id()
-        for sandbox in list(self._registry.sandboxes.values()):
+        for sandbox in list(self._inventory.sandboxes.values()):
             if sandbox.boot_id != boot:
                 self._rebooted(sandbox)
-        self._images.release_others(self._registry.containers.keys())
-        ready = [s for s in self._registry.sandboxes.values() if s.ready]
+        self._images.release_others(self._inventory.containers.keys())
+        ready = [s for s in self._inventory.sandboxes.values() if s.ready]
         await asyncio.gather(*(self._adopt(sandbox) for sandbox in ready))
         await self._dismantle_strangers()
         await self._undo_intentions()
-        await self._network.recover(self._registry.pods.keys())
+        await self._network.recover(self._inventory.pods.keys())
 
     async def _adopt(self, sandbox: Sandbox) -> None:
         try:
@@ -81,17 +81,17 @@ class Recovery:
     def _rebooted(self, sandbox: Sandbox) -> None:
         """Nothing of this pod can run any more: write that down."""
         now = time.time_ns()
-        for container in self._registry.members(sandbox.id):
+        for container in self._inventory.members(sandbox.id):
             if container.created_at:
-                self._registry.save(records.lost(container, now))
+                self._inventory.save(records.lost(container, now))
         if sandbox.ready:
-            self._registry.save(msgspec.structs.replace(sandbox, stopped_at=now))
+            self._inventory.save(msgspec.structs.replace(sandbox, stopped_at=now))
 
     async def _undo_intentions(self) -> None:
         unfinished = [
             container
-            for container in self._registry.containers.values()
-            if not container.created_at or container.sandbox_id not in self._registry.sandboxes
+            for container in self._inventory.containers.values()
+            if not container.created_at or container.sandbox_id not in self._inventory.sandboxes
         ]
         await asyncio.gather(
             *(
@@ -101,14 +101,14 @@ class Recovery:
                 for container in unfinished
             )
         )
-        for sandbox in list(self._registry.sandboxes.values()):
+        for sandbox in list(self._inventory.sandboxes.values()):
             if not sandbox.ready_at and await self._remove_group(sandbox):
-                self._registry.forget(sandbox)
+                self._inventory.forget(sandbox)
 
     async def _remove_group(self, sandbox: Sandbox) -> bool:
         """False where it is left, to the removal of the pod or to the next start."""
         try:
-            await asyncio.to_thread(podgroup.remove, self._cgroups, sandbox)
+            await asyncio.to_thread(cgroup.remove, self._cgroups, sandbox)
         except (NodeAgentError, OSError) as error:
             log.error('pod sandbox "%s": its cgroup is left: %s', sandbox.id, error)
             return False
@@ -118,7 +118,7 @@ class Recovery:
         """Remove pods without a record, which were slots or cut off, and containers without one."""
         launcher = await self._launchers.get()
         known = {directory.name for directory in self._places.pods.iterdir()}
-        strangers = known.union(await launcher.pods()) - self._registry.pods.keys()
+        strangers = known.union(await launcher.pods()) - self._inventory.pods.keys()
         await asyncio.gather(
             *(
                 self._supervision.within_bounds(
@@ -128,7 +128,7 @@ class Recovery:
             )
         )
         for directory in self._places.containers.iterdir():
-            if directory.name not in self._registry.containers:
+            if directory.name not in self._inventory.containers:
                 await self._clear_stranger(directory.name)
 
     async def _clear_stranger(self, container_id: str) -> None:
@@ -143,11 +143,9 @@ class Recovery:
         try:
             supervisor = await self._reach(directory)
             await dismantle(directory.name, directory, supervisor, self._network)
-            known = {sandbox.cgroup_parent for sandbox in self._registry.sandboxes.values()}
+            known = {sandbox.cgroup_parent for sandbox in self._inventory.sandboxes.values()}
             for parent in known | {self._cgroups.pod_path(directory.name)}:
-                await asyncio.to_thread(
-                    podgroup.remove_below, self._cgroups, parent, directory.name
-                )
+                await asyncio.to_thread(cgroup.remove_below, self._cgroups, parent, directory.name)
         except (NodeAgentError, OSError) as error:
             log.error('pod "%s": not removed: %s', directory.name, error)
 

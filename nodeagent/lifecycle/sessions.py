@@ -15,12 +15,12 @@ from typing import Any
 
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.errors import FailedPrecondition, NodeAgentError, ResourceExhausted
-from nodeagent.lifecycle.containers import Containers
-from nodeagent.lifecycle.handover import close_all, handover
-from nodeagent.lifecycle.registry import Registry
-from nodeagent.lifecycle.supervision import Supervision
+from nodeagent.lifecycle.containers.containers import Containers
+from nodeagent.lifecycle.inventory import Inventory
+from nodeagent.lifecycle.supervisors.handover import close_all, handover
+from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.records import Container
-from nodeagent.sandbox.client import AttachIO, CgroupFds, ExecHandle, ExecIO, Supervisor
+from nodeagent.sandbox.agent.client import AttachIO, CgroupFds, ExecHandle, ExecIO, Supervisor
 from nodeagent.sandbox.spec import ExecPlan
 from nodeagent.streaming.backend import AttachRequest, ExecRequest, PortForwardRequest, Process
 
@@ -31,9 +31,9 @@ class Sessions:
     """The backend of the streaming server."""
 
     def __init__(
-        self, registry: Registry, containers: Containers, supervision: Supervision
+        self, inventory: Inventory, containers: Containers, supervision: Supervision
     ) -> None:
-        self._registry = registry
+        self._inventory = inventory
         self._containers = containers
         self._supervision = supervision
         self._behind: set[asyncio.Task[None]] = set()
@@ -62,7 +62,7 @@ class Sessions:
 
     async def dial(self, request: PortForwardRequest, port: int) -> socket.socket:
         """A connection to 127.0.0.1, else ::1, as the pod sees it."""
-        pod = self._registry.pods.get(request.sandbox_id)
+        pod = self._inventory.pods.get(request.sandbox_id)
         if pod is None or pod.supervisor is None:
             raise FailedPrecondition(f'pod sandbox "{request.sandbox_id}": is stopped')
         return await pod.supervisor.dial(port)
@@ -70,7 +70,7 @@ class Sessions:
     async def end_of(self, container_id: str) -> int:
         """The exit code of a container, once it has ended."""
         await self._supervision.ended(container_id)
-        container = self._registry.containers.get(container_id)
+        container = self._inventory.containers.get(container_id)
         return container.exit_code if container else 0
 
     def do_behind(self, work: Coroutine[Any, Any, None]) -> None:

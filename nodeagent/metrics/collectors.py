@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 
 from nodeagent.images.usage import Counters
 from nodeagent.lifecycle.node import Node
-from nodeagent.lifecycle.stats import LogUsage, SandboxUsage
+from nodeagent.lifecycle.usage.stats import LogUsage, SandboxUsage
 from nodeagent.metrics.families import ACCOUNTED, NETWORK, Family, T
 
 RPC_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nodeagent.errors import NotFound
 from nodeagent.lifecycle.node import Node
-from nodeagent.lifecycle.stats import ContainerUsage, SandboxUsage
+from nodeagent.lifecycle.usage.stats import ContainerUsage, SandboxUsage
 from nodeagent.metrics.families import ACCOUNTED, NETWORK, Family, Kind, T
 from nodeagent.metrics.inspection import INSPECTED, Inspected, inspect
 from nodeagent.records import Sandbox

@@ -13,7 +13,7 @@ from typing import Generic, Literal, TypeVar
 
 from nodeagent.cgroups.parse import Pressure
 from nodeagent.cgroups.stats import CpuStats, HugetlbStats, IoStats, MemoryStats, PressureStats
-from nodeagent.lifecycle.stats import ContainerUsage
+from nodeagent.lifecycle.usage.stats import ContainerUsage
 from nodeagent.net.stats import InterfaceStats
 
 Kind = Literal["counter", "gauge"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from nodeagent.lifecycle.stats import ContainerUsage
+from nodeagent.lifecycle.usage.stats import ContainerUsage
 from nodeagent.metrics.families import NANO, Family, Kind, Sample, device_name
 from nodeagent.records import Resources
 

@@ -12,7 +12,8 @@ import struct
 import time
 
 from nodeagent import files
-from nodeagent.sandbox import process, protocol
+from nodeagent.sandbox import protocol
+from nodeagent.sandbox.runtime import process
 from nodeagent.sandbox.spec import Exit
 
 SIGKILLED = 128 + 9

@@ -10,7 +10,8 @@ import os
 from typing import NotRequired, TypedDict
 
 from nodeagent import files
-from nodeagent.sandbox import exits, hooks, protocol
+from nodeagent.sandbox import exits, protocol
+from nodeagent.sandbox.runtime import hooks
 from nodeagent.sandbox.spec import ContainerPlan, Identity
 
 _MODE = 0o600

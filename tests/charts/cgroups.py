@@ -6,7 +6,7 @@ Where agents use the systemd driver they are slices, and systemd makes and ends 
 from contextlib import suppress
 from pathlib import Path
 
-from tests import slices
+from tests.support import slices
 
 TOP = Path("/sys/fs/cgroup")
 

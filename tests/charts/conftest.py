@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import slices
 from tests.charts import cgroups, images
 from tests.charts.node import Node
+from tests.support import slices
 
 _SKIPPED = pytest.StashKey[list[str]]()
 

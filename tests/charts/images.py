@@ -8,9 +8,9 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-from tests import images
 from tests.charts.chart import Json, charts, exec_commands
-from tests.images import PATH, Image, Layer, Tree
+from tests.support import images
+from tests.support.images import PATH, Image, Layer, Tree
 
 # Serves TCP ports, each request with "ok", and UDP ports, each datagram with itself. It says so, and ends on SIGTERM,
 # and on systemd's signal to halt.

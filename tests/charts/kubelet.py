@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nodeagent.api import runtime_pb2 as pb
-from tests import slices
 from tests.charts.chart import Chart, Json
 from tests.charts.node import NAME
+from tests.support import slices
 
 PODS = "/var/lib/kubelet/pods"
 LOGS = "/var/log/pods"

@@ -12,8 +12,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from tests.images import PAUSE, PROJECT, compiled
-from tests.node import RunningAgent
+from tests.support.images import PAUSE, PROJECT, compiled
+from tests.support.node import RunningAgent
 
 NAME = "node-1"
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nodeagent.api import runtime_pb2 as pb
-from tests import cri
 from tests.charts import cgroups, images
 from tests.charts.chart import Chart, Json, exec_commands
 from tests.charts.kubelet import Kubelet
 from tests.charts.node import Node
-from tests.node import PATIENCE_SECONDS, wait_for
+from tests.support import cri
+from tests.support.node import PATIENCE_SECONDS, wait_for
 
 SMALL_QUOTA_USEC = 10_000  # of a period of 100 ms
 

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests import slices
 from tests.charts.chart import Chart, Json, charts
 from tests.charts.conftest import skipped
 from tests.charts.kubelet import IDS
 from tests.charts.node import Node
 from tests.charts.observation import observe
 from tests.charts.pods import ChartPod
-from tests.node import PATIENCE_SECONDS
+from tests.support import slices
+from tests.support.node import PATIENCE_SECONDS
 
 # What the agent says that it skips of the charts: labels, and what it may not do itself without CAP_SYS_RESOURCE.
 KNOWN = re.compile(

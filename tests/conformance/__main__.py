@@ -23,11 +23,11 @@ import grpc
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.api import runtime_pb2_grpc as rpc
 from nodeagent.files import remove_tree
-from tests import images
 from tests.conformance import apparmor, critest, suite
 from tests.conformance.critest import FAILED, PASSED, SKIPPED, Critest, Spec
-from tests.images import PROJECT
-from tests.registry import fill, running_registry
+from tests.support import images
+from tests.support.images import PROJECT
+from tests.support.registry import fill, running_registry
 
 PROGRAM = PROJECT / ".tools/bin/critest"
 TIMEOUT_SECONDS = 600.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tests.images import DEBIAN
+from tests.support.images import DEBIAN
 
 PACKAGE = DEBIAN / "apparmor"
 SCRIPTS = {

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.images import patch_critest
+from tests.support.images import patch_critest
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 BENCHMARK = "benchmark"  # in the names of the specs that measure instead of validating

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tests.conformance import critest
 from tests.conformance.critest import Spec
-from tests.node import RunningAgent
-from tests.registry import Registry
+from tests.support.node import RunningAgent
+from tests.support.registry import Registry
 
 UPSTREAM = ("docker.io", "registry.k8s.io", "k8s.gcr.io", "gcr.io", "quay.io", "public.ecr.aws")
 

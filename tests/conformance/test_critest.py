@@ -8,7 +8,7 @@ from tests.conformance import critest as suite_of_specs
 from tests.conformance import suite
 from tests.conformance.critest import FAILED, SKIPPED, Critest, Spec
 from tests.conftest import TOOLS
-from tests.registry import Registry
+from tests.support.registry import Registry
 
 PROGRAM = TOOLS / "critest"
 SECONDS = 600.0

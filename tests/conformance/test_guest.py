@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import IN_CI
 from tests.guest import machine, setup
-from tests.images import PROJECT
+from tests.support.images import PROJECT
 
 SECONDS = 900
 

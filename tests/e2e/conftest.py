@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests import images
-from tests.cri import Cri
 from tests.e2e.streams import WIRES, Streams
-from tests.node import RunningAgent
-from tests.registry import Registry
+from tests.support import images
+from tests.support.cri import Cri
+from tests.support.node import RunningAgent
+from tests.support.registry import Registry
 
 UPSTREAM = ("docker.io", "registry.k8s.io", "gcr.io", "quay.io", "public.ecr.aws")
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.cri import Cri
-from tests.node import free_port
+from tests.support.cri import Cri
+from tests.support.node import free_port
 
 WIRES = ("spdy", "websocket")
 

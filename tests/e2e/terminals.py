@@ -6,7 +6,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-from tests.node import wait_for
+from tests.support.node import wait_for
 
 COLUMNS, ROWS = 100, 30
 PATIENCE_SECONDS = 30.0

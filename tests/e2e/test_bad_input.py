@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests.cri import Cri, Pod, options, refused
+from tests.support.cri import Cri, Pod, options, refused
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 NOT_FOUND = grpc.StatusCode.NOT_FOUND

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests import images
-from tests.cri import Container, Cri, Pod
 from tests.e2e.streams import Streams
-from tests.node import wait_for
-from tests.registry import Registry
+from tests.support import images
+from tests.support.cri import Container, Cri, Pod
+from tests.support.node import wait_for
+from tests.support.registry import Registry
 
 MEBIBYTE = 1 << 20
 BULK_MEBIBYTES = 1024

@@ -14,11 +14,11 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests.cri import Cri, Pod, options, pod_options, refused
 from tests.e2e.conftest import client, running_agent
 from tests.e2e.test_user_namespaces import user_namespace
-from tests.node import RunningAgent, wait_for
-from tests.registry import Registry
+from tests.support.cri import Cri, Pod, options, pod_options, refused
+from tests.support.node import RunningAgent, wait_for
+from tests.support.registry import Registry
 
 FAILED_PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
 NVIDIA = "nvidia.com/gpu=0"

@@ -7,8 +7,8 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests.cri import Container, Cri, options, pod_options, refused
 from tests.e2e.test_user_namespaces import mapped_pod
+from tests.support.cri import Container, Cri, options, pod_options, refused
 
 PLACE = Path("/sys/fs/cgroup")
 V2 = (PLACE / "cgroup.controllers").exists()

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests import images
-from tests.node import RunningAgent, free_port, wait_for
-from tests.registry import Registry
+from tests.support import images
+from tests.support.node import RunningAgent, free_port, wait_for
+from tests.support.registry import Registry
 
 
 class Crictl:

@@ -12,10 +12,10 @@ import pytest
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.linux import syscalls
-from tests.cri import EXITED, Container, Cri
 from tests.e2e.conftest import client
-from tests.node import RunningAgent, wait_for
-from tests.registry import Registry
+from tests.support.cri import EXITED, Container, Cri
+from tests.support.node import RunningAgent, wait_for
+from tests.support.registry import Registry
 
 
 def crash(agent: RunningAgent, container: Container) -> Path:

@@ -14,9 +14,9 @@ import pytest
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.linux import syscalls
-from tests.cri import Cri, options
-from tests.node import wait_for
 from tests.security import fuse
+from tests.support.cri import Cri, options
+from tests.support.node import wait_for
 
 MNT_DETACH = 2
 

@@ -13,10 +13,10 @@ import pytest
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.api import runtime_pb2_grpc as rpc
-from tests.cri import RUNNING, Container
 from tests.e2e.conftest import client
-from tests.node import RunningAgent, wait_for
-from tests.registry import Registry
+from tests.support.cri import RUNNING, Container
+from tests.support.node import RunningAgent, wait_for
+from tests.support.registry import Registry
 
 EARLIER = "/run/nodeagent"
 NOW = "/run/nodeagent-cri"

@@ -8,10 +8,10 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests import images
-from tests.cri import Cri, refused
-from tests.node import RunningAgent
-from tests.registry import PASSWORD, USERNAME, Registry
+from tests.support import images
+from tests.support.cri import Cri, refused
+from tests.support.node import RunningAgent
+from tests.support.registry import PASSWORD, USERNAME, Registry
 
 
 def pull(agent: RunningAgent, reference: str, **auth: str) -> str:

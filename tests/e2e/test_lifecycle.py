@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests.cri import CREATED, EXITED, RUNNING, SLEEP, Cri, options, pod_options, refused
+from tests.support.cri import CREATED, EXITED, RUNNING, SLEEP, Cri, options, pod_options, refused
 
 
 def test_a_pod_lives_and_leaves(cri: Cri) -> None:

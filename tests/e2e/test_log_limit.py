@@ -6,8 +6,8 @@ import urllib.request
 import pytest
 
 from tests.e2e.conftest import client, running_agent
-from tests.node import RunningAgent, wait_for
-from tests.registry import Registry
+from tests.support.node import RunningAgent, wait_for
+from tests.support.registry import Registry
 
 CONFIG = "[container_logs]\nmax_bytes_per_second = 100_000\nburst_bytes = 50_000\n"
 HELD_BACK = "nodeagent_container_log_held_back_seconds_total"

@@ -14,8 +14,8 @@ import pytest
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.linux import syscalls
-from tests.cri import Container, Cri, refused
-from tests.node import wait_for
+from tests.support.cri import Container, Cri, refused
+from tests.support.node import wait_for
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}(Z|[+-]\d\d:\d\d) (stdout|stderr) [PF] .*")
 

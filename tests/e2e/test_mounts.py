@@ -11,12 +11,12 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests import fake_registry, images, tars
-from tests.cri import Container, Cri, options, pod_options, refused
 from tests.e2e.conftest import client, running_agent
 from tests.e2e.test_user_namespaces import MAP, user_namespace
-from tests.node import wait_for
-from tests.registry import Registry
+from tests.support import fake_registry, images, tars
+from tests.support.cri import Container, Cri, options, pod_options, refused
+from tests.support.node import wait_for
+from tests.support.registry import Registry
 
 PRIVILEGED = pb.LinuxPodSandboxConfig(
     security_context=pb.LinuxSandboxSecurityContext(privileged=True)

@@ -7,8 +7,8 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests.cri import Cri, Pod, pod_options, refused
-from tests.node import free_port, wait_for
+from tests.support.cri import Cri, Pod, pod_options, refused
+from tests.support.node import free_port, wait_for
 
 PAGE = ("sh", "-c", "echo page > /index.html; exec httpd -f -p 8080 -h /")
 

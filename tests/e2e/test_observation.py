@@ -10,8 +10,8 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests.cri import Cri
-from tests.node import wait_for
+from tests.support.cri import Cri
+from tests.support.node import wait_for
 
 
 def test_every_metric_has_a_value_for_a_plain_pod(cri: Cri) -> None:

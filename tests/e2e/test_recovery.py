@@ -12,8 +12,8 @@ from pathlib import Path
 import grpc
 
 from nodeagent.api import runtime_pb2 as pb
-from tests.cri import EXITED, RUNNING, Cri, Pod
-from tests.node import RunningAgent, wait_for
+from tests.support.cri import EXITED, RUNNING, Cri, Pod
+from tests.support.node import RunningAgent, wait_for
 
 
 def test_containers_never_notice(own_agent: RunningAgent, own_cri: Cri) -> None:

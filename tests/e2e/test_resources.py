@@ -16,11 +16,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.linux import capabilities, syscalls
-from tests import slices
-from tests.cri import Container, Cri, options, pod_options, refused
 from tests.e2e.conftest import client, running_agent
-from tests.node import wait_for
-from tests.registry import Registry
+from tests.support import slices
+from tests.support.cri import Container, Cri, options, pod_options, refused
+from tests.support.node import wait_for
+from tests.support.registry import Registry
 
 CGROUPS = Path("/sys/fs/cgroup")
 LIMITS = pb.LinuxContainerResources(

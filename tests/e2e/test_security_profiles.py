@@ -12,10 +12,10 @@ import pytest
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.linux import libseccomp
-from tests import artifacts, images
-from tests.artifacts import Artifact
-from tests.cri import Container, Cri, options, pod_options, refused
-from tests.registry import Registry
+from tests.support import artifacts, images
+from tests.support.artifacts import Artifact
+from tests.support.cri import Container, Cri, options, pod_options, refused
+from tests.support.registry import Registry
 
 OWN, BASE = (
     123,

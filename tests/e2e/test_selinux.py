@@ -12,11 +12,11 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests import tars
-from tests.cri import Container, Cri, options, pod_options, refused
 from tests.e2e.test_mounts import pulled
 from tests.e2e.test_user_namespaces import mapped_mount, user_namespace
-from tests.registry import Registry
+from tests.support import tars
+from tests.support.cri import Container, Cri, options, pod_options, refused
+from tests.support.registry import Registry
 
 POLICY = Path("/etc/selinux/config")
 LEVEL, OTHER_LEVEL = "s0:c1,c2", "s0:c1,c3"

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests.cri import RUNNING, Container, Cri
 from tests.e2e.streams import Streams
-from tests.node import wait_for
+from tests.support.cri import RUNNING, Container, Cri
+from tests.support.node import wait_for
 
 MEBIBYTE = 1 << 20
 

@@ -8,10 +8,10 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests import fake_registry, images, tars
-from tests.cri import Container, Cri, options, pod_options
-from tests.node import wait_for
-from tests.registry import Registry
+from tests.support import fake_registry, images, tars
+from tests.support.cri import Container, Cri, options, pod_options
+from tests.support.node import wait_for
+from tests.support.registry import Registry
 
 SYSTEMD = Path("/lib/systemd/systemd")
 MIB = 1 << 20

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cri import RUNNING, Container, Cri
 from tests.e2e.streams import Streams
 from tests.e2e.terminals import COLUMNS, ROWS, Terminal
-from tests.node import wait_for
+from tests.support.cri import RUNNING, Container, Cri
+from tests.support.node import wait_for
 
 Open = Callable[[list[str]], Terminal]
 

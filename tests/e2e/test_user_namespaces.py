@@ -9,8 +9,8 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests.cri import Cri, Pod, options, pod_options, refused
-from tests.node import wait_for
+from tests.support.cri import Cri, Pod, options, pod_options, refused
+from tests.support.node import wait_for
 
 FIRST, LENGTH = 200_000, 65_536
 MAP = [pb.IDMapping(host_id=FIRST, container_id=0, length=LENGTH)]

@@ -13,7 +13,7 @@ from nodeagent.cri.translate_container import container_config
 from nodeagent.cri.translate_resources import message_of, resources
 from nodeagent.cri.translate_sandbox import sandbox_config
 from nodeagent.errors import InvalidArgument, NodeAgentError, Unsupported
-from nodeagent.lifecycle import podfiles, process
+from nodeagent.lifecycle.plan import etc_files, process
 from nodeagent.records import (
     Container,
     ContainerConfig,
@@ -39,8 +39,8 @@ def run_pod_sandbox(data: bytes) -> None:
     messages.sandbox_item(sandbox).SerializeToString()
     messages.sandbox_status(sandbox).SerializeToString()
     verbose.sandbox_info(sandbox, {})
-    protocol.encode({"hostname": podfiles.hostname(config), "sysctls": config.sysctls})
-    for line in podfiles.resolv_conf(config.dns).splitlines():
+    protocol.encode({"hostname": etc_files.hostname(config), "sysctls": config.sysctls})
+    for line in etc_files.resolv_conf(config.dns).splitlines():
         assert line.startswith(("search ", "nameserver ", "options "))
 
 

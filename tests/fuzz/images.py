@@ -30,32 +30,24 @@ from nodeagent.errors import (
     SecurityProfileInvalid,
     Unsupported,
 )
-from nodeagent.images import (
-    archive,
-    artifact,
-    auth,
-    hosts,
-    inheritance,
-    layers,
-    manifest,
-    reference,
-    tar,
-)
-from nodeagent.images.auth import ANONYMOUS, Credentials
+from nodeagent.images import archive, artifact, manifest, reference
 from nodeagent.images.budget import Budget
-from nodeagent.images.client import Client, Session, Tls, open_session
-from nodeagent.images.compression import CHUNK_BYTES, decompressed
 from nodeagent.images.content import Blob, BlobReader
-from nodeagent.images.destinations import Scope
-from nodeagent.images.hosts import Host
 from nodeagent.images.manifest import Index
-from nodeagent.images.registry import Endpoint
-from nodeagent.images.source import Source
-from nodeagent.lifecycle import process
+from nodeagent.images.remote import auth, hosts
+from nodeagent.images.remote.auth import ANONYMOUS, Credentials
+from nodeagent.images.remote.client import Client, Session, Tls, open_session
+from nodeagent.images.remote.destinations import Scope
+from nodeagent.images.remote.hosts import Host
+from nodeagent.images.remote.registry import Endpoint
+from nodeagent.images.remote.source import Source
+from nodeagent.images.unpack import inheritance, layers, tar
+from nodeagent.images.unpack.compression import CHUNK_BYTES, decompressed
+from nodeagent.lifecycle.plan import process
 from nodeagent.records import ContainerConfig, Image
-from nodeagent.sandbox import seccomp_oci
-from tests import artifacts, tars
+from nodeagent.sandbox.seccomp import oci as seccomp_oci
 from tests.fuzz.target import Target, in_steps
+from tests.support import artifacts, tars
 
 DOMAIN = "registry.example:5000"
 REGISTRY = Host(root=f"http://{DOMAIN}/v2")

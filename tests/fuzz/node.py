@@ -14,7 +14,7 @@ from nodeagent import config
 from nodeagent.cgroups import hierarchy, parse, v1, v2
 from nodeagent.cgroups.control import ControlFiles
 from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
-from nodeagent.lifecycle import cdi, filesystems, process
+from nodeagent.lifecycle.plan import cdi, mounts, process
 from nodeagent.net import netlink
 from nodeagent.records import ContainerConfig, ImageConfig
 from nodeagent.sandbox import protocol
@@ -74,7 +74,7 @@ def cdi_spec(data: bytes) -> None:
             assert msgspec.json.decode(msgspec.json.encode(made), type=ContainerConfig) == made
             protocol.encode({"env": process.environment(made, ImageConfig(), "h")})
             for mount in made.mounts:
-                filesystems._mount(mount, lambda _: ())
+                mounts._mount(mount, lambda _: ())
 
 
 SPEC = {

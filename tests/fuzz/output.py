@@ -15,9 +15,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
-from nodeagent.sandbox.logs import Clock
-from nodeagent.sandbox.loop import Loop
-from nodeagent.sandbox.pump import Pump
+from nodeagent.sandbox.runtime.loop import Loop
+from nodeagent.sandbox.supervisor.logs import Clock
+from nodeagent.sandbox.supervisor.pump import Pump
 from tests.fuzz.target import Target
 
 LINE = re.compile(

@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from nodeagent.errors import InvalidArgument, NodeAgentError, NotFound, Unsupported
-from nodeagent.sandbox import logs, peers, protocol, seccomp_profile, users
-from nodeagent.sandbox.channel import Channel
-from nodeagent.sandbox.journal import CHUNK_BYTES, REGION_BYTES, Journal, Spool, Transfer
-from nodeagent.sandbox.loop import Loop
+from nodeagent.sandbox import protocol
+from nodeagent.sandbox.agent.channel import Channel
+from nodeagent.sandbox.init import users
+from nodeagent.sandbox.runtime import peers
+from nodeagent.sandbox.runtime.loop import Loop
+from nodeagent.sandbox.seccomp import profile as seccomp_profile
 from nodeagent.sandbox.spec import UserRequest
+from nodeagent.sandbox.supervisor import logs
+from nodeagent.sandbox.supervisor.journal import CHUNK_BYTES, REGION_BYTES, Journal, Spool, Transfer
 from tests.fuzz.target import Target, in_steps
 
 # ---- /etc/passwd and /etc/group ----

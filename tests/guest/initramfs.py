@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.images import static_busybox
+from tests.support.images import static_busybox
 
 INIT = Path(__file__).with_name("init.sh")
 FOLDERS = ("bin", "proc", "sys", "dev", "control", "lower", "host", "overlay", "new", "modules")

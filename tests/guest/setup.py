@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tests.images import PROJECT
+from tests.support.images import PROJECT
 
 CACHE = PROJECT / ".cache/guest"
 KERNELS = ("uml", "uml-trixie", "qemu")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import leaks
+from tests.support import leaks
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests import images
-from tests.registry import Registry
+from tests.support import images
+from tests.support.registry import Registry
 
 
 def test_serves_an_image_by_tag(registry: Registry) -> None:

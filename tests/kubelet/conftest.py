@@ -12,8 +12,8 @@ from tests.conformance.suite import agent_with_mirrors, has_nftables
 from tests.conftest import IN_CI, TOOLS
 from tests.kubelet import manifests
 from tests.kubelet.node import Kubelet, cgroup_root, shared_mount
-from tests.node import RunningAgent, free_port
-from tests.registry import Registry
+from tests.support.node import RunningAgent, free_port
+from tests.support.registry import Registry
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests import images
+from tests.support import images
 
 Json = dict[str, Any]
 

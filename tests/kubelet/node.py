@@ -22,8 +22,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests import slices
-from tests.node import free_port, wait_for
+from tests.support import slices
+from tests.support.node import free_port, wait_for
 
 Json = dict[str, Any]
 

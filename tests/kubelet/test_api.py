@@ -14,10 +14,10 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.typing import Subprotocol
 
-from tests import images
 from tests.kubelet.conftest import Node, built
 from tests.kubelet.node import self_signed
 from tests.kubelet.test_kubelet import is_ready, log
+from tests.support import images
 
 SECONDS = 60
 MEBIBYTE = 1 << 20

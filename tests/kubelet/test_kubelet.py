@@ -13,12 +13,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nodeagent.api import runtime_pb2 as pb
-from tests import images, slices
 from tests.conformance.suite import NO_HOST_PORTS
 from tests.kubelet import manifests
 from tests.kubelet.conftest import Node
 from tests.kubelet.node import LoggedError, cgroups
-from tests.node import wait_for
+from tests.support import images, slices
+from tests.support.node import wait_for
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent.linux import mounts
-from nodeagent.sandbox import rootfs
+from nodeagent.sandbox import rootfs_defaults
 from tests.kernel.sandbox.conftest import Plan
 from tests.kernel.sandbox.containers import Process, start
 from tests.security.fuse import DIRECTORY, Node, link, serving
@@ -60,10 +60,10 @@ def test_a_mount_in_a_directory_that_is_a_link_at_times(
     """CVE-2021-30465, CVE-2021-25741, with a race that the attacker cannot lose."""
     places = {"outside": str(outside), "climbing": f"../../../../../../..{outside}"}
     turns = [DIRECTORY, DIRECTORY, link(places.get(where, where))]
-    inner = rootfs.bind(str(volume), "/v/a/b", "ro", recursive=True)
+    inner = rootfs_defaults.bind(str(volume), "/v/a/b", "ro", recursive=True)
     if kind == "image":
         inner = image("/v/a/b", volume)
-    made = plan("true", mounts=with_mounts(rootfs.bind(str(point), "/v"), inner))
+    made = plan("true", mounts=with_mounts(rootfs_defaults.bind(str(point), "/v"), inner))
     usual = mounted_usually(plan)
     allowed = {"v", outside.parts[1], *(["dev"] if where == "/dev" else [])}
     seen = set()
@@ -90,7 +90,7 @@ def mounted_usually(plan: Plan) -> set[str]:
 def test_a_passwd_that_is_something_else_at_times(plan: Plan, point: Path, other: Node) -> None:
     """Whatever it is, the creation ends, with the file or with an error that names it."""
     regular = Node(stat.S_IFREG | 0o644, size=100, endless=True)
-    made = plan("true", mounts=with_mounts(rootfs.bind(str(point), "/etc")))
+    made = plan("true", mounts=with_mounts(rootfs_defaults.bind(str(point), "/etc")))
     with serving(point, {"passwd": [regular, other], "group": [regular]}):
         for _ in range(ATTEMPTS):
             with start(made) as process:
@@ -101,7 +101,7 @@ def test_a_passwd_that_is_something_else_at_times(plan: Plan, point: Path, other
 
 def test_a_passwd_without_an_end(plan: Plan, point: Path) -> None:
     """No more is read than the size says, and no more is allowed than is read."""
-    made = plan("true", mounts=with_mounts(rootfs.bind(str(point), "/etc")))
+    made = plan("true", mounts=with_mounts(rootfs_defaults.bind(str(point), "/etc")))
     for size, error in ((100, ""), (1 << 40, "larger than")):
         endless = Node(stat.S_IFREG | 0o644, size=size, endless=True)
         with serving(point, {"passwd": [endless], "group": [endless]}), start(made) as process:
@@ -113,7 +113,7 @@ def test_a_working_directory_that_is_a_link_at_times(
     plan: Plan, point: Path, outside: Path
 ) -> None:
     turns = [DIRECTORY, link(f"../../../../../../..{outside}"), link("/proc/self/fd/3")]
-    volume = rootfs.bind(str(point), "/v")
+    volume = rootfs_defaults.bind(str(point), "/v")
     made = plan(["/bin/ls"], mounts=with_mounts(volume), process={"cwd": "/v/a"})
     with serving(point, {"a": turns}):
         for _ in range(ATTEMPTS):

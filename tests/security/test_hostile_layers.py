@@ -14,11 +14,12 @@ import zstandard
 
 from nodeagent import files
 from nodeagent.errors import InvalidArgument, ResourceExhausted, Unsupported
-from nodeagent.images import budget, directories, layers, whiteouts
+from nodeagent.images import budget
 from nodeagent.images.layer_store import LayerStore
 from nodeagent.images.staging import Staging
+from nodeagent.images.unpack import directories, layers, whiteouts
 from nodeagent.store import Store
-from tests.tars import (
+from tests.support.tars import (
     Member,
     Workshop,
     archive,

@@ -20,14 +20,14 @@ import pytest
 from aiohttp import web
 
 from nodeagent.errors import NodeAgentError, PermissionDenied, RegistryUnavailable
-from nodeagent.images import source
 from nodeagent.images.catalog import Auth, Images, Limits
+from nodeagent.images.remote import source
 from nodeagent.linux import syscalls
-from tests import images as made
-from tests import tars
-from tests.fake_registry import Server, image, layer, serving
 from tests.kernel.net.world import Namespace
-from tests.places import Place
+from tests.support import images as made
+from tests.support import tars
+from tests.support.fake_registry import Server, image, layer, serving
+from tests.support.places import Place
 
 PUBLIC, ELSEWHERE = "203.0.113.1", "203.0.113.2"
 PRIVATE, STORAGE = "10.1.2.3", "10.1.2.4"

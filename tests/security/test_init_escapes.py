@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from nodeagent.linux import syscalls
-from nodeagent.sandbox import init, rootfs
+from nodeagent.sandbox import rootfs_defaults
+from nodeagent.sandbox.init import main as init
 from nodeagent.sandbox.spec import Mount
 from tests.kernel.sandbox.conftest import Plan
 from tests.kernel.sandbox.containers import (
@@ -22,7 +23,7 @@ from tests.kernel.sandbox.containers import (
     v1_hierarchies,
 )
 
-DEFAULT = rootfs.default_mounts(False, v1_hierarchies())
+DEFAULT = rootfs_defaults.default_mounts(False, v1_hierarchies())
 ATTEMPTS = 60
 
 
@@ -80,7 +81,11 @@ def test_cve_2021_30465_target_swapped_for_a_link(
     link = str(outside) if climb == "absolute" else f"../../../../../../../../{outside}"
     (volume / "target").mkdir()
     os.symlink(link, volume / "link")
-    mounts = [*DEFAULT, rootfs.bind(str(volume), "/v"), rootfs.bind("/dev/shm", "/v/target/new")]
+    mounts = [
+        *DEFAULT,
+        rootfs_defaults.bind(str(volume), "/v"),
+        rootfs_defaults.bind("/dev/shm", "/v/target/new"),
+    ]
     made = plan(f"cat {outside}/precious /v/target/precious", mounts=mounts)
 
     def swap() -> None:
@@ -104,7 +109,7 @@ def test_cve_2019_19921_proc_of_the_image_is_a_link(
 ) -> None:
     """Masks would be laid elsewhere than what they shall hide."""
     (upper_of(tmp_path) / swapped).symlink_to("v")
-    mounts = [rootfs.bind(str(volume), "/v"), *DEFAULT]
+    mounts = [rootfs_defaults.bind(str(volume), "/v"), *DEFAULT]
     with start(plan("true", mounts=mounts)) as process:
         assert process.message["error"] == "InvalidArgument"
         assert f"on /{swapped}: " in process.message["text"]
@@ -117,7 +122,7 @@ def test_cve_2024_45310_nothing_is_made_outside(
 ) -> None:
     upper = upper_of(tmp_path)
     (upper / "link").symlink_to(f"../../../../../../../../../..{outside}")
-    mounts = [*DEFAULT, rootfs.bind(str(volume), target)]
+    mounts = [*DEFAULT, rootfs_defaults.bind(str(volume), target)]
     assert run(plan("true", mounts=mounts, process={"cwd": target}))[0] == 0
     assert os.listdir(outside) == ["precious"]
 
@@ -174,7 +179,7 @@ def test_cve_2025_31133_null_of_the_container_is_a_link(
 ) -> None:
     """What masks a file is a null device of the runtime, whatever the container calls /dev/null."""
     (volume / "null").symlink_to(f"{outside}/precious")
-    mounts = [*without("/dev"), rootfs.bind(str(volume), "/dev")]
+    mounts = [*without("/dev"), rootfs_defaults.bind(str(volume), "/dev")]
     script = "stat -c %t:%T /proc/keys; cat /proc/keys; echo x > /proc/keys"
     made = plan(script, mounts=mounts, masked_paths=["/proc/keys"])
     reader = os.open("/dev/null", os.O_RDONLY)
@@ -189,7 +194,7 @@ def test_cve_2025_31133_stdin_from_a_null_that_is_a_link(
     plan: Plan, volume: Path, outside: Path
 ) -> None:
     (volume / "null").symlink_to("/proc/sys/kernel/core_pattern")
-    mounts = [*without("/dev"), rootfs.bind(str(volume), "/dev")]
+    mounts = [*without("/dev"), rootfs_defaults.bind(str(volume), "/dev")]
     with start(plan("cat", mounts=mounts)) as process:
         assert process.message["error"] == "FailedPrecondition"
         assert "/dev/null" in process.message["text"]
@@ -213,7 +218,7 @@ def test_cve_2025_52565_console_on_a_dev_of_the_request(plan: Plan, volume: Path
     (volume / "pts").mkdir()
     (volume / "console").symlink_to("/proc/sysrq-trigger")
     os.mkfifo(volume / "pts" / "ptmx")
-    mounts = [*without("/dev"), rootfs.bind(str(volume), "/dev")]
+    mounts = [*without("/dev"), rootfs_defaults.bind(str(volume), "/dev")]
     with start(plan("true", mounts=mounts, tty=True)) as process:
         assert "/dev/pts/ptmx" in process.message["text"]
 
@@ -226,9 +231,9 @@ def test_cve_2025_52881_writes_to_procfs_are_not_redirected(plan: Plan, volume: 
         (fake / name).touch()
     mounts = [
         *without("/proc"),
-        rootfs.filesystem("/proc", "tmpfs", ""),
-        rootfs.bind(str(volume), "/proc/self"),
-        rootfs.bind(str(volume), "/proc/1"),
+        rootfs_defaults.filesystem("/proc", "tmpfs", ""),
+        rootfs_defaults.bind(str(volume), "/proc/self"),
+        rootfs_defaults.bind(str(volume), "/proc/1"),
     ]
     made = plan("exec sleep 100", mounts=mounts, masked_paths=[], process={"oom_score_adj": 777})
     with start(made) as container:
@@ -298,7 +303,9 @@ def test_modules_of_the_image_are_not_looked_at(
 
 def test_users_are_not_asked_of_the_nodes_services() -> None:
     """pwd and grp would load libraries that the image names in nsswitch.conf."""
-    script = "import sys, nodeagent.sandbox.init; sys.exit(bool({'pwd', 'grp'} & set(sys.modules)))"
+    script = (
+        "import sys, nodeagent.sandbox.init.main; sys.exit(bool({'pwd', 'grp'} & set(sys.modules)))"
+    )
     pid = os.posix_spawn(sys.executable, [sys.executable, "-c", script], dict(os.environ))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent.sandbox import interpreter, rootfs
+from nodeagent.sandbox import rootfs_defaults
+from nodeagent.sandbox.agent import interpreter
 from nodeagent.sandbox.spec import ContainerPlan, Mount
 from tests.kernel.sandbox.conftest import Plan
 from tests.kernel.sandbox.containers import v1_hierarchies
@@ -37,7 +38,11 @@ os.execv("/bin/sh", ["sh", "-c", write])
 def runtime_of_python() -> list[Mount]:
     """What an image would have to bring for the node's interpreter to run in it."""
     places = {sys.base_prefix, "/lib", "/lib64", "/usr/lib"}
-    return [rootfs.bind(place, place, "ro") for place in sorted(places) if os.path.exists(place)]
+    return [
+        rootfs_defaults.bind(place, place, "ro")
+        for place in sorted(places)
+        if os.path.exists(place)
+    ]
 
 
 @pytest.fixture
@@ -74,7 +79,7 @@ def test_the_nodes_interpreter_is_out_of_reach(
     (upper / "attack.py").write_text(f"#!/proc/self/exe\n{ATTACK}")
     (upper / "attack.py").chmod(0o755)
     argv = ["/attack.py"] if entrypoint.startswith("int") else ["/proc/self/exe", "/attack.py"]
-    mounts = [*rootfs.default_mounts(False, v1_hierarchies()), *runtime_of_python()]
+    mounts = [*rootfs_defaults.default_mounts(False, v1_hierarchies()), *runtime_of_python()]
     before = node_python.read_bytes()
     output = attack(
         node_python, plan(argv, mounts=mounts, process={"env": [f"PYTHONHOME={sys.base_prefix}"]})

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from nodeagent.sandbox import process
+from nodeagent.sandbox.runtime import process
 from nodeagent.sandbox.spec import LogLimit
-from tests.images import compiled
 from tests.kernel.sandbox.containers import make_layer, user
 from tests.kernel.sandbox.supervised import Node, Pod, eventually, running_node
+from tests.support.images import compiled
 
 # One attack for each first argument; all of them need no right but that to their own descriptors.
 ATTACKS = r"""

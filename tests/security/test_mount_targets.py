@@ -10,9 +10,9 @@ from typing import Any, cast
 
 import pytest
 
-from nodeagent.lifecycle.filesystems import outside_of
+from nodeagent.lifecycle.plan.mounts import outside_of
 from nodeagent.linux import mounts, syscalls
-from nodeagent.sandbox import rootfs
+from nodeagent.sandbox import rootfs_defaults
 from nodeagent.sandbox.spec import Mount
 from tests.kernel.sandbox.conftest import Plan
 from tests.kernel.sandbox.containers import MASKED, READONLY, run, start, v1_hierarchies
@@ -20,7 +20,7 @@ from tests.kernel.sandbox.test_init_mounts import shared
 
 __all__ = ["shared"]
 
-DEFAULT = rootfs.default_mounts(False, v1_hierarchies())
+DEFAULT = rootfs_defaults.default_mounts(False, v1_hierarchies())
 
 # What lxcfs shows a container's own numbers with, and what runc accepts besides.
 PROCFS_FILES = (
@@ -55,7 +55,7 @@ def with_mounts(*added: Mount) -> list[Mount]:
 
 
 def image(target: str, layer: Path, sub_path: str = "") -> Mount:
-    made = rootfs.bind("", target)
+    made = rootfs_defaults.bind("", target)
     return cast(Mount, {**made, "kind": "image", "lower": [str(layer)], "sub_path": sub_path})
 
 
@@ -77,7 +77,7 @@ def test_cve_2026_41579_dev_of_the_image_is_a_link(
     """Its devices, of mode 666 and the node's root, would be made in the volume."""
     (volume / "d").mkdir()
     (upper / "dev").symlink_to(link)
-    added = [rootfs.bind(str(volume), "/v"), *DEFAULT]
+    added = [rootfs_defaults.bind(str(volume), "/v"), *DEFAULT]
     ordered = added if first == "volume" else with_mounts(added[0])
     text = refusal(plan("true", mounts=ordered))
     assert "tmpfs on /dev" in text
@@ -92,7 +92,7 @@ def test_a_volume_for_a_directory_of_the_kernel_that_the_image_has_as_a_link(
 ) -> None:
     (upper / name).symlink_to("/elsewhere")
     source = "/proc" if name == "proc" else str(volume)
-    text = refusal(plan("true", mounts=with_mounts(rootfs.bind(source, f"/{name}"))))
+    text = refusal(plan("true", mounts=with_mounts(rootfs_defaults.bind(source, f"/{name}"))))
     assert f"{source} on /{name}" in text
     assert not (upper / "elsewhere").exists()
 
@@ -102,7 +102,7 @@ def test_shm_in_a_dev_of_the_request_is_not_reached_through_a_link(
 ) -> None:
     """A volume that is mounted at /dev has a link at the place of what is mounted in it."""
     (volume / "shm").symlink_to("/etc")
-    added = [rootfs.bind(str(volume), target) for target in ("/dev", "/dev/shm")]
+    added = [rootfs_defaults.bind(str(volume), target) for target in ("/dev", "/dev/shm")]
     assert "on /dev/shm" in refusal(plan("true", mounts=with_mounts(*added)))
 
 
@@ -110,16 +110,16 @@ def test_what_is_mounted_in_dev(plan: Plan, volume: Path) -> None:
     """As a kubelet and real manifests have it."""
     (volume / "pages").mkdir()
     added = [
-        rootfs.bind(str(volume), "/dev/shm"),
-        rootfs.bind(str(volume / "file"), "/dev/termination-log"),
-        rootfs.bind(str(volume / "pages"), "/dev/hugepages"),
-        rootfs.bind(str(volume), "/dev/deep/er"),
-        rootfs.bind("/dev/zero", "/dev/null"),
-        rootfs.bind("/dev/full", "/dev/fuse"),
-        rootfs.bind(str(volume / "file"), "/dev/ptmx"),
-        rootfs.bind(str(volume), "/dev/fd"),
+        rootfs_defaults.bind(str(volume), "/dev/shm"),
+        rootfs_defaults.bind(str(volume / "file"), "/dev/termination-log"),
+        rootfs_defaults.bind(str(volume / "pages"), "/dev/hugepages"),
+        rootfs_defaults.bind(str(volume), "/dev/deep/er"),
+        rootfs_defaults.bind("/dev/zero", "/dev/null"),
+        rootfs_defaults.bind("/dev/full", "/dev/fuse"),
+        rootfs_defaults.bind(str(volume / "file"), "/dev/ptmx"),
+        rootfs_defaults.bind(str(volume), "/dev/fd"),
     ]
-    devices = [rootfs.character_device("/dev/fuse", 1, 7)]
+    devices = [rootfs_defaults.character_device("/dev/fuse", 1, 7)]
     script = """
         cat /dev/shm/file /dev/termination-log /dev/deep/er/file /dev/ptmx /dev/fd/file; echo
         ls -d /dev/hugepages; stat -c '%n %t:%T' /dev/null /dev/fuse; readlink /dev/stdin
@@ -142,9 +142,11 @@ def test_the_dev_of_the_node(plan: Plan) -> None:
     """A driver that sees the node's devices come and go; its terminal is one of the node's, too."""
     script = "stat -c %t:%T /dev/kmsg /dev/null; tty; test -c $(tty) && echo there"
     added = [
-        rootfs.bind("/dev", "/dev"),
-        rootfs.bind("/sys", "/sys"),
-        rootfs.bind("/lib/modules" if os.path.isdir("/lib/modules") else "/lib", "/lib/modules"),
+        rootfs_defaults.bind("/dev", "/dev"),
+        rootfs_defaults.bind("/sys", "/sys"),
+        rootfs_defaults.bind(
+            "/lib/modules" if os.path.isdir("/lib/modules") else "/lib", "/lib/modules"
+        ),
     ]
     before = os.listdir("/dev")
     made = plan(script, mounts=with_mounts(*added), tty=True, privileged=True)
@@ -166,28 +168,30 @@ def test_a_device_is_never_made_in_a_volume(
 ) -> None:
     (upper / "link").symlink_to("v")
     (volume / "link").symlink_to(".")
-    devices = [rootfs.character_device(path, 1, 5)]
-    made = plan("true", mounts=with_mounts(rootfs.bind(str(volume), "/v")), devices=devices)
+    devices = [rootfs_defaults.character_device(path, 1, 5)]
+    made = plan(
+        "true", mounts=with_mounts(rootfs_defaults.bind(str(volume), "/v")), devices=devices
+    )
     assert f"device {path}" in refusal(made)
     assert sorted(os.listdir(volume)) == ["file", "link"]
 
 
 def test_a_device_that_a_volume_brings_itself(plan: Plan, volume: Path) -> None:
     os.mknod(volume / "device", stat.S_IFCHR | 0o666, os.makedev(1, 5))
-    devices = [rootfs.character_device("/v/device", 1, 5)]
-    added = rootfs.bind(str(volume), "/v")
+    devices = [rootfs_defaults.character_device("/v/device", 1, 5)]
+    added = rootfs_defaults.bind(str(volume), "/v")
     assert run(plan("true", mounts=with_mounts(added), devices=devices))[0] == 0
 
 
 @pytest.mark.parametrize("path", ["/opt/deep/device", "/link/device"])
 def test_a_device_in_the_image_s_own_file_system(plan: Plan, upper: Path, path: str) -> None:
     (upper / "link").symlink_to("/opt/absent")
-    made = plan(f"stat -c %t:%T {path}", devices=[rootfs.character_device(path, 1, 5)])
+    made = plan(f"stat -c %t:%T {path}", devices=[rootfs_defaults.character_device(path, 1, 5)])
     assert run(made) == (0, "1:5\n")
 
 
 def test_what_the_image_has_in_the_place_of_a_device(plan: Plan, upper: Path) -> None:
-    device = rootfs.character_device("/opt/device", 1, 5)
+    device = rootfs_defaults.character_device("/opt/device", 1, 5)
     (upper / "opt").mkdir()
     (upper / "opt" / "device").symlink_to("/dev/null")
     assert "device /opt/device" in refusal(plan("true", devices=[device]))
@@ -221,10 +225,10 @@ def test_nothing_is_mounted_in_procfs(
     place = {"link of the image": "/link", "link of a volume": "/v/link"}.get(way, target)
     a_file = target.endswith(("pattern", "version"))
     sub_path = "file" if a_file else ""
-    added = rootfs.bind(str(volume / sub_path), place)
+    added = rootfs_defaults.bind(str(volume / sub_path), place)
     if way == "image":
         added = image(place, volume, sub_path)
-    text = refusal(plan("true", mounts=with_mounts(rootfs.bind(str(volume), "/v"), added)))
+    text = refusal(plan("true", mounts=with_mounts(rootfs_defaults.bind(str(volume), "/v"), added)))
     assert f"on {place}: " in text
     assert "procfs" in text
 
@@ -237,17 +241,17 @@ def test_numbers_of_a_container_are_its_own(
     target = f"/proc/{name}"
     if not os.path.exists(target):
         pytest.skip(f"this kernel has no {target}")
-    added = rootfs.bind(str(volume / "file"), target, "ro")
+    added = rootfs_defaults.bind(str(volume / "file"), target, "ro")
     assert run(plan(f"cat {target}", mounts=with_mounts(added))) == (0, "content")
     (upper / "link").symlink_to(target)
-    added = rootfs.bind(str(volume / "file"), "/link")
+    added = rootfs_defaults.bind(str(volume / "file"), "/link")
     assert "procfs" in refusal(plan("true", mounts=with_mounts(added)))
 
 
 @pytest.mark.parametrize("kind", ["volume", "image", "/proc/sys", "/sys"])
 def test_only_a_procfs_is_mounted_at_proc(plan: Plan, volume: Path, kind: str) -> None:
     source = kind if kind.startswith("/") else str(volume)
-    added = image("/proc", volume) if kind == "image" else rootfs.bind(source, "/proc")
+    added = image("/proc", volume) if kind == "image" else rootfs_defaults.bind(source, "/proc")
     text = refusal(plan("true", mounts=with_mounts(added)))
     assert "on /proc: " in text
     assert "procfs" in text
@@ -255,7 +259,10 @@ def test_only_a_procfs_is_mounted_at_proc(plan: Plan, volume: Path, kind: str) -
 
 def test_the_procfs_of_the_node(plan: Plan) -> None:
     """Monitoring agents have it at a place of their own, or as /proc; masks are where they belong."""
-    added = [rootfs.bind("/proc", "/proc"), rootfs.bind("/proc", "/host/proc", "ro")]
+    added = [
+        rootfs_defaults.bind("/proc", "/proc"),
+        rootfs_defaults.bind("/proc", "/host/proc", "ro"),
+    ]
     script = f"ls -d /proc/{os.getpid()} /host/proc/{os.getpid()}; cat /proc/keys; echo x > /proc/sys/vm/swappiness"
     _, output = run(plan(script, mounts=with_mounts(*added)))
     assert output.splitlines()[:2] == [f"/host/proc/{os.getpid()}", f"/proc/{os.getpid()}"]
@@ -296,10 +303,12 @@ def test_the_node_gets_no_mount_of_the_runtime(
             for hierarchy in v1_hierarchies():
                 (shared / name / hierarchy).mkdir(exist_ok=True)
     os.mknod(shared / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
-    added = [rootfs.bind(str(shared), target, propagation="shared")]
-    added += [rootfs.bind(str(volume), f"/a/{name}") for name in names[3:4] if target != "/dev"]
-    added += [rootfs.bind(str(volume), "/dev/shm")] * (target == "/dev")
-    added += [rootfs.bind(str(volume / "file"), f"{target}/log")] * (target != "/sys/fs")
+    added = [rootfs_defaults.bind(str(shared), target, propagation="shared")]
+    added += [
+        rootfs_defaults.bind(str(volume), f"/a/{name}") for name in names[3:4] if target != "/dev"
+    ]
+    added += [rootfs_defaults.bind(str(volume), "/dev/shm")] * (target == "/dev")
+    added += [rootfs_defaults.bind(str(volume / "file"), f"{target}/log")] * (target != "/sys/fs")
     before = below(shared)
     sets = dict.fromkeys(("bounding", "permitted", "effective"), syscalls.capget()[1])
     script = f"cat {target}/log; mkdir {target}/new; mount -t tmpfs none {target}/new; echo done"
@@ -325,8 +334,8 @@ def test_a_default_is_never_mounted_in_a_tree_that_is_shared(plan: Plan, shared:
     """Whatever the order of a plan is: this is what the init asserts."""
     (shared / "cgroup").mkdir()
     before = below(shared)
-    own = rootfs.filesystem("/a/cgroup", "tmpfs", "")
-    asked = rootfs.bind(str(shared), "/a", propagation="shared")
+    own = rootfs_defaults.filesystem("/a/cgroup", "tmpfs", "")
+    asked = rootfs_defaults.bind(str(shared), "/a", propagation="shared")
     with start(plan("true", mounts=[*DEFAULT, asked, own])) as process:
         assert process.message["error"] == "FailedPrecondition"
         assert "/a/cgroup: its place is in a tree that is shared" in process.message["text"]
@@ -367,7 +376,7 @@ def test_user_files_that_are_none_are_never_opened(
 ) -> None:
     os.mknod(volume / name, FOREIGN[kind] | 0o666, os.makedev(1, 5))
     with never_opened(volume / name):
-        text = refusal(plan("true", mounts=with_mounts(rootfs.bind(str(volume), "/etc"))))
+        text = refusal(plan("true", mounts=with_mounts(rootfs_defaults.bind(str(volume), "/etc"))))
         assert f"/etc/{name} of the image: not a regular file" in text
 
 
@@ -380,7 +389,7 @@ def test_devices_that_are_others_are_never_opened(
     name = "pts/ptmx" if tty else "null"
     os.mknod(volume / name, FOREIGN[kind] | 0o666, os.makedev(1, 5))
     own = [mount for mount in DEFAULT if not mount["target"].startswith("/dev")]
-    made = plan("true", mounts=[*own, rootfs.bind(str(volume), "/dev")], tty=tty)
+    made = plan("true", mounts=[*own, rootfs_defaults.bind(str(volume), "/dev")], tty=tty)
     with never_opened(volume / name), start(made) as process:
         assert process.message["error"] == "FailedPrecondition"
         assert f"/dev/{name}" in process.message["text"]

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from nodeagent.linux import syscalls
-from nodeagent.sandbox import init, rootfs
+from nodeagent.sandbox import rootfs_defaults
+from nodeagent.sandbox.init import main as init
 from nodeagent.sandbox.spec import IdMap
 from tests.kernel.sandbox.conftest import Plan
 from tests.kernel.sandbox.containers import Process, exec_plan, process_plan, start, v1_hierarchies
@@ -115,9 +116,9 @@ def in_order(seen: list[str], *expected: str) -> None:
 
 def test_a_container_s_first_process(plan: Plan, tmp_path: Path) -> None:
     line = IdMap(inside=0, outside=100000, length=1000)
-    volume = rootfs.bind(str(tmp_path), "/volume")
+    volume = rootfs_defaults.bind(str(tmp_path), "/volume")
     volume["uid_map"] = volume["gid_map"] = [line]
-    mounts = [*rootfs.default_mounts(False, v1_hierarchies()), volume]
+    mounts = [*rootfs_defaults.default_mounts(False, v1_hierarchies()), volume]
     made = plan("true", mounts=mounts, process={"oom_score_adj": 777})
     namespaces = syscalls.CLONE_NEWNS | syscalls.CLONE_NEWPID
     with watched(lambda status: init.run(made, init.InitFds(status)), namespaces) as watch:

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from nodeagent.sandbox import rootfs
+from nodeagent.sandbox import rootfs_defaults
 from nodeagent.sandbox.spec import Mount
-from tests.images import compiled
 from tests.kernel.sandbox.conftest import Plan
 from tests.kernel.sandbox.containers import Process, container_plan, start
 from tests.kernel.sandbox.test_init_mounts import shared
 from tests.security.test_mount_targets import image, with_mounts
+from tests.support.images import compiled
 
 __all__ = ["shared"]
 
@@ -73,7 +73,7 @@ def attacker(tmp_path: Path, layer: Path, shared: Path, outside: Path) -> Iterat
         (shared / name).symlink_to(target)
     directory = tmp_path / "attacker"
     made = container_plan(
-        directory, layer, ["/swap"], mounts=with_mounts(rootfs.bind(str(shared), "/v"))
+        directory, layer, ["/swap"], mounts=with_mounts(rootfs_defaults.bind(str(shared), "/v"))
     )
     (directory / "upper" / "swap").write_bytes(compiled(SWAP))
     (directory / "upper" / "swap").chmod(0o755)
@@ -102,8 +102,8 @@ def inner(kind: str, source: Path) -> tuple[Mount, Any]:
     if kind == "image":
         return image("/v/a/b", source), "private"
     if kind == "read-only":
-        return rootfs.bind(str(source), "/v/a/b", "ro", recursive=True), "private"
-    return rootfs.bind(str(source), "/v/a/b"), kind
+        return rootfs_defaults.bind(str(source), "/v/a/b", "ro", recursive=True), "private"
+    return rootfs_defaults.bind(str(source), "/v/a/b"), kind
 
 
 @pytest.mark.parametrize("kind", ["private", "slave", "shared", "image", "read-only"])
@@ -112,7 +112,7 @@ def test_nothing_is_mounted_outside_of_the_volume(
 ) -> None:
     """A link means what it means in the container; on the node, in procfs, and for the attacker, nothing changes."""
     added, propagation = inner(kind, source)
-    volume = rootfs.bind(str(shared), "/v", propagation=propagation)
+    volume = rootfs_defaults.bind(str(shared), "/v", propagation=propagation)
     made = plan(
         "true",
         mounts=with_mounts(volume, added),
@@ -144,8 +144,10 @@ def test_nothing_is_mounted_outside_of_the_volume(
 def test_no_device_is_made_in_the_volume(
     plan: Plan, attacker: Process, shared: Path, outside: Path
 ) -> None:
-    devices = [rootfs.character_device("/v/a/device", 1, 5)]
-    made = plan("true", mounts=with_mounts(rootfs.bind(str(shared), "/v")), devices=devices)
+    devices = [rootfs_defaults.character_device("/v/a/device", 1, 5)]
+    made = plan(
+        "true", mounts=with_mounts(rootfs_defaults.bind(str(shared), "/v")), devices=devices
+    )
     for _ in range(VICTIMS):
         with start(made) as process:
             assert process.message["error"] == "InvalidArgument", process.message

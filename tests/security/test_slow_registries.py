@@ -21,13 +21,14 @@ import pytest
 from aiohttp import web
 
 from nodeagent.errors import DataLoss, InvalidArgument, RegistryUnavailable, ResourceExhausted
-from nodeagent.images import client, download, install, slots
+from nodeagent.images import install, slots
 from nodeagent.images.catalog import Images, Limits
+from nodeagent.images.remote import client, download
 from nodeagent.linux import syscalls
-from tests import tars
-from tests.fake_registry import Server, image, layer, serving
-from tests.images import Layer, write_archive
-from tests.places import Place
+from tests.support import tars
+from tests.support.fake_registry import Server, image, layer, serving
+from tests.support.images import Layer, write_archive
+from tests.support.places import Place
 
 PATIENCE = 60.0  # of the tests, with pulls that nothing holds up
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from nodeagent.images.catalog import Images
-from tests.fake_registry import Server, serving
-from tests.places import Place
+from tests.support.fake_registry import Server, serving
+from tests.support.places import Place
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import pytest
 from aiohttp import web
 
 from nodeagent.errors import NodeAgentError, NotFound, PermissionDenied, RegistryUnavailable
-from nodeagent.images import client, source
 from nodeagent.images.catalog import Auth, Images
-from nodeagent.images.resolver import Resolver
-from tests import tars
-from tests.fake_registry import Server, image, layer, serving
-from tests.places import Place
+from nodeagent.images.remote import client, source
+from nodeagent.images.remote.dns import Resolver
+from tests.support import tars
+from tests.support.fake_registry import Server, image, layer, serving
+from tests.support.places import Place
 
 SAMPLE = image(layer(tars.file("a")))
 USER = Auth(username="me", password="hidden")

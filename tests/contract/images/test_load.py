@@ -14,10 +14,10 @@ from nodeagent import control
 from nodeagent.config import Config
 from nodeagent.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
 from nodeagent.images.catalog import Images
-from tests import images as made
-from tests import tars
-from tests.fake_registry import image, layer
-from tests.places import Place
+from tests.support import images as made
+from tests.support import tars
+from tests.support.fake_registry import image, layer
+from tests.support.places import Place
 
 SAMPLE = image(layer(tars.file("a", b"lower")), layer(tars.file("b", b"upper")))
 

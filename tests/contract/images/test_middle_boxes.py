@@ -14,11 +14,12 @@ import pytest
 from aiohttp import web
 
 from nodeagent.errors import InvalidArgument, RegistryUnavailable
-from nodeagent.images import client, manifest, source, throttling
+from nodeagent.images import manifest
 from nodeagent.images.catalog import Images
-from tests import tars
-from tests.fake_registry import Handler, Server, image, layer, send_part
-from tests.places import Place
+from nodeagent.images.remote import client, source, throttling
+from tests.support import tars
+from tests.support.fake_registry import Handler, Server, image, layer, send_part
+from tests.support.places import Place
 
 CONTENT = random.Random(1).randbytes(300_000)
 SAMPLE = image(layer(tars.file("a", CONTENT)))

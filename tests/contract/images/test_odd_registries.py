@@ -9,10 +9,10 @@ from aiohttp import web
 
 from nodeagent.errors import RegistryUnavailable
 from nodeagent.images.catalog import Auth, Images
-from tests import images as made
-from tests import tars
-from tests.fake_registry import Handler, Server, image, layer
-from tests.places import Place
+from tests.support import images as made
+from tests.support import tars
+from tests.support.fake_registry import Handler, Server, image, layer
+from tests.support.places import Place
 
 SAMPLE = image(layer(tars.file("a", b"content")))
 BASIC = "Basic " + base64.b64encode(b"me:hidden").decode()

@@ -12,10 +12,10 @@ import pytest
 from nodeagent.errors import NotFound
 from nodeagent.images import manifest
 from nodeagent.images.catalog import Images
-from tests import images as made
-from tests import tars
-from tests.fake_registry import Server, image, layer
-from tests.places import Place
+from tests.support import images as made
+from tests.support import tars
+from tests.support.fake_registry import Server, image, layer
+from tests.support.places import Place
 
 HERE = manifest.ARCHITECTURE
 LAYER = layer(tars.file("a", b"content"))

@@ -19,15 +19,15 @@ from nodeagent.errors import (
     SecurityProfileInvalid,
 )
 from nodeagent.images import profiles as module
-from nodeagent.images.auth import Auth
-from nodeagent.images.client import open_session
 from nodeagent.images.profiles import SecurityProfiles
+from nodeagent.images.remote.auth import Auth
+from nodeagent.images.remote.client import open_session
 from nodeagent.store import Store
-from tests import artifacts, images
-from tests.artifacts import Artifact
-from tests.fake_registry import Server, send_part
-from tests.places import Place
-from tests.registry import PASSWORD, USERNAME, Registry, running_registry
+from tests.support import artifacts, images
+from tests.support.artifacts import Artifact
+from tests.support.fake_registry import Server, send_part
+from tests.support.places import Place
+from tests.support.registry import PASSWORD, USERNAME, Registry, running_registry
 
 PROFILE = artifacts.seccomp({"defaultAction": "SCMP_ACT_ALLOW"})
 OTHER = artifacts.seccomp({"defaultAction": "SCMP_ACT_LOG"})
@@ -226,7 +226,7 @@ async def test_another_profile_in_its_place(
 async def test_a_registry_that_is_down(
     profiles: SecurityProfiles, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nodeagent.images.source.FIRST_PAUSE_SECONDS", 0)
+    monkeypatch.setattr("nodeagent.images.remote.source.FIRST_PAUSE_SECONDS", 0)
 
     async def down(_: web.Request) -> web.StreamResponse:
         return web.Response(status=503)

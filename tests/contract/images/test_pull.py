@@ -17,11 +17,11 @@ from nodeagent.errors import (
     ResourceExhausted,
 )
 from nodeagent.images.catalog import Auth, Images, Limits
-from tests import images as made
-from tests import tars
-from tests.fake_registry import image, layer
-from tests.places import Place
-from tests.registry import PASSWORD, USERNAME, Registry, running_registry
+from tests.support import images as made
+from tests.support import tars
+from tests.support.fake_registry import image, layer
+from tests.support.places import Place
+from tests.support.registry import PASSWORD, USERNAME, Registry, running_registry
 
 NGINX = "e2e-test-images/nginx:1.14-2"
 
@@ -287,7 +287,7 @@ PULL_FOR_EVER = """
 import asyncio, sys
 from pathlib import Path
 from nodeagent.images.catalog import Images
-from nodeagent.images.client import open_session
+from nodeagent.images.remote.client import open_session
 from nodeagent.store import Store
 
 async def main():

@@ -6,9 +6,9 @@ import shutil
 
 from nodeagent.records import Layer
 from nodeagent.store import Store
-from tests import tars
-from tests.fake_registry import Server, image, layer
-from tests.places import Place
+from tests.support import tars
+from tests.support.fake_registry import Server, image, layer
+from tests.support.places import Place
 
 TWO = image(layer(tars.file("a", b"lower")), layer(tars.file("b", b"upper")))
 

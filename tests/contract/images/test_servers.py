@@ -24,12 +24,13 @@ from nodeagent.errors import (
     RegistryUnavailable,
     Unsupported,
 )
-from nodeagent.images import client, manifest, source, throttling
+from nodeagent.images import manifest
 from nodeagent.images.catalog import Auth, Images
-from tests import images as made
-from tests import tars
-from tests.fake_registry import Handler, Server, image, layer, send_part, serving
-from tests.places import Place
+from nodeagent.images.remote import client, source, throttling
+from tests.support import images as made
+from tests.support import tars
+from tests.support.fake_registry import Handler, Server, image, layer, send_part, serving
+from tests.support.places import Place
 
 RANDOM = random.Random(1).randbytes(600_000)
 SAMPLE = image(layer(tars.file("a", RANDOM)), layer(tars.file("b")))

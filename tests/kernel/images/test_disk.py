@@ -12,10 +12,10 @@ import pytest
 from nodeagent import files
 from nodeagent.errors import ResourceExhausted
 from nodeagent.linux import syscalls
-from tests import images as made
-from tests import tars
-from tests.fake_registry import Server, image, layer, serving
-from tests.places import Place
+from tests.support import images as made
+from tests.support import tars
+from tests.support.fake_registry import Server, image, layer, serving
+from tests.support.places import Place
 
 ZEROS = bytes(40 << 20)
 

@@ -13,9 +13,9 @@ import pytest
 import zstandard
 
 from nodeagent.errors import DataLoss, InvalidArgument
-from nodeagent.images.whiteouts import is_whiteout
+from nodeagent.images.unpack.whiteouts import is_whiteout
 from nodeagent.linux import mounts, syscalls
-from tests.tars import (
+from tests.support.tars import (
     Member,
     Workshop,
     archive,

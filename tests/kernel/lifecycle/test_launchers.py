@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent.lifecycle.launchers import Launchers
-from nodeagent.sandbox.client import Launcher
+from nodeagent.lifecycle.supervisors.launchers import Launchers
+from nodeagent.sandbox.agent.client import Launcher
 
 
 @pytest.fixture

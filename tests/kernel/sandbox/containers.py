@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from nodeagent.linux import capabilities, syscalls
-from nodeagent.sandbox import birth, init, rootfs
-from nodeagent.sandbox.process import pid_of_pidfd
+from nodeagent.sandbox import rootfs_defaults
+from nodeagent.sandbox.init import main as init
+from nodeagent.sandbox.runtime.process import pid_of_pidfd
 from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, ProcessPlan, UserRequest
-from tests.images import static_busybox
+from nodeagent.sandbox.supervisor import birth
+from tests.support.images import static_busybox
 
 DEFAULT_CAPABILITIES = (
     "CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP NET_BIND_SERVICE SYS_CHROOT KILL"
@@ -131,7 +133,7 @@ def container_plan(
             "work": str(directory / "work"),
             "readonly": False,
         },
-        mounts=rootfs.default_mounts(False, v1_hierarchies()),
+        mounts=rootfs_defaults.default_mounts(False, v1_hierarchies()),
         devices=[],
         masked_paths=MASKED,
         readonly_paths=READONLY,

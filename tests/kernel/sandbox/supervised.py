@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.linux import libseccomp, syscalls
-from nodeagent.sandbox.client import CgroupFds, ExecHandle, ExecIO, Launcher, Supervisor
+from nodeagent.sandbox.agent.client import CgroupFds, ExecHandle, ExecIO, Launcher, Supervisor
 from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, PodPlan, PodSettings
 from tests.kernel.sandbox.containers import container_plan
 

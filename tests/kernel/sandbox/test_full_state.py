@@ -9,7 +9,7 @@ import pytest
 
 from nodeagent.linux import syscalls
 from nodeagent.sandbox import exits
-from nodeagent.sandbox.client import ContainerState
+from nodeagent.sandbox.agent.client import ContainerState
 from tests.kernel.sandbox.supervised import (
     NO_CGROUP,
     Node,

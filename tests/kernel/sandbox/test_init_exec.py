@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nodeagent.linux import capabilities, syscalls
-from nodeagent.sandbox import seccomp_profile
+from nodeagent.sandbox.seccomp import profile as seccomp_profile
 from nodeagent.sandbox.spec import ContainerPlan
 from tests.kernel.sandbox.conftest import Plan
 from tests.kernel.sandbox.containers import (

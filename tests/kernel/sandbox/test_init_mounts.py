@@ -10,12 +10,12 @@ import pytest
 
 from nodeagent import files
 from nodeagent.linux import capabilities, mounts, syscalls
-from nodeagent.sandbox import rootfs
+from nodeagent.sandbox import rootfs_defaults
 from nodeagent.sandbox.spec import Device, Mount
 from tests.kernel.sandbox.conftest import Plan
 from tests.kernel.sandbox.containers import DEFAULT_CAPABILITIES, run, start, v1_hierarchies
 
-DEFAULT = rootfs.default_mounts(False, v1_hierarchies())
+DEFAULT = rootfs_defaults.default_mounts(False, v1_hierarchies())
 
 
 def with_mounts(*added: Mount) -> list[Mount]:
@@ -23,7 +23,7 @@ def with_mounts(*added: Mount) -> list[Mount]:
 
 
 def image(target: str, lower: list[Path], sub_path: str = "") -> Mount:
-    made = rootfs.bind("", target)
+    made = rootfs_defaults.bind("", target)
     return cast(
         Mount, {**made, "kind": "image", "lower": list(map(str, lower)), "sub_path": sub_path}
     )
@@ -87,7 +87,7 @@ def test_nothing_of_the_node_is_mounted(plan: Plan) -> None:
 def test_a_privileged_container_may_write_to_sysfs(plan: Plan) -> None:
     made = plan(
         "cat /proc/self/mountinfo",
-        mounts=rootfs.default_mounts(True, v1_hierarchies()),
+        mounts=rootfs_defaults.default_mounts(True, v1_hierarchies()),
         masked_paths=[],
         readonly_paths=[],
     )
@@ -117,7 +117,7 @@ def test_devices_and_links(plan: Plan) -> None:
 
 def test_further_devices(plan: Plan) -> None:
     def device(path: str, **changes: Any) -> Device:
-        return cast(Device, {**rootfs.character_device(path, 1, 3), **changes})
+        return cast(Device, {**rootfs_defaults.character_device(path, 1, 3), **changes})
 
     devices = [
         device("/dev/net/tun", major=10, minor=200, mode=0o600, uid=5, gid=6),
@@ -135,7 +135,7 @@ def test_further_devices(plan: Plan) -> None:
 
 
 def test_a_device_below_the_place_of_a_link(plan: Plan) -> None:
-    devices = [rootfs.character_device("/dev/fd/9", 1, 3)]
+    devices = [rootfs_defaults.character_device("/dev/fd/9", 1, 3)]
     _, output = run(plan("stat -c %t:%T /dev/fd/9; readlink /dev/stdin", devices=devices))
     assert output.splitlines() == ["1:3", "/proc/self/fd/0"]
 
@@ -145,8 +145,8 @@ def test_a_dev_of_the_request_is_left_alone(plan: Plan, volume: Path) -> None:
     added = [mount for mount in DEFAULT if not mount["target"].startswith("/dev")]
     made = plan(
         "ls /dev",
-        mounts=[*added, rootfs.bind(str(volume), "/dev")],
-        devices=[rootfs.DEFAULT_DEVICES[1]],
+        mounts=[*added, rootfs_defaults.bind(str(volume), "/dev")],
+        devices=[rootfs_defaults.DEFAULT_DEVICES[1]],
     )
     with start(made, stdin=os.open("/dev/null", os.O_RDONLY)) as process:
         process.go()
@@ -157,8 +157,8 @@ def test_a_dev_of_the_request_is_left_alone(plan: Plan, volume: Path) -> None:
 def test_a_device_that_a_dev_of_the_request_lacks(plan: Plan, volume: Path) -> None:
     """Asked for, it is there, be it by the mount, or the container is not made."""
     added = [mount for mount in DEFAULT if not mount["target"].startswith("/dev")]
-    asked = rootfs.character_device("/dev/fuse", 10, 229)
-    mounts = [*added, rootfs.bind(str(volume), "/dev")]
+    asked = rootfs_defaults.character_device("/dev/fuse", 10, 229)
+    mounts = [*added, rootfs_defaults.bind(str(volume), "/dev")]
     for number in (None, 228):
         if number:
             os.mknod(volume / "fuse", stat.S_IFCHR | 0o666, os.makedev(10, number))
@@ -184,8 +184,8 @@ def test_masked_and_readonly_paths(plan: Plan, volume: Path) -> None:
         touch /kept/x || echo kept
         cat /kept/file
     """
-    added = [rootfs.bind(str(volume), path) for path in ("/masked", "/kept")]
-    added.append(rootfs.bind(str(volume / "file"), "/masked-file"))
+    added = [rootfs_defaults.bind(str(volume), path) for path in ("/masked", "/kept")]
+    added.append(rootfs_defaults.bind(str(volume / "file"), "/masked-file"))
     made = plan(
         script,
         mounts=with_mounts(*added),
@@ -227,7 +227,9 @@ def test_readonly_root(plan: Plan) -> None:
 
 
 def test_a_bind_with_its_attributes(plan: Plan, volume: Path) -> None:
-    added = rootfs.bind(str(volume), "/new/place", "ro", "nosuid", "nodev", "noexec", "noatime")
+    added = rootfs_defaults.bind(
+        str(volume), "/new/place", "ro", "nosuid", "nodev", "noexec", "noatime"
+    )
     made = plan("cat /new/place/file; cat /proc/self/mountinfo", mounts=with_mounts(added))
     _, output = run(made)
     assert output.startswith("content")
@@ -236,8 +238,8 @@ def test_a_bind_with_its_attributes(plan: Plan, volume: Path) -> None:
 
 def test_a_file_is_bound_over_a_file_that_is_missing(plan: Plan, volume: Path) -> None:
     added = [
-        rootfs.bind(str(volume / "file"), "/etc/hosts"),
-        rootfs.bind(str(volume / "file"), "/deep/er/file"),
+        rootfs_defaults.bind(str(volume / "file"), "/etc/hosts"),
+        rootfs_defaults.bind(str(volume / "file"), "/deep/er/file"),
     ]
     made = plan(
         "cat /etc/hosts /deep/er/file; echo changed > /etc/hosts", mounts=with_mounts(*added)
@@ -249,7 +251,7 @@ def test_a_file_is_bound_over_a_file_that_is_missing(plan: Plan, volume: Path) -
 def test_a_link_on_the_node_is_followed_there(plan: Plan, volume: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(volume)
-    made = plan("cat /v/file", mounts=with_mounts(rootfs.bind(str(link), "/v")))
+    made = plan("cat /v/file", mounts=with_mounts(rootfs_defaults.bind(str(link), "/v")))
     assert run(made)[1] == "content"
 
 
@@ -262,7 +264,8 @@ def test_links_in_the_image_stay_in_the_image(
     (upper / "absolute").symlink_to("/tmp")
     (upper / "climbing").symlink_to("../../../../tmp/climbed")
     added = [
-        rootfs.bind(str(volume), f"/{name}/{name}") for name in ("var", "absolute", "climbing")
+        rootfs_defaults.bind(str(volume), f"/{name}/{name}")
+        for name in ("var", "absolute", "climbing")
     ]
     script = "cat /missing/var/var/file /tmp/absolute/file /tmp/climbed/climbing/file"
     assert run(plan(script, mounts=with_mounts(*added)))[1] == "content" * 3
@@ -273,7 +276,7 @@ def test_links_in_the_image_stay_in_the_image(
 def test_a_missing_host_path_is_made(plan: Plan, tmp_path: Path) -> None:
     """The node's root owns it, 0755, and its parents that are missing as well, whatever the umask."""
     absent = tmp_path.joinpath("a", *["b"] * 1500, "c")
-    added = rootfs.bind(str(absent), "/data")
+    added = rootfs_defaults.bind(str(absent), "/data")
     added["absent"] = "make"
     assert run(plan("echo x > /data/x", mounts=with_mounts(added)))[0] == 0
     assert (absent / "x").read_text() == "x\n"
@@ -286,7 +289,7 @@ def test_a_missing_host_path_is_made(plan: Plan, tmp_path: Path) -> None:
 def test_a_missing_host_path_that_the_configuration_lists_is_not_made(
     plan: Plan, tmp_path: Path
 ) -> None:
-    added = rootfs.bind(str(tmp_path / "absent"), "/data")
+    added = rootfs_defaults.bind(str(tmp_path / "absent"), "/data")
     added["absent"] = "reject"
     with start(plan("true", mounts=with_mounts(added))) as process:
         assert process.message["error"] == "NotFound"
@@ -299,7 +302,7 @@ def test_nothing_is_made_where_a_link_to_nothing_leads(
     plan: Plan, tmp_path: Path, below: str
 ) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "absent")
-    added = rootfs.bind(f"{tmp_path}/link{below}", "/data")
+    added = rootfs_defaults.bind(f"{tmp_path}/link{below}", "/data")
     added["absent"] = "make"
     with start(plan("true", mounts=with_mounts(added))) as process:
         assert process.message["error"] == "NotFound"
@@ -307,7 +310,7 @@ def test_nothing_is_made_where_a_link_to_nothing_leads(
 
 
 def test_a_missing_host_path_below_a_file(plan: Plan, volume: Path) -> None:
-    added = rootfs.bind(str(volume / "file" / "deep"), "/data")
+    added = rootfs_defaults.bind(str(volume / "file" / "deep"), "/data")
     added["absent"] = "make"
     with start(plan("true", mounts=with_mounts(added))) as process:
         assert process.message["error"] == "FailedPrecondition"
@@ -315,7 +318,9 @@ def test_a_missing_host_path_below_a_file(plan: Plan, volume: Path) -> None:
 
 
 def test_a_missing_host_path_is_named(plan: Plan) -> None:
-    with start(plan("true", mounts=with_mounts(rootfs.bind("/no/such", "/data")))) as process:
+    with start(
+        plan("true", mounts=with_mounts(rootfs_defaults.bind("/no/such", "/data")))
+    ) as process:
         assert process.message == {
             "error": "NotFound",
             "text": 'host path "/no/such" for /data: No such file or directory',
@@ -350,7 +355,7 @@ def test_a_mount_on_something_of_another_kind_is_an_error_that_names_the_step(
     upper.mkdir(parents=True)
     (upper / "loop").symlink_to("loop")
     path = str(volume / source)
-    added = [rootfs.bind(str(volume), "/sealed", "ro"), rootfs.bind(path, target)]
+    added = [rootfs_defaults.bind(str(volume), "/sealed", "ro"), rootfs_defaults.bind(path, target)]
     with start(plan("true", mounts=with_mounts(*added))) as process:
         text = f"mount {path} on {target}: {reason}"
         assert process.message == {"error": "FailedPrecondition", "text": text}
@@ -361,8 +366,8 @@ def test_later_mounts_land_inside_earlier_ones(plan: Plan, volume: Path) -> None
     inner.mkdir()
     (inner / "deep").touch()
     added = [
-        rootfs.filesystem("/a", "tmpfs", "nodev", size="64k"),
-        rootfs.bind(str(inner), "/a/b/c"),
+        rootfs_defaults.filesystem("/a", "tmpfs", "nodev", size="64k"),
+        rootfs_defaults.bind(str(inner), "/a/b/c"),
     ]
     assert run(plan("ls /a/b/c", mounts=with_mounts(*added)))[1] == "deep\n"
 
@@ -376,7 +381,7 @@ def test_a_kernel_file_system_is_not_mounted_through_a_link(plan: Plan, tmp_path
 
 
 def test_file_systems_that_the_kernel_refuses_are_explained(plan: Plan) -> None:
-    bad = rootfs.filesystem("/t", "tmpfs", "", size="nonsense")
+    bad = rootfs_defaults.filesystem("/t", "tmpfs", "", size="nonsense")
     with start(plan("true", mounts=with_mounts(bad))) as process:
         assert "mount tmpfs on /t" in process.message["text"]
         assert "size" in process.message["text"]
@@ -388,7 +393,7 @@ def test_recursive_read_only(plan: Plan, shared: Path) -> None:
     syscalls.mount("none", str(below), "tmpfs", 0)
     try:
         for recursive, expected in ((False, "written\n"), (True, "refused\n")):
-            added = rootfs.bind(str(shared), "/v", "ro", recursive=recursive)
+            added = rootfs_defaults.bind(str(shared), "/v", "ro", recursive=recursive)
             script = (
                 "touch /v/x 2>&- && echo no; touch /v/below/x 2>&- && echo written || echo refused"
             )
@@ -408,7 +413,7 @@ def propagation_test(plan: Plan, shared: Path, propagation: Any) -> tuple[bool, 
     sets = dict.fromkeys(("bounding", "permitted", "effective"), mask)
     made = plan(
         "read x; mount -t tmpfs none /v/container; ls /v/node",
-        mounts=with_mounts(rootfs.bind(str(shared), "/v", propagation=propagation)),
+        mounts=with_mounts(rootfs_defaults.bind(str(shared), "/v", propagation=propagation)),
         process={"capabilities": {**sets, "inheritable": 0, "ambient": 0}},
     )
     reader, writer = os.pipe()
@@ -439,7 +444,7 @@ def test_propagation_from_a_private_mount_is_refused(
     plan: Plan, shared: Path, propagation: Any
 ) -> None:
     syscalls.mount("", str(shared), "", syscalls.MS_PRIVATE)
-    added = rootfs.bind(str(shared), "/v", propagation=propagation)
+    added = rootfs_defaults.bind(str(shared), "/v", propagation=propagation)
     with start(plan("true", mounts=with_mounts(added))) as process:
         assert process.message["error"] == "InvalidArgument"
         assert f'propagation "{propagation}" of /v' in process.message["text"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nodeagent.linux import capabilities
-from nodeagent.sandbox import seccomp_profile
+from nodeagent.sandbox.seccomp import profile as seccomp_profile
 from tests.kernel.sandbox.conftest import Plan
 from tests.kernel.sandbox.containers import DEFAULT_CAPABILITIES, run, start, user
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nodeagent.linux import capabilities, mounts, syscalls, userns
-from nodeagent.sandbox import rootfs
+from nodeagent.sandbox import rootfs_defaults
 from nodeagent.sandbox.spec import ContainerPlan, IdMap, Mount
 from tests.kernel.sandbox.conftest import Plan
 from tests.kernel.sandbox.containers import (
@@ -51,7 +51,7 @@ def run(plan: ContainerPlan, pod: Pod) -> str:
 
 
 def with_mounts(*added: Mount) -> list[Mount]:
-    return [*rootfs.default_mounts(False, v1_hierarchies()), *added]
+    return [*rootfs_defaults.default_mounts(False, v1_hierarchies()), *added]
 
 
 def test_ids_inside_and_outside(plan: Plan, pod: Pod) -> None:
@@ -91,8 +91,8 @@ def test_what_is_made_for_the_container_is_its_roots(plan: Plan, pod: Pod, tmp_p
     made = mapped(
         plan,
         "stat -c %u:%g . /data /data/deep /dev/x",
-        mounts=with_mounts(rootfs.bind(str(volume), "/data/deep", "ro")),
-        devices=[rootfs.character_device("/dev/x", 1, 3)],
+        mounts=with_mounts(rootfs_defaults.bind(str(volume), "/data/deep", "ro")),
+        devices=[rootfs_defaults.character_device("/dev/x", 1, 3)],
         process={"cwd": "/work/dir"},
     )
     assert run(made, pod).split() == ["0:0", "0:0", "65534:65534", "0:0"]
@@ -102,7 +102,7 @@ def test_an_idmapped_volume(plan: Plan, pod: Pod, tmp_path: Path) -> None:
     volume = tmp_path / "volume"
     volume.mkdir()
     os.chown(volume, 1000, 1000)
-    mount = rootfs.bind(str(volume), "/v")
+    mount = rootfs_defaults.bind(str(volume), "/v")
     mount["uid_map"] = mount["gid_map"] = MAP
     made = mapped(
         plan,
@@ -117,7 +117,7 @@ def test_an_idmapped_volume(plan: Plan, pod: Pod, tmp_path: Path) -> None:
 def test_an_idmapped_volume_without_a_user_namespace(plan: Plan, tmp_path: Path) -> None:
     volume = tmp_path / "volume"
     volume.mkdir()
-    mount = rootfs.bind(str(volume), "/v")
+    mount = rootfs_defaults.bind(str(volume), "/v")
     mount["uid_map"] = mount["gid_map"] = [{"inside": 0, "outside": 5, "length": 10}]
     with start(plan("stat -c %u /v; touch /v/mine", mounts=with_mounts(mount))) as process:
         assert process.ready
@@ -126,7 +126,7 @@ def test_an_idmapped_volume_without_a_user_namespace(plan: Plan, tmp_path: Path)
 
 
 def test_a_volume_that_cannot_be_mapped_is_named_with_its_file_system(plan: Plan, pod: Pod) -> None:
-    mount = rootfs.bind("/proc/sys", "/v")
+    mount = rootfs_defaults.bind("/proc/sys", "/v")
     mount["uid_map"] = mount["gid_map"] = MAP
     with start(mapped(plan, "true", mounts=with_mounts(mount)), pod=pod) as process:
         assert process.message["error"] == "Unsupported"
@@ -148,8 +148,8 @@ def test_image_volumes_are_mapped(plan: Plan, pod: Pod, tmp_path: Path) -> None:
         path.mkdir(parents=True)
         (path / f"file{number}").touch()
         layers.append(str(path))
-    several: Mount = {**rootfs.bind("", "/several"), "kind": "image", "lower": layers}
-    single: Mount = {**rootfs.bind("", "/single"), "kind": "image", "lower": layers[:1]}
+    several: Mount = {**rootfs_defaults.bind("", "/several"), "kind": "image", "lower": layers}
+    single: Mount = {**rootfs_defaults.bind("", "/single"), "kind": "image", "lower": layers[:1]}
     script = "stat -c %u:%g /several/file0 /several/file1 /single/file0"
     assert (
         run(mapped(plan, script, mounts=with_mounts(several, single)), pod).split() == ["0:0"] * 3
@@ -197,7 +197,9 @@ def test_what_the_node_has_masked_stays_masked(plan: Plan, pod: Pod, tmp_path: P
         mount -o remount,bind,rw /r && echo remounted
         umount -l /v; cat /v/secret; touch /r/x
         """,
-        mounts=with_mounts(rootfs.bind(str(volume), "/v"), rootfs.bind(str(volume), "/r", "ro")),
+        mounts=with_mounts(
+            rootfs_defaults.bind(str(volume), "/v"), rootfs_defaults.bind(str(volume), "/r", "ro")
+        ),
         masked_paths=["/v/secret"],
         process={"capabilities": {**sets, "inheritable": 0, "ambient": 0}},
     )

@@ -10,8 +10,8 @@ import pytest
 
 from nodeagent import files
 from nodeagent.linux import userns
-from nodeagent.sandbox import rootfs
-from nodeagent.sandbox import volumes as made
+from nodeagent.sandbox import rootfs_defaults
+from nodeagent.sandbox.init import volumes as made
 from nodeagent.sandbox.spec import ContainerPlan, Volume
 from tests.kernel.sandbox.conftest import Plan
 from tests.kernel.sandbox.containers import run, start, user
@@ -123,7 +123,7 @@ def test_a_volume_in_a_volume_and_what_is_asked_for_in_it(
     (image / "data/inner/file").write_text("inner")
     (tmp_path / "asked").mkdir()
     (tmp_path / "asked/file").write_text("asked")
-    asked = [rootfs.bind(str(tmp_path / "asked"), "/data/inner/asked")]
+    asked = [rootfs_defaults.bind(str(tmp_path / "asked"), "/data/inner/asked")]
     made = volumes(
         "cat /data/inner/file /data/inner/asked/file; touch /data/inner/x",
         "/data",
@@ -263,7 +263,7 @@ def test_devices_of_an_image_are_of_no_use_in_a_user_namespace(
         path.chmod(0o666)
     paths = ["/data/zero", asked, *["/zero"] * asked.startswith("/dev")]
     script = f"for path in {' '.join(paths)}; do dd if=$path count=1 2>&- | grep -c ''; done"
-    devices = [rootfs.character_device(asked, 1, 5)]
+    devices = [rootfs_defaults.character_device(asked, 1, 5)]
     with start(volumes(script, "/data", process=MAPS, devices=devices), pod=pod) as process:
         assert process.ready
         process.go()

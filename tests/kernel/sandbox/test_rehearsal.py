@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent.linux import syscalls
-from nodeagent.sandbox.client import Launcher
+from nodeagent.sandbox.agent.client import Launcher
 from tests.kernel.sandbox.supervised import Node, private_kib, running_node
 
 PROJECT = Path(__file__).parents[3]
@@ -19,7 +19,7 @@ MAX_PRIVATE_KIB = 1100
 SCRIPT = f"""
 import gc, os, sys
 sys.path.insert(0, {str(PROJECT)!r})
-from nodeagent.sandbox.rehearsal import rehearse
+from nodeagent.sandbox.launcher.rehearsal import rehearse
 rehearse(sys.argv[1])
 gc.collect()
 assert sys.argv[1] not in open("/proc/self/mountinfo").read()
@@ -59,7 +59,7 @@ def test_what_cannot_be_done_here_is_said(tmp_path: Path) -> None:
 def test_one_that_does_not_end_is_given_up(tmp_path: Path) -> None:
     script = SCRIPT.replace(
         "import rehearse\n",
-        "import rehearse; import nodeagent.sandbox.rehearsal as r; r._PATIENCE_MS = 0\n",
+        "import rehearse; import nodeagent.sandbox.launcher.rehearsal as r; r._PATIENCE_MS = 0\n",
     )
     command = [sys.executable, "-I", "-S", "-c", script, str(tmp_path / "rehearsal")]
     played = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

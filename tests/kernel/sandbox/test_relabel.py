@@ -11,7 +11,8 @@ import pytest
 
 from nodeagent.errors import FailedPrecondition, InvalidArgument
 from nodeagent.linux import mounts, syscalls
-from nodeagent.sandbox import relabel, rootfs
+from nodeagent.sandbox import rootfs_defaults
+from nodeagent.sandbox.init import relabel
 from nodeagent.sandbox.spec import Mount
 from tests.kernel.sandbox.conftest import Plan
 from tests.kernel.sandbox.containers import run, start, v1_hierarchies
@@ -232,11 +233,11 @@ def test_what_the_node_lives_on_is_refused_by_whatever_name(path: str) -> None:
 
 
 def bind(source: Path, target: str) -> Mount:
-    return cast(Mount, {**rootfs.bind(str(source), target), "label": MINE})
+    return cast(Mount, {**rootfs_defaults.bind(str(source), target), "label": MINE})
 
 
 def with_mounts(*added: Mount) -> list[Mount]:
-    return [*rootfs.default_mounts(False, v1_hierarchies()), *added]
+    return [*rootfs_defaults.default_mounts(False, v1_hierarchies()), *added]
 
 
 def test_a_volume_is_labelled_before_its_container_begins(
@@ -245,7 +246,7 @@ def test_a_volume_is_labelled_before_its_container_begins(
     absent = bind(tmp_path / "absent", "/absent")
     absent["absent"] = "make"
     (tmp_path / "bare").mkdir()
-    bare = rootfs.bind(str(tmp_path / "bare"), "/bare")
+    bare = rootfs_defaults.bind(str(tmp_path / "bare"), "/bare")
     made = plan("cat /data/deep/file", mounts=with_mounts(bind(tree, "/data"), absent, bare))
     assert run(made)[1] == "content"
     assert label(tree / "deep/file") == label(tmp_path / "absent") == MINE

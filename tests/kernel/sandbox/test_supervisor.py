@@ -21,9 +21,11 @@ from nodeagent.errors import (
     Unavailable,
     Unsupported,
 )
-from nodeagent.sandbox import namespaces, protocol, starting
-from nodeagent.sandbox.client import Launcher, Supervisor
+from nodeagent.sandbox import protocol
+from nodeagent.sandbox.agent import starting
+from nodeagent.sandbox.agent.client import Launcher, Supervisor
 from nodeagent.sandbox.spec import PodPlan
+from nodeagent.sandbox.supervisor import namespaces
 from tests.kernel.sandbox.containers import user
 from tests.kernel.sandbox.supervised import (
     NO_CGROUP,

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from nodeagent.errors import AlreadyExists, Unavailable
-from nodeagent.sandbox import exits, facts, process, protocol, supervisor
-from nodeagent.sandbox.client import ContainerState, ExecIO, Launcher
+from nodeagent.sandbox import exits, facts, protocol
+from nodeagent.sandbox.agent.client import ContainerState, ExecIO, Launcher
+from nodeagent.sandbox.runtime import process
 from nodeagent.sandbox.spec import PodPlan
+from nodeagent.sandbox.supervisor import main as supervisor
 from tests.kernel.sandbox.supervised import (
     NO_CGROUP,
     Node,

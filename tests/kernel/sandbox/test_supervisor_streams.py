@@ -14,8 +14,8 @@ from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import FailedPrecondition, NotFound, StartError
 from nodeagent.records import Resources
-from nodeagent.sandbox.client import AttachIO, CgroupFds, ExecExit, ExecIO
-from nodeagent.sandbox.pump import ATTACH_BUFFER_BYTES
+from nodeagent.sandbox.agent.client import AttachIO, CgroupFds, ExecExit, ExecIO
+from nodeagent.sandbox.supervisor.pump import ATTACH_BUFFER_BYTES
 from tests.kernel.sandbox.supervised import (
     NO_CGROUP,
     Node,

@@ -12,12 +12,12 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests import fake_registry, images
-from tests.cri import Cri
 from tests.e2e.conftest import agent, cri
-from tests.registry import Registry
 from tests.security.fuse import Node, serving
-from tests.tars import Member
+from tests.support import fake_registry, images
+from tests.support.cri import Cri
+from tests.support.registry import Registry
+from tests.support.tars import Member
 
 __all__ = ["agent", "cri"]
 

@@ -12,12 +12,12 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from nodeagent.lifecycle import apparmor
+from nodeagent.lifecycle.plan import apparmor
 from tests.conformance.apparmor import put_in_path
-from tests.cri import Cri, options, pod_options, refused
 from tests.e2e.conftest import client, running_agent
 from tests.e2e.test_user_namespaces import user_namespace
-from tests.registry import Registry
+from tests.support.cri import Cri, options, pod_options, refused
+from tests.support.registry import Registry
 
 PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
 CONFINED = f"{apparmor.NAME} (enforce)"

@@ -12,10 +12,10 @@ import pytest
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cgroups.v2 import DESCENDANTS
-from tests import images, tars
-from tests.cri import Container, Cri, options
 from tests.e2e.test_user_namespaces import user_namespace
 from tests.security.agent.conftest import PullHostile
+from tests.support import images, tars
+from tests.support.cri import Container, Cri, options
 
 ROOT = Path("/sys/fs/cgroup")
 

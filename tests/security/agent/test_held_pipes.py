@@ -14,11 +14,11 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests import images, tars
-from tests.cri import SLEEP, Container, Cri
 from tests.e2e.streams import Streams
-from tests.node import wait_for
 from tests.security.agent.conftest import PullHostile
+from tests.support import images, tars
+from tests.support.cri import SLEEP, Container, Cri
+from tests.support.node import wait_for
 
 # A child moves what is in the pipe of stdout, or of stdin where that is asked for, to a socket that nobody reads, and
 # waits for room in it; the first process goes on writing.

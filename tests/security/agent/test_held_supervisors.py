@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nodeagent.api import runtime_pb2 as pb
-from tests import images, tars
-from tests.cri import SLEEP, Container, Cri, options, pod_options
 from tests.e2e.conftest import own_agent, own_cri
 from tests.kernel.sandbox.supervised import waits_in_splice
-from tests.node import wait_for
-from tests.registry import Registry
 from tests.security.agent.conftest import pull_hostile
 from tests.security.agent.test_held_pipes import HOLD, is_stuck
+from tests.support import images, tars
+from tests.support.cri import SLEEP, Container, Cri, options, pod_options
+from tests.support.node import wait_for
+from tests.support.registry import Registry
 
 __all__ = ["own_agent", "own_cri"]
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests import images, tars
-from tests.cri import Container, Cri
 from tests.e2e.streams import Streams
-from tests.node import wait_for
 from tests.security.agent.conftest import NEEDS_FUSE, PullHostile
+from tests.support import images, tars
+from tests.support.cri import Container, Cri
+from tests.support.node import wait_for
 
 # A child writes a page of the file to the terminal; the parent ends, with what is the exec.
 HOLD_TERMINAL = r"""

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from nodeagent.lifecycle import disk
-from tests import tars
-from tests.cri import Cri, Pod
+from nodeagent.lifecycle.usage import disk
 from tests.e2e.conftest import client, own_agent
-from tests.node import RunningAgent, wait_for
-from tests.registry import Registry
 from tests.security.agent.conftest import PullHostile, pull_hostile
+from tests.support import tars
+from tests.support.cri import Cri, Pod
+from tests.support.node import RunningAgent, wait_for
+from tests.support.registry import Registry
 
 __all__ = ["own_agent"]
 

@@ -22,13 +22,13 @@ import pytest
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.api import runtime_pb2_grpc as rpc
 from nodeagent.lifecycle.events import MAX_READERS
-from tests import images
-from tests.cri import Container, Cri
 from tests.e2e.conftest import client, running_agent
 from tests.e2e.streams import WIRES, Streams
-from tests.node import RunningAgent, wait_for
-from tests.registry import Registry
 from tests.security.agent.test_processes import peak_bytes, reset_peak
+from tests.support import images
+from tests.support.cri import Container, Cri
+from tests.support.node import RunningAgent, wait_for
+from tests.support.registry import Registry
 
 DESCRIPTORS = 1024
 CLIENTS = 3000

@@ -13,12 +13,12 @@ import pytest
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.linux import syscalls
-from tests.cri import SLEEP, Container, Cri, Pod, pod_options
 from tests.e2e.conftest import client, running_agent
-from tests.node import RunningAgent
-from tests.registry import PASSWORD, USERNAME, Registry
 from tests.security.agent.test_mounts import host_pid
 from tests.security.agent.test_requests import descendants
+from tests.support.cri import SLEEP, Container, Cri, Pod, pod_options
+from tests.support.node import RunningAgent
+from tests.support.registry import PASSWORD, USERNAME, Registry
 
 NOBODY = 65534
 SECRET = "PalimpsestOfQuartz"

@@ -12,9 +12,9 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests import tars
-from tests.cri import SLEEP, Container, Cri, options, refused
 from tests.security.agent.conftest import PullHostile, attempted
+from tests.support import tars
+from tests.support.cri import SLEEP, Container, Cri, options, refused
 
 UP = "../" * 12
 VICTIMS = 16

@@ -9,12 +9,12 @@ import pytest
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.linux import syscalls
-from nodeagent.sandbox import namespaces
-from tests.cri import EXITED, SLEEP, Container, Cri, options, pod_options
+from nodeagent.sandbox.supervisor import namespaces
 from tests.e2e.conftest import UPSTREAM, client
-from tests.node import RunningAgent, wait_for
-from tests.registry import Registry
 from tests.security.agent.test_mounts import host_pid
+from tests.support.cri import EXITED, SLEEP, Container, Cri, options, pod_options
+from tests.support.node import RunningAgent, wait_for
+from tests.support.registry import Registry
 
 STATE_BYTES = 48 << 20
 SHARED_BYTES = namespaces.DEFAULT_SHM_BYTES + namespaces.FILES_BYTES

@@ -11,10 +11,10 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests import images, tars
-from tests.cri import SLEEP, Container, Cri, options, pod_options, refused
-from tests.node import wait_for
 from tests.security.agent.conftest import PullHostile, attempted
+from tests.support import images, tars
+from tests.support.cri import SLEEP, Container, Cri, options, pod_options, refused
+from tests.support.node import wait_for
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION

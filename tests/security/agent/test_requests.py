@@ -13,10 +13,10 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests import tars
-from tests.cri import Cri, Pod, options, pod_options, refused
-from tests.node import free_port, wait_for
 from tests.security.agent.conftest import PullHostile, attempted
+from tests.support import tars
+from tests.support.cri import Cri, Pod, options, pod_options, refused
+from tests.support.node import free_port, wait_for
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 NOT_FOUND = grpc.StatusCode.NOT_FOUND

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests.cri import SLEEP, Container, Cri, options
 from tests.e2e.conftest import UPSTREAM, client
-from tests.node import RunningAgent
-from tests.registry import Registry
 from tests.security.agent.test_mounts import host_pid
+from tests.support.cri import SLEEP, Container, Cri, options
+from tests.support.node import RunningAgent
+from tests.support.registry import Registry
 
 PRIVILEGED = pb.LinuxPodSandboxConfig(
     security_context=pb.LinuxSandboxSecurityContext(privileged=True)

@@ -18,13 +18,13 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from nodeagent.lifecycle.process import DEFAULT_CAPABILITIES
+from nodeagent.lifecycle.plan.process import DEFAULT_CAPABILITIES
 from nodeagent.linux import capabilities
-from tests import images, tars
-from tests.cri import EXITED, SLEEP, Container, Cri, Pod, options, pod_options, refused
 from tests.e2e.test_user_namespaces import user_namespace
-from tests.node import wait_for
 from tests.security.agent.conftest import PullHostile
+from tests.support import images, tars
+from tests.support.cri import EXITED, SLEEP, Container, Cri, Pod, options, pod_options, refused
+from tests.support.node import wait_for
 
 pytestmark = pytest.mark.skipif(os.uname().machine != "x86_64", reason="the watcher is x86-64 code")
 

@@ -26,11 +26,11 @@ from nodeagent.config import Config
 from nodeagent.cri.server import MAX_MESSAGE_BYTES, Server
 from nodeagent.errors import FailedPrecondition, NotFound
 from nodeagent.images.usage import Counters
-from nodeagent.lifecycle.disk import DiskUsage
+from nodeagent.lifecycle.containers.exec_sync import ExecResult
 from nodeagent.lifecycle.events import Events
-from nodeagent.lifecycle.execs import ExecResult
 from nodeagent.lifecycle.node import Node, NodeStatus
-from nodeagent.lifecycle.stats import ContainerUsage, LogUsage, SandboxUsage
+from nodeagent.lifecycle.usage.disk import DiskUsage
+from nodeagent.lifecycle.usage.stats import ContainerUsage, LogUsage, SandboxUsage
 from nodeagent.net.stats import InterfaceStats
 from nodeagent.records import (
     Container,

@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from nodeagent.images.auth import Auth
+from nodeagent.images.remote.auth import Auth
 from tests.unit.cri import records
 from tests.unit.cri.node import Client, serving
 

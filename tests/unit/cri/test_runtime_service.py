@@ -12,7 +12,7 @@ from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri.features import Features
 from nodeagent.cri.runtime_containers import MAX_OUTPUT_BYTES, fit
 from nodeagent.cri.server import MAX_MESSAGE_BYTES
-from nodeagent.lifecycle.execs import ExecResult
+from nodeagent.lifecycle.containers.exec_sync import ExecResult
 from nodeagent.records import Container, Resources, Sandbox
 from nodeagent.streaming.backend import AttachRequest, ExecRequest, PortForwardRequest, Request
 from tests.unit.cri import samples

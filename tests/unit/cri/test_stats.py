@@ -9,8 +9,8 @@ from google.protobuf.message import Message
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cgroups.stats import CgroupStats, PressureStats
 from nodeagent.cri import stats
-from nodeagent.lifecycle.disk import DiskUsage
-from nodeagent.lifecycle.stats import ContainerUsage, GroupUsage, SandboxUsage
+from nodeagent.lifecycle.usage.disk import DiskUsage
+from nodeagent.lifecycle.usage.stats import ContainerUsage, GroupUsage, SandboxUsage
 from tests.unit.cri import records
 from tests.unit.cri.node import SECOND, full_cgroup, interface
 

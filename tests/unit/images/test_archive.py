@@ -7,7 +7,7 @@ import pytest
 from nodeagent.errors import InvalidArgument, NotFound
 from nodeagent.images import manifest
 from nodeagent.images.archive import Archive, File, spool
-from tests import tars
+from tests.support import tars
 
 
 @pytest.mark.parametrize("text", [b"", b'[{"Config":"\xff"}]', b"[" * 200_000])

@@ -20,10 +20,10 @@ from nodeagent.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from nodeagent.images.compression import decompressed
 from nodeagent.images.content import Blob, BlobReader, Documents, Starved
 from nodeagent.images.slots import Permits
-from tests.tars import digest
+from nodeagent.images.unpack.compression import decompressed
+from tests.support.tars import digest
 
 DATA = bytes(range(256)) * 40
 

@@ -10,7 +10,7 @@ import pytest
 
 from nodeagent.config import DEFAULT_STATE, Config
 from nodeagent.errors import AlreadyExists
-from nodeagent.lifecycle import places, privatemount
+from nodeagent.lifecycle import places, private_mount
 from nodeagent.lifecycle.places import Places
 
 
@@ -21,7 +21,7 @@ def earlier(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     (earlier / "pods").mkdir(parents=True)
     (earlier / "lock").touch()
     monkeypatch.setattr(places, "EARLIER", earlier)
-    monkeypatch.setattr(privatemount, "is_there", lambda path: path == earlier / "pods")
+    monkeypatch.setattr(private_mount, "is_there", lambda path: path == earlier / "pods")
     return earlier
 
 
@@ -48,7 +48,7 @@ def test_a_place_of_others_is_left_alone(earlier: Path, monkeypatch: pytest.Monk
     with (earlier / "lock").open("w") as agent:
         fcntl.flock(agent, fcntl.LOCK_EX)
         assert str(found()) == DEFAULT_STATE
-    monkeypatch.setattr(privatemount, "is_there", lambda _: False)
+    monkeypatch.setattr(private_mount, "is_there", lambda _: False)
     (earlier / "pods/planted").mkdir()
     assert str(found()) == DEFAULT_STATE
 

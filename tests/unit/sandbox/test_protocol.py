@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeagent import errors
-from nodeagent.sandbox import peers, protocol
-from nodeagent.sandbox.channel import Channel
-from nodeagent.sandbox.loop import Loop
+from nodeagent.sandbox import protocol
+from nodeagent.sandbox.agent.channel import Channel
 from nodeagent.sandbox.protocol import Body, Message
+from nodeagent.sandbox.runtime import peers
+from nodeagent.sandbox.runtime.loop import Loop
 
 Pair = tuple[socket.socket, socket.socket]
 

@@ -1,0 +1,173 @@
+"""Blobs from registries into files: each is fetched once for an image, however many of its layers it is.
+
+Images share layers, not blobs: what one's servers and credentials make of a blob is not the other's affair.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Hashable
+from concurrent.futures import Executor
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from functools import partial
+
+from nodeagent.errors import NodeAgentError, ResourceExhausted, Unavailable
+from nodeagent.images.budget import is_full
+from nodeagent.images.concurrency import ended, to_the_end
+from nodeagent.images.content import Blob
+from nodeagent.images.manifest import Descriptor
+from nodeagent.images.remote.source import Source
+from nodeagent.images.slots import Slots
+from nodeagent.images.staging import Staging
+from nodeagent.images.usage import Counters
+
+log = logging.getLogger(__name__)
+
+Key = tuple[Source, str, int]
+
+_CONNECTIONS = 64
+_GRACE_SECONDS = 2.0  # to be connected, and to have got going
+
+
+class Arrival:
+    """A blob that arrives, or has arrived. task: what fetches it."""
+
+    task: "asyncio.Task[None]"
+
+    def __init__(self, blob: Blob) -> None:
+        self.blob = blob
+        self.users = 0
+        self._news = asyncio.Event()
+
+    @property
+    def is_complete(self) -> bool:
+        return self.task.done() and not self.task.cancelled() and not self.task.exception()
+
+    def tell(self) -> None:
+        """There is more of it, or no more will come."""
+        self._news.set()
+
+    async def reaches(self, size_bytes: int) -> None:
+        """Return once so much of it is there, or nothing more will come."""
+        while self.blob.received < size_bytes and not self.task.done():
+            self._news.clear()
+            await self._news.wait()
+
+    async def complete(self) -> None:
+        """Return once all of it is there and verified; raises what went wrong."""
+        await asyncio.wait([self.task])
+        self.task.result()
+
+
+class Downloads:
+    """The blobs that are being fetched. writers: threads for writing and hashing, never for waiting.
+
+    So many connections are open at a time that nobody is in another's way; beyond that, the slowest makes room, and
+    goes on later from where it was.
+    """
+
+    def __init__(self, staging: Staging, writers: Executor, counters: Counters) -> None:
+        self._staging = staging
+        self._writers = writers
+        self._counters = counters
+        self._slots = Slots(_CONNECTIONS, _GRACE_SECONDS)
+        self._arrivals: dict[Key, Arrival] = {}
+
+    def of(self, source: Source) -> "Fetched":
+        return Fetched(self, source)
+
+    @asynccontextmanager
+    async def open(
+        self, descriptor: Descriptor, source: Source, attempt: int
+    ) -> AsyncIterator[Arrival]:
+        """The arriving blob; its file goes with the last who has it open."""
+        key = (source, descriptor.digest, attempt)
+        arrival = self._arrivals.get(key)
+        if arrival is None:
+            arrival = self._arrivals[key] = self._start(key, descriptor)
+        arrival.users += 1
+        try:
+            yield arrival
+        finally:
+            arrival.users -= 1
+            if not arrival.users:
+                self._forget(key, arrival)
+                arrival.task.cancel()
+                await ended(arrival.task)
+                arrival.blob.remove()
+
+    def _start(self, key: Key, descriptor: Descriptor) -> Arrival:
+        blob = Blob(self._staging.path("blob"), descriptor.digest, descriptor.size)
+        arrival = Arrival(blob)
+        arrival.task = asyncio.create_task(self._fetch(arrival, descriptor, key))
+        arrival.task.add_done_callback(lambda _task: self._landed(key, arrival))
+        return arrival
+
+    def _landed(self, key: Key, arrival: Arrival) -> None:
+        """A failure is for those who wait now; whoever comes later tries anew."""
+        arrival.tell()
+        if not arrival.is_complete:
+            self._forget(key, arrival)
+
+    async def _fetch(self, arrival: Arrival, descriptor: Descriptor, key: Key) -> None:
+        source, _, attempt = key
+        blob = arrival.blob
+        try:
+            while not await self._receive(arrival, descriptor, source, attempt):
+                log.debug("%s: slower than others that wait, goes on later", blob.digest)
+            blob.finish()
+        except asyncio.CancelledError:
+            blob.fail(Unavailable(f"{blob.digest}: cancelled"))
+            raise
+        except OSError as error:
+            failure = ResourceExhausted(f"{blob.path}: {error}") if is_full(error) else error
+            blob.fail(failure)
+            raise failure from None
+        except NodeAgentError as error:
+            blob.fail(error)
+            raise
+
+    async def _receive(
+        self, arrival: Arrival, descriptor: Descriptor, source: Source, attempt: int
+    ) -> bool:
+        """Take in what comes, from where the blob ends; false when it had to give way before all was there."""
+        blob = arrival.blob
+        going = asyncio.timeout(None)
+        give_way = partial(going.reschedule, 0)
+        async with self._slots.taken(source, lambda: blob.received, give_way):
+            try:
+                async with going:
+                    await self._take_in(arrival, source.blob(descriptor, attempt, blob.received))
+            except TimeoutError:
+                if going.expired():
+                    return False
+                raise
+        return True
+
+    async def _take_in(self, arrival: Arrival, stream: AsyncGenerator[bytes]) -> None:
+        async with aclosing(stream) as chunks:
+            async for chunk in chunks:
+                self._counters.fetched_bytes += len(chunk)
+                await to_the_end(self._writers, partial(arrival.blob.append, chunk))
+                arrival.tell()
+
+    def _forget(self, key: Key, arrival: Arrival) -> None:
+        if self._arrivals.get(key) is arrival:
+            del self._arrivals[key]
+
+
+class Fetched:
+    """The content of one image, out of a registry."""
+
+    def __init__(self, downloads: Downloads, source: Source) -> None:
+        self._downloads = downloads
+        self._source = source
+
+    @property
+    def attempts(self) -> int:
+        return self._source.attempts
+
+    def origin(self, descriptor: Descriptor) -> Hashable:
+        return (descriptor.digest, descriptor.size, self._source.places(descriptor))
+
+    def open(self, descriptor: Descriptor, attempt: int) -> AbstractAsyncContextManager[Arrival]:
+        return self._downloads.open(descriptor, self._source, attempt)

@@ -1,0 +1,66 @@
+"""How a container sees cgroups: its own or the node's, to read or to manage. Pure.
+
+The default is a file system of its own group, read-only unless the container is privileged; what a request mounts at
+the same place is the request's.
+"""
+
+import posixpath
+from collections.abc import Sequence
+
+from nodeagent.errors import InvalidArgument, Unsupported
+from nodeagent.records import ContainerConfig
+from nodeagent.sandbox import rootfs_defaults
+from nodeagent.sandbox.spec import Mount
+
+PLACE = "/sys/fs/cgroup"
+_FIELD = "config.linux.security_context.cgroup_mount_mode"
+
+
+def is_delegated(config: ContainerConfig) -> bool:
+    """Whether it manages its own groups without being privileged."""
+    return config.cgroup_mount == "writable" and not config.privileged
+
+
+def check(config: ContainerConfig, *, delegates: bool) -> None:
+    """Raises Unsupported for what this node cannot give; delegates: whether it has cgroup v2 with nsdelegate.
+
+    Without that a container's root could lift its own limits: its group's files are not the boundary then.
+    """
+    if is_delegated(config) and not delegates:
+        raise Unsupported(
+            f"{_FIELD}: read-write needs cgroup v2 that is mounted with the option nsdelegate; remount it so"
+        )
+
+
+def requested(mounts: Sequence[Mount], config: ContainerConfig) -> list[Mount]:
+    """The mounts of a container as it asks to see cgroups. Raises InvalidArgument where that cannot be."""
+    places = [index for index, mount in enumerate(mounts) if _is_default(mount)]
+    if not places:
+        if is_delegated(config):
+            raise InvalidArgument(
+                f"{_FIELD}: read-write, but a mount of the request covers {PLACE}"
+            )
+        return list(mounts)
+    if config.namespaces.cgroup == "node":
+        others = [mount for mount in mounts if not _is_default(mount)]
+        return [*others[: places[0]], _of_node(config), *others[places[0] :]]
+    if is_delegated(config):
+        return [_writable(mount) if _is_default(mount) else mount for mount in mounts]
+    return list(mounts)
+
+
+def _is_default(mount: Mount) -> bool:
+    target = posixpath.normpath(mount["target"])
+    return mount["kind"] == "fs" and (target == PLACE or target.startswith(f"{PLACE}/"))
+
+
+def _of_node(config: ContainerConfig) -> Mount:
+    """The node's own mount: a new one in the node's namespace would set the options of the hierarchy for the node."""
+    attributes = ["nosuid", "nodev", "noexec", "relatime"]
+    if not config.privileged:
+        attributes.append("ro")
+    return rootfs_defaults.bind(PLACE, PLACE, *attributes, recursive=True)
+
+
+def _writable(mount: Mount) -> Mount:
+    return {**mount, "attributes": [name for name in mount["attributes"] if name != "ro"]}

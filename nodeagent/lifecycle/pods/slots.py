@@ -1,0 +1,161 @@
+"""Warm slots: supervisors with namespaces, link and addresses, waiting for a pod.
+
+A slot has its pod's final id from the start, so taking one moves and renames nothing. It has no record: whatever has
+a supervisor or a lease, but no sandbox, was a slot (or a pod that a crash cut off), and the next start removes it.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections import deque
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from nodeagent import files
+from nodeagent.errors import NodeAgentError
+from nodeagent.lifecycle.plan.mounts import id_map
+from nodeagent.lifecycle.supervisors.launchers import Launchers
+from nodeagent.net.network import Network
+from nodeagent.records import Namespaces
+from nodeagent.sandbox.agent.client import Supervisor
+from nodeagent.sandbox.spec import PodPlan
+
+log = logging.getLogger(__name__)
+
+# The containers of a pod come right after it, and the next slot must not be in their way.
+REFILL_DELAY_SECONDS = 0.05
+RETRY_SECONDS = 1.0
+USUAL = Namespaces()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """A pod to be: nothing in it runs but its supervisor. addresses: empty on the node's network."""
+
+    id: str
+    directory: Path
+    supervisor: Supervisor
+    addresses: tuple[str, ...]
+
+
+class Slots:
+    """Gives slots, ready ones where it can, and keeps `count` of the usual kind ready."""
+
+    def __init__(self, launchers: Launchers, network: Network, directory: Path, count: int) -> None:
+        self._launchers = launchers
+        self._network = network
+        self._directory = directory
+        self._count = count
+        self._ready: deque[Slot] = deque()
+        self._missing = asyncio.Semaphore(0)
+        self._filler: asyncio.Task[None] | None = None
+        self._is_closed = False
+
+    def start(self) -> None:
+        """Begin to fill, behind the requests."""
+        for _ in range(self._count):
+            self._missing.release()
+        self._filler = asyncio.create_task(self._fill())
+
+    @property
+    def ready(self) -> int:
+        return len(self._ready)
+
+    async def take(self, namespaces: Namespaces) -> Slot:
+        """A slot of one's own with these namespaces; `discard` gives it back."""
+        if _needs(namespaces) == _needs(USUAL):
+            while self._ready:
+                slot = self._ready.popleft()
+                asyncio.get_running_loop().call_later(REFILL_DELAY_SECONDS, self._missing.release)
+                if self._is_good(slot):
+                    return slot
+                await self.discard(slot)
+        return await self._make(namespaces)
+
+    def _is_good(self, slot: Slot) -> bool:
+        """The pod CIDR may be another one than when the slot was made."""
+        return not slot.supervisor.is_lost and self._network.hands_out(slot.addresses)
+
+    async def discard(self, slot: Slot) -> None:
+        """Undo everything of a slot. A slot that is partly gone is fine."""
+        if slot.supervisor.is_lost:
+            await self._launchers.get()  # which makes its successor
+        await dismantle(slot.id, slot.directory, slot.supervisor, self._network)
+
+    async def close(self) -> None:
+        """Stop filling and discard what is ready."""
+        self._is_closed = True
+        if self._filler is not None:
+            self._filler.cancel()
+            await asyncio.gather(self._filler, return_exceptions=True)
+        await asyncio.gather(*(self.discard(slot) for slot in self._ready))
+        self._ready.clear()
+
+    async def _fill(self) -> None:
+        """One for each that is missing. A slot that cannot be undone must not make up for our cancellation."""
+        said = ""
+        while not self._is_closed:
+            await self._missing.acquire()
+            try:
+                self._ready.append(await self._make(USUAL))
+                said = ""
+            except (NodeAgentError, OSError) as error:
+                if str(error) != said:  # what keeps failing in the same way is said once
+                    said = str(error)
+                    log.warning("no warm slot: %s", error)
+                self._missing.release()
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _make(self, namespaces: Namespaces) -> Slot:
+        pod_id = secrets.token_hex(32)
+        directory = self._directory / pod_id
+        needs = _needs(namespaces)
+        async with AsyncExitStack() as undo:
+            directory.mkdir(mode=0o700)
+            undo.callback(files.remove_tree, str(directory))
+            launcher = await self._launchers.get()
+            supervisor = await launcher.fork(_plan(pod_id, directory, namespaces))
+            undo.push_async_callback(supervisor.shutdown)
+            addresses: tuple[str, ...] = ()
+            if "net" in needs:
+                undo.push_async_callback(self._network.detach, pod_id)
+                handles = await supervisor.namespaces()
+                with handles:
+                    lease = await self._network.attach(pod_id, handles.net, handles.route)
+                addresses = lease.addresses
+            undo.pop_all()
+        return Slot(id=pod_id, directory=directory, supervisor=supervisor, addresses=addresses)
+
+
+async def dismantle(
+    pod_id: str, directory: Path, supervisor: Supervisor | None, network: Network
+) -> None:
+    """Remove a pod's processes, network and directory, in this order. Idempotent."""
+    if supervisor is not None:
+        await supervisor.shutdown()
+    await network.detach(pod_id)
+    await asyncio.to_thread(files.remove_tree, str(directory))
+
+
+def _needs(namespaces: Namespaces) -> frozenset[str]:
+    """The namespaces that the supervisor makes: the pod's UTS follows its network."""
+    needs = {"net", "uts"} if namespaces.network == "pod" else set()
+    if namespaces.ipc == "pod":
+        needs.add("ipc")
+    if namespaces.user is not None and namespaces.user.mode == "pod":
+        needs.add("user")
+    return frozenset(needs)
+
+
+def _plan(pod_id: str, directory: Path, namespaces: Namespaces) -> PodPlan:
+    needs = _needs(namespaces)
+    plan = PodPlan(
+        id=pod_id,
+        directory=str(directory),
+        namespaces=[name for name in ("net", "ipc", "uts", "user") if name in needs],
+    )
+    if namespaces.user is not None and "user" in needs:
+        plan["uid_map"] = [id_map(mapping) for mapping in namespaces.user.uids]
+        plan["gid_map"] = [id_map(mapping) for mapping in namespaces.user.gids]
+    return plan

@@ -1,0 +1,44 @@
+"""The open files of a cgroup that a supervisor needs: how to join it, watch it and kill it."""
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from nodeagent.cgroups.group import Cgroup
+from nodeagent.sandbox.agent.client import CgroupFds
+
+
+@contextmanager
+def handover(group: Cgroup) -> Iterator[CgroupFds]:
+    """Opened for one message, which carries copies of them; closed on return."""
+    join = group.join_fds()
+    try:
+        watch = group.watch_fds()
+        try:
+            yield CgroupFds(join=join, oom=watch.oom, procs=watch.procs, kill=watch.kill)
+        finally:
+            close_all((watch.oom, watch.procs, watch.kill))
+    finally:
+        close_all(join)
+
+
+@contextmanager
+def joining_files(group: Cgroup) -> Iterator[list[int]]:
+    """The files that a process writes "0" to, to be in the group from then on."""
+    fds = group.join_fds()
+    files: list[int] = []
+    try:
+        for fd in fds:
+            is_directory = stat.S_ISDIR(os.fstat(fd).st_mode)
+            flags = os.O_WRONLY | os.O_CLOEXEC
+            files.append(os.open("cgroup.procs", flags, dir_fd=fd) if is_directory else os.dup(fd))
+        yield files
+    finally:
+        close_all((*fds, *files))
+
+
+def close_all(fds: Iterable[int | None]) -> None:
+    for fd in fds:
+        if fd is not None:
+            os.close(fd)

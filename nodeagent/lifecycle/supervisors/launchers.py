@@ -1,0 +1,71 @@
+"""The launcher, whichever it is now. One that died is replaced at once.
+
+Supervisors live without it, but nobody keeps then what their successors would need.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from nodeagent.errors import NodeAgentError
+from nodeagent.sandbox.agent.client import Launcher
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 1.0
+
+
+class Launchers:
+    """start: connects to the one that runs, or starts one."""
+
+    def __init__(self, start: Callable[[], Awaitable[Launcher]]) -> None:
+        self._start = start
+        self._lock = asyncio.Lock()
+        self._current: Launcher | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        # Why there is none, since the last attempt to have one.
+        self.trouble = ""
+
+    def start(self) -> None:
+        """See that there always is one."""
+        self._keeper = asyncio.create_task(self._keep())
+
+    async def close(self) -> None:
+        """Let the one that there is go on, or end."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+
+    async def _keep(self) -> None:
+        while True:
+            try:
+                launcher = await self.get()
+                await launcher.lost.wait()
+            except (NodeAgentError, OSError):
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def get(self) -> Launcher:
+        """A launcher that lives, as far as anybody knows. One that is being started comes up, whoever is cancelled."""
+        return await asyncio.shield(asyncio.ensure_future(self._get()))
+
+    async def _get(self) -> Launcher:
+        async with self._lock:
+            if self._current is not None and self._current.lost.is_set():
+                log.warning("the launcher died, starting another")
+                self._current.close()
+                self._current = None
+            if self._current is None:
+                self._current = await self._start_one()
+            return self._current
+
+    async def _start_one(self) -> Launcher:
+        """What keeps failing in the same way is said once."""
+        try:
+            launcher = await self._start()
+        except (NodeAgentError, OSError) as error:
+            if str(error) != self.trouble:
+                log.error("no launcher: %s", error)
+            self.trouble = str(error)
+            raise
+        self.trouble = ""
+        return launcher

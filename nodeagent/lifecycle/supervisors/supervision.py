@@ -1,0 +1,258 @@
+"""Keeps every pod connected to a living supervisor, and its records in step with what the supervisor saw.
+
+A supervisor that died is replaced by a successor, which the launcher hands the log pipes and the pids it kept; the
+containers notice nothing. What ended in between is read from exit records; only what nobody saw is unknown.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nodeagent import records
+from nodeagent.errors import NodeAgentError, Unavailable
+from nodeagent.lifecycle.inventory import Inventory, Pod
+from nodeagent.lifecycle.supervisors.launchers import Launchers
+from nodeagent.records import Container
+from nodeagent.sandbox import exits
+from nodeagent.sandbox.agent.client import Supervisor
+from nodeagent.sandbox.spec import Exit
+
+log = logging.getLogger(__name__)
+
+PAUSES_SECONDS = (0.1, 0.3, 1.0)
+ANSWER_SECONDS = 5.0
+REACH_SECONDS = 20.0  # of a successor, it takes some milliseconds
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 30.0
+
+
+class Supervision:
+    """Watches supervisors, replaces dead ones, and writes the ends of containers into their records."""
+
+    def __init__(self, inventory: Inventory, launchers: Launchers, directory: Path) -> None:
+        self._inventory = inventory
+        self._launchers = launchers
+        self._directory = directory
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._ends: dict[str, asyncio.Event] = {}
+        self._early: dict[str, Exit] = {}
+        self._behind: set[asyncio.Task[None]] = set()
+        self._ending: set[str] = set()
+        # How a pod is ended that can do nothing any more: `Sandboxes.stop`, which is above us.
+        self.end_pod: Callable[[str], Coroutine[Any, Any, None]]
+
+    def watch(self, sandbox_id: str, supervisor: Supervisor) -> None:
+        """Note the ends of the pod's containers from now on, and replace its supervisor if it dies."""
+        supervisor.on_exit = self._exited
+        supervisor.on_init_exit = partial(self._init_exited, sandbox_id)
+        what = _pod(sandbox_id)
+        self._watches[sandbox_id] = asyncio.create_task(
+            _logged(what, self._succeed(sandbox_id, supervisor)), name=what
+        )
+
+    def unwatch(self, sandbox_id: str) -> None:
+        """The supervisor is about to end on purpose."""
+        task = self._watches.pop(sandbox_id, None)
+        if task is not None:
+            task.cancel()
+
+    async def adopt(self, sandbox_id: str) -> None:
+        """Take a pod over from the agent before us.
+
+        Raises TimeoutError where its supervisor has died and a successor does not come up: a container can hold that
+        up, as it takes what is left in the pipe of another one.
+        """
+        async with asyncio.timeout(REACH_SECONDS):
+            supervisor = await self.reach(sandbox_id)
+        self._inventory.pods[sandbox_id] = Pod(supervisor)
+        self.watch(sandbox_id, supervisor)
+        try:
+            await self.within_bounds(_pod(sandbox_id), self._reconcile(sandbox_id, supervisor))
+        except Unavailable:
+            pass  # it has just died, and its successor will be asked
+
+    async def within_bounds(self, what: str, work: Coroutine[Any, Any, None]) -> None:
+        """Do work that needs a supervisor, and wait for it ANSWER_SECONDS at most: a container may hold that up.
+
+        The work then goes on in the background. It ends with `close`, and so it does when who waits is cancelled.
+        what: the object that the work is about, in the log.
+        """
+        task = asyncio.create_task(work, name=what)
+        try:
+            await asyncio.wait((task,), timeout=ANSWER_SECONDS)
+        finally:
+            if not task.done():
+                self._do_behind(what, task)
+        if task.done():
+            task.result()
+        else:
+            log.warning("%s: the supervisor does not answer yet", what)
+
+    async def reach(self, sandbox_id: str) -> Supervisor:
+        """The pod's supervisor, or a successor of one that has died. One may just be coming, or going."""
+        for pause in PAUSES_SECONDS:
+            try:
+                return await self._reach(sandbox_id)
+            except (NodeAgentError, OSError) as error:
+                log.warning('pod "%s": no supervisor, trying again: %s', sandbox_id, error)
+                await asyncio.sleep(pause)
+        return await self._reach(sandbox_id)
+
+    async def shut_down(self, sandbox_id: str) -> None:
+        """End the pod's processes and its supervisor; the records of its containers then say how they ended."""
+        self.unwatch(sandbox_id)
+        pod = self._inventory.pods.get(sandbox_id)
+        if pod is not None and pod.supervisor is not None:
+            if pod.supervisor.is_lost:
+                await self._launchers.get()
+            await pod.supervisor.shutdown()
+            pod.supervisor = None
+        for container in self._inventory.members(sandbox_id):
+            if container.state == "running":
+                self._ended_unheard(container)
+
+    async def ended(self, container_id: str) -> None:
+        """Return once the container's record says that it is not running."""
+        container = self._inventory.containers.get(container_id)
+        if container is not None and container.state == "running":
+            await self._ends.setdefault(container_id, asyncio.Event()).wait()
+
+    def _do_behind(self, what: str, work: Awaitable[None]) -> None:
+        """Let work go on that nobody waits for."""
+        task = asyncio.create_task(_logged(what, work), name=what)
+        self._behind.add(task)
+        task.add_done_callback(self._behind.discard)
+
+    async def close(self) -> None:
+        for task in self._behind:
+            task.cancel()
+        await asyncio.gather(*self._behind, return_exceptions=True)
+        tasks = list(self._watches.values())
+        for sandbox_id in list(self._watches):
+            self.unwatch(sandbox_id)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- starts and ends ---
+
+    def started(self, container: Container, at: int) -> None:
+        """Publish that a container runs, and at once its end where the news of that came first."""
+        self._inventory.note(records.started(container, at), "started")
+        end = self._early.pop(container.id, None)
+        if end is not None:
+            self._exited(container.id, end)
+
+    def ended_as(self, container: Container) -> None:
+        """Publish that a container has ended, and wake who waits for it."""
+        self._inventory.note(container, "stopped")
+        event = self._ends.pop(container.id, None)
+        if event is not None:
+            event.set()
+
+    def _exited(self, container_id: str, end: Exit) -> None:
+        container = self._inventory.containers.get(container_id)
+        if container is None or container.state == "exited":
+            return
+        if container.state == "created":
+            self._early[container_id] = end
+        else:
+            self.ended_as(records.exited(container, end["code"], end["at"], oom=end["oom"]))
+
+    def _init_exited(self, sandbox_id: str) -> None:
+        """No container can be created in the pod any more: it ends, so that its owner makes another one."""
+        if sandbox_id in self._ending:
+            return  # each answer of its supervisor tells it again
+        log.error('pod sandbox "%s": the process that holds its PID namespace has died', sandbox_id)
+        self._ending.add(sandbox_id)
+        self._do_behind(_pod(sandbox_id), self._end(sandbox_id))
+
+    async def _end(self, sandbox_id: str) -> None:
+        """Try until the pod has ended: READY, and without a process that runs, nobody else would end it."""
+        between = pauses()
+        try:
+            while sandbox_id in self._inventory.pods:
+                try:
+                    await self.end_pod(sandbox_id)
+                except (NodeAgentError, OSError, TimeoutError) as error:
+                    log.error('pod sandbox "%s": not ended, trying again: %s', sandbox_id, error)
+                    await asyncio.sleep(next(between))
+                else:
+                    return
+        finally:
+            self._ending.discard(sandbox_id)
+
+    def _ended_unheard(self, container: Container) -> None:
+        """Of what nobody told us, there is the exit record."""
+        end = exits.read(str(self._directory / container.sandbox_id), container.id)
+        if end is None:
+            self.ended_as(records.lost(container, time.time_ns()))
+        else:
+            self._exited(container.id, end)
+
+    # --- succession ---
+
+    async def _succeed(self, sandbox_id: str, supervisor: Supervisor) -> None:
+        await supervisor.lost.wait()
+        log.warning('pod sandbox "%s": its supervisor died, starting a successor', sandbox_id)
+        between = pauses()
+        while (pod := self._inventory.pods.get(sandbox_id)) is not None:
+            try:
+                pod.supervisor = await self._reach(sandbox_id)
+                self.watch(sandbox_id, pod.supervisor)
+                await self._reconcile(sandbox_id, pod.supervisor)
+            except (NodeAgentError, OSError) as error:
+                if pod.supervisor is not supervisor:
+                    return  # the successor died as well, and is watched
+                log.warning('pod sandbox "%s": no successor: %s', sandbox_id, error)
+                await asyncio.sleep(next(between))
+            else:
+                return
+
+    async def _reach(self, sandbox_id: str) -> Supervisor:
+        directory = self._directory / sandbox_id
+        try:
+            return await Supervisor.connect(directory, sandbox_id)
+        except OSError:
+            launcher = await self._launchers.get()
+            return await launcher.successor(sandbox_id, directory)
+
+    async def _reconcile(self, sandbox_id: str, supervisor: Supervisor) -> None:
+        """Bring the records to what the supervisor knows; a container that it does not know has ended unseen."""
+        known = {state.id: state for state in await supervisor.state()}
+        for stranger in known.keys() - self._inventory.containers.keys():
+            await supervisor.remove(stranger)  # made for a caller that was never told
+        for container in self._inventory.members(sandbox_id):
+            if not container.created_at or container.state == "exited":
+                continue
+            state = known.get(container.id)
+            if state is None:
+                self.ended_as(records.lost(container, time.time_ns()))
+                continue
+            if state.started_at and container.state == "created":
+                self.started(container, state.started_at)
+            if state.exit is not None:
+                self._exited(container.id, state.exit)
+
+
+def _pod(sandbox_id: str) -> str:
+    return f'pod sandbox "{sandbox_id}"'
+
+
+async def _logged(what: str, work: Awaitable[None]) -> None:
+    """Do work whose failure nobody but the log is told. One that is not foreseen is a defect, and has its traceback."""
+    try:
+        await work
+    except (NodeAgentError, OSError, TimeoutError) as error:
+        log.error("%s: %s", what, error)
+    except Exception:
+        log.exception("%s: internal error", what)
+
+
+def pauses() -> Iterator[float]:
+    """Seconds to wait before each further attempt: twice as long each time, up to a bound, without an end."""
+    pause = FIRST_PAUSE_SECONDS
+    while True:
+        yield pause
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)

@@ -1,0 +1,395 @@
+"""The launcher and the supervisors, as the agent uses them."""
+
+import asyncio
+import itertools
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from nodeagent.errors import AlreadyExists, NodeAgentError, Unavailable, Unsupported
+from nodeagent.sandbox import protocol
+from nodeagent.sandbox.agent.channel import Channel
+from nodeagent.sandbox.agent.handles import (
+    AttachIO,
+    CgroupFds,
+    ContainerState,
+    Created,
+    ExecExit,
+    ExecHandle,
+    ExecIO,
+    Namespaces,
+)
+from nodeagent.sandbox.agent.starting import start_launcher
+from nodeagent.sandbox.protocol import Body
+from nodeagent.sandbox.runtime.keeping import LAUNCHER_SOCKET
+from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, Exit, PodPlan, PodSettings
+from nodeagent.sandbox.supervisor import main as supervisor
+
+__all__ = [
+    "AttachIO",
+    "CgroupFds",
+    "ContainerState",
+    "Created",
+    "ExecExit",
+    "ExecHandle",
+    "ExecIO",
+    "Launcher",
+    "Namespaces",
+    "Supervisor",
+]
+
+Size = tuple[int, int]
+
+# A process that dies closes its connections some time before it is seen to be dead.
+_DEATH_SECONDS = 5.0
+
+# What somebody else has started, or left, comes up within this time, or not at all.
+_POLLS, _POLL_SECONDS = 20, 0.1
+
+
+class Supervisor:
+    """A pod's supervisor. `lost` is set when it has died. on_exit: told the end of every container, from now on.
+
+    on_init_exit: told the end of the process that holds a shared PID namespace, and so of all that was in it.
+    """
+
+    def __init__(self, pod_id: str, directory: Path) -> None:
+        self.pod_id = pod_id
+        self.on_exit: Callable[[str, Exit], None] = lambda _container, _exit: None
+        self.on_init_exit: Callable[[], None] = lambda: None
+        self._directory = directory
+        self._is_shut_down = False
+        self._channel: Channel
+        self._numbers = itertools.count(1)
+        self._execs: dict[int, asyncio.Future[ExecExit | None]] = {}
+        self._attached: dict[int, AttachIO] = {}
+
+    @classmethod
+    async def connect(cls, directory: Path, pod_id: str) -> "Supervisor":
+        """Raises OSError where there is none."""
+        self = cls(pod_id, directory)
+        path = str(directory / supervisor.SOCKET)
+        name = f'supervisor of pod "{pod_id}"'
+        self._channel = await Channel.connect(path, name, self._event, self._end)
+        return self
+
+    @property
+    def pid(self) -> int:
+        return self._channel.pid
+
+    @property
+    def lost(self) -> asyncio.Event:
+        return self._channel.lost
+
+    @property
+    def is_lost(self) -> bool:
+        return self._channel.lost.is_set()
+
+    def close(self) -> None:
+        """Disconnect. The supervisor goes on, and nothing more is heard of it."""
+        self._channel.forget()
+
+    # --- the pod ---
+
+    async def namespaces(self) -> Namespaces:
+        reply = await self._channel.request("namespaces")
+        return Namespaces(net=reply.fds["net"], route=socket.socket(fileno=reply.fds["route"]))
+
+    async def configure(self, settings: PodSettings, init: CgroupFds | None = None) -> None:
+        """Raises InvalidArgument, or Unsupported, for a sysctl that cannot be set.
+
+        init: the cgroup of the process that holds a shared PID namespace.
+        """
+        await self._channel.request("configure", init.named() if init else (), settings=settings)
+
+    async def dial(self, port: int) -> socket.socket:
+        """A connection to 127.0.0.1, or else ::1, inside the pod; not blocking. Raises Unavailable."""
+        reply = await self._channel.request("dial", port=port)
+        connection = socket.socket(fileno=reply.fds["connection"])
+        connection.setblocking(False)
+        return connection
+
+    async def state(self) -> list[ContainerState]:
+        """Of every container that was created and is not removed."""
+        reply = await self._channel.request("state")
+        if reply.result.get("init_ended"):
+            self.on_init_exit()
+        return [ContainerState.read(body) for body in reply.result["containers"]]
+
+    async def shutdown(self) -> None:
+        """Kill all that runs in the pod, wait for its end, remove the pins, and end the supervisor. Idempotent.
+
+        For a supervisor that has died without a successor, one is started to do this.
+        """
+        if self._is_shut_down:
+            return
+        try:
+            await self._channel.request("shutdown")
+            await self.lost.wait()
+        except Unavailable:
+            await self._shut_down_by_successor()
+        self._is_shut_down = True
+        self.close()
+
+    async def _shut_down_by_successor(self) -> None:
+        try:
+            async with asyncio.timeout(_DEATH_SECONDS):
+                await self.lost.wait()
+        except TimeoutError:
+            raise self._channel.unavailable() from None
+        if not self._directory.exists():
+            return
+        try:
+            successor = await self._successor()
+        except OSError as error:
+            raise Unavailable(
+                f'pod "{self.pod_id}": no successor of its supervisor: {error}'
+            ) from None
+        await successor.shutdown()
+
+    async def _successor(self) -> "Supervisor":
+        launcher = await Launcher.connect(self._directory.parents[1])
+        try:
+            return await launcher.successor(self.pod_id, self._directory)
+        except AlreadyExists:
+            return await Supervisor.connect(self._directory, self.pod_id)
+        finally:
+            launcher.close()
+
+    # --- containers ---
+
+    async def create(self, plan: ContainerPlan, cgroup: CgroupFds) -> Created:
+        """Prepare a container up to its program. Nothing is left of one whose creation fails.
+
+        A creation whose caller is cancelled goes on: `remove` undoes it, whatever it has come to.
+        """
+        reply = await self._channel.request("create", cgroup.named(), plan=plan)
+        state = ContainerState.read(reply.result)
+        return Created(pid=state.pid, identity=state.identity, warnings=state.warnings)
+
+    async def start(self, container: str) -> int:
+        """Execute the program; returns when it was let go, in ns since the epoch.
+
+        Raises StartError, with the container EXITED and code 128, when it cannot be executed.
+        """
+        reply = await self._channel.request("start", container=container)
+        at: int = reply.result["at"]
+        return at
+
+    async def stop(self, container: str, signal: int, timeout_ms: int) -> None:
+        """Signal the container, the first time; kill it at the earliest deadline that was ever asked for.
+
+        Returns at once. The deadline is kept by the supervisor, whatever happens to us. timeout_ms 0 kills now.
+        """
+        await self._channel.request(
+            "stop", container=container, signal=signal, timeout_ms=timeout_ms
+        )
+
+    async def wait(self, container: str) -> Exit:
+        """How it ended; at once, if it has."""
+        reply = await self._channel.request("wait", container=container)
+        end: Exit = reply.result["exit"]
+        return end
+
+    async def remove(self, container: str) -> None:
+        """Kill the container if it is not EXITED, and forget it. Idempotent."""
+        await self._channel.request("remove", container=container)
+
+    async def resize(self, container: str, width: int, height: int) -> None:
+        await self._channel.request("resize", container=container, width=width, height=height)
+
+    async def reopen_log(self, container: str) -> None:
+        """After this the log file exists anew, and no byte goes to the old one."""
+        await self._channel.request("reopen_log", container=container)
+
+    # --- streams ---
+
+    async def exec(
+        self, plan: ExecPlan, streams: ExecIO, cgroup: CgroupFds, size: Size | None = None
+    ) -> ExecHandle:
+        """Returns when the program is executed; raises StartError when it cannot be.
+
+        size: of the terminal, width and height, before the program sees it. One whose caller is cancelled is killed.
+        """
+        number = next(self._numbers)
+        end: asyncio.Future[ExecExit | None] = asyncio.get_running_loop().create_future()
+        self._execs[number] = end
+        fds = [
+            *cgroup.named(),
+            ("stdin", streams.stdin),
+            ("stdout", streams.stdout),
+            ("stderr", streams.stderr),
+        ]
+        try:
+            reply = await self._channel.request(
+                "exec", fds, exec=number, container=plan["container"], plan=plan, size=size
+            )
+        except asyncio.CancelledError:
+            self._execs.pop(number, None)
+            self._channel.post("exec_kill", exec=number)
+            raise
+        except BaseException:
+            self._execs.pop(number, None)
+            raise
+        if reply.fds:
+            # A supervisor of an earlier version sends the terminal itself, which the agent must not have open.
+            protocol.close_all(reply.fds.values())
+            self._execs.pop(number, None)
+            self._channel.post("exec_kill", exec=number)
+            raise Unsupported(
+                f'container "{plan["container"]}": a command with a terminal needs a supervisor of this version, and '
+                "its pod has an earlier one; make the pod anew, or leave the terminal out"
+            )
+        return ExecHandle(self._channel, number, reply, end)
+
+    async def attach(self, container: str) -> AttachIO:
+        """See the output from now on, and write the input. Who is too slow, by a MiB, is cut off."""
+        number = next(self._numbers)
+        try:
+            reply = await self._channel.request("attach", container=container, attach=number)
+        except asyncio.CancelledError:
+            self._channel.post("detach", attach=number)
+            raise
+
+        def end_input() -> None:
+            if number in self._attached:
+                self._channel.post("end_input", attach=number)
+
+        def detach() -> None:
+            if self._attached.pop(number, None) is not None:
+                self._channel.post("detach", attach=number)
+
+        fds = reply.fds
+        stdin, stdout, stderr = (fds.get(name) for name in ("stdin", "stdout", "stderr"))
+        attached = AttachIO(stdin, stdout, stderr, end_input, detach)
+        self._attached[number] = attached
+        return attached
+
+    # --- what comes unasked ---
+
+    def _event(self, event: Body) -> None:
+        if event["event"] == "exit":
+            self.on_exit(event["container"], event["exit"])
+        elif event["event"] == "init_exit":
+            self.on_init_exit()
+        elif event["event"] == "exec_exit":
+            end = self._execs.pop(event["exec"], None)
+            if end is not None and not end.done():
+                end.set_result(ExecExit(code=event["code"], timed_out=event["timed_out"]))
+        elif event["event"] == "detached":
+            attached = self._attached.pop(event["attach"], None)
+            if attached is not None:
+                attached.cut_off.set()
+
+    def _end(self) -> None:
+        for end in self._execs.values():
+            if not end.done():
+                end.set_result(None)
+        self._execs.clear()
+        self._attached.clear()
+
+
+class Launcher:
+    """Forks supervisors. `lost` is set when it has died; supervisors live on, and go to the next one."""
+
+    def __init__(self, state: Path, channel: Channel) -> None:
+        self._state = state
+        self._channel = channel
+
+    @classmethod
+    async def connect(cls, state: Path) -> "Launcher":
+        """Raises OSError where there is none."""
+        return cls(state, await Channel.connect(str(state / LAUNCHER_SOCKET), "launcher"))
+
+    @classmethod
+    async def connect_or_start(
+        cls, state: Path, python: str = sys.executable, join_fds: Sequence[int] = ()
+    ) -> "Launcher":
+        """join_fds: files of the cgroup that a new launcher moves to, opened for writing."""
+        try:
+            return await cls.connect(state)
+        except OSError:
+            pass
+        try:
+            await start_launcher(str(state), python, join_fds)
+        except AlreadyExists:
+            return await cls._connect_to_another(state)
+        return await cls.connect(state)
+
+    @classmethod
+    async def _connect_to_another(cls, state: Path) -> "Launcher":
+        """Somebody else was faster with a launcher, which may not listen yet."""
+        for _ in range(_POLLS):
+            try:
+                return await cls.connect(state)
+            except OSError:
+                await asyncio.sleep(_POLL_SECONDS)
+        return await cls.connect(state)
+
+    @property
+    def pid(self) -> int:
+        return self._channel.pid
+
+    @property
+    def lost(self) -> asyncio.Event:
+        return self._channel.lost
+
+    def close(self) -> None:
+        """Disconnect; the launcher goes on."""
+        self._channel.forget()
+
+    async def fork(self, plan: PodPlan) -> Supervisor:
+        """A new supervisor, with the namespaces of the plan. Nothing is left of one whose caller is cancelled."""
+        forking = asyncio.ensure_future(self._fork(plan))
+        try:
+            return await asyncio.shield(forking)
+        except asyncio.CancelledError:
+            with suppress(NodeAgentError, OSError):
+                forked = await forking
+                await forked.shutdown()
+            raise
+
+    async def _fork(self, plan: PodPlan) -> Supervisor:
+        pod_id, directory = plan["id"], Path(plan["directory"])
+        try:
+            await self._channel.request("fork", plan=plan)
+        except Unavailable:
+            if not self._channel.is_open:
+                await _end_orphan(pod_id, directory)
+            raise
+        return await Supervisor.connect(directory, pod_id)
+
+    async def successor(self, pod_id: str, directory: Path) -> Supervisor:
+        """Another supervisor for a pod whose own has died; raises AlreadyExists where it has not."""
+        await self._channel.request("successor", pod=pod_id, directory=str(directory))
+        return await Supervisor.connect(directory, pod_id)
+
+    async def pods(self) -> list[str]:
+        """Those that have a supervisor, or had one that left containers behind."""
+        reply = await self._channel.request("list")
+        pods: list[str] = reply.result["pods"]
+        return pods
+
+    async def abandon(self, pod_id: str) -> None:
+        """Kill the pod's supervisor, if it has one, and keep nothing for a successor. Idempotent."""
+        await self._channel.request("abandon", pod=pod_id)
+
+    async def stop(self) -> None:
+        """Raises FailedPrecondition while pods are left."""
+        await self._channel.request("stop")
+        await self.lost.wait()
+        self.close()
+
+
+async def _end_orphan(pod_id: str, directory: Path) -> None:
+    """The launcher may have died after it forked: a supervisor that comes up in spite of it is not wanted."""
+    for _ in range(_POLLS):
+        try:
+            supervisor = await Supervisor.connect(directory, pod_id)
+        except OSError:
+            await asyncio.sleep(_POLL_SECONDS)
+        else:
+            await supervisor.shutdown()
+            return

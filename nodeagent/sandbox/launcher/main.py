@@ -1,0 +1,375 @@
+"""The launcher: parent of the supervisors, and of what a supervisor leaves behind that is killed.
+
+It is started with exec, is small because it imports the standard library only, and forks a supervisor in a fraction of
+a millisecond. It survives the agent and serves the next one. Of every container it keeps the descriptors that a
+successor of its supervisor needs; while there is no supervisor, it writes the exit records.
+"""
+
+import fcntl
+import gc
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import NoReturn
+
+from nodeagent import files
+from nodeagent.errors import AlreadyExists, FailedPrecondition, Unavailable
+from nodeagent.linux import immortal
+from nodeagent.sandbox import exits, protocol
+from nodeagent.sandbox.launcher import rehearsal
+from nodeagent.sandbox.protocol import Message
+from nodeagent.sandbox.runtime import peers, process
+from nodeagent.sandbox.runtime.children import Children, close_others
+from nodeagent.sandbox.runtime.keeping import LAUNCHER_SOCKET, Deposit
+from nodeagent.sandbox.runtime.loop import Loop, guarded, report
+from nodeagent.sandbox.runtime.peers import Listener, Peer, Request
+from nodeagent.sandbox.spec import PodPlan
+from nodeagent.sandbox.supervisor import main as supervisor
+
+LOCK = "launcher.lock"
+READY = b"ready"
+
+_STOP_PAUSE_MS = 2
+
+
+class KeptPod:
+    """A pod as the launcher knows it. peer: its supervisor, of that pid. request: who waits until it serves the pod."""
+
+    def __init__(self, pod_id: str, directory: str) -> None:
+        self.id = pod_id
+        self.directory = directory
+        self.peer: Peer | None = None
+        self.pid = 0
+        self.request: Request | None = None
+        self.failure: Exception | None = None
+        self.deposits: dict[str, Deposit] = {}
+
+    @property
+    def has_supervisor(self) -> bool:
+        """Whether it lives, be it held up; one that is about to close what it has open does not any more."""
+        try:
+            return self.peer is not None and not process.is_exiting(self.pid)
+        except OSError:
+            return False
+
+    def take(self, container: str, names: Collection[str] | None = None) -> list[int]:
+        """Some descriptors of a container, or all, which are kept no longer; to be closed with `Launcher._close`."""
+        deposit = self.deposits.get(container)
+        if deposit is None:
+            return []
+        taken = deposit.fds.keys() if names is None else deposit.fds.keys() & set(names)
+        descriptors = [deposit.fds.pop(name) for name in tuple(taken)]
+        if names is None:
+            del self.deposits[container]
+        return descriptors
+
+
+class Launcher:
+    """Serves ``<state>/launcher.sock`` until it is stopped."""
+
+    def __init__(self, state: str, loop: Loop) -> None:
+        self._path = f"{state}/{LAUNCHER_SOCKET}"
+        self._loop = loop
+        self._children = Children(loop, self._hear_supervisors)
+        self._pods: dict[str, KeptPod] = {}
+        self._operations = {
+            "fork": self._fork,
+            "successor": self._succeed,
+            "abandon": self._abandon,
+            "list": self._list,
+            "stop": self._stop,
+        }
+        self._messages = {
+            "ready": self._is_ready,
+            "failed": self._has_failed,
+            "keep": self._keep,
+            "drop": self._drop,
+            "done": self._is_done,
+        }
+        self._listener = Listener(loop, self._path, self._accept)
+
+    def _accept(self, connection: socket.socket) -> None:
+        Peer(self._loop, connection, self._received, lambda _peer: None)
+
+    def _received(self, peer: Peer, message: Message) -> None:
+        if message.body.get("op") == "attend":
+            guarded(self._attend, peer, message)
+        else:
+            peers.perform(self._operations, peer, message)
+
+    # --- what agents ask for ---
+
+    def _fork(self, request: Request) -> None:
+        """Reply when the supervisor serves its pod."""
+        plan = protocol.checked(PodPlan, request.body["plan"])
+        if protocol.checked_id(plan["id"]) in self._pods:
+            raise AlreadyExists(f'pod "{plan["id"]}": has a supervisor, or had one')
+        pod = KeptPod(plan["id"], plan["directory"])
+        self._launch(pod, request, lambda keeper: supervisor.main(plan, keeper))
+
+    def _succeed(self, request: Request) -> None:
+        """Reply when another supervisor serves the pod of one that has died."""
+        self._hear_supervisors()
+        self._children.reap()
+        pod = self._pods.get(request.body["pod"])
+        if pod is None:
+            pod = KeptPod(request.body["pod"], request.body["directory"])
+        if pod.peer is not None or _is_served(pod.directory):
+            raise AlreadyExists(f'pod "{pod.id}": has a supervisor')
+        kept = {name: deposit.fds for name, deposit in pod.deposits.items()}
+        self._launch(
+            pod, request, lambda keeper: supervisor.succeed(pod.id, pod.directory, keeper, kept)
+        )
+
+    def _launch(self, pod: KeptPod, request: Request, main: Callable[[int], NoReturn]) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        says, gone = partial(self._supervisor_says, pod), partial(self._supervisor_gone, pod)
+        peer = Peer(self._loop, ours, says, gone)
+        kept = [fd for deposit in pod.deposits.values() for fd in deposit.fds.values()]
+        with theirs:
+            try:
+                child = self._children.spawn(
+                    lambda: main(theirs.fileno()),
+                    partial(_supervisor_ended, peer),
+                    keep=[theirs.fileno(), *kept],
+                )
+            except OSError:
+                peer.close()
+                raise
+        os.close(child.pidfd)
+        pod.peer, pod.pid, pod.request = peer, child.pid, request
+        self._pods[pod.id] = pod
+
+    def _abandon(self, request: Request) -> None:
+        """For a pod that nobody can do anything with; its containers are somebody else's to kill."""
+        pod = self._pods.get(request.body["pod"])
+        if pod is not None:
+            self._is_done(pod, request)
+            if pod.peer is not None:
+                os.kill(pod.pid, signal.SIGKILL)
+        request.reply()
+
+    def _list(self, request: Request) -> None:
+        self._hear_supervisors()
+        request.reply({"pods": list(self._pods)})
+
+    def _stop(self, request: Request) -> None:
+        """Only when no pod is left."""
+        self._hear_supervisors()
+        if self._pods:
+            raise FailedPrecondition(f"launcher: {len(self._pods)} pods are left")
+        self._stop_when_alone(request)
+
+    def _stop_when_alone(self, request: Request) -> None:
+        """Supervisors that have ended their pods are reaped by us, and not by whoever would inherit them.
+
+        What abandoned pods have left ends with us.
+        """
+        if self._children.any():
+            self._children.kill()
+            self._loop.call_after(_STOP_PAUSE_MS, lambda: self._stop_when_alone(request))
+            return
+        os.unlink(self._path)
+        request.reply()
+        self._loop.stop()
+
+    # --- what supervisors say ---
+
+    def _attend(self, peer: Peer, message: Message) -> None:
+        """A supervisor has lost the launcher before us."""
+        protocol.close_all(message.fds)
+        pod_id, directory = message.body["pod"], message.body["directory"]
+        pod = self._pods.get(pod_id) or KeptPod(pod_id, directory)
+        if pod.peer is not None:
+            pod.peer.close()
+        self._pods[pod_id] = pod
+        pod.peer, pod.pid = peer, peer.pid
+        peer.received = partial(self._supervisor_says, pod)
+        peer.closed = partial(self._supervisor_gone, pod)
+
+    def _supervisor_says(self, pod: KeptPod, _peer: Peer, message: Message) -> None:
+        try:
+            self._messages[message.body["op"]](pod, message)
+        except (KeyError, TypeError, ValueError) as error:
+            report(f"pod {pod.id}: its supervisor says {message.body}: {error!r}")
+            self._close(pod, message.fds)
+
+    def _is_ready(self, pod: KeptPod, _message: Message) -> None:
+        if pod.request is not None:
+            pod.request.reply()
+            pod.request = None
+
+    def _has_failed(self, pod: KeptPod, message: Message) -> None:
+        """Told to who asked when nothing is left of it."""
+        pod.failure = protocol.read_error(message.body)
+
+    def _keep(self, pod: KeptPod, message: Message) -> None:
+        body = message.body
+        fds = dict(zip(body["fds"], message.fds, strict=True))
+        self._close(pod, pod.take(body["container"]))
+        pod.deposits[body["container"]] = Deposit(body["pid"], body["oom_kills"], fds)
+
+    def _drop(self, pod: KeptPod, message: Message) -> None:
+        self._close(pod, pod.take(message.body["container"], message.body["names"]))
+        if pod.peer is not None:
+            pod.peer.send({"dropped": message.body.get("number", 0)})
+
+    def _is_done(self, pod: KeptPod, _message: object) -> None:
+        for container in tuple(pod.deposits):
+            self._close(pod, pod.take(container))
+        self._pods.pop(pod.id, None)
+
+    def _close(self, pod: KeptPod, descriptors: Sequence[int]) -> None:
+        """Close our copies while somebody else has some. The last close of a pipe waits, uninterruptibly, for its lock,
+        which a container may hold.
+
+        A supervisor has copies until we have answered (`keeping.Keeper.drop`). Where it is dead a child of ours has
+        them, which may wait.
+        """
+        if pod.has_supervisor or not descriptors:
+            protocol.close_all(descriptors)
+            return
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        try:
+            child = self._children.spawn(
+                lambda: _end_after(reader), lambda _code: None, keep=[*descriptors, reader]
+            )
+        except OSError as error:  # what stays open is lost, and holds up nobody
+            report(f"pod {pod.id}: {len(descriptors)} descriptors are not closed: {error}")
+        else:
+            protocol.close_all([*descriptors, child.pidfd])
+        finally:
+            protocol.close_all([reader, writer])
+
+    def _supervisor_gone(self, pod: KeptPod, peer: Peer) -> None:
+        """Its children become ours, if it was one itself."""
+        if pod.peer is not peer:
+            return
+        pod.peer = None
+        for container, deposit in pod.deposits.items():
+            self._children.adopt(deposit.pid, partial(self._container_ended, pod, container))
+        if not pod.deposits:
+            self._pods.pop(pod.id, None)
+        if pod.request is not None:
+            pod.request.fail(pod.failure or Unavailable(f'pod "{pod.id}": its supervisor died'))
+            pod.request = pod.failure = None
+
+    # --- children ---
+
+    def _hear_supervisors(self) -> None:
+        """What they have said, and that they have died, comes before what is decided now."""
+        for pod in tuple(self._pods.values()):
+            if pod.peer is not None:
+                pod.peer.drain()
+
+    def _container_ended(self, pod: KeptPod, container: str, code: int) -> None:
+        deposit = pod.deposits.get(container)
+        if deposit is None or not _has_ended(deposit.fds["pidfd"]):
+            return
+        struck = exits.oom_kills(deposit.fds.get("oom")) > deposit.oom_kills
+        end = exits.describe(code, oom=struck and code == exits.SIGKILLED)
+        exits.record(pod.directory, container, end)
+
+
+def _end_after(reader: int) -> NoReturn:
+    """Keep what was inherited open until the parent has closed its copies and the pipe, then close it by exiting."""
+    process.set_title("na-closer", "nodeagent.sandbox.closer")
+    os.read(reader, 1)
+    os._exit(0)
+
+
+def _has_ended(pidfd: int) -> bool:
+    """Whether it is this very child of ours that is a zombie, and not another one with its number."""
+    try:
+        end = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return end is not None
+
+
+def _supervisor_ended(peer: Peer, _code: int) -> None:
+    """A child that it was just making may hold its connection for another moment."""
+    peer.drain()
+    peer.close()
+
+
+def _is_served(directory: str) -> bool:
+    """Not waiting for one that is held up, and whose queue is full of agents that have gone."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as connection:
+        try:
+            with protocol.address(f"{directory}/{supervisor.SOCKET}") as address:
+                connection.connect(address)
+            os.kill(protocol.peer_of(connection).pid, 0)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return True
+
+
+# ---- the process ----
+
+
+def main(state: str, ready: int, *join: int) -> None:
+    """Run until stopped. ready: a pipe that gets READY, or why it cannot be. join: of a cgroup, files to write 0 to."""
+    close_others([ready, *join])
+    try:
+        loop = _prepare(state, ready, join)
+    except Exception as error:  # noqa: BLE001 whatever it is, the agent shall know
+        os.write(ready, f"launcher: {error}".encode())
+        sys.exit(1)
+    with suppress(BrokenPipeError):  # the agent did not live to read it
+        os.write(ready, READY)
+    os.close(ready)
+    loop.run()
+
+
+def _prepare(state: str, ready: int, join: Sequence[int]) -> Loop:
+    process.hide()
+    process.ignore_terminal()
+    process.set_title("na-launcher", f"nodeagent.sandbox.launcher {state}")
+    os.umask(files.UMASK)
+    os.chdir("/")
+    for file in join:
+        os.write(file, b"0")
+        os.close(file)
+    refusal = process.protect_from_oom()
+    if refusal:
+        report(f"launcher: {refusal}")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    lock = _lock(state)
+    _rehearse(state, keep=[ready, lock])
+    loop = Loop()
+    Launcher(state, loop)
+    # Forked children share what is never written to again.
+    gc.collect()
+    immortal.immortalize()
+    gc.freeze()
+    gc.disable()
+    return loop
+
+
+def _rehearse(state: str, keep: Collection[int]) -> None:
+    """Without it, supervisors only need more memory. Objects go before the descriptors that they would close."""
+    try:
+        rehearsal.rehearse(f"{state}/pods/rehearsal")
+    except Exception as error:  # noqa: BLE001 whatever it is, a pod will tell
+        report(f"launcher: no rehearsal: {error}")
+    gc.collect()
+    close_others(keep)
+
+
+def _lock(state: str) -> int:
+    """There is one launcher for a state directory; the lock ends with the process."""
+    file = os.open(f"{state}/{LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise AlreadyExists(f"{state}: has a launcher") from None
+    return file

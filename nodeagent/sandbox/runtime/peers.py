@@ -1,0 +1,227 @@
+"""The server's side of the protocol: a listening socket, the peers that connect, their requests.
+
+Only root is served. A peer that does not read its replies is disconnected when they exceed a bound; nobody waits
+for it.
+"""
+
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from nodeagent.errors import InvalidArgument, NodeAgentError
+from nodeagent.sandbox import protocol
+from nodeagent.sandbox.protocol import Body
+from nodeagent.sandbox.runtime.loop import READABLE, WRITABLE, Loop, report
+
+MAX_WAITING_MESSAGES = 4096
+
+_BACKLOG = 64
+_PAUSE_MS = 200
+
+
+class Peer:
+    """One connection. Messages that find no room wait, in order; `closed` is called once, when it has ended."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        connection: socket.socket,
+        received: Callable[["Peer", protocol.Message], None],
+        closed: Callable[["Peer"], None],
+    ) -> None:
+        self._loop = loop
+        self._connection = connection
+        self.pid = protocol.peer_of(connection).pid
+        self.received = received
+        self.closed = closed
+        self._waiting: deque[tuple[bytes, list[int]]] = deque()
+        self._open = True
+        connection.setblocking(False)
+        loop.watch(connection.fileno(), self._ready)
+
+    def send(self, body: Body, fds: Sequence[int] = ()) -> None:
+        """The descriptors stay the caller's. To a peer that has gone, nothing is sent."""
+        if not self._open:
+            return
+        packet = protocol.encode(body)
+        if not self._waiting and self._try_send(packet, fds):
+            return
+        if len(self._waiting) >= MAX_WAITING_MESSAGES:
+            self.close()
+        elif self._open:
+            self._waiting.append((packet, [os.dup(descriptor) for descriptor in fds]))
+            self._loop.change(self._connection.fileno(), READABLE | WRITABLE)
+
+    def _try_send(self, packet: bytes, fds: Sequence[int]) -> bool:
+        try:
+            protocol.send(self._connection, packet, fds)
+        except BlockingIOError:
+            return False
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # what it has said before it went is still to be received, and then its end
+        return True
+
+    def _ready(self, events: int) -> None:
+        if events & WRITABLE:
+            self._send_waiting()
+        if self._open and events & ~WRITABLE:
+            self._receive()
+
+    def _send_waiting(self) -> None:
+        while self._waiting:
+            packet, fds = self._waiting[0]
+            if not self._try_send(packet, fds):
+                return
+            if self._open:
+                protocol.close_all(self._waiting.popleft()[1])
+        if self._open:
+            self._loop.change(self._connection.fileno(), READABLE)
+
+    def drain(self) -> None:
+        """Receive everything that is there already, the end of the connection included."""
+        while self._open and self._receive():
+            pass
+
+    def _receive(self) -> bool:
+        """Deal with one message; False when there is none."""
+        try:
+            message = protocol.receive(self._connection)
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            return True  # it did not read all of ours, and this comes before what it said
+        except ValueError as error:
+            self.send({"id": None, **protocol.describe_error(InvalidArgument(str(error)))})
+            return True
+        except OSError:
+            message = None
+        if message is None:
+            self.close()
+        else:
+            self.received(self, message)
+        return True
+
+    def close(self) -> None:
+        if not self._open:
+            return
+        self._open = False
+        self._loop.forget(self._connection.fileno())
+        self._connection.close()
+        for _, fds in self._waiting:
+            protocol.close_all(fds)
+        self._waiting.clear()
+        self.closed(self)
+
+
+class Request:
+    """What a peer asks. An operation takes the descriptors it wants to keep; it replies once, now or later."""
+
+    def __init__(self, peer: Peer, message: protocol.Message) -> None:
+        self.peer = peer
+        self.body = message.body
+        number = message.body.get("id")
+        self._number = number if isinstance(number, int) else None
+        names = message.body.get("fds")
+        if not isinstance(names, list) or len(names) != len(message.fds):
+            names = [None] * len(message.fds)
+        self._fds = list(zip(names, message.fds, strict=True))
+
+    def take(self, name: str) -> int | None:
+        """The descriptor of that name, None without one."""
+        fds = self.take_all(name)
+        protocol.close_all(fds[1:])
+        return fds[0] if fds else None
+
+    def take_all(self, name: str) -> list[int]:
+        found = [descriptor for key, descriptor in self._fds if key == name]
+        self._fds = [pair for pair in self._fds if pair[0] != name]
+        return found
+
+    def discard(self) -> None:
+        """Close the descriptors that nobody took."""
+        protocol.close_all(descriptor for _, descriptor in self._fds)
+        self._fds = []
+
+    def reply(self, result: Mapping[str, Any] | None = None, fds: Sequence[int] = ()) -> None:
+        self.peer.send({"id": self._number, "result": result or {}}, fds)
+
+    def fail(self, error: BaseException) -> None:
+        self.peer.send({"id": self._number, **protocol.describe_error(error)})
+
+
+Operation = Callable[[Request], None]
+
+
+def perform(operations: Mapping[str, Operation], peer: Peer, message: protocol.Message) -> None:
+    """Do what a request asks; whatever is wrong with it becomes its reply."""
+    request = Request(peer, message)
+    name = request.body.get("op")
+    try:
+        operation = operations.get(name) if isinstance(name, str) else None
+        if operation is None:
+            raise InvalidArgument(f"operation {name!r}: unknown")
+        operation(request)
+    except (NodeAgentError, OSError, TimeoutError) as error:
+        request.fail(error)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        request.fail(InvalidArgument(f"operation {name!r}: malformed: {error!r}"))
+    finally:
+        request.discard()
+
+
+class Listener:
+    """The socket `path`, mode 600, and who connects to it."""
+
+    def __init__(self, loop: Loop, path: str, accepted: Callable[[socket.socket], None]) -> None:
+        self._loop = loop
+        self._path = path
+        self._accepted = accepted
+        self._failing = False
+        self._socket = _listen(path)
+        self._watch()
+
+    def _watch(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._loop.watch(self._socket.fileno(), self._accept)
+
+    def _accept(self, _events: int) -> None:
+        try:
+            connection, _ = self._socket.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._pause(error)
+            return
+        self._failing = False
+        if protocol.peer_of(connection).uid == 0:
+            self._accepted(connection)
+        else:
+            connection.close()
+
+    def _pause(self, error: OSError) -> None:
+        """Without descriptors whoever wants to connect stays in the queue, which would wake the loop without end."""
+        if not self._failing:
+            self._failing = True
+            report(f"{self._path}: nobody can connect: {error.strerror}")
+        self._loop.forget(self._socket.fileno())
+        self._loop.call_after(_PAUSE_MS, self._watch)
+
+    def close(self) -> None:
+        self._loop.forget(self._socket.fileno())
+        self._socket.close()
+
+
+def _listen(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    # bind(2) gives the file the mode of the socket.
+    os.fchmod(listener.fileno(), 0o600)
+    with protocol.address(path) as address:
+        listener.bind(address)
+    listener.listen(_BACKLOG)
+    return listener

@@ -1,0 +1,90 @@
+"""Those who are attached to a container: they see its output from now on, and may write its input."""
+
+import os
+
+from nodeagent.errors import AlreadyExists, FailedPrecondition
+from nodeagent.sandbox import protocol
+from nodeagent.sandbox.runtime.peers import Peer, Request
+from nodeagent.sandbox.supervisor.containers import Container
+from nodeagent.sandbox.supervisor.pump import Tap
+from nodeagent.sandbox.supervisor.relay import Relay
+
+Key = tuple[Peer, int]
+
+
+class Attachments:
+    """Of a pod. Each is known by a number that the agent gave it.
+
+    The agent gets ends of pipes that only we have the other end of.
+    """
+
+    def __init__(self) -> None:
+        self._containers: dict[Key, Container] = {}
+
+    def attach(self, container: Container, request: Request) -> None:
+        key = request.peer, int(request.body["attach"])
+        if key in self._containers:
+            raise AlreadyExists(f"attachment {key[1]}: exists already")
+        if container.pump is None or container.exit is not None:
+            raise FailedPrecondition(
+                f'container "{container.id}": is {container.state}, not running'
+            )
+        tap = Tap(lambda: self._cut_off(key))
+        given = [(name, tap.add(name)) for name in container.pump.streams]
+        end = container.fds.get("stdin", container.fds.get("master"))
+        if end is not None:
+            given.append(("stdin", input_to(container, end)))
+        names, fds = protocol.named(given)
+        container.pump.taps[key] = tap
+        self._containers[key] = container
+        request.reply({"fds": names}, fds)
+        for _, end in given:
+            os.close(end)
+
+    def end_input(self, request: Request) -> None:
+        """No more input comes from this one; with stdin_once, from nobody."""
+        container = self._containers.get((request.peer, request.body["attach"]))
+        if container is not None and container.plan["stdin_once"]:
+            container.close_stdin()
+        request.reply()
+
+    def detach(self, request: Request) -> None:
+        self._end((request.peer, request.body["attach"]))
+        request.reply()
+
+    def left_by(self, agent: Peer) -> None:
+        """The agent has gone."""
+        for key in list(self._containers):
+            if key[0] is agent:
+                self._end(key)
+
+    def forget(self, container: Container) -> None:
+        """The container has ended."""
+        for key in [key for key, attached in self._containers.items() if attached is container]:
+            del self._containers[key]
+
+    def _cut_off(self, key: Key) -> None:
+        """They read too slowly, or not at all any more."""
+        self._end(key)
+        key[0].send({"event": "detached", "attach": key[1]})
+
+    def _end(self, key: Key) -> None:
+        container = self._containers.pop(key, None)
+        if container is None:
+            return
+        if container.pump is not None:
+            tap = container.pump.taps.pop(key, None)
+            if tap is not None:
+                tap.close()
+        if container.plan["stdin_once"]:
+            container.close_stdin()
+
+
+def input_to(container: Container, end: int) -> int:
+    """The writing end of a pipe that is relayed to the container's input, to its end, whoever has left by then.
+
+    end: of the container's pipe, or of its terminal.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    Relay(container.pod.loop, reader, os.dup(end))
+    return writer

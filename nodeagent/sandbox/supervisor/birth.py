@@ -1,0 +1,283 @@
+"""The time between clone3(2) and execve(2), as the supervisor sees it.
+
+::
+
+    preparing ─────── {"ready": …} ────────────────► ready ── go ──► executing ── end of file ──► over: executed
+        │  └─ of a hidden process ─► succeeding ──────┘                  │
+        │                                │    its successor is adopted   │
+        └─ {"error": …}, or it dies ─────┴───────────────── a text ──────┴──────────────────────► over: failed
+
+A process may be told to go before it is ready. One whose container has hooks that the supervisor runs says ``{"hooks":
+true}`` while it prepares, and waits until it may proceed. `nodeagent.sandbox.init` is the other side.
+
+A hidden process prepares itself where no container sees it, and its successor, which others may see and trace, executes
+the program. So what the hidden process says until it is ready is believed, and nothing that is said later: what the
+successor writes can only make the birth fail, and that something is written on the last pipe is an occasion to look for
+the successor. Who that is, the supervisor reads from the descriptor table of the hidden process, which waits until this
+has happened. What a successor has open are the ends of pipes: whoever takes them can hold them open, so that their end
+is not the only sign that the program is executed.
+"""
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple, Protocol
+
+from nodeagent.errors import FailedPrecondition, NodeAgentError, StartError
+from nodeagent.sandbox import protocol
+from nodeagent.sandbox.runtime import process
+from nodeagent.sandbox.runtime.loop import Loop
+from nodeagent.sandbox.spec import Identity
+
+# The number under which a hidden process has the pidfd of its successor, and how it says that it is there. It has no
+# descriptor any more then of the pipe that tells what goes wrong, so that the end of that is the successor's.
+SUCCESSOR = 7
+BORN = b"b"
+
+_GO = b"g"
+_PROCEED = b"p"
+_MAX_TEXT_BYTES = 4096
+_LOOK_MS = 200
+
+
+class Parent(Protocol):
+    """Who is told about a birth: `succeeded` and `ready` at most once, then exactly one of the others."""
+
+    def succeeded(self, pid: int) -> None:
+        """The process of this pid goes on in place of the hidden one. Raises OSError where it is not ours."""
+
+    def ready(self, identity: Identity, warnings: list[str], master: int | None) -> None:
+        """master: of the terminal, which belongs to the parent from now on."""
+
+    def executed(self) -> None: ...
+
+    def failed(self, error: Exception) -> None: ...
+
+
+class _Succession(NamedTuple):
+    """Between the announcement of a hidden process and its successor. hold: what it waits for the end of."""
+
+    identity: Identity
+    warnings: list[str]
+    hold: int
+    born: int
+    master: int | None
+
+
+class Birth:
+    """One birth. status: the supervisor's end of the socket pair, which belongs to the birth, as all that comes by it.
+
+    hidden: the pid of a hidden process, a child that is not reaped before the birth has been told (`listen`).
+    """
+
+    def __init__(self, loop: Loop, status: int, parent: Parent, hidden: int | None = None) -> None:
+        self._loop = loop
+        self._parent = parent
+        self._hidden = hidden
+        self._is_preparing = True
+        self._succession: _Succession | None = None
+        self._successor = 0
+        self._text = self._go = status
+        self._gone = False
+        self._resumed = False
+        self._over = False
+        # How what the birth had open is closed, when it is over.
+        self.give_up: Callable[[Collection[int]], None] = protocol.close_all
+        # Called when the process waits for hooks, until `proceed`. None has it proceed at once: our own method would be
+        # a cycle of references, and supervisors collect none.
+        self.await_hooks: Callable[[], None] | None = None
+        self._watch()
+
+    @classmethod
+    def resume(cls, loop: Loop, known: Mapping[str, int], parent: Parent, pid: int) -> "Birth":
+        """That of a process that told a supervisor before us that it was ready. known: its `descriptors`."""
+        birth = cls(loop, known["status"], parent)
+        birth._is_preparing = False
+        if "go" in known:
+            birth._go, birth._successor = known["go"], pid
+            os.set_blocking(birth._go, False)
+        return birth
+
+    @property
+    def descriptors(self) -> dict[str, int]:
+        """What a supervisor after us resumes the birth with; they stay ours."""
+        return {"status": self._text} | ({"go": self._go} if self._go != self._text else {})
+
+    @property
+    def is_over(self) -> bool:
+        return self._over
+
+    def go(self) -> None:
+        """Let the program be executed as soon as the process is ready."""
+        self._gone = True
+        if self._hidden is None:
+            self._say_go()
+
+    def go_on(self) -> None:
+        """As `go`, for who cannot know whether a supervisor before has said so already."""
+        self._resumed = True
+        self.go()
+
+    def proceed(self) -> None:
+        """The hooks that the process waits for have been run."""
+        if self._over:
+            return
+        try:
+            os.write(self._text, _PROCEED)
+        except OSError:
+            pass  # it has died, and the end of file says so
+
+    def abandon(self, error: Exception) -> None:
+        """Whatever it is doing, it has failed."""
+        self._finish(lambda: self._parent.failed(error))
+
+    def listen(self) -> None:
+        """Read what has been said already."""
+        while not self._over and self._receive():
+            pass
+
+    def conclude(self) -> None:
+        """The process is dead: read what it has left. Of a successor that was let go, others may hold the pipe open."""
+        self.listen()
+        if not self._over and self._successor and self._gone:
+            self._finish(self._parent.executed)
+        elif not self._over:
+            self._finish(lambda: self._parent.failed(_died()))
+
+    # ---- what is heard ----
+
+    def _heard(self, _events: int) -> None:
+        self._receive()
+
+    def _receive(self) -> bool:
+        """Take one message; False when there is none."""
+        try:
+            if self._is_preparing:
+                self._hear_preparing(self._receive_message())
+            else:
+                self._hear_ready(os.read(self._text, _MAX_TEXT_BYTES))
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:  # comes before what it said: it has ended without reading "go"
+            self._gone = self._resumed  # or it has executed the program, having read the first "go"
+        except (OSError, ValueError, LookupError) as error:
+            self.abandon(NodeAgentError(f"init: {error}"))
+        return True
+
+    def _receive_message(self) -> protocol.Message | None:
+        channel = socket.socket(fileno=self._text)
+        try:
+            return protocol.receive(channel)
+        finally:
+            channel.detach()
+
+    def _hear_preparing(self, message: protocol.Message | None) -> None:
+        """From a process that nobody but us can make say anything."""
+        if message is None:
+            self.abandon(_died())
+        elif "ready" in message.body:
+            self._announced(message)
+        elif "hooks" in message.body:
+            (self.await_hooks or self.proceed)()
+        else:
+            protocol.close_all(message.fds)
+            self.abandon(protocol.read_error(message.body))
+
+    def _announced(self, message: protocol.Message) -> None:
+        ready, fds = message.body["ready"], message.fds
+        pipes = [fds.pop(0) for _ in range(4)] if self._hidden is not None else []
+        master = fds.pop(0) if fds else None
+        self._is_preparing = False
+        if self._hidden is None:
+            self._parent.ready(ready["identity"], ready["warnings"], master)
+            return
+        go, hold, text, born = pipes
+        self._loop.forget(self._text)
+        os.close(self._text)
+        self._text, self._go = text, go
+        self._watch()
+        self._succession = _Succession(ready["identity"], ready["warnings"], hold, born, master)
+        for end in (go, born):
+            os.set_blocking(end, False)
+        self._loop.watch(born, self._look_for_successor)
+
+    def _hear_ready(self, text: bytes) -> None:
+        """From a process that a container may trace, if it is a successor."""
+        if text:
+            self.abandon(StartError(text.decode(errors="replace")))
+        elif self._succession is None and self._gone:
+            self._finish(self._parent.executed)
+        else:
+            self.abandon(_died())
+
+    # ---- succession ----
+
+    def _look_for_successor(self, _events: int) -> None:
+        """What is written there is only the occasion: anybody may have written it."""
+        succession = self._succession
+        if succession is None or self._hidden is None:
+            return
+        try:
+            if not os.read(succession.born, _MAX_TEXT_BYTES):
+                self._loop.forget(succession.born)  # all have ended, which is told elsewhere
+            pid = process.pid_of_pidfd(self._hidden, SUCCESSOR)
+            self._parent.succeeded(pid)
+        except (BlockingIOError, FileNotFoundError):
+            return
+        except (OSError, ValueError) as error:
+            self.abandon(NodeAgentError(f"init: {error}"))
+            return
+        os.kill(self._hidden, signal.SIGKILL)  # it lives: it has the pidfd open
+        self._end_succession()
+        self._hidden, self._successor = None, pid
+        was_told_to_go = self._gone
+        self._parent.ready(succession.identity, succession.warnings, succession.master)
+        if was_told_to_go and not self._over:
+            self._say_go()
+
+    def _end_succession(self) -> None:
+        """The hidden process ends with the pipe that it waits at."""
+        if self._succession is not None:
+            self._loop.forget(self._succession.born)
+            protocol.close_all((self._succession.born, self._succession.hold))
+            self._succession = None
+
+    def _look_at_program(self) -> None:
+        """Whether the program has been executed though somebody holds the pipe open."""
+        if self._over:
+            return
+        if process.is_of_ours(self._successor):
+            self._loop.call_after(_LOOK_MS, self._look_at_program)
+        else:
+            self._finish(self._parent.executed)
+
+    # ---- what is told, and what is open ----
+
+    def _say_go(self) -> None:
+        try:
+            os.write(self._go, _GO)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it has died, and the end of file says so
+        except BlockingIOError:
+            pass  # somebody has filled its pipe: there is something to read
+        if self._successor:
+            self._loop.call_after(_LOOK_MS, self._look_at_program)
+
+    def _watch(self) -> None:
+        os.set_blocking(self._text, False)
+        self._loop.watch(self._text, self._heard)
+
+    def _finish(self, tell: Callable[[], None]) -> None:
+        self._over = True
+        self._loop.forget(self._text)
+        self.give_up({self._text, self._go})
+        if self._succession is not None:
+            protocol.close_all([fd for fd in (self._succession.master,) if fd is not None])
+            self._end_succession()
+        tell()
+
+
+def _died() -> FailedPrecondition:
+    """The process was killed from outside, by the end of its container or pod, or for want of memory: no defect."""
+    return FailedPrecondition("init: was killed before it executed the program")

@@ -1,0 +1,298 @@
+"""The making of containers: a new one from its plan, or one that another supervisor has made from what it left."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from nodeagent.errors import AlreadyExists, FailedPrecondition, NodeAgentError, NotFound
+from nodeagent.linux import syscalls
+from nodeagent.sandbox import exits, facts, protocol
+from nodeagent.sandbox.facts import Facts
+from nodeagent.sandbox.init import main as init
+from nodeagent.sandbox.runtime import process
+from nodeagent.sandbox.runtime.children import Child
+from nodeagent.sandbox.runtime.peers import Request
+from nodeagent.sandbox.spec import ContainerPlan
+from nodeagent.sandbox.supervisor import namespaces, visibility
+from nodeagent.sandbox.supervisor.birth import Birth
+from nodeagent.sandbox.supervisor.containers import Container
+from nodeagent.sandbox.supervisor.groups import split_join_fds
+from nodeagent.sandbox.supervisor.pod import Pod
+from nodeagent.sandbox.supervisor.stdio import Stdio, open_stdio
+
+Family = dict[str, Container]
+
+# For execs that are killed to be gone: they may have to wait for processor time of their container.
+_PATIENCE_SECONDS = 10.0
+_PAUSE_MS = 5
+
+
+# ---- a new container ----
+
+
+class PidNamespace(NamedTuple):
+    """A PID namespace that a container shares. process: a pidfd of who is in it; procfs: as in `init.InitFds`.
+
+    owner: the container whose own it is, None where it is the pod's.
+    """
+
+    process: int
+    procfs: str
+    owner: Container | None
+
+
+class _Creation(NamedTuple):
+    """A request to create a container, with the descriptors that came with it."""
+
+    pod: Pod
+    family: Family
+    request: Request
+    plan: ContainerPlan
+    fds: dict[str, int]
+    join: list[int]
+
+    def close(self) -> None:
+        protocol.close_all((*self.fds.values(), *self.join))
+
+
+def create(pod: Pod, family: Family, request: Request) -> None:
+    """Reply when the container is ready to be started; nothing is left of one that is not."""
+    plan = protocol.checked(ContainerPlan, request.body["plan"])
+    if protocol.checked_id(plan["id"]) in family:
+        raise AlreadyExists(f'container "{plan["id"]}": exists already')
+    shared = _shared_namespace(pod, family, plan)
+    if shared is not None:
+        visibility.require_successor(f'container "{plan["id"]}"', plan["process"], tty=plan["tty"])
+    join = request.take_all("join")
+    fds = {name: fd for name in ("oom", "procs", "kill") if (fd := request.take(name)) is not None}
+    creation = _Creation(pod, family, request, plan, fds, join)
+    try:
+        if shared is not None and shared.owner and not shared.owner.facts.get("shared"):
+            _share(creation, shared.owner, time.monotonic() + _PATIENCE_SECONDS)
+        else:
+            _make(creation, shared)
+    except BaseException:
+        creation.close()
+        raise
+
+
+def _share(creation: _Creation, owner: Container, deadline: float) -> None:
+    """Before anybody joins a container's own PID namespace, what is being prepared there in sight has to be gone.
+
+    Further execs are hidden from now on; those that a supervisor before us has begun are found as well.
+    """
+    creation.pod.about_to_share.add(owner.id)
+    left = process.ours_in(os.stat(f"/proc/{owner.facts['pid']}/ns/pid"))
+    for pidfd in left:
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        os.close(pidfd)
+    if left and time.monotonic() > deadline:
+        raise FailedPrecondition(
+            f'container "{owner.id}": {len(left)} of its execs are being started, and do not end; try again later'
+        )
+    if left:
+        creation.pod.loop.call_after(_PAUSE_MS, lambda: _share_later(creation, owner, deadline))
+        return
+    owner.share_pid_namespace()
+    creation.pod.about_to_share.discard(owner.id)
+    _make(creation, _shared_namespace(creation.pod, creation.family, creation.plan))
+
+
+def _share_later(creation: _Creation, owner: Container, deadline: float) -> None:
+    """As `_share`, for a request that waits; what was true then may not be any more."""
+    try:
+        if creation.plan["id"] in creation.family:
+            raise AlreadyExists(f'container "{creation.plan["id"]}": exists already')
+        if creation.request.peer is not creation.pod.agent:
+            raise FailedPrecondition(
+                f'container "{creation.plan["id"]}": who asked for it has gone'
+            )
+        _shared_namespace(creation.pod, creation.family, creation.plan)
+        _share(creation, owner, deadline)
+    except (NodeAgentError, OSError) as error:
+        creation.close()
+        creation.request.fail(error)
+
+
+def _shared_namespace(pod: Pod, family: Family, plan: ContainerPlan) -> PidNamespace | None:
+    """Whose PID namespace the container is born into: None for the supervisor's, or a new one below it."""
+    if plan["pid"] in ("container", "node"):
+        return None
+    namespace = visibility.POD
+    if plan["pid"] == "target":
+        target = family.get(plan["pid_target"])
+        if target is None:
+            raise NotFound(f'container "{plan["pid_target"]}": not in this pod')
+        if target.state != "running":
+            raise FailedPrecondition(f'container "{target.id}": is {target.state}, not running')
+        namespace = visibility.namespace_of(target)
+    if namespace == visibility.NODE:
+        return None
+    if namespace == visibility.POD:
+        if pod.init_pidfd is None:
+            raise FailedPrecondition(f'container "{plan["id"]}": the pod shares no PID namespace')
+        return PidNamespace(pod.init_pidfd, namespaces.procfs_pin(pod.directory), None)
+    owner = family.get(namespace)
+    if owner is None or owner.state != "running":
+        raise FailedPrecondition(
+            f'container "{namespace}": has ended, and its PID namespace with it'
+        )
+    return PidNamespace(family[plan["pid_target"]].fds["pidfd"], "", owner)
+
+
+def _make(creation: _Creation, shared: PidNamespace | None) -> None:
+    """Closes `join`; the other descriptors belong to the container from here on."""
+    pod, family, request, plan, fds, join = creation
+    stdio = open_stdio(plan)
+    try:
+        container = Container(pod, family, plan, _nothing_known(fds), fds)
+        child, ours = _spawn(pod, container, stdio, join, shared)
+    except BaseException:
+        stdio.close_kept()
+        raise
+    finally:
+        stdio.close_given()
+    protocol.close_all(join)
+    join.clear()
+    fds.update(stdio.kept, pidfd=child.pidfd, status=ours.fileno())
+    container.facts["pid"], container.facts["ticks"] = child.pid, process.start_ticks(child.pid)
+    container.facts["pipes"] = {name: os.fstat(fd).st_ino for name, fd in stdio.kept.items()}
+    container.facts["namespace"] = _name_of(plan, shared)
+    family[plan["id"]] = container
+    hidden = child.pid if shared is not None else None
+    birth = Birth(pod.loop, ours.detach(), container, hidden)
+    container.await_birth(birth, request, hidden=shared is not None)
+
+
+def _name_of(plan: ContainerPlan, shared: PidNamespace | None) -> str:
+    if shared is None:
+        return plan["id"] if plan["pid"] == "container" else visibility.NODE
+    return shared.owner.id if shared.owner else visibility.POD
+
+
+def _spawn(
+    pod: Pod,
+    container: Container,
+    stdio: Stdio,
+    join: Sequence[int],
+    shared: PidNamespace | None,
+) -> tuple[Child, socket.socket]:
+    cgroup, tasks = split_join_fds(join)
+    # The status is a connection that comes with the child.
+    given = init.InitFds(-1, stdio.stdin, stdio.stdout, stdio.stderr, tasks, pod.userns)
+    if shared is not None:
+        given = given._replace(pid_namespace=shared.process, procfs=shared.procfs)
+    flags = syscalls.CLONE_NEWNS
+    if container.plan["pid"] == "container":
+        flags |= syscalls.CLONE_NEWPID
+    kept = [*stdio[:3], pod.userns, given.pid_namespace, *tasks]
+    return pod.children.spawn_connected(
+        lambda status: init.run(container.plan, given._replace(status=status)),
+        container.ended if shared is None else container.first_ended,
+        keep=[fd for fd in kept if fd >= 0],
+        flags=flags,
+        cgroup=cgroup,
+    )
+
+
+def _nothing_known(fds: dict[str, int]) -> Facts:
+    return {
+        "pid": 0,
+        "ticks": 0,
+        "pipes": {},
+        "identity": {"uid": 0, "gid": 0, "groups": [], "home": ""},
+        "warnings": [],
+        "created_at": 0,
+        "started_at": 0,
+        "oom_kills": exits.oom_kills(fds.get("oom")),
+        "signalled": False,
+        "killed": False,
+        "deadline": 0,
+    }
+
+
+# ---- the containers of a supervisor that has died ----
+
+
+def restore(pod: Pod, family: Family, kept: dict[str, dict[str, int]]) -> None:
+    """Take over what is in the pod's directory, with the descriptors that the launcher has kept."""
+    for container_id in facts.listed(pod.directory):
+        try:
+            plan, known = facts.load(pod.directory, container_id)
+        except (FileNotFoundError, ValueError):
+            # Its process has ended, for lack of a supervisor to tell that it is ready.
+            _restore_cut_off(pod, family, container_id)
+            continue
+        fds = kept.pop(container_id, {})
+        container = Container(pod, family, plan, known, fds)
+        family[container_id] = container
+        _take_over(container)
+    for fds in kept.values():
+        protocol.close_all(fds.values())
+    for container in family.values():
+        _note_namespace(family, container)
+
+
+def _restore_cut_off(pod: Pod, family: Family, container_id: str) -> None:
+    """Nothing is left of it, but hooks that are owed to those which have been run."""
+    try:
+        plan = facts.load_plan(pod.directory, container_id)
+    except (FileNotFoundError, ValueError):
+        facts.remove(pod.directory, container_id)
+        return
+    container = family[container_id] = Container(pod, family, plan, _nothing_known({}), {})
+    container.cut_off()
+
+
+def _note_namespace(family: Family, container: Container) -> None:
+    """Facts of an earlier version do not tell whose PID namespace a container is in, nor who shares one."""
+    namespace = visibility.namespace_of(container)
+    while (owner := family.get(namespace)) is not None and owner is not container:
+        further = visibility.namespace_of(owner)
+        if further == namespace:
+            owner.facts["shared"] = True
+            break
+        namespace = further
+    container.facts["namespace"] = namespace
+
+
+def _take_over(container: Container) -> None:
+    container.exit = exits.read(container.pod.directory, container.id)
+    if container.exit is not None and not container.fds:
+        if container.hooks.are_left:
+            container.hooks.after_end(container.remove_as_asked)
+        return
+    if "pidfd" not in container.fds:
+        _find_again(container)
+    container.open_pump()
+    if container.facts["started_at"] and container.pump is not None:
+        container.pump.go_on(container.plan["log_path"], container.plan.get("log_root", ""))
+    if container.exit is not None or "pidfd" not in container.fds:
+        container.ended(exits.UNKNOWN)
+    else:
+        _watch(container)
+
+
+def _find_again(container: Container) -> None:
+    """Without a launcher that kept anything, the process and its pipes may still be there."""
+    known = container.facts
+    pidfd = process.open_pidfd(known["pid"], known["ticks"])
+    if pidfd is not None:
+        container.fds["pidfd"] = pidfd
+        container.fds.update(process.reopen_pipes(known["pid"], known["pipes"]))
+
+
+def _watch(container: Container) -> None:
+    if "status" in container.fds:
+        pid = container.facts["pid"]
+        container.resume_birth(Birth.resume(container.pod.loop, container.fds, container, pid))
+        if container.facts["started_at"] and container.birth is not None:
+            container.birth.go_on()
+    container.watch()
+    container.keep_deadline()

@@ -1,0 +1,32 @@
+"""What the log says of containers."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from nodeagent.lifecycle.containers.containers import Containers
+from nodeagent.records import Container
+
+
+def test_what_holds_for_every_container_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A node's privileged pods would fill its log with what the agent lacks."""
+    nothing = cast(Any, None)
+    parts = (
+        "inventory",
+        "supervision",
+        "images",
+        "cgroups",
+        "planner",
+        "cdi",
+        "trash",
+        "directory",
+    )
+    containers = Containers(**dict.fromkeys(parts, nothing))
+    missing, refused = "capability SYS_RESOURCE: not available", "oom_score_adj -997: not permitted"
+    for name in ("first", "second", "third"):
+        containers._warn(cast(Container, SimpleNamespace(id=name)), [missing, refused])
+    assert caplog.messages == [
+        f'container "first": {text}; not repeated for other containers'
+        for text in (missing, refused)
+    ]

@@ -1,0 +1,161 @@
+"""Work with supervisors that goes on behind the node: ends of pods, and what a start does not wait for."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import closing
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from nodeagent.errors import Unavailable
+from nodeagent.lifecycle.events import Events
+from nodeagent.lifecycle.inventory import Inventory, Pod
+from nodeagent.lifecycle.supervisors import supervision
+from nodeagent.lifecycle.supervisors.launchers import Launchers
+from nodeagent.lifecycle.supervisors.supervision import Supervision
+from nodeagent.sandbox.agent.client import Supervisor
+from nodeagent.store import Store
+
+
+class FakeSupervisor:
+    """One that does not die."""
+
+    def __init__(self) -> None:
+        self.lost = asyncio.Event()
+
+
+class Node:
+    """Ends of pods fail as often as `failures` says; "gone" is a pod whose record goes meanwhile."""
+
+    def __init__(self, inventory: Inventory, directory: Path) -> None:
+        self.inventory = inventory
+        self.failures: dict[str, int] = {}
+        self.attempts: list[str] = []
+        self.held = asyncio.Event()
+        self.supervision = Supervision(inventory, cast(Launchers, None), directory)
+        self.supervision.end_pod = self._end_pod
+
+    async def _end_pod(self, sandbox_id: str) -> None:
+        self.attempts.append(sandbox_id)
+        if sandbox_id == "held":
+            await self.held.wait()
+        if sandbox_id == "gone":
+            del self.inventory.pods[sandbox_id]
+        if self.failures.get(sandbox_id, 0):
+            self.failures[sandbox_id] -= 1
+            raise Unavailable("not now")
+
+    def pod(self, sandbox_id: str, failures: int = 0) -> Supervisor:
+        supervisor = cast(Supervisor, FakeSupervisor())
+        self.inventory.pods[sandbox_id] = Pod(supervisor)
+        self.failures[sandbox_id] = failures
+        self.supervision.watch(sandbox_id, supervisor)
+        return supervisor
+
+
+@pytest.fixture
+async def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Node]:
+    monkeypatch.setattr(supervision, "FIRST_PAUSE_SECONDS", 0)
+    with closing(Store.open(tmp_path / "state.db")) as store:
+        node = Node(Inventory(store, Events()), tmp_path)
+        yield node
+        await node.supervision.close()
+
+
+async def settle() -> None:
+    """Everything that has nothing to wait for happens."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def test_a_pod_that_cannot_be_ended_is_tried_again(node: Node) -> None:
+    node.pod("a", failures=3).on_init_exit()
+    await settle()
+    assert node.attempts == ["a"] * 4
+
+
+async def test_nothing_is_tried_of_a_pod_that_is_gone(node: Node) -> None:
+    node.pod("gone", failures=3).on_init_exit()
+    await settle()
+    assert node.attempts == ["gone"]
+
+
+async def test_a_pod_that_is_being_ended_holds_up_no_other(node: Node) -> None:
+    held = node.pod("held", failures=1)
+    held.on_init_exit()
+    await settle()
+    held.on_init_exit()  # as each answer of its supervisor tells it again
+    node.pod("other").on_init_exit()
+    await settle()
+    assert node.attempts == ["held", "other"]
+    node.held.set()
+    await settle()
+    assert node.attempts == ["held", "other", "held"]
+
+
+async def test_a_pod_that_was_removed_meanwhile_is_shut_down(node: Node) -> None:
+    await node.supervision.shut_down("removed")
+
+
+def test_pauses_grow_to_a_bound() -> None:
+    pauses = supervision.pauses()
+    taken = [next(pauses) for _ in range(20)]
+    assert taken == sorted(taken)
+    assert (taken[0], taken[-1]) == (0.1, 30.0)
+
+
+async def test_work_whose_waiter_is_cancelled_ends_with_the_node(node: Node) -> None:
+    """The agent is told to end while it still starts."""
+    work = asyncio.Event()
+    ended = asyncio.Event()
+
+    async def wait() -> None:
+        try:
+            await work.wait()
+        finally:
+            ended.set()
+
+    start = asyncio.create_task(node.supervision.within_bounds("a pod", wait()))
+    await settle()
+    start.cancel()
+    await settle()
+    await node.supervision.close()
+    assert ended.is_set()
+
+
+async def test_what_fails_in_the_background_is_logged_with_its_object(
+    node: Node, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what nobody has foreseen, when the agent ends meanwhile or when who waited was cancelled."""
+    answer = asyncio.Event()
+
+    async def fail(error: Exception) -> None:
+        await answer.wait()
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(supervision, "ANSWER_SECONDS", 0)
+        await node.supervision.within_bounds('container "late"', fail(Unavailable("has gone")))
+    start = asyncio.create_task(node.supervision.within_bounds("a start", fail(KeyError("id"))))
+    await settle()
+    start.cancel()
+    await settle()
+    answer.set()
+    await settle()
+    assert 'container "late": has gone' in caplog.messages
+    assert "a start: internal error" in caplog.messages
+    await node.supervision.close()
+
+
+async def test_a_succession_that_fails_unforeseen_is_logged(
+    node: Node, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object) -> None:
+        raise KeyError("id")
+
+    monkeypatch.setattr(node.supervision, "_succeed", broken)
+    node.supervision.watch("pod", cast(Supervisor, FakeSupervisor()))
+    await settle()
+    await node.supervision.close()
+    assert 'pod sandbox "pod": internal error' in caplog.messages

@@ -1,0 +1,44 @@
+"""What a supervisor leaves with its launcher: who closes the last copy."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from nodeagent.sandbox import protocol
+from nodeagent.sandbox.runtime.keeping import Keeper
+from nodeagent.sandbox.runtime.loop import Loop
+
+
+def is_open(descriptor: int) -> bool:
+    return os.path.exists(f"/proc/self/fd/{descriptor}")
+
+
+def run(loop: Loop) -> None:
+    loop.call_after(20, loop.stop)
+    loop.run()
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["answers", "goes"])
+def test_the_launcher_closes_first(tmp_path: Path, answers: bool) -> None:
+    """Who is last may have to wait for a container that holds the pipe's lock; the launcher serves all pods."""
+    loop = Loop()
+    launcher, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    keeper = Keeper(loop, "pod", str(tmp_path / "pods" / "pod"), ours)
+    reader, writer = os.pipe()
+    keeper.drop("main", None, [reader])
+    message = protocol.receive(launcher)
+    assert message is not None
+    run(loop)
+    before = (is_open(reader), keeper.is_closing)
+    if answers:
+        protocol.send(launcher, protocol.encode({"dropped": message.body["number"]}))
+    else:
+        launcher.close()
+    run(loop)
+    assert (before, (is_open(reader), keeper.is_closing)) == ((True, True), (False, False))
+    if keeper._peer is not None:
+        keeper._peer.close()
+    os.close(writer)
+    launcher.close()

@@ -1,0 +1,80 @@
+"""Who connects to a launcher or a supervisor."""
+
+import os
+import resource
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from nodeagent.sandbox import protocol
+from nodeagent.sandbox.runtime import peers
+from nodeagent.sandbox.runtime.loop import Loop
+from nodeagent.sandbox.runtime.peers import Listener, Peer
+
+
+def test_the_socket_is_its_owners(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    umask = os.umask(0)
+    listener = Listener(Loop(), str(path), socket.socket.close)
+    os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    listener.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root is served")
+def test_without_descriptors_the_loop_rests(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "_PAUSE_MS", 1)
+    loop = Loop()
+    attempts = 0
+
+    def accepted(connection: socket.socket) -> None:
+        connection.close()
+        loop.stop()
+
+    def attempt_again() -> None:
+        """As often as this, the loop came to its timers; after that there are descriptors again."""
+        nonlocal attempts
+        attempts += 1
+        if attempts == 20:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        else:
+            loop.call_after(2, attempt_again)
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    listener = Listener(loop, str(tmp_path / "s"), accepted)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        client.connect(str(tmp_path / "s"))
+        last = os.open("/dev/null", os.O_RDONLY)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, limits[1]))
+        attempt_again()
+        loop.run()
+        os.close(last)
+    listener.close()
+    assert attempts >= 20
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path}/s: nobody can connect: Too many open files"
+    ]
+
+
+@pytest.mark.parametrize("unread", [False, True])
+def test_what_was_said_before_the_end_is_received(unread: bool) -> None:
+    """Also where the answer to the first finds nobody, or an earlier one was not read (ECONNRESET)."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    said: list[object] = []
+
+    def received(peer: Peer, message: protocol.Message) -> None:
+        said.append(message.body["number"])
+        peer.send({"heard": message.body["number"]})
+
+    peer = Peer(Loop(), ours, received, lambda _peer: said.append("end"))
+    if unread:
+        peer.send({"unread": True})
+    for number in range(3):
+        protocol.send(theirs, protocol.encode({"number": number}))
+    theirs.close()
+    peer.drain()
+    assert said == [0, 1, 2, "end"]

@@ -1,0 +1,88 @@
+"""The end of a container's process, where nobody is told of it."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from nodeagent.sandbox import exits, facts
+from nodeagent.sandbox.runtime.loop import Loop
+from nodeagent.sandbox.runtime.peers import Request
+from nodeagent.sandbox.supervisor.birth import Birth
+from nodeagent.sandbox.supervisor.containers import Container
+from nodeagent.sandbox.supervisor.hookrun import ContainerHooks
+from nodeagent.sandbox.supervisor.pod import Pod
+from tests.kernel.sandbox.containers import container_plan
+
+
+def running(tmp_path: Path, pid: int) -> Container:
+    """A container of a pod without a supervisor; all that it tells is kept in `told`."""
+    told: list[dict[str, Any]] = []
+    pod = SimpleNamespace(
+        loop=Loop(),
+        directory=str(tmp_path),
+        keeper=SimpleNamespace(drop=lambda *_: None),
+        tell=told.append,
+        told=told,
+    )
+    exits.make_directory(str(tmp_path))
+    known = cast(facts.Facts, {"pid": pid, "ticks": 0, "oom_kills": 0, "deadline": 0})
+    known |= {"created_at": 1, "started_at": 2, "signalled": False, "killed": False}
+    plan = container_plan(tmp_path / "files", tmp_path, ["/bin/true"])
+    fds = {"pidfd": os.pidfd_open(pid)}
+    return Container(cast(Pod, pod), {}, plan, known, fds)
+
+
+def test_a_process_that_was_reaped_unheard_has_ended(tmp_path: Path) -> None:
+    """Its pidfd says so at the next signal; the table of children would wait for ever."""
+    process = subprocess.Popen(["/bin/true"])
+    container = running(tmp_path, process.pid)
+    process.wait()
+    assert container.state == "running"
+    container.stop(signal.SIGTERM, 0)
+    container.pod.loop.call_after(50, container.pod.loop.stop)
+    container.pod.loop.run()
+    assert container.state == "exited"
+    assert container.exit is not None
+    assert container.exit["code"] in (
+        0,
+        exits.UNKNOWN,
+    )  # from Linux 6.15 on, a pidfd knows the code
+    assert [event["event"] for event in cast(Any, container.pod).told] == ["exit"]
+
+
+@pytest.fixture
+def told_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The processes that hooks of poststart were told of."""
+    pids: list[int] = []
+    monkeypatch.setattr(ContainerHooks, "after_start", lambda _, pid, _done: pids.append(pid))
+    return pids
+
+
+def test_no_hook_is_told_of_a_process_that_has_just_ended(
+    tmp_path: Path, told_of: list[int]
+) -> None:
+    """That its program was executed is learned from its end."""
+    process = subprocess.Popen(["/bin/true"])
+    container = running(tmp_path, process.pid)
+    process.wait()
+    container.birth = cast(Birth, SimpleNamespace(conclude=container.executed))
+    replies: list[Any] = []
+    container._start = cast(Request, SimpleNamespace(reply=replies.append))
+    container.ended(0)
+    container.pod.loop.call_after(0, container.pod.loop.stop)
+    container.pod.loop.run()
+    assert (container.state, told_of, replies) == ("exited", [], [{"at": 2}])
+
+
+def test_hooks_of_a_program_that_a_supervisor_before_let_go_are_run(
+    tmp_path: Path, told_of: list[int]
+) -> None:
+    """Nobody waits for the reply any more."""
+    container = running(tmp_path, os.getpid())
+    container.executed()
+    assert told_of == [os.getpid()]

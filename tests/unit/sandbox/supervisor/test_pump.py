@@ -1,0 +1,150 @@
+"""How much a container may write before it has to wait, and what a pump makes of a pipe."""
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nodeagent.sandbox.runtime.loop import Loop
+from nodeagent.sandbox.spec import LogLimit
+from nodeagent.sandbox.supervisor.logs import Clock
+from nodeagent.sandbox.supervisor.pump import Allowance, Pump
+
+MS = 1_000_000
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The monotonic clock, in ns."""
+    at = [5_000 * MS]
+    monkeypatch.setattr(time, "monotonic_ns", lambda: at[0])
+    return at
+
+
+def test_what_was_not_spent_may_be_written_at_once(now: list[int]) -> None:
+    allowance = Allowance(LogLimit(bytes_per_second=1000, burst_bytes=500))
+    assert [allowance.spend(400), allowance.spend(50)] == [0, 0]
+    now[0] += 3600_000 * MS
+    assert [allowance.spend(499), allowance.spend(51)] == [0, 51]
+
+
+def test_a_debt_is_waited_for(now: list[int]) -> None:
+    allowance = Allowance(LogLimit(bytes_per_second=1000, burst_bytes=500))
+    wait_ms = allowance.spend(2500)
+    assert wait_ms == 2001
+    now[0] += wait_ms * MS
+    assert allowance.spend(0) == 0
+
+
+def test_over_a_long_time_the_rate_holds(now: list[int]) -> None:
+    allowance = Allowance(LogLimit(bytes_per_second=1 << 20, burst_bytes=1 << 20))
+    begin, written = now[0], 0
+    while now[0] < begin + 60_000 * MS:
+        written += 3 << 20
+        now[0] += allowance.spend(3 << 20) * MS
+    assert 60 << 20 <= written <= 64 << 20
+
+
+class Output:
+    """A pipe with a pump at its end."""
+
+    def __init__(self, directory: Path, limit: LogLimit | None = None) -> None:
+        self.loop = Loop()
+        self.path = directory / "log"
+        self.reader, self.writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        journal = os.open(directory / "journal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        self.pump = Pump(self.loop, {"stdout": self.reader}, journal, Clock(), limit)
+        self.pump.start(str(self.path))
+
+    def run(self, ms: int) -> None:
+        self.loop.call_after(ms, self.loop.stop)
+        self.loop.run()
+
+    def lines(self) -> list[bytes]:
+        return [line.split(b" ", 3)[3] for line in self.path.read_bytes().splitlines()]
+
+    def close(self) -> None:
+        self.pump.close()
+        os.close(self.reader)
+        if self.writer >= 0:
+            os.close(self.writer)
+
+
+@pytest.fixture
+def limited(tmp_path: Path) -> Iterator[Output]:
+    """A minute for each line."""
+    output = Output(tmp_path, LogLimit(bytes_per_second=4096 // 60, burst_bytes=1))
+    yield output
+    output.close()
+
+
+def test_above_the_limit_output_stays_in_the_pipe(limited: Output) -> None:
+    os.write(limited.writer, b"one\n")
+    limited.run(20)
+    os.write(limited.writer, b"two\n")
+    limited.run(20)
+    assert limited.lines() == [b"one"]
+    limited.pump.finish()
+    assert limited.lines() == [b"one", b"two"]
+
+
+def test_it_is_held_back_for_as_long_as_has_passed(
+    limited: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for the whole pause, which the end of the container may cut short."""
+    os.write(limited.writer, b"one\n")
+    limited.run(20)
+    paused_at = limited.pump._paused_at
+    monkeypatch.setattr(time, "monotonic_ns", lambda: paused_at + 7 * MS)
+    assert limited.pump.held_back_ms == 7
+    limited.pump.finish()
+    monkeypatch.setattr(time, "monotonic_ns", lambda: paused_at + 100 * MS)
+    assert limited.pump.held_back_ms == 7
+
+
+def test_a_closed_end_is_no_reason_to_look_again_and_again(limited: Output) -> None:
+    os.write(limited.writer, b"one\n")
+    limited.run(20)
+    os.close(limited.writer)
+    limited.writer = -1
+    before = time.process_time()
+    limited.run(500)
+    assert time.process_time() - before < 0.1
+
+
+def test_output_that_cannot_be_read_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once, and not for as long as the descriptor is ready."""
+    output = Output(tmp_path)
+    os.write(output.writer, b"one\n")
+    monkeypatch.setattr(os, "splice", fails_with(errno.EIO))
+    monkeypatch.setattr(os, "read", fails_with(errno.EIO))
+    output.run(50)
+    assert output.pump.streams == ()
+    assert capsys.readouterr().err.count("\n") == 1
+    output.close()
+
+
+def test_without_room_for_the_journal_logs_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = Output(tmp_path)
+    for name in ("splice", "pwrite"):
+        monkeypatch.setattr(os, name, fails_with(errno.ENOSPC))
+    for _ in range(3):
+        os.write(output.writer, b"one\ntwo\n")
+        output.run(5)
+    output.pump.finish()
+    assert output.lines() == [b"one", b"two"] * 3
+    output.close()
+
+
+def fails_with(code: int) -> Callable[..., object]:
+    def fail(*_arguments: object, **_options: object) -> object:
+        raise OSError(code, os.strerror(code))
+
+    return fail
