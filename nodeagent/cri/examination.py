@@ -45,7 +45,7 @@ from nodeagent.records import (
     Sandbox,
     SandboxConfig,
 )
-from nodeagent.sandbox.init import rootfs
+from nodeagent.sandbox import host_path
 from nodeagent.sandbox.spec import ContainerPlan, Mount
 from nodeagent.store import Store
 
@@ -374,9 +374,9 @@ class _Examination:
                 text = f'"{mount["source"]}" is absent: a directory, for {mount["target"]}'
                 self._found("made", what, text)
                 continue
-            origin = rootfs.open_host_path(mount)
+            origin = host_path.open_host_path(mount)
             try:
-                rootfs.require_propagation(mount, origin)
+                host_path.require_propagation(mount, origin)
             finally:
                 os.close(origin)
 
@@ -401,7 +401,7 @@ class _Heard(logging.Handler):
 
 
 def _require_place(mount: Mount) -> None:
-    """Raises FailedPrecondition where a host path that is absent cannot be made: see `assembly.open_host_path`."""
+    """Raises FailedPrecondition where a host path that is absent cannot be made: see `host_path.open_host_path`."""
     path = above = mount["source"]
     while not os.path.lexists(above):
         above = os.path.dirname(above)

@@ -1,0 +1,15 @@
+"""What the verbs of the CRI mean, without the wire.
+
+::
+
+    node, recovery, health     the node as a whole: put together, found again after a crash, fit to serve
+    pods/                      RunPodSandbox to RemovePodSandbox; warm slots; the pod's cgroup
+    containers/                CreateContainer to RemoveContainer, ExecSync; OOM kills and scores
+    sessions                   Exec, Attach and PortForward, for the streaming server
+    usage/                     statistics and disk usage
+    supervisors/               the launcher and the supervisors: started, watched, succeeded
+    plan/                      a request and an image into the plan that a container's first process executes
+    inventory, events          pods and containers as they are known, and who is told when they change
+
+A room imports those below it, never one above.
+"""

@@ -25,8 +25,8 @@ from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.lifecycle.trash import Trash
 from nodeagent.net.network import Network
 from nodeagent.records import Sandbox
+from nodeagent.sandbox import paths
 from nodeagent.sandbox.agent.client import Supervisor
-from nodeagent.sandbox.supervisor import namespaces
 
 log = logging.getLogger(__name__)
 
@@ -157,5 +157,5 @@ class Recovery:
             log.error('pod "%s": is removed without a supervisor: %s', directory.name, error)
         launcher = await self._launchers.get()
         await launcher.abandon(directory.name)
-        namespaces.unpin(str(directory))
+        paths.unpin(str(directory))
         return None

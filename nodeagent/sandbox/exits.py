@@ -12,8 +12,8 @@ import struct
 import time
 
 from nodeagent import files
+from nodeagent.linux import processes
 from nodeagent.sandbox import protocol
-from nodeagent.sandbox.runtime import process
 from nodeagent.sandbox.spec import Exit
 
 SIGKILLED = 128 + 9
@@ -129,7 +129,7 @@ def _status_of_reaped(pidfd: int) -> int | None:
 
 def _status_of_zombie(pid: int, pidfd: int) -> int | None:
     try:
-        fields = process.stat_fields(pid)
+        fields = processes.stat_fields(pid)
         signal.pidfd_send_signal(pidfd, 0)  # fails once it is reaped, when others may have its pid
     except (FileNotFoundError, ProcessLookupError):
         return None

@@ -10,8 +10,7 @@ import os
 from typing import NotRequired, TypedDict
 
 from nodeagent import files
-from nodeagent.sandbox import exits, protocol
-from nodeagent.sandbox.runtime import hooks
+from nodeagent.sandbox import bundle, exits, protocol
 from nodeagent.sandbox.spec import ContainerPlan, Identity
 
 _MODE = 0o600
@@ -46,7 +45,7 @@ def make_directory(pod: str, plan: ContainerPlan) -> None:
     os.makedirs(path, mode=0o700)
     files.write_atomic(f"{path}/plan.json", protocol.to_json(plan), _MODE, sync=False)
     if "hooks" in plan:
-        hooks.write_bundle(plan)
+        bundle.write_bundle(plan)
     exits.reserve(pod, plan["id"])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nodeagent.sandbox.runtime import process
+from nodeagent.linux import processes
 from nodeagent.sandbox.spec import LogLimit
 from tests.kernel.sandbox.containers import make_layer, user
 from tests.kernel.sandbox.supervised import Node, Pod, eventually, running_node
@@ -158,7 +158,7 @@ async def attack(pod: Pod, name: str, **changes: Any) -> None:
 
 async def rests(pod: Pod) -> None:
     """Return once the supervisor waits: one that spins never does, on however busy a machine."""
-    await eventually(lambda: process.stat_fields(pod.supervisor.pid)[0] == b"S")
+    await eventually(lambda: processes.stat_fields(pod.supervisor.pid)[0] == b"S")
 
 
 async def test_packets(pod: Pod) -> None:

@@ -1,0 +1,1 @@
+"""Registries: names to addresses, connections within bounds, authentication, and blobs as they come."""

@@ -11,7 +11,7 @@ from typing import Any
 from nodeagent.errors import Unsupported
 from nodeagent.linux import capabilities
 from nodeagent.records import ContainerConfig, HookConfig
-from nodeagent.sandbox.runtime.hooks import OCI_VERSION, ROOTFS
+from nodeagent.sandbox.bundle import OCI_VERSION, ROOTFS
 from nodeagent.sandbox.spec import ContainerPlan, Hook, Hooks, Mount
 
 _NAMESPACES = ("mount", "network", "ipc", "uts")

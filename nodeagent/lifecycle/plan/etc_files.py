@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 
 from nodeagent.records import DNS, SandboxConfig
-from nodeagent.sandbox.supervisor import namespaces
+from nodeagent.sandbox import paths
 
 MODE = 0o644  # all users of the containers read them, whatever our umask
 HOSTS_HEAD = """\
@@ -24,7 +24,7 @@ ff02::2\tip6-allrouters
 
 def directory(pod: Path) -> Path:
     """Where they are, with the pod's shared memory. pod: the pod's own directory."""
-    return Path(namespaces.shared(str(pod)))
+    return Path(paths.shared(str(pod)))
 
 
 def write(pod: Path, config: SandboxConfig, addresses: tuple[str, ...]) -> None:

@@ -1,0 +1,1 @@
+"""The verbs of a pod, its warm slot and its cgroup."""

@@ -1,0 +1,1 @@
+"""What pods and containers use: from cgroups, from the network, from the disk."""

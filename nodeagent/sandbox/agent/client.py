@@ -22,10 +22,9 @@ from nodeagent.sandbox.agent.handles import (
     Namespaces,
 )
 from nodeagent.sandbox.agent.starting import start_launcher
+from nodeagent.sandbox.paths import LAUNCHER_SOCKET, SUPERVISOR_SOCKET
 from nodeagent.sandbox.protocol import Body
-from nodeagent.sandbox.runtime.keeping import LAUNCHER_SOCKET
 from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, Exit, PodPlan, PodSettings
-from nodeagent.sandbox.supervisor import main as supervisor
 
 __all__ = [
     "AttachIO",
@@ -70,7 +69,7 @@ class Supervisor:
     async def connect(cls, directory: Path, pod_id: str) -> "Supervisor":
         """Raises OSError where there is none."""
         self = cls(pod_id, directory)
-        path = str(directory / supervisor.SOCKET)
+        path = str(directory / SUPERVISOR_SOCKET)
         name = f'supervisor of pod "{pod_id}"'
         self._channel = await Channel.connect(path, name, self._event, self._end)
         return self

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nodeagent.errors import AlreadyExists, Unavailable
 from nodeagent.sandbox.agent.interpreter import sealed_copy
-from nodeagent.sandbox.launcher.main import READY
+from nodeagent.sandbox.paths import LAUNCHER_READY
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ async def start_launcher(state: str, python: str, join: Sequence[int]) -> None:
         # An interpreter that finds its libraries relative to itself cannot be run from a copy.
         log.warning("%s: cannot be run from a sealed copy; containers may reach it", executable)
         answer = await _try_start(executable, state, python, join)
-    if answer != READY:
+    if answer != LAUNCHER_READY:
         text = answer.decode(errors="replace")
         text = text or f"launcher: ended before it was ready, see {state}/{_LOG}"
         raise AlreadyExists(text) if "has a launcher" in text else Unavailable(text)
@@ -57,7 +57,7 @@ async def _try_start(executable: str, state: str, python: str, join: Sequence[in
         answer = await _read(reader)
     finally:
         os.close(reader)
-    if answer != READY:
+    if answer != LAUNCHER_READY:
         await asyncio.to_thread(os.waitpid, pid, 0)
     return answer
 

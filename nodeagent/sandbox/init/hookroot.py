@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nodeagent.linux import mounts, syscalls
+from nodeagent.sandbox.bundle import CONFIG, ROOTFS
 from nodeagent.sandbox.idmaps import IdMaps
 from nodeagent.sandbox.init import credentials
 from nodeagent.sandbox.runtime import hooks
@@ -31,10 +32,10 @@ def show(plan: ContainerPlan, root: int, maps: IdMaps) -> None:
         place = _make_directory(place, name)
     inside = _make_directory(place, os.path.basename(bundle))
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    file = os.open(hooks.CONFIG, flags, 0o644, dir_fd=inside)
+    file = os.open(CONFIG, flags, 0o644, dir_fd=inside)
     os.write(file, plan["hooks"]["config"].encode())
     syscalls.move_mount(tree, os.open(top, _DIRECTORY))
-    syscalls.move_mount(root, _make_directory(place, hooks.ROOTFS))  # never into what is detached
+    syscalls.move_mount(root, _make_directory(place, ROOTFS))  # never into what is detached
 
 
 def _covered(bundle: str, maps: IdMaps) -> str:
@@ -56,7 +57,7 @@ def _make_directory(parent: int, name: str) -> int:
 
 def run_inside_mounts(plan: ContainerPlan, maps: IdMaps) -> None:
     """The hooks of createContainer: in the container's namespaces, before its root is entered."""
-    root = f"{os.path.dirname(plan['hooks']['bundle'])}/{hooks.ROOTFS}"
+    root = f"{os.path.dirname(plan['hooks']['bundle'])}/{ROOTFS}"
 
     def enter() -> None:
         """In a user namespace a hook has mounts of its own, for it has no rights to those of the container.
@@ -99,12 +100,12 @@ def link(plan: ContainerPlan, pid: int) -> None:
     """On the node, for the hooks of createRuntime. pid: of the process in whose mount namespace the root is shown."""
     directory = os.path.dirname(plan["hooks"]["bundle"])
     unlink(plan)
-    os.symlink(f"/proc/{pid}/root{directory}/{hooks.ROOTFS}", f"{directory}/{hooks.ROOTFS}")
+    os.symlink(f"/proc/{pid}/root{directory}/{ROOTFS}", f"{directory}/{ROOTFS}")
 
 
 def unlink(plan: ContainerPlan) -> None:
     """Before the pid can be another process's."""
     try:
-        os.unlink(f"{os.path.dirname(plan['hooks']['bundle'])}/{hooks.ROOTFS}")
+        os.unlink(f"{os.path.dirname(plan['hooks']['bundle'])}/{ROOTFS}")
     except FileNotFoundError:
         pass

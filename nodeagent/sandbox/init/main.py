@@ -30,14 +30,12 @@ from nodeagent.errors import FailedPrecondition
 from nodeagent.linux import confined, mounts, syscalls
 from nodeagent.sandbox import idmaps, protocol
 from nodeagent.sandbox.idmaps import IdMaps
-from nodeagent.sandbox.init import console, credentials, hookroot, program, rootfs, users
+from nodeagent.sandbox.init import console, credentials, handshake, hookroot, program, rootfs, users
 from nodeagent.sandbox.runtime import hooks, procfs
 from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, Identity, ProcessPlan
-from nodeagent.sandbox.supervisor import birth
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _FIRST_OTHER = 3  # the descriptor after standard error
-_MAX_TEXT = 4096
 
 # Those that a process may have been started with as ignored, or that Python or a supervisor handles.
 _SIGNALS = (
@@ -128,7 +126,7 @@ class _Reporter:
         self._is_ready = True
 
     def failed(self, error: BaseException) -> None:
-        text = _text(error)[:_MAX_TEXT]
+        text = _text(error)[: handshake.MAX_TEXT_BYTES]
         if self._is_ready:
             os.write(self.status, text.encode(errors="replace"))
         else:
@@ -325,7 +323,7 @@ def _continue_in_successor(reporter: _Reporter, start: _Start, master: list[int]
     credentials.confine_visibly(start.settings)
     if syscalls.clone(syscalls.CLONE_PARENT | syscalls.CLONE_PIDFD):
         os.close(ours[2])
-        os.write(ours[3], birth.BORN)
+        os.write(ours[3], handshake.BORN)
         os.read(ours[1], 1)  # until the supervisor has found the successor
         os._exit(0)
     return ours[0]

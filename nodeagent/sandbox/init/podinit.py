@@ -11,7 +11,7 @@ import socket
 from collections.abc import Sequence
 from typing import NoReturn
 
-from nodeagent.linux import capabilities, mounts, seccomp, syscalls
+from nodeagent.linux import capabilities, mounts, processes, seccomp, syscalls
 from nodeagent.sandbox import protocol
 from nodeagent.sandbox.runtime import process, procfs
 
@@ -46,7 +46,7 @@ def main(status: int, tasks: Sequence[int], directory: str) -> NoReturn:
 
 def _spare_from_oom() -> None:
     try:
-        process.set_oom_score(_OOM_SCORE_ADJ)
+        processes.set_oom_score(_OOM_SCORE_ADJ)
     except OSError:
         pass  # the supervisor could not be protected either, and has said so
 

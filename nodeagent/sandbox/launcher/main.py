@@ -19,20 +19,20 @@ from typing import NoReturn
 
 from nodeagent import files
 from nodeagent.errors import AlreadyExists, FailedPrecondition, Unavailable
-from nodeagent.linux import immortal
+from nodeagent.linux import immortal, processes
 from nodeagent.sandbox import exits, protocol
 from nodeagent.sandbox.launcher import rehearsal
+from nodeagent.sandbox.paths import LAUNCHER_READY, LAUNCHER_SOCKET, SUPERVISOR_SOCKET
 from nodeagent.sandbox.protocol import Message
 from nodeagent.sandbox.runtime import peers, process
 from nodeagent.sandbox.runtime.children import Children, close_others
-from nodeagent.sandbox.runtime.keeping import LAUNCHER_SOCKET, Deposit
+from nodeagent.sandbox.runtime.keeping import Deposit
 from nodeagent.sandbox.runtime.loop import Loop, guarded, report
 from nodeagent.sandbox.runtime.peers import Listener, Peer, Request
 from nodeagent.sandbox.spec import PodPlan
 from nodeagent.sandbox.supervisor import main as supervisor
 
 LOCK = "launcher.lock"
-READY = b"ready"
 
 _STOP_PAUSE_MS = 2
 
@@ -53,7 +53,7 @@ class KeptPod:
     def has_supervisor(self) -> bool:
         """Whether it lives, be it held up; one that is about to close what it has open does not any more."""
         try:
-            return self.peer is not None and not process.is_exiting(self.pid)
+            return self.peer is not None and not processes.is_exiting(self.pid)
         except OSError:
             return False
 
@@ -302,7 +302,7 @@ def _is_served(directory: str) -> bool:
     """Not waiting for one that is held up, and whose queue is full of agents that have gone."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as connection:
         try:
-            with protocol.address(f"{directory}/{supervisor.SOCKET}") as address:
+            with protocol.address(f"{directory}/{SUPERVISOR_SOCKET}") as address:
                 connection.connect(address)
             os.kill(protocol.peer_of(connection).pid, 0)
         except BlockingIOError:
@@ -316,7 +316,10 @@ def _is_served(directory: str) -> bool:
 
 
 def main(state: str, ready: int, *join: int) -> None:
-    """Run until stopped. ready: a pipe that gets READY, or why it cannot be. join: of a cgroup, files to write 0 to."""
+    """Run until stopped.
+
+    ready: a pipe that gets LAUNCHER_READY, or why there is no launcher. join: files of a cgroup, to write 0 to.
+    """
     close_others([ready, *join])
     try:
         loop = _prepare(state, ready, join)
@@ -324,7 +327,7 @@ def main(state: str, ready: int, *join: int) -> None:
         os.write(ready, f"launcher: {error}".encode())
         sys.exit(1)
     with suppress(BrokenPipeError):  # the agent did not live to read it
-        os.write(ready, READY)
+        os.write(ready, LAUNCHER_READY)
     os.close(ready)
     loop.run()
 

@@ -12,14 +12,14 @@ from collections.abc import Iterable
 
 from nodeagent import files
 from nodeagent.errors import StartError
-from nodeagent.sandbox import protocol, rootfs_defaults
+from nodeagent.sandbox import paths, protocol, rootfs_defaults
+from nodeagent.sandbox.paths import SUPERVISOR_SOCKET
 from nodeagent.sandbox.protocol import Body
 from nodeagent.sandbox.runtime.keeping import Keeper
 from nodeagent.sandbox.runtime.loop import Loop
 from nodeagent.sandbox.runtime.peers import Peer
 from nodeagent.sandbox.spec import ContainerPlan, PodPlan, PodSettings
 from nodeagent.sandbox.supervisor import main as supervisor
-from nodeagent.sandbox.supervisor import namespaces
 
 _POD, _CONTAINER, _PROGRAM = "rehearsal", "actor", "/absent"
 
@@ -43,7 +43,7 @@ def rehearse(directory: str) -> None:
 
 
 def _clear(directory: str) -> None:
-    namespaces.unpin(directory)
+    paths.unpin(directory)
     files.remove_tree(directory)
 
 
@@ -56,7 +56,7 @@ def _play(directory: str) -> None:
     keeper = Keeper(loop, _POD, directory, ours)
     kept = Peer(loop, launcher, _acknowledge, lambda _peer: None)
     pod = supervisor.Supervisor(supervisor.prepare(plan), loop, keeper, {}).pod
-    agent = _Agent(loop, f"{directory}/{supervisor.SOCKET}", _requests(directory))
+    agent = _Agent(loop, f"{directory}/{SUPERVISOR_SOCKET}", _requests(directory))
 
     def give_up() -> None:
         agent.failure = TimeoutError(f"not over after {_PATIENCE_MS} ms")

@@ -18,14 +18,11 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from nodeagent import files
 from nodeagent.errors import FailedPrecondition
 from nodeagent.linux import syscalls
+from nodeagent.sandbox.bundle import OCI_VERSION
 from nodeagent.sandbox.spec import ContainerPlan, Hook, HookStage
 
-OCI_VERSION = "1.2.0"
-CONFIG = "config.json"
-ROOTFS = "rootfs"
 # The stages of a creation that the supervisor runs, while the first process waits.
 CREATION: tuple[HookStage, ...] = ("prestart", "createRuntime")
 
@@ -45,13 +42,6 @@ def of(plan: ContainerPlan, *stages: HookStage) -> list[tuple[HookStage, Hook]]:
     if hooks is None:
         return []
     return [(stage, hook) for stage in stages for hook in hooks["stages"].get(stage, [])]
-
-
-def write_bundle(plan: ContainerPlan) -> None:
-    """On the node, for as long as anything is known of the container; for root alone, as its environment is in it."""
-    bundle = plan["hooks"]["bundle"]
-    os.mkdir(bundle, 0o700)
-    files.write_atomic(f"{bundle}/{CONFIG}", plan["hooks"]["config"].encode(), 0o600, sync=False)
 
 
 def state(plan: ContainerPlan, status: str, pid: int) -> bytes:

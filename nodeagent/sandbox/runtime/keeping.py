@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from nodeagent.sandbox import protocol
+from nodeagent.sandbox.paths import LAUNCHER_SOCKET
 from nodeagent.sandbox.protocol import Body
 from nodeagent.sandbox.runtime.loop import Loop
 from nodeagent.sandbox.runtime.peers import Peer
-
-LAUNCHER_SOCKET = "launcher.sock"
 
 _RETRY_MS = 1000
 

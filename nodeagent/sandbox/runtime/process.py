@@ -6,14 +6,12 @@ import stat
 from collections.abc import Mapping
 
 from nodeagent.linux import syscalls
+from nodeagent.linux.processes import set_oom_score, stat_fields
 
 # What the command of a supervisor begins with, and that of its children until they execute another one.
 SUPERVISOR = "nodeagent.sandbox.supervisor "
 
 _SPARED = -999
-
-# The flags of a process, counted from its state (proc(5)), and include/linux/sched.h.
-_STAT_FLAGS, _PF_EXITING = 6, 0x4
 
 
 def set_title(name: str, title: str) -> None:
@@ -48,63 +46,10 @@ def protect_from_oom() -> str:
     return ""
 
 
-def set_oom_score(score: int) -> None:
-    """oom_score_adj (proc(5)); to go below what the parent has takes CAP_SYS_RESOURCE."""
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write(str(score))
-
-
 def ignore_terminal() -> None:
     """A Ctrl-C is meant for others; who connects and goes away is told by an error, not by a signal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-
-
-def start_ticks(pid: int) -> int:
-    """When a process started, in clock ticks since boot: with its pid, this tells it from all others."""
-    return int(stat_fields(pid)[19])
-
-
-def stat_fields(pid: int | str) -> list[bytes]:
-    """Of /proc/PID/stat, from the third field on, the state: the second may contain anything (proc(5))."""
-    file = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.read(file, 4096).rpartition(b") ")[2].split()
-    finally:
-        os.close(file)
-
-
-def is_exiting(pid: int) -> bool:
-    """Whether a process is ending, or has ended and was not reaped. Raises FileNotFoundError when there is none."""
-    return bool(int(stat_fields(pid)[_STAT_FLAGS]) & _PF_EXITING)
-
-
-def pid_of_pidfd(pid: int, descriptor: int) -> int:
-    """The pid behind a pidfd that another process has open under this number (proc(5), fdinfo).
-
-    Raises FileNotFoundError where that descriptor is not open, or the process has gone, and ValueError where it is no
-    pidfd, or one of a process that has been reaped.
-    """
-    file = os.open(f"/proc/{pid}/fdinfo/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fields = os.read(file, 4096).split()
-    except ProcessLookupError as error:
-        raise FileNotFoundError(error.errno, error.strerror, str(pid)) from None
-    finally:
-        os.close(file)
-    found = int(fields[fields.index(b"Pid:") + 1]) if b"Pid:" in fields else -1
-    if found <= 0:
-        raise ValueError(f"descriptor {descriptor} of process {pid} is no pidfd of a process")
-    return found
-
-
-def is_filtered(pid: int) -> bool:
-    """Whether a seccomp filter is in force; False of a process that is gone."""
-    try:
-        with open(f"/proc/{pid}/status", "rb") as file:
-            return b"\nSeccomp:\t2\n" in file.read()
-    except OSError:
-        return False
 
 
 def is_of_ours(pid: int) -> bool:
@@ -145,26 +90,6 @@ def _open_ours(pid: int, pid_namespace: os.stat_result) -> int | None:
             return pidfd
     except OSError:
         pass
-    os.close(pidfd)
-    return None
-
-
-def is_running(pid: int, ticks: int) -> bool:
-    """Whether the process that had `pid` and started then is still there, be it as a zombie."""
-    try:
-        return start_ticks(pid) == ticks
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def open_pidfd(pid: int, ticks: int) -> int | None:
-    """A pidfd of the process that started then; None if it has gone."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return None
-    if is_running(pid, ticks):
-        return pidfd
     os.close(pidfd)
     return None
 

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypedDict
 
 from nodeagent.errors import InvalidArgument, ResourceExhausted, Unavailable, Unsupported
-from nodeagent.sandbox.runtime import process
+from nodeagent.linux import processes
 from nodeagent.sandbox.seccomp import profile
 from nodeagent.sandbox.seccomp.profile import Filter
 
@@ -118,7 +118,7 @@ def _decoded(found: _Encoded) -> Filter:
 def main() -> None:
     """Read an order, write a filter or an error, all of it JSON."""
     # The agent's unit has it spared by the OOM killer, which is inherited: this is what is to go first.
-    process.set_oom_score(_FIRST_TO_GO)
+    processes.set_oom_score(_FIRST_TO_GO)
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -8,7 +8,7 @@
         └─ {"error": …}, or it dies ─────┴───────────────── a text ──────┴──────────────────────► over: failed
 
 A process may be told to go before it is ready. One whose container has hooks that the supervisor runs says ``{"hooks":
-true}`` while it prepares, and waits until it may proceed. `nodeagent.sandbox.init` is the other side.
+true}`` while it prepares, and waits until it may proceed. `nodeagent.sandbox.init.main` is the other side.
 
 A hidden process prepares itself where no container sees it, and its successor, which others may see and trace, executes
 the program. So what the hidden process says until it is ready is believed, and nothing that is said later: what the
@@ -25,19 +25,13 @@ from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, Protocol
 
 from nodeagent.errors import FailedPrecondition, NodeAgentError, StartError
+from nodeagent.linux import processes
 from nodeagent.sandbox import protocol
+from nodeagent.sandbox.init import handshake
 from nodeagent.sandbox.runtime import process
 from nodeagent.sandbox.runtime.loop import Loop
 from nodeagent.sandbox.spec import Identity
 
-# The number under which a hidden process has the pidfd of its successor, and how it says that it is there. It has no
-# descriptor any more then of the pipe that tells what goes wrong, so that the end of that is the successor's.
-SUCCESSOR = 7
-BORN = b"b"
-
-_GO = b"g"
-_PROCEED = b"p"
-_MAX_TEXT_BYTES = 4096
 _LOOK_MS = 200
 
 
@@ -124,7 +118,7 @@ class Birth:
         if self._over:
             return
         try:
-            os.write(self._text, _PROCEED)
+            os.write(self._text, handshake.PROCEED)
         except OSError:
             pass  # it has died, and the end of file says so
 
@@ -156,7 +150,7 @@ class Birth:
             if self._is_preparing:
                 self._hear_preparing(self._receive_message())
             else:
-                self._hear_ready(os.read(self._text, _MAX_TEXT_BYTES))
+                self._hear_ready(os.read(self._text, handshake.MAX_TEXT_BYTES))
         except BlockingIOError:
             return False
         except ConnectionResetError:  # comes before what it said: it has ended without reading "go"
@@ -219,9 +213,9 @@ class Birth:
         if succession is None or self._hidden is None:
             return
         try:
-            if not os.read(succession.born, _MAX_TEXT_BYTES):
+            if not os.read(succession.born, handshake.MAX_TEXT_BYTES):
                 self._loop.forget(succession.born)  # all have ended, which is told elsewhere
-            pid = process.pid_of_pidfd(self._hidden, SUCCESSOR)
+            pid = processes.pid_of_pidfd(self._hidden, handshake.SUCCESSOR_PIDFD)
             self._parent.succeeded(pid)
         except (BlockingIOError, FileNotFoundError):
             return
@@ -256,7 +250,7 @@ class Birth:
 
     def _say_go(self) -> None:
         try:
-            os.write(self._go, _GO)
+            os.write(self._go, handshake.GO)
         except (BrokenPipeError, ConnectionResetError):
             pass  # it has died, and the end of file says so
         except BlockingIOError:

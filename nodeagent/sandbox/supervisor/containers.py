@@ -18,10 +18,10 @@ from collections.abc import Collection
 from fcntl import ioctl
 
 from nodeagent.errors import FailedPrecondition, StartError
+from nodeagent.linux import processes
 from nodeagent.sandbox import exits, facts, protocol
 from nodeagent.sandbox.facts import Facts
 from nodeagent.sandbox.protocol import Body
-from nodeagent.sandbox.runtime import process
 from nodeagent.sandbox.runtime.keeping import Deposit
 from nodeagent.sandbox.runtime.loop import Timer, guarded, report
 from nodeagent.sandbox.runtime.peers import Request
@@ -97,7 +97,7 @@ class Container:
         child = self.pod.children.adopt_sibling(pid, self.ended)
         os.close(self.fds["pidfd"])
         self.fds["pidfd"] = child.pidfd
-        self.facts["pid"], self.facts["ticks"] = pid, process.start_ticks(pid)
+        self.facts["pid"], self.facts["ticks"] = pid, processes.start_ticks(pid)
         self._is_hidden = False
         if self.facts["killed"]:
             self._signal(signal.SIGKILL)

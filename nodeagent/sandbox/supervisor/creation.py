@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from nodeagent.errors import AlreadyExists, FailedPrecondition, NodeAgentError, NotFound
-from nodeagent.linux import syscalls
-from nodeagent.sandbox import exits, facts, protocol
+from nodeagent.linux import processes, syscalls
+from nodeagent.sandbox import exits, facts, paths, protocol
 from nodeagent.sandbox.facts import Facts
 from nodeagent.sandbox.init import main as init
 from nodeagent.sandbox.runtime import process
 from nodeagent.sandbox.runtime.children import Child
 from nodeagent.sandbox.runtime.peers import Request
 from nodeagent.sandbox.spec import ContainerPlan
-from nodeagent.sandbox.supervisor import namespaces, visibility
+from nodeagent.sandbox.supervisor import visibility
 from nodeagent.sandbox.supervisor.birth import Birth
 from nodeagent.sandbox.supervisor.containers import Container
 from nodeagent.sandbox.supervisor.groups import split_join_fds
@@ -137,7 +137,7 @@ def _shared_namespace(pod: Pod, family: Family, plan: ContainerPlan) -> PidNames
     if namespace == visibility.POD:
         if pod.init_pidfd is None:
             raise FailedPrecondition(f'container "{plan["id"]}": the pod shares no PID namespace')
-        return PidNamespace(pod.init_pidfd, namespaces.procfs_pin(pod.directory), None)
+        return PidNamespace(pod.init_pidfd, paths.procfs_pin(pod.directory), None)
     owner = family.get(namespace)
     if owner is None or owner.state != "running":
         raise FailedPrecondition(
@@ -161,7 +161,7 @@ def _make(creation: _Creation, shared: PidNamespace | None) -> None:
     protocol.close_all(join)
     join.clear()
     fds.update(stdio.kept, pidfd=child.pidfd, status=ours.fileno())
-    container.facts["pid"], container.facts["ticks"] = child.pid, process.start_ticks(child.pid)
+    container.facts["pid"], container.facts["ticks"] = child.pid, processes.start_ticks(child.pid)
     container.facts["pipes"] = {name: os.fstat(fd).st_ino for name, fd in stdio.kept.items()}
     container.facts["namespace"] = _name_of(plan, shared)
     family[plan["id"]] = container
@@ -282,7 +282,7 @@ def _take_over(container: Container) -> None:
 def _find_again(container: Container) -> None:
     """Without a launcher that kept anything, the process and its pipes may still be there."""
     known = container.facts
-    pidfd = process.open_pidfd(known["pid"], known["ticks"])
+    pidfd = processes.open_pidfd(known["pid"], known["ticks"])
     if pidfd is not None:
         container.fds["pidfd"] = pidfd
         container.fds.update(process.reopen_pipes(known["pid"], known["pipes"]))

@@ -19,7 +19,7 @@ import socket
 from collections.abc import Callable, Sequence
 
 from nodeagent.errors import FailedPrecondition
-from nodeagent.linux import syscalls
+from nodeagent.linux import processes, syscalls
 from nodeagent.sandbox import facts
 from nodeagent.sandbox.init import hookroot
 from nodeagent.sandbox.runtime import hooks, process
@@ -208,7 +208,7 @@ def _be_runner(
     process.set_title("na-hooks", f"nodeagent.sandbox.hookrun {bundle}")
     faults: list[str] = []
     try:
-        process.set_oom_score(0)
+        processes.set_oom_score(0)
         for kind, namespace in nodes.items():
             syscalls.setns(namespace, _KINDS[kind])
         if not claim or _claimed(claim):

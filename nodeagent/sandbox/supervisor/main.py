@@ -14,9 +14,10 @@ from typing import NoReturn
 
 from nodeagent import files
 from nodeagent.errors import FailedPrecondition, NodeAgentError, NotFound, Unavailable
-from nodeagent.linux import syscalls
-from nodeagent.sandbox import exits, idmaps, protocol, sysctls
+from nodeagent.linux import processes, syscalls
+from nodeagent.sandbox import exits, idmaps, paths, protocol, sysctls
 from nodeagent.sandbox.init import podinit
+from nodeagent.sandbox.paths import SUPERVISOR_SOCKET
 from nodeagent.sandbox.protocol import Message
 from nodeagent.sandbox.runtime import peers, process
 from nodeagent.sandbox.runtime.keeping import Deposit, Keeper
@@ -31,8 +32,6 @@ from nodeagent.sandbox.supervisor.execs import Execs
 from nodeagent.sandbox.supervisor.groups import split_join_fds
 from nodeagent.sandbox.supervisor.pod import Pod
 from nodeagent.sandbox.supervisor.podfile import PodFacts
-
-SOCKET = "supervisor.sock"
 
 _LAUNCHER_SECONDS = 1.0  # for a launcher that is asked to close what it keeps
 
@@ -54,7 +53,7 @@ def prepare(plan: PodPlan) -> PodFacts:
         if "net" in plan["namespaces"]:
             sysctls.write(sysctls.DEFAULTS, groups=idmaps.groups_of(plan))
     except BaseException:
-        namespaces.unpin(plan["directory"])
+        paths.unpin(plan["directory"])
         raise
     return known
 
@@ -119,7 +118,7 @@ class Supervisor:
         }
         creation.restore(self.pod, self.containers, kept)
         self._find_init()
-        self._listener = Listener(loop, f"{self.pod.directory}/{SOCKET}", self._accept)
+        self._listener = Listener(loop, f"{self.pod.directory}/{SUPERVISOR_SOCKET}", self._accept)
         keeper.serve(self._deposits)
 
     # --- agents ---
@@ -180,7 +179,7 @@ class Supervisor:
         finally:
             protocol.close_all(join)
         self._known["init_pid"] = child.pid
-        self._known["init_ticks"] = process.start_ticks(child.pid)
+        self._known["init_ticks"] = processes.start_ticks(child.pid)
         self.pod.init_pidfd = child.pidfd
         podfile.save(self._known)
         self.pod.loop.watch(ours.fileno(), lambda _events: self._init_reports(ours, request))
@@ -204,7 +203,7 @@ class Supervisor:
         """Its filter is the last thing that it installs, after it has reported."""
         if self.pod.init_pidfd is None:
             request.fail(Unavailable(f'pod "{self.pod.id}": its init has ended'))
-        elif process.is_filtered(self._known["init_pid"]):
+        elif processes.is_filtered(self._known["init_pid"]):
             request.reply()
         else:
             self.pod.loop.call_after(1, lambda: self._await_confined_init(request))
@@ -213,7 +212,7 @@ class Supervisor:
         """The one that a supervisor before us has started."""
         if self._known["init_pid"]:
             pid, ticks = self._known["init_pid"], self._known["init_ticks"]
-            self.pod.init_pidfd = process.open_pidfd(pid, ticks)
+            self.pod.init_pidfd = processes.open_pidfd(pid, ticks)
         if self.pod.init_pidfd is not None:
             self.pod.loop.watch(self.pod.init_pidfd, self._init_ended)
 
@@ -316,7 +315,7 @@ class Supervisor:
             patience_ms = min(2 * patience_ms, 100)
             self.pod.loop.call_after(patience_ms, lambda: self._end_if_empty(patience_ms))
             return
-        namespaces.unpin(self.pod.directory)
+        paths.unpin(self.pod.directory)
         self.pod.keeper.done()
         for request in self._closing:
             request.reply()

@@ -15,6 +15,7 @@ from collections.abc import Collection
 from nodeagent import files
 from nodeagent.linux import syscalls, userns
 from nodeagent.sandbox import idmaps
+from nodeagent.sandbox.paths import SHARED, pin, procfs_pin, shared
 from nodeagent.sandbox.spec import PodPlan
 
 DEFAULT_SHM_BYTES = 64 << 20
@@ -25,10 +26,8 @@ _FLAGS = {
     "ipc": syscalls.CLONE_NEWIPC,
     "uts": syscalls.CLONE_NEWUTS,
 }
-_PINNED = (*_FLAGS, "user")
-_SHARED = "shared"
 _NSFS_MAGIC = 0x6E736673
-_SHARED_FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+_SHARED__FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
 
 
 def make(plan: PodPlan) -> None:
@@ -64,9 +63,9 @@ def _enter_owned(plan: PodPlan, flags: int) -> None:
 
 
 def _make_pin(pod: str, kind: str, source: str) -> None:
-    pin = _pin(pod, kind)
-    os.close(os.open(pin, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    syscalls.mount(source, pin, "", syscalls.MS_BIND)
+    path = pin(pod, kind)
+    os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    syscalls.mount(source, path, "", syscalls.MS_BIND)
 
 
 def enter(pod: str, kinds: Collection[str]) -> None:
@@ -88,7 +87,7 @@ def user_namespace(pod: str) -> int:
 def _open_pin(pod: str, kind: str) -> int:
     """A descriptor of the namespace that is pinned, -1 if none is."""
     try:
-        descriptor = os.open(_pin(pod, kind), os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(pin(pod, kind), os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return -1
     if syscalls.statfs_type(descriptor) == _NSFS_MAGIC:
@@ -97,17 +96,11 @@ def _open_pin(pod: str, kind: str) -> int:
     return -1
 
 
-def shared(pod: str) -> str:
-    """The tmpfs of what the pod's containers share; the pod's own directory where an earlier version made the pod."""
-    path = f"{pod}/{_SHARED}"
-    return path if os.path.isdir(path) else pod
-
-
 def _mount_shared(pod: str) -> None:
-    path = f"{pod}/{_SHARED}"
+    path = f"{pod}/{SHARED}"
     files.ensure_directory(path, 0o700)
     options = f"mode=700,size={DEFAULT_SHM_BYTES + FILES_BYTES}"
-    syscalls.mount("shm", path, "tmpfs", _SHARED_FLAGS, options)
+    syscalls.mount("shm", path, "tmpfs", _SHARED__FLAGS, options)
 
 
 def _make_shm(path: str, uid: int, gid: int) -> None:
@@ -117,7 +110,7 @@ def _make_shm(path: str, uid: int, gid: int) -> None:
 
 
 def resize_shm(pod: str, size_bytes: int) -> None:
-    flags = _SHARED_FLAGS | syscalls.MS_REMOUNT
+    flags = _SHARED__FLAGS | syscalls.MS_REMOUNT
     syscalls.mount("shm", shared(pod), "tmpfs", flags, f"size={size_bytes + FILES_BYTES}")
 
 
@@ -129,21 +122,3 @@ def pin_procfs(pod: str, tree: int) -> None:
         syscalls.move_mount(tree, point)
     finally:
         os.close(point)
-
-
-def procfs_pin(pod: str) -> str:
-    return _pin(pod, "proc")
-
-
-def unpin(pod: str) -> None:
-    """Remove all mounts that were made here, or by an earlier version. Idempotent; what still uses them goes on."""
-    pins = (procfs_pin(pod), *(_pin(pod, kind) for kind in _PINNED))
-    for path in (f"{pod}/{_SHARED}", f"{pod}/shm", *pins):
-        try:
-            syscalls.umount2(path, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
-        except OSError:
-            pass
-
-
-def _pin(pod: str, kind: str) -> str:
-    return f"{pod}/ns/{kind}"

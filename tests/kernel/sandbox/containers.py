@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from nodeagent.linux import capabilities, syscalls
+from nodeagent.linux.processes import pid_of_pidfd
 from nodeagent.sandbox import rootfs_defaults
+from nodeagent.sandbox.init import handshake
 from nodeagent.sandbox.init import main as init
-from nodeagent.sandbox.runtime.process import pid_of_pidfd
 from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, ProcessPlan, UserRequest
-from nodeagent.sandbox.supervisor import birth
 from tests.support.images import static_busybox
 
 DEFAULT_CAPABILITIES = (
@@ -195,8 +195,8 @@ class Process:
     def follow(self) -> None:
         """Be the successor of a hidden process from now on."""
         _, hold, _, born = self.pipes
-        assert os.read(born, 1) == birth.BORN
-        pid = pid_of_pidfd(self.pid, birth.SUCCESSOR)
+        assert os.read(born, 1) == handshake.BORN
+        pid = pid_of_pidfd(self.pid, handshake.SUCCESSOR_PIDFD)
         pidfd = os.pidfd_open(pid)
         os.close(hold)
         self.pipes.remove(hold)

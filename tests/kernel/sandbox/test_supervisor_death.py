@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from nodeagent.errors import AlreadyExists, Unavailable
+from nodeagent.linux import processes
 from nodeagent.sandbox import exits, facts, protocol
 from nodeagent.sandbox.agent.client import ContainerState, ExecIO, Launcher
-from nodeagent.sandbox.runtime import process
+from nodeagent.sandbox.paths import SUPERVISOR_SOCKET
 from nodeagent.sandbox.spec import PodPlan
-from nodeagent.sandbox.supervisor import main as supervisor
 from tests.kernel.sandbox.supervised import (
     NO_CGROUP,
     Node,
@@ -144,7 +144,7 @@ async def test_a_start_that_was_cut_off_is_finished(node: Node, succeeded: str) 
     os.kill(made.pid, signal.SIGSTOP)
     starting = asyncio.create_task(pod.supervisor.start("main"))
     await eventually(pod.log_path().exists)
-    await eventually(lambda: process.stat_fields(pod.supervisor.pid)[0] == b"S")  # has said "go"
+    await eventually(lambda: processes.stat_fields(pod.supervisor.pid)[0] == b"S")  # has said "go"
     await pod.kill_supervisor()
     if succeeded == "before it reads":
         await pod.succeed()
@@ -466,7 +466,7 @@ async def test_the_launcher_does_not_wait_for_a_supervisor_that_accepts_nobody(n
     await node.connect()
     with ExitStack() as queue:
         queue.callback(os.kill, pod.supervisor.pid, signal.SIGCONT)
-        fill(str(pod.directory / supervisor.SOCKET), queue)
+        fill(str(pod.directory / SUPERVISOR_SOCKET), queue)
         async with asyncio.timeout(60):
             with pytest.raises(AlreadyExists):
                 await node.launcher.successor(pod.id, pod.directory)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nodeagent.lifecycle.plan import etc_files
 from nodeagent.records import DNS, SandboxConfig
-from nodeagent.sandbox.supervisor import namespaces
+from nodeagent.sandbox import paths
 
 
 def test_everybody_reads_them_whatever_the_umask(tmp_path: Path) -> None:
@@ -29,9 +29,9 @@ def test_a_file_of_the_node_may_have_bytes_of_any_kind(tmp_path: Path) -> None:
 
 def test_where_they_are(tmp_path: Path) -> None:
     """An earlier version, whose pods may still run, had them in the pod's directory itself."""
-    assert namespaces.shared(str(tmp_path)) == str(tmp_path)
+    assert paths.shared(str(tmp_path)) == str(tmp_path)
     (tmp_path / "shared").mkdir()
-    assert namespaces.shared(str(tmp_path)) == str(tmp_path / "shared")
+    assert paths.shared(str(tmp_path)) == str(tmp_path / "shared")
 
 
 def test_resolv_conf() -> None:

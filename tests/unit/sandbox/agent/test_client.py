@@ -13,8 +13,8 @@ from nodeagent.errors import Unsupported
 from nodeagent.sandbox import protocol
 from nodeagent.sandbox.agent.client import ExecIO, Supervisor
 from nodeagent.sandbox.agent.handles import CgroupFds
+from nodeagent.sandbox.paths import SUPERVISOR_SOCKET
 from nodeagent.sandbox.spec import ExecPlan
-from nodeagent.sandbox.supervisor import main as supervisor
 
 NO_CGROUP = CgroupFds(join=[], oom=None, procs=None, kill=None)
 
@@ -24,7 +24,7 @@ class Earlier:
 
     def __init__(self, directory: Path) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(str(directory / supervisor.SOCKET))
+        self._listener.bind(str(directory / SUPERVISOR_SOCKET))
         self._listener.listen()
         self.next: dict[str, Any] = {}
         self.thread = threading.Thread(target=self._serve)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import pytest
 
 from nodeagent.errors import FailedPrecondition, NodeAgentError, NotFound, StartError
+from nodeagent.sandbox.init import handshake
 from nodeagent.sandbox.runtime.loop import Loop
 from nodeagent.sandbox.spec import Identity
-from nodeagent.sandbox.supervisor import birth
 from nodeagent.sandbox.supervisor.birth import Birth
 
 IDENTITY = {"uid": 0, "gid": 0, "groups": [], "home": "/"}
@@ -143,7 +143,7 @@ def hidden() -> Iterator[Hidden]:
 
 def test_a_successor_is_not_believed_to_be_there(hidden: Hidden) -> None:
     for _ in range(3):
-        os.write(hidden.born, birth.BORN)
+        os.write(hidden.born, handshake.BORN)
         hidden.birth._look_for_successor(0)
     assert (hidden.parent.successors, hidden.parent.was_ready, hidden.parent.end) == ([], 0, "")
     assert not hidden.birth.is_over

@@ -1,0 +1,42 @@
+"""Where the agent, the launcher and the supervisors find each other, and what keeps a pod's namespaces.
+
+The files of a pod are in ``<state>/pods/<id>``: the socket of its supervisor, ``ns/<kind>``, which are the bind mounts
+that pin its namespaces, and ``shared``, the tmpfs of what its containers share.
+"""
+
+import os
+
+from nodeagent.linux import syscalls
+
+SUPERVISOR_SOCKET = "supervisor.sock"  # in the pod's directory
+LAUNCHER_SOCKET = "launcher.sock"  # in the state directory
+LAUNCHER_READY = (
+    b"ready"  # what a launcher writes to the descriptor that it was given, once it listens
+)
+
+_PINNED = ("net", "ipc", "uts", "user")
+SHARED = "shared"
+
+
+def shared(pod: str) -> str:
+    """The tmpfs of what the pod's containers share; the pod's own directory where an earlier version made the pod."""
+    path = f"{pod}/{SHARED}"
+    return path if os.path.isdir(path) else pod
+
+
+def procfs_pin(pod: str) -> str:
+    return pin(pod, "proc")
+
+
+def unpin(pod: str) -> None:
+    """Remove all mounts that were made here, or by an earlier version. Idempotent; what still uses them goes on."""
+    pins = (procfs_pin(pod), *(pin(pod, kind) for kind in _PINNED))
+    for path in (f"{pod}/{SHARED}", f"{pod}/shm", *pins):
+        try:
+            syscalls.umount2(path, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+        except OSError:
+            pass
+
+
+def pin(pod: str, kind: str) -> str:
+    return f"{pod}/ns/{kind}"
