@@ -5,6 +5,7 @@ from typing import Literal
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import validate
+from nodeagent.linux.userns import MAX_ID
 from nodeagent.records import IdMapping, Namespace, Namespaces, SandboxConfig, UserNamespace
 
 _MAX_MAPPINGS = 340  # UID_GID_MAP_MAX_EXTENTS
@@ -115,7 +116,7 @@ def id_mappings(messages: Sequence[pb.IDMapping], field: str) -> tuple[IdMapping
     validate.bounded(messages, field, _MAX_MAPPINGS)
     found = []
     for index, message in enumerate(messages):
-        room = validate.MAX_ID + 1 - max(message.container_id, message.host_id)
+        room = MAX_ID + 1 - max(message.container_id, message.host_id)
         validate.number(message.length, f"{field}[{index}].length", 1, room)
         found.append(
             IdMapping(inside=message.container_id, outside=message.host_id, length=message.length)

@@ -7,6 +7,7 @@ from typing import Literal
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import validate
 from nodeagent.linux import capabilities
+from nodeagent.linux.userns import MAX_ID
 from nodeagent.records import CapabilityChange, Profile, SELinux
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def groups_policy(context: SecurityContext, field: str) -> Literal["merge", "str
 
 
 def _id(value: int, field: str) -> int:
-    return validate.number(value, field, 0, validate.MAX_ID)
+    return validate.number(value, field, 0, MAX_ID)
 
 
 # --- profiles -------------------------------------------------------------------------------------------------------

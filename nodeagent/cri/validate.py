@@ -15,7 +15,6 @@ MAX_PATH_BYTES = 4095  # PATH_MAX, without the final NUL
 MAX_COMPONENT_BYTES = 255  # NAME_MAX
 MAX_LIST = 100_000  # a pod in a namespace of many services has tens of thousands of variables
 MAX_METADATA_BYTES = 1 << 20
-MAX_ID = (1 << 32) - 2  # (uid_t) -1 means "unchanged" to the kernel
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 

@@ -19,7 +19,6 @@ from nodeagent.errors import DataLoss, InvalidArgument, NotFound, ResourceExhaus
 from nodeagent.images import manifest
 from nodeagent.images.budget import Budget, is_full
 from nodeagent.images.content import Blob
-from nodeagent.images.install import Plan
 from nodeagent.images.manifest import (
     DOCKER_CONFIG,
     DOCKER_LAYER,
@@ -28,6 +27,7 @@ from nodeagent.images.manifest import (
     Index,
     Manifest,
 )
+from nodeagent.images.plan import Plan
 from nodeagent.images.reference import Reference, parse
 from nodeagent.images.unpack import tar
 from nodeagent.images.unpack.compression import decompressed

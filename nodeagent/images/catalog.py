@@ -21,8 +21,9 @@ from nodeagent.images.concurrency import Flights, to_the_end
 from nodeagent.images.content import Documents, sync_file_system
 from nodeagent.images.holds import Holds
 from nodeagent.images.image_store import ImageStore, documents, title
-from nodeagent.images.install import Content, Installer, Limits, Plan
+from nodeagent.images.install import Content, Installer, Limits
 from nodeagent.images.layer_store import LayerStore
+from nodeagent.images.plan import Plan
 from nodeagent.images.reference import Reference, parse
 from nodeagent.images.remote.auth import Auth
 from nodeagent.images.remote.client import Session

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 import msgspec
 
 from nodeagent.errors import InvalidArgument
-from nodeagent.images.install import Plan
+from nodeagent.images.plan import Plan
 from nodeagent.images.reference import id_prefix, parse
 from nodeagent.records import Image, Layer
 from nodeagent.store import Store

@@ -20,7 +20,8 @@ from nodeagent.images.budget import Budget, Share
 from nodeagent.images.concurrency import Flight, Flights, to_the_end
 from nodeagent.images.content import Blob, BlobReader, Starved
 from nodeagent.images.layer_store import LayerStore
-from nodeagent.images.manifest import Descriptor, Image, Manifest
+from nodeagent.images.manifest import Descriptor
+from nodeagent.images.plan import Plan
 from nodeagent.images.slots import Permits, Slots
 from nodeagent.images.staging import Staging
 from nodeagent.images.unpack import inheritance, layers
@@ -76,30 +77,6 @@ class Content(Protocol):
     def open(
         self, descriptor: Descriptor, attempt: int
     ) -> AbstractAsyncContextManager[Arriving]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is to be installed. documents: what is kept of the image besides its layers, beginning with the index or
-    manifest that its name stands for.
-    """
-
-    manifest_digest: str
-    manifest: Manifest
-    image: Image
-    documents: tuple[bytes, ...]
-
-    @property
-    def image_id(self) -> str:
-        return self.manifest.config.digest
-
-    @property
-    def chain_ids(self) -> tuple[str, ...]:
-        return self.image.chain_ids
-
-    @property
-    def size_bytes(self) -> int:
-        return self.manifest.config.size + sum(layer.size for layer in self.manifest.layers)
 
 
 class _Job:

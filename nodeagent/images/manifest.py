@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from nodeagent.errors import InvalidArgument, NotFound, Unsupported
-from nodeagent.images.unpack.tar import MAX_ID
+from nodeagent.linux.userns import MAX_ID
 from nodeagent.records import ImageConfig
 
 MAX_DOCUMENT_BYTES = 4 << 20

@@ -18,6 +18,7 @@ _NAMES = {
     syscalls.CLONE_NEWPID: "pid",
     syscalls.CLONE_NEWCGROUP: "cgroup",
 }
+MAX_ID = (1 << 32) - 2  # (uid_t) -1 means "leave it" to chown(2) and setresuid(2)
 _WALL = 0x40000000  # of wait4(2): children that end without SIGCHLD, too
 
 

@@ -7,7 +7,7 @@
     launcher/     the launcher: forks supervisors, keeps what a successor needs
     supervisor/   the supervisor of a pod
     init/         between clone3(2) and execve(2): what becomes a container's process
-    runtime/      what launcher, supervisor and init share: their loop, children, peers, processes, hooks
+    runtime/      what launcher, supervisor and init share: a loop, children, peers, what a process does to itself
 
 The agent's rooms and the others never import each other. A launcher imports supervisors, because it forks them; they
 import init, for the same reason; nobody imports the other way. What crosses the border is in the modules beside this

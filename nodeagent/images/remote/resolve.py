@@ -6,8 +6,8 @@ import logging
 from nodeagent.errors import InvalidArgument, NodeAgentError, NotFound, Unsupported
 from nodeagent.images import manifest
 from nodeagent.images.content import Documents
-from nodeagent.images.install import Plan
 from nodeagent.images.manifest import Descriptor, Index, Manifest
+from nodeagent.images.plan import Plan
 from nodeagent.images.remote.source import Source
 
 log = logging.getLogger(__name__)

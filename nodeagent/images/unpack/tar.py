@@ -14,12 +14,12 @@ from typing import Literal, NamedTuple, NoReturn
 import msgspec
 
 from nodeagent.errors import InvalidArgument, Unsupported
+from nodeagent.linux.userns import MAX_ID
 
 BLOCK = 512
 MAX_METADATA_BYTES = 1 << 20
 MAX_METADATA_HEADERS = 16  # before one entry
 MAX_SIZE = 1 << 50
-MAX_ID = (1 << 32) - 2  # the highest number means "leave it" to chown(2)
 MAX_SECONDS = 1 << 33
 MAX_REGIONS = 1 << 17  # of a sparse file, where it has data
 

@@ -5,7 +5,7 @@ one that is named twice is injected once. A device of a later directory wins ove
 twice in one directory it is a conflict, and cannot be had. A specification's own edits come before its devices'.
 
 Hooks are taken from specifications only, which are files of the node's root, and only those whose program is listed in
-the configuration; `nodeagent.sandbox.runtime.hooks` runs them.
+the configuration; `nodeagent.sandbox.init.hooks` runs them.
 """
 
 from __future__ import annotations

@@ -14,8 +14,7 @@ from contextlib import contextmanager
 from nodeagent.linux import mounts, syscalls
 from nodeagent.sandbox.bundle import CONFIG, ROOTFS
 from nodeagent.sandbox.idmaps import IdMaps
-from nodeagent.sandbox.init import credentials
-from nodeagent.sandbox.runtime import hooks
+from nodeagent.sandbox.init import credentials, hooks
 from nodeagent.sandbox.spec import ContainerPlan
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC

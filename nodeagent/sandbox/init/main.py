@@ -30,8 +30,17 @@ from nodeagent.errors import FailedPrecondition
 from nodeagent.linux import confined, mounts, syscalls
 from nodeagent.sandbox import idmaps, protocol
 from nodeagent.sandbox.idmaps import IdMaps
-from nodeagent.sandbox.init import console, credentials, handshake, hookroot, program, rootfs, users
-from nodeagent.sandbox.runtime import hooks, procfs
+from nodeagent.sandbox.init import (
+    console,
+    credentials,
+    handshake,
+    hookroot,
+    hooks,
+    program,
+    rootfs,
+    users,
+)
+from nodeagent.sandbox.runtime import procfs
 from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, Identity, ProcessPlan
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC

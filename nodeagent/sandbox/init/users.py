@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from nodeagent.errors import InvalidArgument, NotFound
 from nodeagent.linux import confined
+from nodeagent.linux.userns import MAX_ID
 from nodeagent.sandbox.spec import Identity, UserRequest
 
 MAX_FILE_BYTES = 1 << 20
 _MAX_LINE_BYTES = 64 << 10
-_MAX_ID = 2**32 - 2  # (uid_t) -1 means "no change" to setresuid(2)
 _MAX_GROUPS = 65536  # NGROUPS_MAX
 
 _PASSWD = "/etc/passwd"
@@ -60,8 +60,8 @@ def identify(request: UserRequest, passwd: bytes, group: bytes) -> Identity:
     groups = {gid, *request["groups"]}
     if request["merge_groups"]:
         groups.update(entry.gid for entry in parse_group(group) if user.name in entry.members)
-    if (highest := max(user.uid, *groups)) > _MAX_ID:
-        raise InvalidArgument(f"user or group {highest}: more than {_MAX_ID}")
+    if (highest := max(user.uid, *groups)) > MAX_ID:
+        raise InvalidArgument(f"user or group {highest}: more than {MAX_ID}")
     if len(groups) > _MAX_GROUPS:
         raise InvalidArgument(f"{len(groups)} groups for one process: more than {_MAX_GROUPS}")
     return {"uid": user.uid, "gid": gid, "groups": sorted(groups), "home": user.home}
@@ -122,7 +122,7 @@ def _number(fields: list[bytes], index: int) -> int | None:
     if len(fields) <= index or not fields[index].isdigit() or len(fields[index]) > 10:
         return None
     number = int(fields[index])
-    return number if number <= _MAX_ID else None
+    return number if number <= MAX_ID else None
 
 
 def read_file(root: int, own: int, path: str) -> bytes:

@@ -3,7 +3,7 @@
 **It never waits.** A supervisor that waits for anything but its loop holds up a whole pod: no sleep, no subprocess, no
 wait for a child, no blocking read or write of what somebody else may hold. It forks; children may wait.
 
-**It touches little.** A supervisor is a copy-on-write child of the launcher, and costs the node the pages that it writes
+**It touches little.** A supervisor is a copy-on-write child of the launcher, and costs the node what pages it writes
 to. CPython writes to what it merely uses, so:
 
 * Modules are imported before the launcher's first fork, and no function imports anything.
@@ -14,8 +14,8 @@ to. CPython writes to what it merely uses, so:
   list of CPython and takes none from it, up to 2,000 times.
 * ``try … except … pass``, not ``contextlib.suppress``, where it is done again and again: each use makes objects.
 
-**It leaves nothing to the interpreter's end.** Supervisors and what they fork end by _exit(2) or execve(2): no finaliser
-runs, every descriptor has an owner that closes it, and what must be durable is written before the answer is sent.
+**It leaves nothing to the end of the interpreter.** Supervisors and what they fork end by _exit(2) or execve(2): no
+finaliser runs, every descriptor has an owner that closes it, and what must be durable is written before the answer.
 
 **It believes nobody.** What a container can write is not parsed here but for the messages of `init`, before it becomes
 visible to others (docs/design.md, section 5).

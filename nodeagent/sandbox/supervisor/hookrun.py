@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from nodeagent.errors import FailedPrecondition
 from nodeagent.linux import processes, syscalls
 from nodeagent.sandbox import facts
-from nodeagent.sandbox.init import hookroot
-from nodeagent.sandbox.runtime import hooks, process
+from nodeagent.sandbox.init import hookroot, hooks
+from nodeagent.sandbox.runtime import process
 from nodeagent.sandbox.runtime.children import Child
 from nodeagent.sandbox.runtime.loop import report
 from nodeagent.sandbox.spec import ContainerPlan, Hook, HookStage
