@@ -28,6 +28,8 @@ class ContainerCalls:
     def __init__(self, node: Node) -> None:
         self._sandboxes = node.sandboxes
         self._containers = node.containers
+        self._creation = node.creation
+        self._stopping = node.stopping
         self._list = Listing(node.containers.list, _item)
 
     async def CreateContainer(
@@ -37,7 +39,7 @@ class ContainerCalls:
         sandbox = self._sandboxes.get(sandbox_id(request.pod_sandbox_id))
         config = container_config(request.config, sandbox.config, sandbox.runtime_handler)
         return pb.CreateContainerResponse(
-            container_id=await self._containers.create(sandbox.id, config)
+            container_id=await self._creation.create(sandbox.id, config)
         )
 
     async def StartContainer(self, request: pb.StartContainerRequest) -> pb.StartContainerResponse:
@@ -46,7 +48,7 @@ class ContainerCalls:
 
     async def StopContainer(self, request: pb.StopContainerRequest) -> pb.StopContainerResponse:
         timeout = validate.number(request.timeout, "timeout", 0, MAX_SECONDS)
-        await self._containers.stop(container_id(request.container_id), timeout)
+        await self._stopping.stop(container_id(request.container_id), timeout)
         return pb.StopContainerResponse()
 
     async def RemoveContainer(

@@ -69,6 +69,13 @@ class Inventory:
         """Every container whose creation has finished."""
         return [record for record in self.containers.values() if record.created_at]
 
+    def supervisor(self, container: Container) -> Supervisor:
+        """The supervisor of a container's pod. Raises FailedPrecondition when the pod is stopped."""
+        pod = self.pods.get(container.sandbox_id)
+        if pod is None or pod.supervisor is None:
+            raise FailedPrecondition(f'container "{container.id}": its pod is stopped')
+        return pod.supervisor
+
     def members(self, sandbox_id: str) -> list[Container]:
         """The finished and unfinished containers of a pod, oldest first."""
         return [self.containers[key] for key in self._members.get(sandbox_id, ())]

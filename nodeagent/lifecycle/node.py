@@ -19,6 +19,9 @@ from nodeagent.images.profiles import SecurityProfiles
 from nodeagent.images.remote.client import Session, open_session
 from nodeagent.lifecycle import private_mount
 from nodeagent.lifecycle.containers.containers import Containers
+from nodeagent.lifecycle.containers.creation import Creation
+from nodeagent.lifecycle.containers.groups import Groups
+from nodeagent.lifecycle.containers.stopping import Stopping
 from nodeagent.lifecycle.events import Events
 from nodeagent.lifecycle.health import Health
 from nodeagent.lifecycle.inventory import Inventory
@@ -64,6 +67,9 @@ class Node:
     version: str
     sandboxes: Sandboxes
     containers: Containers
+    creation: Creation
+    stopping: Stopping
+    groups: Groups
     images: Images
     artifacts: SecurityProfiles
     stats: Stats
@@ -197,13 +203,24 @@ def _assemble(
     inventory = Inventory(store, events)
     supervision = Supervision(inventory, launchers, places.pods)
     trash = Trash(places.trash)
+    groups = Groups(cgroups)
+    creation = Creation(
+        inventory=inventory,
+        images=images,
+        cgroups=cgroups,
+        groups=groups,
+        planner=Planner(inventory, images, cgroups, profiles, artifacts, config, pods=places.pods),
+        cdi=Cdi([Path(each) for each in config.cdi.directories], config.cdi.hook_programs),
+        trash=trash,
+        directory=places.containers,
+    )
+    stopping = Stopping(inventory, supervision, groups)
     containers = Containers(
         inventory=inventory,
         supervision=supervision,
         images=images,
-        cgroups=cgroups,
-        planner=Planner(inventory, images, cgroups, profiles, artifacts, config, pods=places.pods),
-        cdi=Cdi([Path(each) for each in config.cdi.directories], config.cdi.hook_programs),
+        groups=groups,
+        stopping=stopping,
         trash=trash,
         directory=places.containers,
     )
@@ -213,6 +230,8 @@ def _assemble(
         slots=slots,
         network=network,
         containers=containers,
+        stopping=stopping,
+        groups=groups,
         supervision=supervision,
         cgroups=cgroups,
         directory=places.pods,
@@ -224,11 +243,14 @@ def _assemble(
         version=version("nodeagent"),
         sandboxes=sandboxes,
         containers=containers,
+        creation=creation,
+        stopping=stopping,
+        groups=groups,
         images=images,
         artifacts=artifacts,
-        stats=Stats(inventory, containers, network, places.containers),
+        stats=Stats(inventory, containers, groups, network, places.containers),
         events=events,
-        sessions=Sessions(inventory, containers, supervision),
+        sessions=Sessions(inventory, containers, groups, supervision),
         slots=slots,
         network=network,
         cgroups=cgroups,
@@ -245,6 +267,7 @@ def _recovery(node: Node, places: Places) -> Recovery:
         inventory=node.inventory,
         supervision=node.supervision,
         containers=node.containers,
+        stopping=node.stopping,
         network=node.network,
         images=node.images,
         launchers=node.launchers,
@@ -262,7 +285,7 @@ async def _launcher(cgroups: Cgroups, places: Places) -> Launcher:
 
 async def _end(node: Node) -> None:
     """Each step is a task, by which the log tells what an end waits for that does not come."""
-    for part in (node.sessions, node.sandboxes, node.containers, node.slots, node.launchers):
+    for part in (node.sessions, node.sandboxes, node.creation, node.slots, node.launchers):
         await asyncio.create_task(part.close())
     await asyncio.create_task(_leave(node))
 

@@ -16,6 +16,7 @@ from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import NodeAgentError
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle.containers.containers import Containers
+from nodeagent.lifecycle.containers.stopping import Stopping
 from nodeagent.lifecycle.inventory import Inventory, boot_id
 from nodeagent.lifecycle.places import Places
 from nodeagent.lifecycle.pods import cgroup
@@ -40,6 +41,7 @@ class Recovery:
         inventory: Inventory,
         supervision: Supervision,
         containers: Containers,
+        stopping: Stopping,
         network: Network,
         images: Images,
         launchers: Launchers,
@@ -50,6 +52,7 @@ class Recovery:
         self._inventory = inventory
         self._supervision = supervision
         self._containers = containers
+        self._stopping = stopping
         self._network = network
         self._images = images
         self._launchers = launchers
@@ -74,7 +77,7 @@ class Recovery:
             await self._supervision.adopt(sandbox.id)
         except (NodeAgentError, OSError) as error:
             log.error('pod sandbox "%s": cannot be taken over, it ends: %s', sandbox.id, error)
-            await self._containers.kill_all(sandbox.id)
+            await self._stopping.kill_all(sandbox.id)
             await self._remove_group(sandbox)
             self._rebooted(sandbox)
 

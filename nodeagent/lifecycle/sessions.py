@@ -16,6 +16,7 @@ from typing import Any
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.errors import FailedPrecondition, NodeAgentError, ResourceExhausted
 from nodeagent.lifecycle.containers.containers import Containers
+from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.inventory import Inventory
 from nodeagent.lifecycle.supervisors.handover import close_all, handover
 from nodeagent.lifecycle.supervisors.supervision import Supervision
@@ -31,17 +32,22 @@ class Sessions:
     """The backend of the streaming server."""
 
     def __init__(
-        self, inventory: Inventory, containers: Containers, supervision: Supervision
+        self,
+        inventory: Inventory,
+        containers: Containers,
+        groups: Groups,
+        supervision: Supervision,
     ) -> None:
         self._inventory = inventory
         self._containers = containers
+        self._groups = groups
         self._supervision = supervision
         self._behind: set[asyncio.Task[None]] = set()
 
     async def exec(self, request: ExecRequest, size: Size | None) -> Process:
         """Start a command in a running container, in a cgroup of its own."""
         container, supervisor = self._containers.running(request.container_id)
-        whole = self._containers.group(container)
+        whole = self._groups.of(container)
         group = whole.child(f"exec-{secrets.token_hex(4)}")
         try:
             with handover(group) as fds:

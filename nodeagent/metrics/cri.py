@@ -63,7 +63,7 @@ async def read_pods(node: Node) -> list[PodMetrics]:
 
 def _pids(node: Node, usage: ContainerUsage) -> list[int]:
     with suppress(NotFound, OSError):
-        return node.containers.group(usage.container).processes()
+        return node.groups.of(usage.container).processes()
     return []
 
 

@@ -17,6 +17,8 @@ from nodeagent import records
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import AlreadyExists, InvalidArgument, NotFound
 from nodeagent.lifecycle.containers.containers import Containers
+from nodeagent.lifecycle.containers.groups import Groups
+from nodeagent.lifecycle.containers.stopping import Stopping
 from nodeagent.lifecycle.flights import Flights
 from nodeagent.lifecycle.inventory import Inventory, Pod, boot_id
 from nodeagent.lifecycle.plan import etc_files
@@ -42,6 +44,8 @@ class Sandboxes:
         slots: Slots,
         network: Network,
         containers: Containers,
+        stopping: Stopping,
+        groups: Groups,
         supervision: Supervision,
         directory: Path,
         cgroups: Cgroups,
@@ -52,6 +56,8 @@ class Sandboxes:
         self._slots = slots
         self._network = network
         self._containers = containers
+        self._stopping = stopping
+        self._groups = groups
         self._supervision = supervision
         self._directory = directory
         self._cgroups = cgroups
@@ -158,7 +164,7 @@ class Sandboxes:
         for task in tuple(pod.creating):
             task.cancel()
         try:
-            await self._containers.stop_all(sandbox.id)
+            await self._stopping.stop_all(sandbox.id)
         finally:
             await self._network.detach(sandbox.id)
         # Only now: the supervisor that undoes them may wait for one that ran, in a pipe that this held.
@@ -201,7 +207,7 @@ class Sandboxes:
             resources=_updated(sandbox.config.resources, resources),
         )
         changed = msgspec.structs.replace(sandbox, config=config)
-        self._containers.limit_pod(changed)
+        self._groups.limit_pod(changed)
         self._inventory.save(changed)
 
     async def close(self) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from nodeagent.cgroups.stats import CgroupStats
 from nodeagent.errors import NodeAgentError, NotFound
 from nodeagent.lifecycle.containers.containers import Containers
+from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.inventory import Inventory
 from nodeagent.lifecycle.usage.disk import Disks, DiskUsage
 from nodeagent.net.network import InterfaceStats, Network
@@ -76,10 +77,16 @@ class Stats:
     """Readings on request; nothing is sampled while nobody asks."""
 
     def __init__(
-        self, inventory: Inventory, containers: Containers, network: Network, directory: Path
+        self,
+        inventory: Inventory,
+        containers: Containers,
+        groups: Groups,
+        network: Network,
+        directory: Path,
     ) -> None:
         self._inventory = inventory
         self._containers = containers
+        self._groups = groups
         self._network = network
         self._rates: dict[str, _Rate] = {}
         self._disks = Disks(directory)
@@ -152,7 +159,7 @@ class Stats:
 
     def _group(self, sandbox: Sandbox) -> GroupUsage | None:
         try:
-            cgroup = self._containers.pod_stats(sandbox)
+            cgroup = self._groups.pod_stats(sandbox)
         except NotFound:
             return None
         return GroupUsage(cgroup=cgroup, usage_nano_cores=self._rate(sandbox.id, cgroup))
@@ -172,7 +179,7 @@ class Stats:
     async def _read(self, container: Container) -> ContainerUsage:
         if container.state == "exited":
             raise NotFound(f'container "{container.id}": has ended, there is nothing to measure')
-        cgroup = self._containers.group(container).stats()
+        cgroup = self._groups.of(container).stats()
         return ContainerUsage(
             container=container,
             cgroup=cgroup,

@@ -115,9 +115,6 @@ class FakeContainers:
     def verbose(self, name: str) -> dict[str, Any]:
         return {"argv": list(self.get(name).config.command)}
 
-    def group(self, container: Container) -> Any:
-        return SimpleNamespace(processes=lambda: [1])
-
     async def create(self, sandbox_id: str, config: ContainerConfig) -> str:
         container_id = f"{0xC000 + len(self.records):064x}"
         self.records[container_id] = msgspec.structs.replace(
@@ -301,7 +298,8 @@ class FakeNode:
         self.config = Config(handlers=("kata",))
         self.version = "0.1.0"
         self.sandboxes = FakeSandboxes()
-        self.containers = FakeContainers()
+        self.containers = self.creation = self.stopping = FakeContainers()
+        self.groups = SimpleNamespace(of=lambda _: SimpleNamespace(processes=lambda: [1]))
         self.images = FakeImages()
         self.artifacts = FakeArtifacts()
         self.stats = FakeStats(self)

@@ -7,10 +7,7 @@ from typing import Any, cast
 import pytest
 
 from nodeagent.errors import NotFound
-from nodeagent.lifecycle.containers.containers import Containers
-from nodeagent.lifecycle.inventory import Inventory
 from nodeagent.lifecycle.sessions import Attached, Command, Sessions, _pipes
-from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.sandbox.agent.client import AttachIO, ExecHandle, Supervisor
 from nodeagent.streaming.backend import AttachRequest
 
@@ -45,7 +42,8 @@ class Ended:
 async def test_a_resize_after_the_end_is_no_fault(kind: str) -> None:
     faults: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
-    sessions = Sessions(cast(Inventory, None), cast(Containers, None), cast(Supervision, None))
+    nothing = cast(Any, None)
+    sessions = Sessions(nothing, nothing, nothing, nothing)
     process: Command | Attached = Command(sessions, cast(ExecHandle, Ended()), None, None, None)
     if kind == "attach":
         request = AttachRequest(container_id="id", stdin=False, stdout=True, stderr=False, tty=True)

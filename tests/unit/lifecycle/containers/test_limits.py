@@ -1,6 +1,6 @@
 """What limits add up to."""
 
-from nodeagent.lifecycle.containers.containers import total
+from nodeagent.lifecycle.containers.groups import total
 from nodeagent.records import Resources
 
 

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pytest
 
-from nodeagent.lifecycle.containers.containers import Containers
+from nodeagent.lifecycle.containers.creation import Creation
 from nodeagent.records import Container
 
 
@@ -14,18 +14,18 @@ def test_what_holds_for_every_container_is_said_once(caplog: pytest.LogCaptureFi
     nothing = cast(Any, None)
     parts = (
         "inventory",
-        "supervision",
         "images",
         "cgroups",
+        "groups",
         "planner",
         "cdi",
         "trash",
         "directory",
     )
-    containers = Containers(**dict.fromkeys(parts, nothing))
+    creation = Creation(**dict.fromkeys(parts, nothing))
     missing, refused = "capability SYS_RESOURCE: not available", "oom_score_adj -997: not permitted"
     for name in ("first", "second", "third"):
-        containers._warn(cast(Container, SimpleNamespace(id=name)), [missing, refused])
+        creation._warn(cast(Container, SimpleNamespace(id=name)), [missing, refused])
     assert caplog.messages == [
         f'container "first": {text}; not repeated for other containers'
         for text in (missing, refused)

@@ -10,17 +10,18 @@ from typing import Any, cast
 
 import pytest
 
-from nodeagent.lifecycle.containers.containers import Containers
+from nodeagent.lifecycle.containers.creation import Creation
+from nodeagent.lifecycle.containers.stopping import Stopping
 from nodeagent.lifecycle.plan.cdi import Cdi
 from nodeagent.records import ContainerConfig, HookConfig, HookStage
 
-PARTS = ("inventory", "supervision", "images", "cgroups", "planner", "cdi", "trash", "directory")
+PARTS = ("inventory", "images", "cgroups", "groups", "planner", "cdi", "trash", "directory")
 
 
-def containers(**parts: Any) -> Containers:
+def creation(**parts: Any) -> Creation:
     """parts: those that are used; there is nothing else."""
     nothing = dict.fromkeys(PARTS, cast(Any, None))
-    return Containers(**(nothing | parts))
+    return Creation(**(nothing | parts))
 
 
 # --- CDI directories ---
@@ -39,7 +40,7 @@ async def test_a_cdi_directory_that_hangs_holds_up_who_asks_for_a_device(
     answers = threading.Event()
     monkeypatch.setattr(Cdi, "inject", lambda _, config, **__: answers.wait() and config)
     asyncio.get_running_loop().set_default_executor(NoPool())
-    node = containers(cdi=Cdi([tmp_path], []))
+    node = creation(cdi=Cdi([tmp_path], []))
     sandbox: Any = SimpleNamespace(config=SimpleNamespace(namespaces=SimpleNamespace(user=None)))
     plain = ContainerConfig(name="a", image="i")
     asking = ContainerConfig(name="b", image="i", cdi_devices=("v.com/gpu=0",))
@@ -54,7 +55,7 @@ async def test_a_cdi_directory_that_hangs_holds_up_who_asks_for_a_device(
 
 
 class Starting:
-    """A container whose start is not over, as its supervisor and its registry know it."""
+    """A container whose start is not over, as its supervisor and the inventory know it."""
 
     def __init__(self, *stages: HookStage) -> None:
         hooks = tuple(
@@ -69,11 +70,12 @@ class Starting:
         inventory = SimpleNamespace(
             container=lambda _: self.container,
             containers={"c": self.container},
-            pods={"p": SimpleNamespace(supervisor=self)},
+            supervisor=lambda _: self,
             lock=lambda _: self.start,
         )
-        self.containers = containers(inventory=inventory)
-        self.containers._starting.add("c")
+        nothing = cast(Any, None)
+        self.stopping = Stopping(cast(Any, inventory), nothing, nothing)
+        self.stopping._starting.add("c")
 
     async def stop(self, _id: str, _number: int, timeout_ms: int) -> None:
         """As it ends, its start is over."""
@@ -86,8 +88,8 @@ async def test_a_container_whose_hooks_run_after_the_start_has_its_time_to_end(
     monkeypatch: pytest.MonkeyPatch, stages: tuple[HookStage, ...], timeout_ms: int
 ) -> None:
     """Its program runs. Without such hooks something holds up the start: it would not hear a signal."""
-    monkeypatch.setattr("nodeagent.lifecycle.containers.containers.START_SECONDS", 0)
+    monkeypatch.setattr("nodeagent.lifecycle.containers.stopping.START_SECONDS", 0)
     starting = Starting(*stages)
     await starting.start.acquire()
-    await starting.containers.stop("c", 30)
+    await starting.stopping.stop("c", 30)
     assert starting.asked == [timeout_ms]

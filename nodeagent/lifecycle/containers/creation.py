@@ -1,0 +1,223 @@
+"""CreateContainer: from a request to a process that has done everything but execute its program.
+
+A container record without `created_at` is an intention: it is written before the cgroup, the directory or the process
+exists, and goes after they are gone.
+"""
+
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from nodeagent import files
+from nodeagent.cgroups.manager import Cgroups
+from nodeagent.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    NotFound,
+)
+from nodeagent.images.catalog import Images
+from nodeagent.lifecycle.containers import oom_kill
+from nodeagent.lifecycle.containers.groups import Groups
+from nodeagent.lifecycle.flights import Flights
+from nodeagent.lifecycle.inventory import Inventory
+from nodeagent.lifecycle.plan import bundle, cgroup_mounts, process
+from nodeagent.lifecycle.plan.cdi import Cdi
+from nodeagent.lifecycle.plan.host_paths import HostPaths
+from nodeagent.lifecycle.plan.planner import Planner, reference
+from nodeagent.lifecycle.supervisors.handover import handover
+from nodeagent.lifecycle.trash import Trash
+from nodeagent.records import Container, ContainerConfig, Image, Resources, Sandbox
+from nodeagent.sandbox.agent.client import Supervisor
+from nodeagent.sandbox.spec import ContainerPlan
+
+log = logging.getLogger(__name__)
+
+
+class Creation:
+    """Makes containers; what is under way is undone by `close`."""
+
+    def __init__(
+        self,
+        *,
+        inventory: Inventory,
+        images: Images,
+        cgroups: Cgroups,
+        groups: Groups,
+        planner: Planner,
+        cdi: Cdi,
+        trash: Trash,
+        directory: Path,
+    ) -> None:
+        self._inventory = inventory
+        self._images = images
+        self._cgroups = cgroups
+        self._groups = groups
+        self._planner = planner
+        self._cdi = cdi
+        self._host_paths = HostPaths()
+        self._trash = trash
+        self._directory = directory
+        # Warnings that hold for every container: no more than there are limits, capabilities and scores.
+        self._said_of_all: set[str] = set()
+        self._flights = Flights(lambda container_id: container_id in inventory.containers)
+
+    async def create(self, sandbox_name: str, config: ContainerConfig) -> str:
+        """Prepare everything up to the program, which `start` executes; returns the id.
+
+        A retry with the same name and attempt joins a call that its caller gave up.
+        """
+        sandbox = self._inventory.sandbox(sandbox_name)
+        key = (sandbox.id, config.name, config.attempt)
+        what = f'container "{config.name}" of pod sandbox "{sandbox.id}"'
+        return await self._flights.join(key, what, lambda: self._create(sandbox, config))
+
+    async def _create(self, sandbox: Sandbox, config: ContainerConfig) -> str:
+        pod = self._inventory.pods.get(sandbox.id)
+        if pod is None:
+            raise FailedPrecondition(f'pod sandbox "{sandbox.id}": is stopped')
+        self._refuse_twin(sandbox, config)
+        with pod.creation(sandbox.id) as supervisor:
+            config = await self._with_devices(sandbox, config)
+            image = self._image(config)
+            container = self._intention(sandbox, config, image)
+            async with AsyncExitStack() as undo:
+                self._inventory.save(container)
+                undo.callback(self._inventory.forget, container)
+                await self._make(sandbox, container, image, supervisor, undo)
+                undo.pop_all()
+        return container.id
+
+    async def _with_devices(self, sandbox: Sandbox, config: ContainerConfig) -> ContainerConfig:
+        """The config with what its CDI devices add. A hung directory of specifications holds up no other requests."""
+        if not self._cdi.is_asked_for(config):
+            return config
+        userns = sandbox.config.namespaces.user
+        in_userns = userns is not None and userns.mode == "pod"
+        directories = self._cdi.directories
+        what = f'container "{config.name}": CDI directories {", ".join(map(str, directories))}'
+        inject = partial(self._cdi.inject, config, userns=in_userns)
+        # All are read at once, behind one lock: the first one's name stands for them in the count of looks.
+        place = str(directories[0]) if directories else "/"
+        return await self._host_paths.look(what, place, inject)
+
+    async def _make(
+        self,
+        sandbox: Sandbox,
+        container: Container,
+        image: Image,
+        supervisor: Supervisor,
+        undo: AsyncExitStack,
+    ) -> None:
+        seen = await self._planner.look(container.config)
+        plan = self._planner.plan(sandbox, container, image, seen, self._directory / container.id)
+        undo.callback(self._images.release, container.id)
+        for needed in self._planner.images(container.config, image):
+            self._images.hold(needed.id, container.id)
+        undo.callback(self._trash.take, self._directory / container.id)
+        _make_directory(self._directory / container.id, plan)
+        # Its first process works for some milliseconds until it is ready, which takes seconds of a quota like "10m".
+        quota = Resources(
+            cpu_period_usec=container.resources.cpu_period_usec,
+            cpu_quota_usec=container.resources.cpu_quota_usec,
+        )
+        unhurried = msgspec.structs.replace(container.resources, cpu_quota_usec=0)
+        group = self._groups.create(container, unhurried)
+        undo.push_async_callback(self._groups.remove, container)
+        if not sandbox.config.cgroup_parent:
+            self._groups.limit_pod(sandbox)
+        group.set_devices(seen.devices.rules)
+        undo.push_async_callback(supervisor.remove, container.id)
+        with handover(group) as fds, oom_kill.named(container, group):
+            made = await supervisor.create(plan, fds)
+        bundle.require(plan)
+        if quota.cpu_quota_usec:
+            group.apply(quota)
+        self._warn(container, made.warnings)
+        identity = made.identity
+        if cgroup_mounts.is_delegated(container.config):
+            group.delegate(_uid_on_node(sandbox, identity["uid"]))
+        self._inventory.save(
+            msgspec.structs.replace(
+                container,
+                created_at=time.time_ns(),
+                pid=made.pid,
+                uid=identity["uid"],
+                gid=identity["gid"],
+                groups=tuple(identity["groups"]),
+            ),
+            "created",
+        )
+
+    def _warn(self, container: Container, warnings: Sequence[str]) -> None:
+        """Log what an init warns of for the first container alone: the agent itself lacks it, and so do all others."""
+        for warning in warnings:
+            if warning not in self._said_of_all:
+                self._said_of_all.add(warning)
+                log.warning(
+                    'container "%s": %s; not repeated for other containers', container.id, warning
+                )
+
+    def _intention(self, sandbox: Sandbox, config: ContainerConfig, image: Image) -> Container:
+        container_id = secrets.token_hex(32)
+        log_path = ""
+        if sandbox.config.log_directory and config.log_path:
+            log_path = f"{sandbox.config.log_directory}/{config.log_path}"
+        return Container(
+            id=container_id,
+            sandbox_id=sandbox.id,
+            config=config,
+            image_id=image.id,
+            image_ref=reference(image),
+            image_name=config.image_user_specified or config.image,
+            mounts=self._planner.mount_statuses(config),
+            cgroup_path=self._cgroups.container_path(sandbox.cgroup_parent, container_id),
+            log_path=log_path,
+            resources=config.resources,
+            stop_signal=process.stop_signal(config, image.config),
+        )
+
+    def _image(self, config: ContainerConfig) -> Image:
+        image = self._images.find(config.image)
+        if image is None:
+            raise NotFound(f'image "{config.image}": not on this node; pull it first')
+        return image
+
+    def _refuse_twin(self, sandbox: Sandbox, config: ContainerConfig) -> None:
+        for other in self._inventory.members(sandbox.id):
+            if (other.config.name, other.config.attempt) == (config.name, config.attempt):
+                raise AlreadyExists(
+                    f'container "{config.name}": attempt {config.attempt} in pod sandbox '
+                    f'"{sandbox.id}" is {other.id}; remove it first, or use another attempt'
+                )
+
+    async def close(self) -> None:
+        """Undo what is under way."""
+        await self._flights.close()
+
+
+def _make_directory(directory: Path, plan: ContainerPlan) -> None:
+    """The container's own directory, for root alone: in `upper` there may be set-user-ID programs and devices.
+
+    `upper` itself is the root directory of the container, for all users in it.
+    """
+    directory.mkdir(mode=0o700)
+    for name, mode in (("upper", 0o755), ("work", 0o700)):
+        files.ensure_directory(str(directory / name), mode)
+    readable = json.dumps(plan, ensure_ascii=False).encode(errors="replace")
+    with open(directory / "plan.json", "xb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(readable)
+
+
+def _uid_on_node(sandbox: Sandbox, uid: int) -> int:
+    """The id that a user of a container has on the node."""
+    user = sandbox.config.namespaces.user
+    return user.uids[0].outside + uid if user is not None and user.mode == "pod" else uid

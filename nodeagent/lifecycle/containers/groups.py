@@ -1,0 +1,98 @@
+"""The cgroups of containers, open from their creation to their end, and what a pod's own has of them."""
+
+import asyncio
+from contextlib import suppress
+
+import msgspec
+
+from nodeagent.cgroups.group import Cgroup
+from nodeagent.cgroups.manager import Cgroups
+from nodeagent.cgroups.stats import CgroupStats
+from nodeagent.errors import (
+    NotFound,
+)
+from nodeagent.records import Container, Resources, Sandbox
+
+USUAL_PERIOD_USEC = 100_000  # the kernel's
+
+
+class Groups:
+    """Container cgroups by their containers; each is opened once."""
+
+    def __init__(self, cgroups: Cgroups) -> None:
+        self._cgroups = cgroups
+        self._open: dict[str, Cgroup] = {}
+
+    def of(self, container: Container) -> Cgroup:
+        """The container's cgroup, which exists from its creation to its end."""
+        group = self._open.get(container.id)
+        if group is None:
+            group = self._open[container.id] = self._cgroups.open_existing(container.cgroup_path)
+        return group
+
+    def create(self, container: Container, resources: Resources) -> Cgroup:
+        """A new one; `remove` undoes it, finished or not."""
+        group = self._cgroups.create(container.cgroup_path, resources)
+        self._open[container.id] = group
+        return group
+
+    def pod_stats(self, sandbox: Sandbox) -> CgroupStats:
+        """Of the cgroup above a pod's containers. Raises NotFound: it is made with the first of them."""
+        group = self._cgroups.open_existing(sandbox.cgroup_parent)
+        try:
+            return group.stats()
+        finally:
+            group.close()
+
+    def limit_pod(self, sandbox: Sandbox) -> None:
+        """Enforce a pod's own limits on the cgroup above its containers, which is made with the first of them.
+
+        Raises NotFound for one that is the caller's to make.
+        """
+        if sandbox.config.resources is None:
+            return
+        try:
+            group = self._cgroups.open_existing(sandbox.cgroup_parent)
+        except NotFound:
+            if sandbox.config.cgroup_parent:
+                raise
+            return
+        group.apply(total(sandbox.config.resources, sandbox.config.overhead or Resources()))
+
+    async def remove(self, container: Container) -> None:
+        """The group stays known until it is gone, or who asks for its usage meanwhile would open it again for good."""
+        try:
+            group = self.of(container)
+        except NotFound:
+            await asyncio.to_thread(self._cgroups.remove, container.cgroup_path)
+            return
+        await asyncio.to_thread(_end, group)
+        self._open.pop(container.id, None)
+
+    async def remove_at(self, parent: str, container_id: str) -> None:
+        """That of a container without a record, if it is there."""
+        path = self._cgroups.container_path(parent, container_id)
+        with suppress(NotFound):
+            await asyncio.to_thread(_end, self._cgroups.open_existing(path))
+
+
+def _end(group: Cgroup) -> None:
+    """Also of processes that no supervisor knew of."""
+    if group.populated():
+        group.kill()
+    group.remove()
+
+
+def total(resources: Resources, overhead: Resources) -> Resources:
+    """What a pod may use: its containers' sum and the overhead, where the containers have a limit."""
+    period = resources.cpu_period_usec or USUAL_PERIOD_USEC
+    quota = overhead.cpu_quota_usec * period // (overhead.cpu_period_usec or USUAL_PERIOD_USEC)
+    more = {
+        "cpu_quota_usec": quota,
+        "cpu_shares": overhead.cpu_shares,
+        "memory_limit_bytes": overhead.memory_limit_bytes,
+    }
+    added = {
+        name: limit + max(0, more[name]) for name in more if (limit := getattr(resources, name)) > 0
+    }
+    return msgspec.structs.replace(resources, **added)

@@ -1,0 +1,126 @@
+"""StopContainer, and how a container ends that does not want to, or whose supervisor does not answer."""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from nodeagent.errors import (
+    NodeAgentError,
+    NotFound,
+    Unavailable,
+)
+from nodeagent.lifecycle.containers import unkillable
+from nodeagent.lifecycle.containers.groups import Groups
+from nodeagent.lifecycle.inventory import Inventory
+from nodeagent.lifecycle.supervisors.supervision import Supervision
+from nodeagent.records import Container
+
+log = logging.getLogger(__name__)
+
+KILL_PATIENCE_SECONDS = 10.0
+THAW_AFTER_SECONDS = 1.0
+START_SECONDS = 1.0  # of a program that nobody holds up, it takes some milliseconds
+ANSWER_SECONDS = 2.0
+
+
+class Stopping:
+    """Ends containers: by their signal and their supervisor, and in the end by their cgroup."""
+
+    def __init__(self, inventory: Inventory, supervision: Supervision, groups: Groups) -> None:
+        self._inventory = inventory
+        self._supervision = supervision
+        self._groups = groups
+        # Containers whose program is about to be executed, or is held up before that.
+        self._starting: set[str] = set()
+
+    @contextmanager
+    def start_of(self, container_id: str) -> Iterator[None]:
+        """While a container is started it is not RUNNING yet, and has to be stopped nevertheless."""
+        self._starting.add(container_id)
+        try:
+            yield
+        finally:
+            self._starting.discard(container_id)
+
+    async def stop(self, name: str, timeout_s: float) -> None:
+        """Signal the container, and kill it after `timeout_s`. Success when it is gone or not running.
+
+        The supervisor keeps the earliest deadline that anybody asked for, and keeps it without us.
+        """
+        try:
+            container = self._inventory.container(name)
+        except NotFound:
+            return
+        if container.id in self._starting:
+            container = await self._end_start(container, timeout_s)
+        if container.state != "running":
+            return
+        await self._ask_to_stop(container, timeout_s)
+        if await self._ends_within(container, timeout_s + THAW_AFTER_SECONDS):
+            return
+        self._groups.of(container).thaw()
+        # The first process of its PID namespace may wait, uninterruptibly, for another one of the container.
+        await asyncio.to_thread(self._groups.of(container).kill)
+        if not await self._ends_within(container, KILL_PATIENCE_SECONDS):
+            raise TimeoutError(unkillable.explained(container, self._groups.of(container)))
+
+    async def _end_start(self, container: Container, timeout_s: float) -> Container:
+        """Its record once its start is over. Another container may hold it up (SIGSTOP, ptrace): it is killed then.
+
+        While poststart hooks run its program is running already, and has the caller's timeout to end.
+        """
+        try:
+            async with asyncio.timeout(START_SECONDS), self._inventory.lock(container.id):
+                pass
+        except TimeoutError:
+            may_run = any(hook.stage == "poststart" for hook in container.config.hooks)
+            await self._ask_to_stop(container, timeout_s if may_run else 0)
+            async with self._inventory.lock(container.id):
+                pass
+        return self._inventory.containers.get(container.id, container)
+
+    async def _ask_to_stop(self, container: Container, timeout_s: float) -> None:
+        """Have the supervisor do it; kill the container ourselves, when its time is over, if that does not answer.
+
+        Who is in the middle of splice(2) to or from a pipe holds its lock, for as long as the other side takes, and
+        whoever reads the pipe waits for that without hearing signals: a container can hold its supervisor up so. It
+        lets go when it is killed.
+        """
+        supervisor = self._inventory.supervisor(container)
+        try:
+            async with asyncio.timeout(timeout_s + ANSWER_SECONDS):
+                await supervisor.stop(container.id, container.stop_signal, round(timeout_s * 1000))
+        except TimeoutError:
+            log.warning('container "%s": its supervisor does not answer; killed', container.id)
+            await asyncio.to_thread(self._groups.of(container).kill)
+
+    async def _ends_within(self, container: Container, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._supervision.ended(container.id)
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop_all(self, sandbox_id: str) -> None:
+        """Kill every container of a pod, all at once; raises when one of them would not end.
+
+        What cannot be asked of a supervisor that has died is left to the end of the pod.
+        """
+        members = self._inventory.members(sandbox_id)
+        running = [c for c in members if c.state == "running" or c.id in self._starting]
+        results = await asyncio.gather(
+            *(self.stop(container.id, 0) for container in running), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, Unavailable):
+                raise result
+
+    async def kill_all(self, sandbox_id: str) -> None:
+        """Kill what runs of a pod that has no supervisor and gets none."""
+        for container in self._inventory.members(sandbox_id):
+            try:
+                await asyncio.to_thread(self._groups.of(container).kill)
+            except (NodeAgentError, OSError) as error:
+                log.error('container "%s": not killed: %s', container.id, error)
