@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from nodeagent import check, control, files
+from nodeagent import check, config_reference, control, files
 from nodeagent import config as configuration
 from nodeagent.config import Config
 from nodeagent.errors import NodeAgentError
@@ -15,7 +15,7 @@ from nodeagent.errors import NodeAgentError
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0; 1 with the reason on stderr; 2 for a wrong command line."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     os.umask(files.UMASK)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
@@ -37,50 +37,93 @@ def _described(error: OSError) -> str:
     return text
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nodeagent", description="The container runtime of a node."
+def parser() -> argparse.ArgumentParser:
+    """The command line; nodeagent(8) is made from it as well."""
+    made = argparse.ArgumentParser(
+        prog="nodeagent",
+        description="The container runtime of a Kubernetes node, which serves the CRI.",
     )
-    parser.add_argument("--debug", action="store_true", help="log more")
-    verbs = parser.add_subparsers(required=True, metavar="COMMAND")
+    made.add_argument(
+        "--debug", action="store_true", help="log at level debug, whatever the configuration says"
+    )
+    verbs = made.add_subparsers(required=True, metavar="COMMAND")
+    common = _common_options()
+    _add_serve(verbs.add_parser("serve", parents=[common], help="run the agent"))
+    _add_check(
+        verbs.add_parser(
+            "check", parents=[common], help="report what this machine offers and what is missing"
+        )
+    )
+    _add_config(
+        verbs.add_parser(
+            "config", parents=[common], help="print the effective configuration as TOML"
+        )
+    )
+    images = verbs.add_parser("image", help="load and list images").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    load = images.add_parser(
+        "load", parents=[common], help="load images from an OCI layout or a docker archive"
+    )
+    load.add_argument("file", metavar="FILE|-", help="tar file, or - for standard input")
+    load.set_defaults(run=_load)
+    images.add_parser("ls", parents=[common], help="list the images of the node").set_defaults(
+        run=_list
+    )
+    verbs.add_parser("version", help="print the version").set_defaults(run=_version)
+    return made
+
+
+def _common_options() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "--config", type=Path, metavar="FILE", help=f"default: {configuration.DEFAULT_PATH}"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help=f"configuration file, instead of {configuration.DEFAULT_PATH}",
     )
-    common.add_argument("--root", metavar="DIR", help="what stays over a reboot")
-    common.add_argument("--state", metavar="DIR", help="what does not")
+    common.add_argument(
+        "--root", metavar="DIR", help="persistent data: images, containers, database"
+    )
+    common.add_argument(
+        "--state", metavar="DIR", help="runtime state, gone after a reboot: sockets, exit records"
+    )
+    return common
 
-    serve = verbs.add_parser("serve", parents=[common], help="serve the CRI")
-    serve.add_argument("--listen", metavar="unix:///PATH", help="the CRI socket")
-    serve.add_argument("--metrics", metavar="ADDR:PORT", help="Prometheus metrics over HTTP")
-    serve.add_argument("--streaming", metavar="ADDR:PORT", help="exec, attach and port-forward")
-    serve.add_argument("--certs-dir", metavar="DIR", help="registry hosts: DIR/<host>/hosts.toml")
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument("--listen", metavar="unix:///PATH", help="socket of the CRI")
+    serve.add_argument(
+        "--metrics", metavar="ADDR:PORT", help="Prometheus endpoint, http://ADDR:PORT/metrics"
+    )
+    serve.add_argument(
+        "--streaming", metavar="ADDR:PORT", help="server for exec, attach and port-forward"
+    )
+    serve.add_argument(
+        "--certs-dir", metavar="DIR", help="registry settings, DIR/<host>/hosts.toml"
+    )
     serve.set_defaults(run=_serve)
 
-    verb = verbs.add_parser("check", parents=[common], help="what this machine offers")
+
+def _add_check(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--pod",
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="instead, what this node would refuse or skip of a pod: JSON of a sandbox and of containers, "
-        'as crictl takes them, or {"sandbox": …, "containers": […]}',
+        help="report instead what this node would refuse or skip of a pod, described in JSON: crictl's files of "
+        'a sandbox and its containers, or one {"sandbox": …, "containers": […]}',
     )
     verb.set_defaults(run=_check)
-    verb = verbs.add_parser("config", parents=[common], help="print the effective configuration")
+
+
+def _add_config(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--defaults",
         action="store_true",
-        help="print every setting with its meaning and default instead, commented out: a file to begin with",
+        help="print instead every setting with its meaning and default, commented out: a file to start from",
     )
     verb.set_defaults(run=_config)
-    images = verbs.add_parser("image", help="load and list images").add_subparsers(required=True)
-    load = images.add_parser("load", parents=[common], help="load an OCI layout or docker archive")
-    load.add_argument("file", metavar="FILE|-", help="a tar file, or - for standard input")
-    load.set_defaults(run=_load)
-    images.add_parser("ls", parents=[common], help="list images").set_defaults(run=_list)
-    verbs.add_parser("version", help="print the version").set_defaults(run=_version)
-    return parser
 
 
 def _configuration(options: argparse.Namespace) -> Config:
@@ -126,7 +169,7 @@ def _check_pod(options: argparse.Namespace) -> int:
 
 def _config(options: argparse.Namespace) -> int:
     if options.defaults:
-        print(configuration.commented_defaults(), end="")
+        print(config_reference.commented_defaults(), end="")
     else:
         print(configuration.dumps(_configuration(options)), end="")
     return 0

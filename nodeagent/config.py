@@ -2,7 +2,7 @@
 
 Sources, the later one wins key by key: the defaults below, the file, `config.d/*.toml` beside it in the order of their
 names, the command line. A key that is unknown or ill-typed is refused with file, line and key. The schema is the
-documentation: `commented_defaults` prints it.
+documentation: `nodeagent.config_reference` tells operators what is in it.
 """
 
 import ipaddress
@@ -48,68 +48,136 @@ def doc(meaning: str) -> Meta:
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A table of the file."""
+    """A table of the file. The docstring of each says to operators what the table is about."""
 
 
 class Streaming(Table, frozen=True, kw_only=True):
-    address: Annotated[str, doc("where exec, attach and port-forward are served")] = "127.0.0.1:0"
-    tls_cert: Annotated[str, doc("PEM file; needed beyond loopback")] = ""
-    tls_key: Annotated[str, doc("PEM file of its key")] = ""
-    client_ca: Annotated[str, doc("PEM file; clients need a certificate of it")] = ""
-    idle_timeout_seconds: Annotated[Seconds, doc("a session without traffic is closed")] = 14_400
-    creation_timeout_seconds: Annotated[Seconds, doc("for a client to open all its streams")] = 30
+    """The HTTP server for exec, attach and port-forward."""
+
+    address: Annotated[
+        str,
+        doc(
+            "ADDRESS:PORT of the server; port 0 is any free port; an address beyond loopback needs "
+            "tls_cert and tls_key"
+        ),
+    ] = "127.0.0.1:0"
+    tls_cert: Annotated[
+        str,
+        doc(
+            "certificate of the server, a PEM file that is read again when it changes; empty: HTTP"
+        ),
+    ] = ""
+    tls_key: Annotated[str, doc("private key of tls_cert, a PEM file")] = ""
+    client_ca: Annotated[
+        str,
+        doc("certificate authority that clients need a certificate of, a PEM file; empty: none"),
+    ] = ""
+    idle_timeout_seconds: Annotated[
+        Seconds, doc("a session without data in either direction is closed after this time")
+    ] = 14_400
+    creation_timeout_seconds: Annotated[
+        Seconds, doc("time for a client to open all streams of its session")
+    ] = 30
 
 
 class Cgroup(Table, frozen=True, kw_only=True):
+    """Where the cgroups of pods are, and how they are named."""
+
     driver: Annotated[
         Literal["auto", "cgroupfs", "systemd"],
-        doc("auto: systemd where it manages a cgroup v2 node, else cgroupfs"),
+        doc(
+            "naming of cgroups: systemd (slices and scopes), cgroupfs (plain directories), or auto: "
+            "systemd on a cgroup v2 node whose init is systemd, else cgroupfs; the kubelet adopts it"
+        ),
     ] = "auto"
-    parent: Annotated[str, doc("of pods that name none; empty: one of this agent's own")] = ""
+    parent: Annotated[
+        str,
+        doc(
+            "absolute cgroup path of pods whose request names no parent; empty: /nodeagent-INSTANCE, "
+            "where INSTANCE is 8 hex digits derived from root"
+        ),
+    ] = ""
 
 
 class Network(Table, frozen=True, kw_only=True):
+    """The network of pods: a bridge, addresses, and rules of nf_tables."""
+
     bridge: Annotated[
-        str, Meta(max_length=15), doc("its name; empty: derived from the root directory")
+        str,
+        Meta(max_length=15),
+        doc("name of the bridge; empty: na followed by INSTANCE, 8 hex digits derived from root"),
     ] = ""
     subnet4: Annotated[
-        str, doc("IPv4 addresses of pods; empty: none, also after UpdateRuntimeConfig")
+        str,
+        doc(
+            "IPv4 subnet of pods until the kubelet sends a pod CIDR; empty: pods have no IPv4 address, "
+            "whatever the kubelet sends; the default gives way to another private /20 where it "
+            "overlaps a route of the node"
+        ),
     ] = "10.88.0.0/16"
-    subnet6: Annotated[str, doc("IPv6 addresses of pods; empty: none")] = ""
-    mtu: Annotated[int, Meta(ge=0, le=65_535), doc("0: as the node's default route")] = 0
-    masquerade: Annotated[bool, doc("pods reach other networks with the node's address")] = True
-    host_ports: Annotated[bool, doc("publish ports of pods on the node")] = True
+    subnet6: Annotated[
+        str,
+        doc(
+            "IPv6 subnet of pods until the kubelet sends a pod CIDR; empty: pods have no IPv6 address, "
+            "whatever the kubelet sends"
+        ),
+    ] = ""
+    mtu: Annotated[
+        int, Meta(ge=0, le=65_535), doc("MTU of pods; 0: that of the node's default route")
+    ] = 0
+    masquerade: Annotated[
+        bool, doc("packets of pods leave the node with the node's address as their source")
+    ] = True
+    host_ports: Annotated[bool, doc("publish the host ports of pods on the node")] = True
     spoof_protection: Annotated[
-        bool, doc("pods send from their own addresses only; off: a pod can route for others")
+        bool,
+        doc(
+            "drop what a pod sends from a MAC or IP address that is not its own; false: pods can route "
+            "for others (VPN gateways, keepalived)"
+        ),
     ] = True
 
 
 class Images(Table, frozen=True, kw_only=True):
-    pinned: Annotated[tuple[str, ...], doc("references, * for any text, never to be removed")] = ()
+    """Images, and limits on what is pulled."""
+
+    pinned: Annotated[
+        tuple[str, ...],
+        doc("images that the kubelet's garbage collection keeps: references, with * for any text"),
+    ] = ()
     max_concurrent_downloads: Annotated[
-        int, Meta(ge=1, le=64), doc("layers of one pull at a time")
+        int, Meta(ge=1, le=64), doc("layers that one pull downloads at a time")
     ] = 4
     max_image_bytes: Annotated[
-        int, Meta(ge=1 << 20), doc("unpacked; a larger image is refused")
+        int, Meta(ge=1 << 20), doc("largest size of an unpacked image; a larger one is refused")
     ] = 64 << 30
     max_image_entries: Annotated[
-        int, Meta(ge=1_000), doc("files of an image; one with more is refused")
+        int,
+        Meta(ge=1_000),
+        doc("largest number of files and directories in an image; one with more is refused"),
     ] = 2_000_000
     private_redirects: Annotated[
-        bool, doc("registries at public addresses may lead to private ones; never to loopback")
+        bool,
+        doc(
+            "registries at public addresses may redirect to private addresses (10.0.0.0/8 and the "
+            "like); never to loopback, link-local or metadata addresses"
+        ),
     ] = True
 
 
 class Rlimits(Table, frozen=True, kw_only=True):
-    """Each is "soft:hard", or one number for both; "unlimited" is one; empty: as the agent's own."""
+    """Resource limits of containers (getrlimit(2)), each "SOFT:HARD" or one number for both.
+
+    "unlimited" stands for a number; empty: the agent's own limit.
+    """
 
     nofile: Annotated[str, doc("open files of a process")] = "1024:524288"
     nproc: Annotated[str, doc("processes of a user")] = ""
-    core: Annotated[str, doc("bytes of a core dump")] = ""
-    memlock: Annotated[str, doc("locked bytes of memory")] = ""
+    core: Annotated[str, doc("size of a core dump, in bytes")] = ""
+    memlock: Annotated[str, doc("locked memory of a process, in bytes")] = ""
 
     def pairs(self) -> Iterator[tuple[str, int, int]]:
-        """Name as in getrlimit(2), soft and hard limit; -1 is unlimited. Those that are set."""
+        """Yield name as in getrlimit(2), soft and hard limit of each that is set; -1 is unlimited."""
         for name in self.__struct_fields__:
             if text := getattr(self, name):
                 soft, hard = _rlimit(text)
@@ -117,60 +185,96 @@ class Rlimits(Table, frozen=True, kw_only=True):
 
 
 class Log(Table, frozen=True, kw_only=True):
+    """The agent's own log, on standard error."""
+
     level: Annotated[
-        Literal["debug", "info", "warning", "error"], doc("of the agent's own log")
+        Literal["debug", "info", "warning", "error"], doc("lowest level of messages in the log")
     ] = "info"
 
 
 class ContainerLogs(Table, frozen=True, kw_only=True):
-    """A container above its limit is not read from, so that it waits; nothing of its output is lost."""
+    """How fast a container can write to its log.
+
+    A container above the limit is not read from, so that its writes wait; no output is lost.
+    """
 
     max_bytes_per_second: Annotated[
-        int,
-        Meta(ge=0),
-        doc("of each log, stamps included; a container that writes more waits; 0: no limit"),
+        int, Meta(ge=0), doc("bytes per second of each log, time stamps included; 0: no limit")
     ] = 0
     burst_bytes: Annotated[
-        int,
-        Meta(ge=1),
-        doc("of each log; what may come at once after a while of silence, and what one read gives"),
+        int, Meta(ge=1), doc("bytes that a log takes at once after a pause, above the limit")
     ] = 16 << 20
 
 
 class Seccomp(Table, frozen=True, kw_only=True):
+    """System call filters."""
+
     default_profile: Annotated[
-        str, doc("OCI JSON file for RuntimeDefault; empty: the built-in one")
+        str,
+        doc(
+            "profile of containers with RuntimeDefault: a JSON file in the format of the OCI runtime "
+            "specification; empty: the built-in profile"
+        ),
     ] = ""
 
 
 class Cdi(Table, frozen=True, kw_only=True):
+    """Devices by the Container Device Interface."""
+
     directories: Annotated[
-        tuple[str, ...], doc("of CDI specifications; a later one has priority over an earlier one")
+        tuple[str, ...],
+        doc("directories with CDI specifications; of one device in two of them, the later counts"),
     ] = ("/etc/cdi", "/var/run/cdi")
     hook_programs: Annotated[
         tuple[str, ...],
-        doc("paths of the programs that hooks of CDI specifications may run; others are refused"),
+        doc("programs that hooks of CDI specifications may run; devices with others are refused"),
     ] = HOOK_PROGRAMS
     hook_timeout_seconds: Annotated[
-        int, Meta(ge=1, le=3_600), doc("of a hook; one that takes longer is killed, and has failed")
+        int,
+        Meta(ge=1, le=3_600),
+        doc("a hook that runs longer is killed, and the container is not created"),
     ] = 60
 
 
 class Config(Table, frozen=True, kw_only=True):
-    root: Annotated[str, doc("images, containers and the database")] = "/var/lib/nodeagent"
-    state: Annotated[str, doc("sockets and what ends with a reboot")] = DEFAULT_STATE
-    listen: Annotated[str, doc("the CRI endpoint")] = f"unix://{DEFAULT_STATE}/nodeagent.sock"
-    metrics: Annotated[str, doc("ADDRESS:PORT of the Prometheus endpoint; empty: none")] = ""
-    certs_dir: Annotated[str, doc("registry hosts, <host>/hosts.toml")] = "/etc/nodeagent/certs.d"
-    handlers: Annotated[tuple[str, ...], doc('names of RuntimeClass handlers, besides ""')] = ()
+    """Places, sockets, and what belongs to no table."""
+
+    root: Annotated[
+        str, doc("directory of persistent data: images, containers, database; for root alone")
+    ] = "/var/lib/nodeagent"
+    state: Annotated[
+        str,
+        doc(
+            "directory of runtime state, gone after a reboot: sockets, exit records, files of pods"
+        ),
+    ] = DEFAULT_STATE
+    listen: Annotated[
+        str,
+        doc("socket of the CRI, unix:///PATH; the kubelet's containerRuntimeEndpoint names it"),
+    ] = f"unix://{DEFAULT_STATE}/nodeagent.sock"
+    metrics: Annotated[
+        str, doc("ADDRESS:PORT of the Prometheus endpoint, path /metrics; empty: no endpoint")
+    ] = ""
+    certs_dir: Annotated[
+        str, doc("directory of registry settings, <host>/hosts.toml in containerd's format")
+    ] = "/etc/nodeagent/certs.d"
+    handlers: Annotated[
+        tuple[str, ...],
+        doc(
+            'names of RuntimeClass handlers that are accepted besides ""; all run pods in the same way'
+        ),
+    ] = ()
     absent_mount_sources_to_reject: Annotated[
         tuple[str, ...],
         doc(
-            "host paths that are not made as directories where they are absent: a mount is refused"
+            "host paths that must exist: a mount of one that does not is refused; other absent host "
+            "paths are created as directories"
         ),
     ] = ()
     slots: Annotated[
-        int, Meta(ge=0, le=256), doc("pods prepared ahead, so that they start fast")
+        int,
+        Meta(ge=0, le=256),
+        doc("pods prepared in advance, for fast starts; each takes about 1.5 MiB of memory"),
     ] = 4
     streaming: Streaming = Streaming()
     cgroup: Cgroup = Cgroup()
@@ -414,35 +518,23 @@ _CHECKS: dict[Key, Callable[[Any], str]] = {
 
 def dumps(config: Config) -> str:
     """The configuration as TOML, which `load` reads back to the same."""
-    return "\n".join(_lines(config, comment=False)) + "\n"
+    return "\n".join(_lines(config)) + "\n"
 
 
-def commented_defaults() -> str:
-    """A file with every key, its meaning and its default, all of it commented out."""
-    return "\n".join(_lines(Config(), comment=True)) + "\n"
-
-
-def _lines(table: Table, *, comment: bool, name: str = "") -> Iterator[str]:
+def _lines(table: Table, name: str = "") -> Iterator[str]:
     if name:
         yield f"\n[{name}]"
-    fields = msgspec.inspect.type_info(type(table))
-    assert isinstance(fields, msgspec.inspect.StructType)
-    for field in fields.fields:
-        value = getattr(table, field.name)
+    for field in table.__struct_fields__:
+        value = getattr(table, field)
         if isinstance(value, Table):
-            yield from _lines(value, comment=comment, name=field.name)
-            continue
-        setting = f"{field.name} = {_toml(value)}"
-        yield f"# {_meaning(field.type)}\n# {setting}" if comment else setting
+            yield from _lines(value, field)
+        else:
+            yield f"{field} = {to_toml(value)}"
 
 
-def _meaning(kind: msgspec.inspect.Type) -> str:
-    schema = kind.extra_json_schema if isinstance(kind, msgspec.inspect.Metadata) else None
-    return str((schema or {})["description"])
-
-
-def _toml(value: object) -> str:
+def to_toml(value: object) -> str:
+    """A value of a key as TOML writes it."""
     if isinstance(value, tuple):
-        return f"[{', '.join(map(_toml, value))}]"
+        return f"[{', '.join(map(to_toml, value))}]"
     # A JSON string is a TOML basic string: the same escapes, and DEL is the only character TOML alone forbids.
     return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent import cli, config
+from nodeagent import cli, config, config_reference
 
 NO_PROFILE = '{"defaultAction": "SCMP_ACT_NONSENSE"}'
 
@@ -32,25 +31,13 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return printed.err
 
 
-def test_the_defaults_are_a_file_to_begin_with(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    """As it is printed, and with every setting in it taken out of its comment."""
-    assert cli.main(["config", "--defaults"]) == 0
-    printed = capsys.readouterr().out
-    for text in (printed, re.sub(r"(?m)^# (\w+ = )", r"\1", printed)):
-        path = tmp_path / "config.toml"
-        path.write_text(text)
-        assert config.load(path, {}) == config.Config()
-
-
 def test_the_defaults_are_printed_where_the_configuration_is_broken(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "config.toml"
     path.write_text("colour = 3")
     assert cli.main(["config", "--defaults", "--config", str(path)]) == 0
-    assert capsys.readouterr().out == config.commented_defaults()
+    assert capsys.readouterr().out == config_reference.commented_defaults()
 
 
 def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

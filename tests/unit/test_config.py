@@ -1,10 +1,8 @@
 """The configuration: sources, their order, and errors that name file, line and key."""
 
 import re
-import tomllib
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from nodeagent import config
@@ -118,14 +116,6 @@ def test_dumps_is_read_back_to_the_same(tmp_path: Path) -> None:
         network=config.Network(subnet6="fd00::/64", masquerade=False),
     )
     assert config.load(write(tmp_path, config.dumps(changed)), {}) == changed
-
-
-def test_every_key_is_documented_with_its_default() -> None:
-    text = config.commented_defaults()
-    assert config.Config() == msgspec.convert(tomllib.loads(text), config.Config)
-    uncommented = re.sub(r"(?m)^# (\w+ = )", r"\1", text)
-    assert msgspec.convert(tomllib.loads(uncommented), config.Config) == config.Config()
-    assert uncommented.count(" = ") == config.dumps(config.Config()).count(" = ")
 
 
 def test_rlimits_are_pairs_of_numbers() -> None:
