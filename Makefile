@@ -17,7 +17,7 @@ DEBIAN := .cache/debian
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test-setup tools peer guest demo test fuzz conformance conformance-v2 kubelet charts lint proto lock bench bench-peer clean
+.PHONY: help setup test-setup tools peer guest demo test fuzz conformance conformance-v2 kubelet charts lint docs proto lock bench bench-peer clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -160,6 +160,9 @@ protoc = $(PYTHON) -m grpc_tools.protoc -Inodeagent/api=protos \
 
 proto: setup ## Generate nodeagent/api from protos/
 	$(call protoc,.)
+
+docs: setup ## Write the documents that are made from the code
+	$(PYTHON) -m deploy.documents
 
 COMPILE := CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe \
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options --annotation-style=line
