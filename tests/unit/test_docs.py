@@ -86,7 +86,7 @@ def test_the_readme_has_every_module() -> None:
     table = README.partition("## Modules")[2].partition("\n## ")[0]
     cells = " ".join(re.findall(r"(?m)^\| (.*?) \|", table))
     named = set(re.findall(r"`(?:nodeagent/)?([\w/]+(?:/|\.py))`", cells))
-    packages = {f"{path.parent.relative_to(PACKAGE)}/" for path in PACKAGE.glob("*/__init__.py")}
+    packages = {f"{path.parent.relative_to(PACKAGE)}/" for path in PACKAGE.rglob("*/__init__.py")}
     files = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
     assert named == packages | files
 
