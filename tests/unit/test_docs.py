@@ -142,3 +142,11 @@ def test_a_file_of_the_project_that_is_named_is_there(path: Path) -> None:
     folders = "nodeagent|tests|docs|deploy|bench|protos"
     named = re.findall(rf"`((?:{folders})/[\w./-]*)`", path.read_text())
     assert [name for name in named if not (PROJECT / name).exists()] == []
+
+
+def test_the_glossary_is_short_and_of_words_in_use() -> None:
+    table = (PROJECT / "docs/design.md").read_text().partition("## 10. Glossary")[2]
+    words = re.findall(r"(?m)^\| ([a-z ]+) \|", table.partition("\n## ")[0])
+    assert 0 < len(words) <= 20
+    code = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py")).lower()
+    assert [word for word in words if not re.search(rf"\b{word}|_{word}", code)] == []
