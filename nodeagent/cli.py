@@ -7,8 +7,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from nodeagent import check, config_reference, control, files
-from nodeagent import config as configuration
+from nodeagent import check, config_file, config_reference, control, files
 from nodeagent.config import Config
 from nodeagent.errors import NodeAgentError
 
@@ -80,7 +79,7 @@ def _common_options() -> argparse.ArgumentParser:
         "--config",
         type=Path,
         metavar="FILE",
-        help=f"configuration file, instead of {configuration.DEFAULT_PATH}",
+        help=f"configuration file, instead of {config_file.DEFAULT_PATH}",
     )
     common.add_argument(
         "--root", metavar="DIR", help="persistent data: images, containers, database"
@@ -134,7 +133,7 @@ def _configuration(options: argparse.Namespace) -> Config:
     }
     if getattr(options, "streaming", None) is not None:
         overrides["streaming"] = {"address": options.streaming}
-    return configuration.load(options.config, overrides)
+    return config_file.load(options.config, overrides)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -171,7 +170,7 @@ def _config(options: argparse.Namespace) -> int:
     if options.defaults:
         print(config_reference.commented_defaults(), end="")
     else:
-        print(configuration.dumps(_configuration(options)), end="")
+        print(config_file.dumps(_configuration(options)), end="")
     return 0
 
 

@@ -21,7 +21,8 @@ from msgspec.inspect import (
     VarTupleType,
 )
 
-from nodeagent.config import DEFAULT_PATH, Config, Table, to_toml
+from nodeagent.config import Config, Table
+from nodeagent.config_file import DEFAULT_PATH, to_toml
 
 COLUMNS = 98
 HEAD = (

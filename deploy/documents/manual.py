@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 from deploy.documents import roff
 from nodeagent.cli import parser
-from nodeagent.config import DEFAULT_PATH, Config
+from nodeagent.config import Config
+from nodeagent.config_file import DEFAULT_PATH
 
 DESCRIPTION = """\
 nodeagent is the container runtime of a Kubernetes node. It serves the Container Runtime Interface (CRI) on a unix

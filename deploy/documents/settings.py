@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from deploy.documents import roff
-from nodeagent.config import DEFAULT_PATH
+from nodeagent.config_file import DEFAULT_PATH
 from nodeagent.config_reference import Section, Setting, sections
 
 SOURCES = (

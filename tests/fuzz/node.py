@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from nodeagent import config
+from nodeagent import config, config_file
 from nodeagent.cgroups import hierarchy, parse, v1, v2
 from nodeagent.cgroups.control import ControlFiles
 from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
@@ -35,14 +35,14 @@ def config_toml(data: bytes) -> None:
     with _folder() as folder:
         path = folder / "config.toml"
         path.write_bytes(data)
-        loaded = config.load(path, {})
-        path.write_text(config.dumps(loaded))
-        assert config.load(path, {}) == loaded
+        loaded = config_file.load(path, {})
+        path.write_text(config_file.dumps(loaded))
+        assert config_file.load(path, {}) == loaded
 
 
 CONFIGS = (
     b"",
-    config.dumps(config.Config()).encode(),
+    config_file.dumps(config.Config()).encode(),
     b"""root = "/a"
 metrics = "[::1]:9"
 handlers = ["a", "b-c.d"]

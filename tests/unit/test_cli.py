@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent import cli, config, config_reference
+from nodeagent import cli, config_file, config_reference
 
 NO_PROFILE = '{"defaultAction": "SCMP_ACT_NONSENSE"}'
 
@@ -65,7 +65,7 @@ def test_an_error_of_the_system_is_told_without_its_number(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(config, "load", fail)
+    monkeypatch.setattr(config_file, "load", fail)
     assert said(capsys, "config") == f"nodeagent: {text}\n"
 
 
@@ -76,7 +76,7 @@ def test_who_is_not_root_is_told_so(
     def fail(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "/var/lib/nodeagent")
 
-    monkeypatch.setattr(config, "load", fail)
+    monkeypatch.setattr(config_file, "load", fail)
     monkeypatch.setattr(os, "geteuid", lambda: uid)
     assert said(capsys, "config") == f"nodeagent: /var/lib/nodeagent: Permission denied{remedy}\n"
 

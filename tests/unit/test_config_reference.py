@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent import config, config_reference
+from nodeagent import config, config_file, config_reference
 
 
 def keys(table: config.Table, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -63,6 +63,6 @@ def test_the_defaults_are_read_with_and_without_their_comments(tmp_path: Path) -
     for each in (text, uncommented):
         path = tmp_path / "config.toml"
         path.write_text(each)
-        assert config.load(path, {}) == config.Config()
-    written = tomllib.loads(config.dumps(config.Config()))
+        assert config_file.load(path, {}) == config.Config()
+    written = tomllib.loads(config_file.dumps(config.Config()))
     assert tomllib.loads(uncommented) == written
