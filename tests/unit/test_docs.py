@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deploy.documents.metrics import rows as metric_rows
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.config import Config
+from nodeagent.config_reference import sections
 from nodeagent.cri.image_service import ImageService
 from nodeagent.cri.runtime_containers import ContainerCalls
 from nodeagent.cri.runtime_node import NodeCalls
@@ -20,6 +22,7 @@ from nodeagent.cri.runtime_sandboxes import SandboxCalls
 from nodeagent.cri.runtime_stats import StatsCalls
 from nodeagent.cri.runtime_streams import StreamCalls
 from nodeagent.images.remote.hosts import hosts_of
+from nodeagent.metrics.cri import DESCRIPTORS
 
 PROJECT = Path(__file__).parents[2]
 PACKAGE = PROJECT / "nodeagent"
@@ -150,3 +153,15 @@ def test_the_glossary_is_short_and_of_words_in_use() -> None:
     assert 0 < len(words) <= 20
     code = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py")).lower()
     assert [word for word in words if not re.search(rf"\b{word}|_{word}", code)] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_a_setting_or_a_metric_that_is_named_exists(path: Path) -> None:
+    text = path.read_text()
+    keys = {section.name: {key.name for key in section.settings} for section in sections()}
+    named = re.findall(rf"`({'|'.join(filter(None, keys))})\.(\w+)(?![\w.])", text)
+    named = [each for each in named if each != ("cgroup", "procs")]  # a file of the kernel
+    assert [(table, key) for table, key in named if key not in keys[table]] == []
+    metrics = {row.name for row in metric_rows()} | {descriptor.name for descriptor in DESCRIPTORS}
+    named_metrics = re.findall(r"`((?:nodeagent|container)_\w+_(?:total|bytes|info|pods))", text)
+    assert [name for name in named_metrics if name not in metrics] == []
