@@ -68,7 +68,7 @@ def _of_section(section: Section) -> Iterator[str]:
     yield roff.paragraph(section.meaning)
     for setting in section.settings:
         yield roff.item(
-            f"{setting.name} =",
+            setting.name,
             f"{setting.meaning}.",
-            f"Values: {setting.values}. Default: {setting.default}",
+            f"Values: {setting.values}. Default: {setting.default}.",
         )
