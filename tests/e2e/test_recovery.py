@@ -184,7 +184,7 @@ def test_a_request_that_does_not_end_does_not_keep_the_agent(
         call.cancel()
     log = own_agent.log.read_text()
     assert "stopping: SIGTERM" in log
-    assert f'Containers._create: container "late" of pod sandbox "{pod.id}"' in log
+    assert f'Creation._create: container "late" of pod sandbox "{pod.id}"' in log
     own_agent.start()
     assert container.shell("echo works") == "works"
     assert own_agent.stop() == 0
