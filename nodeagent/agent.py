@@ -10,7 +10,7 @@ import threading
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from nodeagent import check, control
+from nodeagent import control, probes
 from nodeagent.config import Config, Streaming, split_address
 from nodeagent.cri.features import Features
 from nodeagent.cri.server import Server
@@ -107,7 +107,7 @@ def _what(task: "asyncio.Task[object]") -> str:
 
 def _features(config: Config, node: Node) -> Features:
     try:
-        mapped = check.maps_ids(Path(config.root))
+        mapped = probes.maps_ids(Path(config.root))
     except OSError as error:
         log.warning("no pod can have a user namespace: %s", error)
         mapped = False
@@ -116,7 +116,7 @@ def _features(config: Config, node: Node) -> Features:
         user_namespaces_host_network=mapped,
         cgroup_namespaces=Path("/proc/self/ns/cgroup").exists(),
         cgroup_mount_mode=node.cgroups.delegates,
-        seccomp_profile_oci=check.compiles_filters(),
+        seccomp_profile_oci=probes.compiles_filters(),
     )
 
 

@@ -3,32 +3,19 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
 from nodeagent.errors import NodeAgentError
 from nodeagent.lifecycle.plan import apparmor
-from nodeagent.linux import capabilities, libseccomp, mounts, syscalls, userns
-from nodeagent.linux.userns import Extent
+from nodeagent.linux import syscalls
 from nodeagent.net import nftables
-from nodeagent.net.declared import Declaration
 from nodeagent.net.nftables import Table
-from nodeagent.net.ruleset import Ruleset
 from nodeagent.net.spoofing import SpoofFilter
+from nodeagent.probes import HOST_PORTS, SYS_RESOURCE, has_seccomp, kernel_version, maps_ids, takes
 
 OLDEST_KERNEL = (5, 15)
-MAPPED_LAYERS_KERNEL = (5, 19)  # overlayfs takes idmapped lower layers
-# without it limits above our own cannot be given
-SYS_RESOURCE = 1 << capabilities.NAMES.index("SYS_RESOURCE")
-_HOST_PORTS = Ruleset(
-    table=Table("nodeagent_check"),
-    bridge="na",
-    subnets=(IPv4Network("0.0.0.0/0"), IPv6Network("::/0")),
-    masquerade=True,
-    host_ports=True,
-)
 _SPOOF_PROTECTION = SpoofFilter(
     table=Table("nodeagent_check", nftables.NFPROTO_BRIDGE), link_prefix="nv"
 )
@@ -109,16 +96,16 @@ def _delegation(cgroups: Cgroups) -> list[Feature]:
 
 def _optional(config: Config) -> list[Feature]:
     return [
-        _feature("seccomp filters", _has_seccomp, "containers run unconfined or not at all"),
+        _feature("seccomp filters", has_seccomp, "containers run unconfined or not at all"),
         _feature(
             "user namespaces, idmapped mounts",
             lambda: maps_ids(Path(config.root)),
             "pods with a user namespace",
         ),
-        _feature("nf_tables", lambda: _takes(_HOST_PORTS), "host ports and masquerade"),
+        _feature("nf_tables", lambda: takes(HOST_PORTS), "host ports and masquerade"),
         _feature(
             "nf_tables on bridges",
-            lambda: _takes(_SPOOF_PROTECTION),
+            lambda: takes(_SPOOF_PROTECTION),
             "protection against spoofing by pods",
         ),
         _feature("AppArmor", apparmor.is_enabled, "AppArmor profiles"),
@@ -158,11 +145,6 @@ def _feature(
     return Feature(name=name, present=present, needed=needed, detail=detail, loss=loss)
 
 
-def kernel_version(release: str) -> tuple[int, int]:
-    major, minor, *_ = release.split(".")
-    return int(major), int("".join(c for c in minor if c.isdigit()))
-
-
 def _has_mount_api() -> bool:
     root = syscalls.openat2(syscalls.AT_FDCWD, "/", os.O_PATH, resolve=0)
     try:
@@ -182,56 +164,3 @@ def _has_filesystem(name: str) -> bool:
     context = syscalls.fsopen(name)
     os.close(context)
     return True
-
-
-def _has_seccomp() -> bool:
-    return "errno" in _read("/proc/sys/kernel/seccomp/actions_avail").split()
-
-
-def compiles_filters() -> bool:
-    """Whether seccomp profiles can be compiled, and the kernel takes the result."""
-    try:
-        return libseccomp.number_of("read") is not None and _has_seccomp()
-    except OSError:
-        return False
-
-
-def maps_ids(root: Path) -> bool:
-    """Whether pods may have user namespaces: the layers below `root` are to be seen through their mappings.
-
-    Raises OSError where the kernel or the file system refuses.
-    """
-    directory = next(path for path in (root, *root.parents) if path.is_dir())
-    extents = [Extent(0, 1 << 16, 1 << 16)]
-    made = userns.create(extents, extents)[syscalls.CLONE_NEWUSER]
-    try:
-        tree = syscalls.open_tree(syscalls.AT_FDCWD, str(directory), syscalls.OPEN_TREE_CLONE)
-        try:
-            mounts.map_ids(tree, made, recursive=False)
-        finally:
-            os.close(tree)
-    finally:
-        os.close(made)
-    return kernel_version(os.uname().release) >= MAPPED_LAYERS_KERNEL
-
-
-def forwards_ports() -> bool:
-    """Whether the kernel can publish ports of pods on the node."""
-    try:
-        return _takes(_HOST_PORTS)
-    except OSError:
-        return False
-
-
-def _takes(declaration: Declaration) -> bool:
-    """Whether the kernel would take a table, which is not made. Raises OSError where it refuses."""
-    with nftables.connect() as connection:
-        nftables.try_out(connection, declaration.declare([]))
-    return True
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
-from nodeagent import check
+from nodeagent import probes
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
@@ -312,7 +312,7 @@ class _Examination:
         if user is None or user.mode == "node":
             return
         try:
-            mapped = check.maps_ids(self._places.root)
+            mapped = probes.maps_ids(self._places.root)
         except OSError as error:
             raise Unsupported(f"user namespaces: {error.strerror}") from None
         if not mapped:
@@ -327,7 +327,7 @@ class _Examination:
         self._host_ports.wanted(_ID, wanted, [version for version in subnets if subnets[version]])
         if not network.host_ports:
             raise FailedPrecondition("host ports: network.host_ports of the configuration is off")
-        if not check.forwards_ports():
+        if not probes.forwards_ports():
             raise Unsupported("host ports: this kernel has no nf_tables")
 
     async def _container(self, sandbox: Sandbox, message: pb.ContainerConfig, what: str) -> None:
@@ -386,7 +386,7 @@ class _Examination:
         lacking = plan["process"]["capabilities"]["bounding"] & ~held
         for name in capabilities.names(lacking):
             self._found("skipped", what, f"capability {name}: the agent has not got it itself")
-        if config.resources.oom_score_adj < _own_oom_score() and not held & check.SYS_RESOURCE:
+        if config.resources.oom_score_adj < _own_oom_score() and not held & probes.SYS_RESOURCE:
             text = f"oom_score_adj {config.resources.oom_score_adj}: takes CAP_SYS_RESOURCE"
             self._found("skipped", what, text)
 

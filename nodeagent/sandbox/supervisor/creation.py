@@ -1,4 +1,4 @@
-"""The making of containers: a new one from its plan, or one that another supervisor has made from what it left."""
+"""The making of a container: from its plan to a process that has done everything but execute its program."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from nodeagent.errors import AlreadyExists, FailedPrecondition, NodeAgentError, NotFound
 from nodeagent.linux import processes, syscalls
-from nodeagent.sandbox import exits, facts, paths, protocol
+from nodeagent.sandbox import exits, paths, protocol
 from nodeagent.sandbox.facts import Facts
 from nodeagent.sandbox.init import main as init
 from nodeagent.sandbox.runtime import process
@@ -28,9 +28,6 @@ Family = dict[str, Container]
 # For execs that are killed to be gone: they may have to wait for processor time of their container.
 _PATIENCE_SECONDS = 10.0
 _PAUSE_MS = 5
-
-
-# ---- a new container ----
 
 
 class PidNamespace(NamedTuple):
@@ -151,7 +148,7 @@ def _make(creation: _Creation, shared: PidNamespace | None) -> None:
     pod, family, request, plan, fds, join = creation
     stdio = open_stdio(plan)
     try:
-        container = Container(pod, family, plan, _nothing_known(fds), fds)
+        container = Container(pod, family, plan, nothing_known(fds), fds)
         child, ours = _spawn(pod, container, stdio, join, shared)
     except BaseException:
         stdio.close_kept()
@@ -201,7 +198,7 @@ def _spawn(
     )
 
 
-def _nothing_known(fds: dict[str, int]) -> Facts:
+def nothing_known(fds: dict[str, int]) -> Facts:
     return {
         "pid": 0,
         "ticks": 0,
@@ -215,84 +212,3 @@ def _nothing_known(fds: dict[str, int]) -> Facts:
         "killed": False,
         "deadline": 0,
     }
-
-
-# ---- the containers of a supervisor that has died ----
-
-
-def restore(pod: Pod, family: Family, kept: dict[str, dict[str, int]]) -> None:
-    """Take over what is in the pod's directory, with the descriptors that the launcher has kept."""
-    for container_id in facts.listed(pod.directory):
-        try:
-            plan, known = facts.load(pod.directory, container_id)
-        except (FileNotFoundError, ValueError):
-            # Its process has ended, for lack of a supervisor to tell that it is ready.
-            _restore_cut_off(pod, family, container_id)
-            continue
-        fds = kept.pop(container_id, {})
-        container = Container(pod, family, plan, known, fds)
-        family[container_id] = container
-        _take_over(container)
-    for fds in kept.values():
-        protocol.close_all(fds.values())
-    for container in family.values():
-        _note_namespace(family, container)
-
-
-def _restore_cut_off(pod: Pod, family: Family, container_id: str) -> None:
-    """Nothing is left of it, but hooks that are owed to those which have been run."""
-    try:
-        plan = facts.load_plan(pod.directory, container_id)
-    except (FileNotFoundError, ValueError):
-        facts.remove(pod.directory, container_id)
-        return
-    container = family[container_id] = Container(pod, family, plan, _nothing_known({}), {})
-    container.cut_off()
-
-
-def _note_namespace(family: Family, container: Container) -> None:
-    """Facts of an earlier version do not tell whose PID namespace a container is in, nor who shares one."""
-    namespace = visibility.namespace_of(container)
-    while (owner := family.get(namespace)) is not None and owner is not container:
-        further = visibility.namespace_of(owner)
-        if further == namespace:
-            owner.facts["shared"] = True
-            break
-        namespace = further
-    container.facts["namespace"] = namespace
-
-
-def _take_over(container: Container) -> None:
-    container.exit = exits.read(container.pod.directory, container.id)
-    if container.exit is not None and not container.fds:
-        if container.hooks.are_left:
-            container.hooks.after_end(container.remove_as_asked)
-        return
-    if "pidfd" not in container.fds:
-        _find_again(container)
-    container.open_pump()
-    if container.facts["started_at"] and container.pump is not None:
-        container.pump.go_on(container.plan["log_path"], container.plan.get("log_root", ""))
-    if container.exit is not None or "pidfd" not in container.fds:
-        container.ended(exits.UNKNOWN)
-    else:
-        _watch(container)
-
-
-def _find_again(container: Container) -> None:
-    """Without a launcher that kept anything, the process and its pipes may still be there."""
-    known = container.facts
-    pidfd = processes.open_pidfd(known["pid"], known["ticks"])
-    if pidfd is not None:
-        container.fds["pidfd"] = pidfd
-        container.fds.update(process.reopen_pipes(known["pid"], known["pipes"]))
-
-
-def _watch(container: Container) -> None:
-    if "status" in container.fds:
-        pid = container.facts["pid"]
-        container.resume_birth(Birth.resume(container.pod.loop, container.fds, container, pid))
-        if container.facts["started_at"] and container.birth is not None:
-            container.birth.go_on()
-    container.watch()
-    container.keep_deadline()

@@ -24,7 +24,7 @@ from nodeagent.sandbox.runtime.keeping import Deposit, Keeper
 from nodeagent.sandbox.runtime.loop import Loop
 from nodeagent.sandbox.runtime.peers import Listener, Peer, Request
 from nodeagent.sandbox.spec import PodPlan, PodSettings
-from nodeagent.sandbox.supervisor import creation, namespaces, podfile
+from nodeagent.sandbox.supervisor import creation, namespaces, podfile, succession
 from nodeagent.sandbox.supervisor.attaching import Attachments
 from nodeagent.sandbox.supervisor.containers import Container
 from nodeagent.sandbox.supervisor.dialing import Dialing
@@ -116,7 +116,7 @@ class Supervisor:
             "state": self._state,
             "shutdown": self._shutdown,
         }
-        creation.restore(self.pod, self.containers, kept)
+        succession.restore(self.pod, self.containers, kept)
         self._find_init()
         self._listener = Listener(loop, f"{self.pod.directory}/{SUPERVISOR_SOCKET}", self._accept)
         keeper.serve(self._deposits)

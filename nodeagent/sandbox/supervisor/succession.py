@@ -1,0 +1,91 @@
+"""The containers of a supervisor that has died, as its successor takes them over.
+
+What they are is in the pod's directory, what was open of them the launcher has kept.
+"""
+
+from nodeagent.linux import processes
+from nodeagent.sandbox import exits, facts, protocol
+from nodeagent.sandbox.runtime import process
+from nodeagent.sandbox.supervisor import visibility
+from nodeagent.sandbox.supervisor.birth import Birth
+from nodeagent.sandbox.supervisor.containers import Container
+from nodeagent.sandbox.supervisor.creation import Family, nothing_known
+from nodeagent.sandbox.supervisor.pod import Pod
+
+
+def restore(pod: Pod, family: Family, kept: dict[str, dict[str, int]]) -> None:
+    """Take over what is in the pod's directory, with the descriptors that the launcher has kept."""
+    for container_id in facts.listed(pod.directory):
+        try:
+            plan, known = facts.load(pod.directory, container_id)
+        except (FileNotFoundError, ValueError):
+            # Its process has ended, for lack of a supervisor to tell that it is ready.
+            _restore_cut_off(pod, family, container_id)
+            continue
+        fds = kept.pop(container_id, {})
+        container = Container(pod, family, plan, known, fds)
+        family[container_id] = container
+        _take_over(container)
+    for fds in kept.values():
+        protocol.close_all(fds.values())
+    for container in family.values():
+        _note_namespace(family, container)
+
+
+def _restore_cut_off(pod: Pod, family: Family, container_id: str) -> None:
+    """Nothing is left of it, but hooks that are owed to those which have been run."""
+    try:
+        plan = facts.load_plan(pod.directory, container_id)
+    except (FileNotFoundError, ValueError):
+        facts.remove(pod.directory, container_id)
+        return
+    container = family[container_id] = Container(pod, family, plan, nothing_known({}), {})
+    container.cut_off()
+
+
+def _note_namespace(family: Family, container: Container) -> None:
+    """Facts of an earlier version do not tell whose PID namespace a container is in, nor who shares one."""
+    namespace = visibility.namespace_of(container)
+    while (owner := family.get(namespace)) is not None and owner is not container:
+        further = visibility.namespace_of(owner)
+        if further == namespace:
+            owner.facts["shared"] = True
+            break
+        namespace = further
+    container.facts["namespace"] = namespace
+
+
+def _take_over(container: Container) -> None:
+    container.exit = exits.read(container.pod.directory, container.id)
+    if container.exit is not None and not container.fds:
+        if container.hooks.are_left:
+            container.hooks.after_end(container.remove_as_asked)
+        return
+    if "pidfd" not in container.fds:
+        _find_again(container)
+    container.open_pump()
+    if container.facts["started_at"] and container.pump is not None:
+        container.pump.go_on(container.plan["log_path"], container.plan.get("log_root", ""))
+    if container.exit is not None or "pidfd" not in container.fds:
+        container.ended(exits.UNKNOWN)
+    else:
+        _watch(container)
+
+
+def _find_again(container: Container) -> None:
+    """Without a launcher that kept anything, the process and its pipes may still be there."""
+    known = container.facts
+    pidfd = processes.open_pidfd(known["pid"], known["ticks"])
+    if pidfd is not None:
+        container.fds["pidfd"] = pidfd
+        container.fds.update(process.reopen_pipes(known["pid"], known["pipes"]))
+
+
+def _watch(container: Container) -> None:
+    if "status" in container.fds:
+        pid = container.facts["pid"]
+        container.resume_birth(Birth.resume(container.pod.loop, container.fds, container, pid))
+        if container.facts["started_at"] and container.birth is not None:
+            container.birth.go_on()
+    container.watch()
+    container.keep_deadline()
