@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from nodeagent.errors import FailedPrecondition
+from nodeagent.linux import userns
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +57,28 @@ class Namespaces(Config, frozen=True, kw_only=True):
     target: str = ""
     user: UserNamespace | None = None
     cgroup: Literal["container", "node"] = "container"
+
+    @property
+    def user_mapping(self) -> UserNamespace | None:
+        """The pod's own user namespace; None for the node's, whether asked for or not."""
+        return self.user if self.user is not None and self.user.mode == "pod" else None
+
+    @property
+    def owned(self) -> frozenset[str]:
+        """The kinds of namespaces that the pod does not share with the node; its UTS follows its network."""
+        owned = {"net", "uts"} if self.network == "pod" else set()
+        if self.ipc == "pod":
+            owned.add("ipc")
+        if self.user_mapping is not None:
+            owned.add("user")
+        return frozenset(owned)
+
+    def on_node(self, uid: int, gid: int) -> tuple[int, int]:
+        """The ids that a user and a group of the pod have on the node; ValueError where they are not mapped."""
+        mapping = self.user_mapping
+        if mapping is None:
+            return uid, gid
+        return userns.outside(uid, mapping.uids), userns.outside(gid, mapping.gids)
 
 
 class Profile(Config, frozen=True, kw_only=True):

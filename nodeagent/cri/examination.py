@@ -308,8 +308,7 @@ class _Examination:
         )
 
     def _require_user_namespaces(self, config: SandboxConfig) -> None:
-        user = config.namespaces.user
-        if user is None or user.mode == "node":
+        if config.namespaces.user_mapping is None:
             return
         try:
             mapped = probes.maps_ids(self._places.root)
@@ -332,8 +331,7 @@ class _Examination:
 
     async def _container(self, sandbox: Sandbox, message: pb.ContainerConfig, what: str) -> None:
         config = container_config(message, sandbox.config, sandbox.runtime_handler)
-        user = sandbox.config.namespaces.user
-        in_userns = user is not None and user.mode == "pod"
+        in_userns = sandbox.config.namespaces.user_mapping is not None
         config = self._cdi.inject(config, userns=in_userns)
         self._images.missing.clear()
         self._artifacts.asked.clear()

@@ -6,7 +6,7 @@ from typing import Literal
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import translate_images, validate
 from nodeagent.cri.translate_namespaces import id_mappings, mapping_messages
-from nodeagent.records import MountConfig, MountStatus, SandboxConfig, UserNamespace
+from nodeagent.records import MountConfig, MountStatus, SandboxConfig
 
 _OPTIONS = ("noexec", "nodev", "nosuid")
 
@@ -84,8 +84,8 @@ def _check_image(mount: MountConfig, field: str, pod: SandboxConfig) -> None:
     validate.given(mount.image, f"{field}.image.image")
     if not mount.readonly:
         validate.refuse(f"{field}.readonly", "an image can only be mounted read-only")
-    user = pod.namespaces.user or UserNamespace(mode="node")
-    if mount.uids and (mount.uids, mount.gids) != (user.uids, user.gids):
+    own = pod.namespaces.user_mapping
+    if mount.uids and (own is None or (mount.uids, mount.gids) != (own.uids, own.gids)):
         validate.refuse(f"{field}.uidMappings", "an image is mapped as its pod is, or not at all")
 
 

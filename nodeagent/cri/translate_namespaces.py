@@ -53,14 +53,14 @@ def container_namespaces(message: pb.NamespaceOption, pod: SandboxConfig, field:
     """
     own = pod.namespaces
     for kind in ("network", "ipc"):
-        asked = validate.word(getattr(message, kind), _POD_OR_NODE, f"{field}.{kind}")
-        _no_escape(asked, getattr(own, kind), f"{field}.{kind}")
+        mode = validate.word(getattr(message, kind), _POD_OR_NODE, f"{field}.{kind}")
+        _no_escape(mode, getattr(own, kind), f"{field}.{kind}")
     pid = validate.word(message.pid, _PID, f"{field}.pid")
     _no_escape(pid, own.pid, f"{field}.pid")
     if (pid == "target") != bool(message.target_id):
         validate.refuse(f"{field}.target_id", "is needed with pid TARGET, and only then")
-    user = _user_namespace(message, f"{field}.userns_options")
-    if _mapped(user) != _mapped(own.user) and user is not None:
+    asked = Namespaces(user=_user_namespace(message, f"{field}.userns_options"))
+    if asked.user is not None and asked.user_mapping != own.user_mapping:
         validate.refuse(f"{field}.userns_options", "differs from the pod's")
     return Namespaces(
         network=own.network,
@@ -106,10 +106,6 @@ def _root_mapping(messages: Sequence[pb.IDMapping], field: str) -> IdMapping:
     if mappings[0].inside != 0:
         validate.refuse(f"{field}[0].container_id", "must be 0, so that root is mapped")
     return mappings[0]
-
-
-def _mapped(user: UserNamespace | None) -> UserNamespace | None:
-    return user if user and user.mode == "pod" else None
 
 
 def id_mappings(messages: Sequence[pb.IDMapping], field: str) -> tuple[IdMapping, ...]:

@@ -11,8 +11,8 @@ from nodeagent.cri import validate
 from nodeagent.cri.translate_namespaces import pod_namespaces
 from nodeagent.cri.translate_resources import overhead, pod_resources
 from nodeagent.errors import InvalidArgument, Unsupported
+from nodeagent.linux import sysctls
 from nodeagent.records import DNS, Namespaces, PortMapping, SandboxConfig
-from nodeagent.sandbox import sysctls
 
 _HOSTNAME_BYTES = 64  # HOST_NAME_MAX
 _WORD = re.compile(r"\S+")
@@ -151,11 +151,8 @@ def _sysctls(linux: pb.LinuxPodSandboxConfig, namespaces: Namespaces) -> dict[st
     field = "config.linux.sysctls"
     if len(linux.sysctls) > _MAX_SYSCTLS:
         validate.refuse(field, f"has more than {_MAX_SYSCTLS} entries")
-    owned = {"net", "uts"} if namespaces.network == "pod" else set()
-    if namespaces.ipc == "pod":
-        owned.add("ipc")
     try:
-        sysctls.check(linux.sysctls, owned)
+        sysctls.check(linux.sysctls, namespaces.owned)
     except InvalidArgument as error:
         validate.refuse(field, str(error))
     return dict(linux.sysctls)

@@ -6,7 +6,7 @@ A namespace without a process lives as long as a descriptor of it is open.
 import os
 import signal
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from nodeagent.linux import syscalls
 
@@ -20,6 +20,17 @@ _NAMES = {
 }
 MAX_ID = (1 << 32) - 2  # (uid_t) -1 means "leave it" to chown(2) and setresuid(2)
 _WALL = 0x40000000  # of wait4(2): children that end without SIGCHLD, too
+
+
+class Mapping(Protocol):
+    """What has the fields of an `Extent`."""
+
+    @property
+    def inside(self) -> int: ...
+    @property
+    def outside(self) -> int: ...
+    @property
+    def length(self) -> int: ...
 
 
 class Extent(NamedTuple):
@@ -76,7 +87,7 @@ def _write_map(path: str, extents: Iterable[Extent]) -> None:
         os.close(file)
 
 
-def outside(inside: int, extents: Iterable[Extent]) -> int:
+def outside(inside: int, extents: Iterable[Mapping]) -> int:
     """The id that `inside` is outside the namespace; `ValueError` where it is not mapped."""
     for extent in extents:
         if extent.inside <= inside < extent.inside + extent.length:

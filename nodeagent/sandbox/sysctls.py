@@ -1,18 +1,17 @@
 """Kernel parameters of a pod, written by its supervisor from inside the namespaces that own them.
 
-Only parameters that a namespace has for itself can be written: what else a name or a value says stays without effect
-on the node (CVE-2022-0811). The path is walked below /proc/sys, through no link and no other mount, and the file is
-written only if it is of procfs. `check` is what the API asks as well: a name is taken or refused in one place.
+Which parameters may be set is decided by `nodeagent.linux.sysctls`, which is asked before. The path is walked below
+/proc/sys, through no link and no other mount, and the file is written only if it is of procfs.
 """
 
 import errno
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from nodeagent.errors import InvalidArgument, NodeAgentError, Unsupported
 from nodeagent.linux import syscalls, userns
+from nodeagent.linux.sysctls import owner_of, path_of
 from nodeagent.linux.userns import Extent
 
 _PING_GROUPS = "net/ipv4/ping_group_range"
@@ -23,21 +22,6 @@ DEFAULTS = {
     "net.ipv4.ping_group_range": "0 2147483647",
 }
 
-# ipc_namespaces(7), uts_namespaces(7): what of the kernel's namespaces is set through sysctl, as paths.
-_OWNERS = (
-    (re.compile(r"net/.+"), "net"),
-    (
-        re.compile(
-            r"kernel/(auto_msgmni|msg_next_id|msgmax|msgmnb|msgmni|sem|sem_next_id|shm_next_id|shm_rmid_forced|shmall"
-            r"|shmmax|shmmni)"
-        ),
-        "ipc",
-    ),
-    (re.compile(r"kernel/domainname"), "uts"),
-    (re.compile(r"fs/mqueue/.+"), "ipc"),
-)
-_PART = re.compile(r"[A-Za-z0-9_.@:-]{1,255}")
-_VALUE = re.compile(r"[ -~\t]{0,1024}\n?")  # a block of YAML ends with a newline
 _ROOT = "/proc/sys"
 _RESOLVE = (
     syscalls.RESOLVE_BENEATH
@@ -47,28 +31,8 @@ _RESOLVE = (
 )
 
 
-def check(sysctls: Mapping[str, str], owned: Collection[str]) -> None:
-    """Raises InvalidArgument for what is malformed, or is not of the namespaces that the pod owns.
-
-    owned: of "net", "ipc" and "uts", those that the pod does not share with the node.
-    """
-    for name, value in sysctls.items():
-        parts = _parts(name)
-        if any(not _PART.fullmatch(part) or part in (".", "..") for part in parts):
-            raise InvalidArgument(f"sysctl {name!r}: not a name of a kernel parameter")
-        owner = _owner(parts)
-        if owner is None:
-            raise InvalidArgument(f'sysctl "{name}": is of the whole node, not of a namespace')
-        if owner not in owned:
-            raise InvalidArgument(f'sysctl "{name}": is of a namespace that the pod has not got')
-        if not _VALUE.fullmatch(value):
-            raise InvalidArgument(
-                f'sysctl "{name}": the value {value!r} is not printable, or too long'
-            )
-
-
 def write(sysctls: Mapping[str, str], owner: int = 0, groups: Collection[Extent] = ()) -> None:
-    """Write what `check` has let pass. Raises Unsupported for a name that this kernel does not have.
+    """Write what `linux.sysctls.check` has let pass. Raises Unsupported for a name that this kernel does not have.
 
     owner: the root of the namespaces. Of IPC the kernel wants the writer to be that, of UTS the node's root, and of
     networks it asks what capabilities they have.
@@ -79,16 +43,10 @@ def write(sysctls: Mapping[str, str], owner: int = 0, groups: Collection[Extent]
     root = os.open(_ROOT, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for name, value in sysctls.items():
-            with _acting_as(owner if _owner(_parts(name)) == "ipc" else 0):
+            with _acting_as(owner if owner_of(name) == "ipc" else 0):
                 _write(root, name, _outside(name, value, groups))
     finally:
         os.close(root)
-
-
-def _owner(parts: list[str]) -> str | None:
-    """The kind of namespace that a parameter belongs to; None for one of the node."""
-    path = "/".join(parts)
-    return next((owner for pattern, owner in _OWNERS if pattern.fullmatch(path)), None)
 
 
 @contextmanager
@@ -109,7 +67,7 @@ def _acting_as(user: int) -> Iterator[None]:
 
 def _write(root: int, name: str, value: str) -> None:
     try:
-        file = syscalls.openat2(root, "/".join(_parts(name)), os.O_WRONLY, resolve=_RESOLVE)
+        file = syscalls.openat2(root, path_of(name), os.O_WRONLY, resolve=_RESOLVE)
         try:
             if syscalls.statfs_type(file) != syscalls.PROC_SUPER_MAGIC:
                 raise OSError(errno.EXDEV, "not a file of procfs", name)
@@ -125,7 +83,7 @@ def _outside(name: str, value: str, groups: Collection[Extent]) -> str:
 
     A range is cut to the groups that there are: who says "0 2147483647" means all of them.
     """
-    if not groups or "/".join(_parts(name)) != _PING_GROUPS:
+    if not groups or path_of(name) != _PING_GROUPS:
         return value
     try:
         low, high = (int(number) for number in value.split())
@@ -151,12 +109,3 @@ def _explained(error: OSError, name: str, value: str) -> NodeAgentError:
             f'sysctl "{name}": the kernel lets no pod write it; if it is of all networks, set it on the node'
         )
     return Unsupported(f'sysctl "{name}": {error.strerror}')
-
-
-def _parts(name: str) -> list[str]:
-    """Of a name with dots, or with slashes: the first of them separates, and the other one stands for a dot.
-
-    sysctl(8): ``net.ipv4.conf.eth0/1.forwarding`` and ``net/ipv4/conf/eth0.1/forwarding`` are the same.
-    """
-    first = next((character for character in name if character in "./"), ".")
-    return [part.replace("/", ".") for part in name.split(first)]

@@ -7,7 +7,16 @@ import pytest
 
 from nodeagent import records
 from nodeagent.errors import FailedPrecondition
-from nodeagent.records import Container, ContainerConfig, Resources, Sandbox, SandboxConfig
+from nodeagent.records import (
+    Container,
+    ContainerConfig,
+    IdMapping,
+    Namespaces,
+    Resources,
+    Sandbox,
+    SandboxConfig,
+    UserNamespace,
+)
 
 CREATED = Container(
     id="c",
@@ -134,3 +143,25 @@ def test_a_memory_limit_alone_leaves_the_swap() -> None:
         old = Resources(memory_limit_bytes=64, memory_swap_limit_bytes=both)
         new = records.updated(old, Resources(memory_limit_bytes=100))
         assert new.memory_swap_limit_bytes == both
+
+
+def test_namespaces_that_a_pod_owns() -> None:
+    mapping = UserNamespace(
+        mode="pod",
+        uids=(IdMapping(inside=0, outside=100_000, length=65_536),),
+        gids=(IdMapping(inside=0, outside=200_000, length=65_536),),
+    )
+    own = Namespaces(user=mapping)
+    nodes = Namespaces(network="node", ipc="node", user=UserNamespace(mode="node"))
+    assert own.owned == {"net", "uts", "ipc", "user"}
+    assert Namespaces().owned == {"net", "uts", "ipc"}
+    assert nodes.owned == set()
+    assert (own.user_mapping, Namespaces().user_mapping, nodes.user_mapping) == (
+        mapping,
+        None,
+        None,
+    )
+    assert own.on_node(5, 7) == (100_005, 200_007)
+    assert nodes.on_node(5, 7) == (5, 7)
+    with pytest.raises(ValueError, match="not mapped"):
+        own.on_node(65_536, 0)

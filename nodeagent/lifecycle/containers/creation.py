@@ -99,8 +99,7 @@ class Creation:
         """The config with what its CDI devices add. A hung directory of specifications holds up no other requests."""
         if not self._cdi.is_asked_for(config):
             return config
-        userns = sandbox.config.namespaces.user
-        in_userns = userns is not None and userns.mode == "pod"
+        in_userns = sandbox.config.namespaces.user_mapping is not None
         directories = self._cdi.directories
         what = f'container "{config.name}": CDI directories {", ".join(map(str, directories))}'
         inject = partial(self._cdi.inject, config, userns=in_userns)
@@ -143,7 +142,8 @@ class Creation:
         self._warn(container, made.warnings)
         identity = made.identity
         if cgroup_mounts.is_delegated(container.config):
-            group.delegate(_uid_on_node(sandbox, identity["uid"]))
+            uid, _ = sandbox.config.namespaces.on_node(identity["uid"], identity["gid"])
+            group.delegate(uid)
         self._inventory.save(
             msgspec.structs.replace(
                 container,
@@ -215,9 +215,3 @@ def _make_directory(directory: Path, plan: ContainerPlan) -> None:
     with open(directory / "plan.json", "xb") as file:
         os.fchmod(file.fileno(), 0o600)
         file.write(readable)
-
-
-def _uid_on_node(sandbox: Sandbox, uid: int) -> int:
-    """The id that a user of a container has on the node."""
-    user = sandbox.config.namespaces.user
-    return user.uids[0].outside + uid if user is not None and user.mode == "pod" else uid

@@ -41,17 +41,9 @@ def write(pod: Path, config: SandboxConfig, addresses: tuple[str, ...]) -> None:
     where = directory(pod)
     for file_name, content in contents.items():
         with open(where / file_name, "xb") as file:
-            os.fchown(file.fileno(), *_root(config))
+            os.fchown(file.fileno(), *config.namespaces.on_node(0, 0))
             os.fchmod(file.fileno(), MODE)
             file.write(content)
-
-
-def _root(config: SandboxConfig) -> tuple[int, int]:
-    """Who the pod's root is on the node; its mapping begins with that."""
-    user = config.namespaces.user
-    if user is None or user.mode == "node":
-        return 0, 0
-    return user.uids[0].outside, user.gids[0].outside
 
 
 def hostname(config: SandboxConfig) -> str:

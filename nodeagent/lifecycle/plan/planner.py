@@ -206,10 +206,10 @@ class Planner:
             umask=UMASK,
             forbidden_calls=list(seccomp_successor.forbidden(seen.seccomp.program)),
         )
-        user = sandbox.config.namespaces.user
-        if user is not None and user.mode == "pod":
-            plan["uid_map"] = [mounts.id_map(mapping) for mapping in user.uids]
-            plan["gid_map"] = [mounts.id_map(mapping) for mapping in user.gids]
+        mapping = sandbox.config.namespaces.user_mapping
+        if mapping is not None:
+            plan["uid_map"] = [mounts.id_map(line) for line in mapping.uids]
+            plan["gid_map"] = [mounts.id_map(line) for line in mapping.gids]
         return plan
 
     def _capabilities(self, config: ContainerConfig) -> Capabilities:

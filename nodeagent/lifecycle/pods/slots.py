@@ -64,7 +64,7 @@ class Slots:
 
     async def take(self, namespaces: Namespaces) -> Slot:
         """A slot of one's own with these namespaces; `discard` gives it back."""
-        if _needs(namespaces) == _needs(USUAL):
+        if namespaces.owned == USUAL.owned:
             while self._ready:
                 slot = self._ready.popleft()
                 asyncio.get_running_loop().call_later(REFILL_DELAY_SECONDS, self._missing.release)
@@ -110,7 +110,7 @@ class Slots:
     async def _make(self, namespaces: Namespaces) -> Slot:
         pod_id = secrets.token_hex(32)
         directory = self._directory / pod_id
-        needs = _needs(namespaces)
+        owned = namespaces.owned
         async with AsyncExitStack() as undo:
             directory.mkdir(mode=0o700)
             undo.callback(files.remove_tree, str(directory))
@@ -118,7 +118,7 @@ class Slots:
             supervisor = await launcher.fork(_plan(pod_id, directory, namespaces))
             undo.push_async_callback(supervisor.shutdown)
             addresses: tuple[str, ...] = ()
-            if "net" in needs:
+            if "net" in owned:
                 undo.push_async_callback(self._network.detach, pod_id)
                 handles = await supervisor.namespaces()
                 with handles:
@@ -138,24 +138,15 @@ async def dismantle(
     await asyncio.to_thread(files.remove_tree, str(directory))
 
 
-def _needs(namespaces: Namespaces) -> frozenset[str]:
-    """The namespaces that the supervisor makes: the pod's UTS follows its network."""
-    needs = {"net", "uts"} if namespaces.network == "pod" else set()
-    if namespaces.ipc == "pod":
-        needs.add("ipc")
-    if namespaces.user is not None and namespaces.user.mode == "pod":
-        needs.add("user")
-    return frozenset(needs)
-
-
 def _plan(pod_id: str, directory: Path, namespaces: Namespaces) -> PodPlan:
-    needs = _needs(namespaces)
+    owned = namespaces.owned
     plan = PodPlan(
         id=pod_id,
         directory=str(directory),
-        namespaces=[name for name in ("net", "ipc", "uts", "user") if name in needs],
+        namespaces=[name for name in ("net", "ipc", "uts", "user") if name in owned],
     )
-    if namespaces.user is not None and "user" in needs:
-        plan["uid_map"] = [id_map(mapping) for mapping in namespaces.user.uids]
-        plan["gid_map"] = [id_map(mapping) for mapping in namespaces.user.gids]
+    mapping = namespaces.user_mapping
+    if mapping is not None:
+        plan["uid_map"] = [id_map(line) for line in mapping.uids]
+        plan["gid_map"] = [id_map(line) for line in mapping.gids]
     return plan

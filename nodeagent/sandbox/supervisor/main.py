@@ -15,6 +15,7 @@ from typing import NoReturn
 from nodeagent import files
 from nodeagent.errors import FailedPrecondition, NodeAgentError, NotFound, Unavailable
 from nodeagent.linux import processes, syscalls
+from nodeagent.linux.sysctls import check as check_sysctls
 from nodeagent.sandbox import exits, idmaps, paths, protocol, sysctls
 from nodeagent.sandbox.init import podinit
 from nodeagent.sandbox.paths import SUPERVISOR_SOCKET
@@ -149,7 +150,7 @@ class Supervisor:
     def _configure(self, request: Request) -> None:
         settings = protocol.checked(PodSettings, request.body["settings"])
         owned = self.pod.namespaces
-        sysctls.check(settings["sysctls"], owned)
+        check_sysctls(settings["sysctls"], owned)
         if settings["hostname"] is not None:
             if "uts" not in owned:
                 raise FailedPrecondition(f'pod "{self.pod.id}": its host name is the node\'s')

@@ -13,7 +13,7 @@ import pytest
 from nodeagent.lifecycle.containers.creation import Creation
 from nodeagent.lifecycle.containers.stopping import Stopping
 from nodeagent.lifecycle.plan.cdi import Cdi
-from nodeagent.records import ContainerConfig, HookConfig, HookStage
+from nodeagent.records import ContainerConfig, HookConfig, HookStage, Namespaces
 
 PARTS = ("inventory", "images", "cgroups", "groups", "planner", "cdi", "trash", "directory")
 
@@ -41,7 +41,7 @@ async def test_a_cdi_directory_that_hangs_holds_up_who_asks_for_a_device(
     monkeypatch.setattr(Cdi, "inject", lambda _, config, **__: answers.wait() and config)
     asyncio.get_running_loop().set_default_executor(NoPool())
     node = creation(cdi=Cdi([tmp_path], []))
-    sandbox: Any = SimpleNamespace(config=SimpleNamespace(namespaces=SimpleNamespace(user=None)))
+    sandbox: Any = SimpleNamespace(config=SimpleNamespace(namespaces=Namespaces()))
     plain = ContainerConfig(name="a", image="i")
     asking = ContainerConfig(name="b", image="i", cdi_devices=("v.com/gpu=0",))
     hanging = asyncio.create_task(node._with_devices(sandbox, asking))
