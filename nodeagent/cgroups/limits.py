@@ -1,16 +1,20 @@
-"""What a request for resources may say, before any file is touched. Says nothing about what the kernel has."""
+"""What a request for resources may say, before any file is touched. Says nothing about what the kernel has.
+
+The API checks a request here when it reads it, by the names that its fields have there; a cgroup checks again what it
+is told to put in force.
+"""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from nodeagent.cgroups import parse
 from nodeagent.cgroups.convert import UNLIMITED
 from nodeagent.errors import InvalidArgument
 from nodeagent.records import Resources
 
-# Of sched_cfs: shorter or longer periods, and shorter quotas, are refused by every kernel.
-MIN_PERIOD_USEC, MAX_PERIOD_USEC = 1_000, 1_000_000
-MIN_QUOTA_USEC = 1_000
+# kernel/sched/core.c, tg_set_cfs_bandwidth: shorter or longer periods, and shorter quotas, are refused by every kernel.
+_PERIODS_USEC = range(1_000, 1_000_001)
+_MIN_QUOTA_USEC = 1_000
 
 NOTHING = Resources()
 
@@ -22,71 +26,81 @@ NEW = Resources(
     memory_swap_limit_bytes=UNLIMITED,
 )
 
-_PAGE_SIZE = re.compile(r"[1-9][0-9]{0,3}(KB|MB|GB)")
-_UNIFIED_KEY = re.compile(r"[a-z0-9_]+(\.[A-Za-z0-9_]+)+")
-_MAX_UNIFIED_VALUE = 4096
+_OOM_SCORES = range(-1_000, 1_001)  # proc_pid_oom_score_adj(5)
+_PAGE_SIZE = re.compile(r"[1-9][0-9]{0,6}(KB|MB|GB)")
+_MAX_TEXT = 4096
 
-# The other cgroup.* files are not limits: they move, kill and freeze processes.
-_GROUP_LIMITS = frozenset({"cgroup.max.depth", "cgroup.max.descendants"})
+# The other files that begin with ``cgroup.`` are no limits: they move, kill and freeze processes.
+_CONTROL_FILE = re.compile(
+    r"cgroup\.max\.(depth|descendants)|(?!cgroup\.)[a-z0-9_]+(\.[A-Za-z0-9_]+)+"
+)
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
+_MAX_UNIFIED = 256
+
+Naming = Callable[[str], str]
 
 
-def check(wanted: Resources) -> None:
-    """Raises InvalidArgument with the name of the field that is nonsense."""
-    _check_cpu(wanted)
-    _check_memory(wanted)
-    _check_list("cpuset_cpus", wanted.cpuset_cpus)
-    _check_list("cpuset_mems", wanted.cpuset_mems)
-    _require("pids_limit", wanted.pids_limit, lambda n: n >= UNLIMITED)
+def check(wanted: Resources, named: Naming = str) -> None:
+    """Raises InvalidArgument with the name of the field that is nonsense.
+
+    named: what whoever asked calls a field of `Resources`.
+    """
+    _check_cpu(wanted, named)
+    _check_memory(wanted, named)
+    _check_list(named("cpuset_cpus"), wanted.cpuset_cpus)
+    _check_list(named("cpuset_mems"), wanted.cpuset_mems)
+    score = wanted.oom_score_adj
+    _require(named("oom_score_adj"), score, score in _OOM_SCORES)
+    _require(named("pids_limit"), wanted.pids_limit, wanted.pids_limit >= UNLIMITED)
     for size, limit in wanted.hugepage_limits.items():
+        field = f'{named("hugepage_limits")}["{size[:_MAX_TEXT]}"]'
         if not _PAGE_SIZE.fullmatch(size):
-            raise InvalidArgument(f'hugepage_limits: "{size}" is not a page size like 2MB')
-        _require(f"hugepage_limits[{size}]", limit, lambda n: n >= 0)
-    for key, value in wanted.unified.items():
-        _check_unified(key, value)
+            raise InvalidArgument(f"{field}: not a page size like 2MB")
+        _require(field, limit, limit >= 0)
+    _check_unified(named("unified"), wanted.unified)
 
 
-def _check_cpu(wanted: Resources) -> None:
-    _require("cpu_shares", wanted.cpu_shares, lambda n: n >= 0)
-    _require(
-        "cpu_period_usec",
-        wanted.cpu_period_usec,
-        lambda n: n == 0 or MIN_PERIOD_USEC <= n <= MAX_PERIOD_USEC,
-    )
-    _require(
-        "cpu_quota_usec",
-        wanted.cpu_quota_usec,
-        lambda n: n in (0, UNLIMITED) or n >= MIN_QUOTA_USEC,
-    )
+def _check_cpu(wanted: Resources, named: Naming) -> None:
+    shares, period, quota = wanted.cpu_shares, wanted.cpu_period_usec, wanted.cpu_quota_usec
+    _require(named("cpu_shares"), shares, shares >= 0)
+    _require(named("cpu_period_usec"), period, period == 0 or period in _PERIODS_USEC)
+    is_quota = quota in (0, UNLIMITED) or quota >= _MIN_QUOTA_USEC
+    _require(named("cpu_quota_usec"), quota, is_quota)
 
 
-def _check_memory(wanted: Resources) -> None:
+def _check_memory(wanted: Resources, named: Naming) -> None:
     limit, both = wanted.memory_limit_bytes, wanted.memory_swap_limit_bytes
-    _require("memory_limit_bytes", limit, lambda n: n >= UNLIMITED)
-    _require("memory_swap_limit_bytes", both, lambda n: n >= UNLIMITED)
+    field = named("memory_swap_limit_bytes")
+    _require(named("memory_limit_bytes"), limit, limit >= UNLIMITED)
+    _require(field, both, both >= UNLIMITED)
     if both > 0 and (limit == UNLIMITED or limit > both):
         raise InvalidArgument(
-            f"memory_swap_limit_bytes: {both} of memory and swap is less than the memory limit {limit}"
+            f"{field}: {both} is memory and swap together, less than the {limit} of memory alone"
         )
 
 
 def _check_list(field: str, text: str) -> None:
     if not text:
         return
+    if len(text) > _MAX_TEXT:
+        raise InvalidArgument(f"{field}: is longer than {_MAX_TEXT} characters")
     try:
         parse.number_list(text)
     except ValueError as error:
         raise InvalidArgument(f"{field}: {error}") from None
 
 
-def _check_unified(key: str, value: str) -> None:
-    if not _UNIFIED_KEY.fullmatch(key):
-        raise InvalidArgument(f'unified: "{key}" is not the name of a control file')
-    if key.startswith("cgroup.") and key not in _GROUP_LIMITS:
-        raise InvalidArgument(f'unified: "{key}" is not a limit')
-    if not value.strip() or "\0" in value or len(value) > _MAX_UNIFIED_VALUE:
-        raise InvalidArgument(f'unified: "{key}" has no value that can be written')
+def _check_unified(field: str, unified: Mapping[str, str]) -> None:
+    if len(unified) > _MAX_UNIFIED:
+        raise InvalidArgument(f"{field}: has more than {_MAX_UNIFIED} entries")
+    for key, value in unified.items():
+        where = f'{field}["{key[:_MAX_TEXT]}"]'
+        if not _CONTROL_FILE.fullmatch(key):
+            raise InvalidArgument(f"{where}: not the file of a limit")
+        if not value.strip() or len(value) > _MAX_TEXT or _CONTROL_CHARACTER.search(value):
+            raise InvalidArgument(f"{where}: has no value that can be written")
 
 
-def _require(field: str, value: int, valid: Callable[[int], bool]) -> None:
-    if not valid(value):
+def _require(field: str, value: int, is_valid: bool) -> None:
+    if not is_valid:
         raise InvalidArgument(f"{field}: {value} is out of range")

@@ -37,6 +37,8 @@ def test_sense(resources: Resources) -> None:
         ("pids_limit", Resources(pids_limit=-2)),
         ("cpuset_cpus", Resources(cpuset_cpus="0-")),
         ("cpuset_mems", Resources(cpuset_mems="x")),
+        ("cpuset_cpus", Resources(cpuset_cpus="0," * 2048 + "0")),
+        ("oom_score_adj", Resources(oom_score_adj=1001)),
         ("hugepage_limits", Resources(hugepage_limits={"2M": 1})),
         ("hugepage_limits", Resources(hugepage_limits={"../2MB": 1})),
         ("hugepage_limits", Resources(hugepage_limits={"2MB": -1})),
@@ -45,9 +47,17 @@ def test_sense(resources: Resources) -> None:
         ("unified", Resources(unified={"cgroup.procs": "1"})),
         ("unified", Resources(unified={"cgroup.kill": "1"})),
         ("unified", Resources(unified={"memory.max": " "})),
+        ("unified", Resources(unified={"memory.max": "1\n2"})),
+        ("unified", Resources(unified={"memor\u0131.max": "1"})),
+        ("unified", Resources(unified={f"a.b{n}": "1" for n in range(257)})),
         ("unified", Resources(unified={"memory.max": "1" * 5000})),
     ],
 )
 def test_nonsense(field: str, resources: Resources) -> None:
     with pytest.raises(InvalidArgument, match=field):
         limits.check(resources)
+
+
+def test_a_field_is_named_as_the_caller_calls_it() -> None:
+    with pytest.raises(InvalidArgument, match=r"linux\.cpu_shares: -1"):
+        limits.check(Resources(cpu_shares=-1), lambda name: f"linux.{name}")

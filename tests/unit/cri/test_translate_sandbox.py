@@ -337,7 +337,7 @@ LOCALHOST = pb.SecurityProfile.Localhost
         (limits(oom_score_adj=1), "resources.oom_score_adj: is of a container"),
         (limits(cpuset_cpus="0-"), "resources.cpuset_cpus"),
         (limits(cpuset_mems="0\n1"), "resources.cpuset_mems"),
-        (limits(hugepage_limits=[pb.HugepageLimit(page_size="2M")]), "hugepage_limits[0]"),
+        (limits(hugepage_limits=[pb.HugepageLimit(page_size="2M")]), 'hugepage_limits["2M"]'),
         (
             limits(hugepage_limits=[pb.HugepageLimit(page_size="2MB")] * 2),
             "hugepage_limits[1].page_size",
