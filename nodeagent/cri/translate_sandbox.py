@@ -12,6 +12,7 @@ from nodeagent.cri.translate_namespaces import pod_namespaces
 from nodeagent.cri.translate_resources import overhead, pod_resources
 from nodeagent.errors import InvalidArgument, Unsupported
 from nodeagent.linux import sysctls
+from nodeagent.net import hostports
 from nodeagent.records import DNS, Namespaces, PortMapping, SandboxConfig
 
 _HOSTNAME_BYTES = 64  # HOST_NAME_MAX
@@ -131,19 +132,14 @@ def _already_published(mapping: PortMapping, field: str) -> None:
 
 
 def _port_mapping(message: pb.PortMapping, field: str) -> PortMapping:
-    if message.host_ip:
-        try:
-            ipaddress.ip_address(message.host_ip)
-        except ValueError:
-            validate.refuse(f"{field}.host_ip", f'"{message.host_ip}" is no IP address')
-    return PortMapping(
+    mapping = PortMapping(
         protocol=validate.word(message.protocol, _PROTOCOLS, f"{field}.protocol"),
-        container_port=validate.number(
-            message.container_port, f"{field}.container_port", 1 if message.host_port else 0, 65_535
-        ),
-        host_port=validate.number(message.host_port, f"{field}.host_port", 0, 65_535),
+        container_port=message.container_port,
+        host_port=message.host_port,
         host_ip=message.host_ip,
     )
+    hostports.check(mapping, field)
+    return mapping
 
 
 def _sysctls(linux: pb.LinuxPodSandboxConfig, namespaces: Namespaces) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from nodeagent.errors import AlreadyExists, InvalidArgument
 from nodeagent.records import HostPort, PortMapping
@@ -16,7 +16,25 @@ from nodeagent.store import Store
 
 log = logging.getLogger(__name__)
 
-_PORTS = range(1, 65536)
+MAX_PORT = 65_535
+
+
+def check(mapping: PortMapping, field: str) -> None:
+    """Raises InvalidArgument with the part of `field` that is nonsense. Host port 0 is a mapping that is not published.
+
+    What the node and the pod have, and who holds the port, `HostPorts.wanted` decides.
+    """
+    lowest = 1 if mapping.host_port else 0
+    for name, port, low in (
+        ("container_port", mapping.container_port, lowest),
+        ("host_port", mapping.host_port, 0),
+    ):
+        if not low <= port <= MAX_PORT:
+            raise InvalidArgument(f"{field}.{name}: {port} is not between {low} and {MAX_PORT}")
+    try:
+        _address(mapping)
+    except ValueError:
+        raise InvalidArgument(f'{field}.host_ip: "{mapping.host_ip}" is no IP address') from None
 
 
 class HostPorts:
@@ -49,7 +67,7 @@ class HostPorts:
     def wanted(
         self, pod_id: str, mappings: Iterable[PortMapping], versions: Sequence[int]
     ) -> list[HostPort]:
-        """What the mappings ask for, each once.
+        """What the mappings ask for, each once; they have passed `check`, and have a host port.
 
         versions: of the pod's addresses. Raises `AlreadyExists` for a port that another pod, or another mapping, has.
         """
@@ -72,19 +90,12 @@ class HostPorts:
 
 def _host_port(pod_id: str, mapping: PortMapping, versions: Sequence[int]) -> HostPort | None:
     """None for an address of a family that the pod has none of, which CNI's portmap passes over as well."""
-    what = f"port mapping {mapping.protocol} {mapping.host_port}"
-    if mapping.host_port not in _PORTS:
-        raise InvalidArgument(f"{what}: host_port is not in 1..65535")
-    if mapping.container_port not in _PORTS:
-        raise InvalidArgument(f"{what}: container_port {mapping.container_port} is not in 1..65535")
-    try:
-        host = ip_address(mapping.host_ip) if mapping.host_ip else None
-    except ValueError:
-        raise InvalidArgument(f'{what}: host_ip "{mapping.host_ip}" is no address') from None
+    host = _address(mapping)
     if host is not None and host.version not in versions:
         log.warning(
-            "%s of host_ip %s: passed over, as the pod has no IPv%d address",
-            what,
+            "port mapping %s %d of host_ip %s: passed over, as the pod has no IPv%d address",
+            mapping.protocol,
+            mapping.host_port,
             host,
             host.version,
         )
@@ -96,6 +107,10 @@ def _host_port(pod_id: str, mapping: PortMapping, versions: Sequence[int]) -> Ho
         pod_id=pod_id,
         container_port=mapping.container_port,
     )
+
+
+def _address(mapping: PortMapping) -> IPv4Address | IPv6Address | None:
+    return ip_address(mapping.host_ip) if mapping.host_ip else None
 
 
 def _refuse_conflict(port: HostPort, held: Sequence[HostPort]) -> None:

@@ -5,6 +5,7 @@ from typing import Literal
 import pytest
 
 from nodeagent.errors import AlreadyExists, InvalidArgument
+from nodeagent.net import hostports
 from nodeagent.net.hostports import HostPorts
 from nodeagent.records import HostPort, PortMapping
 from nodeagent.store import Store
@@ -105,18 +106,20 @@ def test_release_gives_all_back(store: Store) -> None:
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        (mapping(0), "host_port"),
-        (mapping(65536), "host_port"),
-        (mapping(80, container_port=0), "container_port 0"),
-        (mapping(80, container_port=70000), "container_port 70000"),
-        (mapping(80, "localhost"), 'host_ip "localhost"'),
+        (mapping(65536), r"ports\[1\]\.host_port: 65536"),
+        (mapping(-1), r"ports\[1\]\.host_port: -1"),
+        (mapping(80, container_port=0), r"ports\[1\]\.container_port: 0"),
+        (mapping(80, container_port=70000), r"ports\[1\]\.container_port: 70000"),
+        (mapping(80, "localhost"), r'ports\[1\]\.host_ip: "localhost"'),
     ],
 )
-def test_malformed_mapping_is_refused_by_field(wrong: PortMapping, text: str, store: Store) -> None:
-    ports = HostPorts(store)
+def test_a_malformed_mapping_is_refused_by_its_field(wrong: PortMapping, text: str) -> None:
     with pytest.raises(InvalidArgument, match=text):
-        ports.reserve("a", [mapping(1), wrong], (4,))
-    assert ports.all() == []
+        hostports.check(wrong, "ports[1]")
+
+
+def test_a_port_that_is_not_published_needs_no_number() -> None:
+    hostports.check(mapping(0, container_port=0), "ports[0]")
 
 
 def test_an_address_of_another_family_is_passed_over(
