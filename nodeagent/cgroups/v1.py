@@ -9,6 +9,7 @@ from nodeagent.cgroups.convert import UNLIMITED, parse_v1_limit, to_max
 from nodeagent.cgroups.devices import Rule
 from nodeagent.cgroups.stats import CpuStats, HugetlbStats, IoStats, MemoryStats, PidsStats
 from nodeagent.errors import InvalidArgument, PermissionDenied, Unsupported
+from nodeagent.linux import oom
 from nodeagent.records import Resources
 
 CPU_SHARES = "cpu.shares"
@@ -241,18 +242,13 @@ def memory(files: ControlFiles) -> MemoryStats | None:
         page_faults=int(stat.get(b"total_pgfault", 0)),
         major_page_faults=int(stat.get(b"total_pgmajfault", 0)),
         failures=_failures(files),
-        oom_kills=oom_kills(files.sample(MEMORY_OOM) or b""),
+        oom_kills=oom.kills(files.sample(MEMORY_OOM) or b""),
     )
 
 
 def _failures(files: ControlFiles) -> int:
     """Of either limit: with both at the same value, that of memory and swap is the one that is hit."""
     return int(files.sample(MEMORY_FAILURES) or 0) + int(files.sample(MEMORY_SWAP_FAILURES) or 0)
-
-
-def oom_kills(data: bytes) -> int:
-    """The counter of memory.oom_control; before Linux 4.13 there was none."""
-    return int(parse.flat_keyed(data).get(b"oom_kill", 0))
 
 
 def pids(files: ControlFiles) -> PidsStats | None:

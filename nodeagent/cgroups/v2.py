@@ -11,6 +11,7 @@ from nodeagent.cgroups.control import ControlFiles, Setting
 from nodeagent.cgroups.convert import UNLIMITED, parse_max, to_max
 from nodeagent.cgroups.stats import CpuStats, HugetlbStats, IoStats, MemoryStats, PidsStats
 from nodeagent.errors import FailedPrecondition, InvalidArgument, Unsupported
+from nodeagent.linux import oom
 from nodeagent.records import Resources
 
 CPU_WEIGHT = "cpu.weight"
@@ -251,7 +252,8 @@ def memory(files: ControlFiles) -> MemoryStats | None:
     if usage is None or detail is None:
         return None
     stat = parse.flat_keyed(detail)
-    events = parse.flat_keyed(files.sample(MEMORY_EVENTS) or b"")
+    local = files.sample(MEMORY_EVENTS) or b""
+    events = parse.flat_keyed(local)
     limit = parse_max(files.sample(MEMORY_MAX) or b"max")
     swap_limit = parse_max(files.sample(MEMORY_SWAP_MAX) or b"max")
     kernel = stat.get(b"kernel") or sum(int(stat.get(key, 0)) for key in _KERNEL_PARTS)
@@ -270,13 +272,8 @@ def memory(files: ControlFiles) -> MemoryStats | None:
         page_faults=int(stat[b"pgfault"]),
         major_page_faults=int(stat[b"pgmajfault"]),
         failures=int(events.get(b"max", 0)),
-        oom_kills=int(events.get(b"oom_kill", 0)),
+        oom_kills=oom.kills(local),
     )
-
-
-def oom_kills(data: bytes) -> int:
-    """The counter of memory.events.local."""
-    return int(parse.flat_keyed(data)[b"oom_kill"])
 
 
 def pids(files: ControlFiles) -> PidsStats | None:

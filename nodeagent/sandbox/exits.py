@@ -12,7 +12,7 @@ import struct
 import time
 
 from nodeagent import files
-from nodeagent.linux import processes
+from nodeagent.linux import oom, processes
 from nodeagent.sandbox import protocol
 from nodeagent.sandbox.spec import Exit
 
@@ -90,19 +90,24 @@ def _path(pod: str, container: str) -> str:
     return f"{pod}/{_DIRECTORY}/{container}.json"
 
 
-def describe(code: int, *, oom: bool) -> Exit:
-    return {"code": code, "at": time.time_ns(), "oom": oom}
+def judge(code: int, *, killed: bool, oom_before: int, counter: int | None) -> Exit:
+    """How a process has just ended whose exit code is `code`: the one place that says whether it was OOM-killed.
+
+    It was where SIGKILL ended it, no supervisor had sent that (`killed`, as `facts.was_killed` tells it to others),
+    and `oom_kills` of its counter is more than when it was made (`oom_before`).
+    """
+    struck = code == SIGKILLED and not killed and oom_kills(counter) > oom_before
+    return {"code": code, "at": time.time_ns(), "oom": struck}
 
 
-def oom_kills(file: int | None) -> int:
-    """How often the OOM killer struck, from memory.events (v2) or memory.oom_control (v1)."""
-    if file is None:
+def oom_kills(counter: int | None) -> int:
+    """How often the OOM killer struck, from an open memory.events (v2) or memory.oom_control (v1)."""
+    if counter is None:
         return 0
     try:
-        lines = os.pread(file, 4096, 0).splitlines()
+        return oom.kills(os.pread(counter, 4096, 0))
     except OSError:  # the cgroup has been removed
         return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith(b"oom_kill ")), 0)
 
 
 def code_of_stranger(pid: int, pidfd: int) -> int | None:

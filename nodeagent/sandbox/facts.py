@@ -60,6 +60,15 @@ def load(pod: str, container: str) -> tuple[ContainerPlan, Facts]:
         return load_plan(pod, container), json.loads(state.read())
 
 
+def was_killed(pod: str, container: str) -> bool:
+    """Whether a supervisor has sent SIGKILL, which it wrote down before; False where nothing can be read."""
+    try:
+        with open(f"{directory(pod, container)}/state.json", "rb") as state:
+            return bool(json.loads(state.read())["killed"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 def load_plan(pod: str, container: str) -> ContainerPlan:
     with open(f"{directory(pod, container)}/plan.json", "rb") as file:
         plan: ContainerPlan = json.loads(file.read())

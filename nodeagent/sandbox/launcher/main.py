@@ -20,7 +20,7 @@ from typing import NoReturn
 from nodeagent import files
 from nodeagent.errors import AlreadyExists, FailedPrecondition, Unavailable
 from nodeagent.linux import immortal, processes
-from nodeagent.sandbox import exits, protocol
+from nodeagent.sandbox import exits, facts, protocol
 from nodeagent.sandbox.launcher import rehearsal
 from nodeagent.sandbox.paths import LAUNCHER_READY, LAUNCHER_SOCKET, SUPERVISOR_SOCKET
 from nodeagent.sandbox.protocol import Message
@@ -271,8 +271,12 @@ class Launcher:
         deposit = pod.deposits.get(container)
         if deposit is None or not _has_ended(deposit.fds["pidfd"]):
             return
-        struck = exits.oom_kills(deposit.fds.get("oom")) > deposit.oom_kills
-        end = exits.describe(code, oom=struck and code == exits.SIGKILLED)
+        end = exits.judge(
+            code,
+            killed=facts.was_killed(pod.directory, container),
+            oom_before=deposit.oom_kills,
+            counter=deposit.fds.get("oom"),
+        )
         exits.record(pod.directory, container, end)
 
 

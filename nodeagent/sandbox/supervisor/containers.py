@@ -224,10 +224,7 @@ class Container:
         if not self.facts["deadline"] or deadline < self.facts["deadline"]:
             self.facts["deadline"] = deadline
             self.keep_deadline()
-        try:
-            self._save()
-        except OSError as error:  # a full disk: we keep the deadline, a successor would not
-            report(f"container {self.id}: its deadline is not recorded: {error}")
+        self._note("deadline")
 
     def keep_deadline(self) -> None:
         if self._deadline is not None:
@@ -239,7 +236,9 @@ class Container:
         """The end of a PID namespace's first process ends the others; without one of its own, the cgroup does."""
         if self.exit is not None or self._is_over:
             return
-        self.facts["killed"] = True
+        if not self.facts["killed"]:
+            self.facts["killed"] = True
+            self._note("kill")  # before the signal: who else sees the end has to know whose it was
         self._signal(signal.SIGKILL)
         if self.plan["pid"] != "container":
             self.group.kill()
@@ -270,8 +269,12 @@ class Container:
             guarded(self.pump.finish)
         if self._failure is not None and self.facts["started_at"]:
             code = START_FAILED
-        oom = code == exits.SIGKILLED and not self.facts["killed"] and self._oom_struck()
-        self.exit = exits.describe(code, oom=oom)
+        self.exit = exits.judge(
+            code,
+            killed=self.facts["killed"],
+            oom_before=self.facts["oom_kills"],
+            counter=self.fds.get("oom"),
+        )
         try:
             self.exit = exits.record(self.pod.directory, self.id, self.exit)
         except OSError as error:  # a full disk: it has ended all the same
@@ -298,9 +301,6 @@ class Container:
     def _reaped(self) -> None:
         if self.exit is None and "pidfd" in self.fds:
             self._stranger_ended(0)
-
-    def _oom_struck(self) -> bool:
-        return exits.oom_kills(self.fds.get("oom")) > self.facts["oom_kills"]
 
     def _release(self) -> list[int]:
         """Let go of all that the container had; returns the descriptors that are still to be closed."""
@@ -386,6 +386,15 @@ class Container:
 
     def deposit(self) -> Deposit:
         return Deposit(self.facts["pid"], self.facts["oom_kills"], self.fds)
+
+    def _note(self, what: str) -> None:
+        """Write down what is known for whoever comes after us; on a full disk, only we know it."""
+        if not self.facts["created_at"]:
+            return  # a creation that is cut off is undone, whatever is known of it
+        try:
+            self._save()
+        except OSError as error:
+            report(f"container {self.id}: its {what} is not recorded: {error}")
 
     def _save(self, *, created_at: int | None = None, started_at: int | None = None) -> None:
         """Write down what is known and what has just happened, or know none of the latter."""

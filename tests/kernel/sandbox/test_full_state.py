@@ -115,7 +115,7 @@ async def test_a_record_is_written_once_and_goes_with_its_container(node: Node) 
     directory = str(pod.directory)
     first = exits.read(directory, "main")
     assert first is not None
-    assert exits.record(directory, "main", exits.describe(9, oom=True)) == first
+    assert exits.record(directory, "main", {"code": 9, "at": 1, "oom": True}) == first
     assert exits.read(directory, "main") == first
     await pod.supervisor.remove("main")
     assert os.listdir(pod.directory / "exits") == []

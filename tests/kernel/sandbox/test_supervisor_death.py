@@ -1,6 +1,7 @@
 """What survives whom: containers the agent, the supervisor and the launcher; what happened is known afterwards."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ import pytest
 from nodeagent.errors import AlreadyExists, Unavailable
 from nodeagent.linux import processes
 from nodeagent.sandbox import exits, facts, protocol
-from nodeagent.sandbox.agent.client import ContainerState, ExecIO, Launcher
+from nodeagent.sandbox.agent.client import CgroupFds, ContainerState, ExecIO, Launcher
 from nodeagent.sandbox.paths import SUPERVISOR_SOCKET
 from nodeagent.sandbox.spec import PodPlan
 from tests.kernel.sandbox.supervised import (
@@ -123,6 +124,35 @@ async def test_a_container_that_was_killed_with_its_supervisor(node: Node) -> No
     await pod.kill_supervisor()
     await pod.succeed()
     assert (await pod.supervisor.wait("main"))["code"] == 137
+
+
+@pytest.mark.parametrize("killer", ["kernel", "supervisor"])
+@pytest.mark.parametrize("judge", ["supervisor", "launcher"])
+async def test_whoever_sees_the_end_says_whether_it_was_an_oom_kill(
+    node: Node, killer: str, judge: str
+) -> None:
+    """The counter has grown in any case: the OOM killer may have ended a child of the container before."""
+    pod = await node.pod()
+    counter = node.directory / "memory.events"
+    counter.write_text("oom 0\noom_kill 3\n")
+    file = os.open(counter, os.O_RDONLY)
+    pid = await pod.run("sleep 1000", cgroup=CgroupFds(oom=file))
+    os.close(file)
+    counter.write_text("oom 1\noom_kill 4\n")
+    if killer == "supervisor" and judge == "supervisor":
+        await pod.supervisor.stop("main", signal.SIGTERM, 0)
+    elif killer == "supervisor":  # which dies once it has written down that it kills
+        state_file = pod.directory / "containers" / "main" / "state.json"
+        state_file.write_text(json.dumps(json.loads(state_file.read_text()) | {"killed": True}))
+    if judge == "launcher":
+        os.kill(pod.supervisor.pid, signal.SIGSTOP)
+    if (killer, judge) != ("supervisor", "supervisor"):
+        os.kill(pid, signal.SIGKILL)
+    if judge == "launcher":
+        await pod.kill_supervisor()
+        await pod.succeed()
+    end = await pod.supervisor.wait("main")
+    assert (end["code"], end["oom"]) == (137, killer == "kernel")
 
 
 async def test_a_created_container_can_be_started_by_a_successor(node: Node) -> None:

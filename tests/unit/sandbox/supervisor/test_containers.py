@@ -55,6 +55,36 @@ def test_a_process_that_was_reaped_unheard_has_ended(tmp_path: Path) -> None:
     assert [event["event"] for event in cast(Any, container.pod).told] == ["exit"]
 
 
+def test_a_kill_is_written_down_before_it_is_sent(tmp_path: Path) -> None:
+    """Who sees the end in the place of this supervisor would take it for an OOM kill."""
+    process = subprocess.Popen(["/bin/sleep", "1000"])
+    container = running(tmp_path, process.pid)
+    facts.make_directory(str(tmp_path), container.plan)
+    assert not facts.was_killed(str(tmp_path), container.id)
+    container.stop(signal.SIGTERM, 0)
+    assert facts.was_killed(str(tmp_path), container.id)
+    assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("code", "killed", "kills", "oom"),
+    [
+        (137, False, 4, True),
+        (137, False, 3, False),  # by somebody else
+        (137, True, 4, False),  # by us, after a child of it was OOM-killed
+        (1, False, 4, False),  # it lived on without that child
+    ],
+)
+def test_what_is_an_oom_kill(
+    tmp_path: Path, code: int, killed: bool, kills: int, oom: bool
+) -> None:
+    counter = tmp_path / "memory.events"
+    counter.write_text(f"oom 9\noom_kill {kills}\noom_group_kill 7\n")
+    with open(counter) as file:
+        end = exits.judge(code, killed=killed, oom_before=3, counter=file.fileno())
+    assert (end["code"], end["oom"]) == (code, oom)
+
+
 @pytest.fixture
 def told_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The processes that hooks of poststart were told of."""
