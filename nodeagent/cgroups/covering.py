@@ -8,8 +8,7 @@ import errno
 import os
 
 from nodeagent.cgroups.hierarchy import Hierarchy
-from nodeagent.linux import syscalls
-from nodeagent.linux.mounts import mount_table
+from nodeagent.linux import mountinfo, syscalls
 
 _FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _KINDS = ("cgroup", "cgroup2")
@@ -53,13 +52,11 @@ def _shows_the_lowest(visible: int, path: str) -> bool:
     Those that cover it come after it, and are of something else, or of a group below (proc_pid_mountinfo(5)).
     """
     lowest = shown = None
-    for line in filter(None, mount_table().split("\n")):
-        head, _, tail = line.partition(" - ")
-        mount_id, _, device, root, point, _ = head.split(" ", 5)
-        if tail.split(" ", 1)[0] not in _KINDS:
+    for mount in mountinfo.parse(mountinfo.table()):
+        if mount.kind not in _KINDS:
             continue
-        if point == path and lowest is None:
-            lowest = (device, root)
-        if int(mount_id) == visible:
-            shown = (device, root)
+        if mount.point == path and lowest is None:
+            lowest = (mount.device, mount.root)
+        if mount.id == visible:
+            shown = (mount.device, mount.root)
     return shown is not None and shown == lowest

@@ -5,9 +5,12 @@ one that controls nothing; "hybrid" is v1 with an additional cgroup2 that only k
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
+
+from nodeagent.linux.mountinfo import Mount
 
 V1_CONTROLLERS = frozenset(
     {"blkio", "cpu", "cpuacct", "cpuset", "debug", "devices", "freezer", "hugetlb", "memory"}
@@ -87,31 +90,20 @@ class Layout:
         return tuple(h.container_mount() for h in self.legacy)
 
 
-def detect(root: str, mountinfo: str) -> Layout:
-    """The hierarchies mounted at `root`, or directly below it, by the text of /proc/PID/mountinfo.
-
-    Of a tree that is mounted twice the first is taken. Mount points may have any character in them that does not end a
-    line for the kernel.
-    """
+def detect(root: str, mounts: Iterable[Mount]) -> Layout:
+    """The hierarchies mounted at `root`, or directly below it. The first mount of a tree is taken."""
     unified: Hierarchy | None = None
     legacy: dict[str, Hierarchy] = {}
-    for line in filter(None, mountinfo.split("\n")):
-        mount, kind, options = _fields(line)
-        if mount != root and os.path.dirname(mount) != root:
+    for mount in mounts:
+        point, options = mount.point, mount.options.split(",")
+        if point != root and os.path.dirname(point) != root:
             continue
-        if kind == "cgroup2" and unified is None:
-            unified = _unified(mount, options)
-        elif kind == "cgroup":
-            hierarchy = _legacy(mount, options)
+        if mount.kind == "cgroup2" and unified is None:
+            unified = _unified(point, options)
+        elif mount.kind == "cgroup":
+            hierarchy = _legacy(point, options)
             legacy.setdefault(hierarchy.options, hierarchy)
     return Layout(unified, tuple(legacy.values()))
-
-
-def _fields(line: str) -> tuple[str, str, list[str]]:
-    """Mount point, type and superblock options of a line; proc_pid_mountinfo(5)."""
-    head, _, tail = line.partition(" - ")
-    kind, _, options = tail.split(" ", 2)
-    return head.split(" ", 5)[4], kind, options.split(",")
 
 
 def _unified(mount: str, options: list[str]) -> Hierarchy:

@@ -8,7 +8,7 @@ from nodeagent.cgroups.covering import Watched
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.hierarchy import ContainerMount, Layout
 from nodeagent.errors import NotFound, Unsupported
-from nodeagent.linux.mounts import mount_table
+from nodeagent.linux import mountinfo
 from nodeagent.records import Resources
 
 Driver = Literal["cgroupfs", "systemd"]
@@ -49,7 +49,7 @@ class Cgroups:
 
         Raises Unsupported where no cgroup hierarchy is mounted at `root`.
         """
-        layout = hierarchy.detect(root, mount_table())
+        layout = hierarchy.detect(root, mountinfo.parse(mountinfo.table()))
         if not layout.hierarchies:
             raise Unsupported(f"{root}: no cgroup hierarchy is mounted there")
         if driver == "auto":

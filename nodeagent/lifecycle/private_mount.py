@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nodeagent.linux import syscalls
+from nodeagent.linux import mountinfo, syscalls
 
 
 @contextmanager
@@ -27,6 +27,5 @@ def mounted(directory: Path) -> Iterator[None]:
 
 def is_there(directory: Path) -> bool:
     """Whether a directory is a mount point."""
-    escaped = str(directory).replace("\\", "\\134").replace(" ", "\\040")
-    with open("/proc/self/mountinfo", errors="surrogateescape") as table:
-        return any(line.split(" ", 5)[4] == escaped for line in table)
+    mounts = mountinfo.parse(mountinfo.table())
+    return any(mount.point == str(directory) for mount in mounts)

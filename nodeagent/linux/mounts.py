@@ -7,10 +7,9 @@ container could have changed: see `nodeagent.linux.confined`.
 
 import errno
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from nodeagent.linux import syscalls
+from nodeagent.linux import mountinfo, syscalls
 
 PROPAGATIONS = {
     "private": syscalls.MS_PRIVATE,
@@ -28,7 +27,6 @@ _ATTRIBUTES = {
     "noatime": syscalls.MOUNT_ATTR_NOATIME,
     "strictatime": syscalls.MOUNT_ATTR_STRICTATIME,
 }
-_OCTAL = re.compile(r"\\([0-7]{3})")  # blanks and the like in a path of the mount table (proc(5))
 _ATIME_NAMES = frozenset(("relatime", "noatime", "strictatime"))
 
 # The kernel's own defaults may be others. Links in layers that redirect a lookup are never obeyed; the
@@ -157,7 +155,7 @@ def _root_of_mount(descriptor: int) -> int:
 
     The path in the mount table is only a hint: that it leads to the same mount is checked on what was opened.
     """
-    point = _OCTAL.sub(lambda match: chr(int(match[1], 8)), _mountinfo(descriptor)[4])
+    point = _mount_of(descriptor).point
     root = os.open(point, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     if syscalls.statx_mount_id(root) != syscalls.statx_mount_id(descriptor):
         os.close(root)
@@ -173,48 +171,30 @@ def map_ids(mount: int, userns: int, recursive: bool = True) -> None:
 
 def propagation_of(descriptor: int) -> str:
     """How the mount that an open file is on propagates: "private", "slave" or "shared"."""
-    fields = _mountinfo(descriptor)
-    optional = fields[6 : fields.index("-")]
-    if any(field.startswith("shared:") for field in optional):
+    fields = _mount_of(descriptor).propagation
+    if any(field.startswith("shared:") for field in fields):
         return "shared"
-    return "slave" if any(field.startswith("master:") for field in optional) else "private"
+    return "slave" if any(field.startswith("master:") for field in fields) else "private"
 
 
 def filesystem_of(descriptor: int) -> str:
     """The kind of file system that an open file is on, as in "ext4"."""
-    fields = _mountinfo(descriptor)
-    return fields[fields.index("-") + 1]
+    return _mount_of(descriptor).kind
 
 
 def devices_of(kind: str) -> set[int]:
-    """st_dev of all file systems of a kind that are mounted in the caller's namespace.
-
-    The kernel's table tells them without a question to a server, as statfs(2) may ask one.
-    """
+    """st_dev of all file systems of a kind that are mounted in the caller's namespace."""
     found = set()
-    for line in mount_table().split("\n"):
-        fields, _, rest = line.partition(" - ")
-        if rest.startswith(f"{kind} "):
-            major, minor = fields.split(" ", 3)[2].split(":")
+    for mount in mountinfo.parse(mountinfo.table()):
+        if mount.kind == kind:
+            major, minor = mount.device.split(":")
             found.add(os.makedev(int(major), int(minor)))
     return found
 
 
-def mount_table() -> str:
-    """/proc/self/mountinfo: a newline ends each line, a space each field; other white space may be in a name."""
-    with open(
-        "/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n"
-    ) as file:
-        return file.read()
-
-
-def _mountinfo(descriptor: int) -> list[str]:
-    """The fields of the mount that an open file was reached through; optional ones end with a hyphen (proc(5))."""
-    mount_id = str(syscalls.statx_mount_id(descriptor))
-    for line in mount_table().split("\n"):
-        if line.startswith(f"{mount_id} "):
-            return line.split(" ")
-    raise OSError(f"mount {mount_id} is not in /proc/self/mountinfo")
+def _mount_of(descriptor: int) -> mountinfo.Mount:
+    """The mount that an open file was reached through."""
+    return mountinfo.with_id(syscalls.statx_mount_id(descriptor))
 
 
 def isolate() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent.linux import mounts
+from nodeagent.linux import mountinfo
 from nodeagent.sandbox import rootfs_defaults
 from tests.kernel.sandbox.conftest import Plan
 from tests.kernel.sandbox.containers import Process, start
@@ -29,10 +29,10 @@ def outside(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "outside"
     path.mkdir()
     (path / "precious").write_text("precious")
-    before = mounts.mount_table()
+    before = mountinfo.table()
     yield path
     assert os.listdir(path) == ["precious"]
-    assert [line for line in mounts.mount_table().splitlines() if str(path) in line] == [
+    assert [line for line in mountinfo.table().splitlines() if str(path) in line] == [
         line for line in before.splitlines() if str(path) in line
     ]
 

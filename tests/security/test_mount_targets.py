@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from nodeagent.lifecycle.plan.mounts import outside_of
-from nodeagent.linux import mounts, syscalls
+from nodeagent.linux import mountinfo, syscalls
 from nodeagent.sandbox import rootfs_defaults
 from nodeagent.sandbox.spec import Mount
 from tests.kernel.sandbox.conftest import Plan
@@ -275,12 +275,11 @@ def test_the_procfs_of_the_node(plan: Plan) -> None:
 
 def below(path: Path) -> dict[str, str]:
     """What this mount namespace has mounted below a directory, and which peer group each belongs to."""
-    found = {}
-    for line in mounts.mount_table().splitlines():
-        fields = line.split(" ")
-        if fields[4].startswith(f"{path}/"):
-            found[fields[4].removeprefix(f"{path}/")] = fields[6]
-    return found
+    return {
+        mount.point.removeprefix(f"{path}/"): " ".join(mount.propagation)
+        for mount in mountinfo.parse(mountinfo.table())
+        if mount.point.startswith(f"{path}/")
+    }
 
 
 @pytest.mark.parametrize("target", ["/dev", "/sys", "/sys/fs", "/a", "/link"])

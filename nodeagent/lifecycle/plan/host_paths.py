@@ -6,18 +6,15 @@ own, so that it holds up the request that named it and nothing else: no event lo
 
 import asyncio
 import os.path
-import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from nodeagent.errors import ResourceExhausted
-from nodeagent.linux.mounts import mount_table
+from nodeagent.linux import mountinfo
 
 T = TypeVar("T")
-
-_MOUNT_POINT = 4  # field of a line of /proc/self/mountinfo
 
 
 class HostPaths:
@@ -47,7 +44,7 @@ class HostPaths:
         """The table of mounts is read only when there is something to count."""
         if len(self.under_way) < self._limit:
             return
-        points = mount_points(mount_table())
+        points = {mount.point for mount in mountinfo.parse(mountinfo.table())}
         mount = mount_point(path, points)
         blocked = sum(
             mount_point(other, points) == mount for other in list(self.under_way.values())
@@ -66,12 +63,6 @@ def _run(function: Callable[[], T], future: Future[T]) -> None:
         future.set_exception(error)
     else:
         future.set_result(result)
-
-
-def mount_points(mountinfo: str) -> set[str]:
-    """The kernel writes blanks, tabs, line feeds and backslashes of a name in octal (proc_pid_mountinfo(5))."""
-    names = (line.split(" ")[_MOUNT_POINT] for line in mountinfo.split("\n") if line)
-    return {re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), name) for name in names}
 
 
 def mount_point(path: str, points: set[str]) -> str:

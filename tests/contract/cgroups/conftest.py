@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -17,10 +16,11 @@ from nodeagent.cgroups.descriptors import WatchFds
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.hierarchy import Layout
 from nodeagent.cgroups.manager import Cgroups
+from nodeagent.linux import mountinfo
 
 ROOT = "/sys/fs/cgroup"
 TOP = f"/na-test-{os.getpid()}"
-LAYOUT = hierarchy.detect(ROOT, Path("/proc/self/mountinfo").read_text())
+LAYOUT = hierarchy.detect(ROOT, mountinfo.parse(mountinfo.table()))
 
 _LAYOUTS = {"v2": LAYOUT}
 if LAYOUT.legacy:

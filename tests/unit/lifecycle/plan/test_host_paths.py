@@ -8,6 +8,7 @@ import pytest
 from nodeagent.errors import NotFound, ResourceExhausted
 from nodeagent.lifecycle.plan import host_paths
 from nodeagent.lifecycle.plan.host_paths import HostPaths
+from nodeagent.linux import mountinfo
 from tests.support.node import wait_for
 
 
@@ -34,7 +35,7 @@ async def test_a_look_returns_or_raises_what_its_function_does() -> None:
 async def test_looks_that_hang_hold_up_only_those_at_their_file_system(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(host_paths, "mount_table", lambda: MOUNTS)
+    monkeypatch.setattr(mountinfo, "table", lambda: MOUNTS)
     answered = threading.Event()
     paths = HostPaths(limit=2)
     hanging = asyncio.create_task(paths.look("first", "/mnt/hung/a", answered.wait))
@@ -66,4 +67,5 @@ async def test_looks_that_hang_hold_up_only_those_at_their_file_system(
     ],
 )
 def test_the_mount_point_of_a_path(path: str, point: str) -> None:
-    assert host_paths.mount_point(path, host_paths.mount_points(MOUNTS)) == point
+    points = {mount.point for mount in mountinfo.parse(MOUNTS)}
+    assert host_paths.mount_point(path, points) == point
