@@ -10,6 +10,12 @@ from typing import Literal, NotRequired, TypedDict
 PidMode = Literal["container", "pod", "node", "target"]
 Propagation = Literal["private", "slave", "shared"]
 
+# /dev/shm where no size is asked for, as in Docker and the other CRI runtimes.
+DEFAULT_SHM_BYTES = 64 << 20
+
+# PATH where neither the image nor the request has one: as a variable, and to look for the program of an exec.
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
 
 class IdMap(TypedDict):
     """One line of a ``uid_map``."""

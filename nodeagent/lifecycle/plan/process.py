@@ -9,9 +9,8 @@ import signal
 from nodeagent.errors import InvalidArgument
 from nodeagent.linux import capabilities
 from nodeagent.records import CapabilityChange, ContainerConfig, ImageConfig
-from nodeagent.sandbox.spec import Capabilities, UserRequest
+from nodeagent.sandbox.spec import DEFAULT_PATH, Capabilities, UserRequest
 
-DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DEFAULT_CAPABILITIES = (
     "AUDIT_WRITE",
     "CHOWN",

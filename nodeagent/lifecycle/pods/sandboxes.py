@@ -29,9 +29,7 @@ from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.net.network import Network
 from nodeagent.records import Resources, Sandbox, SandboxConfig
 from nodeagent.sandbox.agent.client import Supervisor
-from nodeagent.sandbox.spec import PodSettings
-
-DEFAULT_SHM_BYTES = 64 << 20
+from nodeagent.sandbox.spec import DEFAULT_SHM_BYTES, PodSettings
 
 
 class Sandboxes:

@@ -5,8 +5,7 @@ import os
 from typing import NamedTuple, NoReturn
 
 from nodeagent.errors import StartError
-
-_DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+from nodeagent.sandbox.spec import DEFAULT_PATH
 
 
 class Program(NamedTuple):
@@ -20,9 +19,7 @@ class Program(NamedTuple):
 def find(argv: list[str], env: list[str], home: str) -> Program:
     """env: entries as ``NAME=value``; home: HOME where they have none."""
     environment = {"HOME": home} | _environment(env)
-    return Program(
-        argv, _candidates(argv[0], environment.get("PATH") or _DEFAULT_PATH), environment
-    )
+    return Program(argv, _candidates(argv[0], environment.get("PATH") or DEFAULT_PATH), environment)
 
 
 def execute(program: Program) -> NoReturn:

@@ -24,7 +24,7 @@ from nodeagent.sandbox.runtime import peers, process
 from nodeagent.sandbox.runtime.keeping import Deposit, Keeper
 from nodeagent.sandbox.runtime.loop import Loop
 from nodeagent.sandbox.runtime.peers import Listener, Peer, Request
-from nodeagent.sandbox.spec import PodPlan, PodSettings
+from nodeagent.sandbox.spec import DEFAULT_SHM_BYTES, PodPlan, PodSettings
 from nodeagent.sandbox.supervisor import creation, namespaces, podfile, succession
 from nodeagent.sandbox.supervisor.attaching import Attachments
 from nodeagent.sandbox.supervisor.containers import Container
@@ -155,7 +155,7 @@ class Supervisor:
             if "uts" not in owned:
                 raise FailedPrecondition(f'pod "{self.pod.id}": its host name is the node\'s')
             syscalls.sethostname(settings["hostname"])
-        if settings["shm_bytes"] not in (None, namespaces.DEFAULT_SHM_BYTES) and "ipc" in owned:
+        if settings["shm_bytes"] not in (None, DEFAULT_SHM_BYTES) and "ipc" in owned:
             namespaces.resize_shm(self.pod.directory, int(settings["shm_bytes"] or 0))
         sysctls.write(settings["sysctls"], owner=self.pod.root, groups=self.pod.groups)
         if settings["pid"] == "pod" and self.pod.init_pidfd is None:

@@ -16,9 +16,8 @@ from nodeagent import files
 from nodeagent.linux import syscalls, userns
 from nodeagent.sandbox import idmaps
 from nodeagent.sandbox.paths import SHARED, pin, procfs_pin, shared
-from nodeagent.sandbox.spec import PodPlan
+from nodeagent.sandbox.spec import DEFAULT_SHM_BYTES, PodPlan
 
-DEFAULT_SHM_BYTES = 64 << 20
 FILES_BYTES = 1 << 20  # for hosts, hostname and resolv.conf, beside shared memory
 
 _FLAGS = {

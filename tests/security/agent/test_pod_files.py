@@ -9,6 +9,7 @@ import pytest
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.linux import syscalls
+from nodeagent.sandbox import spec
 from nodeagent.sandbox.supervisor import namespaces
 from tests.e2e.conftest import UPSTREAM, client
 from tests.security.agent.test_mounts import host_pid
@@ -17,7 +18,7 @@ from tests.support.node import RunningAgent, wait_for
 from tests.support.registry import Registry
 
 STATE_BYTES = 48 << 20
-SHARED_BYTES = namespaces.DEFAULT_SHM_BYTES + namespaces.FILES_BYTES
+SHARED_BYTES = spec.DEFAULT_SHM_BYTES + namespaces.FILES_BYTES
 FILL = "dd if=/dev/zero of={} bs=1M; echo filled; exec sleep 1000"
 NAMES = ("hosts", "hostname", "resolv.conf")
 

@@ -6,6 +6,7 @@ from nodeagent.errors import InvalidArgument
 from nodeagent.lifecycle.plan import process
 from nodeagent.linux import capabilities
 from nodeagent.records import CapabilityChange, ContainerConfig, ImageConfig
+from nodeagent.sandbox import spec
 
 IMAGE = ImageConfig(entrypoint=("/entry",), cmd=("a", "b"), env=("X=image", "Y=image"))
 
@@ -35,7 +36,7 @@ def test_no_command_is_refused() -> None:
 def test_environment() -> None:
     merged = process.environment(config(envs=(("Y", b"\xff"), ("Z", b""))), IMAGE, "pod")
     assert merged == [
-        f"PATH={process.DEFAULT_PATH}",
+        f"PATH={spec.DEFAULT_PATH}",
         "HOSTNAME=pod",
         "X=image",
         "Y=\udcff",
