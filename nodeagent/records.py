@@ -12,6 +12,7 @@ import msgspec
 
 from nodeagent.errors import FailedPrecondition
 from nodeagent.linux import userns
+from nodeagent.words import HookStage, NamespaceMode, Propagation
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,8 +27,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 #
 # The CRI's messages in the agent's own shape: validated, enums as words, absent messages as None or empty.
 
-Namespace = Literal["pod", "container", "node", "target"]
 Labels = dict[str, str]
+CgroupMount = Literal["default", "readonly", "writable"]
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -52,7 +53,7 @@ class Namespaces(Config, frozen=True, kw_only=True):
     """target: the container whose PID namespace is joined, where pid is "target". cgroup: of containers only."""
 
     network: Literal["pod", "node"] = "pod"
-    pid: Namespace = "container"
+    pid: NamespaceMode = "container"
     ipc: Literal["pod", "node"] = "pod"
     target: str = ""
     user: UserNamespace | None = None
@@ -191,7 +192,7 @@ class MountConfig(Config, frozen=True, kw_only=True):
     readonly: bool = False
     recursive_read_only: bool = False
     selinux_relabel: bool = False
-    propagation: Literal["private", "slave", "shared"] = "private"
+    propagation: Propagation = "private"
     uids: tuple[IdMapping, ...] = ()
     gids: tuple[IdMapping, ...] = ()
     image: str = ""
@@ -218,11 +219,6 @@ class DeviceConfig(Config, frozen=True, kw_only=True):
     type: Literal["", "b", "c"] = ""
     major: int = 0
     minor: int = 0
-
-
-HookStage = Literal[
-    "prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"
-]
 
 
 class HookConfig(Config, frozen=True, kw_only=True):
@@ -281,7 +277,7 @@ class ContainerConfig(Config, frozen=True, kw_only=True):
     namespaces: Namespaces = Namespaces()
     privileged: bool = False
     readonly_rootfs: bool = False
-    cgroup_mount: Literal["default", "readonly", "writable"] = "default"
+    cgroup_mount: CgroupMount = "default"
     no_new_privs: bool = False
     capabilities: CapabilityChange = CapabilityChange()
     run_as_user: int | None = None

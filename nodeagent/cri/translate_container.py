@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from typing import Literal
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import signals, translate_images, validate
@@ -12,12 +11,11 @@ from nodeagent.cri.translate_namespaces import container_namespaces
 from nodeagent.cri.translate_resources import resources
 from nodeagent.errors import Unsupported
 from nodeagent.lifecycle.plan import cdi_specs
-from nodeagent.records import ContainerConfig, DeviceConfig, Profile, SandboxConfig
+from nodeagent.records import CgroupMount, ContainerConfig, DeviceConfig, Profile, SandboxConfig
 
 _PERMISSIONS = re.compile(r"(?!.*(.).*\1)[rwm]{1,3}")
 _USERNAME_BYTES = 256
 
-CgroupMount = Literal["default", "readonly", "writable"]
 _CGROUP_MOUNTS: dict[int, CgroupMount] = {
     pb.CGROUP_MOUNT_MODE_UNSPECIFIED: "default",
     pb.CGROUP_MOUNT_MODE_READ_ONLY: "readonly",

@@ -1,16 +1,16 @@
 """Mount to `MountConfig`, and what ContainerStatus says about mounts."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import translate_images, validate
 from nodeagent.cri.translate_namespaces import id_mappings, mapping_messages
 from nodeagent.records import MountConfig, MountStatus, SandboxConfig
+from nodeagent.words import Propagation
 
 _OPTIONS = ("noexec", "nodev", "nosuid")
 
-_PROPAGATION: dict[int, Literal["private", "slave", "shared"]] = {
+_PROPAGATION: dict[int, Propagation] = {
     pb.PROPAGATION_PRIVATE: "private",
     pb.PROPAGATION_HOST_TO_CONTAINER: "slave",
     pb.PROPAGATION_BIDIRECTIONAL: "shared",

@@ -6,11 +6,12 @@ from typing import Literal
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import validate
 from nodeagent.linux.userns import MAX_ID
-from nodeagent.records import IdMapping, Namespace, Namespaces, SandboxConfig, UserNamespace
+from nodeagent.records import IdMapping, Namespaces, SandboxConfig, UserNamespace
+from nodeagent.words import NamespaceMode
 
 _MAX_MAPPINGS = 340  # UID_GID_MAP_MAX_EXTENTS
 
-_PID: dict[int, Namespace] = {
+_PID: dict[int, NamespaceMode] = {
     pb.POD: "pod",
     pb.CONTAINER: "container",
     pb.NODE: "node",
@@ -78,7 +79,7 @@ def _cgroup_namespace(message: pb.NamespaceOption, field: str) -> Literal["conta
     return validate.word(message.cgroupns_options.mode, _CONTAINER_OR_NODE, f"{field}.mode")
 
 
-def _no_escape(asked: Namespace, pod: Namespace, field: str) -> None:
+def _no_escape(asked: NamespaceMode, pod: NamespaceMode, field: str) -> None:
     if asked == "node" and pod != "node":
         validate.refuse(field, "NODE, but the pod has a namespace of its own")
 

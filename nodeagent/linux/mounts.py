@@ -10,8 +10,9 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 
 from nodeagent.linux import mountinfo, syscalls
+from nodeagent.words import Propagation
 
-PROPAGATIONS = {
+PROPAGATIONS: dict[Propagation, int] = {
     "private": syscalls.MS_PRIVATE,
     "slave": syscalls.MS_SLAVE,
     "shared": syscalls.MS_SHARED,
@@ -128,8 +129,7 @@ def set_attributes(mount: int, names: Iterable[str], recursive: bool = False) ->
         syscalls.mount_setattr(mount, "", flags, attr_set=added, attr_clr=cleared)
 
 
-def set_propagation(mount: int, propagation: str, recursive: bool = True) -> None:
-    """propagation: "private", "slave" or "shared"."""
+def set_propagation(mount: int, propagation: Propagation, recursive: bool = True) -> None:
     flags = syscalls.AT_EMPTY_PATH | _recursion(recursive)
     syscalls.mount_setattr(mount, "", flags, propagation=PROPAGATIONS[propagation])
 
@@ -169,8 +169,8 @@ def map_ids(mount: int, userns: int, recursive: bool = True) -> None:
     syscalls.mount_setattr(mount, "", flags, attr_set=syscalls.MOUNT_ATTR_IDMAP, userns=userns)
 
 
-def propagation_of(descriptor: int) -> str:
-    """How the mount that an open file is on propagates: "private", "slave" or "shared"."""
+def propagation_of(descriptor: int) -> Propagation:
+    """How the mount that an open file is on propagates."""
     fields = _mount_of(descriptor).propagation
     if any(field.startswith("shared:") for field in fields):
         return "shared"

@@ -5,7 +5,8 @@ The agent merges them with what a request asks for into a `ContainerPlan`; `node
 
 from collections.abc import Mapping, Sequence
 
-from nodeagent.sandbox.spec import Device, Mount, Propagation
+from nodeagent.sandbox.spec import Device, Mount
+from nodeagent.words import Propagation
 
 
 def filesystem(target: str, kind: str, attributes: str, **data: str) -> Mount:

@@ -7,8 +7,7 @@ to the CRI or to the store, so that it can be printed when a step of it fails. A
 
 from typing import Literal, NotRequired, TypedDict
 
-PidMode = Literal["container", "pod", "node", "target"]
-Propagation = Literal["private", "slave", "shared"]
+from nodeagent.words import HookStage, NamespaceMode, Propagation
 
 # /dev/shm where no size is asked for, as in Docker and the other CRI runtimes.
 DEFAULT_SHM_BYTES = 64 << 20
@@ -187,11 +186,6 @@ class ProcessPlan(TypedDict):
     gid_map: NotRequired[list[IdMap]]
 
 
-HookStage = Literal[
-    "prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"
-]
-
-
 class Hook(TypedDict):
     """A program of the node, or of the container at startContainer. env: ``NAME=value``, all that it gets.
 
@@ -244,7 +238,7 @@ class ContainerPlan(TypedDict):
     devices: list[Device]
     masked_paths: list[str]
     readonly_paths: list[str]
-    pid: PidMode
+    pid: NamespaceMode
     pid_target: str
     cgroup_namespace: bool
     privileged: bool

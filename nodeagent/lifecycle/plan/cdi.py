@@ -13,6 +13,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 from msgspec.structs import replace
 
@@ -29,6 +30,7 @@ from nodeagent.lifecycle.plan.cdi_specs import (
     changed_by_others,
 )
 from nodeagent.records import ContainerConfig, DeviceConfig, HookConfig, MountConfig
+from nodeagent.words import Propagation
 
 ANNOTATION_PREFIX = "cdi.k8s.io/"
 MAX_HOOKS = 256  # of a container
@@ -36,8 +38,8 @@ SETTING = "cdi.hook_programs"
 
 _RUNC_DEVICE_MODE = 0o666  # of a device whose specification has no fileMode
 _OPTIONS = {"noexec", "nodev", "nosuid", "nosymfollow", "relatime", "noatime", "strictatime"}
-_PROPAGATIONS = {
-    f"{recursive}{name}": name for recursive in ("", "r") for name in ("private", "slave", "shared")
+_PROPAGATIONS: dict[str, Propagation] = {
+    f"{recursive}{name}": name for recursive in ("", "r") for name in get_args(Propagation)
 }
 _READONLY = {"ro", "rro"}
 _WITHOUT_MEANING = {"bind", "rbind", "rw", "suid", "dev", "exec", "defaults"}
@@ -144,7 +146,7 @@ class Cdi:
             host_path=mount.host_path,
             readonly=not _READONLY.isdisjoint(mount.options),
             recursive_read_only="rro" in mount.options,
-            propagation=_PROPAGATIONS[asked[-1]] if asked else "private",  # type: ignore[arg-type]
+            propagation=_PROPAGATIONS[asked[-1]] if asked else "private",
             options=tuple(option for option in mount.options if option in _OPTIONS),
             must_exist=True,
         )

@@ -22,7 +22,7 @@ import yaml
 from msgspec import Meta
 
 from nodeagent import files
-from nodeagent.records import HookStage
+from nodeagent.words import HookStage
 
 log = logging.getLogger(__name__)
 

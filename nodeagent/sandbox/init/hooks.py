@@ -21,7 +21,8 @@ from typing import NoReturn
 from nodeagent.errors import FailedPrecondition
 from nodeagent.linux import syscalls
 from nodeagent.sandbox.bundle import OCI_VERSION
-from nodeagent.sandbox.spec import ContainerPlan, Hook, HookStage
+from nodeagent.sandbox.spec import ContainerPlan, Hook
+from nodeagent.words import HookStage
 
 # The stages of a creation that the supervisor runs, while the first process waits.
 CREATION: tuple[HookStage, ...] = ("prestart", "createRuntime")

@@ -25,8 +25,9 @@ from nodeagent.sandbox.init import hookroot, hooks
 from nodeagent.sandbox.runtime import process
 from nodeagent.sandbox.runtime.children import Child
 from nodeagent.sandbox.runtime.loop import report
-from nodeagent.sandbox.spec import ContainerPlan, Hook, HookStage
+from nodeagent.sandbox.spec import ContainerPlan, Hook
 from nodeagent.sandbox.supervisor.pod import Pod
+from nodeagent.words import HookStage
 
 _MAX_TEXT = 4096
 _CLAIM = "poststop"

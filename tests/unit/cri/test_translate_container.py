@@ -15,13 +15,13 @@ from nodeagent.records import (
     DeviceConfig,
     IdMapping,
     MountConfig,
-    Namespace,
     Namespaces,
     Profile,
     SandboxConfig,
     SELinux,
     UserNamespace,
 )
+from nodeagent.words import NamespaceMode
 from tests.unit.cri import samples
 from tests.unit.cri.test_translate_sandbox import LIMITS
 
@@ -167,7 +167,7 @@ def test_no_security_context_masks_paths_an_empty_one_does_not() -> None:
         (pb.NODE, "node", "node"),
     ],
 )
-def test_pid_namespaces(asked: pb.NamespaceMode, of_pod: Namespace, got: Namespace) -> None:
+def test_pid_namespaces(asked: pb.NamespaceMode, of_pod: NamespaceMode, got: NamespaceMode) -> None:
     pod = SandboxConfig(name="p", uid="u", namespace="n", namespaces=Namespaces(pid=of_pod))
     options = pb.NamespaceOption(pid=asked)
     config = container_config(samples.in_container(namespace_options=options), pod)

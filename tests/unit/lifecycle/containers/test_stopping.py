@@ -13,7 +13,8 @@ import pytest
 from nodeagent.lifecycle.containers.creation import Creation
 from nodeagent.lifecycle.containers.stopping import Stopping
 from nodeagent.lifecycle.plan.cdi import Cdi
-from nodeagent.records import ContainerConfig, HookConfig, HookStage, Namespaces
+from nodeagent.records import ContainerConfig, HookConfig, Namespaces
+from nodeagent.words import HookStage
 
 PARTS = ("inventory", "images", "cgroups", "groups", "planner", "cdi", "trash", "directory")
 
