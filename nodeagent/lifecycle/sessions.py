@@ -6,7 +6,6 @@ its cgroup is removed when it has ended.
 
 import asyncio
 import os
-import secrets
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
@@ -15,12 +14,12 @@ from typing import Any
 
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.errors import FailedPrecondition, NodeAgentError, ResourceExhausted
+from nodeagent.lifecycle import execplan
 from nodeagent.lifecycle.containers.containers import Containers
 from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.inventory import Inventory
 from nodeagent.lifecycle.supervisors.handover import close_all, handover
 from nodeagent.lifecycle.supervisors.supervision import Supervision
-from nodeagent.records import Container
 from nodeagent.sandbox.agent.client import AttachIO, CgroupFds, ExecHandle, ExecIO, Supervisor
 from nodeagent.sandbox.spec import ExecPlan
 from nodeagent.streaming.backend import AttachRequest, ExecRequest, PortForwardRequest, Process
@@ -48,10 +47,10 @@ class Sessions:
         """Start a command in a running container, in a cgroup of its own."""
         container, supervisor = self._containers.running(request.container_id)
         whole = self._groups.of(container)
-        group = whole.child(f"exec-{secrets.token_hex(4)}")
+        group = execplan.new_group(whole)
         try:
             with handover(group) as fds:
-                plan = _plan(request, container)
+                plan = execplan.plan(container, request.command, tty=request.tty)
                 command = await _run(self, supervisor, request, plan, fds, size)
         except BaseException:
             await asyncio.to_thread(whole.discard, group)
@@ -168,16 +167,6 @@ def _pipes(wanted: Iterable[bool]) -> list[tuple[int | None, int | None]]:
         close_all(end for pipe in pipes for end in pipe)
         raise
     return pipes
-
-
-def _plan(request: ExecRequest, container: Container) -> ExecPlan:
-    return ExecPlan(
-        container=container.id,
-        argv=list(request.command),
-        tty=request.tty,
-        timeout_ms=0,
-        oom_score_adj=container.resources.oom_score_adj,
-    )
 
 
 async def _remove_after(handle: ExecHandle, whole: Cgroup, group: Cgroup) -> None:

@@ -6,13 +6,13 @@ the pipe open after it ended keeps nobody waiting.
 
 import asyncio
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.errors import NodeAgentError
+from nodeagent.lifecycle import execplan
 from nodeagent.lifecycle.supervisors.handover import handover
 from nodeagent.records import Container
 from nodeagent.sandbox.agent.client import ExecIO, Supervisor
@@ -43,13 +43,7 @@ async def exec_sync(
 
     The supervisor ends it in time; who cannot be killed, in a frozen container, is not waited for.
     """
-    plan = ExecPlan(
-        container=container.id,
-        argv=list(argv),
-        tty=False,
-        timeout_ms=round(timeout_s * 1000),
-        oom_score_adj=container.resources.oom_score_adj,
-    )
+    plan = execplan.plan(container, argv, timeout_s=timeout_s)
     try:
         async with asyncio.timeout(timeout_s + KILL_PATIENCE_SECONDS if timeout_s else None):
             return await _run(supervisor, group, plan)
@@ -60,7 +54,7 @@ async def exec_sync(
 
 
 async def _run(supervisor: Supervisor, group: Cgroup, plan: ExecPlan) -> ExecResult:
-    child = group.child(f"exec-{secrets.token_hex(4)}")
+    child = execplan.new_group(group)
     try:
         with Capture.open() as stdout, Capture.open() as stderr, handover(child) as fds:
             streams = ExecIO(stdin=None, stdout=stdout.writer, stderr=stderr.writer)
