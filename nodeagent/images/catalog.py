@@ -17,7 +17,7 @@ from typing import BinaryIO, Self
 
 from nodeagent.errors import ResourceExhausted, Unavailable
 from nodeagent.images import archive, manifest
-from nodeagent.images.concurrency import Flights, to_the_end
+from nodeagent.images.concurrency import SharedWork, to_the_end
 from nodeagent.images.content import Documents, sync_file_system
 from nodeagent.images.holds import Holds
 from nodeagent.images.image_store import ImageStore, documents, title
@@ -78,7 +78,7 @@ class Images:
         self._session = session
         self._installer = Installer(self._layers, self._staging, limits, self.counters)
         resources.push_async_callback(self._installer.close)
-        self._pulls: Flights[Image] = Flights()
+        self._pulls: SharedWork[Image] = SharedWork()
         resources.push_async_callback(self._pulls.close)
         self._images = ImageStore(store, pinned)
         self._holds = Holds(store)

@@ -43,13 +43,13 @@ async def ended(future: "asyncio.Future[Any]") -> None:
 
 
 @dataclass(slots=True, eq=False)
-class Flight(Generic[T]):
-    """Work for a key. landed: the result of the first of the key's flights that succeeds."""
+class Attempt(Generic[T]):
+    """Work for a key. success: the result of the first of the key's attempts that succeeds."""
 
     key: Hashable
     owner: object
     task: "asyncio.Task[T]"
-    landed: "asyncio.Future[T]"
+    success: "asyncio.Future[T]"
     waiters: int = 0
 
     async def ended(
@@ -59,60 +59,65 @@ class Flight(Generic[T]):
         timeout_seconds: float | None = None,
     ) -> bool:
         """Whether it is over; returns before that if told so."""
-        futures: list[asyncio.Future[Any]] = [self.task, self.landed]
+        futures: list[asyncio.Future[Any]] = [self.task, self.success]
         if until:
             futures.append(until)
         await asyncio.wait(futures, timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
-        return self.landed.done() or self.task.done()
+        return self.success.done() or self.task.done()
 
     def result(self) -> T:
         """That of the first which succeeded, else what this one raised."""
-        if self.landed.done():
-            return self.landed.result()
+        if self.success.done():
+            return self.success.result()
         if self.task.cancelled():
             raise Unavailable("cut off: the agent is ending")
         return self.task.result()
 
 
-class Flights(Generic[T]):
-    """Work that is shared by all who want the same; it ends when it is done, or when nobody waits for it any more.
+class SharedWork(Generic[T]):
+    """Work that is shared by all who want the same; it ends when it is done, or with the last of them.
 
-    Several flights for a key are a race: the first that succeeds is the result of all, and the others end.
+    A pull that nobody waits for would go on to use the network and the disk, and loses nothing when it is cut off: the
+    kubelet asks again. `lifecycle.creations` has the opposite rule, for what a retry must find as it was left.
+
+    Several attempts for a key are a race: the first that succeeds is the result of all, and the others end.
     """
 
     def __init__(self) -> None:
-        self._flights: dict[Hashable, list[Flight[T]]] = {}
+        self._attempts: dict[Hashable, list[Attempt[T]]] = {}
         self._leaving: set[asyncio.Task[T]] = set()
 
     def __len__(self) -> int:
-        return len(self._flights)
+        return len(self._attempts)
 
-    def of(self, key: Hashable) -> Sequence[Flight[T]]:
+    def of(self, key: Hashable) -> Sequence[Attempt[T]]:
         """Those that are under way, the oldest first."""
-        return self._flights.get(key, ())
+        return self._attempts.get(key, ())
 
-    def start(self, key: Hashable, work: Coroutine[Any, Any, T], owner: object = None) -> Flight[T]:
+    def start(
+        self, key: Hashable, work: Coroutine[Any, Any, T], owner: object = None
+    ) -> Attempt[T]:
         """Begin work for a key, beside others' for the same; the caller is to wait for it."""
-        rivals = self._flights.setdefault(key, [])
-        landed = rivals[0].landed if rivals else asyncio.get_running_loop().create_future()
-        flight = Flight(key, owner, asyncio.create_task(work), landed)
-        rivals.append(flight)
-        flight.task.add_done_callback(lambda _task: self._landed(flight))
-        return flight
+        rivals = self._attempts.setdefault(key, [])
+        success = rivals[0].success if rivals else asyncio.get_running_loop().create_future()
+        attempt = Attempt(key, owner, asyncio.create_task(work), success)
+        rivals.append(attempt)
+        attempt.task.add_done_callback(lambda _task: self._settle(attempt))
+        return attempt
 
     @asynccontextmanager
-    async def awaited(self, flight: Flight[T]) -> AsyncIterator[None]:
+    async def awaited(self, attempt: Attempt[T]) -> AsyncIterator[None]:
         """It goes on while the block runs. The last who leaves ends it, and sees that nothing is left of it."""
-        flight.waiters += 1
+        attempt.waiters += 1
         try:
             yield
         finally:
-            flight.waiters -= 1
-            if not flight.waiters and not flight.task.done():
-                self._forget(flight)
-                self._leaving.add(flight.task)
-                flight.task.cancel()
-                await ended(flight.task)
+            attempt.waiters -= 1
+            if not attempt.waiters and not attempt.task.done():
+                self._forget(attempt)
+                self._leaving.add(attempt.task)
+                attempt.task.cancel()
+                await ended(attempt.task)
 
     async def join(
         self, key: Hashable, make: Callable[[], Coroutine[Any, Any, T]], owner: object = None
@@ -121,36 +126,36 @@ class Flights(Generic[T]):
 
         Where somebody else's attempt fails one's own follows: another owner's credentials and servers may be others.
         """
-        flight = next(iter(self.of(key)), None) or self.start(key, make(), owner)
-        async with self.awaited(flight):
-            await flight.ended()
+        attempt = next(iter(self.of(key)), None) or self.start(key, make(), owner)
+        async with self.awaited(attempt):
+            await attempt.ended()
         try:
-            return flight.result()
+            return attempt.result()
         except NodeAgentError:
-            if flight.owner is owner:
+            if attempt.owner is owner:
                 raise
         return await self.join(key, make, owner)
 
     async def close(self) -> None:
         """Cancel everything and see it end."""
-        for flights in self._flights.values():
-            for flight in flights:
-                self._leaving.add(flight.task)
-                flight.task.cancel()
+        for attempts in self._attempts.values():
+            for attempt in attempts:
+                self._leaving.add(attempt.task)
+                attempt.task.cancel()
         while self._leaving:
             await asyncio.wait(self._leaving)
 
-    def _landed(self, flight: Flight[T]) -> None:
-        self._forget(flight)
-        self._leaving.discard(flight.task)
-        if flight.task.cancelled() or flight.task.exception() or flight.landed.done():
+    def _settle(self, attempt: Attempt[T]) -> None:
+        self._forget(attempt)
+        self._leaving.discard(attempt.task)
+        if attempt.task.cancelled() or attempt.task.exception() or attempt.success.done():
             return
-        flight.landed.set_result(flight.task.result())
-        self._leaving.update(rival.task for rival in self._flights.pop(flight.key, ()))
+        attempt.success.set_result(attempt.task.result())
+        self._leaving.update(rival.task for rival in self._attempts.pop(attempt.key, ()))
 
-    def _forget(self, flight: Flight[T]) -> None:
-        flights = self._flights.get(flight.key, [])
-        if flight in flights:
-            flights.remove(flight)
-        if not flights:
-            self._flights.pop(flight.key, None)
+    def _forget(self, attempt: Attempt[T]) -> None:
+        attempts = self._attempts.get(attempt.key, [])
+        if attempt in attempts:
+            attempts.remove(attempt)
+        if not attempts:
+            self._attempts.pop(attempt.key, None)

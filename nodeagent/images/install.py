@@ -17,7 +17,7 @@ from typing import Protocol
 from nodeagent import files
 from nodeagent.errors import DataLoss, InvalidArgument, Unsupported
 from nodeagent.images.budget import Budget, Share
-from nodeagent.images.concurrency import Flight, Flights, to_the_end
+from nodeagent.images.concurrency import Attempt, SharedWork, to_the_end
 from nodeagent.images.content import Blob, BlobReader, Starved
 from nodeagent.images.layer_store import LayerStore
 from nodeagent.images.manifest import Descriptor
@@ -114,7 +114,7 @@ class Installer:
         self._staging = staging
         self._limits = limits
         self._counters = counters
-        self._flights: Flights[None] = Flights()
+        self._making: SharedWork[None] = SharedWork()
         self._slots = Slots(_UNPACKERS)
         self._threads = ThreadPoolExecutor(_UNPACKERS, "unpack")
         self._permits = Permits(limits.layers_at_once)
@@ -141,7 +141,7 @@ class Installer:
             raise failures.exceptions[0] from None
 
     async def close(self) -> None:
-        await self._flights.close()
+        await self._making.close()
         self._threads.shutdown()
 
     def _missing(self, plan: Plan) -> dict[str, Descriptor]:
@@ -159,21 +159,21 @@ class Installer:
         """Return with the layer in the store, whichever pull has made it. Another's failure is not the job's."""
         chain_id = job.chain_ids[number]
         while chain_id not in self._store:
-            flight = self._under_way(job, chain_id)
-            if flight is None:
+            attempt = self._under_way(job, chain_id)
+            if attempt is None:
                 await self._begin(job, number)
-            elif flight.owner is job:
-                async with self._flights.awaited(flight):
-                    await flight.ended()
-                flight.result()
+            elif attempt.owner is job:
+                async with self._making.awaited(attempt):
+                    await attempt.ended()
+                attempt.result()
             else:
-                await self._follow(job, chain_id, flight)
+                await self._follow(job, chain_id, attempt)
 
-    def _under_way(self, job: _Job, chain_id: str) -> Flight[None] | None:
-        """The job's own flight, else another's, unless the job is to make the layer alone."""
-        flights = self._flights.of(chain_id)
-        ours = [flight for flight in flights if flight.owner is job]
-        others = [] if chain_id in job.alone else flights
+    def _under_way(self, job: _Job, chain_id: str) -> Attempt[None] | None:
+        """The job's own attempt, else another's, unless the job is to make the layer alone."""
+        attempts = self._making.of(chain_id)
+        ours = [attempt for attempt in attempts if attempt.owner is job]
+        others = [] if chain_id in job.alone else attempts
         return next(iter([*ours, *others]), None)
 
     async def _begin(self, job: _Job, number: int) -> None:
@@ -184,19 +184,19 @@ class Installer:
                 if chain_id in self._store or self._under_way(job, chain_id):
                     return
                 job.unpacked[chain_id] = asyncio.get_running_loop().create_future()
-                flight = self._flights.start(chain_id, self._make(job, number), job)
-                await stack.enter_async_context(self._flights.awaited(flight))
-                await flight.ended(until=job.unpacked[chain_id])
-            await flight.ended()
-        flight.result()
+                attempt = self._making.start(chain_id, self._make(job, number), job)
+                await stack.enter_async_context(self._making.awaited(attempt))
+                await attempt.ended(until=job.unpacked[chain_id])
+            await attempt.ended()
+        attempt.result()
 
-    async def _follow(self, job: _Job, chain_id: str, flight: Flight[None]) -> None:
+    async def _follow(self, job: _Job, chain_id: str, attempt: Attempt[None]) -> None:
         """Leave a layer to another pull, for as long as the job would be no better off alone; then for good."""
-        other = flight.owner
+        other = attempt.owner
         assert isinstance(other, _Job)
-        async with self._flights.awaited(flight):
+        async with self._making.awaited(attempt):
             before = other.received_bytes(chain_id)
-            while not await flight.ended(timeout_seconds=PATIENCE_SECONDS):
+            while not await attempt.ended(timeout_seconds=PATIENCE_SECONDS):
                 if not _is_promising(job, other, chain_id, before):
                     break
                 before = other.received_bytes(chain_id)

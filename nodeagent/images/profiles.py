@@ -18,7 +18,7 @@ import msgspec
 
 from nodeagent.errors import InvalidArgument, NodeAgentError, NotFound, SecurityProfileInvalid
 from nodeagent.images import artifact, manifest
-from nodeagent.images.concurrency import Flights, to_the_end
+from nodeagent.images.concurrency import SharedWork, to_the_end
 from nodeagent.images.content import Documents, sync_file_system
 from nodeagent.images.reference import Reference, parse
 from nodeagent.images.remote.auth import Auth
@@ -67,7 +67,7 @@ class SecurityProfiles:
         self._threads = ThreadPoolExecutor(_THREADS, "profiles")
         resources.callback(self._threads.shutdown)
         self._session = session
-        self._pulls: Flights[None] = Flights()
+        self._pulls: SharedWork[None] = SharedWork()
         resources.push_async_callback(self._pulls.close)
         self._changing = asyncio.Lock()
         self._profiles = {profile.digest: profile for profile in store.all(StoredProfile)}

@@ -26,7 +26,7 @@ from nodeagent.errors import (
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle.containers import oom_kill
 from nodeagent.lifecycle.containers.groups import Groups
-from nodeagent.lifecycle.flights import Flights
+from nodeagent.lifecycle.creations import Creations
 from nodeagent.lifecycle.inventory import Inventory
 from nodeagent.lifecycle.plan import bundle, cgroup_mounts, process
 from nodeagent.lifecycle.plan.cdi import Cdi
@@ -67,7 +67,7 @@ class Creation:
         self._directory = directory
         # Warnings that hold for every container: no more than there are limits, capabilities and scores.
         self._said_of_all: set[str] = set()
-        self._flights = Flights(lambda container_id: container_id in inventory.containers)
+        self._creations = Creations(lambda container_id: container_id in inventory.containers)
 
     async def create(self, sandbox_name: str, config: ContainerConfig) -> str:
         """Prepare everything up to the program, which `start` executes; returns the id.
@@ -77,7 +77,7 @@ class Creation:
         sandbox = self._inventory.sandbox(sandbox_name)
         key = (sandbox.id, config.name, config.attempt)
         what = f'container "{config.name}" of pod sandbox "{sandbox.id}"'
-        return await self._flights.join(key, what, lambda: self._create(sandbox, config))
+        return await self._creations.join(key, what, lambda: self._create(sandbox, config))
 
     async def _create(self, sandbox: Sandbox, config: ContainerConfig) -> str:
         pod = self._inventory.pods.get(sandbox.id)
@@ -200,7 +200,7 @@ class Creation:
 
     async def close(self) -> None:
         """Undo what is under way."""
-        await self._flights.close()
+        await self._creations.close()
 
 
 def _make_directory(directory: Path, plan: ContainerPlan) -> None:

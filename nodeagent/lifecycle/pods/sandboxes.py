@@ -19,7 +19,7 @@ from nodeagent.errors import AlreadyExists, InvalidArgument, NotFound
 from nodeagent.lifecycle.containers.containers import Containers
 from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.containers.stopping import Stopping
-from nodeagent.lifecycle.flights import Flights
+from nodeagent.lifecycle.creations import Creations
 from nodeagent.lifecycle.inventory import Inventory, Pod, boot_id
 from nodeagent.lifecycle.plan import etc_files
 from nodeagent.lifecycle.pods import cgroup
@@ -60,7 +60,7 @@ class Sandboxes:
         self._directory = directory
         self._cgroups = cgroups
         self._handlers = handlers
-        self._flights = Flights(lambda sandbox_id: sandbox_id in inventory.sandboxes)
+        self._creations = Creations(lambda sandbox_id: sandbox_id in inventory.sandboxes)
         supervision.end_pod = self.stop
 
     def get(self, name: str) -> Sandbox:
@@ -90,7 +90,7 @@ class Sandboxes:
         parent = admit(config, runtime_handler, self._handlers, self._cgroups)
         key = _identity(config)
         what = f'pod sandbox "{config.namespace}/{config.name}"'
-        return await self._flights.join(
+        return await self._creations.join(
             key, what, lambda: self._run(config, runtime_handler, parent)
         )
 
@@ -210,7 +210,7 @@ class Sandboxes:
 
     async def close(self) -> None:
         """Undo what is under way."""
-        await self._flights.close()
+        await self._creations.close()
 
 
 def admit(

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from nodeagent.errors import NotFound, Unavailable
-from nodeagent.images.concurrency import Flights, to_the_end
+from nodeagent.images.concurrency import SharedWork, to_the_end
 
 
 class Work:
@@ -38,41 +38,41 @@ async def settled() -> None:
 
 
 async def test_one_flight_for_all() -> None:
-    flights: Flights[int] = Flights()
+    shared: SharedWork[int] = SharedWork()
     work = Work()
-    callers = [asyncio.create_task(flights.join("key", work.run)) for _ in range(3)]
+    callers = [asyncio.create_task(shared.join("key", work.run)) for _ in range(3)]
     await settled()
     work.go.set()
     assert await asyncio.gather(*callers) == [1, 1, 1]
-    assert len(flights) == 0
-    assert await flights.join("key", work.run) == 2
+    assert len(shared) == 0
+    assert await shared.join("key", work.run) == 2
 
 
 async def test_keys_are_apart() -> None:
-    flights: Flights[int] = Flights()
+    shared: SharedWork[int] = SharedWork()
     work = Work()
     work.go.set()
-    assert {await flights.join(key, work.run) for key in "ab"} == {1, 2}
+    assert {await shared.join(key, work.run) for key in "ab"} == {1, 2}
 
 
 async def test_the_last_who_leaves_ends_it() -> None:
-    flights: Flights[int] = Flights()
+    shared: SharedWork[int] = SharedWork()
     work = Work()
-    callers = [asyncio.create_task(flights.join("key", work.run)) for _ in range(2)]
+    callers = [asyncio.create_task(shared.join("key", work.run)) for _ in range(2)]
     await settled()
     callers[0].cancel()
     await settled()
     assert (callers[0].cancelled(), work.cancelled) == (True, 0)
     callers[1].cancel()
     await asyncio.wait(callers)
-    assert (callers[1].cancelled(), work.cancelled, len(flights)) == (True, 1, 0)
+    assert (callers[1].cancelled(), work.cancelled, len(shared)) == (True, 1, 0)
 
 
 async def test_a_failure_is_shared_by_one_owner() -> None:
-    flights: Flights[int] = Flights()
+    shared: SharedWork[int] = SharedWork()
     work = Work()
     work.error = NotFound("no")
-    callers = [asyncio.create_task(flights.join("key", work.run, owner=work)) for _ in range(2)]
+    callers = [asyncio.create_task(shared.join("key", work.run, owner=work)) for _ in range(2)]
     await settled()
     work.go.set()
     results = await asyncio.gather(*callers, return_exceptions=True)
@@ -81,12 +81,12 @@ async def test_a_failure_is_shared_by_one_owner() -> None:
 
 
 async def test_another_owner_tries_again() -> None:
-    flights: Flights[int] = Flights()
+    shared: SharedWork[int] = SharedWork()
     bad, good = Work(), Work()
     bad.error = NotFound("no")
-    first = asyncio.create_task(flights.join("key", bad.run, owner=bad))
+    first = asyncio.create_task(shared.join("key", bad.run, owner=bad))
     await settled()
-    second = asyncio.create_task(flights.join("key", good.run, owner=good))
+    second = asyncio.create_task(shared.join("key", good.run, owner=good))
     await settled()
     assert good.begun == 0
     bad.go.set()
@@ -96,14 +96,14 @@ async def test_another_owner_tries_again() -> None:
     assert await second == 1
 
 
-async def race(flights: Flights[int], *works: Work) -> list[asyncio.Task[int]]:
-    """Each work's owner waits for its own flight."""
+async def race(shared: SharedWork[int], *works: Work) -> list[asyncio.Task[int]]:
+    """Each work's owner waits for its own attempt."""
 
     async def fly(work: Work) -> int:
-        flight = flights.start("key", work.run(), owner=work)
-        async with flights.awaited(flight):
-            await flight.ended()
-        return flight.result()
+        attempt = shared.start("key", work.run(), owner=work)
+        async with shared.awaited(attempt):
+            await attempt.ended()
+        return attempt.result()
 
     tasks = [asyncio.create_task(fly(work)) for work in works]
     await settled()
@@ -111,21 +111,21 @@ async def race(flights: Flights[int], *works: Work) -> list[asyncio.Task[int]]:
 
 
 async def test_the_first_of_several_is_the_result_of_all() -> None:
-    flights: Flights[int] = Flights()
+    shared: SharedWork[int] = SharedWork()
     slow, fast = Work(), Work()
     fast.begun = 6
-    tasks = await race(flights, slow, fast)
-    assert [flight.owner for flight in flights.of("key")] == [slow, fast]
+    tasks = await race(shared, slow, fast)
+    assert [attempt.owner for attempt in shared.of("key")] == [slow, fast]
     fast.go.set()
     assert await asyncio.gather(*tasks) == [7, 7]
-    assert (slow.cancelled, fast.cancelled, len(flights)) == (1, 0, 0)
+    assert (slow.cancelled, fast.cancelled, len(shared)) == (1, 0, 0)
 
 
 async def test_a_failure_ends_no_other_flight() -> None:
-    flights: Flights[int] = Flights()
+    shared: SharedWork[int] = SharedWork()
     bad, good = Work(), Work()
     bad.error = NotFound("no")
-    tasks = await race(flights, bad, good)
+    tasks = await race(shared, bad, good)
     bad.go.set()
     await asyncio.wait([tasks[0]])
     assert isinstance(tasks[0].exception(), NotFound)
@@ -135,35 +135,35 @@ async def test_a_failure_ends_no_other_flight() -> None:
 
 
 async def test_two_that_land_at_once() -> None:
-    flights: Flights[int] = Flights()
+    shared: SharedWork[int] = SharedWork()
     works = Work(), Work()
-    tasks = await race(flights, *works)
+    tasks = await race(shared, *works)
     for work in works:
         work.go.set()
     assert await asyncio.gather(*tasks) == [1, 1]
-    await flights.close()
-    assert len(flights) == 0
+    await shared.close()
+    assert len(shared) == 0
 
 
 async def test_waiting_ends_as_told() -> None:
-    flights: Flights[int] = Flights()
+    shared: SharedWork[int] = SharedWork()
     work = Work()
-    flight = flights.start("key", work.run())
-    async with flights.awaited(flight):
+    attempt = shared.start("key", work.run())
+    async with shared.awaited(attempt):
         told = asyncio.get_running_loop().create_future()
         told.set_result(None)
-        assert not await flight.ended(until=told)
-        assert not await flight.ended(timeout_seconds=0)
+        assert not await attempt.ended(until=told)
+        assert not await attempt.ended(timeout_seconds=0)
         work.go.set()
-        assert await flight.ended()
+        assert await attempt.ended()
 
 
 async def test_closing_ends_all() -> None:
-    flights: Flights[int] = Flights()
+    shared: SharedWork[int] = SharedWork()
     work = Work()
-    caller = asyncio.create_task(flights.join("key", work.run))
+    caller = asyncio.create_task(shared.join("key", work.run))
     await settled()
-    await flights.close()
+    await shared.close()
     assert work.cancelled == 1
     with pytest.raises(Unavailable):
         await caller

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from nodeagent.errors import Unavailable
-from nodeagent.lifecycle.flights import Flights
+from nodeagent.lifecycle.creations import Creations
 
 
 class Maker:
@@ -26,37 +26,37 @@ class Maker:
 
 async def test_a_retry_joins_the_call_that_was_given_up() -> None:
     maker = Maker()
-    flights = Flights(maker.made.__contains__)
+    creations = Creations(maker.made.__contains__)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
-            await flights.join("key", "pod", maker)
+            await creations.join("key", "pod", maker)
     maker.go.set()
-    assert await flights.join("key", "pod", maker) == "id-1"
+    assert await creations.join("key", "pod", maker) == "id-1"
     assert maker.asked == 1
 
 
 async def test_a_result_that_reached_nobody_waits_for_the_retry() -> None:
     maker = Maker()
-    flights = Flights(maker.made.__contains__)
+    creations = Creations(maker.made.__contains__)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
-            await flights.join("key", "pod", maker)
+            await creations.join("key", "pod", maker)
     maker.go.set()
     await asyncio.sleep(0.01)
-    assert await flights.join("key", "pod", maker) == "id-1"
-    assert await flights.join("key", "pod", maker) == "id-2"
+    assert await creations.join("key", "pod", maker) == "id-1"
+    assert await creations.join("key", "pod", maker) == "id-2"
 
 
 async def test_what_was_removed_meanwhile_is_made_anew() -> None:
     maker = Maker()
-    flights = Flights(maker.made.__contains__)
+    creations = Creations(maker.made.__contains__)
     maker.go.set()
-    task = asyncio.create_task(flights.join("key", "pod", maker))
+    task = asyncio.create_task(creations.join("key", "pod", maker))
     await asyncio.sleep(0)
     task.cancel()
     await asyncio.sleep(0.01)
     maker.made.clear()
-    assert await flights.join("key", "pod", maker) == "id-2"
+    assert await creations.join("key", "pod", maker) == "id-2"
 
 
 async def test_a_failure_reaches_everybody_and_is_forgotten() -> None:
@@ -64,20 +64,20 @@ async def test_a_failure_reaches_everybody_and_is_forgotten() -> None:
         await asyncio.sleep(0.01)
         raise ValueError("broken")
 
-    flights = Flights(lambda _: True)
+    creations = Creations(lambda _: True)
     results = await asyncio.gather(
-        *(flights.join("key", "pod", fail) for _ in range(2)), return_exceptions=True
+        *(creations.join("key", "pod", fail) for _ in range(2)), return_exceptions=True
     )
     assert [str(result) for result in results] == ["broken", "broken"]
     maker = Maker()
     maker.go.set()
-    assert await flights.join("key", "pod", maker) == "id-1"
+    assert await creations.join("key", "pod", maker) == "id-1"
 
 
 async def test_closing_tells_who_waits() -> None:
-    flights = Flights(lambda _: True)
-    waiting = asyncio.create_task(flights.join("key", "pod x", Maker()))
+    creations = Creations(lambda _: True)
+    waiting = asyncio.create_task(creations.join("key", "pod x", Maker()))
     await asyncio.sleep(0.01)
-    await flights.close()
+    await creations.close()
     with pytest.raises(Unavailable, match="pod x"):
         await waiting

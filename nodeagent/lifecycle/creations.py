@@ -2,6 +2,7 @@
 
 A create whose caller gave up goes on; the retry, which comes with the same key, joins it or gets its result. Nothing
 is made twice, and nothing is left that nobody asks for again (the "name is reserved" loops of a busy node).
+`images.concurrency.SharedWork` has the opposite rule: a pull ends with the last who waits for it.
 """
 
 import asyncio
@@ -11,8 +12,8 @@ from typing import Any
 from nodeagent.errors import Unavailable
 
 
-class Flights:
-    """At most one creation a key; each makes an object and returns its id.
+class Creations:
+    """At most one creation per key, which goes on without its callers; each makes an object and returns its id.
 
     exists: tells whether an id that reached no caller is still there for a retry to get.
     """
@@ -29,7 +30,7 @@ class Flights:
         task = self._tasks.get(key)
         if task is None:
             task = asyncio.create_task(make(), name=what)
-            task.add_done_callback(lambda done: self._landed(key, done))
+            task.add_done_callback(lambda done: self._settle(key, done))
             self._tasks[key] = task
         try:
             result = await asyncio.shield(task)
@@ -40,7 +41,7 @@ class Flights:
         self._tasks.pop(key, None)
         return result
 
-    def _landed(self, key: Hashable, task: asyncio.Task[str]) -> None:
+    def _settle(self, key: Hashable, task: asyncio.Task[str]) -> None:
         failed = task.cancelled() or task.exception() is not None
         if failed and self._tasks.get(key) is task:
             del self._tasks[key]
