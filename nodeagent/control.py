@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import BinaryIO, TypedDict
 
-from nodeagent import files
+from nodeagent import disk_reserve
 from nodeagent.config import Config
 from nodeagent.errors import (
     DataLoss,
@@ -91,7 +91,7 @@ async def _spool(
         place.keep()
         try:
             if not failure:
-                files.require_space(root, len(chunk))
+                disk_reserve.require_space(root, len(chunk))
                 await asyncio.to_thread(archive.write, chunk)
         except (NodeAgentError, OSError) as error:
             failure = {"error": str(error)}

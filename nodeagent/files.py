@@ -8,8 +8,6 @@ import errno
 import os
 import stat
 
-from nodeagent.errors import ResourceExhausted
-
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # Of every process of ours: whoever makes something for others to see gives it its mode explicitly.
@@ -17,11 +15,6 @@ UMASK = 0o077
 
 # Of a tree that is being removed; each level keeps two descriptors open.
 _MAX_DEPTH = 64
-
-# What images, and what containers are made of, leave to the node.
-_RESERVE_BYTES = 512 << 20
-_RESERVE_INODES = 64 << 10
-_RESERVE_SHARE = 50  # of the file system, where that is less
 
 
 def ensure_directory(path: str, mode: int = 0o755) -> None:
@@ -82,27 +75,6 @@ def read_bounded(path: str, limit: int) -> bytes:
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"larger than {limit} bytes", path)
     return data
-
-
-def require_space(directory: os.PathLike[str] | int, size_bytes: int) -> None:
-    """Raises `ResourceExhausted` when so much more would not leave the node its reserve of bytes and inodes.
-
-    directory: its path, or a descriptor of it.
-    """
-    disk = os.statvfs(directory)
-    what = "" if isinstance(directory, int) else f"{directory}: "
-    reserve = min(_RESERVE_BYTES, disk.f_blocks * disk.f_frsize // _RESERVE_SHARE)
-    available = disk.f_bavail * disk.f_frsize
-    if available - size_bytes < reserve:
-        raise ResourceExhausted(
-            f"{what}{available} bytes left on the disk, {size_bytes} needed and {reserve} kept"
-        )
-    # None are kept where there is no such bound (btrfs).
-    inodes = min(_RESERVE_INODES, disk.f_files // _RESERVE_SHARE)
-    if disk.f_favail < inodes:
-        raise ResourceExhausted(
-            f"{what}{disk.f_favail} inodes left on the disk, of which {inodes} are kept"
-        )
 
 
 def sync_directory(path: str) -> None:

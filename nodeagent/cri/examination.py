@@ -48,6 +48,7 @@ from nodeagent.records import (
 from nodeagent.sandbox import host_path
 from nodeagent.sandbox.spec import ContainerPlan, Mount
 from nodeagent.store import Store
+from nodeagent.text import one_line
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
@@ -67,7 +68,7 @@ class Finding(NamedTuple):
     text: str
 
     def __str__(self) -> str:
-        return _line(f"{self.outcome:9} {self.what}: {self.text}")
+        return one_line(f"{self.outcome:9} {self.what}: {self.text}")
 
 
 class Pod(NamedTuple):
@@ -170,19 +171,14 @@ def _parse(document: object, message: M, where: str, unknown: list[str]) -> M:
     try:
         return json_format.ParseDict(document, message)
     except json_format.ParseError as error:
-        first = _line(f"{where}: {error}")
+        first = one_line(f"{where}: {error}")
     message.Clear()
     try:
         json_format.ParseDict(document, message, ignore_unknown_fields=True)
     except json_format.ParseError as error:
-        raise InvalidArgument(_line(f"{where}: {error}")) from None
+        raise InvalidArgument(one_line(f"{where}: {error}")) from None
     unknown.append(first)
     return message
-
-
-def _line(text: str) -> str:
-    """On one line, and without what a terminal obeys: the files may be anybody's."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 # --- the pod ---

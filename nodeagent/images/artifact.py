@@ -10,6 +10,7 @@ import msgspec
 from nodeagent.errors import SecurityProfileInvalid
 from nodeagent.images import manifest
 from nodeagent.images.manifest import Descriptor
+from nodeagent.text import one_line
 
 SECCOMP = "application/vnd.cncf.seccomp-profile.config.v1+json"
 MAX_PROFILE_BYTES = 1 << 20
@@ -58,7 +59,9 @@ def parse_seccomp(data: bytes, media_type: str = "") -> Descriptor:
 
 def _check_media_type(stated: str) -> None:
     if stated not in ("", manifest.OCI_MANIFEST):
-        raise SecurityProfileInvalid(f'manifest: is of type "{stated[:_SHOWN]}", not an artifact')
+        raise SecurityProfileInvalid(
+            f'manifest: is of type "{one_line(stated, _SHOWN)}", not an artifact'
+        )
 
 
 def _check_type(found: _Manifest) -> None:
@@ -68,9 +71,10 @@ def _check_type(found: _Manifest) -> None:
         kind = found.artifact_type
     elif found.artifact_type not in ("", kind):
         raise SecurityProfileInvalid(
-            f'manifest: artifactType "{found.artifact_type[:_SHOWN]}" with a config of type "{kind[:_SHOWN]}"'
+            f'manifest: artifactType "{one_line(found.artifact_type, _SHOWN)}" with a config of type '
+            f'"{one_line(kind, _SHOWN)}"'
         )
     if kind != SECCOMP:
         raise SecurityProfileInvalid(
-            f'manifest: an artifact of type "{kind[:_SHOWN]}", not "{SECCOMP}"'
+            f'manifest: an artifact of type "{one_line(kind, _SHOWN)}", not "{SECCOMP}"'
         )

@@ -4,7 +4,7 @@ import errno
 import threading
 from pathlib import Path
 
-from nodeagent import files
+from nodeagent import disk_reserve
 from nodeagent.errors import ResourceExhausted
 
 # A layer that is both larger than this and so many times its blob is a bomb; deflate can do 1032 to 1.
@@ -32,7 +32,7 @@ class Disk:
             if check:
                 self._next_check = self._written + _CHECK_BYTES
         if check:
-            files.require_space(self.directory, max(size_bytes, _CHECK_BYTES))
+            disk_reserve.require_space(self.directory, max(size_bytes, _CHECK_BYTES))
 
 
 class Budget:
@@ -73,7 +73,7 @@ class Budget:
 
     def require(self, size_bytes: int) -> None:
         """Raises `ResourceExhausted` where the disk has no room for so much, of which nothing is spent yet."""
-        files.require_space(self._disk.directory, size_bytes)
+        disk_reserve.require_space(self._disk.directory, size_bytes)
 
     def _return(self, entries: int, size_bytes: int, added_bytes: int) -> None:
         with self._lock:

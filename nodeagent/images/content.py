@@ -11,7 +11,7 @@ import threading
 from collections.abc import Collection
 from pathlib import Path
 
-from nodeagent import files
+from nodeagent import disk_reserve, files
 from nodeagent.errors import DataLoss, Unavailable
 from nodeagent.images import manifest
 from nodeagent.images.budget import Disk
@@ -203,7 +203,7 @@ class Documents:
     def put(self, data: bytes) -> None:
         """Keep a document; it is durable after the next sync of the file system. Raises `ResourceExhausted`."""
         path = self._path(manifest.digest(data))
-        files.require_space(self._directory, len(data))
+        disk_reserve.require_space(self._directory, len(data))
         files.write_atomic(str(path), data, mode=0o600, sync=False)
         self._sizes[path.name] = len(data)
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from nodeagent import files
+from nodeagent import disk_reserve
 from nodeagent.errors import DataLoss, InvalidArgument, Unsupported
 from nodeagent.images.budget import Budget, Share
 from nodeagent.images.concurrency import Attempt, SharedWork, to_the_end
@@ -125,7 +125,7 @@ class Installer:
         if not missing:
             return
         directory = self._staging.directory
-        files.require_space(directory, sum(layer.size for layer in missing.values()))
+        disk_reserve.require_space(directory, sum(layer.size for layer in missing.values()))
         budget = Budget(
             directory,
             max_bytes=self._limits.max_image_bytes,

@@ -16,6 +16,7 @@ from msgspec import Meta
 from nodeagent.errors import InvalidArgument, NotFound, Unsupported
 from nodeagent.linux.userns import MAX_ID
 from nodeagent.records import ImageConfig
+from nodeagent.text import one_line
 
 MAX_DOCUMENT_BYTES = 4 << 20
 MAX_LAYERS = 200  # an overlay's options must fit into one page
@@ -81,7 +82,7 @@ class Platform(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         """For the log, in which whoever made the image writes no line of his own."""
         text = "/".join(filter(None, (self.os, self.architecture, self.variant)))
-        return "".join(char if char.isprintable() else " " for char in text)[:_SHOWN]
+        return one_line(text, _SHOWN)
 
 
 class Descriptor(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from nodeagent import files
+from nodeagent import disk_reserve, files
 from nodeagent.errors import InvalidArgument, ResourceExhausted, Unsupported
 from nodeagent.images import budget
 from nodeagent.images.layer_store import LayerStore
@@ -491,16 +491,16 @@ def test_a_large_window_of_a_bad_layer_is_given_back(workshop: Workshop) -> None
 
 
 def test_the_disk_keeps_a_reserve(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_RESERVE_BYTES", 1 << 60)
-    monkeypatch.setattr(files, "_RESERVE_SHARE", 1)
+    monkeypatch.setattr(disk_reserve, "_RESERVE_BYTES", 1 << 60)
+    monkeypatch.setattr(disk_reserve, "_RESERVE_SHARE", 1)
     with pytest.raises(ResourceExhausted, match="left on the disk"):
         workshop.unpack(file("a"))
 
 
 def test_the_disk_keeps_inodes(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_RESERVE_INODES", 1 << 60)
-    monkeypatch.setattr(files, "_RESERVE_SHARE", 1)
-    monkeypatch.setattr(files, "_RESERVE_BYTES", 0)
+    monkeypatch.setattr(disk_reserve, "_RESERVE_INODES", 1 << 60)
+    monkeypatch.setattr(disk_reserve, "_RESERVE_SHARE", 1)
+    monkeypatch.setattr(disk_reserve, "_RESERVE_BYTES", 0)
     with pytest.raises(ResourceExhausted, match="inodes left on the disk"):
         workshop.unpack(file("a"))
 
@@ -510,7 +510,7 @@ def test_directories_on_the_way_take_disk(
 ) -> None:
     """A name of 4096 bytes is 2000 blocks: the disk is looked at for these as for bytes."""
     looks: list[int] = []
-    monkeypatch.setattr(files, "require_space", lambda _, size: looks.append(size))
+    monkeypatch.setattr(disk_reserve, "require_space", lambda _, size: looks.append(size))
     workshop.unpack(file("d/" * 1_900 + "x"))
     assert len(looks) >= 3
 

@@ -34,10 +34,11 @@ from nodeagent.errors import (
 from nodeagent.images.remote import codings
 from nodeagent.images.remote.codings import Decoder, Undecodable
 from nodeagent.images.remote.destinations import Connector, Scope, Visit, scope_of_name
-from nodeagent.images.remote.failures import line, network_errors, place
+from nodeagent.images.remote.failures import MAX_TEXT, network_errors, place
 from nodeagent.images.remote.hosts import Host, http_url
 from nodeagent.images.remote.proxies import Proxies, Proxy
 from nodeagent.images.remote.throttling import Gates, Throttled
+from nodeagent.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -401,7 +402,9 @@ async def _explanation(response: aiohttp.ClientResponse) -> str:
         errors = msgspec.json.decode(body, type=_ErrorBody).errors
     except (Undecodable, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return ""
-    return line("".join(f": {error.code.lower()} {error.message}" for error in errors[:3]))
+    return one_line(
+        "".join(f": {error.code.lower()} {error.message}" for error in errors[:3]), MAX_TEXT
+    )
 
 
 # --- where to ---

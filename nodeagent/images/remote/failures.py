@@ -15,8 +15,9 @@ import aiohttp
 from yarl import URL
 
 from nodeagent.errors import RegistryUnavailable
+from nodeagent.text import one_line
 
-_MAX_TEXT = 300
+MAX_TEXT = 300  # of what a server says
 
 
 @contextmanager
@@ -64,7 +65,7 @@ def _reason(url: URL, error: aiohttp.ClientError | OSError) -> str:
             return "closed the connection without an answer" + (
                 "; does it want HTTPS?" if url.scheme == "http" else ""
             )
-    return line(str(error).partition("?")[0]) or type(error).__name__
+    return one_line(str(error).partition("?")[0], MAX_TEXT) or type(error).__name__
 
 
 def _unresolved(url: URL, error: OSError) -> str:
@@ -75,20 +76,17 @@ def _unresolved(url: URL, error: OSError) -> str:
 
 def _cause(error: Exception) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
-        return line(error.verify_message)
+        return one_line(error.verify_message, MAX_TEXT)
     if isinstance(error, ssl.SSLError):
-        return line((error.reason or "").replace("_", " ").lower() or type(error).__name__)
+        text = (error.reason or "").replace("_", " ").lower()
+        return one_line(text, MAX_TEXT) or type(error).__name__
     if isinstance(error, OSError) and (error.errno or 0) > 0:
         remedy = "; is the registry running, and is this its port?"
         refused = error.errno == errno.ECONNREFUSED
         return os.strerror(error.errno or 0).lower() + (remedy if refused else "")
-    return line((isinstance(error, OSError) and error.strerror) or str(error))
+    return one_line((isinstance(error, OSError) and error.strerror) or str(error), MAX_TEXT)
 
 
 def place(url: URL) -> str:
     """A URL without its query, which may be secret."""
     return str(url).partition("?")[0]
-
-
-def line(text: str) -> str:
-    return "".join(char if char.isprintable() else " " for char in text)[:_MAX_TEXT]

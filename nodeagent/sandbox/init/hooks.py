@@ -22,6 +22,7 @@ from nodeagent.errors import FailedPrecondition
 from nodeagent.linux import syscalls
 from nodeagent.sandbox.bundle import OCI_VERSION
 from nodeagent.sandbox.spec import ContainerPlan, Hook
+from nodeagent.text import one_line
 from nodeagent.words import HookStage
 
 # The stages of a creation that the supervisor runs, while the first process waits.
@@ -262,5 +263,4 @@ class _Output:
 
     def tail(self) -> str:
         text = self._end.decode(errors="replace").strip()
-        shown = "".join(c if c.isprintable() else " " for c in text)
-        return f": {shown}" if shown else ""
+        return f": {one_line(text)}" if text else ""

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from nodeagent import files
+from nodeagent import disk_reserve, files
 from nodeagent.linux import confined, mounts
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -118,7 +118,7 @@ class _Copy:
         self._unchecked += size_bytes
         if self._unchecked >= _CHECK_BYTES:
             self._unchecked = 0
-            files.require_space(self._target, _CHECK_BYTES)
+            disk_reserve.require_space(self._target, _CHECK_BYTES)
 
 
 @contextmanager

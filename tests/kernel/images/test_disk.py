@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent import files
+from nodeagent import disk_reserve
 from nodeagent.errors import ResourceExhausted
 from nodeagent.linux import syscalls
 from tests.support import images as made
@@ -47,7 +47,7 @@ async def test_a_full_disk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not reserve:  # the kernel is who says so
-        monkeypatch.setattr(files, "_RESERVE_BYTES", -(1 << 40))
+        monkeypatch.setattr(disk_reserve, "_RESERVE_BYTES", -(1 << 40))
     server.add(image(layer(tars.file("small")), layer(*entries)))
     server.add(image(layer(tars.file("small")), tag="2"))
     place = Place(small_disk)

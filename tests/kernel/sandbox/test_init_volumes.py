@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nodeagent import files
+from nodeagent import disk_reserve, files
 from nodeagent.linux import userns
 from nodeagent.sandbox import rootfs_defaults
 from nodeagent.sandbox.init import volumes as made
@@ -215,8 +215,8 @@ def test_a_volume_leaves_the_disk_its_reserve(
 ) -> None:
     (image / "data").mkdir()
     (image / "data/file").touch()
-    monkeypatch.setattr(files, "_RESERVE_BYTES", 1 << 60)
-    monkeypatch.setattr(files, "_RESERVE_SHARE", 1)
+    monkeypatch.setattr(disk_reserve, "_RESERVE_BYTES", 1 << 60)
+    monkeypatch.setattr(disk_reserve, "_RESERVE_SHARE", 1)
     with start(volumes("true", "/data")) as process:
         assert process.message["error"] == "ResourceExhausted"
         assert process.message["text"].startswith("volume of the image at /data: ")
@@ -232,7 +232,7 @@ def test_the_disk_is_looked_at_while_a_volume_is_filled(
     for number, size in enumerate(sizes):
         (tmp_path / f"image/{number}").write_bytes(bytes(size))
     looks: list[int] = []
-    monkeypatch.setattr(files, "require_space", lambda _, size: looks.append(size))
+    monkeypatch.setattr(disk_reserve, "require_space", lambda _, size: looks.append(size))
     opened = [
         os.open(tmp_path / "image", os.O_PATH),
         made.make(str(tmp_path / "container/volumes/0")),

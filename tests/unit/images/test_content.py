@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodeagent import files
+from nodeagent import disk_reserve
 from nodeagent.errors import (
     DataLoss,
     InvalidArgument,
@@ -142,8 +142,8 @@ def test_a_blob_leaves_the_disk_its_reserve(
 ) -> None:
     """Several may be on their way, each of which would fit alone."""
     blob = Blob(tmp_path / "blob", digest(b""), 10)
-    monkeypatch.setattr(files, "_RESERVE_BYTES", 1 << 60)
-    monkeypatch.setattr(files, "_RESERVE_SHARE", 1)
+    monkeypatch.setattr(disk_reserve, "_RESERVE_BYTES", 1 << 60)
+    monkeypatch.setattr(disk_reserve, "_RESERVE_SHARE", 1)
     with pytest.raises(ResourceExhausted, match="left on the disk"):
         blob.append(b"x")
     assert blob.path.stat().st_size == 0
