@@ -14,10 +14,10 @@ from typing import Any
 
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.errors import FailedPrecondition, NodeAgentError, ResourceExhausted
-from nodeagent.lifecycle import execplan
 from nodeagent.lifecycle.containers.containers import Containers
 from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.inventory import Inventory
+from nodeagent.lifecycle.plan import execs
 from nodeagent.lifecycle.supervisors.handover import close_all, handover
 from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.sandbox.agent.client import AttachIO, CgroupFds, ExecHandle, ExecIO, Supervisor
@@ -47,10 +47,10 @@ class Sessions:
         """Start a command in a running container, in a cgroup of its own."""
         container, supervisor = self._containers.running(request.container_id)
         whole = self._groups.of(container)
-        group = execplan.new_group(whole)
+        group = execs.new_group(whole)
         try:
             with handover(group) as fds:
-                plan = execplan.plan(container, request.command, tty=request.tty)
+                plan = execs.plan(container, request.command, tty=request.tty)
                 command = await _run(self, supervisor, request, plan, fds, size)
         except BaseException:
             await asyncio.to_thread(whole.discard, group)

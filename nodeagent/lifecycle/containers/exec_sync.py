@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.errors import NodeAgentError
-from nodeagent.lifecycle import execplan
+from nodeagent.lifecycle.plan import execs
 from nodeagent.lifecycle.supervisors.handover import handover
 from nodeagent.records import Container
 from nodeagent.sandbox.agent.client import ExecIO, Supervisor
@@ -43,7 +43,7 @@ async def exec_sync(
 
     The supervisor ends it in time; who cannot be killed, in a frozen container, is not waited for.
     """
-    plan = execplan.plan(container, argv, timeout_s=timeout_s)
+    plan = execs.plan(container, argv, timeout_s=timeout_s)
     try:
         async with asyncio.timeout(timeout_s + KILL_PATIENCE_SECONDS if timeout_s else None):
             return await _run(supervisor, group, plan)
@@ -54,7 +54,7 @@ async def exec_sync(
 
 
 async def _run(supervisor: Supervisor, group: Cgroup, plan: ExecPlan) -> ExecResult:
-    child = execplan.new_group(group)
+    child = execs.new_group(group)
     try:
         with Capture.open() as stdout, Capture.open() as stderr, handover(child) as fds:
             streams = ExecIO(stdin=None, stdout=stdout.writer, stderr=stderr.writer)
