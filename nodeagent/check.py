@@ -2,18 +2,22 @@
 
 import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
 from nodeagent.errors import NodeAgentError
+from nodeagent.lifecycle.places import Places
 from nodeagent.lifecycle.plan import apparmor
-from nodeagent.linux import syscalls
+from nodeagent.linux import immortal, syscalls
 from nodeagent.net import nftables
+from nodeagent.net.network import Network
 from nodeagent.net.nftables import Table
 from nodeagent.net.spoofing import SpoofFilter
 from nodeagent.probes import HOST_PORTS, SYS_RESOURCE, has_seccomp, kernel_version, maps_ids, takes
+from nodeagent.store import Store
 
 OLDEST_KERNEL = (5, 15)
 _SPOOF_PROTECTION = SpoofFilter(
@@ -38,9 +42,9 @@ class Feature:
         return f"{answer:4}{self.name:34}{remark}".rstrip()
 
 
-def features(config: Config) -> list[Feature]:
+async def features(config: Config) -> list[Feature]:
     """Every feature, needed ones first."""
-    return [*_needed(), *_cgroups(), *_optional(config)]
+    return [*_needed(), *_cgroups(), *_optional(config), await _subnets(config)]
 
 
 def _needed() -> list[Feature]:
@@ -117,6 +121,11 @@ def _optional(config: Config) -> list[Feature]:
         ),
         _feature("SELinux", lambda: Path("/sys/fs/selinux/enforce").exists(), "SELinux labels"),
         _feature(
+            "immortal objects of Python",
+            immortal.is_supported,
+            "a pod takes about 1 MiB of memory more; Python 3.12 and 3.13 have them",
+        ),
+        _feature(
             "pressure stall information",
             lambda: Path("/proc/pressure/cpu").exists(),
             "PSI in statistics",
@@ -133,6 +142,24 @@ def _optional(config: Config) -> list[Feature]:
             detail=config.certs_dir,
         ),
     ]
+
+
+async def _subnets(config: Config) -> Feature:
+    """By the routes of now, and what the agent has chosen before."""
+    places = Places.of(config)
+    try:
+        with closing(Store.copy_of(places.database)) as store:
+            overlaps = await Network.overlaps(
+                config=config.network, store=store, instance=places.instance
+            )
+    except (NodeAgentError, OSError) as error:
+        overlaps = [str(error)]
+    return Feature(
+        name="subnets of pods apart from routes",
+        present=not overlaps,
+        needed=False,
+        loss=f"{'; '.join(overlaps)}: pods or the node do not reach what is there",
+    )
 
 
 def _feature(

@@ -30,6 +30,7 @@ class ContainerCalls:
         self._containers = node.containers
         self._creation = node.creation
         self._stopping = node.stopping
+        self._stats = node.stats
         self._list = Listing(node.containers.list, _item)
 
     async def CreateContainer(
@@ -63,12 +64,13 @@ class ContainerCalls:
         container = self._containers.get(request.container_id)
         return pb.ContainerStatusResponse(
             status=messages.container_status(container),
-            info=await asyncio.to_thread(self._info, container) if request.verbose else None,
+            info=await self._info(container) if request.verbose else None,
         )
 
-    def _info(self, container: Container) -> dict[str, str]:
-        """In a thread: what a filter does with each call takes a tenth of a second to find out."""
-        return verbose.container_info(container, self._containers.verbose(container.id))
+    async def _info(self, container: Container) -> dict[str, str]:
+        # What a filter does with each call takes a tenth of a second to find out: not on the event loop.
+        plan = await asyncio.to_thread(self._containers.verbose, container.id)
+        return verbose.container_info(container, plan, await self._stats.log(container))
 
     async def ListContainers(self, request: pb.ListContainersRequest) -> bytes:
         return self._list.reply(partial(listing.containers, given=request.filter))

@@ -51,7 +51,7 @@ class NodeCalls:
         )
         return pb.StatusResponse(
             status=pb.RuntimeStatus(conditions=[runtime, network]),
-            info=verbose.node_info(node.config, node.version) if request.verbose else None,
+            info=verbose.node_info(node.config, node.version, now) if request.verbose else None,
             runtime_handlers=self._features.handlers(node.config.handlers),
             features=self._features.message(),
         )

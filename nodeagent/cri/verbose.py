@@ -5,11 +5,16 @@ from typing import Any
 import msgspec
 
 from nodeagent.config import Config
+from nodeagent.lifecycle.node import NodeStatus
+from nodeagent.lifecycle.usage.stats import LogUsage
 from nodeagent.records import Container, ContainerConfig, Image, Sandbox
 
 
-def container_info(container: Container, plan: dict[str, Any]) -> dict[str, str]:
-    """plan: what its supervisor executed."""
+def container_info(
+    container: Container, plan: dict[str, Any], log: LogUsage | None
+) -> dict[str, str]:
+    """plan: what its supervisor executed. log: None where no supervisor answers any more."""
+    lost = log and {"droppedLines": log.dropped_lines, "heldBackMs": log.held_back_ms}
     return {
         "info": _json(
             {
@@ -18,6 +23,7 @@ def container_info(container: Container, plan: dict[str, Any]) -> dict[str, str]
                 "cgroupPath": container.cgroup_path,
                 "config": _container_config(container.config),
                 "plan": plan,
+                "log": lost,
             }
         )
     }
@@ -42,10 +48,11 @@ def image_info(image: Image) -> dict[str, str]:
     return {"info": _json(image)}
 
 
-def node_info(config: Config, version: str) -> dict[str, str]:
+def node_info(config: Config, version: str, status: NodeStatus) -> dict[str, str]:
     """stateDir: critest looks for its file system, to know whether it can be idmapped."""
     settings = {"stateDir": f"{config.root}/containers", **msgspec.to_builtins(config)}
-    return {"config": _json(settings), "version": version}
+    network = {"problems": status.network_problems}
+    return {"config": _json(settings), "version": version, "network": _json(network)}
 
 
 def _container_config(config: ContainerConfig) -> dict[str, Any]:

@@ -48,7 +48,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeStatus:
-    """The two conditions of the CRI. An empty reason belongs to a condition that holds."""
+    """The two conditions of the CRI. An empty reason belongs to a condition that holds.
+
+    network_problems: what is amiss or missing besides, in either case.
+    """
 
     runtime_ready: bool
     runtime_reason: str
@@ -56,6 +59,7 @@ class NodeStatus:
     network_ready: bool
     network_reason: str
     network_message: str
+    network_problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +99,7 @@ class Node:
             network_ready=network.ready,
             network_reason=network.reason,
             network_message=network.message or "; ".join(network.problems),
+            network_problems=network.problems,
         )
 
     @property

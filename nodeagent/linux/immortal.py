@@ -25,7 +25,7 @@ _FLOAT_BYTES, _EMPTY_BYTES = sys.getsizeof(0.0), sys.getsizeof(b"")
 
 def immortalize() -> bool:
     """Make all that there is immortal; False, and nothing done, where the interpreter cannot (before 3.12)."""
-    if not _is_supported():
+    if not is_supported():
         return False
     pools = {0}
     todo = [*gc.get_objects(), *sys.modules.values()]
@@ -69,8 +69,8 @@ def _parts(thing: object) -> list[object]:
     return gc.get_referents(thing)
 
 
-def _is_supported() -> bool:
-    """Ask a probe whether references to it are still counted."""
+def is_supported() -> bool:
+    """Whether the interpreter has immortal objects: a probe is asked whether references to it are still counted."""
     if sys.implementation.name != "cpython" or sys.byteorder != "little" or "t" in sys.abiflags:
         return False
     probe = object()

@@ -68,6 +68,12 @@ async def ensure(
     return index
 
 
+async def index_of(ipr: IPRoute, name: str) -> int:
+    """The index of a link, 0 where there is none of this name."""
+    link = await _link(ipr, name)
+    return 0 if link is None else int(link["index"])
+
+
 def _is_ours(link: Any, mac: bytes) -> bool:
     kind = link.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND")
     return bool(kind == "bridge" and link.get("address") == mac.hex(":"))

@@ -119,6 +119,13 @@ class Network:
         network._released.set()
         return network
 
+    @classmethod
+    async def overlaps(cls, *, config: NetworkConfig, store: Store, instance: str) -> list[str]:
+        """What `start` would find amiss with the subnets of pods; nothing is made."""
+        network = cls(config, store, instance)
+        choices = store.get(NodeNetwork, "node") or NodeNetwork()
+        return await setup.overlapping(network._plan(choices))
+
     async def close(self, *, remove: bool) -> None:
         """Stop. With `remove` all that the kernel has of this network goes, else it stays for the next agent."""
         for task in self._tasks:

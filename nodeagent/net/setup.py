@@ -135,6 +135,13 @@ async def set_up(plan: Plan) -> NodeSide:
     )
 
 
+async def overlapping(plan: Plan) -> list[str]:
+    """Which routes of the node the subnets of pods would overlap, if they were chosen now. Changes nothing."""
+    async with bridge.rtnetlink() as ipr:
+        taken = await bridge.routed_subnets(ipr, but=await bridge.index_of(ipr, plan.bridge))
+    return _overlaps(plan.subnets(taken, seed=0), taken)
+
+
 async def tear_down(plan: Plan) -> None:
     """Remove the bridge and, with the last agent's, go back to the earlier settings of the kernel."""
     async with bridge.rtnetlink() as ipr:

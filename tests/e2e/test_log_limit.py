@@ -1,10 +1,12 @@
 """The limit of containers' logs, from the agent's configuration to what its metrics say of it."""
 
+import json
 import re
 import urllib.request
 
 import pytest
 
+from nodeagent.api import runtime_pb2 as pb
 from tests.e2e.conftest import client, running_agent
 from tests.support.node import RunningAgent, wait_for
 from tests.support.registry import Registry
@@ -21,6 +23,11 @@ def test_a_container_that_logs_too_much_waits(
         wait_for("time in which it is held back", lambda: held_back(agent, container.id) > 0)
         container.said("end", 60)
         assert container.output.split() == [*map(str, range(1, 3001)), "end"]
+        request = pb.ContainerStatusRequest(container_id=container.id, verbose=True)
+        answer = container.pod.cri.agent.runtime.ContainerStatus(request)
+        log = json.loads(answer.info["info"])["log"]
+        assert log["heldBackMs"] > 0
+        assert log["droppedLines"] == 0
         container.pod.remove()
 
 

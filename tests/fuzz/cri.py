@@ -70,7 +70,7 @@ def create_container(data: bytes) -> None:
     )
     messages.container_item(container).SerializeToString()
     messages.container_status(container).SerializeToString()
-    verbose.container_info(container, {})
+    verbose.container_info(container, {}, None)
     environment = process.environment(config, ImageConfig(), "h")
     assert not any("\0" in entry for entry in environment)
     protocol.encode({"env": environment, "user": process.user(config, ImageConfig())})

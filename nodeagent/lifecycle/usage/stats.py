@@ -117,6 +117,12 @@ class Stats:
         pods = await asyncio.gather(*map(self._logs, self._ready()))
         return [log for logs in pods for log in logs]
 
+    async def log(self, container: Container) -> LogUsage | None:
+        """What became of one container's output; None where its supervisor is gone, or does not answer."""
+        sandbox = self._inventory.sandboxes.get(container.sandbox_id)
+        logs = await self._logs(sandbox) if sandbox else []
+        return next((log for log in logs if log.container.id == container.id), None)
+
     async def _logs(self, sandbox: Sandbox) -> list[LogUsage]:
         pod = self._inventory.pods.get(sandbox.id)
         if pod is None or pod.supervisor is None:

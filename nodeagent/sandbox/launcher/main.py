@@ -356,7 +356,8 @@ def _prepare(state: str, ready: int, join: Sequence[int]) -> Loop:
     Launcher(state, loop)
     # Forked children share what is never written to again.
     gc.collect()
-    immortal.immortalize()
+    if not immortal.immortalize():
+        report("launcher: this Python has no immortal objects (3.12 has): a pod takes 1 MiB more")
     gc.freeze()
     gc.disable()
     return loop

@@ -26,7 +26,7 @@ from nodeagent.net.declared import DeclaredTable
 from nodeagent.net.network import Network, NetworkConfig, PortMapping
 from nodeagent.net.nftables import Table
 from nodeagent.net.ruleset import Ruleset
-from nodeagent.records import HostPort, Lease
+from nodeagent.records import HostPort, Lease, NodeNetwork
 from nodeagent.store import Store
 from tests.kernel.net.conftest import DUAL_STACK, INSTANCE, PodMaker, World
 from tests.kernel.net.world import (
@@ -321,7 +321,7 @@ async def test_without_nf_tables_it_says_what_is_missing(
 
 @pytest.mark.usefixtures("world")
 async def test_check_tells_what_this_kernel_takes() -> None:
-    present = {feature.name: feature.present for feature in check.features(Config())}
+    present = {feature.name: feature.present for feature in await check.features(Config())}
     assert present["nf_tables"] == has_nf_tables()
     assert present["nf_tables on bridges"] == HAS_BRIDGE_TABLES
     assert nft("list", "tables") == []
@@ -428,7 +428,21 @@ async def test_configured_subnet_is_kept_but_its_overlap_told(world: World, stor
     problem = network.status().problems[0]
     assert "198.51.100.128/25" in problem
     assert "198.51.100.0/24" in problem
+    assert await Network.overlaps(config=config, store=store, instance=INSTANCE) == [problem]
     await network.close(remove=True)
+    assert await Network.overlaps(config=config, store=store, instance=INSTANCE) == [problem]
+
+
+async def test_the_default_subnet_would_give_way(world: World, store: Store) -> None:
+    """What a start would settle by itself is no problem, and nothing is made to find that out."""
+    async with world.node.routing() as ipr:
+        await ipr.route("add", dst="10.88.7.0/24", gateway=NEIGHBOUR4)
+    config = NetworkConfig()
+    assert await Network.overlaps(config=config, store=store, instance=INSTANCE) == []
+    assert BRIDGE not in world.node.links()
+    assert store.get(NodeNetwork, "node") is None
+    async with world.node.routing() as ipr:
+        await ipr.route("del", dst="10.88.7.0/24", gateway=NEIGHBOUR4)
 
 
 # --- pods -----------------------------------------------------------------------------------------------------------

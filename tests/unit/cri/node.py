@@ -231,6 +231,9 @@ class FakeStats:
             for container in self._node.containers.of(sandbox.id)
         ]
 
+    async def log(self, container: Container) -> LogUsage | None:
+        return next((log for log in await self.logs() if log.container is container), None)
+
     def _usage(self, container: Container) -> ContainerUsage:
         return ContainerUsage(
             container=container,
@@ -315,6 +318,7 @@ class FakeNode:
             network_ready=False,
             network_reason="BridgeMissing",
             network_message="na0: no such link",
+            network_problems=("no masquerade: nf_tables",),
         )
 
     async def status(self) -> NodeStatus:

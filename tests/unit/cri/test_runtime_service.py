@@ -95,6 +95,7 @@ async def test_status(client: Client) -> None:
     assert not status.info
     verbose = await client.runtime.Status(pb.StatusRequest(verbose=True))
     assert json.loads(verbose.info["config"])["root"] == "/var/lib/nodeagent"
+    assert json.loads(verbose.info["network"]) == {"problems": ["no masquerade: nf_tables"]}
 
 
 @pytest.mark.parametrize(("driver", "value"), [("cgroupfs", pb.CGROUPFS), ("systemd", pb.SYSTEMD)])
@@ -260,6 +261,7 @@ async def test_verbose_status_of_a_container_is_json(client: Client) -> None:
     assert info["sandboxID"] == made.sandbox_id
     assert info["config"]["envs"] == ["A=\ufffd="]
     assert info["plan"] == {"argv": ["a"]}
+    assert info["log"] == {"droppedLines": 3, "heldBackMs": 1500}
     assert {"pid", "cgroupPath"} <= set(info)
 
 
