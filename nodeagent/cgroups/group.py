@@ -26,7 +26,6 @@ from nodeagent.cgroups.tracking import LegacyTracker, Tracker, UnifiedTracker
 from nodeagent.errors import FailedPrecondition, NotFound
 from nodeagent.records import Resources
 
-_FREEZE_TIMEOUT_S = 2.0
 _REMOVE_TIMEOUT_S = 2.0
 
 _T = TypeVar("_T")
@@ -38,7 +37,7 @@ class Version(Protocol):
     OOM_EVENTS: str
 
     def apply(self, files: ControlFiles, wanted: Resources, now: Resources) -> None: ...
-    def resources(self, files: ControlFiles, page_sizes: Sequence[str]) -> Resources: ...
+    def resources(self, files: ControlFiles) -> Resources: ...
     def set_devices(self, files: ControlFiles, rules: Sequence[Rule] | None) -> None: ...
     def cpu(self, files: ControlFiles) -> CpuStats | None: ...
     def memory(self, files: ControlFiles) -> MemoryStats | None: ...
@@ -52,7 +51,7 @@ class Version(Protocol):
 class Cgroup:
     """The group `path`, in all hierarchies of the machine.
 
-    Methods block for less than a millisecond, but for `freeze`, `remove`, and `apply` where memory has to be reclaimed.
+    Methods block for less than a millisecond, but for `remove`, and for `apply` where memory has to be reclaimed.
     `stats` keeps about 20 files open until `close`.
     """
 
@@ -86,12 +85,8 @@ class Cgroup:
         below it), Unsupported for what this kernel lacks (not where no limit is asked for), NotFound without the group.
         """
         limits.check(resources)
-        now = self._version.resources(self._files, ())
+        now = self._version.resources(self._files)
         self._version.apply(self._files, resources, now)
-
-    def resources(self) -> Resources:
-        """The limits in force; -1 is none. On v2 cpu_shares is what gives the weight that is in force."""
-        return self._version.resources(self._files, self._page_sizes)
 
     def set_devices(self, rules: Sequence[Rule] | None) -> None:
         """Allow the use of devices by `rules` alone; None allows all that the groups above allow.
@@ -146,11 +141,6 @@ class Cgroup:
         """Send SIGKILL to all processes, those of execs included. Does not wait for their end."""
         self._require_own()
         self._tracker.kill()
-
-    def freeze(self, timeout_s: float = _FREEZE_TIMEOUT_S) -> None:
-        """Stop all processes where they are. Raises TimeoutError, and lets them run on."""
-        self._require_own()
-        self._tracker.freeze(timeout_s)
 
     def thaw(self) -> None:
         """Let all run on, also those that were frozen by somebody else, in v1's freezer of a hybrid included."""

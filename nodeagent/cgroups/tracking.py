@@ -6,13 +6,10 @@ nothing else. Plain v1 has the freezer, and signals.
 
 import errno
 import os
-import select
 import signal
-import time
 from typing import Protocol
 
 from nodeagent.cgroups import tree
-from nodeagent.errors import Unsupported
 
 _POLL_S = 0.001
 
@@ -28,10 +25,6 @@ class Tracker(Protocol):
 
     def kill(self) -> None:
         """Send SIGKILL to every process, and to those that they make meanwhile. Does not wait for their end."""
-        ...
-
-    def freeze(self, timeout_s: float) -> None:
-        """Stop all processes; on TimeoutError they run as before."""
         ...
 
     def thaw(self) -> None: ...
@@ -53,26 +46,6 @@ class UnifiedTracker:
     def kill(self) -> None:
         _write(self._directory, "cgroup.kill", "1")
         self._thaw_legacy()
-
-    def freeze(self, timeout_s: float) -> None:
-        _write(self._directory, "cgroup.freeze", "1")
-        try:
-            self._wait_frozen(time.monotonic() + timeout_s)
-        except TimeoutError:
-            self.thaw()
-            raise
-
-    def _wait_frozen(self, deadline: float) -> None:
-        """A change of cgroup.events is reported as an urgent condition of the open file."""
-        with open(f"{self._directory}/cgroup.events", encoding="ascii") as events:
-            changed = select.poll()
-            changed.register(events, select.POLLPRI)
-            while "frozen 1" not in events.read().splitlines():
-                remaining = deadline - time.monotonic()
-                if remaining <= 0:
-                    raise TimeoutError(f"{self._directory}: not frozen in time")
-                changed.poll(remaining * 1000)
-                events.seek(0)
 
     def thaw(self) -> None:
         _write(self._directory, "cgroup.freeze", "0")
@@ -109,19 +82,6 @@ class LegacyTracker:
         finally:
             if self._freezer:
                 self.thaw()
-
-    def freeze(self, timeout_s: float) -> None:
-        """A process that forks while it is being frozen delays the rest until FROZEN is written again."""
-        if not self._freezer:
-            raise Unsupported("freeze: the freezer is not mounted")
-        deadline = time.monotonic() + timeout_s
-        _set_state(self._directory, "FROZEN")
-        while (state := _read(self._directory, "freezer.state").strip()) not in ("FROZEN", ""):
-            if time.monotonic() >= deadline:
-                self.thaw()
-                raise TimeoutError(f"{self._directory}: {state}, not frozen in time")
-            time.sleep(_POLL_S)
-            _set_state(self._directory, "FROZEN")
 
     def thaw(self) -> None:
         if self._freezer:

@@ -130,11 +130,8 @@ def _hugepages(wanted: Resources, files: ControlFiles) -> Iterator[Setting]:
                 yield reservation, str(limit)
 
 
-def resources(files: ControlFiles, page_sizes: Sequence[str]) -> Resources:
-    """The limits in force."""
-    limits = {
-        size: parse_v1_limit(files.read(HUGETLB_LIMIT.format(size), "-1")) for size in page_sizes
-    }
+def resources(files: ControlFiles) -> Resources:
+    """The limits in force, but for those of huge pages; -1 is none."""
     memory = parse_v1_limit(files.read(MEMORY_LIMIT, "-1"))
     return Resources(
         cpu_period_usec=int(files.read(CPU_PERIOD, str(_DEFAULT_PERIOD_USEC))),
@@ -145,7 +142,6 @@ def resources(files: ControlFiles, page_sizes: Sequence[str]) -> Resources:
         memory_limit_bytes=memory,
         memory_swap_limit_bytes=parse_v1_limit(files.read(MEMORY_SWAP_LIMIT, "-1")),
         pids_limit=parse_v1_limit(files.read(PIDS_LIMIT, "-1")),
-        hugepage_limits={size: limit for size, limit in limits.items() if limit != UNLIMITED},
     )
 
 

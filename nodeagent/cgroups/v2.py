@@ -136,13 +136,12 @@ def _reclaim(files: ControlFiles, size: int) -> None:
         pass
 
 
-def resources(files: ControlFiles, page_sizes: Sequence[str]) -> Resources:
-    """The limits in force."""
+def resources(files: ControlFiles) -> Resources:
+    """The limits in force, but for those of huge pages; -1 is none. cpu_shares gives the weight that is in force."""
     quota, period = convert.parse_cpu_max(files.read(CPU_MAX, _DEFAULT_CPU_MAX))
     memory = parse_max(files.read(MEMORY_MAX, "max"))
     swap = parse_max(files.read(MEMORY_SWAP_MAX, "max"))
     weight = int(files.read(CPU_WEIGHT, "0"))
-    limits = {size: parse_max(files.read(HUGETLB_MAX.format(size), "max")) for size in page_sizes}
     return Resources(
         cpu_period_usec=period,
         cpu_quota_usec=quota,
@@ -152,7 +151,6 @@ def resources(files: ControlFiles, page_sizes: Sequence[str]) -> Resources:
         memory_limit_bytes=memory,
         memory_swap_limit_bytes=convert.memory_and_swap(swap, memory),
         pids_limit=parse_max(files.read(PIDS_MAX, "max")),
-        hugepage_limits={size: limit for size, limit in limits.items() if limit != UNLIMITED},
         unified={name: value for name in _UNIFIED if (value := files.read(name))},
     )
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,8 @@ from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.hierarchy import Layout
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.linux import mountinfo
+from nodeagent.records import Resources
+from tests.support.node import wait_for
 
 ROOT = "/sys/fs/cgroup"
 TOP = f"/na-test-{os.getpid()}"
@@ -93,6 +96,27 @@ for fd in {fds}:
         fd = os.open('cgroup.procs', os.O_WRONLY, dir_fd=fd)
     os.write(fd, b'0')
 """
+
+
+def in_force(group: Cgroup) -> Resources:
+    """The limits that the kernel enforces, in the CRI's units; without those of huge pages."""
+    return group._version.resources(group._files)
+
+
+def freeze(group: Cgroup) -> None:
+    """Stop all processes, as anybody may who can write to the group's files."""
+    directory = Path(group._tracking.directory(group.path))
+    if (directory / "cgroup.freeze").exists():
+        (directory / "cgroup.freeze").write_text("1")
+        wait_for("frozen", lambda: "frozen 1" in (directory / "cgroup.events").read_text())
+        return
+
+    def is_frozen() -> bool:
+        """A process that forks meanwhile delays the rest until FROZEN is written again."""
+        (directory / "freezer.state").write_text("FROZEN")
+        return (directory / "freezer.state").read_text() == "FROZEN\n"
+
+    wait_for("frozen", is_frozen)
 
 
 def close(watch: WatchFds) -> None:

@@ -21,7 +21,7 @@ from nodeagent.errors import (
     Unsupported,
 )
 from nodeagent.records import Resources
-from tests.contract.cgroups.conftest import LAYOUT, ROOT, TOP, Spawn
+from tests.contract.cgroups.conftest import LAYOUT, ROOT, TOP, Spawn, freeze, in_force
 
 
 def directories(layout: Layout, path: str) -> list[str]:
@@ -140,7 +140,7 @@ def test_parents_of_others_stay(cgroups: Cgroups, layout: Layout) -> None:
 def test_groups_of_others_are_never_touched(cgroups: Cgroups, layout: Layout) -> None:
     with foreign(layout, TOP):
         group = cgroups.open_existing(TOP)
-        for forbidden in (group.remove, group.kill, group.freeze, lambda: group.set_devices(None)):
+        for forbidden in (group.remove, group.kill, group.thaw, lambda: group.set_devices(None)):
             with pytest.raises(FailedPrecondition, match="not made by this agent"):
                 forbidden()
         assert len(directories(layout, TOP)) == len(layout.hierarchies)
@@ -156,7 +156,7 @@ def test_a_mark_that_its_container_took_away(cgroups: Cgroups, layout: Layout) -
         os.removexattr(layout.hierarchies[0].directory(path), tree.MARK)
     for owned in (exec_, group):
         owned.kill()
-        owned.freeze()
+        freeze(owned)
         owned.thaw()
         owned.remove()
     assert directories(layout, group.path) == []
@@ -224,7 +224,7 @@ def test_found_again_after_a_restart(cgroups: Cgroups, layout: Layout) -> None:
     cgroups.create(f"{TOP}/a/group", Resources(pids_limit=7))
     later = Cgroups(layout, driver="cgroupfs", default_parent="/x")
     group = later.open_existing(f"{TOP}/a/group")
-    assert group.resources().pids_limit == 7
+    assert in_force(group).pids_limit == 7
     group.remove()
     assert directories(layout, TOP) == []
     with pytest.raises(NotFound, match="group"):

@@ -12,6 +12,7 @@ from nodeagent.cgroups.devices import DEFAULT_RULES
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.records import Resources
+from tests.contract.cgroups.conftest import in_force
 
 pytestmark = pytest.mark.skipif(
     not systemd.manages_node(), reason="systemd is not the init of this machine"
@@ -80,15 +81,15 @@ CHANGES: list[tuple[str, Callable[[], None]]] = [
 
 @pytest.mark.parametrize("change", [c for _, c in CHANGES], ids=[name for name, _ in CHANGES])
 def test_limits_and_device_rules_survive(group: Cgroup, change: Callable[[], None]) -> None:
-    before = group.resources()
+    before = in_force(group)
     assert (before.memory_limit_bytes, before.pids_limit) == (64 * MIB, 9)
     change()
     time.sleep(0.3)  # systemd realizes cgroups after it has answered
-    assert group.resources() == before
+    assert in_force(group) == before
     assert len(group.processes()) == 1
     assert not reads_kmsg(group)
     group.apply(Resources(memory_limit_bytes=32 * MIB))
-    assert group.resources().memory_limit_bytes == 32 * MIB
+    assert in_force(group).memory_limit_bytes == 32 * MIB
 
 
 def test_a_slice_without_a_unit() -> None:
@@ -97,6 +98,6 @@ def test_a_slice_without_a_unit() -> None:
     group = cgroups.create(cgroups.container_path("/natest.slice", "x"), LIMITS)
     systemctl("daemon-reload")
     time.sleep(0.3)
-    assert group.resources().memory_limit_bytes == 64 * MIB
+    assert in_force(group).memory_limit_bytes == 64 * MIB
     group.remove()
     assert not os.path.exists("/sys/fs/cgroup/natest.slice")
