@@ -164,10 +164,6 @@ class Store:
                 log.error('%s "%s": the record cannot be read: %s', kind.__name__, key, error)
         return records
 
-    def sync(self) -> None:
-        """Return once everything written so far would survive a power cut."""
-        self._db.execute("PRAGMA wal_checkpoint(FULL)")
-
 
 def _open(path: Path) -> sqlite3.Connection:
     _make_private(path)

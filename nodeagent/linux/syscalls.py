@@ -12,7 +12,6 @@ from ctypes import c_char, c_char_p, c_int, c_long, c_size_t, c_uint, c_ulong, c
 
 # of openat2(2), open_tree(2), move_mount(2), statx(2)
 AT_FDCWD = -100
-AT_SYMLINK_NOFOLLOW = 0x100
 AT_EMPTY_PATH = 0x1000
 AT_STATX_DONT_SYNC = 0x4000
 AT_RECURSIVE = 0x8000
@@ -32,7 +31,6 @@ FSOPEN_CLOEXEC = 0x1
 FSMOUNT_CLOEXEC = 0x1
 FSCONFIG_SET_FLAG = 0
 FSCONFIG_SET_STRING = 1
-FSCONFIG_SET_FD = 5
 FSCONFIG_CMD_CREATE = 6
 
 # of mount(2), umount2(2)
@@ -43,7 +41,6 @@ MS_NOEXEC = 0x8
 MS_REMOUNT = 0x20
 MS_BIND = 0x1000
 MS_REC = 0x4000
-MS_UNBINDABLE = 1 << 17
 MS_PRIVATE = 1 << 18
 MS_SLAVE = 1 << 19
 MS_SHARED = 1 << 20
@@ -63,7 +60,6 @@ MOUNT_ATTR_IDMAP = 0x100000
 MOUNT_ATTR_NOSYMFOLLOW = 0x200000
 
 # of clone3(2), setns(2), unshare(2)
-CLONE_NEWTIME = 0x80
 CLONE_PIDFD = 0x1000
 CLONE_PARENT = 0x8000
 CLONE_NEWNS = 0x20000
@@ -77,7 +73,6 @@ CLONE_INTO_CGROUP = 0x200000000
 
 # of prctl(2)
 PR_SET_PDEATHSIG = 1
-PR_GET_DUMPABLE = 3
 PR_SET_DUMPABLE = 4
 PR_SET_KEEPCAPS = 8
 PR_SET_NAME = 15
@@ -93,11 +88,8 @@ SECBIT_NO_SETUID_FIXUP = 0x4
 
 # of seccomp(2)
 SECCOMP_SET_MODE_FILTER = 1
-SECCOMP_GET_ACTION_AVAIL = 2
 
 # of statfs(2)
-CGROUP_SUPER_MAGIC = 0x27E0EB
-CGROUP2_SUPER_MAGIC = 0x63677270
 PROC_SUPER_MAGIC = 0x9FA0
 
 _KEYCTL_JOIN_SESSION_KEYRING = 1
@@ -115,11 +107,9 @@ _SHARED_NUMBERS = {
     "fsopen": 430,
     "fsconfig": 431,
     "fsmount": 432,
-    "pidfd_open": 434,
     "clone3": 435,
     "close_range": 436,
     "openat2": 437,
-    "pidfd_getfd": 438,
     "mount_setattr": 442,
 }
 _NUMBERS = {
@@ -207,8 +197,6 @@ _mount_setattr = _declare("mount_setattr", c_int, c_char_p, c_uint, c_char_p, c_
 _move_mount = _declare("move_mount", c_int, c_char_p, c_int, c_char_p, c_uint)
 _open_tree = _declare("open_tree", c_int, c_char_p, c_uint)
 _openat2 = _declare("openat2", c_int, c_char_p, c_char_p, c_size_t)
-_pidfd_getfd = _declare("pidfd_getfd", c_int, c_int, c_uint)
-_pidfd_open = _declare("pidfd_open", c_int, c_uint)
 _pidfd_send_signal = _declare("pidfd_send_signal", c_int, c_int, c_void_p, c_uint)
 _ppoll = _declare("ppoll", c_void_p, c_uint, c_void_p, c_void_p, c_size_t, library=_libc_with_lock)
 _pivot_root = _declare("pivot_root", c_char_p, c_char_p)
@@ -261,17 +249,8 @@ def unshare(flags: int) -> None:
     _unshare(None, flags)
 
 
-def pidfd_open(pid: int) -> int:
-    return _pidfd_open(pid, pid, 0)
-
-
 def pidfd_send_signal(pidfd: int, signal: int) -> None:
     _pidfd_send_signal(pidfd, pidfd, signal, None, 0)
-
-
-def pidfd_getfd(pidfd: int, descriptor: int) -> int:
-    """A duplicate of another process's descriptor."""
-    return _pidfd_getfd(pidfd, pidfd, descriptor, 0)
 
 
 def prctl(option: int, argument: int = 0, argument3: int = 0) -> int:

@@ -5,7 +5,6 @@ from collections.abc import Generator
 from enum import IntEnum
 
 VERSION = 3
-MAX_DATA_BYTES = (1 << 24) - 1
 
 FLAG_FIN = 0x01
 FLAG_UNIDIRECTIONAL = 0x02

@@ -163,7 +163,7 @@ async def rests(pod: Pod) -> None:
 
 async def test_packets(pod: Pod) -> None:
     await attack(pod, "packets")
-    assert (await pod.supervisor.wait("main"))["code"] == 0
+    assert (await pod.wait("main"))["code"] == 0
     assert pod.log() == COUNTED
     await rests(pod)
 
@@ -174,7 +174,7 @@ async def test_packets_that_come_while_supervisors_die(pod: Pod) -> None:
         await asyncio.sleep(0.05)
         await pod.kill_supervisor()
         await pod.succeed()
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
     assert pod.log() == COUNTED
 
 
@@ -184,12 +184,12 @@ async def test_a_packet_in_the_pipe_when_nobody_writes_any_more(pod: Pod) -> Non
     assert pod.log() == COUNTED
     await rests(pod)
     await pod.supervisor.stop("main", signal.SIGKILL, 0)
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
 
 
 async def test_a_pipe_that_changes_its_size(pod: Pod) -> None:
     await attack(pod, "sizes")
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
     assert pod.log() == COUNTED
 
 
@@ -200,7 +200,7 @@ async def test_pages_that_change_after_they_were_written(pod: Pod) -> None:
         await asyncio.sleep(0.05)
         await pod.kill_supervisor()
         await pod.succeed()
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
     text = "".join(line + "\n" for line in pod.log())
     assert len(text) == 100 * 65536
     assert set(text) <= set("ab\n")
@@ -209,7 +209,7 @@ async def test_pages_that_change_after_they_were_written(pod: Pod) -> None:
 
 async def test_a_reader_of_its_own_pipe(pod: Pod) -> None:
     await pod.run(["/bin/attack", "thief"])
-    assert (await pod.supervisor.wait("main"))["code"] == 0
+    assert (await pod.wait("main"))["code"] == 0
     await rests(pod)
     assert {tag for _, tag, _ in pod.records()} <= {"F"}
 
@@ -219,7 +219,7 @@ async def test_an_end_that_is_opened_again(pod: Pod) -> None:
     await eventually(lambda: pod.log() == ["line 1"])
     await rests(pod)
     await pod.supervisor.stop("main", signal.SIGKILL, 0)
-    assert (await pod.supervisor.wait("main"))["code"] == 137
+    assert (await pod.wait("main"))["code"] == 137
 
 
 async def test_a_terminal_that_nobody_has_open_for_a_while(pod: Pod) -> None:
@@ -227,7 +227,7 @@ async def test_a_terminal_that_nobody_has_open_for_a_while(pod: Pod) -> None:
         "echo 1; exec 0<&- 1>&- 2>&-; sleep 0.5; exec 1> /dev/console; echo 2; sleep 0.5; echo 3"
     )
     await pod.run(script, tty=True)
-    assert (await pod.supervisor.wait("main"))["code"] == 0
+    assert (await pod.wait("main"))["code"] == 0
     assert pod.log() == ["1\r", "2\r", "3\r"]
 
 
@@ -236,7 +236,7 @@ async def test_a_terminal_that_was_let_go_of_while_supervisors_change(pod: Pod) 
     await pod.run(script, tty=True)
     await pod.kill_supervisor()
     await pod.succeed()
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
     assert pod.log() == ["2\r", "3\r"]
     await rests(pod)
 
@@ -251,7 +251,7 @@ async def test_a_log_that_has_become_something_else_is_lost_alone(pod: Pod) -> N
     await pod.succeed()
     assert {state.id for state in await pod.supervisor.state()} == {"main", "other"}
     await pod.supervisor.stop("main", signal.SIGKILL, 0)
-    assert (await pod.supervisor.wait("main"))["code"] == 137
+    assert (await pod.wait("main"))["code"] == 137
 
 
 # ---- the limit ----
@@ -272,7 +272,7 @@ async def test_a_flood_of_newlines_is_held_back(pod: Pod) -> None:
     [state] = [state for state in await pod.supervisor.state() if state.id == "main"]
     assert state.held_back_ms > 0
     await pod.supervisor.stop("main", signal.SIGKILL, 0)
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
 
 
 async def test_many_small_writes_count_for_more_than_their_bytes(pod: Pod) -> None:
@@ -283,7 +283,7 @@ async def test_many_small_writes_count_for_more_than_their_bytes(pod: Pod) -> No
     reads = {line.split()[0] for line in pod.log_path().read_bytes().splitlines()}
     assert len(reads) <= allowed_bytes(LIMIT, begin) / 4096 + 1
     await pod.supervisor.stop("main", signal.SIGKILL, 0)
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
 
 
 async def test_nothing_is_lost_to_a_limit(pod: Pod) -> None:
@@ -291,7 +291,7 @@ async def test_nothing_is_lost_to_a_limit(pod: Pod) -> None:
     await asyncio.sleep(0.1)
     await pod.kill_supervisor()
     await pod.succeed()
-    assert (await pod.supervisor.wait("main"))["code"] == 0
+    assert (await pod.wait("main"))["code"] == 0
     assert pod.log() == COUNTED
 
 

@@ -28,6 +28,7 @@ _X86 = os.uname().machine == "x86_64"
 _WRITES = (1, 18, 20) if _X86 else (64, 68, 66)  # write, pwrite64, writev
 _ENTRIES = (165, 308, 429) if _X86 else (40, 268, 429)  # mount, setns, move_mount
 
+_PIDFD_GETFD = 438  # on all architectures
 _NEW_LISTENER = 8
 _RET_ALLOW, _RET_USER_NOTIF = 0x7FFF0000, 0x7FC00000
 _NOTIF_RECV, _NOTIF_SEND = 0xC0502100, 0xC0182101
@@ -73,12 +74,20 @@ class Watch:
         if call not in _WRITES:
             self.seen.append("entered")
             return
-        pidfd = syscalls.pidfd_open(pid)
-        file = syscalls.pidfd_getfd(pidfd, argument)
+        pidfd = os.pidfd_open(pid)
+        file = pidfd_getfd(pidfd, argument)
         if syscalls.statfs_type(file) == syscalls.PROC_SUPER_MAGIC:
             self.seen.append(os.path.basename(os.readlink(f"/proc/{pid}/fd/{argument}")))
         os.close(file)
         os.close(pidfd)
+
+
+def pidfd_getfd(pidfd: int, descriptor: int) -> int:
+    """A duplicate of another process's descriptor (pidfd_getfd(2))."""
+    copy = int(ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, pidfd, descriptor, 0))
+    if copy == -1:
+        raise OSError(ctypes.get_errno(), "pidfd_getfd")
+    return copy
 
 
 @contextmanager
@@ -92,7 +101,7 @@ def watched(run: Callable[[int], object], namespaces: int = 0) -> Iterator[Watch
             run(theirs.fileno())
         os._exit(99)
     theirs.close()
-    listener = syscalls.pidfd_getfd(pidfd, ours.recv(1)[0])
+    listener = pidfd_getfd(pidfd, ours.recv(1)[0])
     watch = Watch(listener)
     thread = threading.Thread(target=watch.follow)
     thread.start()

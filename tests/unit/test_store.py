@@ -1,7 +1,6 @@
 """The store: records survive, whole or not at all."""
 
 import os
-import shutil
 import sqlite3
 import stat
 from contextlib import closing
@@ -132,20 +131,6 @@ def test_another_process_sees_only_whole_transactions(path: Path) -> None:
     assert other.all(Lease) == [lease("a")]
     store.close()
     other.close()
-
-
-def test_sync_brings_everything_into_the_file_itself(path: Path, tmp_path: Path) -> None:
-    """A copy of the main file, without the log beside it, is what a power cut could leave."""
-    store = Store.open(path)
-    store.put(lease())
-    shutil.copy(path, tmp_path / "before.db")
-    store.sync()
-    shutil.copy(path, tmp_path / "after.db")
-    store.close()
-    with closing(Store.open(tmp_path / "before.db")) as before:
-        assert before.all(Lease) == []
-    with closing(Store.open(tmp_path / "after.db")) as after:
-        assert after.all(Lease) == [lease()]
 
 
 def test_the_file_of_a_newer_agent_is_refused(path: Path) -> None:

@@ -186,12 +186,6 @@ class Supervisor:
             "stop", container=container, signal=signal, timeout_ms=timeout_ms
         )
 
-    async def wait(self, container: str) -> Exit:
-        """How it ended; at once, if it has."""
-        reply = await self._channel.request("wait", container=container)
-        end: Exit = reply.result["exit"]
-        return end
-
     async def remove(self, container: str) -> None:
         """Kill the container if it is not EXITED, and forget it. Idempotent."""
         await self._channel.request("remove", container=container)

@@ -160,8 +160,3 @@ class ExecHandle:
 
     async def resize(self, width: int, height: int) -> None:
         await self._channel.request("exec_resize", exec=self._number, width=width, height=height)
-
-    async def kill(self) -> None:
-        """The whole tree, if it has a cgroup. Of a process that has ended, nothing is left to kill."""
-        if not self._end.done():
-            self._channel.post("exec_kill", exec=self._number)

@@ -208,10 +208,6 @@ class Listener:
         self._loop.forget(self._socket.fileno())
         self._loop.call_after(_PAUSE_MS, self._watch)
 
-    def close(self) -> None:
-        self._loop.forget(self._socket.fileno())
-        self._socket.close()
-
 
 def _listen(path: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)

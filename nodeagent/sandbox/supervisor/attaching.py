@@ -58,11 +58,6 @@ class Attachments:
             if key[0] is agent:
                 self._end(key)
 
-    def forget(self, container: Container) -> None:
-        """The container has ended."""
-        for key in [key for key, attached in self._containers.items() if attached is container]:
-            del self._containers[key]
-
     def _cut_off(self, key: Key) -> None:
         """They read too slowly, or not at all any more."""
         self._end(key)

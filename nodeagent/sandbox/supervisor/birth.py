@@ -98,10 +98,6 @@ class Birth:
         """What a supervisor after us resumes the birth with; they stay ours."""
         return {"status": self._text} | ({"go": self._go} if self._go != self._text else {})
 
-    @property
-    def is_over(self) -> bool:
-        return self._over
-
     def go(self) -> None:
         """Let the program be executed as soon as the process is ready."""
         self._gone = True

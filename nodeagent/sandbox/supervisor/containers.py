@@ -68,7 +68,6 @@ class Container:
         self._deadline: Timer | None = None
         self._creation: Request | None = None
         self._start: Request | None = None
-        self._waiting: list[Request] = []
         self._removals: list[Request] = []
         self.hooks = ContainerHooks(pod, plan)
         self._is_over = False
@@ -324,9 +323,6 @@ class Container:
             self._start = None
         self._reply_start()
         self.pod.tell({"event": "exit", "container": self.id, "exit": self.exit})
-        for request in self._waiting:
-            request.reply({"exit": self.exit})
-        self._waiting.clear()
         self.remove_as_asked()
 
     def remove_as_asked(self) -> None:
@@ -334,12 +330,6 @@ class Container:
         removals, self._removals = self._removals, []
         for request in removals:
             self.remove(request)
-
-    def wait(self, request: Request) -> None:
-        if self.exit is not None:
-            request.reply({"exit": self.exit})
-        else:
-            self._waiting.append(request)
 
     def remove(self, request: Request) -> None:
         """Reply when nothing is left of it; one that has not ended is killed. Hooks are waited for."""

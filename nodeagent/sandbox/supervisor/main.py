@@ -103,7 +103,6 @@ class Supervisor:
             "create": self._create,
             "start": lambda request: self._container(request).start(request),
             "stop": self._stop,
-            "wait": lambda request: self._container(request).wait(request),
             "remove": self._remove,
             "resize": self._resize,
             "reopen_log": self._reopen_log,

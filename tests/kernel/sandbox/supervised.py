@@ -12,7 +12,7 @@ from typing import Any, cast
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.linux import libseccomp, syscalls
 from nodeagent.sandbox.agent.client import CgroupFds, ExecHandle, ExecIO, Launcher, Supervisor
-from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, PodPlan, PodSettings
+from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, Exit, PodPlan, PodSettings
 from tests.kernel.sandbox.containers import container_plan
 
 ALL = ("net", "ipc", "uts")
@@ -110,6 +110,18 @@ class Pod:
         finally:
             os.close(writer)
         return _read_all(reader)
+
+    async def wait(self, name: str = "main") -> Exit:
+        """How a container ended, once that is recorded and told, and its process is reaped."""
+        end = None
+        while end is None:
+            states = await self.supervisor.state()
+            end = next((state.exit for state in states if state.id == name), None)
+            await asyncio.sleep(0.005)
+        await (
+            self.supervisor.state()
+        )  # what is told is told in the turn of the loop after the record
+        return end
 
     async def kill_supervisor(self) -> None:
         os.kill(self.supervisor.pid, signal.SIGKILL)

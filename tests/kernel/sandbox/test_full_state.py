@@ -111,7 +111,7 @@ async def test_what_containers_share_takes_nothing_of_it(node: Node) -> None:
 async def test_a_record_is_written_once_and_goes_with_its_container(node: Node) -> None:
     pod = await node.pod()
     await pod.run("exit 7")
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
     directory = str(pod.directory)
     first = exits.read(directory, "main")
     assert first is not None

@@ -193,12 +193,12 @@ async def test_hostname_sysctls_and_shm(node: Node) -> None:
         shm_bytes=1 << 20,
     )
     await pod.run("hostname; cat /proc/sys/net/ipv4/ip_forward /proc/sys/kernel/shm_rmid_forced")
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
     await pod.run(
         "cd /proc/sys; cat kernel/hostname kernel/domainname net/ipv4/ip_unprivileged_port_start",
         "b",
     )
-    await pod.supervisor.wait("b")
+    await pod.wait("b")
     assert pod.log()[-2:] == ["1", "1"]
     assert pod.log("b") == ["web-0", "here", "0"]
     shm = pod.directory / "shared/shm"
@@ -250,7 +250,7 @@ async def test_the_first_process_of_a_shared_namespace_has_nothing(node: Node) -
         pid="pod",
         process={"capabilities": {**everything, "ambient": 0}},
     )
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
     assert [line.split() for line in pod.log()] == [
         ["Uid:", *["65534"] * 4],
         *([f"Cap{name}:", "0" * 16] for name in ("Inh", "Prm", "Eff")),
@@ -264,8 +264,8 @@ async def test_a_container_may_see_the_processes_of_another(node: Node) -> None:
     await pod.run("ps; sleep 1001", "debugger", pid="target", pid_target="main")
     await eventually(lambda: any("sleep 1000" in line for line in pod.log("debugger")))
     await pod.supervisor.stop("main", signal.SIGTERM, 0)
-    assert (await pod.supervisor.wait("debugger"))["code"] == 137
-    await pod.supervisor.wait("main")
+    assert (await pod.wait("debugger"))["code"] == 137
+    await pod.wait("main")
     with pytest.raises(FailedPrecondition, match="is exited, not running"):
         await pod.run("true", "late", pid="target", pid_target="main")
     with pytest.raises(NotFound):
@@ -299,7 +299,7 @@ async def test_the_life_of_a_container(node: Node) -> None:
     assert made.identity == {"uid": 0, "gid": 0, "groups": [0], "home": "/root"}
     assert not pod.log_path().exists()
     at = await pod.supervisor.start("main")
-    end = await pod.supervisor.wait("main")
+    end = await pod.wait("main")
     assert (end["code"], end["oom"]) == (3, False)
     assert end["at"] >= at
     await eventually(lambda: ends == [("main", end)])
@@ -323,7 +323,7 @@ async def test_as_many_groups_as_the_kernel_allows(node: Node) -> None:
     made = await pod.supervisor.create(pod.plan("id -G | wc -w", process=process), NO_CGROUP)
     assert made.identity["groups"] == list(range(65536))
     await pod.supervisor.start("main")
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
     assert pod.log() == ["65536"]
 
 
@@ -337,7 +337,7 @@ async def test_containers_of_a_pod_live_side_by_side(node: Node) -> None:
     pod = await node.pod()
     names = [f"c{number}" for number in range(8)]
     await asyncio.gather(*(pod.run(f"echo {name}; exit {name[1:]}", name) for name in names))
-    ends = await asyncio.gather(*(pod.supervisor.wait(name) for name in names))
+    ends = await asyncio.gather(*(pod.wait(name) for name in names))
     assert [end["code"] for end in ends] == list(range(8))
     assert [pod.log(name) for name in names] == [[name] for name in names]
 
@@ -379,7 +379,7 @@ async def test_a_program_that_cannot_be_executed(node: Node, argv: list[str]) ->
     await pod.supervisor.create(pod.plan(argv), NO_CGROUP)
     with pytest.raises(StartError, match=argv[0]):
         await pod.supervisor.start("main")
-    end = await pod.supervisor.wait("main")
+    end = await pod.wait("main")
     assert end["code"] == 128
     assert pod.log_path().exists()
 
@@ -400,7 +400,7 @@ async def test_a_log_that_cannot_be_opened_leaves_the_container_created(node: No
         await pod.supervisor.start("main")
     path.rmdir()
     await pod.supervisor.start("main")
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
     assert pod.log() == ["hello"]
 
 
@@ -410,7 +410,7 @@ async def test_codes_of_signals(node: Node, command: str, code: int) -> None:
     pid = await pod.run(command, pid="node")
     if code:
         os.kill(pid, signal.SIGTERM)
-    assert (await pod.supervisor.wait("main"))["code"] == (code or 137)
+    assert (await pod.wait("main"))["code"] == (code or 137)
 
 
 async def test_what_is_unknown_is_not_found(node: Node) -> None:
@@ -418,7 +418,6 @@ async def test_what_is_unknown_is_not_found(node: Node) -> None:
     for call in (
         pod.supervisor.start("x"),
         pod.supervisor.stop("x", 15, 0),
-        pod.supervisor.wait("x"),
         pod.supervisor.reopen_log("x"),
         pod.supervisor.attach("x"),
     ):
@@ -439,7 +438,7 @@ async def test_a_stop_signals_once_and_keeps_the_earliest_deadline(node: Node) -
     await pod.supervisor.stop("main", signal.SIGTERM, 60_000)
     await pod.supervisor.stop("main", signal.SIGTERM, 300)
     await pod.supervisor.stop("main", signal.SIGTERM, 50_000)
-    assert (await pod.supervisor.wait("main"))["code"] == 137
+    assert (await pod.wait("main"))["code"] == 137
     assert 0.25 < loop.time() - began < 40
     assert pod.log() == ["ready", "TERM"]
 
@@ -449,7 +448,7 @@ async def test_a_program_may_end_at_its_signal(node: Node) -> None:
     await pod.run("trap 'exit 5' TERM; echo ready; while :; do sleep 0.05; done")
     await eventually(lambda: pod.log() == ["ready"])
     await pod.supervisor.stop("main", signal.SIGTERM, 60_000)
-    assert (await pod.supervisor.wait("main"))["code"] == 5
+    assert (await pod.wait("main"))["code"] == 5
     await pod.supervisor.stop("main", signal.SIGTERM, 60_000)
 
 
@@ -457,7 +456,7 @@ async def test_a_stop_without_patience_kills(node: Node) -> None:
     pod = await node.pod()
     await pod.run("trap '' TERM; sleep 1000")
     await pod.supervisor.stop("main", signal.SIGTERM, 0)
-    end = await pod.supervisor.wait("main")
+    end = await pod.wait("main")
     assert (end["code"], end["oom"]) == (137, False)
 
 
@@ -480,7 +479,7 @@ async def test_a_container_that_was_never_started_is_removed(node: Node) -> None
     assert await pod.supervisor.state() == []
     await pod.supervisor.create(pod.plan("true"), NO_CGROUP)
     await pod.supervisor.stop("main", signal.SIGTERM, 60_000)
-    assert (await pod.supervisor.wait("main"))["code"] == 137
+    assert (await pod.wait("main"))["code"] == 137
 
 
 async def test_a_shutdown_ends_everything(node: Node) -> None:
@@ -508,7 +507,7 @@ async def test_the_last_agent_is_told(node: Node) -> None:
     ends = []
     pod.supervisor.on_exit = lambda container, _end: ends.append(container)
     await pod.supervisor.stop("main", signal.SIGKILL, 0)
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
     await eventually(lambda: ends == ["main"])
     with pytest.raises(Unavailable):
         await first.state()
@@ -520,7 +519,7 @@ async def test_a_big_plan_passes(node: Node) -> None:
     pod = await node.pod()
     env = [f"V{number}={'x' * 1000}" for number in range(500)]
     await pod.run("echo ${#V499}", process={"env": env})
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
     assert pod.log() == ["1000"]
 
 

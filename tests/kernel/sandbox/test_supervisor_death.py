@@ -71,7 +71,7 @@ async def test_a_container_does_not_notice_the_death_of_its_supervisor(node: Nod
     assert await state(pod) == before
     await eventually(lambda: len(pod.log()) > written + 5)
     await pod.supervisor.stop("main", signal.SIGTERM, 60_000)
-    end = await pod.supervisor.wait("main")
+    end = await pod.wait("main")
     assert end["code"] == 7
     assert is_counted_without_a_gap(pod.log())
     await eventually(lambda: not exists(pid))
@@ -86,7 +86,7 @@ async def test_no_line_is_lost_or_logged_twice(node: Node, attempt: int) -> None
         await pod.kill_supervisor()
         await pod.succeed()
     await pod.supervisor.stop("main", signal.SIGTERM, 0)
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
     assert len(pod.log()) > 1000
     assert is_counted_without_a_gap(pod.log())
 
@@ -112,7 +112,7 @@ async def test_an_end_without_a_supervisor_is_recorded(node: Node) -> None:
     end = (await state(pod)).exit
     assert end is not None
     assert (end["code"], end["oom"]) == (9, False)
-    assert await pod.supervisor.wait("main") == end
+    assert await pod.wait("main") == end
     assert pod.log() == ["before", "after", "rest"]
 
 
@@ -123,7 +123,7 @@ async def test_a_container_that_was_killed_with_its_supervisor(node: Node) -> No
     os.kill(pid, signal.SIGKILL)
     await pod.kill_supervisor()
     await pod.succeed()
-    assert (await pod.supervisor.wait("main"))["code"] == 137
+    assert (await pod.wait("main"))["code"] == 137
 
 
 @pytest.mark.parametrize("killer", ["kernel", "supervisor"])
@@ -151,7 +151,7 @@ async def test_whoever_sees_the_end_says_whether_it_was_an_oom_kill(
     if judge == "launcher":
         await pod.kill_supervisor()
         await pod.succeed()
-    end = await pod.supervisor.wait("main")
+    end = await pod.wait("main")
     assert (end["code"], end["oom"]) == (137, killer == "kernel")
 
 
@@ -162,7 +162,7 @@ async def test_a_created_container_can_be_started_by_a_successor(node: Node) -> 
     await pod.succeed()
     assert (await state(pod)).started_at == 0
     await pod.supervisor.start("main")
-    assert (await pod.supervisor.wait("main"))["code"] == 4
+    assert (await pod.wait("main"))["code"] == 4
     assert pod.log() == ["hello"]
 
 
@@ -185,7 +185,7 @@ async def test_a_start_that_was_cut_off_is_finished(node: Node, succeeded: str) 
     assert (await state(pod)).started_at > 0
     await eventually(lambda: pod.log() == ["hello"])
     await pod.supervisor.stop("main", signal.SIGTERM, 60_000)
-    assert (await pod.supervisor.wait("main"))["code"] == 4
+    assert (await pod.wait("main"))["code"] == 4
     with pytest.raises(Unavailable):
         await starting
 
@@ -216,7 +216,7 @@ async def test_a_deadline_is_kept_by_the_successor(node: Node) -> None:
     await pod.kill_supervisor()
     await pod.succeed()
     async with asyncio.timeout(60):
-        assert (await pod.supervisor.wait("main"))["code"] == 137
+        assert (await pod.wait("main"))["code"] == 137
 
 
 async def test_execs_stdin_and_namespaces_go_on(node: Node) -> None:
@@ -227,7 +227,7 @@ async def test_execs_stdin_and_namespaces_go_on(node: Node) -> None:
     await pod.succeed()
     assert "sleep 1000" in await pod.output_of("cat /proc/sys/kernel/hostname; ps", "first")
     await pod.run("cat /proc/sys/kernel/hostname; ps", "third", pid="pod")
-    await pod.supervisor.wait("third")
+    await pod.wait("third")
     assert pod.log("third")[0] == "web-0"
     assert any("sleep 1000" in line for line in pod.log("third"))
     with await pod.supervisor.attach("second") as attached:
@@ -255,9 +255,9 @@ async def test_successors_have_successors(node: Node) -> None:
         await pod.kill_supervisor()
         await pod.succeed()
     await pod.run("exit 3", "second")
-    assert (await pod.supervisor.wait("second"))["code"] == 3
+    assert (await pod.wait("second"))["code"] == 3
     await pod.supervisor.stop("main", signal.SIGKILL, 0)
-    assert (await pod.supervisor.wait("main"))["code"] == 137
+    assert (await pod.wait("main"))["code"] == 137
     assert is_counted_without_a_gap(pod.log())
 
 
@@ -274,14 +274,14 @@ async def test_a_shutdown_of_a_dead_supervisors_pod(node: Node) -> None:
 async def test_nothing_is_left_open(node: Node) -> None:
     pod = await node.pod()
     await pod.run("true", "warm")
-    await pod.supervisor.wait("warm")
+    await pod.wait("warm")
     await pod.supervisor.remove("warm")
     await node.launcher.pods()  # which first hears what supervisors have let go
     processes = (node.launcher.pid, pod.supervisor.pid)
     before = [len(os.listdir(f"/proc/{pid}/fd")) for pid in processes]
     for number in range(3):
         await pod.run("exit 0", f"c{number}", stdin=True, tty=number == 1)
-        await pod.supervisor.wait(f"c{number}")
+        await pod.wait(f"c{number}")
         await pod.supervisor.remove(f"c{number}")
     await eventually(lambda: [len(os.listdir(f"/proc/{pid}/fd")) for pid in processes] == before)
 
@@ -295,7 +295,7 @@ async def test_supervisors_outlive_the_launcher_and_go_to_the_next(node: Node) -
     await kill_launcher(node)
     assert (await state(pod)).exit is None
     await pod.run("exit 3", "second")
-    assert (await pod.supervisor.wait("second"))["code"] == 3
+    assert (await pod.wait("second"))["code"] == 3
     await node.connect()
     async with asyncio.timeout(60):
         while await node.launcher.pods() != [pod.id]:  # noqa: ASYNC110 another process does it
@@ -304,7 +304,7 @@ async def test_supervisors_outlive_the_launcher_and_go_to_the_next(node: Node) -
     await pod.kill_supervisor()
     await pod.succeed()
     await pod.supervisor.stop("main", signal.SIGTERM, 60_000)
-    assert (await pod.supervisor.wait("main"))["code"] == 7
+    assert (await pod.wait("main"))["code"] == 7
     assert is_counted_without_a_gap(pod.log())
 
 
@@ -357,7 +357,7 @@ async def test_launcher_and_supervisor_die_together(node: Node) -> None:
     assert (await state(pod)).exit is None
     assert await pod.output_of("cat /proc/sys/kernel/hostname") == "web-0\n"
     await pod.supervisor.stop("main", signal.SIGTERM, 60_000)
-    assert (await pod.supervisor.wait("main"))["code"] == 7
+    assert (await pod.wait("main"))["code"] == 7
 
 
 async def test_what_nobody_saw_is_unknown(node: Node) -> None:
@@ -369,7 +369,7 @@ async def test_what_nobody_saw_is_unknown(node: Node) -> None:
     await eventually(lambda: not exists(pid))
     await node.connect()
     await pod.succeed()
-    assert (await pod.supervisor.wait("main"))["code"] == 255
+    assert (await pod.wait("main"))["code"] == 255
 
 
 # ---- the launcher is not the last to close a pipe, whose lock somebody may hold ----
@@ -433,7 +433,7 @@ async def test_the_launcher_drops_a_held_pipe_of_a_supervisor_that_has_died(node
         os.kill(node.launcher.pid, signal.SIGSTOP)
         try:
             os.kill(pid, signal.SIGKILL)
-            await pod.supervisor.wait("main")  # told after it was asked to drop the pipes
+            await pod.wait("main")  # told after it was asked to drop the pipes
             await pod.kill_supervisor()
             async with output.held(), asyncio.timeout(60):
                 os.kill(node.launcher.pid, signal.SIGCONT)
@@ -462,7 +462,7 @@ async def test_an_agent_that_comes_back_finds_everything(node: Node) -> None:
     pod = await node.pod()
     await pod.run("exit 3", "one")
     await pod.run("sleep 1000", "two")
-    await pod.supervisor.wait("one")
+    await pod.wait("one")
     before = await pod.supervisor.state()
     await pod.reconnect()
     launcher = await Launcher.connect(node.state)
@@ -472,7 +472,7 @@ async def test_an_agent_that_comes_back_finds_everything(node: Node) -> None:
     ends = []
     pod.supervisor.on_exit = lambda container, end: ends.append((container, end["code"]))
     await pod.supervisor.stop("two", signal.SIGTERM, 0)
-    await pod.supervisor.wait("two")
+    await pod.wait("two")
     await eventually(lambda: ends == [("two", 137)])
 
 

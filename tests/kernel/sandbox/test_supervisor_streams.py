@@ -172,7 +172,7 @@ async def test_there_is_no_exec_without_a_running_container(pod: Pod) -> None:
         await pod.exec("true")
     await pod.supervisor.start("main")
     await pod.supervisor.stop("main", signal.SIGKILL, 0)
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
     with pytest.raises(FailedPrecondition, match="is exited, not running"):
         await pod.exec("true")
 
@@ -191,17 +191,6 @@ async def test_the_whole_tree_of_an_exec_ends_at_its_timeout(
     child.remove()
     assert len(group.processes()) == 1
     assert "1001" not in await pod.output_of("ps")
-
-
-async def test_an_exec_can_be_killed(pod: Pod, group: Cgroup, fds: CgroupFds) -> None:
-    await pod.run("sleep 1000", cgroup=fds)
-    child = group.child("exec")
-    with cgroup_fds(child) as own:
-        handle = await pod.exec("sleep 1001 & sleep 1002", cgroup=own)
-        await handle.kill()
-        assert await handle.wait() == ExecExit(code=137, timed_out=False)
-    await eventually(lambda: not child.populated())
-    child.remove()
 
 
 async def test_an_exec_whose_caller_is_cancelled_is_killed(pod: Pod) -> None:
@@ -231,16 +220,16 @@ async def test_a_container_is_in_its_cgroup(pod: Pod, group: Cgroup, fds: Cgroup
 
 async def test_an_oom_kill_is_told_from_a_kill(pod: Pod, fds: CgroupFds) -> None:
     await pod.run("exec dd if=/dev/zero of=/dev/null bs=200M", cgroup=fds)
-    end = await pod.supervisor.wait("main")
+    end = await pod.wait("main")
     assert (end["code"], end["oom"]) == (137, True)
     await pod.run("exec sleep 1000", "second", cgroup=fds)
     await pod.supervisor.stop("second", signal.SIGKILL, 0)
-    assert (await pod.supervisor.wait("second"))["oom"] is False
+    assert (await pod.wait("second"))["oom"] is False
 
 
 async def test_an_oom_kill_of_a_child_is_not_the_containers(pod: Pod, fds: CgroupFds) -> None:
     await pod.run("dd if=/dev/zero of=/dev/null bs=200M; echo $?; exit 0", cgroup=fds)
-    end = await pod.supervisor.wait("main")
+    end = await pod.wait("main")
     assert (end["code"], end["oom"]) == (0, False)
     assert pod.log()[-1] == "137"
 
@@ -250,7 +239,7 @@ async def test_an_oom_kill_without_a_supervisor_is_noticed(pod: Pod, fds: Cgroup
     await pod.kill_supervisor()
     await asyncio.sleep(1)
     await pod.succeed()
-    end = await pod.supervisor.wait("main")
+    end = await pod.wait("main")
     assert (end["code"], end["oom"]) == (137, True)
 
 
@@ -267,7 +256,7 @@ async def test_all_of_a_container_without_a_pid_namespace_ends_with_it(
     elif how == "remove":
         await pod.supervisor.remove("main")
     if how != "remove":
-        await pod.supervisor.wait("main")
+        await pod.wait("main")
     await eventually(lambda: not any(exists(pid) for pid in processes))
 
 
@@ -287,7 +276,7 @@ async def test_rotation_loses_nothing(pod: Pod) -> None:
         await asyncio.sleep(0.01)
         assert old.stat().st_size == size
     await pod.supervisor.stop("main", signal.SIGKILL, 0)
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
     text = b"".join(file.read_bytes() for file in (*rotated, path)).decode()
     numbers = [int(line.rsplit(" ", 1)[1]) for line in text.splitlines()]
     assert numbers == list(range(1, len(numbers) + 1))
@@ -296,7 +285,7 @@ async def test_rotation_loses_nothing(pod: Pod) -> None:
 
 async def test_a_terminal_logs_as_stdout(pod: Pod) -> None:
     await pod.run("echo out; echo err >&2; printf rest", tty=True)
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
     assert pod.records() == [
         ("stdout", "F", "out\r"),
         ("stdout", "F", "err\r"),
@@ -306,7 +295,7 @@ async def test_a_terminal_logs_as_stdout(pod: Pod) -> None:
 
 async def test_without_a_log_path_output_goes_nowhere(pod: Pod) -> None:
     await pod.run("dd if=/dev/zero bs=1M count=2; exit 3", log_path="")
-    assert (await pod.supervisor.wait("main"))["code"] == 3
+    assert (await pod.wait("main"))["code"] == 3
 
 
 async def test_a_full_disk_does_not_stop_the_container(pod: Pod, tmp_path: Path) -> None:
@@ -315,7 +304,7 @@ async def test_a_full_disk_does_not_stop_the_container(pod: Pod, tmp_path: Path)
     os.system(f"mount -t tmpfs -o size=64k none {full}")  # noqa: ASYNC221
     try:
         await pod.run("yes | head -100000; exit 3", log_path=str(full / "log"))
-        assert (await pod.supervisor.wait("main"))["code"] == 3
+        assert (await pod.wait("main"))["code"] == 3
         [state] = await pod.supervisor.state()
         lines = (full / "log").read_bytes().split(b"\n")
         assert lines.pop() == b""
@@ -327,18 +316,18 @@ async def test_a_full_disk_does_not_stop_the_container(pod: Pod, tmp_path: Path)
 
 async def test_the_log_ends_though_others_hold_the_pipe(pod: Pod) -> None:
     await pod.run("(sleep 0.5; echo late) & printf rest; exit 0", pid="node")
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
     assert pod.records() == [("stdout", "P", "rest")]
 
 
 async def test_a_container_that_reads_its_own_pipe_harms_nobody(pod: Pod) -> None:
     await pod.run("cat /proc/self/fd/1 > /dev/null & i=0; while :; do i=$((i+1)); echo $i; done")
     await pod.run("echo fine", "other")
-    await pod.supervisor.wait("other")
+    await pod.wait("other")
     await asyncio.sleep(0.2)
     assert pod.log("other") == ["fine"]
     await pod.supervisor.stop("main", signal.SIGKILL, 0)
-    await pod.supervisor.wait("main")
+    await pod.wait("main")
     assert all(tag == "F" for _, tag, _ in pod.records())
 
 
@@ -360,7 +349,7 @@ async def test_output_ends_with_the_container(pod: Pod) -> None:
     await pod.run("read go; echo last", stdin=True)
     with await pod.supervisor.attach("main") as attached:
         write(attached, b"\n")
-        await pod.supervisor.wait("main")
+        await pod.wait("main")
         assert await read_all(attached.stdout) == b"last\n"
         assert await read_all(attached.stderr) == b""
         assert not attached.cut_off.is_set()
@@ -405,7 +394,7 @@ async def test_who_reads_too_slowly_is_cut_off_and_holds_nobody_up(pod: Pod) -> 
     await pod.run("read go; yes | head -700000; echo end", stdin=True)
     with await pod.supervisor.attach("main") as slow:
         write(slow, b"\n")
-        await pod.supervisor.wait("main")
+        await pod.wait("main")
         await asyncio.wait_for(slow.cut_off.wait(), 60)
         seen = await read_all(slow.stdout)
     assert ATTACH_BUFFER_BYTES // 2 <= len(seen) <= ATTACH_BUFFER_BYTES

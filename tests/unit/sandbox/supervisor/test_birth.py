@@ -122,7 +122,7 @@ class Hidden:
         self.process.close()
 
     def close(self) -> None:
-        if not self.birth.is_over:
+        if not self.birth._over:
             self.birth.abandon(NodeAgentError("the test is over"))
         for descriptor in (self.go, self.hold, self.text, self.born):
             os.close(descriptor)
@@ -146,7 +146,7 @@ def test_a_successor_is_not_believed_to_be_there(hidden: Hidden) -> None:
         os.write(hidden.born, handshake.BORN)
         hidden.birth._look_for_successor(0)
     assert (hidden.parent.successors, hidden.parent.was_ready, hidden.parent.end) == ([], 0, "")
-    assert not hidden.birth.is_over
+    assert not hidden.birth._over
 
 
 @pytest.mark.parametrize(
