@@ -12,7 +12,7 @@
 The agent's rooms and the others never import each other. A launcher imports supervisors, because it forks them; they
 import init, for the same reason; nobody imports the other way. What crosses the border is in the modules beside this
 one: the plans (`spec`), the messages (`protocol`), records on disk (`exits`, `facts`, `bundle`), where things are
-(`paths`), and what both sides compute alike (`idmaps`, `rootfs_defaults`, `host_path`, `sysctls`).
+(`paths`), and what both sides compute alike (`idmaps`, `rootfs_defaults`, `host_path`).
 
 `runtime`, `launcher`, `supervisor`, `init` and the modules beside this one use the standard library only, and only the
 parts of it that cost little memory: every supervisor has a copy of what it touches. `make lint` holds all of this.

@@ -16,7 +16,7 @@ from nodeagent import files
 from nodeagent.errors import FailedPrecondition, NodeAgentError, NotFound, Unavailable
 from nodeagent.linux import processes, syscalls
 from nodeagent.linux.sysctls import check as check_sysctls
-from nodeagent.sandbox import exits, idmaps, paths, protocol, sysctls
+from nodeagent.sandbox import exits, idmaps, paths, protocol
 from nodeagent.sandbox.init import podinit
 from nodeagent.sandbox.paths import SUPERVISOR_SOCKET
 from nodeagent.sandbox.protocol import Message
@@ -25,7 +25,7 @@ from nodeagent.sandbox.runtime.keeping import Deposit, Keeper
 from nodeagent.sandbox.runtime.loop import Loop
 from nodeagent.sandbox.runtime.peers import Listener, Peer, Request
 from nodeagent.sandbox.spec import DEFAULT_SHM_BYTES, PodPlan, PodSettings
-from nodeagent.sandbox.supervisor import creation, namespaces, podfile, succession
+from nodeagent.sandbox.supervisor import creation, namespaces, podfile, succession, sysctls
 from nodeagent.sandbox.supervisor.attaching import Attachments
 from nodeagent.sandbox.supervisor.containers import Container
 from nodeagent.sandbox.supervisor.dialing import Dialing

@@ -4,7 +4,7 @@ import pytest
 
 from nodeagent.errors import InvalidArgument
 from nodeagent.linux.userns import Extent
-from nodeagent.sandbox import sysctls
+from nodeagent.sandbox.supervisor import sysctls
 
 
 @pytest.mark.parametrize(
