@@ -65,7 +65,6 @@ class ContainerState:
     pid: int
     identity: Identity
     warnings: tuple[str, ...]
-    created_at: int
     started_at: int
     exit: Exit | None
     dropped_log_lines: int
@@ -79,7 +78,6 @@ class ContainerState:
             pid=body["pid"],
             identity=body["identity"],
             warnings=tuple(body["warnings"]),
-            created_at=body["created_at"],
             started_at=body["started_at"],
             exit=body["exit"],
             dropped_log_lines=body["dropped_log_lines"],
