@@ -29,6 +29,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 Labels = dict[str, str]
 CgroupMount = Literal["default", "readonly", "writable"]
+GroupsPolicy = Literal["merge", "strict"]
+OwnOrNodes = Literal["pod", "node"]
+ProfileKind = Literal["default", "unconfined", "localhost", "oci"]
+Transport = Literal["tcp", "udp", "sctp"]
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -44,7 +48,7 @@ class IdMapping(Config, frozen=True, kw_only=True):
 class UserNamespace(Config, frozen=True, kw_only=True):
     """mode "pod" has exactly one mapping of uids and of gids, "node" none."""
 
-    mode: Literal["pod", "node"]
+    mode: OwnOrNodes
     uids: tuple[IdMapping, ...] = ()
     gids: tuple[IdMapping, ...] = ()
 
@@ -52,9 +56,9 @@ class UserNamespace(Config, frozen=True, kw_only=True):
 class Namespaces(Config, frozen=True, kw_only=True):
     """target: the container whose PID namespace is joined, where pid is "target". cgroup: of containers only."""
 
-    network: Literal["pod", "node"] = "pod"
+    network: OwnOrNodes = "pod"
     pid: NamespaceMode = "container"
-    ipc: Literal["pod", "node"] = "pod"
+    ipc: OwnOrNodes = "pod"
     target: str = ""
     user: UserNamespace | None = None
     cgroup: Literal["container", "node"] = "container"
@@ -89,7 +93,7 @@ class Profile(Config, frozen=True, kw_only=True):
     digest. base: what an artifact is intersected with, the path of a seccomp JSON; "" is the default profile.
     """
 
-    kind: Literal["default", "unconfined", "localhost", "oci"]
+    kind: ProfileKind
     ref: str = ""
     base: str = ""
 
@@ -138,7 +142,7 @@ def _same_swap(old: Resources, memory_limit_bytes: int) -> int:
 
 
 class PortMapping(Config, frozen=True, kw_only=True):
-    protocol: Literal["tcp", "udp", "sctp"]
+    protocol: Transport
     container_port: int
     host_port: int
     host_ip: str = ""
@@ -171,7 +175,7 @@ class SandboxConfig(Config, frozen=True, kw_only=True):
     run_as_user: int | None = None
     run_as_group: int | None = None
     supplemental_groups: tuple[int, ...] = ()
-    groups_policy: Literal["merge", "strict"] = "merge"
+    groups_policy: GroupsPolicy = "merge"
     seccomp: Profile | None = None
     apparmor: Profile | None = None
     selinux: SELinux | None = None
@@ -284,7 +288,7 @@ class ContainerConfig(Config, frozen=True, kw_only=True):
     run_as_username: str = ""
     run_as_group: int | None = None
     supplemental_groups: tuple[int, ...] = ()
-    groups_policy: Literal["merge", "strict"] = "merge"
+    groups_policy: GroupsPolicy = "merge"
     masked_paths: tuple[str, ...] | None = None
     readonly_paths: tuple[str, ...] | None = None
     seccomp: Profile | None = None

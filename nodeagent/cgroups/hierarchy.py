@@ -12,6 +12,8 @@ from typing import Literal
 
 from nodeagent.linux.mountinfo import Mount
 
+Kind = Literal["v1", "hybrid", "v2"]
+
 V1_CONTROLLERS = frozenset(
     {"blkio", "cpu", "cpuacct", "cpuset", "debug", "devices", "freezer", "hugetlb", "memory"}
     | {"misc", "net_cls", "net_prio", "perf_event", "pids", "rdma"}
@@ -64,7 +66,7 @@ class Layout:
     legacy: tuple[Hierarchy, ...]
 
     @property
-    def kind(self) -> Literal["v1", "hybrid", "v2"]:
+    def kind(self) -> Kind:
         if not self.legacy:
             return "v2"
         return "hybrid" if self.unified else "v1"

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 from nodeagent.cgroups import hierarchy, limits, paths, systemd, tree
 from nodeagent.cgroups.covering import Watched
 from nodeagent.cgroups.group import Cgroup
-from nodeagent.cgroups.hierarchy import ContainerMount, Layout
+from nodeagent.cgroups.hierarchy import ContainerMount, Kind, Layout
 from nodeagent.errors import NotFound, Unsupported
 from nodeagent.linux import mountinfo
 from nodeagent.records import Resources
@@ -57,7 +57,7 @@ class Cgroups:
         return cls(layout, driver=driver, default_parent=default_parent)
 
     @property
-    def hierarchy(self) -> Literal["v1", "hybrid", "v2"]:
+    def hierarchy(self) -> Kind:
         return self._layout.kind
 
     @property

@@ -6,7 +6,7 @@ from typing import Literal
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import validate
 from nodeagent.linux.userns import MAX_ID
-from nodeagent.records import IdMapping, Namespaces, SandboxConfig, UserNamespace
+from nodeagent.records import IdMapping, Namespaces, OwnOrNodes, SandboxConfig, UserNamespace
 from nodeagent.words import NamespaceMode
 
 _MAX_MAPPINGS = 340  # UID_GID_MAP_MAX_EXTENTS
@@ -27,7 +27,7 @@ _CONTAINER_OR_NODE: dict[int, Literal["container", "node"]] = {
     pb.CONTAINER: "container",
     pb.NODE: "node",
 }
-_POD_OR_NODE: dict[int, Literal["pod", "node"]] = {pb.POD: "pod", pb.NODE: "node"}
+_POD_OR_NODE: dict[int, OwnOrNodes] = {pb.POD: "pod", pb.NODE: "node"}
 
 
 def pod_namespaces(message: pb.NamespaceOption, field: str) -> Namespaces:

@@ -3,7 +3,6 @@
 import ipaddress
 import re
 from collections.abc import Sequence
-from typing import Literal
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import translate_security as security
@@ -13,13 +12,13 @@ from nodeagent.cri.translate_resources import overhead, pod_resources
 from nodeagent.errors import InvalidArgument, Unsupported
 from nodeagent.linux import sysctls
 from nodeagent.net import hostports
-from nodeagent.records import DNS, Namespaces, PortMapping, SandboxConfig
+from nodeagent.records import DNS, Namespaces, PortMapping, SandboxConfig, Transport
 
 _HOSTNAME_BYTES = 64  # HOST_NAME_MAX
 _WORD = re.compile(r"\S+")
 _MAX_SYSCTLS = 256
 
-_PROTOCOLS: dict[int, Literal["tcp", "udp", "sctp"]] = {
+_PROTOCOLS: dict[int, Transport] = {
     pb.TCP: "tcp",
     pb.UDP: "udp",
     pb.SCTP: "sctp",

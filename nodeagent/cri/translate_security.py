@@ -2,13 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Literal
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import validate
 from nodeagent.linux import capabilities
 from nodeagent.linux.userns import MAX_ID
-from nodeagent.records import CapabilityChange, Profile, SELinux
+from nodeagent.records import CapabilityChange, GroupsPolicy, Profile, ProfileKind, SELinux
 
 log = logging.getLogger(__name__)
 
@@ -17,17 +16,17 @@ SecurityContext = pb.LinuxSandboxSecurityContext | pb.LinuxContainerSecurityCont
 _MAX_GROUPS = 65_536  # NGROUPS_MAX
 _LOCALHOST = "localhost/"
 
-_KINDS: dict[int, Literal["default", "unconfined", "localhost", "oci"]] = {
+_KINDS: dict[int, ProfileKind] = {
     pb.SecurityProfile.RuntimeDefault: "default",
     pb.SecurityProfile.Unconfined: "unconfined",
     pb.SecurityProfile.Localhost: "localhost",
     pb.SecurityProfile.OCI: "oci",
 }
-_BASES: dict[int, Literal["default", "localhost"]] = {
+_BASES: dict[int, ProfileKind] = {
     pb.SecurityProfileBase.RuntimeDefault: "default",
     pb.SecurityProfileBase.Localhost: "localhost",
 }
-_POLICIES: dict[int, Literal["merge", "strict"]] = {pb.Merge: "merge", pb.Strict: "strict"}
+_POLICIES: dict[int, GroupsPolicy] = {pb.Merge: "merge", pb.Strict: "strict"}
 _CAPABILITIES = frozenset((*capabilities.NAMES, "ALL"))
 
 
@@ -54,7 +53,7 @@ def groups(context: SecurityContext, field: str) -> tuple[int, ...]:
     return tuple(_id(value, f"{field}[{index}]") for index, value in enumerate(values))
 
 
-def groups_policy(context: SecurityContext, field: str) -> Literal["merge", "strict"]:
+def groups_policy(context: SecurityContext, field: str) -> GroupsPolicy:
     policy = context.supplemental_groups_policy
     return validate.word(policy, _POLICIES, f"{field}.supplemental_groups_policy")
 
