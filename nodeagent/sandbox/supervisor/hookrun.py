@@ -26,17 +26,13 @@ from nodeagent.sandbox.runtime import process
 from nodeagent.sandbox.runtime.children import Child
 from nodeagent.sandbox.runtime.loop import report
 from nodeagent.sandbox.spec import ContainerPlan, Hook
+from nodeagent.sandbox.supervisor import namespaces
 from nodeagent.sandbox.supervisor.pod import Pod
 from nodeagent.words import HookStage
 
 _MAX_TEXT = 4096
 _CLAIM = "poststop"
 _BEGUN = b"begun\n"
-_KINDS = {
-    "net": syscalls.CLONE_NEWNET,
-    "ipc": syscalls.CLONE_NEWIPC,
-    "uts": syscalls.CLONE_NEWUTS,
-}
 
 Done = Callable[[str], None]
 
@@ -179,7 +175,7 @@ def _spawn(
     ended: Callable[[int], None],
 ) -> tuple[Child, socket.socket]:
     """The parent of a supervisor is the launcher, or who has inherited it: in the namespaces of the node."""
-    kinds: list[str] = [kind for kind in pod.namespaces if kind in _KINDS]
+    kinds: list[str] = [kind for kind in pod.namespaces if kind in namespaces.FLAGS]
     nodes = {
         kind: os.open(f"/proc/{os.getppid()}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
         for kind in kinds
@@ -211,7 +207,7 @@ def _be_runner(
     try:
         processes.set_oom_score(0)
         for kind, namespace in nodes.items():
-            syscalls.setns(namespace, _KINDS[kind])
+            syscalls.setns(namespace, namespaces.FLAGS[kind])
         if not claim or _claimed(claim):
             faults = _run_all(found, told, bundle)
     except Exception as error:  # noqa: BLE001 whatever it is, the supervisor tells who asked

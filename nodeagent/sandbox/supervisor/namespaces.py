@@ -20,20 +20,21 @@ from nodeagent.sandbox.spec import DEFAULT_SHM_BYTES, PodPlan
 
 FILES_BYTES = 1 << 20  # for hosts, hostname and resolv.conf, beside shared memory
 
-_FLAGS = {
+# Kinds that a supervisor lives in, as unshare(2) and setns(2) name them.
+FLAGS = {
     "net": syscalls.CLONE_NEWNET,
     "ipc": syscalls.CLONE_NEWIPC,
     "uts": syscalls.CLONE_NEWUTS,
 }
 _NSFS_MAGIC = 0x6E736673
-_SHARED__FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+_SHARED_FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
 
 
 def make(plan: PodPlan) -> None:
     """Leave the node's namespaces for new ones, of the kinds that the plan lists, and pin them."""
     pod, kinds = plan["directory"], plan["namespaces"]
     files.ensure_directory(f"{pod}/ns", 0o700)
-    flags = sum(_FLAGS[kind] for kind in kinds if kind != "user")
+    flags = sum(FLAGS[kind] for kind in kinds if kind != "user")
     if "user" in kinds:
         _enter_owned(plan, flags)
     else:
@@ -73,7 +74,7 @@ def enter(pod: str, kinds: Collection[str]) -> None:
         descriptor = -1 if kind == "user" else _open_pin(pod, kind)
         if descriptor != -1:
             try:
-                syscalls.setns(descriptor, _FLAGS[kind])
+                syscalls.setns(descriptor, FLAGS[kind])
             finally:
                 os.close(descriptor)
 
@@ -99,7 +100,7 @@ def _mount_shared(pod: str) -> None:
     path = f"{pod}/{SHARED}"
     files.ensure_directory(path, 0o700)
     options = f"mode=700,size={DEFAULT_SHM_BYTES + FILES_BYTES}"
-    syscalls.mount("shm", path, "tmpfs", _SHARED__FLAGS, options)
+    syscalls.mount("shm", path, "tmpfs", _SHARED_FLAGS, options)
 
 
 def _make_shm(path: str, uid: int, gid: int) -> None:
@@ -109,7 +110,7 @@ def _make_shm(path: str, uid: int, gid: int) -> None:
 
 
 def resize_shm(pod: str, size_bytes: int) -> None:
-    flags = _SHARED__FLAGS | syscalls.MS_REMOUNT
+    flags = _SHARED_FLAGS | syscalls.MS_REMOUNT
     syscalls.mount("shm", shared(pod), "tmpfs", flags, f"size={size_bytes + FILES_BYTES}")
 
 
