@@ -40,7 +40,7 @@ async def _serve(config: Config) -> None:
     _end_on_signals(stop)
     async with AsyncExitStack() as stack:
         node = await stack.enter_async_context(open_node(config))
-        await stack.enter_async_context(control.serve(config, node.images))
+        await stack.enter_async_context(control.serve(config, node.images, node.tasks))
         metrics = await stack.enter_async_context(MetricsServer.open(node, config.metrics))
         streaming = await stack.enter_async_context(_streaming(node, config.streaming))
         await stack.enter_async_context(
@@ -130,7 +130,9 @@ def _streaming(node: Node, config: Streaming) -> StreamingServer:
     timeouts = Timeouts(
         creation_s=config.creation_timeout_seconds, idle_s=config.idle_timeout_seconds
     )
-    return StreamingServer(node.sessions, host=host, port=port, tls=tls, timeouts=timeouts)
+    return StreamingServer(
+        node.sessions, node.tasks, host=host, port=port, tls=tls, timeouts=timeouts
+    )
 
 
 def notify(state: str) -> None:

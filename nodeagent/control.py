@@ -32,6 +32,7 @@ from nodeagent.records import Image
 from nodeagent.serving import listener
 from nodeagent.serving.listener import Listener, Place
 from nodeagent.store import Store
+from nodeagent.tasks import Tasks
 
 MAX_ARCHIVES = 8
 CHUNK_BYTES = 1 << 20
@@ -53,7 +54,7 @@ def socket_path(config: Config) -> Path:
 
 
 @asynccontextmanager
-async def serve(config: Config, images: Images) -> AsyncIterator[None]:
+async def serve(config: Config, images: Images, tasks: Tasks) -> AsyncIterator[None]:
     """Take archives while the block runs."""
     path = socket_path(config)
     archives = Listener(
@@ -62,6 +63,7 @@ async def serve(config: Config, images: Images) -> AsyncIterator[None]:
         name="control socket",
         places=MAX_ARCHIVES,
         head_s=BEGIN_SECONDS,
+        tasks=tasks,
     )
     async with archives.open():
         try:

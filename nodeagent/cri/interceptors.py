@@ -17,6 +17,7 @@ import grpc
 from google.protobuf.message import Message
 
 from nodeagent.cri import status
+from nodeagent.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +51,9 @@ CHANGING = frozenset(
 class Calls:
     """Wraps the methods of a service for gRPC."""
 
-    def __init__(self, observe: Observe) -> None:
+    def __init__(self, observe: Observe, tasks: Tasks) -> None:
         self._observe = observe
-        self._changing: set[asyncio.Task[Reply]] = set()
+        self._changes = tasks.part()
         self._warned: set[str] = set()
 
     def unary(
@@ -65,10 +66,10 @@ class Calls:
                 if not changing:
                     return await behaviour(request)
                 self._drop_unknown(method, request)
-                change = asyncio.create_task(
-                    behaviour(request), name=f"rpc={method}{_about(request)}"
+                change = self._changes.start(
+                    "rpc", behaviour(request), about=f"rpc={method}{_about(request)}"
                 )
-                return await self._finish(method, change)
+                return await _finish(method, change)
 
         return handle
 
@@ -112,23 +113,18 @@ class Calls:
             self._warned.add(method)
             log.warning("rpc=%s: has fields that this agent does not know; ignored", method)
 
-    async def _finish(self, method: str, task: "asyncio.Task[Reply]") -> Reply:
-        self._changing.add(task)
-        task.add_done_callback(self._changing.discard)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(partial(_log_failure, method))
-            raise
-
     async def drain(self) -> None:
         """Wait for changes whose clients are gone; those that take too long are cancelled and undo themselves."""
-        if not self._changing:
-            return
-        _, late = await asyncio.wait(self._changing, timeout=DRAIN_SECONDS)
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        await self._changes.settled(DRAIN_SECONDS)
+        await self._changes.close()
+
+
+async def _finish(method: str, task: "asyncio.Task[Reply]") -> Reply:
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(partial(_log_failure, method))
+        raise
 
 
 def _log_failure(method: str, task: asyncio.Task[Reply]) -> None:

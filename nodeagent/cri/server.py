@@ -55,7 +55,7 @@ class Server:
     def __init__(
         self, node: Node, observe: Observe, streaming: Streaming | None, features: Features
     ) -> None:
-        self._calls = Calls(observe)
+        self._calls = Calls(observe, node.tasks)
         self._server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
         self._server.add_generic_rpc_handlers(
             (

@@ -17,7 +17,7 @@ from typing import BinaryIO, Self
 
 from nodeagent.errors import ResourceExhausted, Unavailable
 from nodeagent.images import archive, manifest
-from nodeagent.images.concurrency import SharedWork, to_the_end
+from nodeagent.images.concurrency import SharedWork
 from nodeagent.images.content import Documents, sync_file_system
 from nodeagent.images.holds import Holds
 from nodeagent.images.image_store import ImageStore, documents, title
@@ -31,10 +31,11 @@ from nodeagent.images.remote.destinations import Scope
 from nodeagent.images.remote.download import Downloads
 from nodeagent.images.remote.resolve import resolve
 from nodeagent.images.remote.source import open_source
-from nodeagent.images.staging import Staging
 from nodeagent.images.usage import Counters, FsUsage
 from nodeagent.records import Image, ImageHold
 from nodeagent.store import Store
+from nodeagent.tasks import Tasks, to_the_end
+from nodeagent.trash import Trash
 
 __all__ = ["Auth", "Counters", "FsUsage", "Images", "Limits"]
 
@@ -56,6 +57,7 @@ class Images:
         pinned: Collection[str],
         limits: Limits,
         session: Session,
+        tasks: Tasks,
         resources: AsyncExitStack,
     ) -> None:
         self.counters = Counters()
@@ -64,7 +66,7 @@ class Images:
         self._limits = limits
         self._resources = resources
         self._documents = Documents(root / "blobs/sha256")
-        self._staging = Staging(root / "staging")
+        self._staging = Trash(root / "staging", "staging", tasks)
         resources.push_async_callback(self._staging.close)
         self._layers = LayerStore(root / "layers", self._staging, store)
         # The event loop's own threads are for the whole agent: a sync may last, and an archive takes minutes.
@@ -74,11 +76,11 @@ class Images:
         resources.callback(self._loaders.shutdown)
         writers = ThreadPoolExecutor(_WRITERS, "blob")
         resources.callback(writers.shutdown)
-        self._downloads = Downloads(self._staging, writers, self.counters)
+        self._downloads = Downloads(self._staging, writers, self.counters, tasks)
         self._session = session
-        self._installer = Installer(self._layers, self._staging, limits, self.counters)
+        self._installer = Installer(self._layers, self._staging, limits, self.counters, tasks)
         resources.push_async_callback(self._installer.close)
-        self._pulls: SharedWork[Image] = SharedWork()
+        self._pulls: SharedWork[Image] = SharedWork(tasks, "pull")
         resources.push_async_callback(self._pulls.close)
         self._images = ImageStore(store, pinned)
         self._holds = Holds(store)
@@ -91,15 +93,18 @@ class Images:
         store: Store,
         hosts_dir: Path,
         session: Session,
+        tasks: Tasks,
         pinned: Collection[str] = (),
         limits: Limits | None = None,
     ) -> Self:
         """The images below `root` (blobs/, layers/, empty/, staging/). What a crash left half done is dropped.
 
-        session: the node's, which all that pulls shares; whoever opened it closes it afterwards.
+        session: the node's, which all that pulls shares; whoever opened it closes it afterwards, as tasks.
         """
         async with AsyncExitStack() as resources:
-            images = cls(root, store, hosts_dir, pinned, limits or Limits(), session, resources)
+            images = cls(
+                root, store, hosts_dir, pinned, limits or Limits(), session, tasks, resources
+            )
             images._recover()
             images._resources = resources.pop_all()
             return images

@@ -1,45 +1,15 @@
-"""Blocking calls and shared work, under cancellation."""
+"""Shared work, under cancellation."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Sequence
-from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from nodeagent.errors import NodeAgentError, Unavailable
+from nodeagent.tasks import Tasks, cancel
 
 T = TypeVar("T")
-
-
-async def to_the_end(
-    executor: Executor | None,
-    call: Callable[[], T],
-    *,
-    on_cancel: Callable[[], None] = lambda: None,
-) -> T:
-    """A blocking call in a thread. A cancelled caller leaves only when it has ended, so that what it used can go.
-
-    on_cancel: what makes the call end soon.
-    """
-    future = asyncio.get_running_loop().run_in_executor(executor, call)
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        on_cancel()
-        await ended(future)
-        raise
-
-
-async def ended(future: "asyncio.Future[Any]") -> None:
-    """Wait until it has, however often the caller is cancelled meanwhile; its result is of no interest."""
-    while not future.done():
-        try:
-            await asyncio.wait([future])
-        except asyncio.CancelledError:
-            continue
-    if not future.cancelled():
-        future.exception()
 
 
 @dataclass(slots=True, eq=False)
@@ -81,9 +51,12 @@ class SharedWork(Generic[T]):
     kubelet asks again. `lifecycle.creations` has the opposite rule, for what a retry must find as it was left.
 
     Several attempts for a key are a race: the first that succeeds is the result of all, and the others end.
+    name: of the tasks that do it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tasks: Tasks, name: str) -> None:
+        self._tasks = tasks
+        self._name = name
         self._attempts: dict[Hashable, list[Attempt[T]]] = {}
         self._leaving: set[asyncio.Task[T]] = set()
 
@@ -100,7 +73,7 @@ class SharedWork(Generic[T]):
         """Begin work for a key, beside others' for the same; the caller is to wait for it."""
         rivals = self._attempts.setdefault(key, [])
         success = rivals[0].success if rivals else asyncio.get_running_loop().create_future()
-        attempt = Attempt(key, owner, asyncio.create_task(work), success)
+        attempt = Attempt(key, owner, self._tasks.start(self._name, work), success)
         rivals.append(attempt)
         attempt.task.add_done_callback(lambda _task: self._settle(attempt))
         return attempt
@@ -116,8 +89,7 @@ class SharedWork(Generic[T]):
             if not attempt.waiters and not attempt.task.done():
                 self._forget(attempt)
                 self._leaving.add(attempt.task)
-                attempt.task.cancel()
-                await ended(attempt.task)
+                await cancel(attempt.task)
 
     async def join(
         self, key: Hashable, make: Callable[[], Coroutine[Any, Any, T]], owner: object = None

@@ -17,17 +17,18 @@ from typing import Protocol
 from nodeagent import disk_reserve
 from nodeagent.errors import DataLoss, InvalidArgument, Unsupported
 from nodeagent.images.budget import Budget, Share
-from nodeagent.images.concurrency import Attempt, SharedWork, to_the_end
+from nodeagent.images.concurrency import Attempt, SharedWork
 from nodeagent.images.content import Blob, BlobReader, Starved
 from nodeagent.images.layer_store import LayerStore
 from nodeagent.images.manifest import Descriptor
 from nodeagent.images.plan import Plan
 from nodeagent.images.slots import Permits, Slots
-from nodeagent.images.staging import Staging
 from nodeagent.images.unpack import inheritance, layers
 from nodeagent.images.unpack.layers import Unpacked
 from nodeagent.images.usage import Counters
 from nodeagent.records import Layer
+from nodeagent.tasks import Tasks, to_the_end
+from nodeagent.trash import Trash
 
 PATIENCE_SECONDS = 5.0  # with a layer that another pull makes
 
@@ -108,13 +109,18 @@ class Installer:
     """Makes layers ready; recording them is left to the caller."""
 
     def __init__(
-        self, store: LayerStore, staging: Staging, limits: Limits, counters: Counters
+        self,
+        store: LayerStore,
+        staging: Trash,
+        limits: Limits,
+        counters: Counters,
+        tasks: Tasks,
     ) -> None:
         self._store = store
         self._staging = staging
         self._limits = limits
         self._counters = counters
-        self._making: SharedWork[None] = SharedWork()
+        self._making: SharedWork[None] = SharedWork(tasks, "layer")
         self._slots = Slots(_UNPACKERS)
         self._threads = ThreadPoolExecutor(_UNPACKERS, "unpack")
         self._permits = Permits(limits.layers_at_once)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from nodeagent import files
 from nodeagent.images.reference import is_digest
-from nodeagent.images.staging import Staging
 from nodeagent.records import Layer
 from nodeagent.store import Store
+from nodeagent.trash import Trash
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 class LayerStore:
     """``layers/<chain ID>/``, and what they take. Used from the event loop; nothing here blocks long."""
 
-    def __init__(self, directory: Path, staging: Staging, store: Store) -> None:
+    def __init__(self, directory: Path, staging: Trash, store: Store) -> None:
         self._directory = directory
         self._staging = staging
         self._store = store

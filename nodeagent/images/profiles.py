@@ -18,7 +18,7 @@ import msgspec
 
 from nodeagent.errors import InvalidArgument, NodeAgentError, NotFound, SecurityProfileInvalid
 from nodeagent.images import artifact, manifest
-from nodeagent.images.concurrency import SharedWork, to_the_end
+from nodeagent.images.concurrency import SharedWork
 from nodeagent.images.content import Documents, sync_file_system
 from nodeagent.images.reference import Reference, parse
 from nodeagent.images.remote.auth import Auth
@@ -27,6 +27,7 @@ from nodeagent.images.remote.destinations import Scope
 from nodeagent.images.remote.source import open_source
 from nodeagent.records import StoredProfile
 from nodeagent.store import Store
+from nodeagent.tasks import Tasks, to_the_end
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class SecurityProfiles:
         store: Store,
         hosts_dir: Path,
         session: Session,
+        tasks: Tasks,
         check: Check,
         private_redirects: bool,
         resources: AsyncExitStack,
@@ -67,7 +69,7 @@ class SecurityProfiles:
         self._threads = ThreadPoolExecutor(_THREADS, "profiles")
         resources.callback(self._threads.shutdown)
         self._session = session
-        self._pulls: SharedWork[None] = SharedWork()
+        self._pulls: SharedWork[None] = SharedWork(tasks, "profile pull")
         resources.push_async_callback(self._pulls.close)
         self._changing = asyncio.Lock()
         self._profiles = {profile.digest: profile for profile in store.all(StoredProfile)}
@@ -80,12 +82,15 @@ class SecurityProfiles:
         store: Store,
         hosts_dir: Path,
         session: Session,
+        tasks: Tasks,
         check: Check,
         private_redirects: bool = True,
     ) -> Self:
         """The profiles below `root`. What a crash left half done is dropped."""
         async with AsyncExitStack() as resources:
-            profiles = cls(root, store, hosts_dir, session, check, private_redirects, resources)
+            profiles = cls(
+                root, store, hosts_dir, session, tasks, check, private_redirects, resources
+            )
             profiles._recover()
             profiles._resources = resources.pop_all()
             return profiles

@@ -10,15 +10,18 @@ from collections.abc import Callable, Coroutine, Hashable
 from typing import Any
 
 from nodeagent.errors import Unavailable
+from nodeagent.tasks import Tasks
 
 
 class Creations:
     """At most one creation per key, which goes on without its callers; each makes an object and returns its id.
 
-    exists: tells whether an id that reached no caller is still there for a retry to get.
+    name: of the tasks that create. exists: tells whether an id that reached no caller is still there for a retry.
     """
 
-    def __init__(self, exists: Callable[[str], bool]) -> None:
+    def __init__(self, tasks: Tasks, name: str, exists: Callable[[str], bool]) -> None:
+        self._owner = tasks.part()
+        self._name = name
         self._exists = exists
         self._tasks: dict[Hashable, asyncio.Task[str]] = {}
 
@@ -29,7 +32,7 @@ class Creations:
         self._drop_unclaimed()
         task = self._tasks.get(key)
         if task is None:
-            task = asyncio.create_task(make(), name=what)
+            task = self._owner.start(self._name, make(), about=what)
             task.add_done_callback(lambda done: self._settle(key, done))
             self._tasks[key] = task
         try:
@@ -53,7 +56,4 @@ class Creations:
 
     async def close(self) -> None:
         """Cancel what is under way; each undoes itself."""
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._owner.close()

@@ -14,6 +14,7 @@ from nodeagent.lifecycle.places import Places
 from nodeagent.lifecycle.plan.host_paths import HostPaths
 from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.store import Store
+from nodeagent.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +36,15 @@ class Health:
     """Looks when it is asked, which is every few seconds, and says in the log what has changed."""
 
     def __init__(
-        self, places: Places, cgroups: Cgroups, launchers: Launchers, store: Store
+        self, places: Places, cgroups: Cgroups, launchers: Launchers, store: Store, tasks: Tasks
     ) -> None:
         self._directories = {path: _identity(path) for path in (places.root, places.pods)}
         self._cgroups = cgroups
         self._launchers = launchers
         self._store = store
         self._paths = HostPaths()
-        self._look: asyncio.Future[Trouble] | None = None
+        self._tasks = tasks
+        self._looking: asyncio.Task[None] | None = None
         self._look_began = 0.0
         self._seen = NONE
         self._said = NONE
@@ -68,23 +70,24 @@ class Health:
     async def _look_at_paths(self) -> Trouble:
         """In a thread: a path may be covered by a file system that never answers. There is one look at a time.
 
-        Until it is taken for hung, what the last one has found holds.
+        Until it is taken for hung, and after one that failed, what the last one has found holds.
         """
         now = asyncio.get_running_loop().time
-        if self._look is None or self._look.done():
+        if self._looking is None or self._looking.done():
             self._look_began = now()
-            what, path = "status", str(next(iter(self._directories)))
-            self._look = asyncio.ensure_future(self._paths.look(what, path, self._paths_trouble))
-        done, _ = await asyncio.wait((self._look,), timeout=LOOK_SECONDS)
-        if done:
-            self._seen = self._look.result()
-        elif now() - self._look_began > HUNG_SECONDS:
+            self._looking = self._tasks.run("health", self._look())
+        done, _ = await asyncio.wait((self._looking,), timeout=LOOK_SECONDS)
+        if not done and now() - self._look_began > HUNG_SECONDS:
             names = ", ".join(map(str, self._directories))
             self._seen = Trouble(
                 "NotAnswering",
                 f"a look at {names} and the cgroup hierarchies is still blocked; is one of their filesystems hung?",
             )
         return self._seen
+
+    async def _look(self) -> None:
+        path = str(next(iter(self._directories)))
+        self._seen = await self._paths.look("status", path, self._paths_trouble)
 
     def _paths_trouble(self) -> Trouble:
         try:

@@ -5,12 +5,13 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
@@ -37,11 +38,12 @@ from nodeagent.lifecycle.sessions import Sessions
 from nodeagent.lifecycle.supervisors.handover import joining_files
 from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.lifecycle.supervisors.supervision import Supervision
-from nodeagent.lifecycle.trash import Trash
 from nodeagent.lifecycle.usage.stats import Stats
 from nodeagent.net.network import Network
 from nodeagent.sandbox.agent.client import Launcher
 from nodeagent.store import Store
+from nodeagent.tasks import Tasks
+from nodeagent.trash import Trash
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +87,8 @@ class Node:
     launchers: Launchers
     inventory: Inventory
     supervision: Supervision
-    trash: Trash
     health: Health
+    tasks: Tasks
 
     async def status(self) -> NodeStatus:
         """Asked of the kernel where that is cheap, never remembered; within a second or two, whatever hangs."""
@@ -111,13 +113,17 @@ class Node:
 @asynccontextmanager
 async def open_images(config: Config, places: Places) -> AsyncIterator[tuple[Store, Images]]:
     """The store and the images of a root directory, which the caller owns."""
-    async with open_session() as session, _opened(config, places, session) as (store, images):
+    async with (
+        Tasks() as tasks,
+        open_session() as session,
+        _opened(config, places, session, tasks) as (store, images),
+    ):
         yield store, images
 
 
 @asynccontextmanager
 async def _opened(
-    config: Config, places: Places, session: Session
+    config: Config, places: Places, session: Session, tasks: Tasks
 ) -> AsyncIterator[tuple[Store, Images]]:
     store = Store.open(places.database)
     try:
@@ -126,6 +132,7 @@ async def _opened(
             store=store,
             hosts_dir=Path(config.certs_dir),
             session=session,
+            tasks=tasks,
             pinned=config.images.pinned,
             limits=Limits(
                 layers_at_once=config.images.max_concurrent_downloads,
@@ -160,14 +167,16 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
             )
         stack.enter_context(private_mount.mounted(places.pods))
         await asyncio.to_thread(apparmor.prepare)
+        tasks = await stack.enter_async_context(Tasks())
         # One for images and profiles: a registry that asked for a pause is left alone by both.
         session = await stack.enter_async_context(open_session())
-        store, images = await stack.enter_async_context(_opened(config, places, session))
+        store, images = await stack.enter_async_context(_opened(config, places, session, tasks))
         artifacts = await SecurityProfiles.open(
             root=places.root,
             store=store,
             hosts_dir=Path(config.certs_dir),
             session=session,
+            tasks=tasks,
             check=check_artifact,
             private_redirects=config.images.private_redirects,
         )
@@ -176,13 +185,25 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
             driver=config.cgroup.driver,
             default_parent=config.cgroup.parent or f"/nodeagent-{places.instance}",
         )
-        network = await Network.start(config=config.network, store=store, instance=places.instance)
-        launchers = Launchers(partial(_launcher, cgroups, places))
-        node = _assemble(
-            config, places, profiles, store, images, artifacts, cgroups, network, launchers
+        network = await Network.start(
+            config=config.network, store=store, instance=places.instance, tasks=tasks
         )
-        node.trash.start()
-        stack.push_async_callback(node.trash.close)
+        trash = Trash(places.trash, "trash", tasks)
+        stack.push_async_callback(trash.close)
+        launchers = Launchers(partial(_launcher, cgroups, places), tasks)
+        node = _assemble(
+            config,
+            places,
+            profiles,
+            store,
+            images,
+            artifacts,
+            cgroups,
+            network,
+            launchers,
+            trash,
+            tasks,
+        )
         stack.push_async_callback(node.supervision.close)
         await _recovery(node, places).run()
         node.launchers.start()
@@ -203,11 +224,12 @@ def _assemble(
     cgroups: Cgroups,
     network: Network,
     launchers: Launchers,
+    trash: Trash,
+    tasks: Tasks,
 ) -> Node:
     events = Events()
     inventory = Inventory(store, events)
-    supervision = Supervision(inventory, launchers, places.pods)
-    trash = Trash(places.trash)
+    supervision = Supervision(inventory, launchers, places.pods, tasks)
     groups = Groups(cgroups)
     creation = Creation(
         inventory=inventory,
@@ -218,6 +240,7 @@ def _assemble(
         cdi=Cdi([Path(each) for each in config.cdi.directories], config.cdi.hook_programs),
         trash=trash,
         directory=places.containers,
+        tasks=tasks,
     )
     stopping = Stopping(inventory, supervision, groups)
     containers = Containers(
@@ -229,7 +252,7 @@ def _assemble(
         trash=trash,
         directory=places.containers,
     )
-    slots = Slots(launchers, network, places.pods, config.slots)
+    slots = Slots(launchers, network, places.pods, config.slots, tasks)
     sandboxes = Sandboxes(
         inventory=inventory,
         slots=slots,
@@ -241,6 +264,7 @@ def _assemble(
         cgroups=cgroups,
         directory=places.pods,
         handlers=config.handlers,
+        tasks=tasks,
     )
     return Node(
         config=config,
@@ -253,17 +277,17 @@ def _assemble(
         groups=groups,
         images=images,
         artifacts=artifacts,
-        stats=Stats(inventory, containers, groups, network, places.containers),
+        stats=Stats(inventory, containers, groups, network, places.containers, tasks),
         events=events,
-        sessions=Sessions(inventory, containers, groups, supervision),
+        sessions=Sessions(inventory, containers, groups, supervision, tasks),
         slots=slots,
         network=network,
         cgroups=cgroups,
         launchers=launchers,
         inventory=inventory,
         supervision=supervision,
-        trash=trash,
-        health=Health(places, cgroups, launchers, store),
+        health=Health(places, cgroups, launchers, store, tasks),
+        tasks=tasks,
     )
 
 
@@ -276,7 +300,6 @@ def _recovery(node: Node, places: Places) -> Recovery:
         network=node.network,
         images=node.images,
         launchers=node.launchers,
-        trash=node.trash,
         cgroups=node.cgroups,
         places=places,
     )
@@ -289,10 +312,19 @@ async def _launcher(cgroups: Cgroups, places: Places) -> Launcher:
 
 
 async def _end(node: Node) -> None:
-    """Each step is a task, by which the log tells what an end waits for that does not come."""
-    for part in (node.sessions, node.sandboxes, node.creation, node.slots, node.launchers):
-        await asyncio.create_task(part.close())
-    await asyncio.create_task(_leave(node))
+    """Take the parts down, each whatever the ones before have failed of.
+
+    Each step is a task, by which the log tells what an end waits for that does not come.
+    """
+    async with AsyncExitStack() as steps:
+        steps.push_async_callback(_step, node, partial(_leave, node))
+        # The other way round: streams end first, and there is a launcher for what is undone.
+        for part in (node.launchers, node.slots, node.creation, node.sandboxes, node.sessions):
+            steps.push_async_callback(_step, node, part.close)
+
+
+async def _step(node: Node, close: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    await node.tasks.start("end", close())
 
 
 async def _leave(node: Node) -> None:

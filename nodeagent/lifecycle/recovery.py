@@ -23,7 +23,6 @@ from nodeagent.lifecycle.pods import cgroup
 from nodeagent.lifecycle.pods.slots import dismantle
 from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.lifecycle.supervisors.supervision import Supervision
-from nodeagent.lifecycle.trash import Trash
 from nodeagent.net.network import Network
 from nodeagent.records import Sandbox
 from nodeagent.sandbox import paths
@@ -45,7 +44,6 @@ class Recovery:
         network: Network,
         images: Images,
         launchers: Launchers,
-        trash: Trash,
         cgroups: Cgroups,
         places: Places,
     ) -> None:
@@ -56,7 +54,6 @@ class Recovery:
         self._network = network
         self._images = images
         self._launchers = launchers
-        self._trash = trash
         self._cgroups = cgroups
         self._places = places
 

@@ -23,6 +23,7 @@ from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.sandbox.agent.client import AttachIO, CgroupFds, ExecHandle, ExecIO, Supervisor
 from nodeagent.sandbox.spec import ExecPlan
 from nodeagent.streaming.backend import AttachRequest, ExecRequest, PortForwardRequest, Process
+from nodeagent.tasks import Tasks
 
 Size = tuple[int, int]
 
@@ -36,12 +37,13 @@ class Sessions:
         containers: Containers,
         groups: Groups,
         supervision: Supervision,
+        tasks: Tasks,
     ) -> None:
         self._inventory = inventory
         self._containers = containers
         self._groups = groups
         self._supervision = supervision
-        self._behind: set[asyncio.Task[None]] = set()
+        self._tasks = tasks.part()
 
     async def exec(self, request: ExecRequest, size: Size | None) -> Process:
         """Start a command in a running container, in a cgroup of its own."""
@@ -55,7 +57,7 @@ class Sessions:
         except BaseException:
             await asyncio.to_thread(whole.discard, group)
             raise
-        self.do_behind(_remove_after(command.handle, whole, group))
+        self.do_behind("exec cleanup", _remove_after(command.handle, whole, group))
         return command
 
     async def attach(self, request: AttachRequest) -> Process:
@@ -78,17 +80,13 @@ class Sessions:
         container = self._inventory.containers.get(container_id)
         return container.exit_code if container else 0
 
-    def do_behind(self, work: Coroutine[Any, Any, None]) -> None:
-        """Let something go on that nobody waits for."""
-        task = asyncio.create_task(work)
-        self._behind.add(task)
-        task.add_done_callback(self._behind.discard)
+    def do_behind(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Do work that nobody waits for, in a task of this name."""
+        self._tasks.run(name, work)
 
     async def close(self) -> None:
         """Leave the commands that still run to their supervisors."""
-        for task in self._behind:
-            task.cancel()
-        await asyncio.gather(*self._behind, return_exceptions=True)
+        await self._tasks.close()
 
 
 # --- commands ---
@@ -112,7 +110,7 @@ class Command:
         self.stderr = stderr
 
     def resize(self, width: int, height: int) -> None:
-        self._sessions.do_behind(_resize(partial(self.handle.resize, width, height)))
+        self._sessions.do_behind("resize", _resize(partial(self.handle.resize, width, height)))
 
     def end_stdin(self) -> None:
         """The end of the pipe is all that a command needs."""
@@ -210,7 +208,7 @@ class Attached:
 
     def resize(self, width: int, height: int) -> None:
         resize = partial(self._supervisor.resize, self._container_id, width, height)
-        self._sessions.do_behind(_resize(resize))
+        self._sessions.do_behind("resize", _resize(resize))
 
     def end_stdin(self) -> None:
         self._streams.close_stdin()
@@ -219,21 +217,16 @@ class Attached:
 
     async def wait(self) -> int:
         """Until the container has ended, or this client is not attached any more."""
-        end = asyncio.ensure_future(self._sessions.end_of(self._container_id))
-        left = asyncio.ensure_future(self._left.wait())
-        cut_off = asyncio.ensure_future(self._streams.cut_off.wait())
-        try:
+        async with Tasks() as tasks:
+            end = tasks.start("end", self._sessions.end_of(self._container_id))
+            left = tasks.start("leaving", self._left.wait())
+            cut_off = tasks.start("cut-off", self._streams.cut_off.wait())
             await asyncio.wait((end, left, cut_off), return_when=asyncio.FIRST_COMPLETED)
-            if end.done():
-                return end.result()
-            if left.done():
-                return 0
-            raise ResourceExhausted(
-                f'container "{self._container_id}": its output was read too slowly'
-            )
-        finally:
-            for waiter in (end, left, cut_off):
-                waiter.cancel()
+        if not end.cancelled():
+            return end.result()
+        if not left.cancelled():
+            return 0
+        raise ResourceExhausted(f'container "{self._container_id}": its output was read too slowly')
 
     async def close(self) -> None:
         with self._streams:

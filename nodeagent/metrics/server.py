@@ -56,6 +56,7 @@ class MetricsServer:
             name="metrics server",
             places=MAX_CONNECTIONS,
             head_s=HEAD_SECONDS,
+            tasks=self._node.tasks,
         )
 
     async def _serve(self, connection: socket.socket, place: Place) -> None:

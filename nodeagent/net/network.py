@@ -18,7 +18,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_interface
@@ -30,7 +30,6 @@ from nodeagent.config import Network as NetworkConfig
 from nodeagent.errors import (
     FailedPrecondition,
     InvalidArgument,
-    NodeAgentError,
     NotFound,
     Unsupported,
 )
@@ -55,6 +54,7 @@ from nodeagent.net.spoofing import SpoofFilter
 from nodeagent.net.stats import InterfaceStats
 from nodeagent.records import HostPort, Lease, NodeNetwork, PortMapping
 from nodeagent.store import Store
+from nodeagent.tasks import Tasks, to_the_end
 
 __all__ = ["InterfaceStats", "Network", "NetworkConfig", "NetworkStatus", "PortMapping"]
 
@@ -80,7 +80,7 @@ class NetworkStatus:
 class Network:
     """The pods' network of one agent. Leases and host ports are in the store; the kernel has the rest."""
 
-    def __init__(self, config: NetworkConfig, store: Store, instance: str) -> None:
+    def __init__(self, config: NetworkConfig, store: Store, instance: str, tasks: Tasks) -> None:
         self._config = config
         self._store = store
         self._instance = instance
@@ -99,38 +99,35 @@ class Network:
         self._forgetting = asyncio.Lock()
         self._bridge_lost = asyncio.Event()
         self._released = asyncio.Event()
-        self._tasks: tuple[asyncio.Task[None], ...] = ()
+        self._tasks = tasks.part()
 
     @classmethod
-    async def start(cls, *, config: NetworkConfig, store: Store, instance: str) -> Self:
+    async def start(
+        cls, *, config: NetworkConfig, store: Store, instance: str, tasks: Tasks
+    ) -> Self:
         """Make the node's side, or take over what an earlier agent left.
 
         instance: eight hexadecimal digits, from which all names in the kernel derive.
         """
         if not config.subnet4 and not config.subnet6:
             raise InvalidArgument("network: subnet4 and subnet6 are both empty")
-        network = cls(config, store, instance)
+        network = cls(config, store, instance, tasks)
         await network._set_up(store.get(NodeNetwork, "node") or NodeNetwork())
         network._open_tables()
-        network._tasks = (
-            asyncio.create_task(network._reap()),
-            asyncio.create_task(network._mend()),
-        )
-        network._released.set()
+        for name, keeper in (("network leases", network._reap), ("network bridge", network._mend)):
+            network._tasks.keep(name, keeper, longest_pause_seconds=_RETRY_SECONDS)
         return network
 
     @classmethod
     async def overlaps(cls, *, config: NetworkConfig, store: Store, instance: str) -> list[str]:
         """What `start` would find amiss with the subnets of pods; nothing is made."""
-        network = cls(config, store, instance)
+        network = cls(config, store, instance, Tasks())
         choices = store.get(NodeNetwork, "node") or NodeNetwork()
         return await setup.overlapping(network._plan(choices))
 
     async def close(self, *, remove: bool) -> None:
         """Stop. With `remove` all that the kernel has of this network goes, else it stays for the next agent."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         if remove:
             await self._remove()
         self._workers.shutdown()
@@ -251,7 +248,8 @@ class Network:
         behind the requests.
         """
         problems = self._problems()
-        if not bridge.is_up(self._side.bridge):
+        if not bridge.is_up(self._side.bridge) and not self._bridge_lost.is_set():
+            log.warning("bridge %s: is missing or down, it is made anew", self._side.bridge)
             self._bridge_lost.set()
         if self._bridge_lost.is_set():
             return NetworkStatus(
@@ -308,20 +306,11 @@ class Network:
         """Make the bridge anew where others took it away or set it down."""
         while True:
             await self._bridge_lost.wait()
-            log.warning("bridge %s: is missing or down, it is made anew", self._side.bridge)
-            said = ""
-            while self._bridge_lost.is_set():
-                try:
-                    async with self._setting_up:
-                        await self._set_up(self._choices)
-                    sysctls.apply(self._settings())
-                    await self._plug_in()
-                    self._bridge_lost.clear()
-                except (NodeAgentError, OSError) as error:
-                    if str(error) != said:  # what keeps failing in the same way is said once
-                        said = str(error)
-                        log.warning("%s", error)
-                    await asyncio.sleep(_RETRY_SECONDS)
+            async with self._setting_up:
+                await self._set_up(self._choices)
+            sysctls.apply(self._settings())
+            await self._plug_in()
+            self._bridge_lost.clear()
 
     async def _plug_in(self) -> set[str]:
         """Make the links of pods ports of the bridge. Returns all links that are there."""
@@ -432,16 +421,13 @@ class Network:
 
     async def _reap(self) -> None:
         while True:
-            await self._released.wait()
-            self._released.clear()
             while released := self._ipam.released():
                 await asyncio.sleep(_REAP_SECONDS)
-                try:
-                    await self._forget([one for one in released if not links.exists(one.link)])
-                    await self._delete_links_of(released)
-                except OSError as error:
-                    log.warning("%s", error)
-                    await asyncio.sleep(_RETRY_SECONDS)
+                await self._forget([one for one in released if not links.exists(one.link)])
+                await self._delete_links_of(released)
+            # No await since the leases were looked at: what is released from now on sets it again.
+            self._released.clear()
+            await self._released.wait()
 
     async def _delete_links_of(self, released: Sequence[Lease]) -> None:
         for lease in released:
@@ -463,23 +449,13 @@ class Network:
 
     async def _run(self, work: Callable[[], None]) -> None:
         """In a thread, to its end: descriptors that it was given must not be closed meanwhile."""
-        job = asyncio.get_running_loop().run_in_executor(self._workers, work)
-        try:
-            await asyncio.shield(job)
-        except asyncio.CancelledError:
-            await asyncio.gather(job, return_exceptions=True)
-            raise
+        await to_the_end(self._workers, work)
 
     def _run_behind(self, work: Callable[[], None]) -> None:
         """In a thread, for nobody to wait."""
-        self._workers.submit(work).add_done_callback(_log_failure)
+        self._tasks.run("host ports", self._run(work))
 
 
 def _warn_of_listeners(ports: Sequence[HostPort], versions: Collection[int]) -> None:
     for warning in listeners.warnings(ports, versions):
         log.warning("%s", warning)
-
-
-def _log_failure(job: Future[None]) -> None:
-    if error := job.exception():
-        log.warning("%s", error)

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from nodeagent.serving import descriptors
+from nodeagent.tasks import Tasks, cancel
 
 # A connection is not closed for another one before it has had this time, which also bounds how fast somebody who
 # connects again and again displaces others.
 PROTECTED_S = 0.2
+LONGEST_PAUSE_S = 1.0  # between failures of the server itself
 PAUSE_S = 0.1  # when there are no descriptors; asking again at once would only burn time
 BACKLOG = 256
 COMPLAINT_INTERVAL_S = 60.0
@@ -71,18 +73,26 @@ Serve = Callable[[socket.socket, Place], Coroutine[Any, Any, None]]
 class Listener:
     """Runs `serve` for each connection, and cancels it when its time is over or its place is needed.
 
-    serve: owns the connection, and returns when it has closed it or handed it on. name: of the server, in the log.
+    serve: owns the connection, and returns when it has closed it or handed it on. name: of the server and its task.
     head_s: the time until `Place.keep`.
     """
 
     def __init__(
-        self, listening: socket.socket, serve: Serve, *, name: str, places: int, head_s: float
+        self,
+        listening: socket.socket,
+        serve: Serve,
+        *,
+        name: str,
+        places: int,
+        head_s: float,
+        tasks: Tasks,
     ) -> None:
         self._listening = listening
         self._serve = serve
         self._name = name
         self._limit = places
         self._head_s = head_s
+        self._tasks = tasks
         self._loop = asyncio.get_running_loop()
         self._places: dict[Place, asyncio.Task[None]] = {}  # the oldest first
         self._freed = asyncio.Event()
@@ -92,12 +102,11 @@ class Listener:
     async def open(self) -> AsyncIterator[None]:
         """Accept while the block runs. On leaving, what still serves a connection is cancelled."""
         with self._listening:
-            running = asyncio.create_task(self._run())
+            keeper = self._tasks.keep(self._name, self._run, longest_pause_seconds=LONGEST_PAUSE_S)
             try:
                 yield
             finally:
-                running.cancel()
-                await asyncio.wait((running,))
+                await cancel(keeper)
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:

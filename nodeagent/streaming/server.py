@@ -9,9 +9,9 @@ import ipaddress
 import logging
 import socket
 import ssl
-from collections.abc import Coroutine
 from contextlib import AsyncExitStack
-from typing import Any, Self
+from functools import partial
+from typing import Self
 
 from nodeagent.serving import http1, listener
 from nodeagent.serving.listener import Listener, Place
@@ -23,6 +23,7 @@ from nodeagent.streaming.session import LINGER_S, Timeouts
 from nodeagent.streaming.tls import TLSFiles
 from nodeagent.streaming.tokens import Tickets
 from nodeagent.streaming.upgrade import Refused
+from nodeagent.tasks import Tasks
 
 MAX_HANDSHAKES = 256
 MAX_SESSIONS = 1000
@@ -37,13 +38,14 @@ class StreamingServer:
 
     ::
 
-        async with StreamingServer(backend) as server:
+        async with StreamingServer(backend, tasks) as server:
             url = server.url(ExecRequest(container_id=..., command=("ls",), stdout=True))
     """
 
     def __init__(
         self,
         backend: Backend,
+        tasks: Tasks,
         *,
         host: str = "127.0.0.1",
         port: int = 0,
@@ -60,7 +62,7 @@ class StreamingServer:
         self._tickets = Tickets()
         self._sessions: set[asyncio.Task[None]] = set()
         self._listening: socket.socket
-        self._tasks: asyncio.TaskGroup
+        self._tasks = tasks.part()
         self._stack: AsyncExitStack
 
     async def __aenter__(self) -> Self:
@@ -73,13 +75,12 @@ class StreamingServer:
             name="streaming server",
             places=MAX_HANDSHAKES,
             head_s=self.timeouts.head_s,
+            tasks=self._tasks,
         )
         async with AsyncExitStack() as stack:
-            self._tasks = await stack.enter_async_context(asyncio.TaskGroup())
-            stack.callback(self._end_sessions)
+            stack.push_async_callback(self._tasks.close)
             if self._tls is not None:
-                following = self._tasks.create_task(self._follow(self._tls, version))
-                stack.callback(following.cancel)
+                self._tasks.keep("streaming TLS files", partial(self._follow, self._tls, version))
             await stack.enter_async_context(handshakes.open())
             self._stack = stack.pop_all()
         return self
@@ -150,21 +151,9 @@ class StreamingServer:
         return answer, CommandSession(command, ticket, self._backend, self.timeouts)
 
     def start(self, session: AnySession, early: bytes) -> None:
-        task = self._tasks.create_task(_guarded(session.run(early)))
+        task = self._tasks.run("streaming session", session.run(early))
         self._sessions.add(task)
         task.add_done_callback(self._sessions.discard)
-
-    def _end_sessions(self) -> None:
-        for session in self._sessions:
-            session.cancel()
-
-
-async def _guarded(session: Coroutine[Any, Any, None]) -> None:
-    """No session takes the others with it."""
-    try:
-        await session
-    except Exception:
-        log.exception("a streaming session failed")
 
 
 class Handshake(asyncio.Protocol):

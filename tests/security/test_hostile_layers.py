@@ -16,9 +16,10 @@ from nodeagent import disk_reserve, files
 from nodeagent.errors import InvalidArgument, ResourceExhausted, Unsupported
 from nodeagent.images import budget
 from nodeagent.images.layer_store import LayerStore
-from nodeagent.images.staging import Staging
 from nodeagent.images.unpack import directories, layers, whiteouts
 from nodeagent.store import Store
+from nodeagent.tasks import Tasks
+from nodeagent.trash import Trash
 from tests.support.tars import (
     Member,
     Workshop,
@@ -403,7 +404,7 @@ def test_a_byte_in_each_of_many_regions(
 
 async def test_only_root_gets_at_the_layers(tmp_path: Path) -> None:
     """CVE-2021-41103: set-id programs and device nodes of images are within the reach of no user of the node."""
-    staging = Staging(tmp_path / "staging")
+    staging = Trash(tmp_path / "staging", "staging", Tasks())
     store = Store.open(tmp_path / "state.db")
     LayerStore(tmp_path / "layers", staging, store)
     await staging.close()

@@ -28,6 +28,7 @@ import pytest
 from nodeagent.net.addresses import link_local, mac_of, mac_of_bridge
 from nodeagent.net.network import Network, NetworkConfig, PortMapping
 from nodeagent.store import Store
+from nodeagent.tasks import Tasks
 from tests.kernel.net import frames as f
 from tests.kernel.net.conftest import INSTANCE, PodMaker, World, new_pod, store, world
 from tests.kernel.net.frames import Station, Wire
@@ -119,7 +120,9 @@ def opened(world: World, store: Store, new_pod: PodMaker) -> Opened:
     async def scene(**settings: Any) -> AsyncIterator[Scene]:
         config = NetworkConfig(**settings)
         async with AsyncExitStack() as stack:
-            network = await Network.start(config=config, store=store, instance=INSTANCE)
+            network = await Network.start(
+                config=config, store=store, instance=INSTANCE, tasks=Tasks()
+            )
             stack.push_async_callback(network.close, remove=True)
             attacking, *attackers = await new_pod(network)
             attacked, *victims = await new_pod(network)

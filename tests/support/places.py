@@ -10,6 +10,7 @@ from typing import Any
 from nodeagent.images.catalog import Images
 from nodeagent.images.remote.client import open_session
 from nodeagent.store import Store
+from nodeagent.tasks import Tasks
 
 
 class Place:
@@ -27,7 +28,12 @@ class Place:
         try:
             async with open_session() as session:
                 images = await Images.open(
-                    root=self.root, store=store, hosts_dir=self.certs, session=session, **options
+                    root=self.root,
+                    store=store,
+                    hosts_dir=self.certs,
+                    session=session,
+                    tasks=Tasks(),
+                    **options,
                 )
                 try:
                     yield images

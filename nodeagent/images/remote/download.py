@@ -12,13 +12,13 @@ from functools import partial
 
 from nodeagent.errors import NodeAgentError, ResourceExhausted, Unavailable
 from nodeagent.images.budget import is_full
-from nodeagent.images.concurrency import ended, to_the_end
 from nodeagent.images.content import Blob
 from nodeagent.images.manifest import Descriptor
 from nodeagent.images.remote.source import Source
 from nodeagent.images.slots import Slots
-from nodeagent.images.staging import Staging
 from nodeagent.images.usage import Counters
+from nodeagent.tasks import Tasks, cancel, to_the_end
+from nodeagent.trash import Trash
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +65,11 @@ class Downloads:
     goes on later from where it was.
     """
 
-    def __init__(self, staging: Staging, writers: Executor, counters: Counters) -> None:
+    def __init__(self, staging: Trash, writers: Executor, counters: Counters, tasks: Tasks) -> None:
         self._staging = staging
         self._writers = writers
         self._counters = counters
+        self._tasks = tasks
         self._slots = Slots(_CONNECTIONS, _GRACE_SECONDS)
         self._arrivals: dict[Key, Arrival] = {}
 
@@ -91,14 +92,15 @@ class Downloads:
             arrival.users -= 1
             if not arrival.users:
                 self._forget(key, arrival)
-                arrival.task.cancel()
-                await ended(arrival.task)
-                arrival.blob.remove()
+                try:
+                    await cancel(arrival.task)
+                finally:
+                    arrival.blob.remove()
 
     def _start(self, key: Key, descriptor: Descriptor) -> Arrival:
         blob = Blob(self._staging.path("blob"), descriptor.digest, descriptor.size)
         arrival = Arrival(blob)
-        arrival.task = asyncio.create_task(self._fetch(arrival, descriptor, key))
+        arrival.task = self._tasks.start("download", self._fetch(arrival, descriptor, key))
         arrival.task.add_done_callback(lambda _task: self._landed(key, arrival))
         return arrival
 

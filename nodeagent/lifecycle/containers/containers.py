@@ -24,11 +24,12 @@ from nodeagent.lifecycle.containers import exec_sync, oom_kill, oom_score
 from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.containers.stopping import Stopping
 from nodeagent.lifecycle.inventory import Inventory
-from nodeagent.lifecycle.supervisors.supervision import Supervision, pauses
-from nodeagent.lifecycle.trash import Trash
+from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.records import Container, Resources
 from nodeagent.sandbox.agent.client import Supervisor
 from nodeagent.sandbox.seccomp import effective as seccomp_effective
+from nodeagent.tasks import pauses
+from nodeagent.trash import Trash
 
 log = logging.getLogger(__name__)
 

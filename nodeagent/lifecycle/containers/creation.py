@@ -33,10 +33,11 @@ from nodeagent.lifecycle.plan.cdi import Cdi
 from nodeagent.lifecycle.plan.host_paths import HostPaths
 from nodeagent.lifecycle.plan.planner import Planner, reference
 from nodeagent.lifecycle.supervisors.handover import handover
-from nodeagent.lifecycle.trash import Trash
 from nodeagent.records import Container, ContainerConfig, Image, Resources, Sandbox
 from nodeagent.sandbox.agent.client import Supervisor
 from nodeagent.sandbox.spec import ContainerPlan
+from nodeagent.tasks import Tasks
+from nodeagent.trash import Trash
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Creation:
         cdi: Cdi,
         trash: Trash,
         directory: Path,
+        tasks: Tasks,
     ) -> None:
         self._inventory = inventory
         self._images = images
@@ -67,7 +69,9 @@ class Creation:
         self._directory = directory
         # Warnings that hold for every container: no more than there are limits, capabilities and scores.
         self._said_of_all: set[str] = set()
-        self._creations = Creations(lambda container_id: container_id in inventory.containers)
+        self._creations = Creations(
+            tasks, "container creation", lambda container_id: container_id in inventory.containers
+        )
 
     async def create(self, sandbox_name: str, config: ContainerConfig) -> str:
         """Prepare everything up to the program, which `start` executes; returns the id.

@@ -113,9 +113,15 @@ class Stopping:
         results = await asyncio.gather(
             *(self.stop(container.id, 0) for container in running), return_exceptions=True
         )
-        for result in results:
-            if isinstance(result, BaseException) and not isinstance(result, Unavailable):
-                raise result
+        failures = [
+            result
+            for result in results
+            if isinstance(result, BaseException) and not isinstance(result, Unavailable)
+        ]
+        for failure in failures[1:]:
+            log.error('pod sandbox "%s": %s', sandbox_id, failure)
+        if failures:
+            raise failures[0]
 
     async def kill_all(self, sandbox_id: str) -> None:
         """Kill what runs of a pod that has no supervisor and gets none."""

@@ -30,6 +30,7 @@ from nodeagent.net.network import Network
 from nodeagent.records import Resources, Sandbox, SandboxConfig
 from nodeagent.sandbox.agent.client import Supervisor
 from nodeagent.sandbox.spec import DEFAULT_SHM_BYTES, PodSettings
+from nodeagent.tasks import Tasks
 
 
 class Sandboxes:
@@ -48,6 +49,7 @@ class Sandboxes:
         directory: Path,
         cgroups: Cgroups,
         handlers: Collection[str],
+        tasks: Tasks,
     ) -> None:
         """handlers: the names of those that are configured."""
         self._inventory = inventory
@@ -60,7 +62,7 @@ class Sandboxes:
         self._directory = directory
         self._cgroups = cgroups
         self._handlers = handlers
-        self._creations = Creations(lambda sandbox_id: sandbox_id in inventory.sandboxes)
+        self._creations = Creations(tasks, "pod creation", inventory.sandboxes.__contains__)
         supervision.end_pod = self.stop
 
     def get(self, name: str) -> Sandbox:
@@ -166,7 +168,8 @@ class Sandboxes:
         finally:
             await self._network.detach(sandbox.id)
         # Only now: the supervisor that undoes them may wait for one that ran, in a pipe that this held.
-        await asyncio.gather(*pod.creating, return_exceptions=True)
+        if pod.creating:
+            await asyncio.wait(pod.creating)
         await self._supervision.shut_down(sandbox.id)
         await asyncio.to_thread(cgroup.remove, self._cgroups, sandbox)
         current = self._inventory.sandboxes.get(sandbox.id)

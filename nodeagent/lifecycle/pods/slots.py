@@ -5,7 +5,6 @@ a supervisor or a lease, but no sandbox, was a slot (or a pod that a crash cut o
 """
 
 import asyncio
-import logging
 import secrets
 from collections import deque
 from contextlib import AsyncExitStack
@@ -13,20 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nodeagent import files
-from nodeagent.errors import NodeAgentError
 from nodeagent.lifecycle.plan.mounts import id_map
 from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.net.network import Network
 from nodeagent.records import Namespaces
 from nodeagent.sandbox.agent.client import Supervisor
 from nodeagent.sandbox.spec import PodPlan
-
-log = logging.getLogger(__name__)
+from nodeagent.tasks import Tasks, ended
 
 # The containers of a pod come right after it, and the next slot must not be in their way.
 REFILL_DELAY_SECONDS = 0.05
 RETRY_SECONDS = 1.0
 USUAL = Namespaces()
+NAME = "warm slots"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,21 +40,23 @@ class Slot:
 class Slots:
     """Gives slots, ready ones where it can, and keeps `count` of the usual kind ready."""
 
-    def __init__(self, launchers: Launchers, network: Network, directory: Path, count: int) -> None:
+    def __init__(
+        self, launchers: Launchers, network: Network, directory: Path, count: int, tasks: Tasks
+    ) -> None:
         self._launchers = launchers
         self._network = network
         self._directory = directory
         self._count = count
         self._ready: deque[Slot] = deque()
         self._missing = asyncio.Semaphore(0)
-        self._filler: asyncio.Task[None] | None = None
-        self._is_closed = False
+        self._tasks = tasks.part()
+        self._filling = self._tasks.part()
 
     def start(self) -> None:
         """Begin to fill, behind the requests."""
         for _ in range(self._count):
             self._missing.release()
-        self._filler = asyncio.create_task(self._fill())
+        self._filling.keep(NAME, self._fill, longest_pause_seconds=RETRY_SECONDS)
 
     @property
     def ready(self) -> int:
@@ -85,27 +85,22 @@ class Slots:
 
     async def close(self) -> None:
         """Stop filling and discard what is ready."""
-        self._is_closed = True
-        if self._filler is not None:
-            self._filler.cancel()
-            await asyncio.gather(self._filler, return_exceptions=True)
-        await asyncio.gather(*(self.discard(slot) for slot in self._ready))
+        await self._filling.close()
+        await ended(
+            [self._tasks.run(NAME, self.discard(slot), about=slot.id) for slot in self._ready]
+        )
         self._ready.clear()
+        await self._tasks.close()
 
     async def _fill(self) -> None:
-        """One for each that is missing. A slot that cannot be undone must not make up for our cancellation."""
-        said = ""
-        while not self._is_closed:
+        """Make a slot for each that is missing."""
+        while True:
             await self._missing.acquire()
             try:
                 self._ready.append(await self._make(USUAL))
-                said = ""
-            except (NodeAgentError, OSError) as error:
-                if str(error) != said:  # what keeps failing in the same way is said once
-                    said = str(error)
-                    log.warning("no warm slot: %s", error)
-                self._missing.release()
-                await asyncio.sleep(RETRY_SECONDS)
+            except BaseException:
+                self._missing.release()  # or this slot would be missing for ever
+                raise
 
     async def _make(self, namespaces: Namespaces) -> Slot:
         pod_id = secrets.token_hex(32)

@@ -7,8 +7,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from nodeagent.errors import NodeAgentError
 from nodeagent.sandbox.agent.client import Launcher
+from nodeagent.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -18,35 +18,31 @@ RETRY_SECONDS = 1.0
 class Launchers:
     """start: connects to the one that runs, or starts one."""
 
-    def __init__(self, start: Callable[[], Awaitable[Launcher]]) -> None:
+    def __init__(self, start: Callable[[], Awaitable[Launcher]], tasks: Tasks) -> None:
         self._start = start
+        self._tasks = tasks
         self._lock = asyncio.Lock()
         self._current: Launcher | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._keeping = tasks.part()
         # Why there is none, since the last attempt to have one.
         self.trouble = ""
 
     def start(self) -> None:
         """See that there always is one."""
-        self._keeper = asyncio.create_task(self._keep())
+        self._keeping.keep("launcher", self._keep, longest_pause_seconds=RETRY_SECONDS)
 
     async def close(self) -> None:
-        """Let the one that there is go on, or end."""
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+        """Let the one that there is go on, or end. `get` works on."""
+        await self._keeping.close()
 
     async def _keep(self) -> None:
         while True:
-            try:
-                launcher = await self.get()
-                await launcher.lost.wait()
-            except (NodeAgentError, OSError):
-                await asyncio.sleep(RETRY_SECONDS)
+            launcher = await self.get()
+            await launcher.lost.wait()
 
     async def get(self) -> Launcher:
         """A launcher that lives, as far as anybody knows. One that is being started comes up, whoever is cancelled."""
-        return await asyncio.shield(asyncio.ensure_future(self._get()))
+        return await asyncio.shield(self._tasks.start("launcher", self._get()))
 
     async def _get(self) -> Launcher:
         async with self._lock:
@@ -59,13 +55,10 @@ class Launchers:
             return self._current
 
     async def _start_one(self) -> Launcher:
-        """What keeps failing in the same way is said once."""
         try:
             launcher = await self._start()
-        except (NodeAgentError, OSError) as error:
-            if str(error) != self.trouble:
-                log.error("no launcher: %s", error)
-            self.trouble = str(error)
+        except Exception as error:
+            self.trouble = str(error) or repr(error)
             raise
         self.trouble = ""
         return launcher

@@ -7,7 +7,7 @@ containers notice nothing. What ended in between is read from exit records; only
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,26 +20,28 @@ from nodeagent.records import Container
 from nodeagent.sandbox import exits
 from nodeagent.sandbox.agent.client import Supervisor
 from nodeagent.sandbox.spec import Exit
+from nodeagent.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
 PAUSES_SECONDS = (0.1, 0.3, 1.0)
 ANSWER_SECONDS = 5.0
 REACH_SECONDS = 20.0  # of a successor, it takes some milliseconds
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 30.0
 
 
 class Supervision:
     """Watches supervisors, replaces dead ones, and writes the ends of containers into their records."""
 
-    def __init__(self, inventory: Inventory, launchers: Launchers, directory: Path) -> None:
+    def __init__(
+        self, inventory: Inventory, launchers: Launchers, directory: Path, tasks: Tasks
+    ) -> None:
         self._inventory = inventory
         self._launchers = launchers
         self._directory = directory
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Event] = {}
         self._early: dict[str, Exit] = {}
-        self._behind: set[asyncio.Task[None]] = set()
+        self._tasks = tasks.part()
         self._ending: set[str] = set()
         # How a pod is ended that can do nothing any more: `Sandboxes.stop`, which is above us.
         self.end_pod: Callable[[str], Coroutine[Any, Any, None]]
@@ -48,9 +50,8 @@ class Supervision:
         """Note the ends of the pod's containers from now on, and replace its supervisor if it dies."""
         supervisor.on_exit = self._exited
         supervisor.on_init_exit = partial(self._init_exited, sandbox_id)
-        what = _pod(sandbox_id)
-        self._watches[sandbox_id] = asyncio.create_task(
-            _logged(what, self._succeed(sandbox_id, supervisor)), name=what
+        self._watches[sandbox_id] = self._tasks.keep(
+            "supervisor", partial(self._succeed, sandbox_id, supervisor), about=_pod(sandbox_id)
         )
 
     def unwatch(self, sandbox_id: str) -> None:
@@ -80,12 +81,12 @@ class Supervision:
         The work then goes on in the background. It ends with `close`, and so it does when who waits is cancelled.
         what: the object that the work is about, in the log.
         """
-        task = asyncio.create_task(work, name=what)
+        task = self._tasks.start("recovery", work, about=what)
         try:
             await asyncio.wait((task,), timeout=ANSWER_SECONDS)
         finally:
             if not task.done():
-                self._do_behind(what, task)
+                self._tasks.let_go(task)
         if task.done():
             task.result()
         else:
@@ -120,20 +121,9 @@ class Supervision:
         if container is not None and container.state == "running":
             await self._ends.setdefault(container_id, asyncio.Event()).wait()
 
-    def _do_behind(self, what: str, work: Awaitable[None]) -> None:
-        """Let work go on that nobody waits for."""
-        task = asyncio.create_task(_logged(what, work), name=what)
-        self._behind.add(task)
-        task.add_done_callback(self._behind.discard)
-
     async def close(self) -> None:
-        for task in self._behind:
-            task.cancel()
-        await asyncio.gather(*self._behind, return_exceptions=True)
-        tasks = list(self._watches.values())
-        for sandbox_id in list(self._watches):
-            self.unwatch(sandbox_id)
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Replace no supervisor any more, and end what goes on in the background."""
+        await self._tasks.close()
 
     # --- starts and ends ---
 
@@ -166,22 +156,13 @@ class Supervision:
             return  # each answer of its supervisor tells it again
         log.error('pod sandbox "%s": the process that holds its PID namespace has died', sandbox_id)
         self._ending.add(sandbox_id)
-        self._do_behind(_pod(sandbox_id), self._end(sandbox_id))
+        # Until the pod has ended: READY, and without a process that runs, nobody else would end it.
+        self._tasks.keep("pod end", partial(self._end, sandbox_id), about=_pod(sandbox_id))
 
     async def _end(self, sandbox_id: str) -> None:
-        """Try until the pod has ended: READY, and without a process that runs, nobody else would end it."""
-        between = pauses()
-        try:
-            while sandbox_id in self._inventory.pods:
-                try:
-                    await self.end_pod(sandbox_id)
-                except (NodeAgentError, OSError, TimeoutError) as error:
-                    log.error('pod sandbox "%s": not ended, trying again: %s', sandbox_id, error)
-                    await asyncio.sleep(next(between))
-                else:
-                    return
-        finally:
-            self._ending.discard(sandbox_id)
+        if sandbox_id in self._inventory.pods:
+            await self.end_pod(sandbox_id)
+        self._ending.discard(sandbox_id)
 
     def _ended_unheard(self, container: Container) -> None:
         """Of what nobody told us, there is the exit record."""
@@ -194,21 +175,19 @@ class Supervision:
     # --- succession ---
 
     async def _succeed(self, sandbox_id: str, supervisor: Supervisor) -> None:
+        """Replace a supervisor when it has died. Whatever fails, the next attempt goes on from there."""
         await supervisor.lost.wait()
-        log.warning('pod sandbox "%s": its supervisor died, starting a successor', sandbox_id)
-        between = pauses()
-        while (pod := self._inventory.pods.get(sandbox_id)) is not None:
-            try:
-                pod.supervisor = await self._reach(sandbox_id)
-                self.watch(sandbox_id, pod.supervisor)
-                await self._reconcile(sandbox_id, pod.supervisor)
-            except (NodeAgentError, OSError) as error:
-                if pod.supervisor is not supervisor:
-                    return  # the successor died as well, and is watched
-                log.warning('pod sandbox "%s": no successor: %s', sandbox_id, error)
-                await asyncio.sleep(next(between))
-            else:
-                return
+        pod = self._inventory.pods.get(sandbox_id)
+        if pod is None:
+            return
+        if pod.supervisor is supervisor:
+            log.warning('pod sandbox "%s": its supervisor died, starting a successor', sandbox_id)
+            pod.supervisor = await self._reach(sandbox_id)
+            self.watch(sandbox_id, pod.supervisor)
+        successor = pod.supervisor
+        if successor is None or successor.is_lost:
+            return  # the pod has ended, or the successor died as well, and is watched
+        await self._reconcile(sandbox_id, successor)
 
     async def _reach(self, sandbox_id: str) -> Supervisor:
         directory = self._directory / sandbox_id
@@ -238,21 +217,3 @@ class Supervision:
 
 def _pod(sandbox_id: str) -> str:
     return f'pod sandbox "{sandbox_id}"'
-
-
-async def _logged(what: str, work: Awaitable[None]) -> None:
-    """Do work whose failure nobody but the log is told. One that is not foreseen is a defect, and has its traceback."""
-    try:
-        await work
-    except (NodeAgentError, OSError, TimeoutError) as error:
-        log.error("%s: %s", what, error)
-    except Exception:
-        log.exception("%s: internal error", what)
-
-
-def pauses() -> Iterator[float]:
-    """Seconds to wait before each further attempt: twice as long each time, up to a bound, without an end."""
-    pause = FIRST_PAUSE_SECONDS
-    while True:
-        yield pause
-        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)

@@ -5,7 +5,6 @@ container's choice: neither the number of its files nor their depth holds up a r
 """
 
 import asyncio
-import logging
 import os
 import stat
 import time
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+from nodeagent.tasks import Tasks
 
 DISK_SECONDS = 10.0
 FIRST_SECONDS = 1.0  # that a request waits for the first walk of a layer
@@ -38,19 +37,19 @@ class DiskUsage:
 
 @dataclass(slots=True)
 class _Layer:
-    """due: of time.monotonic, when the next walk may begin. said: what the log has of the last walk that failed."""
+    """due: of time.monotonic, when the next walk may begin."""
 
     usage: DiskUsage | None = None
     due: float = 0.0
     walk: asyncio.Task[None] | None = field(default=None)
-    said: str = ""
 
 
 class Disks:
     """directory: has the layers, as ``<container id>/upper``, and beside them the volumes of the containers' images."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, tasks: Tasks) -> None:
         self._directory = directory
+        self._tasks = tasks
         self._layers: dict[str, _Layer] = {}
         self._turns = asyncio.Semaphore(WALKS)
 
@@ -58,7 +57,8 @@ class Disks:
         """As the last walk found it."""
         layer = self._layers.setdefault(container_id, _Layer())
         if layer.walk is None and layer.due <= time.monotonic():
-            layer.walk = asyncio.create_task(self._walk(container_id, layer))
+            walk = self._walk(container_id, layer)
+            layer.walk = self._tasks.run("disk usage", walk, about=f'container "{container_id}"')
             if layer.usage is None:
                 await asyncio.wait((layer.walk,), timeout=FIRST_SECONDS)
         return layer.usage or DiskUsage(
@@ -73,11 +73,6 @@ class Disks:
             async with self._turns:
                 own = self._directory / container_id
                 layer.usage = await asyncio.to_thread(measure, own / "upper", own / "volumes")
-            layer.said = ""
-        except OSError as error:
-            if str(error) != layer.said:
-                layer.said = str(error)
-                log.warning('container "%s": size of its writable layer: %s', container_id, error)
         finally:
             layer.walk = None
             layer.due = time.monotonic() + DISK_SECONDS

@@ -18,6 +18,7 @@ from nodeagent.lifecycle.inventory import Inventory
 from nodeagent.lifecycle.usage.disk import Disks, DiskUsage
 from nodeagent.net.network import InterfaceStats, Network
 from nodeagent.records import Container, Sandbox
+from nodeagent.tasks import Tasks
 
 RATE_SECONDS = 1.0
 LOG_PATIENCE_SECONDS = 1.0
@@ -83,13 +84,14 @@ class Stats:
         groups: Groups,
         network: Network,
         directory: Path,
+        tasks: Tasks,
     ) -> None:
         self._inventory = inventory
         self._containers = containers
         self._groups = groups
         self._network = network
         self._rates: dict[str, _Rate] = {}
-        self._disks = Disks(directory)
+        self._disks = Disks(directory, tasks)
 
     async def container(self, name: str) -> ContainerUsage:
         """Raises NotFound, also for a container that has ended: its cgroup is gone."""

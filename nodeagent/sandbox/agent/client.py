@@ -25,6 +25,7 @@ from nodeagent.sandbox.agent.starting import start_launcher
 from nodeagent.sandbox.paths import LAUNCHER_SOCKET, SUPERVISOR_SOCKET
 from nodeagent.sandbox.protocol import Body
 from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, Exit, PodPlan, PodSettings
+from nodeagent.tasks import Tasks
 
 __all__ = [
     "AttachIO",
@@ -335,14 +336,15 @@ class Launcher:
 
     async def fork(self, plan: PodPlan) -> Supervisor:
         """A new supervisor, with the namespaces of the plan. Nothing is left of one whose caller is cancelled."""
-        forking = asyncio.ensure_future(self._fork(plan))
-        try:
-            return await asyncio.shield(forking)
-        except asyncio.CancelledError:
-            with suppress(NodeAgentError, OSError):
-                forked = await forking
-                await forked.shutdown()
-            raise
+        async with Tasks() as tasks:
+            forking = tasks.start("fork", self._fork(plan))
+            try:
+                return await asyncio.shield(forking)
+            except asyncio.CancelledError:
+                with suppress(NodeAgentError, OSError):
+                    forked = await forking
+                    await forked.shutdown()
+                raise
 
     async def _fork(self, plan: PodPlan) -> Supervisor:
         pod_id, directory = plan["id"], Path(plan["directory"])

@@ -23,6 +23,7 @@ from nodeagent.images.profiles import SecurityProfiles
 from nodeagent.images.remote.auth import Auth
 from nodeagent.images.remote.client import open_session
 from nodeagent.store import Store
+from nodeagent.tasks import Tasks
 from tests.support import artifacts, images
 from tests.support.artifacts import Artifact
 from tests.support.fake_registry import Server, send_part
@@ -44,7 +45,12 @@ async def opened(place: Place) -> AsyncIterator[SecurityProfiles]:
     try:
         async with open_session() as session:
             profiles = await SecurityProfiles.open(
-                root=place.root, store=store, hosts_dir=place.certs, session=session, check=check
+                root=place.root,
+                store=store,
+                hosts_dir=place.certs,
+                session=session,
+                tasks=Tasks(),
+                check=check,
             )
             try:
                 yield profiles

@@ -289,12 +289,13 @@ from pathlib import Path
 from nodeagent.images.catalog import Images
 from nodeagent.images.remote.client import open_session
 from nodeagent.store import Store
+from nodeagent.tasks import Tasks
 
 async def main():
     root = Path(sys.argv[1])
     store = Store.open(root / "state.db")
     images = await Images.open(
-        root=root, store=store, hosts_dir=root / "none", session=open_session()
+        root=root, store=store, hosts_dir=root / "none", session=open_session(), tasks=Tasks()
     )
     while True:
         await images.pull(sys.argv[2])

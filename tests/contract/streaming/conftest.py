@@ -5,6 +5,7 @@ import pytest
 
 from nodeagent.streaming.server import StreamingServer
 from nodeagent.streaming.session import Timeouts
+from nodeagent.tasks import Tasks
 from tests.contract.streaming.children import Children
 from tests.contract.streaming.waiting import eventually
 
@@ -23,5 +24,5 @@ async def backend() -> AsyncIterator[Children]:
 
 @pytest.fixture
 async def server(backend: Children) -> AsyncIterator[StreamingServer]:
-    async with StreamingServer(backend, timeouts=TIMEOUTS) as server:
+    async with StreamingServer(backend, Tasks(), timeouts=TIMEOUTS) as server:
         yield server

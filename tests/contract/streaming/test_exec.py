@@ -11,6 +11,7 @@ from nodeagent.streaming import session
 from nodeagent.streaming.backend import ExecRequest
 from nodeagent.streaming.remotecommand import Channel
 from nodeagent.streaming.server import StreamingServer
+from nodeagent.tasks import Tasks
 from tests.contract.streaming.children import Children
 from tests.contract.streaming.clients import (
     COMMAND_WIRES,
@@ -277,7 +278,7 @@ async def test_a_client_that_does_not_make_its_streams(
 
 @pytest.mark.parametrize("wire", MAIN_WIRES)
 async def test_the_end_of_the_server_ends_its_sessions(backend: Children, wire: str) -> None:
-    async with StreamingServer(backend) as server:
+    async with StreamingServer(backend, Tasks()) as server:
         client = await start(server, wire, sh("echo ready; cat", stdin=True))
         await client.expect(b"ready\n")
     assert backend.execs[0].closed

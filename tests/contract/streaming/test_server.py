@@ -19,6 +19,7 @@ from nodeagent.streaming.backend import ExecRequest, PortForwardRequest
 from nodeagent.streaming.server import Handshake, StreamingServer
 from nodeagent.streaming.session import Session, Timeouts
 from nodeagent.streaming.tls import TLSFiles
+from nodeagent.tasks import Tasks
 from tests.contract.streaming.children import Children
 from tests.contract.streaming.clients import (
     NotUpgraded,
@@ -102,7 +103,7 @@ async def test_a_url_is_whole(server: StreamingServer) -> None:
     [("0.0.0.0", "127.0.0.1:"), ("::1", "[::1]:"), ("::", "[::1]:")],
 )
 async def test_a_url_can_be_dialled(backend: Children, host: str, authority: str) -> None:
-    async with StreamingServer(backend, host=host) as server:
+    async with StreamingServer(backend, Tasks(), host=host) as server:
         url = server.url(ECHO)
         assert url.startswith(f"http://{authority}")
         assert (await (await connect_command(WIRES[0], url, ECHO)).result()).stdout == b"x\n"
@@ -189,7 +190,7 @@ async def test_a_session_is_idle_when_neither_side_speaks(
 ) -> None:
     script = "cat >&2" if speaker == "client" else "sleep 1; echo 1; sleep 1; echo 2; sleep 99"
     request = ExecRequest(container_id="c", command=("sh", "-c", script), stdin=True, stdout=True)
-    async with StreamingServer(backend, timeouts=Timeouts(idle_s=2)) as server:
+    async with StreamingServer(backend, Tasks(), timeouts=Timeouts(idle_s=2)) as server:
         client = await connect_command(wire, server.url(request), request)
         for _ in range(3):
             await asyncio.sleep(0.75)
@@ -247,7 +248,9 @@ async def test_silent_clients_make_room(
     if encrypted:
         certificate, key = authority.issue("server")
         files, context = TLSFiles(certificate=str(certificate), key=str(key)), trusting(authority)
-    async with StreamingServer(backend, tls=files, timeouts=Timeouts(head_s=1000)) as server:
+    async with StreamingServer(
+        backend, Tasks(), tls=files, timeouts=Timeouts(head_s=1000)
+    ) as server:
         sessions = [await connect_command(wire, server.url(CAT), CAT, context) for _ in range(8)]
         async with silent_clients(server, 20) as oldest:
             client = await connect_command(wire, server.url(ECHO), ECHO, context)
@@ -262,7 +265,9 @@ async def test_silent_clients_make_room(
 async def test_a_tls_handshake_that_does_not_end(backend: Children, authority: Authority) -> None:
     certificate, key = authority.issue("server")
     files = TLSFiles(certificate=str(certificate), key=str(key))
-    async with StreamingServer(backend, tls=files, timeouts=Timeouts(head_s=0.1)) as server:
+    async with StreamingServer(
+        backend, Tasks(), tls=files, timeouts=Timeouts(head_s=0.1)
+    ) as server:
         assert await speak(server, b"\x16\x03\x01") == b""
 
 
@@ -317,7 +322,7 @@ async def test_a_backend_with_a_bug_is_told_as_such(
 async def test_tls(backend: Children, authority: Authority, wire: str) -> None:
     certificate, key = authority.issue("server")
     files = TLSFiles(certificate=str(certificate), key=str(key))
-    async with StreamingServer(backend, tls=files) as server:
+    async with StreamingServer(backend, Tasks(), tls=files) as server:
         url = server.url(CAT)
         assert url.startswith("https://127.0.0.1:")
         client = await connect_command(wire, url, CAT, trusting(authority))
@@ -332,7 +337,7 @@ async def test_a_client_certificate_may_be_needed(
     certificate, key = authority.issue("server")
     clients = Authority(tmp_path, "clients")
     files = TLSFiles(certificate=str(certificate), key=str(key), client_ca=str(clients.certificate))
-    async with StreamingServer(backend, tls=files) as server:
+    async with StreamingServer(backend, Tasks(), tls=files) as server:
         context = trusting(authority)
         with pytest.raises((ssl.SSLError, ConnectionError, asyncio.IncompleteReadError)):
             await connect_command(WIRES[0], server.url(ECHO), ECHO, context)
@@ -347,7 +352,9 @@ async def test_certificates_are_read_again(
     certificate, key = authority.issue("server")
     files = TLSFiles(certificate=str(certificate), key=str(key))
     other = Authority(tmp_path, "other")
-    async with StreamingServer(backend, tls=files, timeouts=Timeouts(tls_check_s=0.05)) as server:
+    async with StreamingServer(
+        backend, Tasks(), tls=files, timeouts=Timeouts(tls_check_s=0.05)
+    ) as server:
         old = await connect_command(WIRES[0], server.url(CAT), CAT, trusting(authority))
         certificate.write_text("junk")
         await asyncio.sleep(0.2)
@@ -370,12 +377,12 @@ async def test_certificates_are_read_again(
 async def test_a_missing_file_is_named(backend: Children, tmp_path: Path) -> None:
     files = TLSFiles(certificate=str(tmp_path / "none.pem"), key=str(tmp_path / "none.key"))
     with pytest.raises(FileNotFoundError, match=r"none\.pem"):
-        async with StreamingServer(backend, tls=files):
+        async with StreamingServer(backend, Tasks(), tls=files):
             pass
 
 
 async def test_an_address_that_is_taken(server: StreamingServer, backend: Children) -> None:
     port = int(server.url(ECHO).split("/")[2].rpartition(":")[2])
     with pytest.raises(OSError, match="Address already in use"):
-        async with StreamingServer(backend, port=port):
+        async with StreamingServer(backend, Tasks(), port=port):
             pass

@@ -12,11 +12,12 @@ import pytest
 
 from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.sandbox.agent.client import Launcher
+from nodeagent.tasks import Tasks
 
 
 @pytest.fixture
 async def launchers(tmp_path: Path) -> AsyncIterator[Launchers]:
-    launchers = Launchers(partial(Launcher.connect_or_start, tmp_path))
+    launchers = Launchers(partial(Launcher.connect_or_start, tmp_path), Tasks())
     yield launchers
     launcher = await launchers.get()
     await launcher.stop()

@@ -9,6 +9,7 @@ import pytest
 
 from nodeagent.net.network import Network, NetworkConfig
 from nodeagent.store import Store
+from nodeagent.tasks import Tasks
 from tests.kernel.net.world import Namespace, Pod, node_and_neighbour
 
 INSTANCE = "0a1b2c3d"
@@ -37,7 +38,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 @pytest.fixture
 async def network(world: World, store: Store) -> AsyncIterator[Network]:
     """Dual stack, on the node of `world`."""
-    started = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    started = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE, tasks=Tasks())
     yield started
     await started.close(remove=True)
 

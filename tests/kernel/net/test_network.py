@@ -28,6 +28,7 @@ from nodeagent.net.nftables import Table
 from nodeagent.net.ruleset import Ruleset
 from nodeagent.records import HostPort, Lease, NodeNetwork
 from nodeagent.store import Store
+from nodeagent.tasks import Tasks
 from tests.kernel.net.conftest import DUAL_STACK, INSTANCE, PodMaker, World
 from tests.kernel.net.world import (
     HAS_BRIDGE_TABLES,
@@ -100,7 +101,7 @@ def state_of(node: Namespace) -> tuple[list[str], list[dict[str, Any]], list[str
 @needs_nf_tables
 async def test_nothing_is_left_when_it_is_removed(world: World, store: Store) -> None:
     before = state_of(world.node)
-    network = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    network = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE, tasks=Tasks())
     assert world.node.read("net/ipv4/ip_forward") == "1"
     pod = Pod()
     await network.attach(pod.id, pod.namespace.descriptor, pod.route)
@@ -119,7 +120,7 @@ async def test_a_default_route_by_advertisement_survives_forwarding(
     async with world.node.routing() as ipr:
         await ipr.route("add", dst="default", family=10, gateway="2001:db8::2", proto=9)
     before = state_of(world.node)
-    network = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    network = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE, tasks=Tasks())
     assert world.node.read("net/ipv6/conf/wan/accept_ra") == "2"
     await network.close(remove=True)
     assert state_of(world.node) == before
@@ -160,12 +161,14 @@ async def test_filter_is_what_nft_shows() -> None:
 async def test_what_is_switched_off_goes(
     world: World, store: Store, new_pod: PodMaker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    network = await Network.start(config=NetworkConfig(), store=store, instance=INSTANCE)
+    network = await Network.start(
+        config=NetworkConfig(), store=store, instance=INSTANCE, tasks=Tasks()
+    )
     pod, _, _ = await new_pod(network)
     await network.publish(pod.id, [WEB])
     await network.close(remove=False)
     config = NetworkConfig(masquerade=False, host_ports=False, spoof_protection=False)
-    network = await Network.start(config=config, store=store, instance=INSTANCE)
+    network = await Network.start(config=config, store=store, instance=INSTANCE, tasks=Tasks())
     shown = json.dumps(nft("list", "ruleset"))
     assert TABLE in shown
     assert "bridge" not in shown
@@ -187,7 +190,7 @@ async def test_what_is_off_is_not_made(
     masquerade: bool, host_ports: bool, world: World, store: Store, new_pod: PodMaker
 ) -> None:
     config = NetworkConfig(masquerade=masquerade, host_ports=host_ports)
-    network = await Network.start(config=config, store=store, instance=INSTANCE)
+    network = await Network.start(config=config, store=store, instance=INSTANCE, tasks=Tasks())
     pod, pod4, _ = await new_pod(network)
     shown = json.dumps(nft("list", "table", "inet", TABLE))
     assert ('"masquerade"' in shown) is (masquerade or host_ports)
@@ -293,7 +296,9 @@ async def test_a_link_of_somebody_else_is_not_taken(world: World, store: Store) 
         await ipr.link("add", ifname="br0", kind="bridge")
     for name in ("br0", "wan"):
         with pytest.raises(AlreadyExists, match=name):
-            await Network.start(config=NetworkConfig(bridge=name), store=store, instance=INSTANCE)
+            await Network.start(
+                config=NetworkConfig(bridge=name), store=store, instance=INSTANCE, tasks=Tasks()
+            )
     assert world.node.links().keys() >= {"br0", "wan"}
 
 
@@ -352,7 +357,7 @@ async def test_agents_side_by_side_do_not_meet(
     # At once, so that both find the default subnet free.
     one, two = await asyncio.gather(
         *(
-            Network.start(config=NetworkConfig(), store=store, instance=instance)
+            Network.start(config=NetworkConfig(), store=store, instance=instance, tasks=Tasks())
             for store, instance in zip(stores, (INSTANCE, OTHER_INSTANCE), strict=True)
         )
     )
@@ -379,7 +384,9 @@ async def test_default_subnet_gives_way_and_stays_where_it_is(
         await ipr.route("add", dst="10.88.7.0/24", gateway=NEIGHBOUR4)
     chosen = set()
     for verb in ("del", "add"):
-        network = await Network.start(config=NetworkConfig(), store=store, instance=INSTANCE)
+        network = await Network.start(
+            config=NetworkConfig(), store=store, instance=INSTANCE, tasks=Tasks()
+        )
         pod = Pod()
         lease = await network.attach(pod.id, pod.namespace.descriptor, pod.route)
         chosen.add(lease.addresses[0].rpartition(".")[0])
@@ -424,7 +431,7 @@ async def test_a_host_port_that_a_process_of_the_node_has_is_taken_and_told(
 
 async def test_configured_subnet_is_kept_but_its_overlap_told(world: World, store: Store) -> None:
     config = NetworkConfig(subnet4="198.51.100.128/25")
-    network = await Network.start(config=config, store=store, instance=INSTANCE)
+    network = await Network.start(config=config, store=store, instance=INSTANCE, tasks=Tasks())
     problem = network.status().problems[0]
     assert "198.51.100.128/25" in problem
     assert "198.51.100.0/24" in problem
@@ -473,7 +480,7 @@ async def test_eth0_of_a_pod(network: Network, new_pod: PodMaker) -> None:
 async def test_the_node_takes_nothing_from_pods_to_set_itself_up(
     world: World, store: Store, new_pod: PodMaker, config: NetworkConfig, disabled: str
 ) -> None:
-    network = await Network.start(config=config, store=store, instance=INSTANCE)
+    network = await Network.start(config=config, store=store, instance=INSTANCE, tasks=Tasks())
     pod, _, _ = await new_pod(network)
     conf6 = f"net/ipv6/conf/{BRIDGE}"
     for name in ("accept_ra", "autoconf", "accept_redirects"):
@@ -494,12 +501,14 @@ async def test_ipv6_may_be_added_to_and_taken_from_a_bridge(
     configs = (NetworkConfig(), DUAL_STACK, NetworkConfig())
     pods: list[tuple[Pod, str, str]] = []
     for config in configs:
-        network = await Network.start(config=config, store=store, instance=INSTANCE)
+        network = await Network.start(config=config, store=store, instance=INSTANCE, tasks=Tasks())
         await network.recover([pod.id for pod, *_ in pods])
         pods.append(await new_pod(network))
         await network.close(remove=False)
     # A pod that was given IPv6 keeps it.
-    network = await Network.start(config=NetworkConfig(), store=store, instance=INSTANCE)
+    network = await Network.start(
+        config=NetworkConfig(), store=store, instance=INSTANCE, tasks=Tasks()
+    )
     dual, _, dual6 = pods[1]
     async with tcp_echo_of_peer(dual.namespace, (dual6, 80)):
         assert await ask_tcp(world.node, (dual6, 80)) == "fd00:1::1"
@@ -525,7 +534,9 @@ async def test_a_pod_may_send_from_its_addresses_until_its_link_is_gone(
 async def test_mtu_is_that_of_the_default_route(world: World, store: Store) -> None:
     async with world.node.routing() as ipr:
         await ipr.link("set", index=world.node.links()["wan"], mtu=1400)
-    network = await Network.start(config=NetworkConfig(), store=store, instance=INSTANCE)
+    network = await Network.start(
+        config=NetworkConfig(), store=store, instance=INSTANCE, tasks=Tasks()
+    )
     pod = Pod()
     await network.attach(pod.id, pod.namespace.descriptor, pod.route)
     async with pod.namespace.routing() as ipr:
@@ -591,7 +602,7 @@ async def test_many_attach_at_once(world: World, network: Network) -> None:
 
 async def test_full_subnet_names_itself_and_recovers(world: World, store: Store) -> None:
     config = NetworkConfig(subnet4="10.99.0.0/30")
-    network = await Network.start(config=config, store=store, instance=INSTANCE)
+    network = await Network.start(config=config, store=store, instance=INSTANCE, tasks=Tasks())
     one, two = Pod(), Pod()
     await network.attach(one.id, one.namespace.descriptor, one.route)
     with pytest.raises(ResourceExhausted, match=r"10\.99\.0\.0/30"):
@@ -700,11 +711,11 @@ async def test_udp_client_that_never_pauses_follows_the_port(
 
 @needs_nf_tables
 async def test_next_agent_takes_over(world: World, store: Store, new_pod: PodMaker) -> None:
-    first = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    first = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE, tasks=Tasks())
     pod, pod4, _ = await new_pod(first)
     await first.publish(pod.id, [WEB])
     await first.close(remove=False)
-    second = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    second = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE, tasks=Tasks())
     await second.recover([pod.id])
     assert second.status().ready
     assert second.status().problems == ()
@@ -722,7 +733,7 @@ async def test_next_agent_takes_over(world: World, store: Store, new_pod: PodMak
 async def test_recovery_drops_what_belongs_to_no_pod(
     world: World, store: Store, new_pod: PodMaker
 ) -> None:
-    first = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    first = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE, tasks=Tasks())
     kept, _, _ = await new_pod(first)
     lost, _, _ = await new_pod(first)
     await first.publish(kept.id, [WEB])
@@ -730,7 +741,7 @@ async def test_recovery_drops_what_belongs_to_no_pod(
     async with world.node.routing() as ipr:
         await ipr.link("add", ifname=f"nv{INSTANCE}stray"[:15], kind="veth", peer="nowhere")
     await first.close(remove=False)
-    second = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    second = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE, tasks=Tasks())
     await second.recover({kept.id})
     assert [port.pod_id for port in store.all(HostPort)] == [kept.id]
     assert len(elements("any4")) == len(senders("ipv4")) == 1
@@ -746,7 +757,9 @@ async def test_recovery_forgets_flows_to_pods_that_are_gone(
     client = world.neighbour.socket(2, 2)
     client.bind(("", 4444))
     for _ in range(2):
-        network = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+        network = await Network.start(
+            config=DUAL_STACK, store=store, instance=INSTANCE, tasks=Tasks()
+        )
         await network.recover([])
         pod, pod4, _ = await new_pod(network)
         await network.publish(pod.id, [DNS])
@@ -756,19 +769,19 @@ async def test_recovery_forgets_flows_to_pods_that_are_gone(
                     pass
         await network.close(remove=False)
     client.close()
-    network = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    network = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE, tasks=Tasks())
     await network.close(remove=True)
 
 
 async def test_recovery_plugs_pods_into_a_new_bridge(
     world: World, store: Store, new_pod: PodMaker
 ) -> None:
-    first = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    first = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE, tasks=Tasks())
     pod, pod4, _ = await new_pod(first)
     await first.close(remove=False)
     async with world.node.routing() as ipr:
         await ipr.link("del", index=world.node.links()[BRIDGE])
-    second = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    second = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE, tasks=Tasks())
     await second.recover([pod.id])
     async with tcp_echo_of_peer(pod.namespace, (pod4, 8080)):
         assert await ask_tcp(world.node, (pod4, 8080)) == "10.88.0.1"
@@ -778,7 +791,7 @@ async def test_recovery_plugs_pods_into_a_new_bridge(
 @needs_nf_tables
 async def test_recovery_after_a_reboot(store: Store, world: World, new_pod: PodMaker) -> None:
     """The store is there, everything in the kernel is gone."""
-    first = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    first = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE, tasks=Tasks())
     pod, _, _ = await new_pod(first)
     await first.publish(pod.id, [WEB])
     await first.close(remove=False)
@@ -786,7 +799,7 @@ async def test_recovery_after_a_reboot(store: Store, world: World, new_pod: PodM
     async with world.node.routing() as ipr:
         for name in (BRIDGE, *links_of_pods(world.node)):
             await ipr.link("del", index=world.node.links()[name])
-    second = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE)
+    second = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE, tasks=Tasks())
     await second.recover([])
     assert store.all(HostPort) == []
     assert elements("any4") == []
@@ -799,7 +812,9 @@ async def test_recovery_after_a_reboot(store: Store, world: World, new_pod: PodM
 
 @needs_nf_tables
 async def test_new_pods_follow_the_pod_cidr(world: World, store: Store, new_pod: PodMaker) -> None:
-    network = await Network.start(config=NetworkConfig(), store=store, instance=INSTANCE)
+    network = await Network.start(
+        config=NetworkConfig(), store=store, instance=INSTANCE, tasks=Tasks()
+    )
     old, old4, _ = await new_pod(network)
     await network.set_pod_cidr("10.7.0.0/24,fd00:7::/64")
     new, new4, new6 = await new_pod(network)
@@ -813,7 +828,9 @@ async def test_new_pods_follow_the_pod_cidr(world: World, store: Store, new_pod:
     async with tcp_echo_of_peer(new.namespace, (new4, 8080)):
         assert await ask_tcp(new.namespace, (NODE4, 80)) == "10.7.0.1"
     await network.close(remove=False)
-    network = await Network.start(config=NetworkConfig(), store=store, instance=INSTANCE)
+    network = await Network.start(
+        config=NetworkConfig(), store=store, instance=INSTANCE, tasks=Tasks()
+    )
     await network.recover([new.id])
     _, third4, _ = await new_pod(network)
     assert third4 == "10.7.0.3"
@@ -836,7 +853,9 @@ async def test_malformed_pod_cidr_changes_nothing(
 async def test_pod_cidr_within_the_earlier_subnet_gives_no_address_twice(
     world: World, store: Store, new_pod: PodMaker
 ) -> None:
-    network = await Network.start(config=NetworkConfig(), store=store, instance=INSTANCE)
+    network = await Network.start(
+        config=NetworkConfig(), store=store, instance=INSTANCE, tasks=Tasks()
+    )
     addresses = {(await new_pod(network))[1] for _ in range(3)}
     await network.set_pod_cidr("10.88.0.0/29")
     pod, pod4, _ = await new_pod(network)

@@ -41,6 +41,7 @@ from nodeagent.records import (
     SandboxConfig,
     StoredProfile,
 )
+from nodeagent.tasks import Tasks
 from tests.unit.cri import records
 
 SECOND = 10**9
@@ -308,6 +309,7 @@ class FakeNode:
         self.stats = FakeStats(self)
         self.events = Events()
         self.slots = SimpleNamespace(ready=3)
+        self.tasks = Tasks()
         self.cgroups = SimpleNamespace(driver="cgroupfs")
         self.pod_cidrs: list[str] = []
         self.network = SimpleNamespace(set_pod_cidr=self._set_pod_cidr)

@@ -1,14 +1,14 @@
-"""Shared work and blocking calls, with callers that give up."""
+"""Shared work, with callers that give up."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
 
 import pytest
 
 from nodeagent.errors import NotFound, Unavailable
-from nodeagent.images.concurrency import SharedWork, to_the_end
+from nodeagent.images.concurrency import SharedWork
+from nodeagent.tasks import Tasks
 
 
 class Work:
@@ -38,7 +38,7 @@ async def settled() -> None:
 
 
 async def test_one_flight_for_all() -> None:
-    shared: SharedWork[int] = SharedWork()
+    shared: SharedWork[int] = SharedWork(Tasks(), "work")
     work = Work()
     callers = [asyncio.create_task(shared.join("key", work.run)) for _ in range(3)]
     await settled()
@@ -49,14 +49,14 @@ async def test_one_flight_for_all() -> None:
 
 
 async def test_keys_are_apart() -> None:
-    shared: SharedWork[int] = SharedWork()
+    shared: SharedWork[int] = SharedWork(Tasks(), "work")
     work = Work()
     work.go.set()
     assert {await shared.join(key, work.run) for key in "ab"} == {1, 2}
 
 
 async def test_the_last_who_leaves_ends_it() -> None:
-    shared: SharedWork[int] = SharedWork()
+    shared: SharedWork[int] = SharedWork(Tasks(), "work")
     work = Work()
     callers = [asyncio.create_task(shared.join("key", work.run)) for _ in range(2)]
     await settled()
@@ -69,7 +69,7 @@ async def test_the_last_who_leaves_ends_it() -> None:
 
 
 async def test_a_failure_is_shared_by_one_owner() -> None:
-    shared: SharedWork[int] = SharedWork()
+    shared: SharedWork[int] = SharedWork(Tasks(), "work")
     work = Work()
     work.error = NotFound("no")
     callers = [asyncio.create_task(shared.join("key", work.run, owner=work)) for _ in range(2)]
@@ -81,7 +81,7 @@ async def test_a_failure_is_shared_by_one_owner() -> None:
 
 
 async def test_another_owner_tries_again() -> None:
-    shared: SharedWork[int] = SharedWork()
+    shared: SharedWork[int] = SharedWork(Tasks(), "work")
     bad, good = Work(), Work()
     bad.error = NotFound("no")
     first = asyncio.create_task(shared.join("key", bad.run, owner=bad))
@@ -111,7 +111,7 @@ async def race(shared: SharedWork[int], *works: Work) -> list[asyncio.Task[int]]
 
 
 async def test_the_first_of_several_is_the_result_of_all() -> None:
-    shared: SharedWork[int] = SharedWork()
+    shared: SharedWork[int] = SharedWork(Tasks(), "work")
     slow, fast = Work(), Work()
     fast.begun = 6
     tasks = await race(shared, slow, fast)
@@ -122,7 +122,7 @@ async def test_the_first_of_several_is_the_result_of_all() -> None:
 
 
 async def test_a_failure_ends_no_other_flight() -> None:
-    shared: SharedWork[int] = SharedWork()
+    shared: SharedWork[int] = SharedWork(Tasks(), "work")
     bad, good = Work(), Work()
     bad.error = NotFound("no")
     tasks = await race(shared, bad, good)
@@ -135,7 +135,7 @@ async def test_a_failure_ends_no_other_flight() -> None:
 
 
 async def test_two_that_land_at_once() -> None:
-    shared: SharedWork[int] = SharedWork()
+    shared: SharedWork[int] = SharedWork(Tasks(), "work")
     works = Work(), Work()
     tasks = await race(shared, *works)
     for work in works:
@@ -146,7 +146,7 @@ async def test_two_that_land_at_once() -> None:
 
 
 async def test_waiting_ends_as_told() -> None:
-    shared: SharedWork[int] = SharedWork()
+    shared: SharedWork[int] = SharedWork(Tasks(), "work")
     work = Work()
     attempt = shared.start("key", work.run())
     async with shared.awaited(attempt):
@@ -159,7 +159,7 @@ async def test_waiting_ends_as_told() -> None:
 
 
 async def test_closing_ends_all() -> None:
-    shared: SharedWork[int] = SharedWork()
+    shared: SharedWork[int] = SharedWork(Tasks(), "work")
     work = Work()
     caller = asyncio.create_task(shared.join("key", work.run))
     await settled()
@@ -167,26 +167,3 @@ async def test_closing_ends_all() -> None:
     assert work.cancelled == 1
     with pytest.raises(Unavailable):
         await caller
-
-
-async def test_a_call_in_a_thread_is_waited_for() -> None:
-    stop, ended = threading.Event(), threading.Event()
-
-    def call() -> None:
-        stop.wait(5)
-        ended.set()
-
-    task = asyncio.create_task(to_the_end(None, call, on_cancel=stop.set))
-    await asyncio.sleep(0.01)
-    task.cancel()
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert ended.is_set()
-
-
-async def test_results_and_errors_of_a_thread() -> None:
-    assert await to_the_end(None, lambda: 5) == 5
-    with pytest.raises(ZeroDivisionError):
-        await to_the_end(None, lambda: 1 // 0)

@@ -6,6 +6,7 @@ import pytest
 
 from nodeagent.errors import Unavailable
 from nodeagent.lifecycle.creations import Creations
+from nodeagent.tasks import Tasks
 
 
 class Maker:
@@ -26,7 +27,7 @@ class Maker:
 
 async def test_a_retry_joins_the_call_that_was_given_up() -> None:
     maker = Maker()
-    creations = Creations(maker.made.__contains__)
+    creations = Creations(Tasks(), "creation", maker.made.__contains__)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
             await creations.join("key", "pod", maker)
@@ -37,7 +38,7 @@ async def test_a_retry_joins_the_call_that_was_given_up() -> None:
 
 async def test_a_result_that_reached_nobody_waits_for_the_retry() -> None:
     maker = Maker()
-    creations = Creations(maker.made.__contains__)
+    creations = Creations(Tasks(), "creation", maker.made.__contains__)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
             await creations.join("key", "pod", maker)
@@ -49,7 +50,7 @@ async def test_a_result_that_reached_nobody_waits_for_the_retry() -> None:
 
 async def test_what_was_removed_meanwhile_is_made_anew() -> None:
     maker = Maker()
-    creations = Creations(maker.made.__contains__)
+    creations = Creations(Tasks(), "creation", maker.made.__contains__)
     maker.go.set()
     task = asyncio.create_task(creations.join("key", "pod", maker))
     await asyncio.sleep(0)
@@ -64,7 +65,7 @@ async def test_a_failure_reaches_everybody_and_is_forgotten() -> None:
         await asyncio.sleep(0.01)
         raise ValueError("broken")
 
-    creations = Creations(lambda _: True)
+    creations = Creations(Tasks(), "creation", lambda _: True)
     results = await asyncio.gather(
         *(creations.join("key", "pod", fail) for _ in range(2)), return_exceptions=True
     )
@@ -75,7 +76,7 @@ async def test_a_failure_reaches_everybody_and_is_forgotten() -> None:
 
 
 async def test_closing_tells_who_waits() -> None:
-    creations = Creations(lambda _: True)
+    creations = Creations(Tasks(), "creation", lambda _: True)
     waiting = asyncio.create_task(creations.join("key", "pod x", Maker()))
     await asyncio.sleep(0.01)
     await creations.close()

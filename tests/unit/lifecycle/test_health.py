@@ -12,6 +12,7 @@ import pytest
 
 from nodeagent.lifecycle import health
 from nodeagent.lifecycle.health import NONE, Health
+from nodeagent.tasks import Tasks
 
 
 class Node:
@@ -24,7 +25,7 @@ class Node:
         self.launchers = SimpleNamespace(trouble="")
         self.failure = self.mount = ""
         self.blocked: threading.Event | None = None
-        self.health = Health(*cast(Any, (self, self, self.launchers, self)))
+        self.health = Health(*cast(Any, (self, self, self.launchers, self, Tasks())))
 
     def trouble(self) -> str:
         return self.failure

@@ -10,6 +10,7 @@ from nodeagent.errors import NotFound
 from nodeagent.lifecycle.sessions import Attached, Command, Sessions, _pipes
 from nodeagent.sandbox.agent.client import AttachIO, ExecHandle, Supervisor
 from nodeagent.streaming.backend import AttachRequest
+from nodeagent.tasks import Tasks
 
 
 def test_no_pipe_is_left_where_there_cannot_be_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +44,7 @@ async def test_a_resize_after_the_end_is_no_fault(kind: str) -> None:
     faults: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
     nothing = cast(Any, None)
-    sessions = Sessions(nothing, nothing, nothing, nothing)
+    sessions = Sessions(nothing, nothing, nothing, nothing, Tasks())
     process: Command | Attached = Command(sessions, cast(ExecHandle, Ended()), None, None, None)
     if kind == "attach":
         request = AttachRequest(container_id="id", stdin=False, stdout=True, stderr=False, tty=True)

@@ -13,6 +13,7 @@ import pytest
 
 from nodeagent.serving import descriptors, listener
 from nodeagent.serving.listener import Listener, Place
+from nodeagent.tasks import Tasks
 
 PLACES = 3
 FOREVER_S = 1000.0
@@ -46,7 +47,9 @@ async def serving(head_s: float = FOREVER_S) -> AsyncIterator[Connect]:
     """A server with few places; the clients that are left are closed at the end."""
     listening = listener.bind("127.0.0.1", 0)
     address = listening.getsockname()
-    server = Listener(listening, echo_line, name="test", places=PLACES, head_s=head_s)
+    server = Listener(
+        listening, echo_line, name="test", places=PLACES, head_s=head_s, tasks=Tasks()
+    )
     clients: list[Client] = []
 
     async def connect() -> Client:

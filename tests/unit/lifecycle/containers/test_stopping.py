@@ -14,6 +14,7 @@ from nodeagent.lifecycle.containers.creation import Creation
 from nodeagent.lifecycle.containers.stopping import Stopping
 from nodeagent.lifecycle.plan.cdi import Cdi
 from nodeagent.records import ContainerConfig, HookConfig, Namespaces
+from nodeagent.tasks import Tasks
 from nodeagent.words import HookStage
 
 PARTS = ("inventory", "images", "cgroups", "groups", "planner", "cdi", "trash", "directory")
@@ -22,7 +23,7 @@ PARTS = ("inventory", "images", "cgroups", "groups", "planner", "cdi", "trash", 
 def creation(**parts: Any) -> Creation:
     """parts: those that are used; there is nothing else."""
     nothing = dict.fromkeys(PARTS, cast(Any, None))
-    return Creation(**(nothing | parts))
+    return Creation(**(nothing | parts), tasks=Tasks())
 
 
 # --- CDI directories ---

@@ -7,6 +7,7 @@ import pytest
 
 from nodeagent.lifecycle.containers.creation import Creation
 from nodeagent.records import Container
+from nodeagent.tasks import Tasks
 
 
 def test_what_holds_for_every_container_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -22,7 +23,7 @@ def test_what_holds_for_every_container_is_said_once(caplog: pytest.LogCaptureFi
         "trash",
         "directory",
     )
-    creation = Creation(**dict.fromkeys(parts, nothing))
+    creation = Creation(**dict.fromkeys(parts, nothing), tasks=Tasks())
     missing, refused = "capability SYS_RESOURCE: not available", "oom_score_adj -997: not permitted"
     for name in ("first", "second", "third"):
         creation._warn(cast(Container, SimpleNamespace(id=name)), [missing, refused])

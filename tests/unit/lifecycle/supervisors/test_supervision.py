@@ -16,6 +16,7 @@ from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.sandbox.agent.client import Supervisor
 from nodeagent.store import Store
+from nodeagent.tasks import Tasks
 
 
 class FakeSupervisor:
@@ -33,7 +34,8 @@ class Node:
         self.failures: dict[str, int] = {}
         self.attempts: list[str] = []
         self.held = asyncio.Event()
-        self.supervision = Supervision(inventory, cast(Launchers, None), directory)
+        self.tasks = Tasks(sleep=lambda _: asyncio.sleep(0))
+        self.supervision = Supervision(inventory, cast(Launchers, None), directory, self.tasks)
         self.supervision.end_pod = self._end_pod
 
     async def _end_pod(self, sandbox_id: str) -> None:
@@ -55,8 +57,7 @@ class Node:
 
 
 @pytest.fixture
-async def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Node]:
-    monkeypatch.setattr(supervision, "FIRST_PAUSE_SECONDS", 0)
+async def node(tmp_path: Path) -> AsyncIterator[Node]:
     with closing(Store.open(tmp_path / "state.db")) as store:
         node = Node(Inventory(store, Events()), tmp_path)
         yield node
@@ -98,13 +99,6 @@ async def test_a_pod_that_was_removed_meanwhile_is_shut_down(node: Node) -> None
     await node.supervision.shut_down("removed")
 
 
-def test_pauses_grow_to_a_bound() -> None:
-    pauses = supervision.pauses()
-    taken = [next(pauses) for _ in range(20)]
-    assert taken == sorted(taken)
-    assert (taken[0], taken[-1]) == (0.1, 30.0)
-
-
 async def test_work_whose_waiter_is_cancelled_ends_with_the_node(node: Node) -> None:
     """The agent is told to end while it still starts."""
     work = asyncio.Event()
@@ -143,19 +137,6 @@ async def test_what_fails_in_the_background_is_logged_with_its_object(
     await settle()
     answer.set()
     await settle()
-    assert 'container "late": has gone' in caplog.messages
-    assert "a start: internal error" in caplog.messages
+    assert 'container "late": recovery: has gone' in caplog.messages
+    assert "a start: recovery: KeyError: 'id'" in caplog.messages
     await node.supervision.close()
-
-
-async def test_a_succession_that_fails_unforeseen_is_logged(
-    node: Node, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def broken(*_: object) -> None:
-        raise KeyError("id")
-
-    monkeypatch.setattr(node.supervision, "_succeed", broken)
-    node.supervision.watch("pod", cast(Supervisor, FakeSupervisor()))
-    await settle()
-    await node.supervision.close()
-    assert 'pod sandbox "pod": internal error' in caplog.messages

@@ -12,6 +12,7 @@ import pytest
 from nodeagent import files
 from nodeagent.lifecycle.usage import disk
 from nodeagent.lifecycle.usage.disk import Disks, measure
+from nodeagent.tasks import Tasks
 
 
 def du(directory: Path) -> tuple[int, int]:
@@ -126,7 +127,7 @@ async def test_a_long_walk_holds_up_nobody(
     layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(disk, "FIRST_SECONDS", 0.01)
-    disks = Disks(tmp_path)
+    disks = Disks(tmp_path, Tasks())
     async with disks._turns, disks._turns:
         usage = await disks.usage("id")
         assert (usage.mountpoint, usage.used_bytes) == (str(tmp_path), None)
@@ -139,7 +140,7 @@ async def test_a_long_walk_holds_up_nobody(
 
 
 async def test_what_has_gone_is_forgotten(layer: Path, tmp_path: Path) -> None:
-    disks = Disks(tmp_path)
+    disks = Disks(tmp_path, Tasks())
     for name in ("id", "gone"):
         await disks.usage(name)
     disks.keep({"id"})
@@ -153,7 +154,7 @@ async def test_a_layer_that_cannot_be_walked_is_told_once(
         raise OSError(5, "Input/output error", str(directory))
 
     monkeypatch.setattr(disk, "DISK_SECONDS", 0)
-    disks = Disks(tmp_path)
+    disks = Disks(tmp_path, Tasks())
     with monkeypatch.context() as patch:
         patch.setattr(disk, "measure", fail)
         for _ in range(3):
