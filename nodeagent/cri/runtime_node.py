@@ -8,7 +8,7 @@ from nodeagent.cri import messages, verbose
 from nodeagent.cri.features import Features
 from nodeagent.errors import Unsupported
 from nodeagent.lifecycle.events import Event
-from nodeagent.lifecycle.node import Node
+from nodeagent.lifecycle.node import Node, NodeStatus
 
 CRI_VERSION = "0.1.0"  # what the kubelet asks for and insists on
 RUNTIME_NAME = "nodeagent"
@@ -51,10 +51,14 @@ class NodeCalls:
         )
         return pb.StatusResponse(
             status=pb.RuntimeStatus(conditions=[runtime, network]),
-            info=verbose.node_info(node.config, node.version, now) if request.verbose else None,
+            info=self._info(now) if request.verbose else None,
             runtime_handlers=self._features.handlers(node.config.handlers),
             features=self._features.message(),
         )
+
+    def _info(self, now: NodeStatus) -> dict[str, str]:
+        node = self._node
+        return verbose.node_info(node.config, node.version, now, node.tasks.failures.by_name)
 
     async def RuntimeConfig(self, request: pb.RuntimeConfigRequest) -> pb.RuntimeConfigResponse:
         driver = pb.SYSTEMD if self._node.cgroups.driver == "systemd" else pb.CGROUPFS

@@ -1,5 +1,7 @@
 """The `info` of verbose statuses: texts of JSON, for `crictl inspect` and for people."""
 
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -8,6 +10,7 @@ from nodeagent.config import Config
 from nodeagent.lifecycle.node import NodeStatus
 from nodeagent.lifecycle.usage.stats import LogUsage
 from nodeagent.records import Container, ContainerConfig, Image, Sandbox
+from nodeagent.tasks import Failure
 
 
 def container_info(
@@ -48,11 +51,30 @@ def image_info(image: Image) -> dict[str, str]:
     return {"info": _json(image)}
 
 
-def node_info(config: Config, version: str, status: NodeStatus) -> dict[str, str]:
-    """stateDir: critest looks for its file system, to know whether it can be idmapped."""
+def node_info(
+    config: Config, version: str, status: NodeStatus, failures: Mapping[str, Failure]
+) -> dict[str, str]:
+    """stateDir: critest looks for its file system, to know whether it can be idmapped.
+
+    failures: of background tasks; those that have none are left out.
+    """
     settings = {"stateDir": f"{config.root}/containers", **msgspec.to_builtins(config)}
-    network = {"problems": status.network_problems}
-    return {"config": _json(settings), "version": version, "network": _json(network)}
+    failed = {name: _failure(failure) for name, failure in failures.items() if failure.count}
+    return {
+        "config": _json(settings),
+        "version": version,
+        "network": _json({"problems": status.network_problems}),
+        "backgroundTaskFailures": _json(failed),
+    }
+
+
+def _failure(failure: Failure) -> dict[str, Any]:
+    last = datetime.fromtimestamp(failure.last_at_ns / 1e9, UTC)
+    return {
+        "failures": failure.count,
+        "lastError": failure.last_error,
+        "lastFailedAt": last.isoformat(timespec="seconds"),
+    }
 
 
 def _container_config(config: ContainerConfig) -> dict[str, Any]:

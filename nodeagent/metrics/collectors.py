@@ -77,6 +77,12 @@ class NodeCollector(Collector):
                 value=sum(image.size_bytes for image in images),
             ),
             *_images(node.images.counters),
+            _counter(
+                "nodeagent_background_task_failures_total",
+                "Failures of background tasks, by task; the log and verbose Status have the errors",
+                "task",
+                {name: failure.count for name, failure in node.tasks.failures.by_name.items()},
+            ),
         )
 
     def collect(self) -> Iterable[MetricFamily | InfoMetricFamily]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,14 @@ async def test_status(client: Client) -> None:
     verbose = await client.runtime.Status(pb.StatusRequest(verbose=True))
     assert json.loads(verbose.info["config"])["root"] == "/var/lib/nodeagent"
     assert json.loads(verbose.info["network"]) == {"problems": ["no masquerade: nf_tables"]}
+    assert json.loads(verbose.info["backgroundTaskFailures"]) == {}
+    client.node.tasks.failures.expect("warm slots")
+    client.node.tasks.failures.note("trash", KeyError("id"))
+    verbose = await client.runtime.Status(pb.StatusRequest(verbose=True))
+    (task, failure), *others = json.loads(verbose.info["backgroundTaskFailures"]).items()
+    assert (task, others) == ("trash", [])
+    assert (failure["failures"], failure["lastError"]) == (1, "KeyError: 'id'")
+    assert datetime.fromisoformat(failure["lastFailedAt"]) <= datetime.now(UTC)
 
 
 @pytest.mark.parametrize(("driver", "value"), [("cgroupfs", pb.CGROUPFS), ("systemd", pb.SYSTEMD)])

@@ -99,6 +99,16 @@ async def test_images() -> None:
     assert value(found, "nodeagent_image_layers_total", how="skipped") == 5
 
 
+async def test_failures_of_background_tasks_by_task() -> None:
+    node = FakeNode()
+    node.tasks.failures.expect("warm slots")
+    node.tasks.failures.note("trash", OSError(5, "Input/output error"))
+    async with MetricsServer.open(node.node, "") as server:
+        found = await scraped(server)
+    name = "nodeagent_background_task_failures_total"
+    assert [value(found, name, task=task) for task in ("trash", "warm slots")] == [1, 0]
+
+
 async def test_a_label_of_any_kind_is_escaped() -> None:
     node = FakeNode()
     name = 'a"\\\n}é'
