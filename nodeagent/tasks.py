@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
 from concurrent.futures import Executor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 30.0
 # A failure that comes again within this time, with the same text, is only counted.
 REPEAT_SECONDS = 60.0
+NOT_ITS_OWN = "something that the task waited for was cancelled, not the task"
 
 T = TypeVar("T")
 Work = Coroutine[Any, Any, T]
@@ -167,14 +169,20 @@ class Tasks:
 
     async def close(self) -> None:
         """Cancel everything and wait until it has ended, the parts first. A failure meanwhile is logged and counted."""
+        async with (
+            AsyncExitStack() as ends
+        ):  # each is waited for, also if the caller is cancelled meanwhile
+            ends.push_async_callback(self._end)
+            for part in self._parts:
+                ends.push_async_callback(part.close)
+
+    async def _end(self) -> None:
         self._is_closed = True
-        for part in self._parts:
-            await part.close()
         for task in self._running:
             if not task.done():
                 self.let_go(task)
-        await cancel(*self._running)
-        await ended(self._running)  # and what these have started
+                task.cancel()
+        await ended(self._running)  # with what they start meanwhile
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         running = self._running.pop(task)
@@ -183,10 +191,8 @@ class Tasks:
         error: BaseException | None = None
         if not task.cancelled():
             error = task.exception()
-        elif (
-            not task.cancelling()
-        ):  # nobody has cancelled the task, but something that it waited for
-            error = asyncio.CancelledError("what it waited for was cancelled")
+        elif not task.cancelling():
+            error = asyncio.CancelledError(NOT_ITS_OWN)
         if error is not None:
             self.failures.note(running.name, error, running.about)
 
@@ -202,7 +208,7 @@ class Tasks:
             except asyncio.CancelledError:
                 if _is_cancelled():
                     raise
-                failure = asyncio.CancelledError("what it waited for was cancelled")
+                failure = asyncio.CancelledError(NOT_ITS_OWN)
             except Exception as error:  # noqa: BLE001 whatever it is, the keeper goes on
                 failure = error
             if self._clock() - began > longest_s:

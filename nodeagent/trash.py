@@ -56,7 +56,7 @@ class Trash:
     async def close(self) -> None:
         """Finish what was discarded. What cannot be removed is left to the next agent."""
         await cancel(self._keeper)
-        while not self._leaving.empty():
+        for _ in range(self._leaving.qsize()):  # what fails may come back
             removal = self._remove(self._leaving.get_nowait())
             await ended([self._tasks.run(self._name, removal)])
         await self._tasks.close()

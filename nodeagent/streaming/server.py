@@ -27,6 +27,7 @@ from nodeagent.tasks import Tasks
 
 MAX_HANDSHAKES = 256
 MAX_SESSIONS = 1000
+TLS_FILES = "streaming TLS files"
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class StreamingServer:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._tasks.close)
             if self._tls is not None:
-                self._tasks.keep("streaming TLS files", partial(self._follow, self._tls, version))
+                self._tasks.keep(TLS_FILES, partial(self._follow, self._tls, version))
             await stack.enter_async_context(handshakes.open())
             self._stack = stack.pop_all()
         return self
@@ -113,9 +114,7 @@ class StreamingServer:
                 version = current
                 self._context = await asyncio.to_thread(tls.load)
             except OSError as error:
-                log.warning(
-                    "TLS files of the streaming server, which keeps the old ones: %s", error
-                )
+                self._tasks.failures.note(TLS_FILES, error, then="; the server keeps the old ones")
                 continue
             log.info("the streaming server uses new TLS files")
 

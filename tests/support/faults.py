@@ -34,6 +34,9 @@ class Fault:
     def for_ever(self) -> None:
         self._left = math.inf
 
+    def stop(self) -> None:
+        self._left = 0
+
     def strike(self) -> None:
         """Raise, if it is time to."""
         if self._left:

@@ -302,7 +302,9 @@ async def test_who_closes_may_be_cancelled_and_waits_all_the_same(world: World) 
         finally:
             await go.wait()
 
-    task = world.tasks.start("work", work())
+    held = world.tasks.part().start("work", work())
+    other = world.tasks.part().start("work", wait_for_ever())
+    task = world.tasks.start("work", wait_for_ever())
     await settle()
     closing = asyncio.create_task(world.tasks.close())
     await settle()
@@ -312,7 +314,7 @@ async def test_who_closes_may_be_cancelled_and_waits_all_the_same(world: World) 
     go.set()
     with pytest.raises(asyncio.CancelledError):
         await closing
-    assert task.done()
+    assert all(task.done() for task in (held, other, task))
 
 
 async def test_settled_waits_for_so_long(world: World) -> None:

@@ -51,7 +51,7 @@ class Supervision:
         supervisor.on_exit = self._exited
         supervisor.on_init_exit = partial(self._init_exited, sandbox_id)
         self._watches[sandbox_id] = self._tasks.keep(
-            "supervisor", partial(self._succeed, sandbox_id, supervisor), about=_pod(sandbox_id)
+            "succession", partial(self._succeed, sandbox_id, supervisor), about=_pod(sandbox_id)
         )
 
     def unwatch(self, sandbox_id: str) -> None:
