@@ -114,8 +114,9 @@ class Network:
         network = cls(config, store, instance, tasks)
         await network._set_up(store.get(NodeNetwork, "node") or NodeNetwork())
         network._open_tables()
-        for name, keeper in (("network leases", network._reap), ("network bridge", network._mend)):
-            network._tasks.keep(name, keeper, longest_pause_seconds=_RETRY_SECONDS)
+        keep = partial(network._tasks.keep, longest_pause_seconds=_RETRY_SECONDS)
+        keep("network leases", network._reap)
+        keep("network bridge", network._mend)
         return network
 
     @classmethod

@@ -62,3 +62,39 @@ def test_every_reason_of_a_condition_is_explained() -> None:
     assert len(reasons) >= 8
     table = TEXT.partition("## Conditions")[2].partition("\n## ")[0]
     assert {reason for reason in reasons if f"`{reason}`" not in table} == set()
+
+
+def tasks() -> Iterator[str]:
+    """The names of background tasks: of what is kept and run, and of what has a keeper of its own."""
+    for tree in sources().values():
+        constants = {
+            target.id: node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            name = _task_name(call)
+            if isinstance(name, ast.Name):
+                name = constants.get(name.id)
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                yield name.value
+
+
+def _task_name(call: ast.Call) -> ast.expr | None:
+    called = ast.unparse(call.func)
+    if re.search(r"(tasks|keeping|filling)\.(keep|run)$|\.do_behind$|^keep$", called):
+        return call.args[0]
+    if called == "Trash":
+        return call.args[1]
+    if called == "Listener":
+        return next((word.value for word in call.keywords if word.arg == "name"), None)
+    return None
+
+
+def test_every_background_task_is_explained() -> None:
+    names = set(tasks())
+    assert len(names) >= 15
+    table = TEXT.partition("### Background tasks")[2].partition("\n### ")[0]
+    assert {name for name in names if f"`{name}`" not in table} == set()
