@@ -88,7 +88,7 @@ def test_who_does_not_read_is_told_so(streams: Streams, cri: Cri) -> None:
 
 
 def test_port_forward(streams: Streams, cri: Cri) -> None:
-    script = "head -c 1000000 /dev/urandom > /file; exec httpd -f -p 8080 -h /"
+    script = "head -c 1000000 /dev/urandom > /new; mv /new /file; exec httpd -f -p 8080 -h /"
     server = cri.run("sh", "-c", script)
     wait_for("the server", lambda: server.exec("test", "-s", "/file").exit_code == 0)
     wanted = server.shell("sha256sum /file").split()[0]
