@@ -8,6 +8,7 @@ import ctypes
 import fcntl
 import os
 import select
+import signal
 import socket
 import struct
 import threading
@@ -28,6 +29,7 @@ _X86 = os.uname().machine == "x86_64"
 _WRITES = (1, 18, 20) if _X86 else (64, 68, 66)  # write, pwrite64, writev
 _ENTRIES = (165, 308, 429) if _X86 else (40, 268, 429)  # mount, setns, move_mount
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _PIDFD_GETFD = 438  # on all architectures
 _NEW_LISTENER = 8
 _RET_ALLOW, _RET_USER_NOTIF = 0x7FFF0000, 0x7FC00000
@@ -84,7 +86,7 @@ class Watch:
 
 def pidfd_getfd(pidfd: int, descriptor: int) -> int:
     """A duplicate of another process's descriptor (pidfd_getfd(2))."""
-    copy = int(ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, pidfd, descriptor, 0))
+    copy = int(_LIBC.syscall(_PIDFD_GETFD, pidfd, descriptor, 0))
     if copy == -1:
         raise OSError(ctypes.get_errno(), "pidfd_getfd")
     return copy
@@ -98,10 +100,12 @@ def watched(run: Callable[[int], object], namespaces: int = 0) -> Iterator[Watch
     if pid == 0:
         with suppress(BaseException):
             theirs.send(bytes([report_calls()]))
+            theirs.recv(1)  # the init closes what it does not know
             run(theirs.fileno())
         os._exit(99)
     theirs.close()
     listener = pidfd_getfd(pidfd, ours.recv(1)[0])
+    ours.send(b"!")
     watch = Watch(listener)
     thread = threading.Thread(target=watch.follow)
     thread.start()
@@ -147,4 +151,15 @@ def test_an_exec(plan: Plan, hidden: bool) -> None:
 
         with watched(execute) as watch:
             pass
+        end_others_than(container)
     in_order(watch.seen, "oom_score_adj")
+
+
+def end_others_than(container: Process) -> None:
+    """A hidden exec has left a successor, a child of ours: a PID namespace does not end before all in it are reaped."""
+    info = Path(f"/proc/self/fdinfo/{container.pidfd}").read_text()
+    lists = [path.read_text().split() for path in Path("/proc/self/task").glob("*/children")]
+    for child in {int(pid) for pids in lists for pid in pids}:
+        if f"Pid:\t{child}\n" not in info:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
