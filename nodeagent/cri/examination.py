@@ -1,8 +1,8 @@
 """`nodeagent check --pod`: what this node would refuse or skip of a pod, and why, without an agent.
 
-The requests go the way of RunPodSandbox and CreateContainer: the same translation, the same checks and the same
-planner, up to the plans. Nothing is made, started or kept, so that what only the making can tell stays open; that is
-said too. An object is refused with its first fault, as a request is.
+The requests pass through the code of RunPodSandbox and CreateContainer: the same translation, the same checks and the
+same planner, up to the plans. Nothing is made, started or kept; what only an attempt can tell is reported as "not
+seen". An object is refused with its first fault, as a request is.
 """
 
 import asyncio
@@ -55,13 +55,13 @@ T = TypeVar("T")
 
 Outcome = Literal["refused", "skipped", "made", "not seen"]
 
-MAX_FILE_BYTES = 16 << 20  # as a message of gRPC
+MAX_FILE_BYTES = 16 << 20  # the limit of a gRPC message, see `server.MAX_MESSAGE_BYTES`
 _ID = "0" * 64  # of a pod or container that there will never be
 _JSON: dict[type, str] = {list: "array", str: "string"}
 
 
 class Finding(NamedTuple):
-    """made: what the agent would make on the node. not seen: what could not be looked at."""
+    """A remark on one object. made: what the agent would make on the node. not seen: what could not be checked."""
 
     outcome: Outcome
     what: str
@@ -72,7 +72,7 @@ class Finding(NamedTuple):
 
 
 class Pod(NamedTuple):
-    """unknown: what the files have besides, which is passed over."""
+    """The requests for one pod. unknown: fields of the files that are ignored."""
 
     sandbox: pb.PodSandboxConfig
     containers: list[pb.ContainerConfig]
@@ -124,7 +124,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise InvalidArgument(f"{path}: is not a JSON object")
     if "apiVersion" in document:
         raise InvalidArgument(
-            f"{path}: is a manifest of Kubernetes; what is looked at are the requests that a kubelet makes of it, "
+            f"{path}: is a manifest of Kubernetes; give the requests that a kubelet makes of it: "
             "the JSON of a PodSandboxConfig and of ContainerConfigs"
         )
     return document
@@ -141,7 +141,7 @@ def _given(document: dict[str, Any], name: str, kind: type[T], path: Path) -> T:
 
 
 def _require_text(document: object, where: str) -> None:
-    """Half of a surrogate pair is none: neither protobuf nor a terminal takes it."""
+    """Refuse half a surrogate pair, which JSON can hold (RFC 8259, 8.2) and neither protobuf nor a terminal takes."""
     try:
         json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -164,7 +164,7 @@ def _with_encoded_value(env: object) -> object:
 
 
 def _parse(document: object, message: M, where: str, unknown: list[str]) -> M:
-    """Of fields that the contract lacks the first is told, as proto3 passes over them."""
+    """Fill `message`; fields that the contract lacks are ignored, as proto3 has it, and the first is noted."""
     if not isinstance(document, dict):
         raise InvalidArgument(f"{where}: is not a JSON object")
     _require_text(document, where)
@@ -185,7 +185,7 @@ def _parse(document: object, message: M, where: str, unknown: list[str]) -> M:
 
 
 def examine(config: Config, pod: Pod) -> list[Finding]:
-    """All that is found, in the order of the objects. Raises Unsupported on a machine without cgroups."""
+    """Return all findings, in the order of the objects. Raises Unsupported on a machine without cgroups."""
     places = Places.of(config)
     store = Store.copy_of(places.database)
     try:
@@ -195,7 +195,7 @@ def examine(config: Config, pod: Pod) -> list[Finding]:
 
 
 class _StoredImages:
-    """The images of the node; in the place of one that is not there, an empty one, which `missing` has.
+    """The images of the node. An empty image stands in for one that is missing, and `missing` lists its name.
 
     directory: where their layers are.
     """
@@ -219,7 +219,7 @@ class _StoredImages:
 
 
 class _Artifacts:
-    """No security profile is read: only a running agent has them."""
+    """A stand-in for the security profiles of a running agent: none is read, `asked` lists their names."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -269,12 +269,13 @@ class _Examination:
         self._findings.append(Finding(outcome, what, text))
 
     async def _try(self, what: str, look: Awaitable[T]) -> T | None:
-        """An error refuses the object; what is logged meanwhile has been skipped."""
+        """Await `look`: an error means that the object is refused, log lines name what was skipped."""
         log = logging.getLogger("nodeagent")
         heard = _Heard()
         before = log.level, log.propagate
         log.addHandler(heard)
         log.setLevel(logging.INFO)
+        # The planner says only in its log what it leaves out of a plan: its lines become findings, and are not printed.
         log.propagate = False
         try:
             return await look
@@ -358,14 +359,14 @@ class _Examination:
             self._found("not seen", what, "whether the kernel takes its limits")
 
     def _look_at_mounts(self, plan: ContainerPlan, what: str) -> None:
-        """Host paths as the container's first process will find them, if they do not change until then."""
+        """Check host paths as the container's first process will; they may change before it does."""
         for mount in plan["mounts"]:
             own = Path(mount["source"]).is_relative_to(self._places.pods)
             if mount["kind"] != "bind" or own:
                 continue
             if mount.get("absent") == "make" and not os.path.exists(mount["source"]):
                 _require_place(mount)
-                text = f'"{mount["source"]}" is absent: a directory, for {mount["target"]}'
+                text = f'"{mount["source"]}" does not exist: a directory, for {mount["target"]}'
                 self._found("made", what, text)
                 continue
             origin = host_path.open_host_path(mount)
@@ -375,11 +376,11 @@ class _Examination:
                 os.close(origin)
 
     def _look_at_rights(self, config: ContainerConfig, plan: ContainerPlan, what: str) -> None:
-        """What the container's first process warns of, because the agent, as this command, lacks it."""
+        """Note rights that a container cannot get because the agent lacks them; this command stands for the agent."""
         _, held, _ = syscalls.capget()
         lacking = plan["process"]["capabilities"]["bounding"] & ~held
         for name in capabilities.names(lacking):
-            self._found("skipped", what, f"capability {name}: the agent has not got it itself")
+            self._found("skipped", what, f"capability {name}: the agent does not have it itself")
         if config.resources.oom_score_adj < _own_oom_score() and not held & probes.SYS_RESOURCE:
             text = f"oom_score_adj {config.resources.oom_score_adj}: takes CAP_SYS_RESOURCE"
             self._found("skipped", what, text)
@@ -395,7 +396,7 @@ class _Heard(logging.Handler):
 
 
 def _require_place(mount: Mount) -> None:
-    """Raises FailedPrecondition where a host path that is absent cannot be made: see `host_path.open_host_path`."""
+    """Raise FailedPrecondition where an absent host path cannot be made: see `host_path.open_host_path`."""
     path = above = mount["source"]
     while not os.path.lexists(above):
         above = os.path.dirname(above)

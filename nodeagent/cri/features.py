@@ -8,7 +8,7 @@ from nodeagent.api import runtime_pb2 as pb
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """The names are the CRI's. user_namespaces: with idmapped mounts. cgroup_mount_mode: read-write too."""
+    """Features by the CRI's names. user_namespaces: with idmapped mounts. cgroup_mount_mode: also read-write."""
 
     recursive_read_only_mounts: bool = True
     user_namespaces: bool = False
@@ -29,7 +29,7 @@ class Features:
         )
 
     def handlers(self, names: Iterable[str]) -> list[pb.RuntimeHandler]:
-        """The default handler and those of these names: all of them are this runtime."""
+        """The default handler and those of these names: all of them are this runtime, with the same features."""
         features = pb.RuntimeHandlerFeatures(
             recursive_read_only_mounts=self.recursive_read_only_mounts,
             user_namespaces=self.user_namespaces,

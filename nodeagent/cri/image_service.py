@@ -1,4 +1,4 @@
-"""ImageService: the calls, each in a few lines. The methods have the names of the RPCs."""
+"""ImageService: its calls, each in a few lines. The methods have the names of the RPCs."""
 # ruff: noqa: N802
 
 import time
@@ -37,7 +37,7 @@ class ImageService:
         return [] if image is None else [image]
 
     async def ImageStatus(self, request: pb.ImageStatusRequest) -> pb.ImageStatusResponse:
-        """An image that is not here is no error: the reply is empty."""
+        """Reply empty for an image that is not on the node: the CRI wants no error."""
         image = self._images.find(self._name(request.image))
         if image is None:
             return pb.ImageStatusResponse()
@@ -45,7 +45,7 @@ class ImageService:
         return pb.ImageStatusResponse(image=messages.image(image), info=info)
 
     async def PullImage(self, request: pb.PullImageRequest) -> pb.PullImageResponse:
-        """image_ref is the image's id, as everywhere else."""
+        """Reply with the image's id as image_ref, as all other calls do."""
         auth = _auth(request.auth) if request.HasField("auth") else None
         image = await self._images.pull(self._name(request.image), auth)
         return pb.PullImageResponse(image_ref=image.id)
@@ -57,7 +57,7 @@ class ImageService:
     async def PullSecurityProfile(
         self, request: pb.PullSecurityProfileRequest
     ) -> pb.PullSecurityProfileResponse:
-        """An unknown kind is SecurityProfileInvalid, so that the kubelet does not ask for it again and again."""
+        """Refuse an unknown kind with SecurityProfileInvalid, which the kubelet does not retry."""
         if request.profile_kind != pb.Seccomp:
             raise SecurityProfileInvalid(f"profile_kind: {request.profile_kind} is not Seccomp (1)")
         auth = _auth(request.auth) if request.HasField("auth") else None
@@ -80,7 +80,7 @@ class ImageService:
         return pb.RemoveSecurityProfileResponse()
 
     async def ImageFsInfo(self, request: pb.ImageFsInfoRequest) -> pb.ImageFsInfoResponse:
-        """Layers and writable layers are on one file system."""
+        """Report one file system twice: layers and writable layers are on the same one."""
         usage = await self._images.usage()
         filesystem = pb.FilesystemUsage(
             timestamp=time.time_ns(),

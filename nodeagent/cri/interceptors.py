@@ -1,4 +1,4 @@
-"""What every call goes through: errors become status codes, each is measured, and one line is logged.
+"""What every call passes through: errors become status codes, each call is measured and has one line in the log.
 
 A call that changes something is finished even if its client goes away. The log names objects, never contents: a request
 may hold passwords and environments.
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 5.0
 
-# Lists are given as the bytes they go out as.
+# Lists are serialised already: see `nodeagent.cri.listing`.
 Reply: TypeAlias = Message | bytes
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Observe: TypeAlias = Callable[[str, str, float], None]
@@ -106,12 +106,14 @@ class Calls:
             call.end(grpc.StatusCode.OK, level)
 
     def _drop_unknown(self, method: str, request: Message) -> None:
-        """Fields of a newer contract are passed over, as proto3 wants, but not in silence."""
+        """Drop fields of a newer contract, as proto3 has it, and warn once for each method."""
         size = request.ByteSize()
         request.DiscardUnknownFields()
         if request.ByteSize() != size and method not in self._warned:
             self._warned.add(method)
-            log.warning("rpc=%s: has fields that this agent does not know; ignored", method)
+            log.warning(
+                "rpc=%s: the request has fields that this agent does not know; ignored", method
+            )
 
     async def drain(self) -> None:
         """Wait for changes whose clients are gone; those that take too long are cancelled and undo themselves."""
@@ -128,14 +130,14 @@ async def _finish(method: str, task: "asyncio.Task[Reply]") -> Reply:
 
 
 def _log_failure(method: str, task: asyncio.Task[Reply]) -> None:
-    """Of a change that no client waits for any more."""
+    """Log the failure of a change that no client waits for any more."""
     if not task.cancelled() and (error := task.exception()) is not None:
         details = json.dumps(status.details_of(error)) if isinstance(error, Exception) else "-"
         log.warning("rpc=%s: failed after its client went away error=%s", method, details)
 
 
 class _Call:
-    """One call, from its arrival to its line in the log."""
+    """A call from its arrival to its line in the log."""
 
     def __init__(self, method: str, request: Message, observe: Observe) -> None:
         self._method = method

@@ -1,7 +1,7 @@
-"""Lists from memory: filters on records, and replies joined from the bytes of their items.
+"""List calls, answered from memory: filters on records, and replies joined from the bytes of their items.
 
-A record is replaced when it changes, so the bytes of an item hold for as long as the record is the same object. A list
-of 500 containers costs no message: each item is a field of the reply, already framed.
+A record is replaced when it changes, so the bytes of an item are valid for as long as the record is the same object. A
+list of 500 containers makes no protobuf message: each item is a field of the reply, already framed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +22,7 @@ R = TypeVar("R", bound=Record)
 class Listing(Generic[R]):
     """Encodes records of one kind as repeated field 1 of a reply.
 
-    source: gives all records there are; a `select` takes from them what a request asks for.
+    source: returns all records; a `select` takes from them what a request asks for.
     """
 
     def __init__(self, source: Callable[[], list[R]], encode: Callable[[R], bytes]) -> None:
@@ -31,11 +31,11 @@ class Listing(Generic[R]):
         self._known: dict[str, tuple[R, bytes]] = {}
 
     def reply(self, select: Callable[[list[R]], list[R]]) -> bytes:
-        """The serialised list."""
+        """The whole list, serialised."""
         return b"".join(self._items(select))
 
     def stream(self, select: Callable[[list[R]], list[R]]) -> Iterator[bytes]:
-        """The same in parts, each a message of its own with at least one item."""
+        """The list in parts, each a message of its own with at least one item."""
         part: list[bytes] = []
         size = 0
         for item in self._items(select):
@@ -49,6 +49,7 @@ class Listing(Generic[R]):
 
     def _items(self, select: Callable[[list[R]], list[R]]) -> list[bytes]:
         records = self._source()
+        # Bytes of removed records are dropped now and then, so that no removal has to know of this cache.
         if len(self._known) > 2 * len(records) + 64:
             self._known = {
                 record.key: self._known[record.key]
@@ -108,7 +109,7 @@ def members(
 
 
 def by_id(records: Iterable[R], wanted: str) -> list[R]:
-    """All without an id; else the one that has it or, alone, begins with it."""
+    """All records where no id is wanted, else the one that has it, or the only one that begins with it."""
     if not wanted:
         return list(records)
     found = [record for record in records if record.key.startswith(wanted)]

@@ -1,4 +1,4 @@
-"""Records to the messages that describe them.
+"""Translation of records to the messages that describe them.
 
 The kubelet relies on more than the contract says: it drops a container without image, panics at usages that are not
 set, and makes a pod anew whose network is present but has no address.
@@ -140,7 +140,7 @@ def _image_spec(container: Container) -> pb.ImageSpec:
 
 
 def image(record: Image) -> pb.Image:
-    """With the uid or the name of its user; root has neither."""
+    """An image, with the uid or the name of its user; neither stands for root."""
     user = record.config.user.partition(":")[0]
     numeric = user.isdecimal()
     return pb.Image(

@@ -36,7 +36,7 @@ class ContainerCalls:
     async def CreateContainer(
         self, request: pb.CreateContainerRequest
     ) -> pb.CreateContainerResponse:
-        """What counts is the config that the pod was made with, not the copy in this request."""
+        """Create a container by the config that its pod was made with: the request's copy of that is ignored."""
         sandbox = self._sandboxes.get(sandbox_id(request.pod_sandbox_id))
         config = container_config(request.config, sandbox.config, sandbox.runtime_handler)
         return pb.CreateContainerResponse(
@@ -89,7 +89,7 @@ class ContainerCalls:
         wanted = container_id(request.container_id)
         limits = resources(request.linux, "linux")
         if request.annotations:  # for plug-ins of other runtimes
-            log.info('container "%s": the annotations of an update are passed over', wanted)
+            log.info('container "%s": the annotations of an update are ignored', wanted)
         await self._containers.update(wanted, limits)
         return pb.UpdateContainerResourcesResponse()
 
@@ -100,7 +100,7 @@ class ContainerCalls:
         return pb.ReopenContainerLogResponse()
 
     async def ExecSync(self, request: pb.ExecSyncRequest) -> pb.ExecSyncResponse:
-        """Output that no client could receive is cut."""
+        """Run a command and reply with its output, cut to what a client can receive."""
         result = await self._containers.exec_sync(
             container_id(request.container_id),
             command(request.cmd),
@@ -121,7 +121,7 @@ def command(values: Sequence[str]) -> tuple[str, ...]:
 
 
 def fit(stdout: bytes, stderr: bytes, room: int) -> tuple[bytes, bytes]:
-    """Cut both to fit together: each may have half of the room, and what the other leaves of its half."""
+    """Cut both to fit together: each may have half of the room, and what the other does not use of its half."""
     half = room // 2
     for_stdout = max(half, room - len(stderr))
     for_stderr = max(room - half, room - len(stdout))

@@ -73,7 +73,7 @@ class NodeCalls:
     async def GetContainerEvents(
         self, request: pb.GetEventsRequest
     ) -> AsyncGenerator[pb.ContainerEventResponse, None]:
-        """Everything from now on. A client that reads too slowly is cut off, so that it lists anew."""
+        """Stream the events from now on. A client that reads too slowly is cut off, so that it lists anew."""
         async with self._node.events.subscribe() as events:
             async for event in events:
                 yield event_message(event)

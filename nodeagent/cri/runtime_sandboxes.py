@@ -38,7 +38,7 @@ class SandboxCalls:
     async def PodSandboxStatus(
         self, request: pb.PodSandboxStatusRequest
     ) -> pb.PodSandboxStatusResponse:
-        """With its containers as they are at the same moment."""
+        """Reply with the pod and its containers as they are at the same moment."""
         sandbox = self._sandboxes.get(request.pod_sandbox_id)
         return pb.PodSandboxStatusResponse(
             status=messages.sandbox_status(sandbox),
@@ -62,7 +62,7 @@ class SandboxCalls:
     async def UpdatePodSandboxResources(
         self, request: pb.UpdatePodSandboxResourcesRequest
     ) -> pb.UpdatePodSandboxResourcesResponse:
-        """A message that is absent changes nothing."""
+        """Update overhead and resources; a message that is absent changes nothing."""
         await self._sandboxes.update_resources(
             sandbox_id(request.pod_sandbox_id),
             overhead(request.overhead, "overhead") if request.HasField("overhead") else None,

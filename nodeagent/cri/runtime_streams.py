@@ -1,4 +1,4 @@
-"""RuntimeService: the calls that give a client an URL to connect to. The methods have the names of the RPCs."""
+"""RuntimeService: the calls that reply with a URL to connect to. The methods have the names of the RPCs."""
 # ruff: noqa: N802
 
 from typing import Protocol
@@ -12,14 +12,14 @@ from nodeagent.streaming.backend import AttachRequest, ExecRequest, PortForwardR
 
 
 class Streaming(Protocol):
-    """Who serves exec, attach and port-forward."""
+    """The server of exec, attach and port-forward."""
 
     def url(self, request: Request) -> str:
-        """Where a client finds what the request allows, once. Raises InvalidArgument, ResourceExhausted."""
+        """A URL at which a client gets what the request allows, once. Raises InvalidArgument, ResourceExhausted."""
 
 
 class StreamCalls:
-    """Without `streaming` every call is refused."""
+    """Exec, Attach and PortForward; without `streaming` each is refused."""
 
     def __init__(self, node: Node, streaming: Streaming | None) -> None:
         self._node = node

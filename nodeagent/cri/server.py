@@ -1,7 +1,7 @@
 """The CRI's gRPC server on its Unix socket.
 
-The table of methods is read from the contract itself: each RPC is served by the method of its name, so that one that
-nobody implements is found at the start, not by a client.
+The table of methods is read from the contract itself: each RPC is served by the method of its name, so that a missing
+implementation is found at the start, not by a client.
 """
 
 import errno
@@ -37,7 +37,7 @@ IDLE_SECONDS = 600  # without a call; a client connects again when it has one
 GRACE_SECONDS = 2.0
 SOCKET_MODE = 0o660
 
-# Who may connect is trusted. The bounds are for a client that has a bug: without them its connections, or its calls,
+# Whoever may connect is trusted. The bounds are for a client with a bug: without them its connections, or its calls,
 # leave nothing for the others.
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -78,7 +78,10 @@ class Server:
         features: Features | None = None,
         also: str = "",
     ) -> AsyncIterator[Self]:
-        """listen: ``unix:///path``; also: another one, if any. Raises `AlreadyExists` where somebody listens there."""
+        """Serve while the block runs. listen: ``unix:///path``; also: another one, if any.
+
+        Raises `AlreadyExists` where another process listens there.
+        """
         server = cls(node, observe, streaming, features or Features())
         await server._start([Path(one.removeprefix("unix://")) for one in (listen, also) if one])
         try:
@@ -94,13 +97,15 @@ class Server:
         await self._server.start()
 
     async def _stop(self) -> None:
-        """No call is accepted, the streams end, and changes under way are finished."""
+        """Accept no further call, end the streams, and finish the changes under way."""
         await self._server.stop(GRACE_SECONDS)
         await self._calls.drain()
 
 
 def _bind(server: grpc.aio.Server, path: Path) -> None:
-    """Nobody can connect before the mode is right: gRPC makes the socket with the umask alone."""
+    """Listen on a socket that has the right mode from the start."""
+    # gRPC gives no mode to bind(2), which then makes the socket with 0777 less the umask; a chmod afterwards
+    # would leave a moment in which others can connect.
     old = os.umask(0o777 & ~SOCKET_MODE)
     try:
         server.add_insecure_port(f"unix://{path}")
@@ -109,14 +114,15 @@ def _bind(server: grpc.aio.Server, path: Path) -> None:
 
 
 def remove_stale_socket(path: Path) -> None:
-    """Remove a socket that nobody listens on. Raises `AlreadyExists` for anything else of that name."""
+    """Remove a socket that no process listens on. Raises `AlreadyExists` for anything else at this path."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise AlreadyExists(f"{path}: is there and is not a socket")
+        raise AlreadyExists(f"{path}: exists and is not a socket; move it away")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        # ECONNREFUSED alone proves that no process listens: a full backlog is EAGAIN (connect(2)).
         if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
             raise AlreadyExists(f"{path}: another process listens there")
     path.unlink()
@@ -151,7 +157,7 @@ def _behaviour(name: str, parts: Iterable[object]) -> Any:
     for part in parts:
         if hasattr(part, name):
             return getattr(part, name)
-    raise LookupError(f"{name}: nobody serves it")
+    raise LookupError(f"{name}: no class has a method for this RPC")
 
 
 def _serialize(reply: Reply) -> bytes:

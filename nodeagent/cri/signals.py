@@ -11,7 +11,7 @@ _PREFIX = "SIGNAL_"
 
 
 def _number(name: str) -> int:
-    """Of ``SIGTERM``, ``SIGRTMINPLUS3`` or ``SIGRTMAXMINUS3``."""
+    """The number of ``SIGTERM``, ``SIGRTMINPLUS3`` or ``SIGRTMAXMINUS3``."""
     for base, sign in (("SIGRTMIN", 1), ("SIGRTMAX", -1)):
         if name.startswith(base):
             distance = name.removeprefix(base).removeprefix("PLUS").removeprefix("MINUS")
@@ -30,5 +30,5 @@ _VALUES = {number: value for value, number in reversed(NUMBERS.items())}
 
 
 def signal_value(number: int) -> int:
-    """The enum value to report; a number that the CRI has no name for is RUNTIME_DEFAULT."""
+    """The enum value to report: RUNTIME_DEFAULT for a number that the CRI has no name for."""
     return _VALUES.get(number, pb.SIGNAL_RUNTIME_DEFAULT)

@@ -1,4 +1,4 @@
-"""Usages to the messages of the stats calls. What could not be measured is left out, never sent as 0."""
+"""Translation of usages to the messages of the stats calls. What could not be measured is absent, never 0."""
 
 from collections.abc import Sequence
 
@@ -58,7 +58,7 @@ def _swap(usage: ContainerUsage) -> pb.SwapUsage | None:
 
 
 def sandbox_stats(usage: SandboxUsage) -> pb.PodSandboxStats:
-    """By the pod's own group; without one, it is the sum of its running containers."""
+    """Statistics of a pod, read from its own cgroup; without one, the sums over its running containers."""
     sandbox = usage.sandbox
     parts: Sequence[GroupUsage] = [usage.group] if usage.group else usage.containers
     pressure = usage.group.cgroup.pressure if usage.group else _NO_PRESSURE
@@ -85,7 +85,7 @@ def _processes(usages: Sequence[GroupUsage]) -> int:
 
 
 def _network(interfaces: Sequence[InterfaceStats], at_ns: int) -> pb.NetworkUsage | None:
-    """Absent on the node's network: the kubelet needs a default interface in what is present."""
+    """Traffic of a pod; None on the node's network, as the kubelet needs a default interface in a message."""
     if not interfaces:
         return None
     default, *others = (_interface(interface) for interface in interfaces)
@@ -149,7 +149,7 @@ def _psi(pressure: Pressure | None) -> pb.PsiStats | None:
 
 
 def _psi_data(line: PressureLine) -> pb.PsiData:
-    """The kernel counts microseconds, the CRI nanoseconds."""
+    """Pressure in nanoseconds: the kernel counts microseconds (Documentation/accounting/psi.rst)."""
     return pb.PsiData(
         Total=line.total_usec * 1000, Avg10=line.avg10, Avg60=line.avg60, Avg300=line.avg300
     )

@@ -1,4 +1,4 @@
-"""Errors to gRPC status: one table, for every RPC.
+"""Translation of errors to gRPC status: one table, for every RPC.
 
 The kubelet reads codes and texts: NotFound is success for a stop, DeadlineExceeded is a probe's timeout, and the reason
 of a failed pull is found at the start of the text, but only with code Unknown. SecurityProfileInvalid, of a profile
@@ -45,7 +45,7 @@ _NAMED = (errors.RegistryUnavailable, errors.SecurityProfileInvalid)
 
 
 def code_of(error: Exception, method: str = "") -> grpc.StatusCode:
-    """method: the name of the RPC that failed."""
+    """The status code of an error. method: the name of the RPC that failed."""
     code = _code_of(error)
     return grpc.StatusCode.UNKNOWN if method in _PULLS and code in _UNKNOWN_OF_PULLS else code
 
@@ -60,7 +60,7 @@ def _code_of(error: Exception) -> grpc.StatusCode:
 
 
 def is_expected(error: Exception) -> bool:
-    """Whether the agent reports it on purpose; anything else is a defect, or a failure of the machine."""
+    """Whether the agent raises it on purpose; anything else is a defect, or a failure of the machine."""
     return isinstance(error, errors.NodeAgentError | TimeoutError)
 
 

@@ -1,4 +1,4 @@
-"""ContainerConfig to `ContainerConfig` of the records: every field is mapped or refused by its name."""
+"""Translation of ContainerConfig to `ContainerConfig` of the records: each field is mapped, or refused by its name."""
 
 import re
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ _CGROUP_MOUNTS: dict[int, CgroupMount] = {
     pb.CGROUP_MOUNT_MODE_READ_WRITE: "writable",
 }
 
-# Of a container whose caller says nothing of security at all, as masked and read-only paths are the agent's own then.
+# For a container whose caller says nothing of security at all: masked and read-only paths are the agent's own then.
 _RUNTIME_DEFAULT = Profile(kind="default")
 
 
 def container_config(
     message: pb.ContainerConfig, pod: SandboxConfig, handler: str = ""
 ) -> ContainerConfig:
-    """pod: the config that the container's sandbox was made with; handler: its runtime handler."""
+    """Translate a config. pod: that of the container's sandbox when it was made; handler: its runtime handler."""
     if message.HasField("windows"):
         raise Unsupported("config.windows: this is a Linux node")
     translate_images.check(message.image, "config.image", {"", handler})
@@ -108,7 +108,7 @@ def _user(context: pb.LinuxContainerSecurityContext, field: str) -> tuple[int | 
 
 
 def _cgroup_mount(context: pb.LinuxContainerSecurityContext, field: str) -> CgroupMount:
-    """Read-only or writable. Groups that are not the container's own alone are writable for privileged ones only."""
+    """How the container sees its cgroups: only privileged ones may write where others' groups are to be seen too."""
     where = f"{field}.cgroup_mount_mode"
     mode = validate.word(context.cgroup_mount_mode, _CGROUP_MOUNTS, where)
     if mode == "readonly" and context.privileged:
@@ -121,7 +121,7 @@ def _cgroup_mount(context: pb.LinuxContainerSecurityContext, field: str) -> Cgro
 
 def _log_path(value: str, pod: SandboxConfig) -> str:
     if value and not pod.log_directory:
-        validate.refuse("config.log_path", "the pod has no log_directory that it could be in")
+        validate.refuse("config.log_path", "is given, but the pod has no log_directory")
     return validate.relative_path(value, "config.log_path")
 
 

@@ -1,4 +1,4 @@
-"""ImageSpec: what a request may say of an image besides its name."""
+"""Checks of an ImageSpec: what a request may say of an image besides its name."""
 
 from collections.abc import Collection
 
@@ -7,7 +7,10 @@ from nodeagent.cri import validate
 
 
 def check(message: pb.ImageSpec, field: str, handlers: Collection[str]) -> None:
-    """handlers: those that the image may be meant for. All have the same images; annotations choose none."""
+    """Refuse what is no request for an image. handlers: the known ones; all have the same images.
+
+    Annotations are ignored: they choose no image.
+    """
     if message.runtime_handler not in handlers:
         known = ", ".join(f'"{name}"' for name in sorted(handlers))
         validate.refuse(

@@ -1,4 +1,4 @@
-"""Mount to `MountConfig`, and what ContainerStatus says about mounts."""
+"""Translation of Mount to `MountConfig`, and what ContainerStatus says about mounts."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ _PROPAGATION_VALUE = {word: pb.MountPropagation.Name(n) for n, word in _PROPAGAT
 def mounts(
     messages: Sequence[pb.Mount], pod: SandboxConfig, handler: str
 ) -> tuple[MountConfig, ...]:
-    """pod: the config that the container's sandbox was made with; handler: its runtime handler."""
+    """Translate mounts. pod: the config that the container's sandbox was made with; handler: its runtime handler."""
     validate.bounded(messages, "config.mounts")
     return tuple(
         _mount(m, f"config.mounts[{index}]", pod, handler) for index, m in enumerate(messages)
@@ -75,9 +75,9 @@ def _check_bind(mount: MountConfig, field: str) -> None:
 
 
 def _check_image(mount: MountConfig, field: str, pod: SandboxConfig) -> None:
-    """Its files are seen with the ids of the pod, as those of the container's own image are.
+    """Check a mount of an image: its files get the ids of the pod, as those of the container's own image do.
 
-    Nobody mounts anything in what is made for this container alone, so that any propagation is as good as none.
+    The mount is made for this container alone and nothing is mounted in it: all propagation modes mean the same.
     """
     if mount.host_path:
         validate.refuse(f"{field}.image", "a mount has a host_path or an image, not both")
@@ -102,7 +102,7 @@ def _check_together(mount: MountConfig, field: str) -> None:
 
 
 def mount_message(status: MountStatus) -> pb.Mount:
-    """The path is the one that was asked for: by it the kubelet finds the file of a termination message."""
+    """A mount as reported, with the path as requested: by it the kubelet finds the file of a termination message."""
     mount = status.config
     message = pb.Mount(
         container_path=mount.asked_path or mount.container_path,

@@ -1,4 +1,4 @@
-"""NamespaceOption to `Namespaces`, and ID mappings."""
+"""Translation of NamespaceOption to `Namespaces`, and ID mappings."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -31,7 +31,7 @@ _POD_OR_NODE: dict[int, OwnOrNodes] = {pb.POD: "pod", pb.NODE: "node"}
 
 
 def pod_namespaces(message: pb.NamespaceOption, field: str) -> Namespaces:
-    """An absent message is one of zero values: everything shared by the pod."""
+    """Translate a pod's options. An absent message counts as one of zero values: everything is shared by the pod."""
     pid = validate.word(message.pid, _PID, f"{field}.pid")
     if pid == "target":
         validate.refuse(f"{field}.pid", "TARGET is for containers")
@@ -48,7 +48,7 @@ def pod_namespaces(message: pb.NamespaceOption, field: str) -> Namespaces:
 
 
 def container_namespaces(message: pb.NamespaceOption, pod: SandboxConfig, field: str) -> Namespaces:
-    """The pod's, but for its PID namespace; POD, the zero value, means as the pod was made.
+    """Return the pod's namespaces with the container's own PID mode; POD, the zero value, means as the pod was made.
 
     NODE is refused where the pod has a namespace of its own, and another user namespace than the pod's.
     """

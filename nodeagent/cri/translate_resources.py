@@ -1,4 +1,4 @@
-"""LinuxContainerResources to `Resources` and back."""
+"""Translation of LinuxContainerResources to `Resources` and back."""
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cgroups import limits
@@ -18,7 +18,7 @@ _ADDABLE = frozenset(("cpu_period", "cpu_quota", "cpu_shares", "memory_limit_in_
 
 
 def pod_resources(message: pb.LinuxContainerResources, field: str) -> Resources:
-    """Limits of the cgroup above containers."""
+    """Translate the limits of the cgroup above the containers."""
     if message.oom_score_adj:
         validate.refuse(f"{field}.oom_score_adj", "is of a container, a pod has none")
     return resources(message, field)

@@ -1,4 +1,4 @@
-"""PodSandboxConfig to `SandboxConfig`: every field is mapped or refused by its name."""
+"""Translation of PodSandboxConfig to `SandboxConfig`: each field is mapped, or refused by its name."""
 
 import ipaddress
 import re
@@ -71,13 +71,13 @@ def sandbox_config(message: pb.PodSandboxConfig) -> SandboxConfig:
 
 
 def _rooted(cgroup_parent: str) -> str:
-    """A slice may come without its place, as systemd names it."""
+    """An absolute path; a slice may come by its name alone, as systemd names it."""
     is_name = cgroup_parent.endswith(".slice") and "/" not in cgroup_parent
     return f"/{cgroup_parent}" if is_name else cgroup_parent
 
 
 def _hostname(value: str, namespaces: Namespaces) -> str:
-    """What sethostname(2) takes: the kubelet sends a full name without a cluster domain with the dot at its end."""
+    """A name that sethostname(2) takes; a final dot is allowed, which the kubelet leaves without a cluster domain."""
     if not value:
         return ""
     if namespaces.network == "node":
@@ -100,7 +100,7 @@ def _dns(message: pb.DNSConfig) -> DNS:
 
 
 def _words(values: Sequence[str], field: str) -> tuple[str, ...]:
-    """Parts of a line of resolv.conf(5): nothing that would begin another part or line."""
+    """Parts of a line of resolv.conf(5), each one word: a blank or line end in one would begin another option."""
     for index, value in enumerate(validate.bounded(values, field)):
         validate.text(value, f"{field}[{index}]")
         validate.matching(value, _WORD, f"{field}[{index}]", "one word")
@@ -110,7 +110,7 @@ def _words(values: Sequence[str], field: str) -> tuple[str, ...]:
 def _port_mappings(
     messages: Sequence[pb.PortMapping], namespaces: Namespaces
 ) -> tuple[PortMapping, ...]:
-    """All of them; host port 0 is a mapping that is not published."""
+    """Translate all mappings; host port 0 means not published."""
     field = "config.port_mappings"
     validate.bounded(messages, field)
     mappings = tuple(_port_mapping(m, f"{field}[{index}]") for index, m in enumerate(messages))
@@ -121,7 +121,7 @@ def _port_mappings(
 
 
 def _already_published(mapping: PortMapping, field: str) -> None:
-    """On the node's network nothing is forwarded."""
+    """Refuse a mapping that would have to be forwarded: on the node's network nothing is."""
     if mapping.host_port not in (0, mapping.container_port):
         validate.refuse(
             f"{field}.host_port",
@@ -142,7 +142,7 @@ def _port_mapping(message: pb.PortMapping, field: str) -> PortMapping:
 
 
 def _sysctls(linux: pb.LinuxPodSandboxConfig, namespaces: Namespaces) -> dict[str, str]:
-    """Only those of namespaces that the pod has of its own: any other would change the node."""
+    """Translate sysctls of namespaces that the pod has of its own; any other would change the node."""
     field = "config.linux.sysctls"
     if len(linux.sysctls) > _MAX_SYSCTLS:
         validate.refuse(field, f"has more than {_MAX_SYSCTLS} entries")

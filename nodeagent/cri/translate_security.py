@@ -1,4 +1,4 @@
-"""What the security contexts of pods and containers have in common: identity, profiles, SELinux labels."""
+"""Translation of what security contexts of pods and containers have in common: identity, profiles, SELinux labels."""
 
 import logging
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def _id(value: int, field: str) -> int:
 
 
 def seccomp(context: SecurityContext, field: str) -> Profile | None:
-    """None, which is unconfined, where the caller says nothing."""
+    """The seccomp profile; None, which is unconfined, where the caller says nothing."""
     if context.HasField("seccomp"):
         profile = _profile(context.seccomp, f"{field}.seccomp")
         if profile.kind == "oci":
@@ -84,7 +84,7 @@ def _with_path(profile: Profile, field: str) -> Profile:
 
 
 def apparmor(context: SecurityContext, field: str) -> Profile | None:
-    """None, where the caller says nothing."""
+    """The AppArmor profile; None where the caller says nothing."""
     if context.HasField("apparmor"):
         profile = _profile(context.apparmor, f"{field}.apparmor")
         if profile.kind == "oci":
@@ -160,9 +160,9 @@ def capability_change(message: pb.Capability, field: str) -> CapabilityChange:
 
 
 def _capabilities(values: Sequence[str], field: str) -> tuple[str, ...]:
-    """Without those that nobody knows, which the other runtimes pass over as well: a later kernel may have them."""
+    """The known ones of these names. Others are ignored, as other runtimes do: a later kernel may have them."""
     validate.bounded(values, field)
     names = {value.upper().removeprefix("CAP_"): value for value in values}
     for unknown in names.keys() - _CAPABILITIES:
-        log.warning("%s: %s is no capability, and is passed over", field, ascii(names[unknown]))
+        log.warning("%s: %s is not a known capability; ignored", field, ascii(names[unknown]))
     return tuple(name for name in names if name in _CAPABILITIES)

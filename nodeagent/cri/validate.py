@@ -27,7 +27,7 @@ def refuse(field: str, problem: str) -> NoReturn:
 
 
 def text(value: str, field: str, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """One line, possibly empty."""
+    """A text of one line, possibly empty."""
     if _CONTROL.search(value):
         refuse(field, "has a control character")
     if len(value.encode()) > max_bytes:
@@ -36,7 +36,7 @@ def text(value: str, field: str, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
 
 
 def given(value: str, field: str, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """One line, not empty."""
+    """A text of one line, not empty."""
     if not value:
         refuse(field, "is required")
     return text(value, field, max_bytes=max_bytes)
@@ -50,7 +50,7 @@ def name(value: str, field: str) -> str:
 
 
 def string(value: str, field: str) -> str:
-    """What becomes a string of the kernel: everything but NUL."""
+    """A text that becomes a string of the kernel: anything but NUL."""
     if "\0" in value:
         refuse(field, "has a NUL in it")
     return value
@@ -80,7 +80,7 @@ def relative_path(value: str, field: str) -> str:
 
 
 def container_path(value: str, field: str) -> str:
-    """Where something is in a container: absolute, in its shortest form. A relative path begins at the root.
+    """A path in a container: absolute, in its shortest form. A relative path begins at the root.
 
     ``..`` goes back before any link is followed, and at the root stays there, as Go's filepath.Clean has it. A relative
     path that leads out is refused: the other runtimes differ in what they make of it.
@@ -126,7 +126,7 @@ def number(value: int, field: str, low: int, high: int) -> int:
 
 
 def word(value: int, words: Mapping[int, W], field: str) -> W:
-    """What an enum value means; proto3 lets unknown ones pass."""
+    """The meaning of an enum value. Unknown ones are refused here: proto3 lets them pass."""
     if value not in words:
         allowed = ", ".join(f"{number} ({meaning})" for number, meaning in words.items())
         refuse(field, f"{value} is none of {allowed}")

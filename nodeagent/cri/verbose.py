@@ -1,4 +1,4 @@
-"""The `info` of verbose statuses: texts of JSON, for `crictl inspect` and for people."""
+"""The `info` of verbose statuses: JSON texts, for `crictl inspect` and for people."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -33,7 +33,7 @@ def container_info(
 
 
 def sandbox_info(sandbox: Sandbox, details: dict[str, Any]) -> dict[str, str]:
-    """details: its supervisor and its directory."""
+    """The `info` of a pod, with its supervisor and its directory."""
     return {
         "info": _json(
             {
@@ -78,7 +78,7 @@ def _failure(failure: Failure) -> dict[str, Any]:
 
 
 def _container_config(config: ContainerConfig) -> dict[str, Any]:
-    """Readable: the values of variables are bytes of any kind, JSON has only text."""
+    """The config with variables as text: their values are bytes of any kind, JSON has only text."""
     plain: dict[str, Any] = msgspec.to_builtins(config)
     plain["envs"] = [f"{name}={value.decode(errors='replace')}" for name, value in config.envs]
     return plain

@@ -1,4 +1,4 @@
-"""The Prometheus metrics: the agent's own, and those of containers made anew for each scrape."""
+"""The Prometheus metrics: the agent's own, and those of containers, which are read for each scrape."""
 
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ MetricFamily = CounterMetricFamily | GaugeMetricFamily
 
 
 class RpcMetrics:
-    """What is counted of RPCs, as they end."""
+    """Counts and durations of RPCs, noted as they end."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._seconds = Histogram(
@@ -54,7 +54,7 @@ class RpcMetrics:
 
 
 class NodeCollector(Collector):
-    """What there is on the node as it is made. Each number falls when what it counts is removed, or it leaks."""
+    """The objects of the node at the time of the scrape. A number that does not fall when objects go shows a leak."""
 
     def __init__(self, node: Node) -> None:
         pods = Tally("ready" if pod.ready else "notready" for pod in node.sandboxes.list())
@@ -69,7 +69,11 @@ class NodeCollector(Collector):
                 containers,
                 ("created", "running", "exited"),
             ),
-            GaugeMetricFamily("nodeagent_warm_slots", "Pods made ahead", value=node.slots.ready),
+            GaugeMetricFamily(
+                "nodeagent_warm_slots",
+                "Warm slots: pods prepared in advance",
+                value=node.slots.ready,
+            ),
             GaugeMetricFamily("nodeagent_images", "Images", value=len(images)),
             GaugeMetricFamily(
                 "nodeagent_images_bytes",
@@ -97,7 +101,7 @@ def _images(counters: Counters) -> Iterator[MetricFamily]:
         {result: counters.pulls[result] for result in ("success", "failure")},
     )
     yield GaugeMetricFamily(
-        "nodeagent_image_pulls_in_progress", "Pulls now", value=counters.pulls_in_progress
+        "nodeagent_image_pulls_in_progress", "Pulls under way", value=counters.pulls_in_progress
     )
     yield _counter(
         "nodeagent_image_bytes_total",
@@ -128,7 +132,7 @@ def _gauge(name: str, help_: str, counts: Tally[str], states: Iterable[str]) -> 
 
 
 class UsageCollector(Collector):
-    """Containers and pods as they were read."""
+    """Usage of containers and pods, as it was read before."""
 
     def __init__(self, pods: Sequence[SandboxUsage]) -> None:
         self._pods = pods
@@ -151,7 +155,7 @@ class UsageCollector(Collector):
 
 
 class LogCollector(Collector):
-    """What became of the output of containers, since their supervisors are there."""
+    """Losses and delays of containers' logs, counted since their supervisors started."""
 
     def __init__(self, logs: Sequence[LogUsage]) -> None:
         self._logs = logs
@@ -160,12 +164,12 @@ class LogCollector(Collector):
         labels = (*POD_LABELS, "container", "id")
         dropped = CounterMetricFamily(
             "nodeagent_container_log_dropped_lines_total",
-            "Lines that the log's disk had no room for",
+            "Lines that were lost because the log's disk was full",
             labels=labels,
         )
         held_back = CounterMetricFamily(
             "nodeagent_container_log_held_back_seconds_total",
-            "Time in which a container was not read from because of the limit of its log",
+            "Time for which a container's output waited because of its log's rate limit",
             labels=labels,
         )
         for log in self._logs:

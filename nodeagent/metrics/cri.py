@@ -1,6 +1,6 @@
-"""The metrics of the CRI as plain values: descriptors, and what they are for every pod now.
+"""The metrics of the CRI as plain values: their descriptors, and the values of every pod.
 
-The kubelet drops a metric without descriptor and wants a value behind each descriptor, so a value that the kernel does
+The kubelet drops a metric without descriptor and expects a value for each descriptor, so a value that the kernel does
 not account is 0 here.
 """
 
@@ -28,7 +28,7 @@ class Descriptor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """label_values: in the order of the descriptor's keys."""
+    """One value of a metric. label_values: in the order of the descriptor's keys."""
 
     name: str
     kind: Kind
@@ -39,7 +39,7 @@ class Metric:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodMetrics:
-    """metrics: of the pod's network; containers: by id."""
+    """The metrics of one pod: those of its network, and those of its containers by id."""
 
     sandbox_id: str
     metrics: list[Metric]
@@ -54,7 +54,7 @@ DESCRIPTORS: tuple[Descriptor, ...] = tuple(
 
 
 async def read_pods(node: Node) -> list[PodMetrics]:
-    """Of every READY pod."""
+    """Read the metrics of every READY pod."""
     pods = await node.stats.sandboxes()
     running = [(usage, _pids(node, usage)) for pod in pods for usage in pod.containers]
     inspected = await asyncio.to_thread(_inspect_all, running)

@@ -1,8 +1,8 @@
-"""What is measured of containers and pods: each metric's name, meaning and labels, and how it is read.
+"""Metrics of containers and pods: each one's name, meaning and labels, and how it is read.
 
-One table for both outputs: the Prometheus endpoint gives the values as they are, the CRI the whole number, and the
-fraction beside it (double_value). The names are cAdvisor's, which dashboards know; units stand in them. What the kernel
-does not account has no value.
+One table serves both outputs: the Prometheus endpoint gives the values as they are, the CRI the whole number, and the
+value with its fraction in double_value. The names are cAdvisor's, which dashboards know, and end in the unit. What the
+kernel does not account has no value.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from nodeagent.net.stats import InterfaceStats
 
 Kind = Literal["counter", "gauge"]
 Sample = tuple[tuple[str, ...], float]
-"""Values of the family's own labels, and the value."""
+"""The values of the family's own labels, and the number."""
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ NANO, MICRO = 1e-9, 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Family(Generic[T]):
-    """A metric of things of type T. labels: beyond those that say whose value it is."""
+    """A metric of objects of type T. labels: beyond those that name the object."""
 
     name: str
     kind: Kind
@@ -63,7 +63,7 @@ def _memory(
 
 
 def _memory_failures(usage: ContainerUsage) -> Iterator[Sample]:
-    """A container has no groups below it but those of its execs: both scopes are the same."""
+    """Page faults by type, with one value for both scopes: below a container are only the groups of its execs."""
     if memory := usage.cgroup.memory:
         for scope in ("container", "hierarchy"):
             yield ("pgfault", scope), memory.page_faults
@@ -87,7 +87,7 @@ def _blkio(usage: ContainerUsage) -> Iterator[Sample]:
 
 @lru_cache(maxsize=1024)
 def device_name(major: int, minor: int) -> str:
-    """``/dev/sda``; a device without node by its numbers."""
+    """The name of a block device, like ``/dev/sda``; its numbers where it has no node."""
     with (
         suppress(OSError),
         open(f"/sys/dev/block/{major}:{minor}/uevent", encoding="ascii") as uevent,
@@ -158,7 +158,12 @@ ACCOUNTED: tuple[Family[ContainerUsage], ...] = (
         "Time throttled by the CPU limit",
         lambda cpu: cpu.throttled_ns * NANO,
     ),
-    _memory("memory_usage_bytes", "gauge", "All memory", lambda memory: memory.usage_bytes),
+    _memory(
+        "memory_usage_bytes",
+        "gauge",
+        "All memory, page cache included",
+        lambda memory: memory.usage_bytes,
+    ),
     _memory(
         "memory_working_set_bytes",
         "gauge",
@@ -176,18 +181,21 @@ ACCOUNTED: tuple[Family[ContainerUsage], ...] = (
     _memory(
         "memory_total_active_file_bytes",
         "gauge",
-        "Page cache that was used lately",
+        "Page cache that was used recently",
         lambda memory: memory.active_file_bytes,
     ),
     _memory(
         "memory_total_inactive_file_bytes",
         "gauge",
-        "Page cache that is taken back first",
+        "Page cache that is reclaimed first",
         lambda memory: memory.inactive_file_bytes,
     ),
     _memory("memory_swap", "gauge", "Bytes in swap", lambda memory: memory.swap_bytes),
     _memory(
-        "memory_max_usage_bytes", "gauge", "Most memory ever", lambda memory: memory.max_usage_bytes
+        "memory_max_usage_bytes",
+        "gauge",
+        "Highest usage of memory",
+        lambda memory: memory.max_usage_bytes,
     ),
     _memory(
         "memory_kernel_usage", "gauge", "Bytes of kernel memory", lambda memory: memory.kernel_bytes
@@ -217,13 +225,15 @@ ACCOUNTED: tuple[Family[ContainerUsage], ...] = (
         ("device", "major", "minor", "operation"),
     ),
     _hugetlb("usage_bytes", "Huge pages in use", lambda pages: pages.usage_bytes),
-    _hugetlb("max_usage_bytes", "Most huge pages ever in use", lambda pages: pages.max_usage_bytes),
+    _hugetlb("max_usage_bytes", "Highest usage of huge pages", lambda pages: pages.max_usage_bytes),
     *_pressure("cpu", lambda pressure: pressure.cpu),
     *_pressure("memory", lambda pressure: pressure.memory),
     *_pressure("io", lambda pressure: pressure.io),
     Family("container_threads", "gauge", "Processes and threads", _threads),
     Family("container_threads_max", "gauge", "Limit of threads; 0 is none", _threads_max),
-    Family("container_start_time_seconds", "gauge", "When it started, Unix time", _start_time),
+    Family(
+        "container_start_time_seconds", "gauge", "Start of the container, Unix time", _start_time
+    ),
 )
 
 
@@ -243,9 +253,17 @@ NETWORK: tuple[Family[InterfaceStats], ...] = (
     _network("receive_bytes_total", "Bytes received", lambda stats: stats.rx_bytes),
     _network("receive_packets_total", "Packets received", lambda stats: stats.rx_packets),
     _network("receive_errors_total", "Errors while receiving", lambda stats: stats.rx_errors),
-    _network("receive_packets_dropped_total", "Incoming drops", lambda stats: stats.rx_dropped),
+    _network(
+        "receive_packets_dropped_total",
+        "Packets dropped while receiving",
+        lambda stats: stats.rx_dropped,
+    ),
     _network("transmit_bytes_total", "Bytes sent", lambda stats: stats.tx_bytes),
     _network("transmit_packets_total", "Packets sent", lambda stats: stats.tx_packets),
     _network("transmit_errors_total", "Errors while sending", lambda stats: stats.tx_errors),
-    _network("transmit_packets_dropped_total", "Outgoing drops", lambda stats: stats.tx_dropped),
+    _network(
+        "transmit_packets_dropped_total",
+        "Packets dropped while sending",
+        lambda stats: stats.tx_dropped,
+    ),
 )

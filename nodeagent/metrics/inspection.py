@@ -1,6 +1,7 @@
-"""What only a look at a container's processes, its file system or its limits tells, and the metrics made of it.
+"""Metrics that need an inspection of a container's processes, its file system or its limits.
 
-Too dear for every scrape: the CRI's metrics have it, the Prometheus endpoint has not. Looking blocks: for threads.
+That is too expensive for each scrape: the CRI's metrics have them, the Prometheus endpoint does not. Inspecting blocks:
+it is for threads.
 """
 
 import os
@@ -13,12 +14,14 @@ from nodeagent.lifecycle.usage.stats import ContainerUsage
 from nodeagent.metrics.families import NANO, Family, Kind, Sample, device_name
 from nodeagent.records import Resources
 
-DEFAULT_PERIOD_USEC = 100_000  # of the CPU limit, where none was asked for
+DEFAULT_PERIOD_USEC = (
+    100_000  # of the CPU limit: the kernel's default (kernel/sched/fair.c, default_cfs_period)
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filesystem:
-    """The one that a writable layer is on."""
+    """The file system that a writable layer is on."""
 
     device: str
     size_bytes: int
@@ -28,7 +31,7 @@ class Filesystem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspected:
-    """A running container. open_files_limit: the soft one of its first process, None if that is gone."""
+    """A running container. open_files_limit: the soft limit of its first process, None if that has ended."""
 
     usage: ContainerUsage
     processes: int
@@ -38,11 +41,11 @@ class Inspected:
     filesystem: Filesystem
 
 
-# --- looking --------------------------------------------------------------------------------------------------------
+# --- inspecting -----------------------------------------------------------------------------------------------------
 
 
 def inspect(usage: ContainerUsage, pids: Sequence[int]) -> Inspected:
-    """pids: of the container's processes. What ends meanwhile is not counted."""
+    """Inspect a container by the pids of its processes; those that end meanwhile are not counted."""
     descriptors = sockets = 0
     for pid in pids:
         with suppress(OSError):
@@ -60,10 +63,11 @@ def inspect(usage: ContainerUsage, pids: Sequence[int]) -> Inspected:
 
 
 def _descriptors(pid: int) -> tuple[int, int]:
-    """How many a process has open, and how many of them are sockets."""
+    """How many descriptors a process has open, and how many of them are sockets."""
     total = sockets = 0
     with os.scandir(f"/proc/{pid}/fd") as entries:
         for entry in entries:
+            # proc_pid_fd(5): a socket's link reads socket:[inode]. Reading it opens nothing, as open(2) would.
             total += 1
             with suppress(OSError):
                 sockets += os.readlink(entry.path).startswith("socket:")
@@ -141,23 +145,45 @@ INSPECTED: tuple[Family[Inspected], ...] = (
         _open_files,
         ("ulimit",),
     ),
-    _value("memory_failcnt", "How often the memory limit was hit", _limit_hits, "counter"),
-    _value("last_seen", "When this was measured, Unix time", lambda i: i.usage.at_ns * NANO),
+    _value(
+        "memory_failcnt", "Number of times that the memory limit was hit", _limit_hits, "counter"
+    ),
+    _value("last_seen", "Time of the measurement, Unix time", lambda i: i.usage.at_ns * NANO),
     _filesystem(
         "usage_bytes", "Size of the writable layer", lambda i: i.usage.disk.used_bytes or 0
     ),
-    _filesystem("limit_bytes", "Size of its file system", lambda i: i.filesystem.size_bytes),
-    _filesystem("inodes_total", "Inodes of its file system", lambda i: i.filesystem.inodes),
-    _filesystem("inodes_free", "Free inodes there", lambda i: i.filesystem.inodes_free),
+    _filesystem(
+        "limit_bytes", "Size of the writable layer's file system", lambda i: i.filesystem.size_bytes
+    ),
+    _filesystem(
+        "inodes_total", "Inodes of the writable layer's file system", lambda i: i.filesystem.inodes
+    ),
+    _filesystem(
+        "inodes_free",
+        "Free inodes of the writable layer's file system",
+        lambda i: i.filesystem.inodes_free,
+    ),
     _limit(
         "cpu_period",
-        "Microseconds of a period of the CPU limit",
+        "Period of the CPU limit in microseconds",
         lambda limits: limits.cpu_period_usec or DEFAULT_PERIOD_USEC,
     ),
-    _limit("cpu_quota", "Microseconds of CPU in a period", lambda limits: limits.cpu_quota_usec),
-    _limit("cpu_shares", "Share of the CPU among others", lambda limits: limits.cpu_shares),
+    _limit(
+        "cpu_quota",
+        "CPU time allowed in a period, in microseconds",
+        lambda limits: limits.cpu_quota_usec,
+    ),
+    _limit(
+        "cpu_shares",
+        "Weight of the container's CPU time against that of others, as in cpu.shares",
+        lambda limits: limits.cpu_shares,
+    ),
     _limit("memory_limit_bytes", "Memory limit", lambda limits: limits.memory_limit_bytes),
-    _limit("memory_reservation_limit_bytes", "Memory that is throttled above it", _memory_high),
+    _limit(
+        "memory_reservation_limit_bytes",
+        "Memory above which the container is throttled (memory.high)",
+        _memory_high,
+    ),
     _limit(
         "memory_swap_limit_bytes",
         "Limit of memory and swap together",

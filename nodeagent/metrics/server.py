@@ -1,7 +1,7 @@
 """``GET /metrics`` for Prometheus.
 
-A scrape reads the node on the loop, which owns it, and makes the text in a thread. One is made at a time, for
-all scrapers that wait for it. A connection is closed after its answer, or when the client does not take it in time.
+A scrape reads the node on the loop, which owns it, and renders the text in a thread. One page is rendered at a time,
+for all scrapers that wait for it. A connection is closed after its answer, or when the client does not read it in time.
 """
 
 import asyncio
@@ -21,26 +21,29 @@ from nodeagent.serving.listener import Listener, Place
 
 MAX_CONNECTIONS = 32
 HEAD_SECONDS = 5.0
-ANSWER_SECONDS = 10.0  # made and taken; Prometheus waits as long
+ANSWER_SECONDS = 10.0  # to render and to send; Prometheus waits as long by default (scrape_timeout)
 READ_BYTES = 4096
 
 
 class MetricsServer:
-    """`observe` is called at the end of each RPC, also where nothing is served. address: where it listens."""
+    """The server of the page. `observe` counts each RPC at its end, even where nothing is served.
+
+    address: where it listens, None without a configured address.
+    """
 
     def __init__(self, node: Node) -> None:
         self._node = node
         self._agent = CollectorRegistry()
         ProcessCollector(registry=self._agent)
         self._lock = asyncio.Lock()
-        self._made: tuple[float, bytes] | None = None  # the last page, and when its making began
+        self._made: tuple[float, bytes] | None = None  # the last page, and when its rendering began
         self.observe = RpcMetrics(self._agent).observe
         self.address: tuple[str, int] | None = None
 
     @classmethod
     @asynccontextmanager
     async def open(cls, node: Node, address: str) -> AsyncIterator[Self]:
-        """Serve on ``ADDRESS:PORT``; nothing without one. Port 0 is any."""
+        """Serve on ``ADDRESS:PORT``, or nothing where it is empty. Port 0 is any free one."""
         server = cls(node)
         async with AsyncExitStack() as stack:
             if address:
@@ -60,7 +63,7 @@ class MetricsServer:
         )
 
     async def _serve(self, connection: socket.socket, place: Place) -> None:
-        """One request and its answer. What comes behind the request is not read."""
+        """Serve one request. What a client sends behind it is not read."""
         reader, writer = await asyncio.open_connection(sock=connection, limit=http1.MAX_HEAD_BYTES)
         try:
             writer.write(await self._answer(reader, place))
@@ -76,7 +79,7 @@ class MetricsServer:
         except http1.BadRequest as error:
             return exchange.refuse(400, str(error))
         if request.path != "/metrics":
-            return exchange.refuse(404, "only /metrics is here")
+            return exchange.refuse(404, "the only path is /metrics")
         if request.method not in ("GET", "HEAD"):
             return exchange.refuse(
                 405, f"{request.method} is not supported", [("Allow", "GET, HEAD")]
@@ -87,16 +90,17 @@ class MetricsServer:
         )
 
     async def _page(self) -> bytes:
-        """A page that shows the node as it is now or later; whoever waits at the same time gets the same one."""
+        """A page that shows the node as it is now or later; all who wait at the same time get the same one."""
         loop = asyncio.get_running_loop()
         asked = loop.time()
         async with self._lock:
+            # A page whose rendering began before this request may lack what had happened by then.
             if self._made is None or self._made[0] < asked:
                 self._made = loop.time(), await self.render()
             return self._made[1]
 
     async def render(self) -> bytes:
-        """The whole page."""
+        """Render the whole page."""
         now = CollectorRegistry()
         now.register(NodeCollector(self._node))
         now.register(UsageCollector(await self._node.stats.sandboxes()))
@@ -107,7 +111,7 @@ class MetricsServer:
 
 
 async def _receive(exchange: http1.Exchange, reader: asyncio.StreamReader) -> http1.Request:
-    """Raises BadRequest, and ConnectionError where the client leaves before its request is whole."""
+    """Read a request. Raises BadRequest, and ConnectionError where the client leaves before it is complete."""
     while data := await reader.read(READ_BYTES):
         if request := exchange.receive_data(data):
             return request

@@ -300,7 +300,7 @@ async def test_annotations_of_an_update_are_passed_over(
     )
     with caplog.at_level("INFO"):
         await client.runtime.UpdateContainerResources(request)
-    assert f'container "{made.id}": the annotations of an update are passed over' in caplog.text
+    assert f'container "{made.id}": the annotations of an update are ignored' in caplog.text
     status = await client.runtime.ContainerStatus(pb.ContainerStatusRequest(container_id=made.id))
     assert status.status.resources.linux.memory_limit_in_bytes == 1 << 20
 

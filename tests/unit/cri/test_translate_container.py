@@ -199,7 +199,7 @@ def test_an_image_volume_is_mapped_as_its_pod() -> None:
 
 def test_a_log_needs_a_directory() -> None:
     pod = SandboxConfig(name="web", uid="u-1", namespace="default")
-    with pytest.raises(InvalidArgument, match=r"config\.log_path: the pod has no log_directory"):
+    with pytest.raises(InvalidArgument, match=r"config\.log_path: is given, but the pod has no log_directory"):
         container_config(samples.simple_container(log_path="main.log"), pod)
 
 
@@ -254,8 +254,8 @@ def test_capabilities_that_nobody_knows_are_passed_over(caplog: pytest.LogCaptur
     config = container_config(samples.in_container(capabilities=change), POD)
     assert (config.capabilities.add, config.capabilities.drop) == (("NET_RAW",), ("ALL",))
     assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
-        "'SYS_NOTHING' is no capability, and is passed over",
-        "'CAP_CAP_KILL\\n' is no capability, and is passed over",
+        "'SYS_NOTHING' is not a known capability; ignored",
+        "'CAP_CAP_KILL\\n' is not a known capability; ignored",
     ]
 
 
