@@ -31,7 +31,7 @@ _BRIDGE_MAC_PREFIX = b"\x0a\x6f"
 
 
 def gateway(subnet: Subnet) -> Interface:
-    """The node's own address in a subnet of pods: the first one."""
+    """The node's own address in a subnet of pods, which is the first one."""
     return ip_interface(f"{subnet[1]}/{subnet.prefixlen}")
 
 
@@ -40,17 +40,19 @@ def overlaps(one: Subnet, other: Subnet) -> bool:
 
 
 def free_subnet(taken: Collection[Subnet], seed: int) -> IPv4Network:
-    """A private subnet of 4096 addresses that overlaps none of those; `seed` decides which."""
+    """A private subnet of 4096 addresses that overlaps none of the given ones; `seed` decides which."""
     candidates = [c for private in _PRIVATE for c in private.subnets(new_prefix=_CHOSEN_PREFIXLEN)]
     start = seed % len(candidates)
     for candidate in candidates[start:] + candidates[:start]:
         if not any(overlaps(candidate, other) for other in taken):
             return candidate
-    raise ResourceExhausted("network: this node's routes leave no private /20 for pods")
+    raise ResourceExhausted(
+        "network: this node's routes leave no private /20 for pods; set network.subnet4"
+    )
 
 
 def parse_pod_cidr(text: str) -> tuple[Subnet, ...]:
-    """Subnets of an UpdateRuntimeConfig: one, or one of each family with a comma between."""
+    """The subnets of an UpdateRuntimeConfig: one, or one of each family with a comma between."""
     try:
         subnets = tuple(ip_network(part.strip()) for part in text.split(","))
     except ValueError as error:
@@ -68,7 +70,7 @@ def mac_of(address: Interface) -> bytes:
 
 
 def mac_of_bridge(instance: str) -> bytes:
-    """It tells an agent's bridge from others. instance: eight hexadecimal digits."""
+    """The MAC address by which an agent knows its bridge. instance: eight hexadecimal digits."""
     return _BRIDGE_MAC_PREFIX + bytes.fromhex(instance)
 
 

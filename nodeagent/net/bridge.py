@@ -1,7 +1,8 @@
-"""The node's bridge: made, verified and taken away over rtnetlink, by pyroute2.
+"""The node's bridge: made, verified and removed over rtnetlink, by pyroute2.
 
-The rare work, at the agent's start and end. Whose a bridge is, its MAC address tells, which it is made with. What the
-kernel's settings were before stands in its alias, which lives exactly as long as they do: `ip link` shows it.
+This is the rare work at the agent's start and end. An agent knows its bridge by the MAC address that it was made with.
+The kernel's settings from before are noted in the bridge's alias, which lasts exactly as long as the changed settings;
+`ip link` shows it.
 """
 
 from __future__ import annotations
@@ -48,17 +49,22 @@ async def rtnetlink() -> AsyncIterator[IPRoute]:
 async def ensure(
     ipr: IPRoute, name: str, *, mac: bytes, mtu: int, settings: Mapping[str, str]
 ) -> int:
-    """The index of the bridge `name` with this MAC address, which is up and has this MTU and these settings.
+    """Make the bridge `name` with this MAC address, MTU and settings, or correct it; set it up and return its index.
 
-    Raises `AlreadyExists` where the name is another link's.
+    Raises `AlreadyExists` where another link has the name.
     """
     if await _link(ipr, name) is None:
+        # An address that is given at creation stays; without one a bridge takes the lowest of its ports' (net/bridge,
+        # br_stp_recalculate_bridge_id), and changes it as pods come and go.
         with _explained(f"bridge {name}: create"):
             await ipr.link("add", ifname=name, kind="bridge", address=mac.hex(":"))
     link = await _link(ipr, name)
     if link is None or not _is_ours(link, mac):
-        raise AlreadyExists(f'link "{name}": is there already, and is not a bridge of this agent')
+        raise AlreadyExists(
+            f'link "{name}": exists and is not the bridge of this agent; rename it or set network.bridge'
+        )
     index = int(link["index"])
+    # Before the bridge is up: from then on the kernel would listen to router advertisements and redirects of pods.
     sysctls.apply(settings)
     with _explained(f"bridge {name}: set up"):
         # Snooping waits for a querier before it withholds multicast, neighbour discovery included, from ports that have
@@ -80,7 +86,7 @@ def _is_ours(link: Any, mac: bytes) -> bool:
 
 
 async def delete(ipr: IPRoute, name: str, *, mac: bytes) -> None:
-    """Remove the bridge `name` with this MAC address; one that is gone is fine, and another's stays."""
+    """Remove the bridge `name` if it has this MAC address. Succeeds where there is none; another's stays."""
     link = await _link(ipr, name)
     if link is not None and _is_ours(link, mac):
         with _explained(f"bridge {name}: delete"):
@@ -107,7 +113,10 @@ def _address(index: int, address: Interface) -> dict[str, Any]:
 
 
 def is_up(name: str) -> bool:
-    """Whether a link of this name is set up. It waits for no lock of the kernel, unlike rtnetlink."""
+    """Whether a link of this name is set up.
+
+    Unlike rtnetlink this waits for no lock: SIOCGIFFLAGS is served under RCU (net/core/dev_ioctl.c).
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as any_socket:
         try:
             answer = fcntl.ioctl(any_socket, _SIOCGIFFLAGS, _IFREQ.pack(name.encode(), 0))
@@ -120,7 +129,7 @@ def is_up(name: str) -> bool:
 
 
 async def _link(ipr: IPRoute, name: str) -> Any:
-    # read to its end: an answer that is left half read makes the socket busy
+    # The answer is read to its end: one that is left half read makes the socket busy.
     links = [link async for link in await ipr.get_links(ifname=name)]
     return links[0] if links else None
 
@@ -129,14 +138,14 @@ async def _link(ipr: IPRoute, name: str) -> Any:
 
 
 async def set_alias(ipr: IPRoute, index: int, previous: Mapping[str, str]) -> None:
-    """Note on a bridge the settings of the kernel to go back to after it."""
+    """Note on a bridge the settings of the kernel that are to be restored when it goes."""
     words = [_ALIAS, *(f"{setting}={value}" for setting, value in previous.items())]
     with _explained(f"link {index}: set alias"):
         await ipr.link("set", index=index, ifalias=" ".join(words))
 
 
 async def aliases(ipr: IPRoute) -> dict[str, dict[str, str]]:
-    """The settings to go back to, as noted on the bridges of all agents, by the bridges' names."""
+    """The settings to be restored, as noted on the bridges of all agents, by the bridges' names."""
     found = {}
     async for link in await ipr.get_links(kind="bridge"):
         mark, *settings = (link.get("ifalias") or "").split(" ")
@@ -149,7 +158,7 @@ async def aliases(ipr: IPRoute) -> dict[str, dict[str, str]]:
 
 
 async def routed_subnets(ipr: IPRoute, *, but: int) -> list[Subnet]:
-    """Where the node's IPv4 routes lead, except the default one and those by the link of index `but`."""
+    """The destinations of the node's IPv4 routes, except the default one and those by the link of index `but`."""
     return [
         ip_network((route.get("dst"), route["dst_len"]))
         async for route in await ipr.get_routes(family=socket.AF_INET, type=_RTN_UNICAST)
@@ -158,7 +167,7 @@ async def routed_subnets(ipr: IPRoute, *, but: int) -> list[Subnet]:
 
 
 async def default_links(ipr: IPRoute, *, protocol: int | None = None) -> list[str]:
-    """The links that default routes go by, those that `protocol` installed."""
+    """The links of default routes; with `protocol` only of those that it installed (RTPROT_…)."""
     indices = [
         route.get("oif")
         for family in (socket.AF_INET, socket.AF_INET6)
@@ -169,7 +178,7 @@ async def default_links(ipr: IPRoute, *, protocol: int | None = None) -> list[st
 
 
 async def default_mtu(ipr: IPRoute) -> int:
-    """The MTU of the link that the default route goes by, or `DEFAULT_MTU`."""
+    """The MTU of the default route's link, or `DEFAULT_MTU` without one."""
     for name in await default_links(ipr):
         link = await _link(ipr, name)
         return int(link.get("mtu"))
@@ -178,7 +187,7 @@ async def default_mtu(ipr: IPRoute) -> int:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """pyroute2's errors as OSError, with what was asked."""
+    """Turn pyroute2's errors into OSError, with the request in the text."""
     from pyroute2.netlink.exceptions import NetlinkError  # noqa: PLC0415
 
     try:

@@ -1,8 +1,8 @@
-"""Tracked UDP flows that would outlive the translation they were made for.
+"""Removal of tracked UDP flows that would outlive the translation they were made for.
 
 A flow keeps its first packet's translation for as long as packets come, so a peer that never stops sending would go on
-talking to a pod that is gone, or to nobody although a pod now has the port. TCP starts anew by itself. ctnetlink, as
-in linux/netfilter/nfnetlink_conntrack.h.
+talking to a pod that is gone, or to no process although a pod now has the port. TCP peers connect again by themselves.
+The messages are those of ctnetlink (linux/netfilter/nfnetlink_conntrack.h).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _UDP = nested(_CTA_TUPLE_PROTO, u8(_CTA_PROTO_NUM, socket.IPPROTO_UDP))
 
 
 def forget_flows_to(pods: Collection[Address]) -> None:
-    """Forget flows that the pods with these addresses answered, or would have."""
+    """Delete the flows whose answers come, or would come, from these addresses of pods."""
     with Connection.open(NETLINK_NETFILTER) as connection:
         for address in pods:
             source = nested(_CTA_TUPLE_IP, attribute(_CTA_IP_SRC[address.version], address.packed))
@@ -63,7 +63,7 @@ def forget_flows_to(pods: Collection[Address]) -> None:
 
 
 def forget_unanswered(ports: Collection[int], versions: Collection[int]) -> None:
-    """Forget flows to a port of the node that nobody has answered and nothing has translated."""
+    """Delete flows to a port of the node that were neither answered nor translated."""
     with Connection.open(NETLINK_NETFILTER) as connection:
         for version in versions:
             for port in ports:
@@ -84,6 +84,7 @@ def _to_port(port: int) -> bytes:
 def _flows(connection: Connection, version: int, query: bytes) -> Iterator[dict[int, bytes]]:
     header = _NFGENMSG.pack(_FAMILIES[version], 0, 0)
     request = Request("tracked flows: list", _CT_GET, 0, header + query)
+    # The whole dump is read before the caller deletes anything: both use this one socket.
     for body in list(connection.dump(request)):
         yield attributes(body[_NFGENMSG.size :])
 

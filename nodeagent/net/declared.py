@@ -1,4 +1,4 @@
-"""A table of the agent's own in the kernel: declared whole, then changed by elements."""
+"""A nf_tables table of the agent's own: declared as a whole, then changed by elements."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ log = logging.getLogger(__name__)
 
 
 class Declaration(Protocol):
-    """What a table has but for its elements."""
+    """The content of a table without its elements: sets, chains and rules."""
 
     @property
     def table(self) -> Table: ...
 
     def declare(self, elements: Sequence[Element]) -> list[Request]:
-        """The whole table anew with these elements, in place of what there is of it."""
+        """The requests that replace the table, whether it exists or not, by a new one with these elements."""
 
 
 class DeclaredTable:
-    """`elements` tells all that the table has to hold; it is asked whenever the table is declared.
+    """A table and the connection to change it. `elements` returns all that it has to hold, and is called by any thread.
 
-    Any thread may call: changes may wait for the kernel's transaction lock, which others hold while they load rules.
+    Any thread may change it: that may wait for the kernel's transaction lock, which others hold while they load rules.
     """
 
     def __init__(
@@ -40,7 +40,8 @@ class DeclaredTable:
         self._connection = connection
         self._declaration = declaration
         self._elements = elements
-        # Who declares must not leave out an element that another thread adds meanwhile.
+        # Held from the call of `elements` to the end of the transaction: a declaration must not leave out an element
+        # that another thread adds meanwhile.
         self._lock = threading.RLock()
 
     @classmethod
@@ -61,17 +62,17 @@ class DeclaredTable:
         return table
 
     def close(self) -> None:
-        """The table stays."""
+        """Close the connection; the table stays."""
         self._connection.close()
 
     def declare(self, declaration: Declaration | None = None) -> None:
-        """Put the whole table in place of what there is of it, in one transaction."""
+        """Replace the table by a new one, in one transaction: packets meet the old rules or the new ones."""
         with self._lock:
             self._declaration = declaration or self._declaration
             nftables.transact(self._connection, self._declaration.declare(self._elements()))
 
     def is_declared(self) -> bool:
-        """Whether the table is there. It waits for nobody."""
+        """Whether the table exists. It waits for no lock, neither of this object nor of the kernel."""
         with nftables.connect() as connection:
             try:
                 connection.ask(self._declaration.table.look_up())
@@ -80,21 +81,25 @@ class DeclaredTable:
         return True
 
     def repair(self) -> None:
-        """Declare the table anew where somebody deleted it."""
+        """Declare the table again where another program deleted it."""
         if not self.is_declared():
-            log.warning("%s: was deleted, it is declared anew", self._declaration.table)
+            log.warning(
+                "%s: deleted by another program; declaring it again", self._declaration.table
+            )
             self.declare()
 
     def add(self, elements: Sequence[Element]) -> None:
         self._change(self._declaration.table.add_elements(elements))
 
     def remove(self, elements: Sequence[Element]) -> None:
-        """Whether they are there or not: deleting one that is missing would fail, and all the rest with it."""
+        """Remove elements, whether the table has them or not."""
         table = self._declaration.table
+        # Added first: to delete one that is missing fails (ENOENT) and takes the whole transaction with it, to add one
+        # that is there does not.
         self._change([*table.add_elements(elements), *table.delete_elements(elements)])
 
     def delete(self) -> None:
-        """Remove the table; one that is gone is fine."""
+        """Remove the table. Succeeds where it is gone."""
         with self._lock:
             nftables.transact(self._connection, self._declaration.table.remove())
 
@@ -105,5 +110,5 @@ class DeclaredTable:
             try:
                 nftables.transact(self._connection, requests)
             except OSError as error:
-                log.warning("%s: somebody changed it, it is declared anew", error)
+                log.warning("%s: changed by another program; declaring the table again", error)
                 self.declare()

@@ -1,7 +1,7 @@
-"""Ports of the node that pods hold: which are free, who has the others.
+"""Ports of the node that pods hold: which are free, and which pod has the others.
 
-Records only; what forwards the packets is in `nodeagent.net.nat`. A port is held for every address of the node, for
-every one of a family (0.0.0.0 and ::), or for one address.
+These are records only; `nodeagent.net.ruleset` has what forwards the packets. A port is held for every address of the
+node, for every one of a family (0.0.0.0 and ::), or for one address.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def check(mapping: PortMapping, field: str) -> None:
 
 
 class HostPorts:
-    """The ports that are held, in the store and in memory."""
+    """The ports that pods hold, in the store and in memory."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -53,7 +53,7 @@ class HostPorts:
     def reserve(
         self, pod_id: str, mappings: Iterable[PortMapping], versions: Sequence[int]
     ) -> list[HostPort]:
-        """Hold what the mappings ask for, in place of what the pod had; or nothing. Raises as `wanted`."""
+        """Hold what the mappings ask for, in place of what the pod had; all of it or nothing. Raises as `wanted`."""
         ports = self.wanted(pod_id, mappings, versions)
         others = self._others(pod_id)
         with self._store.transaction():
@@ -61,6 +61,7 @@ class HostPorts:
                 self._store.delete(HostPort, old.key)
             for port in ports:
                 self._store.put(port)
+        # After the transaction: where that fails, memory and store still agree.
         self._held = {port.key: port for port in (*others, *ports)}
         return ports
 
@@ -84,7 +85,7 @@ class HostPorts:
         return [port for port in self._held.values() if port.pod_id != pod_id]
 
     def release(self, pod_id: str) -> None:
-        """Let go of every port of a pod."""
+        """Free every port of a pod."""
         self.reserve(pod_id, (), ())
 
 

@@ -22,7 +22,7 @@ _LINK_NUMBERS = 1 << 20
 
 
 class Pool:
-    """The addresses of a subnet but its first, which is the gateway's, and those that mean all or none."""
+    """The addresses of a subnet that pods can have: all but the gateway's, the network's and the broadcast address."""
 
     def __init__(self, subnet: Subnet) -> None:
         self.subnet = subnet
@@ -35,8 +35,8 @@ class Pool:
         return self._last - self._first + 1
 
     def take(self, taken: Collection[Address]) -> Interface:
-        """The next address in turn that is free, so that one given back rests as long as possible."""
-        for _ in range(min(self.size, len(taken) + 1)):
+        """Return the next free address in turn, so that one given back rests as long as possible."""
+        for _ in range(min(self.size, len(taken) + 1)):  # of so many at least one is free
             interface = ip_interface((self._next, self.subnet.prefixlen))
             self.skip(interface)
             if interface.ip not in taken:
@@ -44,7 +44,7 @@ class Pool:
         raise ResourceExhausted(f"subnet {self.subnet}: all {self.size} addresses are taken")
 
     def skip(self, interface: Interface) -> None:
-        """It is another address's turn: the one's after this."""
+        """Go on after this address."""
         after = int(interface.ip) + 1
         self._next = after if self._first <= after <= self._last else self._first
 
@@ -59,6 +59,7 @@ class Ipam:
         self._current: list[Pool] = []
         self._taken: set[Address] = set()  # of all pools, which may overlap
         self.leases: dict[str, Lease] = {}
+        # In the order in which they were acquired, so that each pool goes on after its latest lease.
         for lease in sorted(store.all(Lease), key=lambda lease: lease.acquired_at):
             self.leases[lease.pod_id] = lease
             for interface in interfaces(lease):
@@ -67,17 +68,17 @@ class Ipam:
         self.use(subnets)
 
     def use(self, subnets: Sequence[Subnet]) -> None:
-        """New leases come from these; those that are held stay."""
+        """Take new leases from these subnets; leases that are held stay."""
         self._current = [self._pool(subnet) for subnet in subnets]
 
     @property
     def subnets(self) -> tuple[Subnet, ...]:
-        """Those in use: for new leases, then of old ones."""
+        """The subnets in use: those for new leases first, then those of old ones."""
         held = (i.network for lease in self.leases.values() for i in interfaces(lease))
         return tuple(dict.fromkeys([*(pool.subnet for pool in self._current), *held]))
 
     def acquire(self, pod_id: str) -> Lease:
-        """A lease of one's own, or the one that the pod has. Raises `ResourceExhausted`."""
+        """Lease addresses to a pod, or return the lease that it has. Raises `ResourceExhausted`."""
         if held := self.leases.get(pod_id):
             return held
         taken = [pool.take(self._taken) for pool in self._current]
@@ -93,7 +94,7 @@ class Ipam:
         return lease
 
     def release(self, pod_id: str) -> Lease | None:
-        """The pod is gone, and its link may follow; its addresses rest until `forget`."""
+        """Note that the pod is gone. Its link may still be there, so its addresses rest until `forget`."""
         lease = self.leases.get(pod_id)
         if lease is not None and not lease.released_at:
             lease = msgspec.structs.replace(lease, released_at=time.time_ns())
@@ -102,7 +103,7 @@ class Ipam:
         return lease
 
     def forget(self, lease: Lease) -> None:
-        """The link of a lease is gone: its addresses may be handed out again."""
+        """Free the addresses of a lease, whose link is gone."""
         if self.leases.get(lease.pod_id) == lease:
             self._store.delete(Lease, lease.pod_id)
             del self.leases[lease.pod_id]
@@ -112,7 +113,7 @@ class Ipam:
         return [lease for lease in self.leases.values() if lease.released_at]
 
     def holder(self, address: Address) -> str | None:
-        """The pod that has an address."""
+        """The id of the pod that has an address."""
         for lease in self.leases.values():
             if any(interface.ip == address for interface in interfaces(lease)):
                 return lease.pod_id
@@ -136,11 +137,11 @@ def interfaces(lease: Lease) -> list[Interface]:
 
 
 def mac(lease: Lease) -> bytes:
-    """Of the pod's end of the link."""
+    """The MAC address of the pod's end of the link."""
     return mac_of(interfaces(lease)[0])
 
 
 def with_link_local(lease: Lease) -> list[Interface]:
-    """All addresses of the pod's end of the link: with IPv6 there is a link-local one."""
+    """All addresses of the pod's end of the link, with IPv6 a link-local one as well."""
     own = interfaces(lease)
     return [*own, link_local(mac(lease))] if any(i.version == 6 for i in own) else own

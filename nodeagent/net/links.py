@@ -1,4 +1,4 @@
-"""Links of pods as a whole: made, found again, deleted by name. Each call may wait for the kernel's routing lock."""
+"""Links of pods: made, found again, deleted by name. Each call may wait for the kernel's routing lock (RTNL)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from nodeagent.records import Lease
 def connect(
     lease: Lease, side: NodeSide, netns_fd: int, route_socket: socket.socket, *, is_new: bool
 ) -> None:
-    """The link of a lease, from the bridge to the namespace of both descriptors, with all that belongs to it.
+    """Make the link of a lease, from the bridge to the namespace of both descriptors, and configure both ends.
 
-    Raises `FileExistsError` where it is there already, unless that is how it should be.
+    Raises `FileExistsError` where the link exists although `is_new` says that it should not.
     """
     mac = ipam.mac(lease)
     gateways = [gateway(address.network).ip for address in ipam.interfaces(lease)]
@@ -35,7 +35,7 @@ def connect(
 
 
 def plug_in(names: Iterable[str], side: NodeSide) -> None:
-    """Make links ports of the bridge, which may be another one than that they were made for."""
+    """Make links ports of the bridge, which may be another one than the one they were made for."""
     with Connection.open(NETLINK_ROUTE) as node:
         for name in names:
             veth.plug_in(node, name, bridge=side.index)
@@ -43,7 +43,7 @@ def plug_in(names: Iterable[str], side: NodeSide) -> None:
 
 
 def delete(name: str) -> None:
-    """Delete a link; one that is gone is fine."""
+    """Delete a link. Succeeds where there is none."""
     with Connection.open(NETLINK_ROUTE) as node:
         try:
             veth.delete(node, name)
@@ -61,5 +61,5 @@ def exists(name: str) -> bool:
 
 
 def names(prefix: str) -> set[str]:
-    """Of the node's links, those whose name begins with `prefix`."""
+    """The names of the node's links that begin with `prefix`."""
     return {name for _, name in socket.if_nameindex() if name.startswith(prefix)}

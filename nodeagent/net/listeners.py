@@ -1,7 +1,7 @@
-"""Which host ports of pods the node's own processes listen on: for a warning, never for a refusal.
+"""Host ports of pods that the node's own processes listen on: found for a warning, never for a refusal.
 
-Destination NAT comes before the node's sockets, so that a pod takes the port over and the process is no longer asked,
-without an error on either side. SCTP is not looked at.
+Destination NAT comes before the node's sockets, so a pod takes the port over and the process gets no more connections,
+without an error on either side. SCTP is not examined.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _FILES = {"tcp": ("tcp", "tcp6"), "udp": ("udp", "udp6")}
 # include/net/tcp_states.h: TCP_LISTEN, and TCP_CLOSE, which is a UDP socket that is bound and not connected.
 _LISTENING = {"tcp": "0A", "udp": "07"}
 
-# It is not translated, see `nodeagent.net.ruleset`: a process there is still asked.
+# It is not translated, see `nodeagent.net.ruleset`: a process there still gets its connections.
 _LOOPBACK6 = IPv6Address("::1")
 
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A socket of the node. address: "::" may stand for all addresses of IPv4, too."""
+    """A socket of the node. address: "::" may stand for all addresses of IPv4 as well (ipv6(7), IPV6_V6ONLY)."""
 
     address: Address
     port: int
@@ -70,7 +70,7 @@ def _meets(host_ip: str, versions: Collection[int], address: Address) -> bool:
 
 
 def read(protocol: str) -> list[Listener]:
-    """Those of "tcp" or "udp"; none of a family that the kernel has not."""
+    """The listeners of "tcp" or "udp". There are none of a family that the kernel lacks."""
     listeners: list[Listener] = []
     for name in _FILES[protocol]:
         try:
@@ -82,9 +82,9 @@ def read(protocol: str) -> list[Listener]:
 
 
 def parse(lines: Iterable[str], protocol: str) -> Iterator[Listener]:
-    """From a table of sockets as proc(5) describes /proc/net/tcp and its kin.
+    """The listeners in a table of sockets, as proc(5) describes /proc/net/tcp and the like.
 
-    That of TCP lists all that listen before any connection (kernel documentation, proc_net_tcp): those are not read.
+    A table of TCP has its listeners before all connections (kernel documentation, proc_net_tcp), which are not read.
     """
     rows: Iterator[list[str]] = (line.split() for line in lines)
     next(rows, None)  # the heads of the columns
@@ -98,7 +98,7 @@ def parse(lines: Iterable[str], protocol: str) -> Iterator[Listener]:
 
 
 def _address(text: str) -> Address:
-    """Words of 32 bits, each of them a number in the byte order of the machine."""
+    """An address, written as words of 32 bits, each a number in the byte order of the machine."""
     words = (int(text[at : at + 8], 16) for at in range(0, len(text), 8))
     packed = b"".join(word.to_bytes(4, sys.byteorder) for word in words)
     if len(packed) == 4:

@@ -1,8 +1,8 @@
-"""Netlink by hand: framing of messages and attributes, and a connection that checks every acknowledgement.
+"""Netlink messages: framing of messages and attributes, and a connection that checks every acknowledgement.
 
-What rtnetlink(7) and nfnetlink share. The kernel handles a request inside the `send` that carries it, so its answers
-wait in the socket when `send` returns, and nothing here ever waits for them. Messages are packed with `struct` because
-they are on the way of a pod's start.
+This is what rtnetlink(7) and nfnetlink share. The kernel handles a request inside the `send` that carries it, so its
+answers are in the socket when `send` returns, and nothing here waits for them. Messages are packed with `struct`
+because the start of each pod depends on their speed.
 """
 
 from __future__ import annotations
@@ -67,23 +67,23 @@ def u8(kind: int, value: int) -> bytes:
 
 
 def u16(kind: int, value: int) -> bytes:
-    """In the machine's byte order, as rtnetlink wants it."""
+    """An attribute of 16 bits in the machine's byte order, as rtnetlink has it."""
     return attribute(kind, struct.pack("=H", value))
 
 
 def u32(kind: int, value: int) -> bytes:
-    """In the machine's byte order, as rtnetlink wants it."""
+    """An attribute of 32 bits in the machine's byte order, as rtnetlink has it."""
     return attribute(kind, struct.pack("=I", value))
 
 
 def be32(kind: int, value: int) -> bytes:
-    """In network byte order, as nfnetlink wants it."""
+    """An attribute of 32 bits in network byte order, as nfnetlink has it."""
     return attribute(kind, value.to_bytes(4, "big"))
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A message of type `kind`. `what` is the object and the operation, for the text of an error."""
+    """A request of type `kind`. `what` names the object and the operation, for the text of an error."""
 
     what: str
     kind: int
@@ -108,7 +108,7 @@ class Message:
 
 
 def messages(data: bytes) -> Iterator[Message]:
-    """The messages of one datagram. Raises `ValueError` where lengths do not fit."""
+    """The messages in one datagram. Raises `ValueError` where lengths do not fit."""
     offset = 0
     while offset < len(data):
         if len(data) - offset < _HEADER.size:
@@ -121,7 +121,7 @@ def messages(data: bytes) -> Iterator[Message]:
 
 
 def attributes(data: bytes) -> dict[int, bytes]:
-    """Payloads by type. Raises `ValueError` where lengths do not fit."""
+    """The payloads of attributes by type. Raises `ValueError` where lengths do not fit."""
     found = {}
     offset = 0
     while len(data) - offset >= _ATTRIBUTE.size:
@@ -134,7 +134,7 @@ def attributes(data: bytes) -> dict[int, bytes]:
 
 
 def _refusal(message: Message) -> tuple[int, str]:
-    """The error number of an NLMSG_ERROR, 0 for an acknowledgement, and the kernel's own words if it has any."""
+    """The error number of an NLMSG_ERROR, 0 for an acknowledgement, and the kernel's own text if it has one."""
     (code,) = _ERROR.unpack_from(message.body)
     words = b""
     if message.flags & _NLM_F_ACK_TLVS:
@@ -148,22 +148,24 @@ def _refusal(message: Message) -> tuple[int, str]:
 
 
 class Connection:
-    """A netlink socket. It may come from another network namespace: requests are about the socket's own.
+    """A netlink socket. It may come from another network namespace: its requests are about that one.
 
-    The socket stays its giver's to close, unless it was made by `open`.
+    A socket that was not made by `open` is for the caller to close.
     """
 
     def __init__(self, handed: socket.socket) -> None:
         self._socket = handed
+        # netlink(7): texts in error messages, since Linux 4.12; no copy of the refused request in them, since 4.3.
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_EXT_ACK, 1)
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
         self._sequences = itertools.count(int.from_bytes(os.urandom(2), "little") + 1)
 
     @classmethod
     def open(cls, protocol: int) -> Self:
-        """A socket of the caller's namespace, with room for a long transaction."""
+        """Open a socket in the caller's namespace, with room for a long transaction."""
         own = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         try:
+            # A batch is one datagram, which may be longer than net.core.wmem_max allows SO_SNDBUF to be (socket(7)).
             own.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BUFFER_BYTES)
             return cls(own)
         except BaseException:
@@ -180,7 +182,7 @@ class Connection:
         self.close()
 
     def perform(self, *requests: Request) -> None:
-        """Send all in one datagram; the kernel does them in order, each one whatever became of those before.
+        """Send all requests in one datagram; the kernel executes each, in order, even where one before it failed.
 
         Raises the `OSError` of the first that was refused.
         """
@@ -196,7 +198,7 @@ class Connection:
             raise failure
 
     def ask(self, request: Request) -> bytes:
-        """The body of the one message that answers."""
+        """Send a request and return the body of the one message that answers."""
         number = next(self._sequences)
         self._send([request.pack(number)])
         while True:
@@ -208,7 +210,7 @@ class Connection:
                 return message.body
 
     def dump(self, request: Request) -> Iterator[bytes]:
-        """The bodies of all messages that answer; to be read to the end."""
+        """Send a request and yield the bodies of all messages that answer; they must be read to the end."""
         number = next(self._sequences)
         self._send([request.pack(number, NLM_F_DUMP)])
         while True:
@@ -222,15 +224,15 @@ class Connection:
                 yield message.body
 
     def commit(self, begin: Request, requests: Sequence[Request], end: Request | None) -> None:
-        """A batch of nfnetlink between its two framing messages: all of it happens, or nothing.
+        """Send a batch of nfnetlink between its two framing messages: all of it takes effect, or nothing.
 
-        Without its end the kernel tries everything and undoes it. Raises the `OSError` of the first request that was
+        Without `end` the kernel tries everything and undoes it. Raises the `OSError` of the first request that was
         refused.
         """
         framed = (begin, *requests) if end is None else (begin, *requests, end)
         batch = {next(self._sequences): request for request in framed}
         last = list(batch)[len(requests)]
-        # Refusals are reported unasked; the last acknowledgement shows that the batch was read to its end.
+        # Refusals are reported without NLM_F_ACK; the last acknowledgement shows that the batch was read to its end.
         self._send(
             request.pack(number, NLM_F_ACK if number == last else 0)
             for number, request in batch.items()

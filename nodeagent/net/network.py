@@ -1,9 +1,8 @@
-"""Pods' network: what the rest of the agent asks for.
+"""The pods' network: what the rest of the agent uses of this package.
 
-Each pod has a veth pair on a bridge of the agent's own, addresses by leases in the store, and its ports on the node by
-an nf_tables table of the agent's own; another one drops what it sends from addresses that it was not given. Kernel
-calls that may wait for the routing lock, which others hold for tens of milliseconds while they delete links, are made
-in threads.
+Each pod has a veth pair on the agent's bridge, addresses by leases in the store, and its host ports in a nf_tables
+table of the agent; another table drops what it sends from addresses that it was not given. Kernel calls that may wait
+for the routing lock (RTNL), which others hold for tens of milliseconds while they delete links, are made in threads.
 
 ::
 
@@ -69,7 +68,7 @@ _RETRY_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkStatus:
-    """reason and message are empty where the network is ready. problems: what is amiss or missing in any case."""
+    """The state of the network. reason and message are empty where it is ready; problems may be there in any case."""
 
     ready: bool
     reason: str = ""
@@ -78,7 +77,7 @@ class NetworkStatus:
 
 
 class Network:
-    """The pods' network of one agent. Leases and host ports are in the store; the kernel has the rest."""
+    """The pods' network of one agent. Leases and host ports are in the store, all else is in the kernel."""
 
     def __init__(self, config: NetworkConfig, store: Store, instance: str, tasks: Tasks) -> None:
         self._config = config
@@ -89,7 +88,9 @@ class Network:
         self._host_ports = HostPorts(store)
         self._choices: NodeNetwork
         self._side: setup.NodeSide
-        self._said = ""  # of the subnet that pods have; it is told again when it has changed
+        self._said = (
+            ""  # what was last logged about the subnet of pods; logged again when it changes
+        )
         self._nat: DeclaredTable | None = None
         self._nat_missing = ""
         self._filter: DeclaredTable | None = None
@@ -138,10 +139,10 @@ class Network:
     # --- pods ---
 
     async def attach(self, pod_id: str, netns_fd: int, route_socket: socket.socket) -> Lease:
-        """Connect a pod: link, addresses, routes, loopback. On success all of it works; on failure it goes again.
+        """Connect a pod: link, addresses, routes, loopback. On success all of it works; on failure it is undone.
 
         route_socket: NETLINK_ROUTE, opened inside the namespace of `netns_fd`. For a pod that is attached already its
-        lease is the answer. Raises `ResourceExhausted` where no address is free, and `OSError`.
+        lease is returned. Raises `ResourceExhausted` where no address is free, and `OSError`.
         """
         lease = self._ipam.leases.get(pod_id)
         if lease is not None and lease.released_at:
@@ -161,12 +162,13 @@ class Network:
     def _connect(
         self, lease: Lease, netns_fd: int, route_socket: socket.socket, *, is_new: bool
     ) -> None:
+        # The filter first: from the moment that the link is up it drops what it does not know.
         if self._filter is not None:
             self._filter.add(list(spoofing.elements(lease)))
         links.connect(lease, self._side, netns_fd, route_socket, is_new=is_new)
 
     async def publish(self, pod_id: str, mappings: Sequence[PortMapping]) -> None:
-        """Forward ports of the node to a pod, in place of those that it had. A mapping with host_port 0 is none.
+        """Forward ports of the node to a pod, in place of those that it had. Mappings with host_port 0 are ignored.
 
         Raises `AlreadyExists` for a port that another pod has, and `Unsupported` where the kernel cannot do it.
         """
@@ -188,13 +190,14 @@ class Network:
             self._host_ports.release(pod_id)
             raise
         self._run_behind(partial(_warn_of_listeners, ports, versions))
+        # After the ports are forwarded: a flow that a sender begins before that would keep its lack of a translation.
         if udp := [port.host_port for port in ports if port.protocol == "udp"]:
             self._run_behind(partial(conntrack.forget_unanswered, udp, versions))
 
     async def detach(self, pod_id: str) -> None:
-        """Take a pod's ports and addresses back. Success also for a pod that is unknown.
+        """Take a pod's ports and addresses back. Succeeds for an unknown pod.
 
-        Its link may stay until its namespace is gone; the addresses are not used again before that.
+        Its link may stay until its namespace is gone; the addresses are not leased again before that.
         """
         try:
             self._withdraw(pod_id)
@@ -202,7 +205,7 @@ class Network:
             self._release(pod_id)
 
     async def recover(self, pods: Collection[str]) -> None:
-        """Give up everything of pods that are not among `pods`, and declare the table as the store has it."""
+        """Release everything of pods that are not among `pods`, and declare the tables as the store has them."""
         for pod_id in {port.pod_id for port in self._host_ports.all()}.difference(pods):
             self._withdraw(pod_id)
         for pod_id in self._ipam.leases.keys() - set(pods):
@@ -214,10 +217,11 @@ class Network:
             await self._run(partial(links.delete, stray))
 
     async def set_pod_cidr(self, cidr: str) -> None:
-        """New pods get addresses of these subnets, also after a restart; those that are there keep theirs.
+        """Give new pods addresses of these subnets, from now on and after a restart; pods keep the ones they have.
 
         cidr: as in UpdateRuntimeConfig, "10.1.0.0/24" or "10.1.0.0/24,fd00:1::/64"; empty changes nothing. A family
-        that is not configured stays out. Raises `InvalidArgument`, and `FailedPrecondition` where a pod is in the way.
+        that is not configured is ignored. Raises `InvalidArgument`, and `FailedPrecondition` where a pod has the
+        address of a gateway.
         """
         if not cidr:
             return
@@ -239,15 +243,13 @@ class Network:
             self._nat.declare(self._ruleset())
 
     def hands_out(self, addresses: Sequence[str]) -> bool:
-        """Whether these, of a lease, are of the subnets that new pods get theirs from."""
+        """Whether these addresses of a lease are of the subnets that new pods get theirs from."""
         return tuple(ip_interface(address).network for address in addresses) == self._side.subnets
 
-    # --- what is ---
+    # --- state ---
 
     def status(self) -> NetworkStatus:
-        """How it is now. What others undid of the table or the kernel's settings is made good by the way, the bridge
-        behind the requests.
-        """
+        """The present state. Tables and settings that others have changed are repaired at once, the bridge later."""
         problems = self._problems()
         if not bridge.is_up(self._side.bridge) and not self._bridge_lost.is_set():
             log.warning("bridge %s: is missing or down, it is made anew", self._side.bridge)
@@ -266,7 +268,7 @@ class Network:
         return NetworkStatus(ready=True, problems=tuple(problems))
 
     def all_interface_stats(self) -> dict[str, InterfaceStats]:
-        """The traffic of each attached pod, by its id."""
+        """The traffic of each attached pod, by pod id."""
         by_link = stats.read_all(self._link_prefix)
         return {
             lease.pod_id: by_link[lease.link]
@@ -278,7 +280,7 @@ class Network:
         return [*self._side.problems, *self._missing()]
 
     def _missing(self) -> Iterator[str]:
-        """What is configured and this kernel has not got."""
+        """What is configured and this kernel lacks."""
         wanted = {"host ports": self._config.host_ports, "masquerade": self._config.masquerade}
         if self._nat_missing:
             yield from (f"no {what}: {self._nat_missing}" for what in wanted if wanted[what])
@@ -289,7 +291,7 @@ class Network:
         for table in self._tables():
             table.repair()
         for name in sysctls.differing(self._settings()):
-            log.warning("sysctl %s: was changed, it is set again", name)
+            log.warning("sysctl %s: changed by another program; setting it again", name)
         sysctls.apply(self._settings())
 
     # --- the node's side ---
@@ -304,7 +306,7 @@ class Network:
         self._store.put(self._choices)
 
     async def _mend(self) -> None:
-        """Make the bridge anew where others took it away or set it down."""
+        """Make the bridge again where another program has deleted it or set it down."""
         while True:
             await self._bridge_lost.wait()
             async with self._setting_up:
@@ -314,7 +316,7 @@ class Network:
             self._bridge_lost.clear()
 
     async def _plug_in(self) -> set[str]:
-        """Make the links of pods ports of the bridge. Returns all links that are there."""
+        """Make the links of pods ports of the bridge. Returns the names of all links that exist."""
         present = links.names(self._link_prefix)
         held = {lease.link for lease in self._ipam.leases.values() if not lease.released_at}
         await self._run(partial(links.plug_in, present & held, self._side))
@@ -330,13 +332,15 @@ class Network:
 
     def _open_tables(self) -> None:
         if not self._config.host_ports:
-            sysctls.apply(self._settings())  # before the guard, which an earlier agent had, goes
+            # route_localnet off, before the table of an earlier agent is replaced by one without the guard.
+            sysctls.apply(self._settings())
         try:
             self._nat = DeclaredTable.open(
                 self._ruleset(), lambda: self._elements(self._host_ports.all())
             )
         except Unsupported as error:
             self._nat_missing = str(error)
+        # route_localnet on only now: without the table's guard pods would reach the node's loopback (CVE-2020-8558).
         sysctls.apply(self._settings())
         self._open_filter()
         for problem in self._missing():
@@ -345,7 +349,7 @@ class Network:
     def _open_filter(self) -> None:
         table = Table(f"nodeagent_{self._instance}", NFPROTO_BRIDGE)
         if not self._config.spoof_protection:
-            nftables.discard(table)  # which an earlier agent had
+            nftables.discard(table)  # of an earlier agent, whose configuration had it on
             return
         declaration = SpoofFilter(table=table, link_prefix=self._link_prefix)
         try:
@@ -354,7 +358,8 @@ class Network:
             self._filter_missing = str(error)
 
     def _senders(self) -> list[Element]:
-        """Asked by threads, too."""
+        """The elements of the filter for all pods. Also called by threads."""
+        # A copy made in one step: the loop may add or remove leases meanwhile.
         held = [lease for lease in list(self._ipam.leases.values()) if not lease.released_at]
         return [element for lease in held for element in spoofing.elements(lease)]
 
@@ -377,6 +382,7 @@ class Network:
     async def _remove(self) -> None:
         for table in self._tables():
             table.delete()
+        # Links before the bridge: without it they would be links of the node, which hears what pods send.
         for name in links.names(self._link_prefix):
             await self._run(partial(links.delete, name))
         for lease in list(self._ipam.leases.values()):
@@ -387,7 +393,9 @@ class Network:
 
     def _host_port_nat(self) -> DeclaredTable:
         if not self._config.host_ports:
-            raise FailedPrecondition("host ports: network.host_ports of the configuration is off")
+            raise FailedPrecondition(
+                "host ports: this node forwards none, network.host_ports of its configuration is off"
+            )
         if self._nat is None:
             raise Unsupported(f"host ports: {self._nat_missing}")
         return self._nat
@@ -397,6 +405,7 @@ class Network:
         if not ports:
             return
         gone = self._elements(ports)
+        # The record goes first: where the removal fails, the table is declared again from the records.
         self._host_ports.release(pod_id)
         if self._nat is not None and self._config.host_ports:
             self._nat.remove(gone)
@@ -437,10 +446,11 @@ class Network:
                 await self._run(partial(links.delete, lease.link))
 
     async def _forget(self, released: Sequence[Lease]) -> None:
-        """Leases whose links are gone, once each: nothing sends from their addresses any more, others may get them."""
+        """Free the addresses of leases whose links are gone, each once."""
         async with self._forgetting:
             gone = [lease for lease in released if self._ipam.leases.get(lease.pod_id) == lease]
             senders = [element for lease in gone for element in spoofing.elements(lease)]
+            # Before the leases: then others may get the addresses, and with them the same elements of the filter.
             if self._filter is not None and senders:
                 await self._run(partial(self._filter.remove, senders))
             for lease in gone:

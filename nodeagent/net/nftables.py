@@ -1,8 +1,8 @@
-"""The language of nf_tables over nfnetlink: tables, chains, rules, sets and maps as messages.
+"""Messages of nf_tables over nfnetlink: tables, chains, rules, sets and maps.
 
-Names, numbers and semantics are those of linux/netfilter/nf_tables.h and nft(8); all numbers travel in network byte
-order. Nothing here knows what the rules are for. Statements and matches are byte strings, one or more expressions
-each; a rule is their concatenation.
+Names, numbers and semantics are those of linux/netfilter/nf_tables.h and nft(8); all numbers are in network byte order.
+What the rules are for is not known here. Statements and matches are byte strings, one or more expressions each; a rule
+is their concatenation.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _ELEMENTS_PER_MESSAGE = 100  # a nested attribute has at most 64 KiB
 
 @dataclass(frozen=True, slots=True)
 class DataType:
-    """number: how user space tells one type from another; the kernel only keeps it."""
+    """A type of data. number: by it user space tells types apart; the kernel only keeps it."""
 
     number: int
     size: int
@@ -85,12 +85,12 @@ def _type_size(types: Sequence[DataType]) -> int:
 
 
 def _padded(size: int) -> int:
-    """Each part of a concatenation fills whole registers of 32 bits."""
+    """The bytes, padded: each part of a concatenation fills whole registers of 32 bits."""
     return size + -size % 4
 
 
 def concatenation(*parts: bytes) -> bytes:
-    """The value of a key or datum, as registers hold it."""
+    """The value of a key or of data, as registers hold it."""
     return b"".join(part + bytes(-len(part) % 4) for part in parts)
 
 
@@ -99,7 +99,7 @@ def concatenation(*parts: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """An expression that loads a value of `size` bytes, into the register that it is given."""
+    """An expression that loads a value of `size` bytes into the register that it is given."""
 
     name: str
     size: int
@@ -148,7 +148,7 @@ _REGISTER = 8  # NFT_REG32_00, the first of sixteen with 32 bits
 
 
 def equal(load: Load, value: bytes) -> bytes:
-    """The loaded value, or its first bytes where `value` has fewer."""
+    """A match: the loaded value, or as many first bytes as `value` has, is equal to it."""
     return load.into(_REGISTER) + _compare(0, value)
 
 
@@ -157,13 +157,13 @@ def differs(load: Load, value: bytes) -> bytes:
 
 
 def within(load: Load, prefix: bytes, prefixlen: int) -> bytes:
-    """The value's first `prefixlen` bits are those of `prefix`."""
+    """A match: the first `prefixlen` bits are those of `prefix`."""
     mask = ((1 << prefixlen) - 1) << (load.size * 8 - prefixlen)
     return _masked(load, mask) + _compare(0, prefix)
 
 
 def has_bits(load: Load, mask: int) -> bytes:
-    """Any of the bits of `mask` is set."""
+    """A match: any of the bits of `mask` is set."""
     return _masked(load, mask) + _compare(1, bytes(load.size))
 
 
@@ -183,18 +183,18 @@ def interface(name: str) -> bytes:
 
 
 def in_set(loads: Sequence[Load], name: str) -> bytes:
-    """The concatenated values are an element of a set."""
+    """A match: the concatenated values are an element of a set."""
     return _concatenate(loads) + _expression("lookup", text(1, name), be32(2, _REGISTER))
 
 
 def add_to_set(load: Load, name: str) -> bytes:
-    """The value becomes an element of a dynamic set."""
+    """A statement: the value becomes an element of a dynamic set."""
     added = _expression("dynset", text(1, name), be32(3, 0), be32(4, _REGISTER))
     return load.into(_REGISTER) + added
 
 
 def dnat_to_map(loads: Sequence[Load], name: str, nfproto: int) -> bytes:
-    """Destination NAT to the address and port that a map has for the concatenated values; none: no match."""
+    """A statement: destination NAT to what a map has for the concatenated values; without an entry, no match."""
     address = IPV4_ADDR if nfproto == NFPROTO_IPV4 else IPV6_ADDR
     looked_up = _expression("lookup", text(1, name), be32(2, _REGISTER), be32(3, _REGISTER))
     translated = _expression(
@@ -212,7 +212,7 @@ def masquerade() -> bytes:
 
 
 def accept() -> bytes:
-    """No later rule of this table is asked; other tables are."""
+    """A statement: accept for this base chain; chains of other tables still see the packet (nft(8), VERDICT)."""
     return _verdict(_ACCEPT)
 
 
@@ -257,7 +257,7 @@ def _verdict(code: int, *target: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """kind, hook and priority as in nft(8); empty for a chain that is only jumped to."""
+    """A chain. kind, hook and priority are those of nft(8), and empty for a chain that is only jumped to."""
 
     name: str
     kind: str = ""
@@ -277,7 +277,7 @@ class Set:
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """Of a set or map; key and data as `concatenation` makes them."""
+    """An element of a set or map; key and data are as `concatenation` makes them."""
 
     set: str
     key: bytes
@@ -285,7 +285,7 @@ class Element:
 
 
 class Table:
-    """Messages about one table, of family inet unless told otherwise, and what is in it."""
+    """Messages about one table, of family inet unless given another, and about its content."""
 
     def __init__(self, name: str, nfproto: int = NFPROTO_INET) -> None:
         self.name = name
@@ -305,7 +305,7 @@ class Table:
         return self._request("delete", _DELTABLE, text(1, self.name))
 
     def remove(self) -> list[Request]:
-        """Delete the table whether it is there or not."""
+        """The requests that delete the table, whether it exists or not."""
         return [self.create(), self.delete()]
 
     def replace(
@@ -315,7 +315,7 @@ class Table:
         rules: Iterable[tuple[str, tuple[bytes, ...]]],
         elements: Iterable[Element],
     ) -> list[Request]:
-        """The table with all of this, in place of what there is of it. A rule: its chain, then what it consists of."""
+        """The requests that replace the table by one with all of this. A rule is its chain, then its expressions."""
         return [
             *self.remove(),
             self.create(),
@@ -358,7 +358,7 @@ class Table:
         return self._request(f"add set {one.name}", _NEWSET, *body, flags=NLM_F_CREATE)
 
     def add_elements(self, elements: Iterable[Element]) -> list[Request]:
-        """An element that is there already, with the same data, stays."""
+        """The requests that add elements; one that is there already, with the same data, stays."""
         return self._elements("add to", _NEWSETELEM, elements, NLM_F_CREATE)
 
     def delete_elements(self, elements: Iterable[Element]) -> list[Request]:
@@ -400,12 +400,12 @@ def _element(element: Element) -> bytes:
 
 
 def connect() -> Connection:
-    """Raises `OSError` (EPROTONOSUPPORT) on a kernel without nfnetlink."""
+    """Open a connection. Raises `OSError` (EPROTONOSUPPORT) on a kernel without nfnetlink."""
     return Connection.open(NETLINK_NETFILTER)
 
 
 def discard(table: Table) -> None:
-    """Delete a table, if there is one: a kernel that cannot have it has none."""
+    """Delete a table if it exists, which it does not on a kernel that cannot have it."""
     try:
         with connect() as connection:
             transact(connection, table.remove())
@@ -414,12 +414,12 @@ def discard(table: Table) -> None:
 
 
 def transact(connection: Connection, requests: Sequence[Request]) -> None:
-    """All of the requests, or none. Raises the `OSError` of the first that was refused."""
+    """Execute all of the requests or none. Raises the `OSError` of the first that was refused."""
     connection.commit(_framing("begin", _BATCH_BEGIN), requests, _framing("end", _BATCH_END))
 
 
 def try_out(connection: Connection, requests: Sequence[Request]) -> None:
-    """As `transact`, but nothing happens."""
+    """Try the requests like `transact`, but change nothing."""
     connection.commit(_framing("begin", _BATCH_BEGIN), requests, None)
 
 

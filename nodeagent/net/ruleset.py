@@ -39,7 +39,7 @@ _PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What differs between IPv4 and IPv6."""
+    """The types and fields that differ between IPv4 and IPv6."""
 
     version: int
     nfproto: int
@@ -82,7 +82,7 @@ _LOOPBACK6 = IPv6Network("::1/128")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ruleset:
-    """What the table is declared from. subnets: of the pods."""
+    """The declaration of the table. subnets: of the pods."""
 
     table: Table
     bridge: str
@@ -91,7 +91,7 @@ class Ruleset:
     host_ports: bool
 
     def declare(self, elements: Sequence[Element]) -> list[Request]:
-        """The whole table anew with these elements, in place of what there is of it."""
+        """The requests that replace the table, whether it exists or not, by a new one with these elements."""
         if not self.host_ports:
             return self.table.replace((), self._chains(), self._rules(), ())
         return self.table.replace(self._sets(), self._chains(), self._rules(), elements)
@@ -119,8 +119,8 @@ class Ruleset:
         if self.host_ports:
             yield from (("guard", rule) for rule in self._guard())
             yield from (("publish", rule) for rule in self._publish())
-            # What comes from elsewhere to 127.0.0.1 is for nobody: without translation the kernel drops it. A port that
-            # is published on loopback only would be open to the node's neighbours.
+            # The kernel drops what comes from elsewhere to 127.0.0.1, unless it is translated before: a port that is
+            # published on loopback only would be open to the node's neighbours.
             yield "prerouting", (_IPV4.is_(), _IPV4.to(_LOOPBACK4), nft.return_())
             yield from (("prerouting", rule) for rule in self._remember())
             for chain in ("prerouting", "output"):
@@ -134,7 +134,7 @@ class Ruleset:
             yield from_bridge, family.is_(), _TO_NODE, remembered
 
     def _guard(self) -> Iterator[tuple[bytes, ...]]:
-        """route_localnet would open the node's own services there to pods (CVE-2020-8558)."""
+        """Rules that keep pods from services on the node's loopback, which route_localnet opens (CVE-2020-8558)."""
         from_bridge = nft.equal(nft.IIFNAME, nft.interface(self.bridge))
         for match in (_IPV4.to(_LOOPBACK4), _IPV4.from_(_LOOPBACK4)):
             yield from_bridge, _IPV4.is_(), match, nft.drop()
@@ -152,10 +152,11 @@ class Ruleset:
         to_bridge = nft.equal(nft.OIFNAME, nft.interface(self.bridge))
         not_to_bridge = nft.differs(nft.OIFNAME, nft.interface(self.bridge))
         if self.host_ports:
-            # The node came by 127.0.0.1, where no answer could be sent to.
+            # From a process of the node that connected to 127.0.0.1: the pod could not answer to that address.
             yield to_bridge, _IPV4.is_(), _IPV4.from_(_LOOPBACK4), nft.masquerade()
             for subnet in self.subnets:
-                # A pod came by the node; another pod's answer would go to it directly, past the translation.
+                # From a pod that connected to an address of the node: the answer of another pod would go to it
+                # directly over the bridge, and not be translated back.
                 family = _FAMILIES[subnet.version]
                 by_node = nft.in_set((family.original_daddr,), f"node{family.version}")
                 yield to_bridge, family.is_(), family.from_(subnet), by_node, nft.masquerade()
@@ -166,7 +167,7 @@ class Ruleset:
 
 
 def elements(port: HostPort, addresses: Sequence[Address]) -> Iterator[Element]:
-    """What forwards one port of the node to a pod with these addresses."""
+    """The elements that forward one port of the node to a pod with these addresses."""
     host = ip_address(port.host_ip) if port.host_ip else None
     protocol = bytes([_PROTOCOLS[port.protocol]])
     host_port, pod_port = (p.to_bytes(2, "big") for p in (port.host_port, port.container_port))

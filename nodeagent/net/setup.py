@@ -1,8 +1,8 @@
 """The node's side of the pods' network: subnets, a bridge with the gateways' addresses, settings of the kernel.
 
-Made at the agent's start and taken down after its last pod. Several agents on one machine keep out of each other's way:
-names come from the instance, the default subnet gives way to routes that are there, and a setting of the kernel goes
-back to what it was when the last of them leaves.
+It is set up at the agent's start and taken down after its last pod. Several agents on one machine do not disturb each
+other: names come from the instance, the default subnet avoids existing routes, and a setting of the kernel is restored
+when the last of them ends.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ATTEMPTS = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSide:
-    """What pods are attached to. settings: of the kernel, as they have to be. problems: for the operator.
+    """The node's side as it was set up. settings: of the kernel, as they have to be. problems: for the operator.
 
     moved: which subnet pods have in place of the default one, and why; "" where they have what is configured.
     """
@@ -50,7 +50,7 @@ class NodeSide:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What the node's side is made from. held: the subnets of pods that are there."""
+    """What the node's side is made from. held: the subnets of existing pods."""
 
     config: NetworkConfig
     instance: str
@@ -67,12 +67,12 @@ class Plan:
 
     @property
     def versions(self) -> set[int]:
-        """Of IP: those that new pods get addresses of, and those that pods have."""
+        """The versions of IP of which new pods get addresses or existing pods have some."""
         configured = {4: self.config.subnet4, 6: self.config.subnet6}
         return {v for v, subnet in configured.items() if subnet} | {s.version for s in self.held}
 
     def subnets(self, taken: Collection[Subnet], seed: int) -> tuple[Subnet, ...]:
-        """Of new pods, IPv4 first: the pod CIDR, else the configured one, else in place of the default a free one."""
+        """The subnets of new pods, IPv4 first: the pod CIDR, else the configured one; a free one for the default."""
         given = {subnet.version: subnet for subnet in map(ip_network, self.choices.pod_cidrs)}
         subnets: list[Subnet] = []
         if self.config.subnet4:
@@ -84,14 +84,14 @@ class Plan:
         return tuple(subnets)
 
     def must_move(self, subnets: Sequence[Subnet], taken: Collection[Subnet]) -> bool:
-        """The IPv4 subnet is one that nobody configured, has no pods yet, and overlaps a route of others."""
+        """Whether the IPv4 subnet is not a configured one, has no pods yet and overlaps a route of the node."""
         if self.config.subnet4 != _DEFAULT_SUBNET4 or subnets[0] in self.held:
             return False
         chosen = str(subnets[0]) not in self.choices.pod_cidrs
         return chosen and any(overlaps(subnets[0], route) for route in taken)
 
     def moved(self, subnets: Sequence[Subnet], taken: Collection[Subnet]) -> str:
-        """That the default subnet has given way, for the log: "" where it has not."""
+        """The line for the log that another subnet has taken the default one's place; "" where none has."""
         default = ip_network(_DEFAULT_SUBNET4)
         subnet = next((s for s in subnets if s.version == 4), default)
         if subnet == default or self.config.subnet4 != _DEFAULT_SUBNET4:
@@ -115,7 +115,7 @@ class Plan:
 
 
 async def set_up(plan: Plan) -> NodeSide:
-    """Make what is missing of the node's side and correct what is not as it should be."""
+    """Make what is missing of the node's side, and correct what is not as it should be."""
     async with bridge.rtnetlink() as ipr:
         mtu = plan.config.mtu or await bridge.default_mtu(ipr)
         of_bridge = sysctls.of_bridge(
@@ -143,8 +143,9 @@ async def overlapping(plan: Plan) -> list[str]:
 
 
 async def tear_down(plan: Plan) -> None:
-    """Remove the bridge and, with the last agent's, go back to the earlier settings of the kernel."""
+    """Remove the bridge; with the last agent's, restore the earlier settings of the kernel."""
     async with bridge.rtnetlink() as ipr:
+        # Read before the bridge goes, and the note with it.
         noted = await bridge.aliases(ipr)
         await bridge.delete(ipr, plan.bridge, mac=plan.mac)
     previous = noted.pop(plan.bridge, {})
@@ -153,9 +154,9 @@ async def tear_down(plan: Plan) -> None:
 
 
 async def _settle(ipr: IPRoute, plan: Plan, index: int) -> tuple[tuple[Subnet, ...], list[Subnet]]:
-    """Put the gateways' addresses of the pods' subnets on the bridge. Returns those, and the routes of others.
+    """Put the gateways' addresses on the bridge. Returns the subnets of pods, and the routes of others.
 
-    Another agent may choose at the same time: whoever then finds the other's route beside its own chooses again.
+    Another agent may choose at the same time: whichever then finds the other's route beside its own chooses again.
     """
     taken = await bridge.routed_subnets(ipr, but=index)
     for seed in range(_ATTEMPTS):
@@ -165,11 +166,13 @@ async def _settle(ipr: IPRoute, plan: Plan, index: int) -> tuple[tuple[Subnet, .
         taken = await bridge.routed_subnets(ipr, but=index)
         if not plan.must_move(subnets, taken):
             return subnets, taken
-    raise Unavailable(f"bridge {plan.bridge}: the node's routes change all the time")
+    raise Unavailable(
+        f"bridge {plan.bridge}: no subnet found, routes changed {_ATTEMPTS} times meanwhile; set network.subnet4"
+    )
 
 
 def _link_local(plan: Plan) -> list[Interface]:
-    """The kernel asks for a pod's MAC address from a link-local address when it forwards to it."""
+    """The bridge's link-local address, from which the kernel asks for a pod's MAC address when it forwards to it."""
     return [link_local(plan.mac)] if 6 in plan.versions else []
 
 
@@ -191,13 +194,15 @@ async def _apply_settings(
     remembered: dict[str, str] = {}
     for noted in (await bridge.aliases(ipr)).values():
         remembered |= noted
+    # Noted before anything is changed, so that a crash loses no earlier value; and what was noted once counts more than
+    # the present value, which may be an agent's doing.
     await bridge.set_alias(ipr, index, sysctls.differing(wanted) | remembered)
     sysctls.apply(wanted)
     return wanted
 
 
 def with_choice(choices: NodeNetwork, configured: str, subnets: Sequence[Subnet]) -> NodeNetwork:
-    """The choices, with the IPv4 subnet that stands for the configured one."""
+    """The choices, with the IPv4 subnet that was taken in place of the configured one."""
     chosen = [str(s) for s in subnets if s.version == 4 and str(s) not in choices.pod_cidrs]
     if not chosen:
         return choices

@@ -1,4 +1,4 @@
-"""The agent's table of family bridge: a pod sends with the addresses that it was given, and as nobody's router.
+"""The agent's table of family bridge: a pod can send only from the addresses that it was given, and not as a router.
 
 ::
 
@@ -10,11 +10,11 @@
         chain from_pod     IPv4 and ARP by @ipv4, IPv6 by @ipv6 → chain ipv6; all else is dropped
         chain ipv6         no router advertisement and no redirect; neighbour advertisements for own addresses
 
-What is dropped here, the bridge has not learned from. A frame needs a few comparisons and one look-up, however many
-pods there are; frames of other bridges need one comparison. What is let pass, other tables may still drop.
+The bridge learns no address from a frame that is dropped here. A frame takes a few comparisons and one look-up, however
+many pods there are; frames of other bridges take one comparison. What passes here, other tables may still drop.
 
-A list of what may pass, not of what may not: frames with VLAN tags (of VLAN 0, too), LLC/SNAP headers and all other
-EtherTypes, in which the rest could hide from rules that look for it (CVE-2021-27853 and its siblings), are dropped.
+The rules list what may pass, not what may not: frames with VLAN tags (of VLAN 0, too), LLC/SNAP headers and all other
+EtherTypes, in which the rest could hide from rules that look for it (CVE-2021-27853 and the like), are dropped.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ _IPV6_KEY = (nft.IFNAME, nft.ETHER_ADDR, nft.IPV6_ADDR)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpoofFilter:
-    """link_prefix: with which the names of all ports of pods begin, and of nothing else."""
+    """The declaration of the table. link_prefix: begins the names of all ports of pods, and no others."""
 
     table: Table
     link_prefix: str
 
     def declare(self, elements: Sequence[Element]) -> list[Request]:
-        """The whole table anew with these elements, in place of what there is of it."""
+        """The requests that replace the table, whether it exists or not, by a new one with these elements."""
         return self.table.replace(
             [Set("ipv4", _IPV4_KEY), Set("ipv6", _IPV6_KEY)],
             [
@@ -86,7 +86,7 @@ class SpoofFilter:
         # The kernel looks for the upper-layer protocol behind extension headers; where it finds none, nothing matches.
         is_icmpv6 = nft.equal(nft.L4PROTO, _ICMPV6)
         yield nft.differs(nft.L4PROTO, _ICMPV6), nft.accept()
-        # The first fragment has the type; and nobody reassembles what is of neighbour discovery (RFC 6980).
+        # The first fragment has the type, and no host may reassemble neighbour discovery (RFC 6980, section 5).
         yield is_icmpv6, nft.has_bits(nft.FRAGMENT_OFFSET, _FRAGMENT_OFFSET_BITS), nft.accept()
         yield (
             is_icmpv6,
@@ -101,7 +101,7 @@ class SpoofFilter:
 
 
 def _is(name: str) -> bytes:
-    """By the bytes of the frame: a VLAN tag, which the kernel has taken out, counts as one."""
+    """A match of the EtherType in the frame: with a VLAN tag, which the kernel has taken out, it is the tag's."""
     return nft.equal(nft.ETHER_TYPE, _ETHER_TYPES[name])
 
 
@@ -110,7 +110,7 @@ def _sent_by(mac: Load, address: Load, name: str = "ipv4") -> bytes:
 
 
 def elements(lease: Lease) -> Iterator[Element]:
-    """What lets a pod send."""
+    """The elements that let a pod send from its addresses."""
     port_and_mac = nft.concatenation(nft.interface(lease.link), ipam.mac(lease))
     for address in ipam.with_link_local(lease):
         yield Element(f"ipv{address.version}", port_and_mac + address.packed)

@@ -1,4 +1,4 @@
-"""Traffic of pods, counted at the node's ends of their links."""
+"""The traffic of pods, counted at the node's ends of their links."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DEVICES = "/proc/self/net/dev"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InterfaceStats:
-    """As the pod sees its link: rx is what it received."""
+    """Counters of a link as the pod sees it: rx is what the pod received."""
 
     name: str
     rx_bytes: int
@@ -26,9 +26,9 @@ class InterfaceStats:
 
 
 def read_all(prefix: str) -> dict[str, InterfaceStats]:
-    """By the name of the node's end, of the links whose name begins with `prefix`.
+    """The counters of the links whose names begin with `prefix`, by the name of the node's end.
 
-    proc(5), /proc/net/dev: one file for all links, whose reading takes no lock, unlike rtnetlink's dumps.
+    /proc/net/dev (proc_pid_net(5)) is one file for all links; reading it takes no lock, unlike rtnetlink's dumps.
     """
     with open(_DEVICES) as file:
         return dict(parse(file, prefix))

@@ -1,7 +1,8 @@
 """A pod's link: a veth pair with one end on the bridge and the other, eth0, in the pod's network namespace.
 
-rtnetlink(7) messages by hand, for they are on the way of a pod's start. The pair is made from the node's side; the rest
-goes through a NETLINK_ROUTE socket that was opened inside the namespace, which this process never enters.
+Its rtnetlink(7) messages are packed here, because the start of each pod depends on their speed. The pair is made from
+the node's side; the rest uses a NETLINK_ROUTE socket that was opened inside the namespace, which this process never
+enters.
 """
 
 from __future__ import annotations
@@ -90,9 +91,10 @@ _RTMSG = struct.Struct("=8BI")
 def create(
     node: Connection, name: str, *, bridge: int, mtu: int, mac: bytes, netns_fd: int
 ) -> None:
-    """Make the pair `name` and, in the other namespace, eth0 with the address `mac`.
+    """Make the pair of `name` and, in the other namespace, eth0 with the address `mac`.
 
-    bridge: its index; `name` becomes a port of it, and is up. Raises `FileExistsError` where either name is taken.
+    bridge: its index; `name` becomes a port of it, and is set up. Raises `FileExistsError` where either name is taken;
+    then the requests behind the first have configured the link that has it.
     """
     peer = (
         _link(),
@@ -125,7 +127,7 @@ def plug_in(node: Connection, name: str, *, bridge: int) -> None:
 
 
 def _configure_port(name: str) -> tuple[Request, Request]:
-    """What a port has: the node hears a pod by the bridge only, never by the port itself.
+    """The requests that configure a port: the node hears a pod by the bridge only, never by the port itself.
 
     - hairpin mode: a pod reaches its own published port through the port it came from when bridged packets are
       translated (br_netfilter);
@@ -163,7 +165,7 @@ def _configure_port(name: str) -> tuple[Request, Request]:
 
 
 def delete(node: Connection, name: str) -> None:
-    """Delete a pair. The kernel waits a grace period (16 to 20 ms) meanwhile. Raises `OSError` (ENODEV)."""
+    """Delete a pair, for which the kernel waits an RCU grace period (16 to 20 ms). Raises `OSError` (ENODEV)."""
     request = Request(f"link {name}: delete", _RTM_DELLINK, 0, _link() + text(_IFLA_IFNAME, name))
     node.perform(request)
 
@@ -172,7 +174,7 @@ def delete(node: Connection, name: str) -> None:
 
 
 def configure(pod: Connection, addresses: Sequence[Interface], gateways: Sequence[Address]) -> None:
-    """Set lo and eth0 up, give eth0 its addresses and the default routes. Repeating it changes nothing."""
+    """Set lo and eth0 up, and give eth0 its addresses and default routes. Repeating it changes nothing."""
     index = _index(pod)
     pod.perform(
         _set_up("lo", _LOOPBACK_INDEX),
@@ -224,7 +226,10 @@ def _link(*, index: int = 0, flags: int = 0) -> bytes:
 
 @functools.cache
 def _without_link_local() -> tuple[bytes, ...]:
-    """No IPv6 address by itself, hence no duplicate address detection; before the link is up."""
+    """The attribute, set before the link is up, by which the kernel gives it no IPv6 address of its own.
+
+    So there is no duplicate address detection, during which an address cannot be used (RFC 4862, 5.4).
+    """
     if not os.path.exists("/proc/sys/net/ipv6"):
-        return ()  # a kernel without IPv6 refuses to hear of it
+        return ()  # a kernel without IPv6 refuses the attribute
     return (nested(socket.AF_INET6, u8(_IFLA_INET6_ADDR_GEN_MODE, _IN6_ADDR_GEN_MODE_NONE)),)

@@ -129,4 +129,4 @@ def test_an_address_of_another_family_is_passed_over(
     held = ports.reserve("a", [mapping(80, "::"), mapping(80, "0.0.0.0")], (4,))
     assert [port.host_ip for port in held] == ["0.0.0.0"]
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said == "port mapping tcp 80 of host_ip ::: passed over, as the pod has no IPv6 address"
+    assert said == "port mapping tcp 80 of host_ip ::: ignored, as the pod has no IPv6 address"
