@@ -1,6 +1,6 @@
-"""The control files of one group: where they are, reading them, and writing several of them or none.
+"""The control files of one group: their paths, reading them, and writing several of them or none.
 
-The files of a group lie in one directory on v2 and in one per hierarchy on v1; here they are known by name alone.
+The files of a group are in one directory on v2 and in one per hierarchy on v1; here they are known by name alone.
 """
 
 import errno
@@ -17,12 +17,12 @@ from nodeagent.errors import (
 )
 
 Setting = tuple[str, str]
-"""Name of a control file, and what is written to it."""
+"""The name of a control file, and what is written to it."""
 
 _CHUNK = 16384
 _ABSENT = -1
 
-# Files with a line for each device: what makes a line go away again.
+# Files with a line for each device: the values that remove a line.
 _LINE_RESET = {
     "io.max": "rbps=max wbps=max riops=max wiops=max",
     "io.weight": "default",
@@ -43,14 +43,14 @@ _ERRORS: dict[int, type[NodeAgentError]] = {
 
 
 class ControlFiles:
-    """`directories` gives the directory of each controller; "" is the one of all files without."""
+    """The control files of one group. directories: by controller; "" is the one of all other files."""
 
     def __init__(self, directories: Mapping[str, str]) -> None:
         self._directories = directories
         self._kept: dict[str, int] = {}
 
     def path(self, name: str) -> str | None:
-        """Where the file `name` is, if it exists; None without its controller."""
+        """The path that the file `name` has or would have; None without its controller."""
         controller = name.partition(".")[0]
         directory = self._directories.get(controller) or self._directories.get("")
         return None if directory is None else f"{directory}/{name}"
@@ -60,7 +60,7 @@ class ControlFiles:
         return path is not None and os.path.exists(path)
 
     def read(self, name: str, absent: str = "") -> str:
-        """The whole text without its last line end, or `absent` where there is no such file.
+        """Read the whole text without its last line end, or return `absent` where there is no such file.
 
         Raises NotFound where the group has gone.
         """
@@ -77,13 +77,14 @@ class ControlFiles:
             return absent
 
     def sample(self, name: str) -> bytes | None:
-        """The text now, through a descriptor that is kept; None where the file cannot be read."""
+        """Read the present text through a descriptor that is kept; None where the file cannot be read."""
         try:
             file = self._kept.get(name)
             if file is None:
                 file = self._kept[name] = self._open(name)
             if file == _ABSENT:
                 return None
+            # At offset 0 the kernel renders the text again (fs/seq_file.c, seq_read_iter).
             data = os.pread(file, _CHUNK, 0)
             return data if len(data) < _CHUNK else data + _rest(file)
         except OSError:
@@ -97,9 +98,9 @@ class ControlFiles:
             return _ABSENT
 
     def write(self, settings: Sequence[Setting]) -> None:
-        """Write all of `settings`, in order; where one fails, those before it are set back.
+        """Write all of `settings`, in order; where one fails, the earlier ones are set back.
 
-        Raises the class of `_ERRORS` that tells the kernel's reason, with file and value.
+        Raises the class of `_ERRORS` for the kernel's reason, with file and value in the text.
         """
         undo: list[Setting] = []
         for name, value in settings:
@@ -111,7 +112,7 @@ class ControlFiles:
                 raise failure from error
 
     def _replace(self, name: str, value: str) -> Setting:
-        """Write, and return what sets the file back."""
+        """Write, and return the setting that restores the file."""
         path = self.path(name)
         if path is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
@@ -124,6 +125,7 @@ class ControlFiles:
         return name, reverse(name, value, old)
 
     def _restore(self, undo: Sequence[Setting], failure: NodeAgentError) -> None:
+        # Backwards, as the order was chosen so that each step is valid: see `v1._memory`.
         for name, value in reversed(undo):
             try:
                 self._replace(name, value)
@@ -151,7 +153,7 @@ class ControlFiles:
 
 def _require_group(directory: str) -> None:
     if not os.path.isdir(directory):
-        raise NotFound(f"cgroup {directory}: has gone")
+        raise NotFound(f"cgroup {directory}: has been removed")
 
 
 def _rest(file: int) -> bytes:
@@ -162,9 +164,9 @@ def _rest(file: int) -> bytes:
 
 
 def reverse(name: str, value: str, old: str) -> str:
-    """What undoes the writing of `value` to the file `name` that held `old`; to write nothing would change nothing."""
+    """The value that undoes the writing of `value` to the file `name`, which held `old`."""
     if name not in _LINE_RESET:
-        return old.strip() or "\n"
+        return old.strip() or "\n"  # a write of no bytes would change nothing
     key = value.split(maxsplit=1)[0]
     if key.isdigit():
         key = "default"

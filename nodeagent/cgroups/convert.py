@@ -1,4 +1,4 @@
-"""Conversions between the CRI's units, which are those of cgroup v1, and those of cgroup v2. Pure functions.
+"""Conversions between the CRI's units, which are those of cgroup v1, and those of cgroup v2: pure functions.
 
 A limit of -1 is no limit, as in the CRI.
 """
@@ -15,7 +15,7 @@ _V1_NO_LIMIT = 1 << 62
 
 
 def shares_to_weight(shares: int) -> int:
-    """cpu.weight for cpu.shares, so that 2, 1024 and 262144 become 1, 100 and 10000.
+    """The cpu.weight for cpu.shares: 2, 1024 and 262144 become 1, 100 and 10000.
 
     The curve of opencontainers/cgroups 0.0.5 and crun 1.23: with l = log2(shares) the weight is the
     ceiling of 10 to the power of (l² + 125 l) / 612 - 7 / 34.
@@ -37,13 +37,13 @@ def weight_to_shares(weight: int) -> int:
 
 
 def cpu_max(quota_usec: int, period_usec: int) -> str:
-    """The line of cpu.max."""
+    """The line to write to cpu.max."""
     quota = "max" if quota_usec == UNLIMITED else str(quota_usec)
     return f"{quota} {period_usec}"
 
 
 def parse_cpu_max(text: str) -> tuple[int, int]:
-    """Quota and period of a cpu.max."""
+    """The quota and period in a line of cpu.max."""
     quota, period = text.split()
     return parse_max(quota), int(period)
 
@@ -59,7 +59,7 @@ def parse_max(text: str | bytes) -> int:
 
 
 def parse_v1_limit(text: str | bytes) -> int:
-    """A limit of a v1 counter; memory and hugetlb show "none" as an enormous number of bytes."""
+    """The limit in a v1 counter; memory and hugetlb show no limit as an enormous number of bytes."""
     if text.strip() in ("max", b"max"):
         return UNLIMITED
     limit = int(text)
@@ -67,7 +67,7 @@ def parse_v1_limit(text: str | bytes) -> int:
 
 
 def swap_max(memory_and_swap: int, memory: int) -> int:
-    """memory.swap.max, which is swap alone, for a v1 limit of memory and swap together.
+    """The memory.swap.max, which is swap alone, for a v1 limit of memory and swap together.
 
     Raises `ValueError` where the two do not fit.
     """

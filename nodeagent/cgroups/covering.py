@@ -1,7 +1,7 @@
-"""Whether a path still leads to the cgroup hierarchy that was found there, or another mount covers it.
+"""Detection of a mount that covers the cgroup hierarchy which was found at a path.
 
-A pod can mount over /sys/fs/cgroup, or over what is above it, where a volume shares its mounts with the node: groups
-that are made and limited then are not those of the node.
+A pod can mount over /sys/fs/cgroup, or over a directory above it, where a volume shares its mounts with the node: the
+groups that are made and limited then are not those of the node.
 """
 
 import errno
@@ -18,7 +18,7 @@ Identity = tuple[int, int]
 
 
 class Watched:
-    """The root of a hierarchy, by device and inode; found in the table of mounts where those are not known yet."""
+    """The root of a hierarchy, known by device and inode once it was found in the table of mounts."""
 
     def __init__(self, hierarchy: Hierarchy) -> None:
         self.mount = hierarchy.mount
@@ -26,7 +26,10 @@ class Watched:
         self.is_covered()
 
     def is_covered(self) -> bool:
-        """One stat(2) while all is well. Blocks where what covers it does. Raises OSError where it cannot be told."""
+        """Whether the hierarchy is covered: one stat(2) while it is not.
+
+        Blocks where the covering file system does. Raises OSError where the answer cannot be found.
+        """
         try:
             visible = os.open(self.mount, _FLAGS)
         except OSError as error:
@@ -47,9 +50,9 @@ class Watched:
 
 
 def _shows_the_lowest(visible: int, path: str) -> bool:
-    """Whether a mount shows the same as the first cgroup mount at a path, be it that one or a copy of it.
+    """Whether a mount shows the same as the first cgroup mount at a path, as that one itself or a copy of it does.
 
-    Those that cover it come after it, and are of something else, or of a group below (proc_pid_mountinfo(5)).
+    Mounts that cover it come after it, and have another device or a group below as root (proc_pid_mountinfo(5)).
     """
     lowest = shown = None
     for mount in mountinfo.parse(mountinfo.table()):

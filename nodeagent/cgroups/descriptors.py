@@ -1,4 +1,4 @@
-"""Descriptors through which another process joins a group or watches over it, without knowing its path."""
+"""Descriptors by which another process joins a group or watches it, without knowing its path."""
 
 import os
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from nodeagent.errors import NotFound
 
 @dataclass(frozen=True, slots=True)
 class WatchFds:
-    """The descriptors belong to the holder.
+    """Descriptors to watch a group with, owned by the holder.
 
     oom: a file with a line ``oom_kill N``, None without the memory controller. procs: a list of pids, on v2 without
-    those of execs. kill: kills everything by a "1", None where there is no cgroup2.
+    those of execs. kill: a "1" written to it kills all processes; None without cgroup2.
     """
 
     oom: int | None

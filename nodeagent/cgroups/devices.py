@@ -1,7 +1,7 @@
-"""Which device nodes a group may use: rules, and on v2 the BPF program that enforces them.
+"""Access of groups to device nodes: rules, and on v2 the BPF program that enforces them.
 
-Only permissions are given; what no rule names is refused. A program of ours is attached beside those of the groups
-above (BPF_F_ALLOW_MULTI): an access needs the consent of all of them.
+Rules only permit; what no rule names is refused. The agent's program is attached beside those of the groups above
+(BPF_F_ALLOW_MULTI): an access needs the consent of all of them.
 """
 
 import os
@@ -19,7 +19,7 @@ _TYPES = {"b": 1, "c": 2}  # BPF_DEVCG_DEV_*
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Allows `access`, letters of "rwm" (read, write, mknod), to nodes of the type; None stands for any number."""
+    """A permission: `access`, letters of "rwm" (read, write, mknod), to nodes of a type. None is any number."""
 
     type: Literal["b", "c"]
     major: int | None
@@ -31,13 +31,13 @@ class Rule:
             raise InvalidArgument(f"device rule: {self.type} {self.access} is not b or c with rwm")
 
     def __str__(self) -> str:
-        """As devices.allow of cgroup v1 wants it."""
+        """The rule in the form of cgroup v1's devices.allow."""
         major = "*" if self.major is None else self.major
         minor = "*" if self.minor is None else self.minor
         return f"{self.type} {major}:{minor} {self.access}"
 
 
-# Any node may be made, these may be used. /dev/console of a container is a pty (136), never the node's 5:1.
+# Any node may be made (m), these may be used. /dev/console of a container is a pty (136), never the node's 5:1.
 DEFAULT_RULES = (
     Rule("c", None, None, "m"),
     Rule("b", None, None, "m"),
@@ -65,7 +65,7 @@ _EXIT = 0x95
 
 
 def program(rules: Sequence[Rule]) -> bytes:
-    """Instructions (struct bpf_insn) that allow what one of `rules` allows."""
+    """The instructions (struct bpf_insn) that allow what one of `rules` allows."""
     code = b"".join(
         (
             _instruction(_LDX_W, _TYPE, _R1, 0, 0),
@@ -82,7 +82,7 @@ def program(rules: Sequence[Rule]) -> bytes:
 
 
 def _allow(rule: Rule) -> bytes:
-    """Return 1 if every test holds; a test that fails jumps to what follows."""
+    """The instructions of one rule: return 1 if every test holds, else jump behind them."""
     tests = list(_tests(rule))
     length = sum(len(before) for before, *_ in tests) // 8 + len(tests)
     code, position = b"", 0
@@ -94,7 +94,7 @@ def _allow(rule: Rule) -> bytes:
 
 
 def _tests(rule: Rule) -> Iterator[tuple[bytes, int, int, int, int]]:
-    """Preparing instructions, and the jump (opcode, register, source, value) away from a rule that does not fit."""
+    """The tests of a rule: preparing instructions, and the jump away (opcode, register, source, value)."""
     yield b"", _JNE_K, _TYPE, 0, _TYPES[rule.type]
     access = sum(_ACCESS_BITS[letter] for letter in set(rule.access))
     if access != sum(_ACCESS_BITS.values()):
@@ -115,7 +115,7 @@ def _instruction(
 
 
 def attach(cgroup: int, code: bytes | None) -> None:
-    """Make `code` the only device program of the cgroup v2 directory `cgroup`; None takes away what is there.
+    """Make `code` the only device program of the cgroup v2 directory `cgroup`; None detaches all programs.
 
     An existing program is replaced in one step, so that no access slips through in between.
     """
@@ -131,7 +131,7 @@ def attach(cgroup: int, code: bytes | None) -> None:
 
 
 def _attached(cgroup: int) -> list[int]:
-    """Descriptors of the programs that the group has already."""
+    """Descriptors of the programs that are attached to the group."""
     try:
         return [bpf.prog_get_fd_by_id(number) for number in bpf.prog_query(cgroup)]
     except OSError as error:

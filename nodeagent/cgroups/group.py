@@ -1,4 +1,4 @@
-"""One cgroup: its limits, its processes, what it uses. The same object for cgroup v1, hybrid and v2."""
+"""One cgroup: its limits, its processes and its usage. The same object serves cgroup v1, hybrid and v2."""
 
 import os
 import threading
@@ -32,7 +32,7 @@ _T = TypeVar("_T")
 
 
 class Version(Protocol):
-    """What the modules `v1` and `v2` have in common."""
+    """The functions that the modules `v1` and `v2` have in common."""
 
     OOM_EVENTS: str
 
@@ -49,7 +49,7 @@ class Version(Protocol):
 
 
 class Cgroup:
-    """The group `path`, in all hierarchies of the machine.
+    """The group at `path`, in all hierarchies of the machine.
 
     Methods block for less than a millisecond, but for `remove`, and for `apply` where memory has to be reclaimed.
     `stats` keeps about 20 files open until `close`.
@@ -79,7 +79,7 @@ class Cgroup:
     # --- limits ---
 
     def apply(self, resources: Resources) -> None:
-        """Put `resources` in force; when this fails, the limits are those from before. What is not set stays as it is.
+        """Put `resources` in force; on failure the earlier limits stay. What is not set is not changed.
 
         Raises InvalidArgument for nonsense, FailedPrecondition for what the present use forbids (a memory limit
         below it), Unsupported for what this kernel lacks (not where no limit is asked for), NotFound without the group.
@@ -89,7 +89,7 @@ class Cgroup:
         self._version.apply(self._files, resources, now)
 
     def set_devices(self, rules: Sequence[Rule] | None) -> None:
-        """Allow the use of devices by `rules` alone; None allows all that the groups above allow.
+        """Allow only the devices of `rules`; None allows all that the groups above allow.
 
         On v2 a container's rules are those of the group above its own: see `paths.fence`.
         """
@@ -104,10 +104,10 @@ class Cgroup:
     # --- processes ---
 
     def join_fds(self) -> list[int]:
-        """How a process gets in: open files, which the caller closes. Raises NotFound.
+        """Open the files by which a process joins the group; the caller closes them. Raises NotFound.
 
         On cgroup2 a directory comes first, for CLONE_INTO_CGROUP. The others are `tasks` files of v1 hierarchies: the
-        process writes "0" to each while it has a single thread. (To `tasks`, with 0, a move takes no system-wide lock;
+        process writes "0" to each while it has a single thread. (A "0" written to `tasks` takes no system-wide lock;
         `cgroup.procs` does, and waits for an RCU grace period.) A hybrid has both.
         """
         return descriptors.join_fds(
@@ -115,8 +115,10 @@ class Cgroup:
         )
 
     def watch_fds(self) -> WatchFds:
-        """Raises NotFound."""
-        last = self._own[-1].directory(self.path)  # in the first of several, execs are apart
+        """Open the files by which a supervisor watches the group. Raises NotFound."""
+        last = self._own[-1].directory(
+            self.path
+        )  # in the first of several, execs have groups of their own
         unified = self._layout.unified
         kill = f"{unified.directory(self.path)}/cgroup.kill" if unified else None
         events = self._version.OOM_EVENTS
@@ -131,7 +133,7 @@ class Cgroup:
             return fds
 
     def processes(self) -> list[int]:
-        """Of the group and of those below it, as far as this PID namespace sees them."""
+        """The pids in the group and in those below it, as far as this PID namespace sees them."""
         return self._tracker.processes()
 
     def populated(self) -> bool:
@@ -143,12 +145,12 @@ class Cgroup:
         self._tracker.kill()
 
     def thaw(self) -> None:
-        """Let all run on, also those that were frozen by somebody else, in v1's freezer of a hybrid included."""
+        """Thaw all processes, whoever froze them; in a hybrid, those in v1's freezer as well."""
         self._require_own()
         self._tracker.thaw()
 
     def child(self, name: str) -> "Cgroup":
-        """Make a group for one exec, which can be told apart and killed alone.
+        """Make a group for one exec, whose processes can then be killed alone.
 
         Raises AlreadyExists, and NotFound without this group.
         """
@@ -157,8 +159,9 @@ class Cgroup:
         return child
 
     def discard(self, child: "Cgroup") -> None:
-        """Remove the group of an exec that has ended. One with processes, which it left or which are still dying, goes
-        with a later one, or with this group.
+        """Remove the group of an exec that has ended.
+
+        Where processes are left in it, or still dying, it is removed with a later one, or with this group.
         """
         with self._leaving:
             self._left = [group for group in (*self._left, child) if not _removed(group)]
@@ -166,7 +169,7 @@ class Cgroup:
     # --- accounting ---
 
     def stats(self) -> CgroupStats:
-        """Raises NotFound; what a single controller cannot tell is missing, and fails nothing else."""
+        """Read the usage. What a single controller cannot tell is missing, and fails nothing else. Raises NotFound."""
         with self._lock:
             cpu = _part(None, self._version.cpu, self._files)
             if cpu is None and not self.exists():
@@ -194,12 +197,14 @@ class Cgroup:
     # --- life ---
 
     def make(self, resources: Resources) -> None:
-        """Make it in every hierarchy and with its limits, or not at all. Raises AlreadyExists, and as `apply`."""
+        """Make the group in every hierarchy, with its limits, or nothing. Raises AlreadyExists, and as `apply`."""
         limits.check(resources)
         with ExitStack() as undo:
             for hierarchy in self._own:
+                # Undone in reverse: the group first, then the parents, which `tree.make` may leave behind by itself.
                 undo.callback(tree.remove_empty_parents, hierarchy.mount, self.path)
                 tree.make(hierarchy.mount, self.path)
+                # The deadline has passed by then: a group that was just made has no processes to wait for.
                 undo.callback(
                     tree.remove, hierarchy.mount, self.path, self._fence, time.monotonic()
                 )
@@ -214,7 +219,7 @@ class Cgroup:
             undo.pop_all()
 
     def remove(self, timeout_s: float = _REMOVE_TIMEOUT_S) -> None:
-        """Remove the group, those below it, and parents that were made for it and are empty. May be repeated.
+        """Remove the group, those below it, and empty parents that were made for it. May be repeated.
 
         Kills nothing; waits up to `timeout_s` for processes that are ending. Raises FailedPrecondition where some stay,
         and for a group that this agent did not make.
@@ -232,9 +237,9 @@ class Cgroup:
 
 
 class ExecGroup(Cgroup):
-    """The processes of one exec: in a group of their own in the first hierarchy, in the container's in all others.
+    """The group of one exec: one of its own in the first hierarchy, the container's in all others.
 
-    Limits and accounting are the container's; here there are none.
+    Limits and accounting are the container's; this group has none.
     """
 
     def __init__(self, layout: Layout, container: str, name: str) -> None:
@@ -247,7 +252,10 @@ class ExecGroup(Cgroup):
             self._files = ControlFiles({})
 
     def make(self, resources: Resources = limits.NOTHING) -> None:
-        """No controller is enabled for it: on v2 the container's own processes forbid that."""
+        """Make the group without controllers: on v2 the container's processes forbid them.
+
+        A group with processes cannot pass controllers on (cgroup-v2.rst, "No Internal Process Constraint").
+        """
         tree.make_in(self._tracking.mount, self.path)
 
     def join_fds(self) -> list[int]:
@@ -272,14 +280,14 @@ def _tracker(layout: Layout, path: str) -> Tracker:
 
 
 def _directories(layout: Layout, path: str) -> dict[str, str]:
-    """Where the files of each controller are; "" is for all of them."""
+    """The directory of each controller's files; "" is for all of them."""
     if layout.unified and not layout.legacy:
         return {"": layout.unified.directory(path)}
     return {name: h.directory(path) for h in layout.legacy for name in h.controllers}
 
 
 def _part(missing: _T, read: Callable[..., _T], *arguments: object) -> _T:
-    """A part of the statistics, or `missing` where the kernel's text is not as expected."""
+    """Read a part of the statistics; `missing` where the kernel's text is not as expected."""
     try:
         return read(*arguments)
     except (ValueError, KeyError):

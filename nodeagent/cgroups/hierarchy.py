@@ -1,4 +1,4 @@
-"""Which cgroup hierarchies are mounted, and what each of them controls (cgroups(7)).
+"""The mounted cgroup hierarchies, and what each of them controls (cgroups(7)).
 
 Three forms exist: "v2" has one tree for everything; "v1" has a tree per controller, or set of controllers, and a named
 one that controls nothing; "hybrid" is v1 with an additional cgroup2 that only keeps track of processes.
@@ -26,9 +26,9 @@ _CGROUP2_FLAGS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class ContainerMount:
-    """A mount that shows a container its own groups, inside a cgroup namespace.
+    """A mount by which a container sees its own groups, inside a cgroup namespace.
 
-    name: directory below the container's /sys/fs/cgroup, "" for that directory itself; `links` point to it.
+    name: a directory below the container's /sys/fs/cgroup, "" for that directory itself; `links` point to it.
     """
 
     name: str
@@ -39,7 +39,7 @@ class ContainerMount:
 
 @dataclass(frozen=True, slots=True)
 class Hierarchy:
-    """One tree, at the mount point `mount`. `options`: the data that mounts the same tree again."""
+    """One tree, mounted at `mount`. options: the mount data that give the same tree again."""
 
     mount: str
     controllers: frozenset[str]
@@ -73,20 +73,20 @@ class Layout:
 
     @cached_property
     def hierarchies(self) -> tuple[Hierarchy, ...]:
-        """All of them; the first is the one that tells which processes a group has."""
+        """All hierarchies; the first is the one that tells which processes a group has."""
         if self.unified:
             return (self.unified, *self.legacy)
         return tuple(sorted(self.legacy, key=lambda h: "freezer" not in h.controllers))
 
     @cached_property
     def controllers(self) -> frozenset[str]:
-        """What limits and accounts; the cgroup2 of a hybrid does neither."""
+        """The controllers that limit and account; the cgroup2 of a hybrid does neither."""
         if self.unified and not self.legacy:
             return self.unified.controllers
         return frozenset().union(*(h.controllers for h in self.legacy))
 
     def mounts(self) -> tuple[ContainerMount, ...]:
-        """On v2 the one tree; otherwise the v1 trees, each in a directory of a tmpfs."""
+        """The mounts for a container: on v2 the one tree, else the v1 trees, each in a directory of a tmpfs."""
         if self.unified and not self.legacy:
             return (ContainerMount("", "cgroup2", self.unified.options),)
         return tuple(h.container_mount() for h in self.legacy)

@@ -18,7 +18,7 @@ _MIN_QUOTA_USEC = 1_000
 
 NOTHING = Resources()
 
-# What a group has that was just made, as far as it matters for what is written to it.
+# The limits of a group that was just made, as far as they matter for what is written to it.
 NEW = Resources(
     cpu_period_usec=100_000,
     cpu_quota_usec=UNLIMITED,

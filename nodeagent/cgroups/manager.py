@@ -1,4 +1,4 @@
-"""The cgroups of a machine: where containers' groups are, making them, finding them again."""
+"""The cgroups of a machine: the paths of containers' groups, making them, finding them again."""
 
 import os
 from typing import Literal, Protocol
@@ -17,7 +17,7 @@ HUGEPAGES = "/sys/kernel/mm/hugepages"
 
 
 class Names(Protocol):
-    """What the modules `paths` (for cgroupfs) and `systemd` have in common."""
+    """The functions that the modules `paths` (for cgroupfs) and `systemd` have in common."""
 
     def parent(self, path: str) -> str: ...
     def container(self, parent: str, container_id: str) -> str: ...
@@ -25,7 +25,7 @@ class Names(Protocol):
 
 
 class Cgroups:
-    """`default_parent`: of pods that come without one; `layout`: as `hierarchy.detect` finds it."""
+    """The cgroups of a machine. default_parent: of pods without one; layout: as `hierarchy.detect` finds it."""
 
     def __init__(self, layout: Layout, *, driver: Driver, default_parent: str) -> None:
         self.driver: Driver = driver
@@ -45,13 +45,13 @@ class Cgroups:
         default_parent: str,
         root: str = "/sys/fs/cgroup",
     ) -> "Cgroups":
-        """With "auto", the driver is systemd where that is the init of a machine with cgroup v2.
+        """Find the hierarchies at `root`; "auto" is the systemd driver on cgroup v2 where systemd is init.
 
         Raises Unsupported where no cgroup hierarchy is mounted at `root`.
         """
         layout = hierarchy.detect(root, mountinfo.parse(mountinfo.table()))
         if not layout.hierarchies:
-            raise Unsupported(f"{root}: no cgroup hierarchy is mounted there")
+            raise Unsupported(f"{root}: no cgroup hierarchy is mounted there; mount cgroup2")
         if driver == "auto":
             driver = "systemd" if layout.kind == "v2" and systemd.manages_node() else "cgroupfs"
         return cls(layout, driver=driver, default_parent=default_parent)
@@ -62,7 +62,7 @@ class Cgroups:
 
     @property
     def controllers(self) -> frozenset[str]:
-        """By their kernel names: io is blkio on v1, and cpuacct and devices are controllers of v1 alone."""
+        """The controllers by their kernel names: io is blkio on v1, and only v1 has cpuacct and devices."""
         return self._layout.controllers
 
     def covered(self) -> str:
@@ -70,17 +70,17 @@ class Cgroups:
         return next((root.mount for root in self._watched if root.is_covered()), "")
 
     def mounts(self) -> tuple[ContainerMount, ...]:
-        """What shows a container its own groups."""
+        """The mounts by which a container sees its own groups."""
         return self._layout.mounts()
 
     @property
     def delegates(self) -> bool:
-        """Whether a group that is the root of a namespace bounds whoever manages what is below it (nsdelegate)."""
+        """Whether the root group of a cgroup namespace bounds whoever manages the groups below it (nsdelegate)."""
         unified = self._layout.unified
         return self._layout.kind == "v2" and unified is not None and unified.delegates
 
     def parent_path(self, parent: str) -> str:
-        """The whole path of a parent that a caller names. Raises InvalidArgument for one that cannot be."""
+        """The whole path of a parent that a caller names. Raises InvalidArgument for a malformed one."""
         return self._names.parent(parent)
 
     def container_path(self, parent: str, container_id: str) -> str:
@@ -92,7 +92,7 @@ class Cgroups:
         return path if self._layout.legacy else f"{path}/{paths.INNER}"
 
     def pod_path(self, pod_id: str) -> str:
-        """The parent for containers of a pod that comes without one; made with the first of them."""
+        """The parent for containers of a pod without one; it is made with the first of them."""
         return self._names.pod(self.default_parent, pod_id)
 
     def create(self, path: str, resources: Resources = limits.NOTHING) -> Cgroup:
@@ -105,18 +105,18 @@ class Cgroups:
         return group
 
     def open_existing(self, path: str) -> Cgroup:
-        """A group that is there, whoever made it; limits and accounting can be used in any case. Raises NotFound."""
+        """Open a group whoever made it; limits and accounting can be used in any case. Raises NotFound."""
         group = self._group(path)
         if not group.exists():
             raise NotFound(f'cgroup "{path}": does not exist')
         return group
 
     def remove(self, path: str) -> None:
-        """Remove what others have left of a group, and its parents that were made for it and are empty."""
+        """Remove what is left of a group, and the empty parents that were made for it."""
         self._group(path).remove()
 
     def instance_group(self) -> Cgroup:
-        """The group for processes of the agent itself, in the default parent: made, or found again.
+        """Make or find again the group for processes of the agent itself, in the default parent.
 
         Raises FailedPrecondition for one that others made.
         """
@@ -128,7 +128,7 @@ class Cgroups:
         return group
 
     def remove_instance(self) -> None:
-        """Remove the agent's own group, and the default parent if nothing else is in it. As `Cgroup.remove`."""
+        """Remove the agent's own group, and the default parent if nothing else is in it. Raises as `Cgroup.remove`."""
         self._group(self._instance_path).remove()
 
     @property
@@ -140,7 +140,7 @@ class Cgroups:
 
 
 def _page_sizes() -> tuple[str, ...]:
-    """Sizes of huge pages as the hugetlb controller names them; the directories are named hugepages-2048kB."""
+    """The sizes of huge pages as the hugetlb controller names them; the directories are named hugepages-2048kB."""
     try:
         names = os.listdir(HUGEPAGES)
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""Formats of cgroup control files (Documentation/admin-guide/cgroup-v2.rst, "Interface Files").
+"""Parsers of cgroup control files (Documentation/admin-guide/cgroup-v2.rst, "Interface Files").
 
-Text in, values out. A text that has not the expected form raises `ValueError`.
+Text in, values out. A text of another form raises `ValueError`.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class PressureLine(NamedTuple):
 
 
 class Pressure(NamedTuple):
-    """Time in which some, or all, of the tasks waited (Documentation/accounting/psi.rst)."""
+    """The time for which some, or all, of the tasks waited (Documentation/accounting/psi.rst)."""
 
     some: PressureLine
     full: PressureLine
@@ -68,7 +68,7 @@ def device_number(text: bytes) -> tuple[int, int]:
 
 
 def pressure(data: bytes) -> Pressure:
-    """A PSI file. Before Linux 5.13 cpu.pressure had no line ``full``."""
+    """The values of a PSI file. Before Linux 5.13 cpu.pressure had no line ``full``."""
     words = data.replace(b"=", b" ").split()
     full = _pressure_line(b"full", words[9:]) if len(words) > 9 else NO_PRESSURE
     return Pressure(_pressure_line(b"some", words[:9]), full)

@@ -1,4 +1,4 @@
-"""Names of groups: which paths a caller may give, and where a container's own group is.
+"""Paths of groups: those that a caller may give, and that of a container's own group.
 
 A path begins with "/" at the mount point of its hierarchy, under both drivers.
 """
@@ -9,14 +9,14 @@ import re
 from nodeagent.errors import InvalidArgument
 
 INNER = "container"
-"""The group of a container on cgroup v2, below one that only it has, and that it does not see."""
+"""The name of a container's group on cgroup v2; it is below a group of the container's own that it does not see."""
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
 _MAX_NAME = 255
 
 
 def check(path: str) -> str:
-    """`path` without a last "/". Raises InvalidArgument for one that is not absolute and clean, and for the root."""
+    """Return `path` without a final "/". Raises InvalidArgument unless it is absolute, clean and not the root."""
     names = path.rstrip("/").split("/")
     if names[0] or len(names) < 2:
         raise InvalidArgument(f'cgroup "{path}": not an absolute path below the root')
@@ -27,14 +27,14 @@ def check(path: str) -> str:
 
 
 def check_name(name: str) -> str:
-    """A last part that the agent chooses."""
+    """Check the last part of a path, which the agent chooses."""
     if not _NAME.fullmatch(name) or len(name) > _MAX_NAME:
         raise InvalidArgument(f'cgroup: "{name}" cannot be a name')
     return name
 
 
 def parent(path: str) -> str:
-    """A parent that a caller names, under the cgroupfs driver."""
+    """The path of a parent that a caller names, under the cgroupfs driver."""
     return check(path)
 
 
@@ -44,10 +44,10 @@ def container(parent: str, container_id: str) -> str:
 
 
 def fence(path: str) -> str:
-    """The group whose device rules hold for the container with the group `path`: the one above it, if that is its own.
+    """The group with the device rules of the container in group `path`: the one above it, if that is its own.
 
-    Whoever has SYS_ADMIN or BPF can detach device programs from any group that he can open, and to a container its own
-    is the root of all groups.
+    A process with SYS_ADMIN or BPF can detach device programs from any group that it can open; of a container, that is
+    its own group and those below.
     """
     above, name = os.path.split(path)
     return above if name == INNER else path

@@ -1,4 +1,4 @@
-"""What a group uses: records that both cgroup versions fill. Times and counts begin when the group was made."""
+"""The usage of a group: records that both cgroup versions fill. Times and counts begin when the group was made."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from nodeagent.cgroups.parse import Pressure
 
 @dataclass(frozen=True, slots=True)
 class CpuStats:
-    """`periods` of the bandwidth limit, how many of them were throttled, and for how long in all."""
+    """CPU time, and the periods of the bandwidth limit: how many were throttled, and for how long in all."""
 
     usage_ns: int
     user_ns: int
@@ -19,9 +19,9 @@ class CpuStats:
 
 @dataclass(frozen=True, slots=True)
 class MemoryStats:
-    """Without limit, `limit_bytes` and `swap_limit_bytes` are None.
+    """Memory and swap; `limit_bytes` and `swap_limit_bytes` are None without a limit.
 
-    failures: how often the limit was hit. oom_kills: processes of this very group that the OOM killer ended.
+    failures: how often the limit was hit. oom_kills: processes of this very group that the OOM killer killed.
     """
 
     usage_bytes: int
@@ -42,7 +42,7 @@ class MemoryStats:
 
     @property
     def working_set_bytes(self) -> int:
-        """What cannot be taken back without harm, as the kubelet's eviction defines it."""
+        """Usage without inactive page cache, as the kubelet's eviction defines it."""
         return max(0, self.usage_bytes - self.inactive_file_bytes)
 
     @property
@@ -54,7 +54,7 @@ class MemoryStats:
 
 @dataclass(frozen=True, slots=True)
 class IoStats:
-    """Of one block device, by its major and minor number."""
+    """I/O of one block device, known by its major and minor number."""
 
     device: tuple[int, int]
     read_bytes: int
@@ -65,7 +65,7 @@ class IoStats:
 
 @dataclass(frozen=True, slots=True)
 class PidsStats:
-    """Tasks, that is processes and threads; `limit` is None without one."""
+    """The number of tasks, which are processes and threads; `limit` is None without one."""
 
     current: int
     limit: int | None
@@ -73,7 +73,7 @@ class PidsStats:
 
 @dataclass(frozen=True, slots=True)
 class HugetlbStats:
-    """`page_size` like 2MB."""
+    """Usage of huge pages of one size; `page_size` is like 2MB."""
 
     page_size: str
     usage_bytes: int
@@ -91,7 +91,7 @@ class PressureStats:
 
 @dataclass(frozen=True, slots=True)
 class CgroupStats:
-    """What could be read at `at_ns` (Unix time); the part of a controller that is absent or failed is None or empty."""
+    """The usage read at `at_ns` (Unix time); the part of a controller that is absent or failed is None or empty."""
 
     at_ns: int
     cpu: CpuStats | None

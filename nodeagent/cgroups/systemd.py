@@ -1,4 +1,4 @@
-"""The systemd driver: containers in slices, without a word to systemd.
+"""The systemd driver: containers in slices, without calls to systemd.
 
 systemd owns a slice and writes its ``cgroup.subtree_control``: at daemon-reload, or when a property is set, it takes
 away every controller that none of its own units needs, and with it the limits of groups that it does not know. A unit
@@ -22,12 +22,12 @@ _SUFFIX = ".slice"
 
 
 def manages_node() -> bool:
-    """Whether systemd is the init of this machine; sd_booted(3)."""
+    """Whether systemd is the init of this machine, as sd_booted(3) tells."""
     return os.path.isdir("/run/systemd/system")
 
 
 def parent(path: str) -> str:
-    """The slice that a caller names, by its name alone or its whole path."""
+    """The path of the slice that a caller gives, by its name alone or its whole path."""
     return expand_slice(paths.check(path))
 
 
@@ -43,7 +43,7 @@ def pod(default_parent: str, pod_id: str) -> str:
 
 
 def as_slice(path: str) -> str:
-    """A parent as a slice: ``/nodeagent-1`` becomes ``/nodeagent.slice/nodeagent-1.slice``."""
+    """The slice for a parent: ``/nodeagent-1`` becomes ``/nodeagent.slice/nodeagent-1.slice``."""
     return expand_slice(path if path.endswith(_SUFFIX) else path + _SUFFIX)
 
 

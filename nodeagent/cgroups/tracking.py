@@ -1,7 +1,7 @@
-"""The processes of a group: who they are, killing all of them, freezing them.
+"""The processes of a group: listing, killing and freezing them.
 
-cgroup2 does each of these by one write that covers the groups below as well, also in a hybrid, where it controls
-nothing else. Plain v1 has the freezer, and signals.
+cgroup2 does each of these by one write that covers the groups below as well, also in a hybrid, where it has no
+controllers. Plain v1 has the freezer, and signals.
 """
 
 import errno
@@ -15,12 +15,12 @@ _POLL_S = 0.001
 
 
 class Tracker(Protocol):
-    """All verbs hold for the group and for those below it; one that has gone has no processes."""
+    """The processes of a group and of those below it; a group that has been removed has none."""
 
     def processes(self) -> list[int]: ...
 
     def populated(self) -> bool:
-        """Whether there is a process; a zombie is none."""
+        """Whether there is a process; zombies do not count."""
         ...
 
     def kill(self) -> None:
@@ -31,7 +31,7 @@ class Tracker(Protocol):
 
 
 class UnifiedTracker:
-    """By the cgroup2 directory of the group. freezer: of a hybrid, the group's directory in v1's freezer."""
+    """A tracker by the group's directory in cgroup2. freezer: its directory in v1's freezer, on a hybrid."""
 
     def __init__(self, directory: str, freezer: str | None = None) -> None:
         self._directory = directory
@@ -44,8 +44,9 @@ class UnifiedTracker:
         return "populated 1" in _read(self._directory, "cgroup.events").splitlines()
 
     def kill(self) -> None:
+        # Linux 5.14; it covers processes that are forked meanwhile (cgroup-v2.rst, cgroup.kill).
         _write(self._directory, "cgroup.kill", "1")
-        self._thaw_legacy()
+        self._thaw_legacy()  # in v1's freezer a process does not act on its signal
 
     def thaw(self) -> None:
         _write(self._directory, "cgroup.freeze", "0")
@@ -57,7 +58,7 @@ class UnifiedTracker:
 
 
 class LegacyTracker:
-    """By the v1 directory of the group; `freezer` tells whether it is one of the freezer's hierarchy."""
+    """A tracker by the group's v1 directory; freezer: whether that is in the freezer's hierarchy."""
 
     def __init__(self, directory: str, *, freezer: bool) -> None:
         self._directory = directory
@@ -70,9 +71,11 @@ class LegacyTracker:
         return any(_processes_of(*group) for group in tree.bottom_up(self._directory))
 
     def kill(self) -> None:
-        """Frozen processes cannot fork away from their signal."""
+        """Kill all processes by signals."""
         if self._freezer:
-            _set_state(self._directory, "FROZEN")
+            _set_state(
+                self._directory, "FROZEN"
+            )  # what is frozen cannot fork before its signal comes
         try:
             seen: set[int] = set()
             while new := set(self.processes()) - seen:
@@ -89,7 +92,7 @@ class LegacyTracker:
 
 
 def _thaw_legacy(directory: str) -> None:
-    """With the groups below: a privileged container may have frozen itself, and no signal reaches it (v1 only)."""
+    """Thaw a group and those below it, which a privileged container may have frozen itself."""
     for parent, name in tree.bottom_up(directory):
         _set_state(name, "THAWED", parent)
 
@@ -99,8 +102,9 @@ def _set_state(directory: str, state: str, parent: int | None = None) -> None:
 
 
 def _processes(directory: str) -> list[int]:
-    """A process that is not visible from this PID namespace is shown as 0."""
+    """The pids in a group and in those below it."""
     texts = [_processes_of(*group) for group in tree.bottom_up(directory)]
+    # A process that this PID namespace does not see is shown as 0.
     return sorted({int(pid) for text in texts for pid in text.split()} - {0})
 
 
@@ -116,7 +120,7 @@ def _kill(pid: int) -> None:
 
 
 def _read(directory: str, name: str, parent: int | None = None) -> str:
-    """Empty for a group that has gone, and for the processes of a threaded group, which its domain lists."""
+    """Read a file; "" for a removed group, and for the processes of a threaded group, which its domain lists."""
     try:
         return tree.read(f"{directory}/{name}", parent)
     except OSError as error:
@@ -126,7 +130,7 @@ def _read(directory: str, name: str, parent: int | None = None) -> str:
 
 
 def _write(directory: str, name: str, value: str, parent: int | None = None) -> None:
-    """A group that has gone needs no writing."""
+    """Write to a file; nothing is written for a group that has been removed."""
     try:
         file = os.open(f"{directory}/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=parent)
         try:

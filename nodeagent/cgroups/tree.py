@@ -1,4 +1,4 @@
-"""Making and removing groups in one hierarchy, and telling those that the agent made from those of others.
+"""Making and removing groups in one hierarchy, and telling the agent's groups from those of others.
 
 A group that the agent makes carries an extended attribute, so that this is known after a restart as well. mkdir(2) can
 give it none, and the agent may be killed before it does: until then the sticky bit, which means nothing to a group,
@@ -17,15 +17,17 @@ MARK = "trusted.nodeagent"
 GROUP = b"group"
 """Made for a container, an exec or a part of the agent: the agent may kill and remove what is in it."""
 PARENT = b"parent"
-"""Made because it was missing: removed as soon as it is empty, and never killed, for others may use it, too."""
+"""Made because it was missing: removed as soon as it is empty, never killed, because others may use it as well."""
 UNFINISHED = b""
-"""Not marked yet, and perhaps never, where the agent was killed: it can have no processes of the agent's."""
+"""Not marked yet, or never where the agent was killed: it has no processes of the agent's."""
 
-# A parent that is seen to be there can be removed, with its last child, before the next step.
+# A parent that exists can be removed, with its last child, before the next step is made.
 _ATTEMPTS = 10
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_GONE = frozenset((errno.ENOENT, errno.ENODEV))
+_GONE = frozenset(
+    (errno.ENOENT, errno.ENODEV)
+)  # ENODEV: from the open file of a group that was removed (kernfs)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.05
 
@@ -67,9 +69,9 @@ def _make_marked(directory: str, kind: bytes) -> None:
     os.mkdir(directory, 0o755 | stat.S_ISVTX)
     try:
         os.setxattr(directory, MARK, kind)
-        os.chmod(directory, 0o755)  # whatever the umask: its container finds it at /sys/fs/cgroup
+        os.chmod(directory, 0o755)  # whatever the umask: its container sees it at /sys/fs/cgroup
     except FileNotFoundError:
-        raise  # who removes empty parents was faster; what is there now, if anything, is somebody else's
+        raise  # removed meanwhile as an empty parent; what has the name now, if anything, was made by others
     except BaseException:
         _rmdir(directory)
         raise
@@ -82,9 +84,11 @@ def ancestors(path: str) -> list[str]:
 
 
 def kind(directory: str) -> bytes | None:
-    """GROUP, PARENT or UNFINISHED for what the agent made, None for what others made, or nobody."""
+    """Whose the group is: GROUP, PARENT or UNFINISHED if the agent made it, None if others did or it does not exist."""
     try:
-        mode = os.stat(directory).st_mode  # first: a group is marked before it loses the sticky bit
+        mode = os.stat(
+            directory
+        ).st_mode  # before the mark: a group is marked before it loses the sticky bit
         return os.getxattr(directory, MARK)
     except NotADirectoryError:  # below a control file
         return None
@@ -97,10 +101,10 @@ def kind(directory: str) -> bytes | None:
 
 
 def bottom_up(directory: str) -> Iterator[tuple[int, str]]:
-    """`directory` and all groups below it, each after those inside it, as a name in an open directory.
+    """Walk `directory` and all groups below it, each after those inside it, as a name in an open directory.
 
     A container may nest groups deeper than a path can be long, and than there are descriptors: one is open at a time,
-    and the way up is "..". Nothing where `directory` does not exist.
+    and the way up is "..". Yields nothing where `directory` does not exist.
     """
     try:
         descriptor = os.open(os.path.dirname(directory), _DIRECTORY)
@@ -127,7 +131,7 @@ def bottom_up(directory: str) -> Iterator[tuple[int, str]]:
 
 
 def _enter(descriptor: int, name: str) -> int | None:
-    """The open directory, in the place of `descriptor`; None, which leaves that open, for one that has gone."""
+    """Open a directory and close `descriptor` for it; None, which leaves that open, for a removed one."""
     try:
         inside = os.open(name, _DIRECTORY, dir_fd=descriptor)
     except OSError as error:
@@ -149,22 +153,24 @@ def _groups_in(descriptor: int) -> list[str]:
 
 
 def require_group(mount: str, path: str, fence: str) -> None:
-    """Raises FailedPrecondition for a group that exists and is not wholly the agent's.
+    """Raise FailedPrecondition for a group that exists and is not the agent's.
 
-    fence: the group itself or, out of its container's sight, one above it that is that container's alone: who has
-    SYS_ADMIN can take the mark away from a group that he sees.
+    fence: the group itself or, out of its container's sight, one above it that is that container's alone: a process
+    with SYS_ADMIN can take the mark away from a group that it sees.
     """
     if kind(mount + path) in (GROUP, UNFINISHED) or not os.path.isdir(mount + path):
         return
     if fence == path or kind(mount + fence) is None:
-        raise FailedPrecondition(f'cgroup "{path}": in {mount} it was not made by this agent')
+        raise FailedPrecondition(
+            f'cgroup "{path}": not made by this agent, left as it is (in {mount})'
+        )
 
 
 def remove(mount: str, path: str, fence: str, deadline: float) -> None:
-    """Remove the group and what is below it, also what a container made there; nothing to do where it is absent.
+    """Remove the group and all below it, also what a container made there. Succeeds where there is none.
 
-    Processes that were killed may still be on their way out: waits for them until `deadline` (of time.monotonic).
-    Raises FailedPrecondition where some stay, and for a group that others made. fence: see `require_group`.
+    Processes that were killed may not have ended yet: waits for them until `deadline` (of time.monotonic). Raises
+    FailedPrecondition where some stay, and for a group that others made. fence: see `require_group`.
     """
     require_group(mount, path, fence)
     if _rmdir(mount + path):
@@ -178,7 +184,7 @@ def remove(mount: str, path: str, fence: str, deadline: float) -> None:
 
 
 def _remove_all(directory: str) -> str:
-    """Why a part of it stays, or ""."""
+    """Remove all that can be removed; return the reason why a part of it stays, or ""."""
     reason = ""
     for parent, name in bottom_up(directory):
         if not _rmdir(name, parent):
@@ -187,7 +193,7 @@ def _remove_all(directory: str) -> str:
 
 
 def _rmdir(directory: str, parent: int | None = None) -> bool:
-    """False where processes or groups are in it."""
+    """Remove a group; False where processes or groups are in it."""
     try:
         os.rmdir(directory, dir_fd=parent)
     except FileNotFoundError:
@@ -208,16 +214,16 @@ def _reason(name: str, parent: int) -> str:
 
 
 def read(path: str, parent: int | None = None) -> str:
-    """The text of a control file; `path` is relative to the open directory `parent`."""
+    """Read a control file; `path` is relative to the open directory `parent`."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=parent)
     with open(file, encoding="ascii") as text:
         return text.read()
 
 
 def remove_empty_parents(mount: str, path: str) -> None:
-    """Remove the groups above `path` that were made for it, or its like, and that nobody needs any more.
+    """Remove the groups above `path` that the agent made because they were missing, as far as they are empty.
 
-    One that has gone already, as the kubelet removes all below a pod's group, does not protect those above it.
+    One that has been removed already, as the kubelet removes all below a pod's group, does not protect those above it.
     """
     for parent in reversed(ancestors(path)):
         directory = mount + parent

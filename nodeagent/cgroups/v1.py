@@ -1,4 +1,4 @@
-"""Controllers of cgroup v1: which files say what (Documentation/admin-guide/cgroup-v1/)."""
+"""The controllers of cgroup v1 and their files (Documentation/admin-guide/cgroup-v1/)."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -54,12 +54,12 @@ _NO_LIMIT = ("-1", "max")
 
 
 def apply(files: ControlFiles, wanted: Resources, now: Resources) -> None:
-    """Put `wanted` in force, wholly or not at all. `now`: the limits in force."""
+    """Put `wanted` in force, all of it or nothing. now: the limits in force."""
     files.write(plan(wanted, now, files))
 
 
 def plan(wanted: Resources, now: Resources, files: ControlFiles) -> list[Setting]:
-    """What to write, in an order in which each step is valid."""
+    """The settings to write, in an order in which each step is valid."""
     if wanted.unified:
         raise Unsupported(f"unified: {', '.join(sorted(wanted.unified))}: needs cgroup v2")
     settings = [*_cpu(wanted, now), *_memory(wanted, now, files), *_hugepages(wanted, files)]
@@ -73,10 +73,10 @@ def plan(wanted: Resources, now: Resources, files: ControlFiles) -> list[Setting
 
 
 def _cpu(wanted: Resources, now: Resources) -> Iterator[Setting]:
-    """A quota may never exceed the parent's share of time, not even between two writes; none at all always fits."""
+    """The CPU's settings: the kernel refuses a quota above the parent's share of time, even between two writes."""
     quota = wanted.cpu_quota_usec
     if wanted.cpu_period_usec not in (0, now.cpu_period_usec):
-        yield CPU_QUOTA, str(UNLIMITED)
+        yield CPU_QUOTA, str(UNLIMITED)  # which is valid with any period
         yield CPU_PERIOD, str(wanted.cpu_period_usec)
         quota = quota or now.cpu_quota_usec
     if quota:
@@ -86,7 +86,7 @@ def _cpu(wanted: Resources, now: Resources) -> Iterator[Setting]:
 
 
 def _memory(wanted: Resources, now: Resources, files: ControlFiles) -> Iterator[Setting]:
-    """The limit of memory and swap may never be below that of memory alone: a growing one goes first."""
+    """The memory's settings: the kernel refuses a limit of memory and swap below that of memory alone."""
     limit = wanted.memory_limit_bytes or now.memory_limit_bytes
     if not files.has(MEMORY_SWAP_LIMIT):
         _refuse_swap(wanted.memory_swap_limit_bytes, limit)
@@ -97,6 +97,7 @@ def _memory(wanted: Resources, now: Resources, files: ControlFiles) -> Iterator[
         raise InvalidArgument(
             f"memory_swap_limit_in_bytes: {both} of memory and swap is less than the memory limit {limit}"
         )
+    # So the wider one is raised first, and lowered last.
     steps = [(MEMORY_LIMIT, limit, now.memory_limit_bytes)]
     shrinks = now.memory_swap_limit_bytes == UNLIMITED or 0 <= both < now.memory_swap_limit_bytes
     steps.insert(1 if shrinks else 0, (MEMORY_SWAP_LIMIT, both, now.memory_swap_limit_bytes))
@@ -106,7 +107,7 @@ def _memory(wanted: Resources, now: Resources, files: ControlFiles) -> Iterator[
 
 
 def _keep_swap(limit: int, now: Resources) -> int:
-    """The limit of memory and swap that allows as much swap as now."""
+    """The limit of memory and swap that allows as much swap as at present."""
     both = now.memory_swap_limit_bytes
     if UNLIMITED in (both, limit):
         return UNLIMITED
@@ -114,7 +115,7 @@ def _keep_swap(limit: int, now: Resources) -> int:
 
 
 def _refuse_swap(both: int, limit: int) -> None:
-    """Kernels before 6.1 may count no swap; then no swap, or any, can still be asked for."""
+    """Refuse a limit of swap on a kernel that does not account it (before 6.1); none and unlimited are allowed."""
     if both not in (0, UNLIMITED, limit):
         raise Unsupported(
             f"memory_swap_limit_in_bytes: {both}: this kernel does not account swap (swapaccount=1)"
@@ -146,9 +147,9 @@ def resources(files: ControlFiles) -> Resources:
 
 
 def fill_cpuset(mount: str, path: str) -> None:
-    """Give a new group the CPUs and memory nodes of its parent: nobody can join one that has none.
+    """Give a new group the CPUs and memory nodes of its parent: no process can join one without any.
 
-    Parents that have none themselves are filled first, and have the kernel fill their further children.
+    Parents without any are filled first, and have the kernel fill their further children (cgroup.clone_children).
     """
     directory = mount + path
     for name in (CPUSET_CPUS, CPUSET_MEMS):
@@ -172,7 +173,7 @@ def _read(directory: str, name: str) -> str:
 
 
 def set_devices(files: ControlFiles, rules: Sequence[Rule] | None) -> None:
-    """Allow `rules` and nothing else; None allows what the parent has. The group has no children yet."""
+    """Allow `rules` and nothing else; None allows all that the parent has. The group must have no children."""
     if files.path(DEVICES_ALLOW) is None:
         if rules is None:
             return
@@ -186,7 +187,7 @@ def set_devices(files: ControlFiles, rules: Sequence[Rule] | None) -> None:
 
 
 def _write(files: ControlFiles, name: str, value: str) -> None:
-    """These files cannot be read, and have nothing to set back."""
+    """Write to a file that cannot be read, so that nothing can be set back."""
     path = files.path(name)
     assert path is not None
     try:
@@ -200,7 +201,7 @@ def _write(files: ControlFiles, name: str, value: str) -> None:
 
 
 def cpu(files: ControlFiles) -> CpuStats | None:
-    """The usage is measured, where it is spent is sampled at ticks: the parts need not add up."""
+    """CPU time: the usage is measured, user and system time are sampled at ticks, so the parts need not add up."""
     usage, user, system = map(files.sample, (CPU_USAGE, CPU_USER, CPU_SYSTEM))
     if usage is None or user is None or system is None:
         return None
@@ -222,7 +223,7 @@ def memory(files: ControlFiles) -> MemoryStats | None:
     stat = parse.flat_keyed(detail)
     limit = parse_v1_limit(files.sample(MEMORY_LIMIT) or b"-1")
     both = parse_v1_limit(files.sample(MEMORY_SWAP_LIMIT) or b"-1")
-    # The file names numbers of the group alone, and with total_ those of its children as well.
+    # The file has numbers of the group alone, and beginning with total_ those with its children.
     return MemoryStats(
         usage_bytes=int(usage),
         limit_bytes=None if limit == UNLIMITED else limit,
@@ -243,7 +244,7 @@ def memory(files: ControlFiles) -> MemoryStats | None:
 
 
 def _failures(files: ControlFiles) -> int:
-    """Of either limit: with both at the same value, that of memory and swap is the one that is hit."""
+    """How often either limit was hit: with both at the same value it is that of memory and swap."""
     return int(files.sample(MEMORY_FAILURES) or 0) + int(files.sample(MEMORY_SWAP_FAILURES) or 0)
 
 

@@ -1,4 +1,4 @@
-"""Controllers of cgroup v2: which files say what (Documentation/admin-guide/cgroup-v2.rst)."""
+"""The controllers of cgroup v2 and their files (Documentation/admin-guide/cgroup-v2.rst)."""
 
 import errno
 import os
@@ -56,14 +56,14 @@ _KERNEL_PARTS = (b"kernel_stack", b"pagetables", b"percpu", b"sock", b"slab")
 
 
 def apply(files: ControlFiles, wanted: Resources, now: Resources) -> None:
-    """Put `wanted` in force, wholly or not at all. `now`: the limits in force."""
+    """Put `wanted` in force, all of it or nothing. now: the limits in force."""
     settings = plan(wanted, now, files)
     _make_room(files, dict(settings).get(MEMORY_MAX, "max"))
     files.write(settings)
 
 
 def plan(wanted: Resources, now: Resources, files: ControlFiles) -> list[Setting]:
-    """What to write. A unified value wins over one that is derived from a field."""
+    """The settings to write. A unified value replaces one that is derived from a field."""
     values = dict(_derived(wanted, now, files)) | wanted.unified
     return [
         (name, line)
@@ -114,7 +114,7 @@ def _hugepages(size: str, limit: int, files: ControlFiles) -> Iterator[Setting]:
 
 
 def _make_room(files: ControlFiles, limit: str) -> None:
-    """Refuse a limit that could only be reached by killing: memory.max reclaims, and then calls the OOM killer."""
+    """Refuse a limit that only the OOM killer could enforce: a write to memory.max reclaims, then kills."""
     if not limit.isdigit() or int(files.read(MEMORY_CURRENT, "0")) <= int(limit):
         return
     _reclaim(files, int(files.read(MEMORY_CURRENT)) - int(limit))
@@ -128,7 +128,7 @@ def _make_room(files: ControlFiles, limit: str) -> None:
 
 
 def _reclaim(files: ControlFiles, size: int) -> None:
-    """Best effort; the file is there since Linux 5.19."""
+    """Reclaim memory as far as possible; memory.reclaim exists since Linux 5.19."""
     try:
         with open(files.path(MEMORY_RECLAIM) or "", "w", encoding="ascii") as file:
             file.write(str(size))
@@ -156,15 +156,16 @@ def resources(files: ControlFiles) -> Resources:
 
 
 def enable(mount: str, path: str, controllers: AbstractSet[str]) -> None:
-    """Make the control files of `controllers` appear in the group `path`: each group above has to pass them on.
+    """Make the control files of `controllers` appear in the group `path`, by having each group above pass them on.
 
-    Raises FailedPrecondition where one of those has processes of its own, for then it cannot.
+    Raises FailedPrecondition where one of those has processes of its own, which forbids it.
     """
     lacking = []
     for directory in (*(mount + parent for parent in reversed(tree.ancestors(path))), mount):
         if controllers <= _words(directory, SUBTREE_CONTROL):
             break
         lacking.append(directory)
+    # From the top down: a group can pass on only what it was given itself (cgroup-v2.rst, "Top-down Constraint").
     for directory in reversed(lacking):
         missing = controllers & _words(directory, "cgroup.controllers")
         missing -= _words(directory, SUBTREE_CONTROL)
@@ -173,18 +174,19 @@ def enable(mount: str, path: str, controllers: AbstractSet[str]) -> None:
 
 
 def limit_descendants(directory: str) -> None:
-    """How many groups a container may make below its own, if it can make any.
+    """Bound the number of groups that a container can make below its own.
 
-    A node has room for 65,535 groups with a memory controller; when they are gone, no container can be started.
+    A node has room for 65,535 groups with a memory controller (MEM_CGROUP_ID_MAX); without one left, no container can
+    be started.
     """
     with open(f"{directory}/{MAX_DESCENDANTS}", "w", encoding="ascii") as file:
         file.write(str(DESCENDANTS))
 
 
 def delegate(directory: str, uid: int) -> None:
-    """Give a group and what the kernel names as safe in it to a user (cgroup-v2.rst, "Model of Delegation").
+    """Give a user a group and the files in it that the kernel names as safe (cgroup-v2.rst, "Model of Delegation").
 
-    Its limits stay the node's: they are not among these files.
+    Its limits stay the node's: their files are not among these.
     """
     try:
         with open(DELEGATE, encoding="ascii") as file:
@@ -231,7 +233,7 @@ def set_devices(files: ControlFiles, rules: Sequence[devices.Rule] | None) -> No
 
 
 def cpu(files: ControlFiles) -> CpuStats | None:
-    """Periods and throttling are 0 without the controller, usage is always there."""
+    """CPU time, which is always there; periods and throttling are 0 without the controller."""
     if (data := files.sample(CPU_STAT)) is None:
         return None
     stat = parse.flat_keyed(data)
@@ -297,6 +299,6 @@ def io(files: ControlFiles) -> tuple[IoStats, ...]:
 
 
 def hugetlb(files: ControlFiles, page_sizes: Sequence[str]) -> tuple[HugetlbStats, ...]:
-    """v2 keeps no highest usage; the present one stands for it."""
+    """Usage of huge pages. v2 records no highest usage; the present one stands for it."""
     usages = ((size, int(files.sample(HUGETLB_CURRENT.format(size)) or 0)) for size in page_sizes)
     return tuple(HugetlbStats(size, usage, usage) for size, usage in usages)
