@@ -1,4 +1,4 @@
-"""HTTP/1.1 without IO, the server's end: one request without a body, and its answer. Framing is h11's."""
+"""The server's end of HTTP/1.1, without IO: one request without a body, and its answer. h11 does the framing."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,38 +11,38 @@ Headers = Iterable[tuple[str, str]]
 
 
 class BadRequest(Exception):
-    """What the client sent is no request that this server can answer otherwise."""
+    """The client sent something that this server can only answer with status 400."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Header names are in lower case; path is without the query."""
+    """A request. Header names are in lower case; path is without the query."""
 
     method: str
     path: str
     headers: tuple[tuple[str, str], ...]
 
     def values(self, name: str) -> list[str]:
-        """Every value of a header that is a list, in order, whether on one line or on many."""
+        """All values of a header that is a list, in order, whether on one line or on several."""
         lines = (value for key, value in self.headers if key == name)
         return [part.strip() for line in lines for part in line.split(",") if part.strip()]
 
     @property
     def upgrade(self) -> str:
-        """The protocol that the client wants to go on with, in lower case; empty if it wants none."""
+        """The protocol that the client wants to switch to, in lower case; empty if none."""
         wanted = "upgrade" in (option.lower() for option in self.values("connection"))
         return next(iter(self.values("upgrade")), "").lower() if wanted else ""
 
 
 class Exchange:
-    """One request, and one answer: `switch`, `answer` or `refuse`. A connection has no second."""
+    """One request and one answer: `switch`, `answer` or `refuse`. A connection has no second request."""
 
     def __init__(self) -> None:
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._request: Request | None = None
 
     def receive_data(self, data: bytes) -> Request | None:
-        """The request, once it is whole. BadRequest: it never will be."""
+        """Take data in; return the request once it is complete. BadRequest: it cannot become one."""
         try:
             self._http.receive_data(data)
             return self._next()
@@ -50,14 +50,14 @@ class Exchange:
             raise BadRequest(str(error)) from None
 
     def switch(self, headers: Headers) -> bytes:
-        """101; what follows is not HTTP any more."""
+        """The answer 101: what follows is not HTTP any more."""
         answer = h11.InformationalResponse(
             status_code=101, reason=b"Switching Protocols", headers=_encoded(headers)
         )
         return self._http.send(answer) or b""
 
     def answer(self, status: int, body: bytes, headers: Headers) -> bytes:
-        """A whole answer, after which the connection is to be closed. The body is left out if the request is a HEAD."""
+        """A complete answer, after which the connection is to be closed. The answer to a HEAD has no body."""
         fields = [
             *_encoded(headers),
             (b"content-length", str(len(body)).encode()),
@@ -77,7 +77,7 @@ class Exchange:
 
     @property
     def trailing(self) -> bytes:
-        """What came behind the request, and belongs to the protocol that follows."""
+        """The bytes behind the request, which belong to the protocol that follows."""
         return bytes(self._http.trailing_data[0])
 
     def _next(self) -> Request | None:

@@ -1,8 +1,8 @@
-"""Accepting connections within bounds, for servers that anybody on the node can connect to.
+"""Accepting connections within bounds, for servers that any process of the node can connect to.
 
 A connection has one of a limited number of places, and a limited time to send its request. When no place is left, the
 oldest connection without a request is closed for the new one. So clients that send their request at once are served,
-however many others stay silent.
+however many others send nothing.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from typing import Any
 from nodeagent.serving import descriptors
 from nodeagent.tasks import Tasks, cancel
 
-# A connection is not closed for another one before it has had this time, which also bounds how fast somebody who
+# A connection is not closed for another one before it has had this time, which also bounds how fast a client that
 # connects again and again displaces others.
 PROTECTED_S = 0.2
 LONGEST_PAUSE_S = 1.0  # between failures of the server itself
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A TCP socket that listens on a literal address. Raises OSError with the address."""
+    """Make a TCP socket that listens on a literal address. Raises OSError with the address."""
     family = socket.AF_INET if ipaddress.ip_address(host).version == 4 else socket.AF_INET6
     listening = socket.create_server((host, port), family=family, backlog=BACKLOG)
     listening.setblocking(False)
@@ -38,7 +38,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def bind_unix(path: Path) -> socket.socket:
-    """A stream socket that only its owner can connect to. What has its name already is replaced."""
+    """Make a Unix stream socket that only its owner can connect to, in place of what is at the path."""
     path.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
@@ -52,7 +52,7 @@ def bind_unix(path: Path) -> socket.socket:
 
 
 class Place:
-    """Held by a connection while it is served."""
+    """One of the limited number of places, held by a connection while it is served."""
 
     def __init__(self, head_s: float) -> None:
         now = asyncio.get_running_loop().time()
@@ -61,7 +61,7 @@ class Place:
         self.patience = asyncio.timeout_at(now + head_s)
 
     def keep(self, seconds: float | None = None) -> None:
-        """The request is here: the connection is not closed for others, and only after this time, if any."""
+        """Keep the place, as the request has arrived: until this time is over, if one is given."""
         self.kept = True
         now = asyncio.get_running_loop().time()
         self.patience.reschedule(None if seconds is None else now + seconds)
@@ -71,7 +71,7 @@ Serve = Callable[[socket.socket, Place], Coroutine[Any, Any, None]]
 
 
 class Listener:
-    """Runs `serve` for each connection, and cancels it when its time is over or its place is needed.
+    """A listening socket. Runs `serve` for each connection, and cancels it when its time is over or its place needed.
 
     serve: owns the connection, and returns when it has closed it or handed it on. name: of the server and its task.
     head_s: the time until `Place.keep`.
@@ -100,7 +100,7 @@ class Listener:
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
-        """Accept while the block runs. On leaving, what still serves a connection is cancelled."""
+        """Accept while the block runs. On leaving it, all `serve` calls that still run are cancelled."""
         with self._listening:
             keeper = self._tasks.keep(self._name, self._run, longest_pause_seconds=LONGEST_PAUSE_S)
             try:
@@ -124,7 +124,7 @@ class Listener:
                 await asyncio.sleep(0)
 
     async def _accept(self) -> socket.socket:
-        """The next connection that there are descriptors for."""
+        """Wait for the next connection for which there is a descriptor."""
         while True:
             try:
                 connection, _ = await self._loop.sock_accept(self._listening)
@@ -134,18 +134,20 @@ class Listener:
                 if not descriptors.is_reserved(connection.fileno()):
                     return connection
                 connection.close()
-                self._complain("the descriptors that are left are reserved for the CRI")
+                self._complain(
+                    "no file descriptors are left but those reserved for the CRI; raise LimitNOFILE"
+                )
             await asyncio.sleep(PAUSE_S)
 
     def _complain(self, reason: str) -> None:
-        """Say why nobody can connect, but not for each who tries."""
+        """Log why connections are refused, at most once a minute."""
         now = self._loop.time()
         if now >= self._silent_until:
             self._silent_until = now + COMPLAINT_INTERVAL_S
             log.warning("%s: connections are refused: %s", self._name, reason)
 
     async def _make_room(self) -> None:
-        """Return when one more connection can have a place."""
+        """Wait until a place is free, closing the oldest connection without a request if need be."""
         while len(self._places) >= self._limit:
             oldest = next((place for place in self._places if not place.kept), None)
             look_again_at = None if oldest is None else oldest.protected_until

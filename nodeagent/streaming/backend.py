@@ -1,7 +1,7 @@
-"""What a client may ask of the streaming server, and what the server asks of whoever runs the processes.
+"""The requests to the streaming server, and the interface to the processes that its sessions are about.
 
-Requests are checked when their ticket is issued; `Backend` and `Process` are implemented by the lifecycle. Descriptors
-that cross this border are non-blocking, close-on-exec, and belong to the session from then on.
+Requests are checked when their ticket is issued; the lifecycle implements `Backend` and `Process`. Descriptors that
+cross this interface are non-blocking, close-on-exec, and belong to the session from then on.
 """
 
 import socket
@@ -16,7 +16,7 @@ MAX_PORT = (1 << 16) - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandRequest:
-    """The streams that a client wants of a process in a container."""
+    """A request for streams of a process in a container."""
 
     path: ClassVar[str]
 
@@ -40,7 +40,7 @@ class CommandRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecRequest(CommandRequest):
-    """A new process in a running container."""
+    """A request for a new process in a running container."""
 
     path = "exec"
 
@@ -54,14 +54,14 @@ class ExecRequest(CommandRequest):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttachRequest(CommandRequest):
-    """The first process of a running container; tty is as the container has it."""
+    """A request for the streams of a running container's first process; tty is as the container has it."""
 
     path = "attach"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PortForwardRequest:
-    """TCP connections into a pod. ports: only the legacy WebSocket channels need them, others name a port each time."""
+    """A request for TCP connections into a pod. ports: for the old WebSocket channels, others name a port each time."""
 
     path: ClassVar[str] = "portforward"
 
@@ -85,7 +85,7 @@ def _check_ports(ports: Iterable[int]) -> None:
 
 
 class Process(Protocol):
-    """A process, new or attached to, as one session sees it.
+    """A process, new or attached to, as one session uses it.
 
     A stream that was not asked for, or that the process does not have, is None. With a terminal, stdout is all of its
     output. The three descriptors are different numbers.
@@ -104,32 +104,33 @@ class Process(Protocol):
         """Give the terminal this many columns and rows. OSError: the terminal is gone."""
 
     def end_stdin(self) -> None:
-        """The client's input is over: all of it is in `stdin`, which is closed by now.
+        """Note the end of the client's input: all of it is in `stdin`, which is closed by now.
 
-        A process of exec sees its end of file by that alone. Attach ends the container's stdin here if it is
+        A process of exec sees end of file by that alone. Attach ends the container's stdin here if it is
         ``stdin_once`` and no terminal; otherwise the client has left.
         """
 
     async def wait(self) -> int:
-        """The exit code, 128 + n for signal n, once the process has ended; for attach, the container's, or 0 when the
-        client has left before.
+        """Wait for the end of the process and return its exit code, 128 + n for signal n.
+
+        For attach it is the container's, or 0 when the client has left before.
         """
 
     async def close(self) -> None:
-        """The session is over, with or without the process; the three descriptors are closed already."""
+        """End the session, whether the process has ended or not; the three descriptors are closed already."""
 
 
 class Backend(Protocol):
-    """Where sessions come true. NodeAgentError and OSError are told to the client, with their text.
+    """The interface to containers and pods. The texts of NodeAgentError and OSError are sent to the client.
 
-    A call is cancelled when its client leaves meanwhile, and leaves nothing behind then.
+    A call is cancelled when its client leaves meanwhile, and must leave nothing behind then.
     """
 
     async def exec(self, request: ExecRequest, size: tuple[int, int] | None) -> Process:
         """Start a process; size is its terminal's, width and height, before it runs."""
 
     async def attach(self, request: AttachRequest) -> Process:
-        """The container's first process; stdout and stderr bring what it writes from now on."""
+        """Attach to the container's first process; stdout and stderr have what it writes from now on."""
 
     async def dial(self, request: PortForwardRequest, port: int) -> socket.socket:
-        """A non-blocking TCP connection to port of 127.0.0.1, else of ::1, in the pod's network namespace."""
+        """Connect to the port of 127.0.0.1, else of ::1, in the pod's network namespace: a non-blocking TCP socket."""

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class CommandSession(Session[Event]):
-    """Waits for the client's streams, gets the process, pumps until it has ended, and says how it ended."""
+    """A session that waits for the client's streams, starts the process, carries its bytes, and reports its end."""
 
     def __init__(
         self,
@@ -51,7 +51,10 @@ class CommandSession(Session[Event]):
             async with asyncio.timeout(self.timeouts.creation_s):
                 await self._ready.wait()
         except TimeoutError:
-            log.warning("%s: a client did not make its streams in time", self._request.path)
+            log.warning(
+                "%s: a client did not open its streams in time; its connection is closed",
+                self._request.path,
+            )
             return
         self._wire.finish(await self._outcome())
 
@@ -89,16 +92,20 @@ class CommandSession(Session[Event]):
             try:
                 return Outcome(exit_code=await self._pump(process))
             finally:
-                self._process = None
+                self._process = (
+                    None  # first: the client may still resize a terminal that is gone after this
+                )
                 await process.close()
         except (NodeAgentError, OSError) as error:  # a TimeoutError is an OSError
             return Outcome(message=str(error))
         except Exception:
-            log.exception("%s of container %s", self._request.path, self._request.container_id)
+            log.exception(
+                '%s in container "%s" failed', self._request.path, self._request.container_id
+            )
             return Outcome(message="internal error of the node agent")
 
     async def _start(self) -> Process:
-        """The process, with the terminal as large as the client's, from its first moment if the client was quick."""
+        """Start the process with the client's size of the terminal, or give it that size when it is known."""
         if isinstance(self._request, AttachRequest):
             size, process = None, await self._backend.attach(self._request)
         else:
@@ -118,6 +125,7 @@ class CommandSession(Session[Event]):
 
     async def _pump(self, process: Process) -> int:
         """Carry bytes until the process has ended and its output is on the wire; return the exit code."""
+        # Unwound in reverse: the loop must not watch a descriptor that is closed, and whose number may be used again.
         with ExitStack() as held:
             self._open_stdin(process)
             held.callback(self._stdin.discard)
@@ -149,7 +157,7 @@ class CommandSession(Session[Event]):
         self.flush()
 
     async def _last_output(self, sources: list[Source]) -> None:
-        """Whoever still holds an output of the ended process gets a moment, then only what is written is read."""
+        """Wait a moment for others that hold the ended process's output; then read what is there, and no more."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self.timeouts.last_output_s):
                 await _all_ended(sources)

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class ForwardSession(Session[Event]):
-    """Dials for every connection that the client makes; each lives and dies by itself."""
+    """A session that dials for each connection of the client; the failure of one does not end the others."""
 
     def __init__(
         self, wire: Wire, request: PortForwardRequest, backend: Backend, timeouts: Timeouts
@@ -62,13 +62,13 @@ class ForwardSession(Session[Event]):
                 self.leave()
 
     async def _expire(self) -> None:
-        """Streams that find no partner are dropped after a while."""
+        """Reset streams that have waited too long for the other stream of their pair."""
         while True:
             await asyncio.sleep(self.timeouts.creation_s / EXPIRY_CHECKS)
             self._wire.expire(self.loop.time() - self.timeouts.creation_s)
             self.flush()
 
-    # --- one connection; its failures are its own ---
+    # --- one connection ---
 
     def _connect(self, number: int, port: int) -> None:
         sink = Sink(self.backlog)
@@ -89,7 +89,7 @@ class ForwardSession(Session[Event]):
         except (NodeAgentError, OSError) as error:  # a TimeoutError is an OSError
             self._wire.refuse(number, f"port {port}: {error}")
         except Exception:
-            log.exception("port %d of pod sandbox %s", port, self._request.sandbox_id)
+            log.exception('port %d of pod sandbox "%s" failed', port, self._request.sandbox_id)
             self._wire.refuse(number, f"port {port}: internal error of the node agent")
         else:
             with target:
@@ -99,11 +99,13 @@ class ForwardSession(Session[Event]):
         target = await self._backend.dial(self._request, port)
         if descriptors.is_reserved(target.fileno()):
             target.close()
-            raise ResourceExhausted("the node agent has no file descriptors left for it")
+            raise ResourceExhausted(
+                "the node agent has no file descriptors left for it; try again later"
+            )
         return target
 
     async def _pump(self, number: int, target: socket.socket, sink: Sink) -> None:
-        """Until both directions have ended; a reset ends both."""
+        """Carry bytes until both directions have ended; a reset ends both."""
         sink.open(target.fileno(), partial(_end_input, target))
         source = Source(target.fileno(), self.gate, partial(self._output, number))
         try:

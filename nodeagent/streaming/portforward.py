@@ -1,7 +1,7 @@
-"""Port-forward on the wire, without IO: TCP connections over pairs of SPDY streams or of WebSocket channels.
+"""The protocol of port-forward, without IO: TCP connections over pairs of SPDY streams or of WebSocket channels.
 
-Each connection has a stream for its data and one for the reason why it could not be made. Whatever is written there
-makes client-go end all connections of the session, so nothing but a failed dial is.
+Each connection has a stream for its data and one for the reason why it could not be made. client-go ends all
+connections of the session when anything is written to the latter, so only a failed dial is.
 """
 
 import struct
@@ -45,21 +45,21 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class InputEnded:
-    """The client sends no more, but still wants to receive."""
+    """The client sends no more on this connection, but still receives."""
 
     connection: int
 
 
 @dataclass(frozen=True, slots=True)
 class Aborted:
-    """The client wants no more of this connection."""
+    """The client has ended this connection in both directions."""
 
     connection: int
 
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """The client has left, or broke the protocol."""
+    """The client has left, or violated the protocol."""
 
 
 Event = Connect | Input | InputEnded | Aborted | Closed
@@ -73,7 +73,7 @@ class Wire(Protocol):
 
     @property
     def finished(self) -> bool:
-        """Whether no further connection can come."""
+        """Whether no further connection can be made."""
 
     def receive_data(self, data: bytes) -> list[Event]: ...
 
@@ -85,20 +85,20 @@ class Wire(Protocol):
         """Send output; nothing where the client does not want it any more."""
 
     def end(self, connection: int) -> None:
-        """There is no more output."""
+        """End the output of a connection."""
 
     def refuse(self, connection: int, reason: str) -> None:
-        """The connection could not be made."""
+        """Report that the connection could not be made."""
 
     def close(self, connection: int) -> None:
-        """Both directions are over, in whatever way. Once for every connection, refused or not."""
+        """End what is left of a connection. Called once for each, refused or not."""
 
     def expire(self, before: float) -> None:
-        """Drop what was begun before this time, and is no connection yet."""
+        """Reset streams that were opened before this time and are not part of a pair yet."""
 
 
 class SpdyWire:
-    """Pairs of streams with the same request id, error before data; a connection's number is its data stream's."""
+    """A wire of paired streams with one request id, error before data. A connection has its data stream's number."""
 
     half_close = True
     finished = False
@@ -160,7 +160,7 @@ class SpdyWire:
         return []
 
     def _open(self, stream: int, headers: dict[str, str]) -> list[Event]:
-        """Pair a stream with its other half; clients of old sent no request id, but opened the two in turn."""
+        """Pair a stream with its other half. Old clients send no request id, but open the two one after the other."""
         port = _port(headers.get("port", ""))
         request = headers.get("requestid", "")
         match headers.get("streamtype"):
@@ -192,7 +192,7 @@ class SpdyWire:
 
 
 class Tunnel(spdy.Connection):
-    """SPDY inside the binary messages of a WebSocket, whose borders mean nothing."""
+    """A SPDY connection inside the binary messages of a WebSocket; where messages end has no meaning."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,16 +213,16 @@ class Tunnel(spdy.Connection):
 
 
 class WebSocketWire:
-    """Two channels for each port of the request, data and error, which begin with the port; all are dialled at once.
+    """A wire of two channels for each port, data and error, which begin with the port; all are dialled at once.
 
-    A channel has no end of its own: a connection is over as soon as one of its directions is, and the session with the
+    A channel cannot end by itself: a connection is over as soon as one of its directions is, and the session with the
     last of them.
     """
 
     half_close = False
 
     def __init__(self, ports: tuple[int, ...], protocol: str) -> None:
-        """InvalidArgument: there are no ports, or too many for two channels each."""
+        """Make the channels. Raises InvalidArgument without ports, or with too many for two channels each."""
         base64 = "base64" in protocol
         limit = (MAX_CHANNELS_BASE64 if base64 else MAX_CHANNELS) // 2
         if not 1 <= len(ports) <= limit:
@@ -258,7 +258,7 @@ class WebSocketWire:
         self._channels.send(2 * connection, data)
 
     def end(self, connection: int) -> None:
-        """Nothing says so, see `half_close`."""
+        """Do nothing: the protocol has no half-close."""
 
     def refuse(self, connection: int, reason: str) -> None:
         self._channels.send(2 * connection + 1, reason.encode())
@@ -269,7 +269,7 @@ class WebSocketWire:
             self._channels.socket.close()
 
     def expire(self, before: float) -> None:
-        """Nothing is ever half made."""
+        """Do nothing: channels need no pairing."""
 
 
 def _port(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Descriptors and their bytes on an asyncio loop: a source that reads while its gate is open, a sink that buffers.
+"""Flow control on an asyncio loop: sources that read descriptors while the client takes more, sinks that buffer.
 
 Both work on non-blocking pipes, sockets and terminals. Neither owns its descriptor, a thread or a task.
 """
@@ -14,7 +14,7 @@ MAX_LEFT_BYTES = 1 << 20
 
 
 class Gate:
-    """Closed while the client cannot take more; its sources wait."""
+    """The state of a client's connection: closed while it cannot take more, and its sources must not read."""
 
     def __init__(self) -> None:
         self.opened = asyncio.Event()
@@ -35,7 +35,7 @@ class Gate:
 
 
 class Source:
-    """Reads a descriptor to its end. `ended` is set then; `failed` says that it was an error."""
+    """A reader of a descriptor to its end. `ended` is set then; `failed` tells that an error ended it."""
 
     def __init__(self, fd: int, gate: Gate, on_data: Callable[[bytes], None]) -> None:
         self.ended = asyncio.Event()
@@ -48,7 +48,7 @@ class Source:
         self._loop.add_reader(fd, self._read)
 
     def resume(self) -> None:
-        """The gate is open again."""
+        """Read again, as the client takes more."""
         if self.ended.is_set():
             return
         if self._left is None:
@@ -57,14 +57,14 @@ class Source:
             self._loop.call_soon(self._read)
 
     def finish(self) -> None:
-        """Read what is there now, and no more: whoever still has the other end is not waited for."""
+        """Read what is there now, and no more: other processes may keep the other end open for ever."""
         if not self.ended.is_set():
             self._loop.remove_reader(self._fd)
             self._left = MAX_LEFT_BYTES
             self._loop.call_soon(self._read)
 
     def close(self) -> None:
-        """Read nothing more."""
+        """Stop reading."""
         self._loop.remove_reader(self._fd)
         self.ended.set()
 
@@ -90,19 +90,19 @@ class Source:
         return data is None or self._left <= 0
 
     def _next(self) -> bytes | None:
-        """Bytes; none at the end; None if there are none yet."""
+        """Read once: bytes, b"" at the end, None if there are none yet."""
         try:
             return os.read(self._fd, READ_BYTES)
         except BlockingIOError:
             return None
         except OSError as error:
-            # A terminal's master reads EIO once nobody has the other end open.
+            # A terminal's master reads EIO once no process has the other end open: that is its end, not a failure.
             self.failed = error.errno != errno.EIO
             return b""
 
 
 class Backlog:
-    """How many bytes the sinks of one client keep; on_shrink is called whenever they have become fewer."""
+    """The number of bytes that the sinks of one client keep; on_shrink is called whenever it has become smaller."""
 
     def __init__(self, on_shrink: Callable[[], None]) -> None:
         self.size = 0
@@ -117,10 +117,10 @@ class Backlog:
 
 
 class Sink:
-    """Writes to a descriptor what it takes, and keeps the rest. `ended` is set once it needs the descriptor no more.
+    """A writer to a descriptor that keeps what does not fit. `ended` is set once it needs the descriptor no more.
 
-    Until `open` everything is kept. After an error, as after `discard`, everything is thrown away: the reader has gone,
-    and nobody is to be blocked by that.
+    Until `open` everything is kept. After an error, as after `discard`, everything is dropped: the reader is gone, and
+    its writer must not be blocked by that.
     """
 
     def __init__(self, backlog: Backlog) -> None:
@@ -133,7 +133,7 @@ class Sink:
         self._loop = asyncio.get_running_loop()
 
     def open(self, fd: int, on_end: Callable[[], None]) -> None:
-        """Write to fd from now on. on_end is called once: all is written after `end`, or nothing can be any more."""
+        """Write to fd from now on. on_end is called once: after `end` when all is written, or on an error."""
         self._fd, self._on_end = fd, on_end
         if self._pending:
             self._loop.add_writer(fd, self._drain)
@@ -150,19 +150,20 @@ class Sink:
             self._backlog.grow(len(data))
 
     def end(self) -> None:
-        """There is no more to write."""
+        """Note that no more data will come; on_end is called when all is written."""
         self._ending = True
         if self._fd >= 0 and not self._pending:
             self.discard()
 
     def discard(self) -> None:
-        """Keep and write nothing more."""
+        """Drop what is kept and write nothing more."""
         if self.ended.is_set():
             return
         self.ended.set()
         kept = len(self._pending)
         self._pending.clear()
         if self._on_end is not None:
+            # Before on_end, which closes it: the loop must not watch a descriptor whose number may be used again.
             self._loop.remove_writer(self._fd)
             self._fd = -1
             self._on_end()
@@ -180,7 +181,7 @@ class Sink:
         self._backlog.shrink(taken)
 
     def _take(self, data: memoryview | bytearray) -> int:
-        """How much the descriptor took; all of it, in a sense, if there is nobody to read it."""
+        """Write once and return how many bytes are done with: all of them where there is no reader any more."""
         try:
             return os.write(self._fd, data)
         except BlockingIOError:

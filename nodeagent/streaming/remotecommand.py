@@ -1,4 +1,4 @@
-"""Exec and attach on the wire, without IO: one command's streams over SPDY or over WebSocket channels.
+"""The protocols of exec and attach, without IO: one command's streams over SPDY or over WebSocket channels.
 
 Versions differ in how they end and resize: v1 and v2 have no resize stream, v4 replaced plain text on the error stream
 by a metav1.Status, v5 added the half-close of a WebSocket channel.
@@ -30,7 +30,7 @@ CLOSE_CHANNEL = 255
 
 
 class Channel(IntEnum):
-    """The streams, by their WebSocket channel."""
+    """The streams of a command, with their numbers as WebSocket channels."""
 
     STDIN = 0
     STDOUT = 1
@@ -49,7 +49,7 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class InputEnded:
-    """The client has no more input."""
+    """The client sends no more input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Resized:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """The client has left, or broke the protocol."""
+    """The client has left, or violated the protocol."""
 
 
 Event = Input | InputEnded | Resized | Closed
@@ -71,13 +71,13 @@ Event = Input | InputEnded | Resized | Closed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """exit_code of a process that ran; None where it, or the session, failed for the reason in message."""
+    """The end of a command. exit_code: of a process that ran; None for a failure, with its reason in message."""
 
     exit_code: int | None = None
     message: str = ""
 
     def encode(self, version: int) -> bytes:
-        """What goes onto the error stream; client-go reads the code as 8 bits."""
+        """The bytes for the error stream; client-go takes the code to have 8 bits."""
         if version < 4:
             return b"" if self.exit_code == 0 else self._text.encode()
         return json.dumps(self._status).encode()
@@ -103,7 +103,7 @@ class Outcome:
 
 
 class Wire(Protocol):
-    """One command's streams. `ready` says whether the client has made all that it asked for."""
+    """The streams of one command. `ready` tells whether the client has opened all that it asked for."""
 
     @property
     def ready(self) -> bool: ...
@@ -118,11 +118,11 @@ class Wire(Protocol):
         """Send output; nothing where the client does not want it any more."""
 
     def finish(self, outcome: Outcome) -> None:
-        """End every output, then say how the command ended, then end that too."""
+        """End all outputs, report the end of the command, then end the rest."""
 
 
 class SpdyWire:
-    """A stream of SPDY for each stream of the command, opened by the client in any order."""
+    """A wire with a SPDY stream for each stream of the command, opened by the client in any order."""
 
     def __init__(self, request: CommandRequest, protocol: str) -> None:
         self._spdy = spdy.Connection()
@@ -197,7 +197,7 @@ class SpdyWire:
 
 
 class WebSocketWire:
-    """A channel for each stream of the command; all are there from the start."""
+    """A wire with a WebSocket channel for each stream of the command; all exist from the start."""
 
     ready = True
 
@@ -228,7 +228,7 @@ class WebSocketWire:
             self._channels.send(channel, data)
 
     def finish(self, outcome: Outcome) -> None:
-        """Closing is the end of every channel: clients have no use for a half-close from the server."""
+        """Report the end and close the WebSocket, which ends all channels: the server has no half-close."""
         if status := outcome.encode(self._version):
             self.send(Channel.ERROR, status)
         self._channels.socket.close()
@@ -244,12 +244,12 @@ class WebSocketWire:
 
 
 def version(protocol: str) -> int:
-    """Of a sub-protocol's name; those without a number, and none at all, are the first."""
+    """The version in a sub-protocol's name; without a number or a name it is the first."""
     return int(protocol[1]) if protocol.startswith("v") else 1
 
 
 def channels(request: CommandRequest) -> frozenset[Channel]:
-    """What a session for this request consists of."""
+    """The streams that a session for this request has."""
     asked = {
         Channel.STDIN: request.stdin,
         Channel.STDOUT: request.stdout,
@@ -261,13 +261,13 @@ def channels(request: CommandRequest) -> frozenset[Channel]:
 
 
 class SizeParser:
-    """Sizes of a terminal out of JSON objects that follow each other without a separator."""
+    """A parser of terminal sizes: JSON objects that follow each other without a separator."""
 
     def __init__(self) -> None:
         self._text = ""
 
     def feed(self, data: memoryview) -> list[Resized]:
-        """The sizes that are whole now. What is no size, and does not become one, is dropped."""
+        """Take data in and return the sizes that are complete. What cannot become a size is dropped."""
         *objects, self._text = (self._text + str(data, "ascii", "replace")).split("}")
         self._text = self._text if len(self._text) <= MAX_RESIZE_BYTES else ""
         sizes = (_size(text + "}") for text in objects if len(text) <= MAX_RESIZE_BYTES)
@@ -275,7 +275,7 @@ class SizeParser:
 
 
 def _size(text: str) -> Resized | None:
-    """The size in an object that has Width and Height, in any case as Go reads them, both of 16 bits and not 0."""
+    """The size in an object with Width and Height, matched as Go does in any case; both have 16 bits and are not 0."""
     try:
         fields = {name.lower(): value for name, value in json.loads(text).items()}
         width, height = int(fields["width"]), int(fields["height"])

@@ -1,7 +1,7 @@
 """The streaming server: listens, answers upgrade requests that bring a ticket, and runs their sessions.
 
-An RPC gets a URL for a request from `StreamingServer.url`; the client that comes to it gets the session. Everything
-that only decides is elsewhere and without IO: this module and the sessions are where bytes move.
+An RPC gets a URL for a request from `StreamingServer.url`; the client that connects there gets the session. Everything
+that only decides is in other modules, without IO: this module and the sessions move the bytes.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ AnySession = CommandSession | ForwardSession
 
 
 class StreamingServer:
-    """Serves while its context is open.
+    """The streaming server, which serves while its context is open.
 
     ::
 
@@ -53,7 +53,10 @@ class StreamingServer:
         tls: TLSFiles | None = None,
         timeouts: Timeouts | None = None,
     ) -> None:
-        """host: a literal address; port 0: any that is free. OSError: a file of tls, or the address, cannot be used."""
+        """Prepare a server. host: a literal address; port 0: any free one.
+
+        Entering it raises OSError where a file of tls, or the address, cannot be used.
+        """
         self.timeouts = timeouts or Timeouts()
         self._backend = backend
         self._host = ipaddress.ip_address(host)
@@ -67,6 +70,7 @@ class StreamingServer:
         self._stack: AsyncExitStack
 
     async def __aenter__(self) -> Self:
+        # Before the files are read: a change in between is then seen by the next check.
         version = None if self._tls is None else self._tls.version()
         self._context = None if self._tls is None else self._tls.load()
         self._listening = listener.bind(str(self._host), self._port)
@@ -78,6 +82,7 @@ class StreamingServer:
             head_s=self.timeouts.head_s,
             tasks=self._tasks,
         )
+        # Left in reverse: no more connections are accepted, sessions are cancelled, and the group waits for their end.
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._tasks.close)
             if self._tls is not None:
@@ -90,21 +95,21 @@ class StreamingServer:
         await self._stack.aclose()
 
     def url(self, request: Request) -> str:
-        """Where a client finds the session for a request, once and within a minute. Raises as `Tickets.issue`."""
+        """A URL at which a client gets the session for a request, once, within a minute. Raises as `Tickets.issue`."""
         token = self._tickets.issue(request)
         scheme = "http" if self._tls is None else "https"
         return f"{scheme}://{self._authority}/{request.path}/{token}"
 
     @property
     def _authority(self) -> str:
-        """Of a wildcard address the loopback's, as clients come from this node."""
+        """The host and port for URLs: loopback in place of a wildcard address, as clients come from this node."""
         port = self._listening.getsockname()[1]
         if self._host.version == 4:
             return f"{'127.0.0.1' if self._host.is_unspecified else self._host}:{port}"
         return f"[{'::1' if self._host.is_unspecified else self._host}]:{port}"
 
     async def _follow(self, tls: TLSFiles, version: object) -> None:
-        """Take the files up when they have changed, and good ones; connections that exist keep what they have."""
+        """Load changed certificate files, if they are valid; existing connections keep the old ones."""
         while True:
             await asyncio.sleep(self.timeouts.tls_check_s)
             try:
@@ -116,12 +121,13 @@ class StreamingServer:
             except OSError as error:
                 self._tasks.failures.note(TLS_FILES, error, then="; the server keeps the old ones")
                 continue
-            log.info("the streaming server uses new TLS files")
+            log.info("the streaming server has loaded new TLS files")
 
     # --- clients ---
 
     async def _shake_hands(self, connection: socket.socket, _: Place) -> None:
-        """Until the client has its session, or its refusal. The time for it includes that of TLS."""
+        """Serve a client until its session starts, or it is refused. Its time limit includes the handshake of TLS."""
+        # A client that vanished without a FIN is found by probes (tcp(7)): sessions may be silent for hours.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         handshake = Handshake(self)
         await asyncio.get_running_loop().connect_accepted_socket(
@@ -133,7 +139,7 @@ class StreamingServer:
         await handshake.finish()
 
     def agree(self, request: http1.Request) -> tuple[upgrade.Answer, AnySession]:
-        """Headers for the answer to a request, and the session that follows. Refused: there is none."""
+        """The headers of the answer to a request, and the session that follows. Raises Refused where there is none."""
         if request.method not in ("GET", "POST"):
             raise Refused(405, f"{request.method} is not supported", [("Allow", "GET, POST")])
         path, _, token = request.path.removeprefix("/").partition("/")
@@ -156,7 +162,7 @@ class StreamingServer:
 
 
 class Handshake(asyncio.Protocol):
-    """A client until its connection is upgraded, or its request refused."""
+    """The protocol of a connection until it is upgraded, or its request refused."""
 
     def __init__(self, server: StreamingServer) -> None:
         self._server = server
@@ -166,7 +172,7 @@ class Handshake(asyncio.Protocol):
         self._over = asyncio.Event()
 
     async def finish(self) -> None:
-        """Return when the connection is a session's, or closed; it is closed if this is cancelled."""
+        """Return when the connection belongs to a session, or is closed. Closes it if cancelled."""
         try:
             await self._over.wait()
         finally:
@@ -193,9 +199,10 @@ class Handshake(asyncio.Protocol):
         self._over.set()
 
     def _switch(self, answer: upgrade.Answer, session: AnySession) -> None:
-        """Hand the connection over to its session, which reads on once it runs."""
+        """Hand the connection over to its session."""
         self._switched = True
         self._over.set()
+        # The session resumes reading when it runs: what has come by then is behind the request, in `trailing`.
         self._transport.pause_reading()
         self._transport.write(self._http.switch(answer))
         self._transport.set_protocol(session)

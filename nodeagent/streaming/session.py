@@ -1,7 +1,7 @@
-"""A connection after its upgrade: its wire, the client's pace in both directions, and how it ends.
+"""A connection after its upgrade: its wire, flow control in both directions, and its end.
 
-What a client does not read closes the gate, and no process is read from any more. What a process does not read is kept
-up to a bound, then the connection is not read from any more. So a session holds a bounded number of bytes.
+When a client does not read, the output of processes is not read any more (`Gate`). What a process does not read is
+kept up to a bound, then the connection is not read any more. So a session holds a bounded number of bytes.
 """
 
 import asyncio
@@ -13,9 +13,11 @@ from typing import Generic, Protocol, TypeVar
 
 from nodeagent.streaming.pump import Backlog, Gate
 
-MAX_OUTPUT_BYTES = 256 << 10  # not yet sent, before processes are not read from
-MAX_REPLY_BYTES = 512 << 10  # not yet sent, before the client is not read from
-MAX_INPUT_BYTES = 512 << 10  # not yet read by processes, before the client is not read from
+MAX_OUTPUT_BYTES = 256 << 10  # with more unsent bytes, no process is read from
+MAX_REPLY_BYTES = 512 << 10  # with more unsent bytes, the client is not read from
+MAX_INPUT_BYTES = (
+    512 << 10
+)  # with more bytes that processes have not read, the client is not read from
 LINGER_S = 10.0
 HANGUP_CHECK_S = 5.0
 
@@ -24,11 +26,11 @@ E = TypeVar("E")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeouts:
-    """How long a session waits.
+    """The time limits of a session.
 
     head_s: for the request, with TLS. creation_s: for the client's streams. idle_s: without a byte in either direction.
-    first_size_s: for the size of a terminal, before the process starts without. last_output_s: for those who still hold
-    the output of a process that has ended. tls_check_s: between two looks at the certificate files.
+    first_size_s: for the size of a terminal, before the process starts without. last_output_s: for others that hold the
+    output of a process that has ended. tls_check_s: between two checks of the certificate files.
     """
 
     head_s: float = 10.0
@@ -40,18 +42,18 @@ class Timeouts:
 
 
 class Wire(Protocol[E]):
-    """What the wires of commands and of forwards have in common."""
+    """The methods that the wires of commands and of forwards have in common."""
 
     def receive_data(self, data: bytes) -> list[E]: ...
 
     def data_to_send(self) -> list[bytes]: ...
 
     def keep_alive(self) -> None:
-        """Say something that means nothing and wants no answer."""
+        """Send something without meaning that needs no answer."""
 
 
 class Session(asyncio.Protocol, ABC, Generic[E]):
-    """One client. `run` is its whole life; it is cancelled when the client has gone before its end."""
+    """The session of one client. `run` serves it to its end, and is cancelled when the client leaves earlier."""
 
     def __init__(self, wire: Wire[E], timeouts: Timeouts) -> None:
         self.gate = Gate()
@@ -67,20 +69,20 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
         self._idle = self.loop.call_later(timeouts.idle_s, self._check_idle)
         self._hangup: asyncio.TimerHandle | None = None
 
-    # --- what a kind of session is ---
+    # --- what each kind of session implements ---
 
     @abstractmethod
     async def serve(self, early: bytes) -> None:
-        """Call `listen`, and return when everything that the client is to have has been given to the wire."""
+        """Call `listen`, and return when the wire has been given everything that the client is to receive."""
 
     @abstractmethod
     def handle(self, event: E) -> None:
         """Act on an event of the wire."""
 
-    # --- its life ---
+    # --- the session from start to end ---
 
     async def run(self, early: bytes) -> None:
-        """Serve the client to the end. early: what it sent behind its request."""
+        """Serve the client to the end. early: the bytes that it sent behind its request."""
         self._task = asyncio.current_task()
         if self._gone.is_set():
             return
@@ -91,26 +93,26 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
             self._transport.close()
 
     def listen(self, early: bytes) -> None:
-        """Take what came early, and read on."""
+        """Handle the early bytes, and read on."""
         self.data_received(early)
         self.balance()
 
     def leave(self) -> None:
-        """The client wants no more of us, or we of it: nothing but the wire's last word is sent."""
+        """End the session early: only what the wire still has to send is sent."""
         self._over = True
         self.flush()
         if self._task is not None:
             self._task.cancel()
 
     def flush(self) -> None:
-        """Send what the wire has to say."""
+        """Send what the wire has to send."""
         chunks = self._wire.data_to_send()
         if chunks and not self._transport.is_closing():
             self._active = self.loop.time()
             self._transport.write(b"".join(chunks))
 
     def balance(self) -> None:
-        """Read from the client as long as what it makes us keep is within bounds."""
+        """Read from the client while the bytes that are kept for it are within bounds, else pause."""
         if self._transport.is_closing():
             return
         kept, unsent = self.backlog.size, self._transport.get_write_buffer_size()
@@ -120,7 +122,11 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
             self._transport.resume_reading()
 
     async def _hang_up(self) -> None:
-        """Send all that is left, end our direction, and give the client time to take it; TLS does so when it closes."""
+        """Send all that is left, end the server's direction, and give the client time to read it.
+
+        TLS does so when it closes. Closing a socket with unread bytes sends a reset, which may cost the client the end
+        of its output (RFC 2525, 2.17): so it is read until the client closes.
+        """
         self._over = True
         self.flush()
         self._transport.set_write_buffer_limits(high=1)  # TLS takes 0 for always full
@@ -138,10 +144,10 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
             self._hangup = self.loop.call_later(HANGUP_CHECK_S, self._check_hangup)
 
     def _check_hangup(self) -> None:
-        """While nothing is read from a client, only the kernel knows that it has gone, and only when it is asked.
+        """Ask the kernel whether the client has left, while nothing is read from it.
 
-        The end of a client's stream may stand behind bytes that nobody takes; something sent to a socket that is closed
-        is answered by a reset. client-go also gives up a WebSocket that says nothing for a minute.
+        Its FIN may be behind bytes that are not read; a packet to a socket that it has closed is answered by a reset.
+        client-go also gives up a WebSocket that is silent for a minute.
         """
         self._hangup = None
         if self._transport.is_reading():
@@ -162,7 +168,7 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
         else:
             self._idle = self.loop.call_at(deadline, self._check_idle)
 
-    # --- what asyncio calls ---
+    # --- asyncio.Protocol ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)

@@ -1,8 +1,8 @@
-"""SPDY/3.1 without IO: bytes in, events out, bytes to send.
+"""The protocol SPDY/3.1 without IO: bytes in, events out, bytes to send.
 
-As much of the draft as exec, attach and port-forward speak: streams opened by the client, data, half-close, reset,
-PING and GOAWAY. There is no flow control, as no peer of ours has it (moby/spdystream), and SETTINGS and WINDOW_UPDATE
-are tolerated. Nothing but a control frame of bounded size is ever buffered: data is handed on as it comes.
+It has as much of the draft as exec, attach and port-forward use: streams opened by the client, data, half-close, reset,
+PING and GOAWAY. There is no flow control, as no peer has it (moby/spdystream), and SETTINGS and WINDOW_UPDATE are
+ignored. Nothing but a control frame of bounded size is ever buffered: data is passed on as it comes.
 
 ::
 
@@ -38,7 +38,7 @@ class Step(IntEnum):
     RECEIVE_FIN = auto()
 
 
-# What is not here is an error: ours raises, the peer's resets the stream.
+# Any other step is an error: one of this end raises, one of the peer's resets the stream.
 _TRANSITIONS = {
     (State.OPEN, Step.SEND_DATA): State.OPEN,
     (State.OPEN, Step.SEND_FIN): State.HALF_CLOSED_LOCAL,
@@ -52,7 +52,7 @@ _TRANSITIONS = {
 
 
 class ProtocolError(Exception):
-    """We, or the peer, did what SPDY does not allow."""
+    """This end, or the peer, did what SPDY does not allow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class StreamReplied:
 
 @dataclass(frozen=True, slots=True)
 class DataReceived:
-    """A part of a data frame: a view of the bytes that were fed, however the peer had framed them."""
+    """A part of a data frame: a view of the bytes that were fed, cut as they came."""
 
     stream: int
     data: memoryview
@@ -89,12 +89,12 @@ class StreamReset:
 
 @dataclass(frozen=True, slots=True)
 class GoneAway:
-    """The peer takes no new streams; those that exist go on."""
+    """The peer accepts no new streams; existing ones go on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The peer broke the protocol. The last event; what it sends from now on is thrown away."""
+    """The peer violated the protocol. This is the last event; what it sends from now on is dropped."""
 
     reason: str
 
@@ -128,7 +128,7 @@ class Connection:
     # --- the three verbs ---
 
     def receive_data(self, data: bytes | memoryview) -> list[Event]:
-        """What the peer's bytes mean. Answers that SPDY itself asks for are in `data_to_send` afterwards."""
+        """Take the peer's bytes and return their events. Answers that SPDY itself needs are in `data_to_send` then."""
         self._reader.feed(data)
         next(self._parser)
         events, self._events = self._events, []
@@ -141,7 +141,7 @@ class Connection:
     # --- what we do ---
 
     def sendable(self, stream: int) -> bool:
-        """Whether we may still send on this stream."""
+        """Whether this end may still send on the stream."""
         return (self._state(stream), Step.SEND_DATA) in _TRANSITIONS
 
     def open(self, headers: dict[str, str]) -> int:
@@ -160,7 +160,7 @@ class Connection:
         self._control(Type.SYN_REPLY, frames.STREAM.pack(stream) + self._compressor.encode({}))
 
     def send_data(self, stream: int, data: bytes, *, fin: bool = False) -> None:
-        """Send less than 16 MiB, and with fin our end of the stream. ProtocolError: we had ended it before."""
+        """Send less than 16 MiB; fin ends this direction. Raises ProtocolError where it had been ended before."""
         self._take_step(stream, Step.SEND_DATA)
         self._output.append(frames.data_head(stream, len(data), fin=fin))
         if data:
@@ -169,7 +169,7 @@ class Connection:
             self._take_step(stream, Step.SEND_FIN)
 
     def end(self, stream: int) -> None:
-        """End our direction, if it has not ended."""
+        """End this direction, if it has not ended."""
         if self.sendable(stream):
             self.send_data(stream, b"", fin=True)
 
@@ -179,11 +179,11 @@ class Connection:
             self._control(Type.RST_STREAM, frames.STREAM_STATUS.pack(stream, status))
 
     def ping(self, identity: int) -> None:
-        """Ask for the same PING back; a client's identities are odd."""
+        """Send a PING, which the peer returns; a client's identities are odd."""
         self._control(Type.PING, frames.STREAM.pack(identity))
 
     def keep_alive(self) -> None:
-        """Say something that means nothing and wants no answer: settings, none of them."""
+        """Send something without meaning that needs no answer: SETTINGS without entries."""
         self._control(Type.SETTINGS, frames.COUNT.pack(0))
 
     def go_away(self, status: Goodbye = Goodbye.OK) -> None:
@@ -232,6 +232,7 @@ class Connection:
     def _on_syn_stream(self, flags: int, payload: bytes) -> None:
         word, _, _, _ = frames.SYN_STREAM.unpack_from(payload)
         stream = word & frames.STREAM_ID
+        # Decoded even if the stream is refused: all blocks are one zlib stream (draft 3.1, 2.6.10.1).
         headers = self._decompressor.decode(payload[frames.SYN_STREAM.size :])
         if self._client or not stream & 1 or stream <= self._last_stream:
             raise ProtocolError(f"SYN_STREAM for stream {stream}, after {self._last_stream}")
@@ -287,9 +288,9 @@ class Connection:
             raise ProtocolError(f"data for stream {stream}, which was never opened")
 
     def _received(self, stream: int, step: Step) -> bool:
-        """Take the peer's step. False: the stream is gone, or is now, because the step was wrong."""
+        """Take the peer's step; False where the stream is gone, or is reset now because the step is an error."""
         if stream not in self._streams:
-            return False  # it crossed our RST_STREAM
+            return False  # sent before the peer had seen the RST_STREAM
         if (self._streams[stream], step) in _TRANSITIONS:
             self._take_step(stream, step)
             return True

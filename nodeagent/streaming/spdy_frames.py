@@ -1,4 +1,4 @@
-"""Frames of SPDY/3.1: their numbers, their layout, and a reader for a parser that is fed piece by piece."""
+"""The frames of SPDY/3.1: their numbers, their layout, and a reader for a parser that is fed piece by piece."""
 
 import struct
 from collections.abc import Generator
@@ -53,18 +53,18 @@ def control_frame(kind: Type, payload: bytes) -> bytes:
 
 
 def data_head(stream: int, length: int, *, fin: bool) -> bytes:
-    """What stands before `length` bytes of data."""
+    """The head of a frame with `length` bytes of data."""
     return HEAD.pack(stream, (FLAG_FIN if fin else 0) << 24 | length)
 
 
 class ByteReader:
-    """Hands a parser the bytes that it asks for, across the borders in which they arrive."""
+    """A buffer that gives a parser the bytes that it asks for, in whatever pieces they arrive."""
 
     def __init__(self) -> None:
         self._chunk = memoryview(b"")
 
     def feed(self, data: bytes | memoryview) -> None:
-        """Take the next bytes; the parser has used up all that were before."""
+        """Take the next bytes; the parser has used all earlier ones."""
         self._chunk = memoryview(data)
 
     def exactly(self, count: int) -> Generator[None, None, bytes]:
@@ -75,7 +75,7 @@ class ByteReader:
         return taken
 
     def some(self, limit: int) -> Generator[None, None, memoryview]:
-        """At least one byte, without a copy."""
+        """Return at least one byte, without a copy."""
         while not self._chunk:
             yield
         return self._take(limit)

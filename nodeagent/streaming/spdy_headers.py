@@ -1,4 +1,4 @@
-"""Header blocks of SPDY/3.1: names and values, compressed by one zlib stream per direction of a connection.
+"""The header blocks of SPDY/3.1: names and values, compressed by one zlib stream per direction of a connection.
 
 Draft 3.1, 2.6.10 (name/value header block) and 2.6.10.1 (compression, and its dictionary).
 """
@@ -36,11 +36,11 @@ DICTIONARY = b"".join(_LENGTH.pack(len(w)) + w.encode() for w in _DICTIONARY_WOR
 
 
 class HeaderError(ValueError):
-    """A block that breaks the format or a bound; the zlib stream behind it is lost."""
+    """A block that breaks the format or a bound; the zlib stream cannot be read on after it."""
 
 
 class Compressor:
-    """Writes the blocks of one direction. Ours are a few bytes, so a window of 512 is enough."""
+    """A writer of the blocks of one direction. They have a few bytes, so a window of 512 is enough."""
 
     def __init__(self) -> None:
         self._deflate = zlib.compressobj(wbits=9, memLevel=1, zdict=DICTIONARY)
@@ -55,13 +55,13 @@ class Compressor:
 
 
 class Decompressor:
-    """Reads the blocks of one direction, whatever they claim to expand to."""
+    """A reader of the blocks of one direction, which bounds what they expand to."""
 
     def __init__(self) -> None:
         self._inflate = zlib.decompressobj(zdict=DICTIONARY)
 
     def decode(self, block: bytes) -> dict[str, str]:
-        """Headers by name in lower case. A value of several parts has NUL between them."""
+        """The headers by their names in lower case. A value of several parts has NUL between them."""
         try:
             plain = self._inflate.decompress(block, MAX_BLOCK_BYTES + 1)
         except zlib.error as error:

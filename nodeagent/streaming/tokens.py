@@ -1,4 +1,4 @@
-"""One-time tickets: what an RPC has allowed, until a client comes to the streaming server and takes it."""
+"""One-time tickets: requests that an RPC has allowed, kept until a client connects to the streaming server."""
 
 import secrets
 import time
@@ -13,14 +13,14 @@ TOKEN_BYTES = 16
 
 
 class Tickets:
-    """Requests by token, oldest first, each for one minute and one use."""
+    """The requests by token, oldest first, each valid for one minute and one use."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._tickets: dict[str, tuple[float, Request]] = {}
 
     def issue(self, request: Request) -> str:
-        """A token for a request. InvalidArgument: malformed; ResourceExhausted: too many are not taken yet."""
+        """A token for a request. Raises InvalidArgument for a malformed one, ResourceExhausted for too many."""
         request.check()
         self._expire()
         if len(self._tickets) >= MAX_TICKETS:
@@ -32,7 +32,7 @@ class Tickets:
         return token
 
     def redeem(self, path: str, token: str) -> Request | None:
-        """The request behind a token, which is spent by this; None if there is none of that path any more."""
+        """Return the request of a token and delete it; None where there is none for this path (any more)."""
         self._expire()
         _, request = self._tickets.pop(token, (0.0, None))
         return request if request is not None and request.path == path else None

@@ -1,4 +1,4 @@
-"""From an upgrade request and a ticket to a wire, without IO: which protocol, which version, which headers answer."""
+"""Choice of a wire for an upgrade request and a ticket, without IO: protocol, version, and headers of the answer."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -16,7 +16,7 @@ Answer = list[tuple[str, str]]
 
 
 class Refused(Exception):
-    """An answer that is not 101."""
+    """An answer with another status than 101."""
 
     def __init__(self, status: int, text: str, headers: Answer | None = None) -> None:
         super().__init__(text)
@@ -26,7 +26,7 @@ class Refused(Exception):
 
 
 def command(request: http1.Request, ticket: CommandRequest) -> tuple[Answer, remotecommand.Wire]:
-    """Agree on a wire for exec or attach."""
+    """Choose the wire for exec or attach, and the headers of the answer."""
     if request.upgrade == "websocket":
         protocol, answer = _accept_websocket(request, remotecommand.WEBSOCKET_PROTOCOLS)
         return answer, remotecommand.WebSocketWire(ticket, protocol)
@@ -37,7 +37,7 @@ def command(request: http1.Request, ticket: CommandRequest) -> tuple[Answer, rem
 def forward(
     request: http1.Request, ticket: PortForwardRequest, clock: Callable[[], float]
 ) -> tuple[Answer, portforward.Wire]:
-    """Agree on a wire for port-forward."""
+    """Choose the wire for port-forward, and the headers of the answer."""
     if request.upgrade != "websocket":
         _, answer = _accept_spdy(request, portforward.SPDY_PROTOCOLS)
         return answer, portforward.SpdyWire(spdy.Connection(), clock)
@@ -66,7 +66,7 @@ def _accept_spdy(request: http1.Request, supported: tuple[str, ...]) -> tuple[st
 
 
 def _accept_websocket(request: http1.Request, supported: tuple[str, ...]) -> tuple[str, Answer]:
-    """A client that offers no sub-protocol gets none, which is the first version."""
+    """Choose a sub-protocol. A client that offers none gets none, which is the first version."""
     offered = request.values(websocket.SUBPROTOCOL_HEADER.lower())
     protocol = _choose(offered, supported)
     if offered and protocol is None:
@@ -80,5 +80,5 @@ def _accept_websocket(request: http1.Request, supported: tuple[str, ...]) -> tup
 
 
 def _choose(offered: list[str], supported: tuple[str, ...]) -> str | None:
-    """The client's first choice among ours."""
+    """The client's first choice among the supported ones."""
     return next((name for name in offered if name in supported), None)

@@ -1,7 +1,7 @@
-"""WebSocket without IO, the server's end, on the protocol core of `websockets`: pieces of messages in, messages out.
+"""The server's end of a WebSocket, without IO, on the core of `websockets`: pieces of messages in, messages out.
 
-On top of it the channels of Kubernetes: the first byte of a message says which of several streams it belongs to; in
-the base64 forms that byte is a digit and the rest is encoded.
+It carries the channels of Kubernetes: the first byte of a message says which of several streams it belongs to; in the
+base64 forms that byte is a digit and the rest is encoded.
 """
 
 import binascii
@@ -27,16 +27,16 @@ _DATA = (Opcode.BINARY, Opcode.TEXT, Opcode.CONT)
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A frame of a message; control frames may come between two of them."""
+    """One frame of a message; control frames may come between two of them."""
 
     data: memoryview
     last: bool
 
 
 def accept(request: http1.Request, subprotocol: str | None) -> tuple[int, list[tuple[str, str]]]:
-    """Status and headers that answer a handshake; the status is 101 if it is accepted.
+    """The status and headers that answer a handshake; the status is 101 if it is accepted.
 
-    The sub-protocol is kept from `websockets`: names as those of Kubernetes, with a slash, are no tokens to it.
+    `websockets` does not see the sub-protocol: it refuses names like those of Kubernetes, which have a slash.
     """
     try:
         headers = Headers(
@@ -57,11 +57,11 @@ class WebSocket:
 
     @property
     def closed(self) -> bool:
-        """Either side has closed, or the peer broke the protocol; nothing can be sent any more."""
+        """Whether either side has closed, or the peer violated the protocol, so that nothing can be sent any more."""
         return self._protocol.state is not State.OPEN
 
     def receive_data(self, data: bytes) -> list[Piece]:
-        """What the peer says. Pings are answered by themselves."""
+        """Take the peer's bytes and return the data in them. Pings are answered without being shown."""
         self._protocol.receive_data(data)
         frames = (event for event in self._protocol.events_received() if isinstance(event, Frame))
         return [
@@ -74,12 +74,12 @@ class WebSocket:
         return [data for data in self._protocol.data_to_send() if data]
 
     def send(self, data: bytes, *, text: bool = False) -> None:
-        """Send a whole message; nothing once the connection is closed."""
+        """Send a whole message, or nothing once the connection is closed."""
         if not self.closed:
             (self._protocol.send_text if text else self._protocol.send_binary)(data)
 
     def keep_alive(self) -> None:
-        """Say something that means nothing and wants no answer: a pong to no ping (RFC 6455, 5.5.3)."""
+        """Send something without meaning that needs no answer: an unsolicited pong (RFC 6455, 5.5.3)."""
         if not self.closed:
             self._protocol.send_pong(b"")
 
@@ -89,7 +89,7 @@ class WebSocket:
 
 
 class Channels:
-    """Streams over one WebSocket, told apart by the first byte of each message."""
+    """The streams of one WebSocket, told apart by the first byte of each message."""
 
     def __init__(self, *, base64: bool) -> None:
         self.socket = WebSocket()
@@ -98,7 +98,7 @@ class Channels:
         self._encoded = bytearray()
 
     def receive_data(self, data: bytes) -> list[tuple[int, memoryview]]:
-        """Channel and data, as it comes; an encoded message only when it is whole."""
+        """Return channels and data as they come; an encoded message only when it is complete."""
         take = self._take_encoded if self._base64 else self._take
         parts: list[tuple[int, memoryview]] = []
         try:
