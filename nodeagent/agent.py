@@ -24,12 +24,12 @@ from nodeagent.streaming.tls import TLSFiles
 log = logging.getLogger(__name__)
 
 # An orderly end takes milliseconds. Calls under way have 2 s, changes 5 s more, and a container that is undone 10 s to
-# die; systemd, which kills an agent that does not end, waits for 90 s.
+# end. After 90 s systemd kills an agent that has not ended (DefaultTimeoutStopSec, systemd-system.conf(5)).
 STOP_SECONDS = 20.0
 
 
 def run(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT. Pods that run go on without us."""
+    """Serve until SIGTERM or SIGINT. Running pods go on without the agent."""
     asyncio.run(_serve(config))
     log.info("stopped")
 
@@ -38,6 +38,7 @@ async def _serve(config: Config) -> None:
     descriptors.raise_limit()
     stop = asyncio.Event()
     _end_on_signals(stop)
+    # The CRI's socket opens last, when all that serves a call is there, and closes first.
     async with AsyncExitStack() as stack:
         node = await stack.enter_async_context(open_node(config))
         await stack.enter_async_context(control.serve(config, node.images, node.tasks))
@@ -60,19 +61,22 @@ async def _serve(config: Config) -> None:
 
 
 def _earlier_socket(config: Config, node: Node) -> str:
-    """Where the first versions served the CRI, while pods of theirs run: the kubelet may not know of another place yet.
+    """The socket of the first versions, needed while pods of theirs run, as the kubelet may still use it; else "".
 
-    "" where there is none.
+    Only for the default `listen`: whoever configures it has one socket.
     """
     if not node.places.is_earlier or config.listen != Config().listen:
         return ""
     socket_path = f"unix://{node.places.home}/nodeagent.sock"
-    log.warning("serving CRI v1 on %s too, until there is no pod: change what uses it", socket_path)
+    log.warning(
+        "serving CRI v1 on %s as well until no pod is left: configure its clients to use the new socket",
+        socket_path,
+    )
     return socket_path
 
 
 def _end_on_signals(stop: asyncio.Event) -> None:
-    """SIGTERM and SIGINT set `stop`, and the process ends within STOP_SECONDS, be it orderly or not."""
+    """Have SIGTERM and SIGINT set `stop`, and end the process within STOP_SECONDS even if that does not end it."""
     loop = asyncio.get_running_loop()
 
     def end(number: signal.Signals) -> None:
@@ -80,7 +84,7 @@ def _end_on_signals(stop: asyncio.Event) -> None:
         if stop.is_set():
             return
         stop.set()
-        # A thread, because the loop's own may be what is held up, or have left the loop and wait for other threads.
+        # A thread, because the loop's own may be blocked, or have left the loop and wait for other threads.
         timer = threading.Timer(STOP_SECONDS, _give_up, (loop,))
         timer.daemon = True
         timer.start()
@@ -90,17 +94,19 @@ def _end_on_signals(stop: asyncio.Event) -> None:
 
 
 def _give_up(loop: asyncio.AbstractEventLoop) -> None:
-    """End as if killed, which the next start can deal with: what runs goes on, what was cut off is undone."""
+    """End as if killed, which the next start can repair: what runs goes on, what was interrupted is undone."""
     try:
         left = "; ".join(sorted({_what(task) for task in asyncio.all_tasks(loop)}))
-        log.error("stopping: given up after %g s, not over: %s", STOP_SECONDS, left or "no task")
-        faulthandler.dump_traceback()  # a thread that is held up is no task
+        log.error(
+            "stopping: gave up after %g s; still running: %s", STOP_SECONDS, left or "no task"
+        )
+        faulthandler.dump_traceback()  # a thread that is blocked is not among the tasks
     finally:
         os._exit(1)
 
 
 def _what(task: "asyncio.Task[object]") -> str:
-    """What it runs, and the name that it was given."""
+    """The coroutine that a task runs, and the name that it was given."""
     what, name = getattr(task.get_coro(), "__qualname__", "a task"), task.get_name()
     return what if name.startswith("Task-") else f"{what}: {name}"
 
@@ -136,7 +142,7 @@ def _streaming(node: Node, config: Streaming) -> StreamingServer:
 
 
 def notify(state: str) -> None:
-    """Tell the service manager (sd_notify(3)); without one there is nobody to tell."""
+    """Tell the service manager (sd_notify(3)), if there is one."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return

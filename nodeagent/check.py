@@ -28,7 +28,7 @@ V2_CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Feature:
-    """needed: the agent does not work without it. loss: what is lost otherwise."""
+    """A feature of the machine. needed: the agent does not work without it. loss: what is lost without it."""
 
     name: str
     present: bool
@@ -83,7 +83,7 @@ def _cgroups() -> list[Feature]:
 
 
 def _delegation(cgroups: Cgroups) -> list[Feature]:
-    """On v2 only: v1 has no boundary between a container that mounts its groups and their limits."""
+    """The check of nsdelegate, on v2 only: v1 cannot keep a container that mounts its groups from its limits."""
     if cgroups.hierarchy != "v2":
         return []
     (mount,) = cgroups.mounts()
@@ -116,7 +116,7 @@ def _optional(config: Config) -> list[Feature]:
         _feature(
             "AppArmor default profile",
             apparmor.has_default,
-            f"containers that name no profile run without one; {apparmor.PARSER} loads it",
+            f"containers that name no profile run without one; it is loaded by {apparmor.PARSER}",
             detail=apparmor.NAME,
         ),
         _feature("SELinux", lambda: Path("/sys/fs/selinux/enforce").exists(), "SELinux labels"),
@@ -138,7 +138,7 @@ def _optional(config: Config) -> list[Feature]:
         _feature(
             "registry hosts",
             lambda: Path(config.certs_dir).is_dir(),
-            f"{config.certs_dir} is absent: every registry is asked over HTTPS, directly",
+            f"{config.certs_dir} does not exist: every registry is asked directly, over HTTPS",
             detail=config.certs_dir,
         ),
     ]

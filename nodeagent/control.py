@@ -1,4 +1,4 @@
-"""Loading images from files, into a running agent or beside one that does not run.
+"""Loading of images from files, into a running agent or without one.
 
 The CRI has no call for it, so the agent takes archives on a socket of its own in the state directory, which only root
 can reach. A client sends one archive in chunks, each after its length in four bytes, the last one empty; the answer is
@@ -40,7 +40,7 @@ BEGIN_SECONDS = 10.0
 
 
 class Answer(TypedDict, total=False):
-    """One of both."""
+    """The answer to an archive: the images' names, or an error."""
 
     names: list[str]
     error: str
@@ -75,6 +75,7 @@ async def serve(config: Config, images: Images, tasks: Tasks) -> AsyncIterator[N
 async def _take(connection: socket.socket, place: Place, root: Path, images: Images) -> None:
     reader, writer = await asyncio.open_connection(sock=connection)
     try:
+        # Beside the layers, which need the room anyway; it has no name (O_TMPFILE), so that a crash leaves nothing.
         with tempfile.TemporaryFile(dir=root) as archive:
             answer = await _spool(reader, place, archive, root) or await _load(images, archive)
         writer.write(json.dumps(answer).encode())
@@ -87,7 +88,7 @@ async def _take(connection: socket.socket, place: Place, root: Path, images: Ima
 async def _spool(
     reader: asyncio.StreamReader, place: Place, archive: BinaryIO, root: Path
 ) -> Answer:
-    """Write everything that comes to a file; an answer if that failed, which the client reads when it has sent all."""
+    """Write all that comes to a file. A failure is the answer, which a client reads after it has sent everything."""
     failure: Answer = {}
     while chunk := await _receive(reader):
         place.keep()
@@ -102,14 +103,14 @@ async def _spool(
 
 
 async def _receive(reader: asyncio.StreamReader) -> bytes:
-    """The next chunk. Raises ConnectionError where the client ends before its archive does."""
+    """Read the next chunk. Raises ConnectionError where the client stops before the end of its archive."""
     try:
         size = int.from_bytes(await reader.readexactly(4), "big")
         if size > CHUNK_BYTES:
             raise ConnectionError(f"a chunk of {size} bytes")
         return await reader.readexactly(size)
     except asyncio.IncompleteReadError:
-        raise ConnectionResetError("the archive is not whole") from None
+        raise ConnectionResetError("the archive is incomplete") from None
 
 
 async def _load(images: Images, archive: BinaryIO) -> Answer:
@@ -123,7 +124,7 @@ async def _load(images: Images, archive: BinaryIO) -> Answer:
 
 
 def load(config: Config, file: str) -> list[str]:
-    """The names of the images in a tar file, or on standard input for "-", after loading them."""
+    """Load the images in a tar file, or on standard input for "-", and return their names."""
     with sys.stdin.buffer if file == "-" else Path(file).open("rb") as archive:
         running = _is_served(socket_path(config))
         try:
@@ -133,7 +134,7 @@ def load(config: Config, file: str) -> list[str]:
 
 
 def _is_served(path: Path) -> bool:
-    """An agent that was killed leaves its socket."""
+    """Whether an agent listens: one that was killed leaves its socket."""
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(str(path)) == 0
 
@@ -151,7 +152,9 @@ async def _send(config: Config, archive: BinaryIO) -> list[str]:
     finally:
         writer.transport.abort()
     if not said:
-        raise Unavailable("the agent has closed the connection; its log may say why")
+        raise Unavailable(
+            "the agent has closed the connection; see its log (journalctl -u nodeagent)"
+        )
     answer: Answer = json.loads(said)
     if "error" in answer:
         raise InvalidArgument(answer["error"])
@@ -166,7 +169,7 @@ async def _load_here(config: Config, archive: BinaryIO) -> list[str]:
 
 
 def list_images(config: Config) -> list[str]:
-    """A line an image: id, size, names. Reads the store, whether an agent runs or not."""
+    """A line for each image, with id, size and names. Reads the store, whether an agent runs or not."""
     path = Places.of(config).database
     if not path.exists():
         return []

@@ -1,7 +1,6 @@
-"""File idioms: atomic replacement, durable directories, removal of trees that strangers filled.
+"""Operations on files: atomic replacement, durable directories, removal of trees whose content is not trusted.
 
-Plain calls of the standard library; what needs newer kernel calls lives in `nodeagent.linux`. An
-`OSError` carries the path.
+They use the standard library alone; what needs newer kernel calls is in `nodeagent.linux`. An `OSError` has the path.
 """
 
 import errno
@@ -10,10 +9,10 @@ import stat
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-# Of every process of ours: whoever makes something for others to see gives it its mode explicitly.
+# The umask of every process of the agent: what others are to see is given its mode explicitly.
 UMASK = 0o077
 
-# Of a tree that is being removed; each level keeps two descriptors open.
+# The depth to which a tree is removed directly; each level keeps two descriptors open.
 _MAX_DEPTH = 64
 
 
@@ -41,7 +40,7 @@ def _make_if_absent(path: str, mode: int) -> None:
 
 
 def narrow(path: str, mode: int) -> None:
-    """Take all permissions from what `path` names that are not in `mode`; nothing to do where nothing is there.
+    """Take all permissions that are not in `mode` from the file `path`. Does nothing where there is none.
 
     A link has none, and is not followed: it may be somebody else's.
     """
@@ -94,6 +93,7 @@ def write_atomic(path: str, data: bytes, mode: int = 0o644, sync: bool = True) -
     directory, name = os.path.split(path)
     temporary = os.path.join(directory, f".{name}.{os.urandom(6).hex()}")
     try:
+        # The data are durable before the name: after a crash a file system may have the rename without them.
         _write_new(temporary, data, mode, sync)
         os.rename(temporary, path)
     except BaseException:
@@ -124,12 +124,11 @@ def _unlink_if_present(path: str) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Remove `path` and everything below it; nothing to do when it is absent.
+    """Remove `path` and everything below it. Succeeds where there is nothing.
 
-    Links are removed, never followed, and no mount is ever entered: a mount point inside, or
-    `path` itself being one, is left with all that it holds. Everything that can be removed is; then
-    the first obstacle is raised with its path. Depth, number and length of names do not matter.
-    What vanishes meanwhile counts as removed.
+    Links are removed, never followed, and no mount is ever entered: a mount point inside, or `path` itself if it is
+    one, stays with all that it holds. Everything that can be removed is; then the first obstacle is raised with its
+    path. Depth, number and length of names do not matter. What others remove meanwhile counts as removed.
     """
     parent_path, name = os.path.split(path.rstrip("/"))
     if name in ("", ".", ".."):
@@ -219,7 +218,7 @@ def _rmdir_if_empty(directory: int, name: str) -> bool:
 
 
 def _mount_id(descriptor: int) -> str:
-    """The id of the mount that an open file was reached through (proc(5), fdinfo)."""
+    """The id of the mount that an open file was reached through (mnt_id in proc_pid_fdinfo(5))."""
     with open(f"/proc/self/fdinfo/{descriptor}") as info:
         return next(line for line in info if line.startswith("mnt_id:"))
 

@@ -1,6 +1,6 @@
-"""What this kernel and this machine can do, asked of them by trying: nothing stays of a trial.
+"""Probes of what the kernel and the machine can do, by trying; nothing is left of a trial.
 
-The agent tells it in its features, `nodeagent check` and `nodeagent check --pod` to an operator.
+The agent reports the results as its features, `nodeagent check` and `nodeagent check --pod` to an operator.
 """
 
 import os
@@ -36,7 +36,7 @@ def has_seccomp() -> bool:
 
 
 def compiles_filters() -> bool:
-    """Whether seccomp profiles can be compiled, and the kernel takes the result."""
+    """Whether seccomp profiles can be compiled, and the kernel accepts the result."""
     try:
         return libseccomp.number_of("read") is not None and has_seccomp()
     except OSError:
@@ -44,7 +44,7 @@ def compiles_filters() -> bool:
 
 
 def maps_ids(root: Path) -> bool:
-    """Whether pods may have user namespaces: the layers below `root` are to be seen through their mappings.
+    """Whether pods can have user namespaces, which needs idmapped mounts of the layers below `root`.
 
     Raises OSError where the kernel or the file system refuses.
     """
@@ -71,7 +71,7 @@ def forwards_ports() -> bool:
 
 
 def takes(declaration: Declaration) -> bool:
-    """Whether the kernel would take a table, which is not made. Raises OSError where it refuses."""
+    """Whether the kernel would accept a table, which is not made. Raises OSError where it refuses."""
     with nftables.connect() as connection:
         nftables.try_out(connection, declaration.declare([]))
     return True

@@ -1,4 +1,4 @@
-"""What the agent remembers: frozen records, and the pure transitions between them.
+"""The records of the agent, which are frozen, and the pure transitions between them.
 
 Facts are stored, state is derived. A record is replaced, never changed: a transition returns a new one, the store
 writes it, and only then is it published.
@@ -16,7 +16,7 @@ from nodeagent.words import HookStage, NamespaceMode, Propagation
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that the store keeps under `key`."""
+    """An object that the store keeps under `key`."""
 
     @property
     def key(self) -> str:
@@ -25,7 +25,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 # --- what pods and containers are asked to be ----------------------------------------------------------------------
 #
-# The CRI's messages in the agent's own shape: validated, enums as words, absent messages as None or empty.
+# The CRI's messages in the agent's own form: validated, enums as words, absent messages as None or empty.
 
 Labels = dict[str, str]
 CgroupMount = Literal["default", "readonly", "writable"]
@@ -36,7 +36,7 @@ Transport = Literal["tcp", "udp", "sctp"]
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Base of what a caller configures."""
+    """The base of what a caller configures."""
 
 
 class IdMapping(Config, frozen=True, kw_only=True):
@@ -46,7 +46,7 @@ class IdMapping(Config, frozen=True, kw_only=True):
 
 
 class UserNamespace(Config, frozen=True, kw_only=True):
-    """mode "pod" has exactly one mapping of uids and of gids, "node" none."""
+    """A user namespace: mode "pod" has exactly one mapping of uids and one of gids, "node" none."""
 
     mode: OwnOrNodes
     uids: tuple[IdMapping, ...] = ()
@@ -54,7 +54,7 @@ class UserNamespace(Config, frozen=True, kw_only=True):
 
 
 class Namespaces(Config, frozen=True, kw_only=True):
-    """target: the container whose PID namespace is joined, where pid is "target". cgroup: of containers only."""
+    """The namespaces of a pod or container. target: whose PID namespace is joined. cgroup: of containers only."""
 
     network: OwnOrNodes = "pod"
     pid: NamespaceMode = "container"
@@ -106,7 +106,7 @@ class SELinux(Config, frozen=True, kw_only=True):
 
 
 class Resources(Config, frozen=True, kw_only=True):
-    """Limits as the CRI means them: 0 is not set, -1 without limit. swap is memory + swap, as in cgroup v1."""
+    """Limits with the CRI's meaning: 0 is not set, -1 no limit. swap is memory and swap together, as in cgroup v1."""
 
     cpu_period_usec: int = 0
     cpu_quota_usec: int = 0
@@ -122,7 +122,7 @@ class Resources(Config, frozen=True, kw_only=True):
 
 
 def updated(old: Resources, new: Resources) -> Resources:
-    """`old` with what is set in `new`. A memory limit alone leaves as much swap as there was."""
+    """Return `old` with all that is set in `new`. A memory limit alone leaves as much swap as before."""
     changes: dict[str, Any] = {
         name: value for name in Resources.__struct_fields__ if (value := getattr(new, name))
     }
@@ -184,10 +184,10 @@ class SandboxConfig(Config, frozen=True, kw_only=True):
 
 
 class MountConfig(Config, frozen=True, kw_only=True):
-    """image: for an image volume, what PullImage returned; then host_path is empty. options: noexec, nodev, nosuid.
+    """A mount. image: of an image volume, what PullImage returned, with an empty host_path.
 
-    must_exist: a host path that is absent is an error, and not made: the mount is of a CDI specification.
-    asked_path: what was asked for, where container_path is a shorter form of it.
+    options: noexec, nodev, nosuid. must_exist: an absent host path is an error, and not made: of a CDI specification.
+    asked_path: the path in the request, where container_path is a shorter form of it.
     """
 
     container_path: str
@@ -209,9 +209,9 @@ class MountConfig(Config, frozen=True, kw_only=True):
 
 
 class DeviceConfig(Config, frozen=True, kw_only=True):
-    """permissions: any of r, w, m. mode, uid and gid: of the node in the container; None is as on the node.
+    """A device. permissions: any of r, w, m. mode, uid and gid: of the file in the container; None is as on the node.
 
-    type, major, minor: of a CDI specification that has them; the node is not asked then.
+    type, major, minor: of a CDI specification that has them; the file of the node is not examined then.
     """
 
     container_path: str
@@ -240,7 +240,7 @@ class HookConfig(Config, frozen=True, kw_only=True):
 
 
 class CapabilityChange(Config, frozen=True, kw_only=True):
-    """Names without CAP_, or ALL."""
+    """A change of capabilities, as names without CAP_, or ALL."""
 
     add: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
@@ -306,8 +306,8 @@ class Sandbox(Record, frozen=True, kw_only=True):
 
         (intention) ── ready_at ──► READY ── stopped_at ──► NOTREADY ── removed from the store
 
-    A record without ready_at is a RunPodSandbox under way, or one that a crash cut off: nobody sees it, and the next
-    start undoes it. addresses: empty on the node's network. Times are ns since the epoch.
+    A record without ready_at is a RunPodSandbox under way, or one that a crash interrupted: no call shows it, and the
+    next start undoes it. addresses: empty on the node's network. Times are ns since the epoch.
     """
 
     id: str
@@ -330,7 +330,7 @@ class Sandbox(Record, frozen=True, kw_only=True):
 
 
 class MountStatus(Config, frozen=True, kw_only=True):
-    """A mount as ContainerStatus reports it: what was asked, and the digest behind an image volume."""
+    """A mount as ContainerStatus reports it: as requested, with the digest of an image volume."""
 
     config: MountConfig
     image_ref: str = ""
@@ -384,14 +384,14 @@ ContainerState = Literal["created", "running", "exited"]
 
 
 def started(container: Container, at: int) -> Container:
-    """CREATED → RUNNING; any other state refuses."""
+    """The transition CREATED → RUNNING; raises FailedPrecondition in any other state."""
     if container.state != "created":
         raise FailedPrecondition(f'container "{container.id}": is {container.state}, not created')
     return msgspec.structs.replace(container, started_at=at)
 
 
 def exited(container: Container, code: int, at: int, *, oom: bool) -> Container:
-    """RUNNING → EXITED; a second end changes nothing."""
+    """The transition RUNNING → EXITED; a second end changes nothing."""
     if container.state == "exited":
         return container
     if container.state == "created":
@@ -403,7 +403,7 @@ def exited(container: Container, code: int, at: int, *, oom: bool) -> Container:
 
 
 def start_failed(container: Container, message: str, at: int) -> Container:
-    """CREATED → EXITED with reason StartError: the program could not be executed."""
+    """The transition CREATED → EXITED with reason StartError: the program could not be executed."""
     if container.state != "created":
         raise FailedPrecondition(f'container "{container.id}": is {container.state}, not created')
     return msgspec.structs.replace(
@@ -412,7 +412,7 @@ def start_failed(container: Container, message: str, at: int) -> Container:
 
 
 def lost(container: Container, at: int) -> Container:
-    """Not EXITED → EXITED with an unknown code: its end was seen by nobody (a reboot)."""
+    """The transition to EXITED with an unknown code, as no process saw the end (a reboot)."""
     if container.state == "exited":
         return container
     return msgspec.structs.replace(
@@ -428,7 +428,7 @@ def lost(container: Container, at: int) -> Container:
 
 
 class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What an image says about running it (image-spec ``config.md``); absent values are empty."""
+    """The execution parameters of an image (image-spec ``config.md``); absent values are empty."""
 
     user: str = ""
     env: tuple[str, ...] = ()
@@ -441,7 +441,7 @@ class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Image(Record, frozen=True, kw_only=True):
-    """An image that is complete on this node: verified, unpacked, synced.
+    """An image that is complete on this node, which is verified, unpacked and synced.
 
     id: digest of its config, ``sha256:…``; layers: chain IDs, lowest first; size_bytes: of its blobs as transferred.
     """
@@ -464,7 +464,7 @@ class Image(Record, frozen=True, kw_only=True):
 class Layer(Record, frozen=True, kw_only=True):
     """An unpacked layer: ``layers/<chain ID>/``, read-only and shared by every image that has it.
 
-    blob: digest of what was transferred, with size_bytes; used_bytes and inodes: of what it was unpacked to.
+    blob: digest of what was transferred, of size_bytes; used_bytes and inodes: of what it was unpacked to.
     opaque: it hides every layer below it.
     """
 
@@ -482,7 +482,7 @@ class Layer(Record, frozen=True, kw_only=True):
 
 
 class ImageHold(Record, frozen=True, kw_only=True):
-    """A container needs these layers, whatever becomes of the image that they came with."""
+    """A hold of a container on its layers, which stay even if the image that they came with is removed."""
 
     holder: str
     image_id: str
@@ -497,9 +497,9 @@ class ImageHold(Record, frozen=True, kw_only=True):
 
 
 class StoredProfile(Record, frozen=True, kw_only=True):
-    """A seccomp profile that came as an OCI artifact: its documents are in ``profiles/sha256/``.
+    """A seccomp profile from an OCI artifact, whose documents are in ``profiles/sha256/``.
 
-    digest: of the manifest, which names it; content: of the JSON; refs: all names that it was asked for by.
+    digest: of the manifest, which names it; content: of the JSON; refs: all names that it was pulled by.
     size_bytes: of both.
     """
 
@@ -518,9 +518,9 @@ class StoredProfile(Record, frozen=True, kw_only=True):
 
 
 class NodeNetwork(Record, frozen=True, kw_only=True):
-    """Choices that outlive the agent. chosen: the subnet in place of a configured one that was taken by others.
+    """Choices that outlive the agent. chosen: the subnet in place of a configured one that others had.
 
-    pod_cidrs: what UpdateRuntimeConfig said last; at most one of each family.
+    pod_cidrs: those of the last UpdateRuntimeConfig, at most one of each family.
     """
 
     chosen: dict[str, str] = {}
@@ -532,7 +532,7 @@ class NodeNetwork(Record, frozen=True, kw_only=True):
 
 
 class Lease(Record, frozen=True, kw_only=True):
-    """The addresses and the link of one pod: written before either exists, forgotten after both are gone.
+    """The addresses and the link of one pod. Written before either exists, deleted after both are gone.
 
     addresses: with the length of their prefix. released_at: the pod is gone, but its link may still be there.
     """

@@ -1,12 +1,12 @@
 """The agent's durable state: frozen records in one SQLite file.
 
-One table a record type, one row a record: its key and its JSON. The records live in memory while the agent runs; the
-file is what the next agent reads. It is used from the event loop's thread only: a write of one record takes about
-50 µs (WAL, no fsync), and one that a crash of the *machine* loses belonged to a pod that is gone with it. Whoever
-needs more (a pulled image) calls `sync`.
+Each record type has a table, each record a row with its key and its JSON. The records are in memory while the agent
+runs; the next agent reads the file. It is used from the event loop's thread only: a write of one record takes about
+50 µs (WAL, no fsync), and one that a crash of the *machine* loses belonged to a pod that is gone with it. Callers that
+need more (a pulled image) call `sync`.
 
-What is written to stop and to remove must find room on a full disk, or nothing would ever be freed again: the database
-and its log have free pages from the start, and a file beside them gives way where an agent starts on a full disk.
+The writes of stopping and removing must find room on a full disk, or nothing would ever be freed again: the database
+and its log have free pages from the start, and a file beside them is removed where an agent starts on a full disk.
 """
 
 import errno
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 
 _MODE = 0o600
-# Others hold the database: who reads it for a moment, a backup for one.
+# The database is locked by another process for a moment, such as a backup.
 _PASSING = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _ROOM_BYTES = 512 << 10
 _RESERVE_BYTES = 4 * _ROOM_BYTES
@@ -47,11 +47,12 @@ class Store:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open or make the file; raises `DataLoss` where it is none of ours, or a newer agent's."""
+        """Open or make the file. Raises `DataLoss` for a damaged or foreign file, or a newer agent's."""
         reserve = path.with_name(f"{path.name}.reserve")
         try:
             db = _open(path)
         except sqlite3.Error:
+            # On a full disk the log and its index cannot be made: the reserve gives them room for a second attempt.
             reserve.unlink(missing_ok=True)
             try:
                 db = _open(path)
@@ -62,9 +63,9 @@ class Store:
 
     @classmethod
     def copy_of(cls, path: Path) -> Self:
-        """A copy, in memory, of the file of an agent: neither it nor what is beside it is written.
+        """A copy in memory of an agent's file, which is not written, nor are the files beside it.
 
-        One that is not there has nothing. Raises `DataLoss` as `open`.
+        The copy of a missing file is empty. Raises `DataLoss` as `open`.
         """
         db = sqlite3.connect(":memory:", isolation_level=None)
         try:
@@ -84,7 +85,7 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All writes inside become durable together, or none does. Nested ones join the outermost."""
+        """Make all writes of the block durable together, or none. Nested blocks join the outermost."""
         if self._depth == 0:
             self._write("BEGIN IMMEDIATE")
         self._depth += 1
@@ -100,27 +101,30 @@ class Store:
             self._depth -= 1
 
     def _roll_back(self) -> None:
-        if self._db.in_transaction:  # SQLite may have done so by itself
+        if (
+            self._db.in_transaction
+        ):  # after some errors SQLite has rolled back (sqlite.org/lang_transaction.html)
             self._db.execute("ROLLBACK")
         self._reuse_log()
 
     def put(self, record: Record) -> None:
-        """Insert or replace."""
+        """Insert or replace a record."""
         self._write(
             f"INSERT OR REPLACE INTO {_table(type(record))} VALUES (?, ?)",
             (record.key, msgspec.json.encode(record)),
         )
 
     def delete(self, kind: type[Record], key: str) -> None:
-        """Forget a record; one that is not there is forgotten already."""
+        """Delete a record. Succeeds where there is none."""
         self._write(f"DELETE FROM {_table(kind)} WHERE key = ?", (key,))
 
     def _write(self, statement: str, parameters: tuple[object, ...] = ()) -> None:
-        """Raises ResourceExhausted on a full disk, and OSError on one that fails."""
+        """Execute a statement that writes. Raises ResourceExhausted on a full disk, OSError on a failing one."""
         try:
             try:
                 self._db.execute(statement, parameters)
             except sqlite3.OperationalError as error:
+                # Within a transaction the log cannot be begun again.
                 if error.sqlite_errorcode != sqlite3.SQLITE_FULL or self._depth:
                     raise
                 self._reuse_log()
@@ -134,9 +138,9 @@ class Store:
             raise OSError(errno.EIO, f"state.db: {error}") from error
 
     def trouble(self) -> str:
-        """Why nothing can be written; "" where it can be. Only after a failure it tries again.
+        """The reason why nothing can be written, or "". Tries a write only if the last one failed.
 
-        A full disk is not among the reasons: what frees it needs a node that works.
+        A full disk is no reason: freeing it needs a node that works.
         """
         if self._trouble and not self._depth:
             with suppress(NodeAgentError, OSError, sqlite3.Error), self.transaction():
@@ -144,7 +148,7 @@ class Store:
         return self._trouble
 
     def _reuse_log(self) -> None:
-        """Have the log written from its beginning again, where it has room."""
+        """Begin the log again, whose pages are on the disk already."""
         with suppress(sqlite3.Error):
             self._db.execute("PRAGMA wal_checkpoint(RESTART)")
 
@@ -153,7 +157,7 @@ class Store:
         return msgspec.json.decode(row[0], type=kind) if row else None
 
     def all(self, kind: type[R]) -> list[R]:
-        """Every record of a type, in the order of its keys; one that cannot be read is passed over, and stays."""
+        """All records of a type, in the order of their keys. One that cannot be read is skipped, and stays."""
         rows = self._db.execute(f"SELECT key, body FROM {_table(kind)} ORDER BY key")
         decoder = msgspec.json.Decoder(kind)
         records = []
@@ -178,7 +182,8 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def _read(path: Path, target: sqlite3.Connection) -> None:
-    """Without a log beside it nobody writes; to look for one would make one (sqlite.org/wal.html, "Read-Only")."""
+    """Copy the database at `path` into `target` without writing beside it."""
+    # Without a log no process writes; opening it otherwise would make one (sqlite.org/wal.html, "Read-Only Databases").
     alone = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
     uri = f"{path.absolute().as_uri()}?mode=ro{alone}"
     with closing(sqlite3.connect(uri, uri=True)) as source:
@@ -186,9 +191,10 @@ def _read(path: Path, target: sqlite3.Connection) -> None:
 
 
 def _make_private(path: Path) -> None:
-    """SQLite gives its log and index the mode that it finds on the database.
+    """Make the file with a private mode, which SQLite then gives to its log and index as well.
 
-    A database that is there is not opened for this: to close it would drop the locks of other connections to it.
+    An existing database is not opened for this: closing it would drop the POSIX locks of all its connections
+    (fcntl(2)).
     """
     with suppress(FileExistsError):
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE))
@@ -197,7 +203,7 @@ def _make_private(path: Path) -> None:
 
 
 def _make_room(db: sqlite3.Connection) -> None:
-    """Pages once written stay in both files, and are used again."""
+    """Write pages and free them: they stay in both files, and are used again."""
     with suppress(sqlite3.Error):
         db.execute("CREATE TABLE IF NOT EXISTS room (body BLOB)")
         db.execute("INSERT INTO room VALUES (zeroblob(?))", (_ROOM_BYTES,))

@@ -1,7 +1,7 @@
-"""bpf(2), as far as programs of type BPF_PROG_TYPE_CGROUP_DEVICE need it.
+"""The system call bpf(2), as far as programs of type BPF_PROG_TYPE_CGROUP_DEVICE need it.
 
-One function per command, named as in the manual. A call that fails raises `OSError`. Descriptors are close-on-exec,
-which the kernel sees to.
+One function per command, named as in the manual. A call that fails raises `OSError`. The kernel makes all descriptors
+close-on-exec.
 """
 
 import ctypes
@@ -22,8 +22,8 @@ _BPF_CGROUP_DEVICE = 6
 _BPF_F_ALLOW_MULTI = 1 << 1
 _BPF_F_REPLACE = 1 << 2
 
-# Of the part of union bpf_attr that BPF_PROG_QUERY uses. Linux 6.17 to 7.1 write its last field, `revision`, whatever
-# size the caller gives: into whatever comes behind a shorter buffer.
+# The part of union bpf_attr that BPF_PROG_QUERY uses. Linux 6.17 to 7.1 write its last field, `revision`, whatever size
+# the caller gives: they would overwrite what is behind a shorter buffer.
 _QUERY_BYTES = 64
 
 # BPF_CGROUP_MAX_PROGS of the kernel.
@@ -33,7 +33,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _bpf(command: int, attributes: bytes) -> tuple[int, bytes]:
-    """The call's result, and the attributes as it left them."""
+    """Call the kernel; return the result and the attributes as it left them."""
     buffer = ctypes.create_string_buffer(attributes, len(attributes))
     result = _libc.syscall(_SYS_BPF, command, buffer, len(attributes))
     if result < 0:
@@ -64,7 +64,7 @@ def prog_load(code: bytes) -> int:
 
 
 def prog_attach(cgroup: int, program: int, replace: int | None = None) -> None:
-    """Attach `program` to the cgroup directory, beside what is there or in the place of the program `replace`."""
+    """Attach `program` to the cgroup directory, beside others or in place of the program `replace`."""
     flags = _BPF_F_ALLOW_MULTI | (0 if replace is None else _BPF_F_REPLACE)
     _bpf(
         _BPF_PROG_ATTACH,
@@ -77,7 +77,7 @@ def prog_detach(cgroup: int, program: int) -> None:
 
 
 def prog_query(cgroup: int) -> list[int]:
-    """Ids of the device programs that are attached to the cgroup directory itself."""
+    """The ids of the device programs that are attached to the cgroup directory itself."""
     ids = (ctypes.c_uint32 * _MAX_PROGRAMS)()
     attributes = struct.pack(
         "=IIIIQII", cgroup, _BPF_CGROUP_DEVICE, 0, 0, ctypes.addressof(ids), _MAX_PROGRAMS, 0

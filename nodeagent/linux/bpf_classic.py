@@ -1,4 +1,4 @@
-"""The part of classic BPF that seccomp filters use (linux/filter.h, linux/bpf_common.h): made, and interpreted."""
+"""The part of classic BPF that seccomp filters use (linux/filter.h, linux/bpf_common.h): assembler and interpreter."""
 
 import struct
 from collections.abc import Callable, Sequence
@@ -7,21 +7,21 @@ from collections.abc import Callable, Sequence
 LOAD, RETURN, AND, JUMP = 0x20, 0x06, 0x54, 0x05
 JUMP_EQUAL, JUMP_GREATER, JUMP_AT_LEAST, JUMP_ANY_BIT = 0x15, 0x25, 0x35, 0x45
 
-# Of struct seccomp_data (seccomp(2)).
+# Offsets in struct seccomp_data (seccomp(2)).
 NUMBER_OFFSET, ARCHITECTURE_OFFSET = 0, 4
 
 _INSTRUCTION = struct.Struct("=HBBI")
 
 
 def instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:
-    """struct sock_filter; if_true, if_false: how many instructions a conditional jump skips."""
+    """A struct sock_filter; if_true, if_false: how many instructions a conditional jump skips."""
     return _INSTRUCTION.pack(code, if_true, if_false, operand)
 
 
 def joined(
     first: bytes, second: bytes, choose: Callable[[int, int], int], max_bytes: int
 ) -> bytes | None:
-    """A program that returns `choose` of what two programs return; None where it would be larger.
+    """Join two programs into one that returns `choose` of their results; None where it would be too large.
 
     Each return of `first` becomes a jump to a copy of `second` whose returns are what is chosen of both; where that is
     the same for all of them, it stays a return. Nothing else is changed, so that jumps keep their distances.
@@ -50,17 +50,17 @@ def joined(
 
 
 def seccomp_data(number: int, architecture: int, arguments: Sequence[int]) -> bytes:
-    """struct seccomp_data of a system call; architecture: AUDIT_ARCH_…; arguments that are not given are 0."""
+    """The struct seccomp_data of a system call; architecture: AUDIT_ARCH_…; missing arguments are 0."""
     return struct.pack("=IIQ6Q", number, architecture, 0, *arguments, *[0] * (6 - len(arguments)))
 
 
 def _instructions(program: bytes) -> list[tuple[int, int, int, int]]:
-    """Code, both jumps and operand of each."""
+    """The code, both jumps and the operand of each instruction."""
     return list(_INSTRUCTION.iter_unpack(program))
 
 
 def run(program: bytes, data: bytes) -> int:
-    """What a filter returns. Raises ValueError for an instruction that no filter of libseccomp has."""
+    """Run a filter. Raises ValueError for an instruction that no filter of libseccomp has."""
     accumulator = counter = 0
     while True:
         code, if_true, if_false, operand = _INSTRUCTION.unpack_from(
@@ -80,9 +80,9 @@ def run(program: bytes, data: bytes) -> int:
 
 
 def outcomes(program: bytes, number: int, architecture: int) -> set[int]:
-    """All that a filter may return for a system call, whatever its arguments are.
+    """All results that a filter may have for a system call, whatever its arguments are.
 
-    A state is where to go on and the accumulator, which is None where it is a part of an argument.
+    A state is the next instruction and the accumulator, which is None where it is a part of an argument.
     """
     known = {NUMBER_OFFSET: number, ARCHITECTURE_OFFSET: architecture}
     code = _instructions(program)

@@ -1,4 +1,4 @@
-"""Capabilities: names, numbers, and the sets of a process as bit masks (capabilities(7)).
+"""Capabilities: their names and numbers, and a process's sets as bit masks (capabilities(7)).
 
 Bit n of a mask is capability n of ``linux/capability.h``. A name is written without ``CAP_``.
 """
@@ -105,11 +105,11 @@ def drop_bounding(keep: int) -> None:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            return  # all further ones are unknown to this kernel
+            return  # EINVAL (prctl(2)): this kernel knows neither this one nor those after it
 
 
 def raise_ambient(capabilities: int) -> None:
-    """Set the ambient set, all of which must be permitted and inheritable."""
+    """Set the ambient set; all of it must be permitted and inheritable (capabilities(7), "Ambient")."""
     syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_CLEAR_ALL)
     for number in _bits(capabilities):
         syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_RAISE, number)

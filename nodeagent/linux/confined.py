@@ -1,8 +1,8 @@
-"""Paths below a root directory that somebody else fills.
+"""Paths below a root directory whose content is not trusted.
 
-Nothing here can lead out of the root, whatever links, ".." or renames are in the way, and while others change the
-tree: a path is walked once, to a descriptor, and all further work is done on the descriptor. Absolute links and ".."
-mean what they would mean to a process whose root directory it is. Links of procfs to open files are not followed.
+No path leads out of the root, whatever links, ".." or renames are in the way, and while others change the tree: a path
+is walked once, to a descriptor, and all further work is done on the descriptor. Absolute links and ".." mean what they
+would mean to a process with this root directory. Links of procfs to open files are not followed.
 """
 
 import errno
@@ -23,7 +23,7 @@ def open_path(root: int, path: str, flags: int = os.O_PATH, *, follow: bool = Tr
 
 
 def own_descriptors() -> int:
-    """/proc/self/fd of the procfs that is mounted now, for `open_again` after others may have covered or left it."""
+    """Open /proc/self/fd for `open_again`, which then works even where another mount has covered it meanwhile."""
     directory = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     if syscalls.statfs_type(directory) != syscalls.PROC_SUPER_MAGIC:
         os.close(directory)
@@ -32,9 +32,9 @@ def own_descriptors() -> int:
 
 
 def open_again(own: int, descriptor: int, flags: int) -> int:
-    """Open for use what an O_PATH descriptor stands for, which was looked at before: that and nothing else.
+    """Open for use the very file that an O_PATH descriptor stands for, after it was checked.
 
-    To open is to act: a tape rewinds, a watchdog starts, a FIFO waits. own: of `own_descriptors`.
+    open(2) has effects: a tape rewinds, a watchdog starts, a FIFO waits. own: from `own_descriptors`.
     """
     return os.open(str(descriptor), flags | os.O_CLOEXEC, dir_fd=own)
 
@@ -42,10 +42,10 @@ def open_again(own: int, descriptor: int, flags: int) -> int:
 def make_path(
     root: int, path: str, *, directory: bool, follow: bool = True, alone: bool = False
 ) -> int:
-    """Open (O_PATH) a directory, or a file, inside `root`; whatever part of the path is missing is made.
+    """Open (O_PATH) a directory or a file inside `root`; missing parts of the path are made.
 
-    A link to nothing is followed, and what it points to is made. New directories have mode 755, files are empty.
-    alone: nobody else changes the tree, so that directories can be given their mode whatever the umask.
+    The target of a dangling link is made. New directories have mode 755, files are empty.
+    alone: no other process changes the tree, so that directories can be given their mode whatever the umask.
     """
     try:
         return open_path(root, path, follow=follow)
@@ -58,7 +58,7 @@ def make_path(
 
 
 def _make_last(root: int, path: str, directory: bool, follow: bool, alone: bool) -> int:
-    """What is missing most often, in one step: the last name. -1 where that is not all."""
+    """Make the last name, which alone is missing most often, in one step; -1 where more is missing."""
     above, name = os.path.split(path)
     if name in ("", ".", ".."):
         return -1
@@ -78,7 +78,7 @@ def _make_last(root: int, path: str, directory: bool, follow: bool, alone: bool)
 
 
 class _Walk:
-    """One component after the other; `trail` holds the directories from the root to the current one."""
+    """A walk component by component; `trail` has the directories from the root to the current one."""
 
     def __init__(self, root: int, path: str, links: int, alone: bool) -> None:
         self.path = path
@@ -134,9 +134,9 @@ def _make(directory: int, name: str, as_directory: bool, alone: bool) -> None:
     try:
         if as_directory:
             os.mkdir(name, 0o755, dir_fd=directory)
-            if alone:  # else the name may be a link by now
+            if alone:  # else the name may be a link by now, which chmod would follow
                 os.chmod(name, 0o755, dir_fd=directory)
         else:
             os.mknod(name, stat.S_IFREG | 0o644, dir_fd=directory)
     except FileExistsError:
-        pass  # somebody else was faster; what it is now is looked at next
+        pass  # made by another process meanwhile; the caller opens and checks it

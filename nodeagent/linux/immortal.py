@@ -1,11 +1,11 @@
-"""Memory that a process prepares before it forks children, which shall go on sharing it.
+"""Memory that a process prepares before it forks, so that its children go on sharing it.
 
-CPython counts references in the object itself, so that a child which merely uses an object writes to it, and the kernel
-copies the page. An immortal object (PEP 683) has no count. It is for a process that ends by _exit(2) or execve(2):
-whatever is immortal is never freed, and nothing happens at its end.
+CPython counts references in the object itself, so a child that merely uses an object writes to it, and the kernel
+copies the page. An immortal object (PEP 683) has no count. This is for a process that ends by _exit(2) or execve(2):
+what is immortal is never freed, and no finaliser runs.
 
-New objects go where old ones left room, here and there in the memory that is shared. Where there is no room, they lie
-side by side on pages of their own.
+CPython puts new objects where old ones left room, all over the shared memory. Where there is no room, they are side by
+side on pages of their own.
 """
 
 import ctypes
@@ -14,10 +14,10 @@ import sys
 from collections.abc import Container
 from types import CodeType
 
-_IMMORTAL = 0xFFFFFFFF  # in the lower half of ob_refcnt: so Python 3.12 and 3.13 spell it, and 3.14 takes it
-_CountedHalf = ctypes.c_uint32  # little-endian, as all that we run on
+_IMMORTAL = 0xFFFFFFFF  # in the lower half of ob_refcnt: the value of Python 3.12 and 3.13, which 3.14 accepts
+_CountedHalf = ctypes.c_uint32  # on a little-endian machine, see `_is_supported`
 
-# Of CPython's allocator: objects of up to 512 bytes come from pools of 16 KiB, each for one size, a multiple of 16.
+# CPython's allocator takes objects of up to 512 bytes from pools of 16 KiB, each for one size, a multiple of 16.
 _POOL_BITS = 14
 _STEP_BYTES, _MAX_SMALL_BYTES = 16, 512
 _FLOAT_BYTES, _EMPTY_BYTES = sys.getsizeof(0.0), sys.getsizeof(b"")
@@ -41,7 +41,7 @@ def immortalize() -> bool:
 
 
 def _fill(pools: Container[int]) -> None:
-    """Leave no room between what there is: small objects are made, and kept, until one is in another pool."""
+    """Fill the room between existing objects: make and keep small ones until one is in another pool."""
     for size_bytes in range(_STEP_BYTES, _MAX_SMALL_BYTES + 1, _STEP_BYTES):
         pool = 0
         while pool in pools:
@@ -51,7 +51,7 @@ def _fill(pools: Container[int]) -> None:
 
 
 def _filler(size_bytes: int) -> object:
-    """An object of that size, or less by a step at most."""
+    """An object of that size, or at most one step smaller."""
     if size_bytes < _FLOAT_BYTES:
         return object()
     return float(size_bytes) if size_bytes < _EMPTY_BYTES else bytes(size_bytes - _EMPTY_BYTES)
@@ -62,7 +62,7 @@ def _pool(thing: object) -> int:
 
 
 def _parts(thing: object) -> list[object]:
-    """What an object refers to. Code does not tell the collector, since it is in no circle."""
+    """The objects that an object refers to. Code objects do not tell the collector: they are in no cycle."""
     if isinstance(thing, CodeType):
         names = (thing.co_name, thing.co_qualname, thing.co_filename, thing.co_names)
         return [thing.co_consts, thing.co_linetable, thing.co_exceptiontable, *names]

@@ -1,4 +1,4 @@
-"""Compiling seccomp filters with libseccomp (seccomp_rule_add(3), seccomp_export_bpf(3)).
+"""Compilation of seccomp filters with libseccomp (seccomp_rule_add(3), seccomp_export_bpf(3)).
 
 Only the agent does this; a container's process installs the result with `nodeagent.linux.seccomp`. The library is
 loaded with the first use: where it is missing, `OSError` says so and everything else works.
@@ -39,7 +39,7 @@ _EDOM = -33
 
 
 class Condition(NamedTuple):
-    """A comparison of an argument; with CMP_MASKED_EQ, `value` is the mask and `other` what is left of it."""
+    """A comparison of an argument; with CMP_MASKED_EQ, `value` is the mask and `other` the masked value."""
 
     argument: int
     compare: int
@@ -48,7 +48,7 @@ class Condition(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Take `action` on the named system call when all conditions hold."""
+    """A rule to take `action` on the named system call when all conditions hold."""
 
     name: str
     action: int
@@ -56,7 +56,7 @@ class Rule(NamedTuple):
 
 
 class _Comparison(ctypes.Structure):
-    """struct scmp_arg_cmp."""
+    """The struct scmp_arg_cmp."""
 
     _fields_ = (
         ("argument", c_uint),
@@ -92,14 +92,14 @@ def _library() -> ctypes.CDLL:
 
 
 def _free(text: int) -> None:
-    """Give back what the library has allocated, with the C library's free(3)."""
+    """Free what the library has allocated, with the C library's free(3)."""
     release = ctypes.CDLL(None).free
     release.restype, release.argtypes = None, [c_void_p]
     release(text)
 
 
 def number_of(name: str) -> int | None:
-    """The number of a system call on this machine, negative where only other architectures have it."""
+    """The number of a system call on this machine; negative where only other architectures have it."""
     number: int = _library().seccomp_syscall_resolve_name(name.encode())
     return None if number == _NO_SYSCALL else number
 
@@ -121,7 +121,7 @@ def is_architecture(name: str) -> bool:
 
 
 def compile_filter(default: int, architectures: Iterable[str], rules: Iterable[Rule]) -> bytes:
-    """An array of struct sock_filter for this machine's architecture and the given further ones.
+    """Compile an array of struct sock_filter for this machine's architecture and the given further ones.
 
     default: the action on system calls without a matching rule. Rules for unknown names are left out; those that ask
     for the default action have no effect.

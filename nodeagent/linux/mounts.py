@@ -1,8 +1,8 @@
 """Mounts as descriptors: new file systems, clones of trees, their attributes and their propagation.
 
-Compositions of fsopen(2), open_tree(2), mount_setattr(2) and move_mount(2). A mount is made detached, gets
-all its properties, and is attached last, so that nobody sees it half made. Nothing here walks a path that a
-container could have changed: see `nodeagent.linux.confined`.
+These are compositions of fsopen(2), open_tree(2), mount_setattr(2) and move_mount(2). A mount is made detached, gets
+all its properties, and is attached last, so that no process sees it incomplete. No path that a container could have
+changed is walked here: see `nodeagent.linux.confined`.
 """
 
 import errno
@@ -37,7 +37,7 @@ _OVERLAY_UPPER_OPTIONS = "volatile"
 
 
 def attribute_mask(names: Iterable[str]) -> int:
-    """MOUNT_ATTR_… of names as in mount(8); `ValueError` for an unknown one."""
+    """The MOUNT_ATTR_… bits of names as in mount(8); `ValueError` for an unknown one."""
     mask = 0
     for name in names:
         if name not in _ATTRIBUTES:
@@ -49,7 +49,7 @@ def attribute_mask(names: Iterable[str]) -> int:
 def make_filesystem(
     kind: str, data: Mapping[str, str] | None = None, attributes: Sequence[str] = ()
 ) -> int:
-    """A detached mount of a new file system; a key of `data` with the value "" is a flag."""
+    """Mount a new file system, detached; a key of `data` with the value "" is a flag."""
     context = syscalls.fsopen(kind)
     try:
         for key, value in {"source": kind, **(data or {})}.items():
@@ -70,7 +70,7 @@ def _configure(context: int, key: str, value: str) -> None:
 
 
 def _explained(error: OSError, context: int) -> str:
-    """What the kernel says itself about the failure, where it does."""
+    """The error with the kernel's own message, which fsopen(2)'s descriptor gives, if there is one."""
     try:
         message = os.read(context, 4096).decode(errors="replace").strip()
     except OSError:
@@ -103,7 +103,7 @@ def mount_overlay(
 
 
 def _label_option(label: str) -> str:
-    """Quoted, because of the commas between its categories; a quote in it would let other options follow."""
+    """The option, quoted because of the commas between categories; a quote in it would let other options follow."""
     if '"' in label:
         raise ValueError(f"label {label!r} has a quote in it")
     return f'context="{label}"'
@@ -114,7 +114,7 @@ def _descriptor_path(descriptor: int) -> str:
 
 
 def clone_tree(descriptor: int, recursive: bool = True) -> int:
-    """A detached bind mount of an open file or directory, with all that is mounted below it."""
+    """Make a detached bind mount of an open file or directory, with all mounts below it."""
     flags = syscalls.OPEN_TREE_CLONE | syscalls.AT_EMPTY_PATH
     return syscalls.open_tree(descriptor, "", flags | _recursion(recursive))
 
@@ -135,11 +135,12 @@ def set_propagation(mount: int, propagation: Propagation, recursive: bool = True
 
 
 def attach_apart(tree: int, target: int) -> None:
-    """Attach a tree to a place of a shared mount, without its appearing at the peers of that mount.
+    """Attach a tree inside a shared mount, without propagating it to the peers of that mount.
 
-    The mount leaves its peer group meanwhile: what a peer mounts in it within these microseconds does not arrive.
+    The mount leaves its peer group meanwhile: what a peer mounts in these microseconds is not propagated to it.
     """
     root = _root_of_mount(target)
+    # A clone is a member of the group and keeps it alive: it is what the mount joins again below.
     group = clone_tree(root, recursive=False)
     set_propagation(root, "private", recursive=False)
     try:
@@ -153,7 +154,7 @@ def attach_apart(tree: int, target: int) -> None:
 def _root_of_mount(descriptor: int) -> int:
     """The root of the mount that an open file was reached through, which must be in the caller's own tree.
 
-    The path in the mount table is only a hint: that it leads to the same mount is checked on what was opened.
+    The path in the mount table is only a hint: the opened file is checked to be on the same mount.
     """
     point = _mount_of(descriptor).point
     root = os.open(point, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -205,7 +206,7 @@ def isolate() -> None:
 def enter_root(root: int) -> None:
     """Make the mount with root directory `root` the root of the namespace, and drop all others.
 
-    pivot_root(2), "pivot_root(".", ".")": the old root lands on top of the new one, and is detached from there.
+    pivot_root(2), "pivot_root(".", ".")": the old root is put on top of the new one, and is detached from there.
     """
     os.fchdir(root)
     syscalls.pivot_root(".", ".")

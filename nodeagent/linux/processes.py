@@ -1,4 +1,4 @@
-"""Processes as proc(5) and pidfds show them: when one started, whether it is the one that was meant, if it ends."""
+"""Processes as proc(5) and pidfds show them: their start, whether a pid is still the same one, whether one ends."""
 
 import os
 
@@ -7,18 +7,18 @@ _STAT_FLAGS, _PF_EXITING = 6, 0x4
 
 
 def set_oom_score(score: int) -> None:
-    """oom_score_adj (proc(5)); to go below what the parent has takes CAP_SYS_RESOURCE."""
+    """Set oom_score_adj (proc(5)); a value below the parent's takes CAP_SYS_RESOURCE."""
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write(str(score))
 
 
 def start_ticks(pid: int) -> int:
-    """When a process started, in clock ticks since boot: with its pid, this tells it from all others."""
+    """The start of a process in clock ticks since boot; with the pid it identifies a process."""
     return int(stat_fields(pid)[19])
 
 
 def stat_fields(pid: int | str) -> list[bytes]:
-    """Of /proc/PID/stat, from the third field on, the state: the second may contain anything (proc(5))."""
+    """The fields of /proc/PID/stat from the third, the state, on: the second may contain anything (proc(5))."""
     file = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.read(file, 4096).rpartition(b") ")[2].split()
@@ -60,7 +60,7 @@ def is_filtered(pid: int) -> bool:
 
 
 def is_running(pid: int, ticks: int) -> bool:
-    """Whether the process that had `pid` and started then is still there, be it as a zombie."""
+    """Whether the process that had `pid` and started then still exists, also as a zombie."""
     try:
         return start_ticks(pid) == ticks
     except (FileNotFoundError, ProcessLookupError):
@@ -68,11 +68,12 @@ def is_running(pid: int, ticks: int) -> bool:
 
 
 def open_pidfd(pid: int, ticks: int) -> int | None:
-    """A pidfd of the process that started then; None if it has gone."""
+    """A pidfd of the process that started then; None if it does not exist any more."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         return None
+    # Checked after it is open: a process that has the pid and the start now had them when the pidfd was opened.
     if is_running(pid, ticks):
         return pidfd
     os.close(pidfd)

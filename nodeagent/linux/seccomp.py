@@ -1,4 +1,4 @@
-"""Installing a compiled seccomp filter on the calling process (seccomp(2)).
+"""Installation of a compiled seccomp filter on the calling process (seccomp(2)).
 
 `nodeagent.linux.libseccomp` makes one.
 """
@@ -26,13 +26,13 @@ _RET_ERRNO, _RET_ALLOW = 0x00050000, 0x7FFF0000
 
 
 class _Program(ctypes.Structure):
-    """struct sock_fprog."""
+    """The struct sock_fprog."""
 
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
 def allow_only(numbers: Iterable[int]) -> bytes:
-    """A filter that answers EPERM to all system calls but these of this machine's own architecture."""
+    """A filter that refuses (EPERM) all system calls but these of this machine's own architecture."""
     refuse = bpf_classic.instruction(bpf_classic.RETURN, _RET_ERRNO | errno.EPERM)
     code = bpf_classic.instruction(bpf_classic.LOAD, bpf_classic.ARCHITECTURE_OFFSET)
     code += bpf_classic.instruction(bpf_classic.JUMP_EQUAL, AUDIT_ARCH, 1, 0) + refuse

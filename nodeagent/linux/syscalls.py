@@ -1,7 +1,7 @@
-"""One function per system call that Python lacks, named and ordered as in the manual's section 2.
+"""System calls that Python lacks: one function for each, named and ordered as in the manual's section 2.
 
-Plain values in, descriptors and numbers out; a call that fails raises `OSError` with the path, or what else tells the
-object, in it. Every descriptor made here is close-on-exec. No policy: what the calls are good for is written elsewhere.
+Plain values in, descriptors and numbers out; a call that fails raises `OSError` with the path, or with what else names
+the object. Every descriptor made here is close-on-exec. There is no policy here: callers say what a call is for.
 """
 
 import ctypes
@@ -97,7 +97,7 @@ _CAPABILITY_VERSION_3 = 0x20080522
 _STATX_MNT_ID = 0x1000
 _Statfs = c_char * 120
 
-# A lookup inside a root answers EAGAIN while others rename or mount near it; the attempts are bounded.
+# openat2(2): a lookup with RESOLVE_IN_ROOT may fail with EAGAIN while others rename or mount; attempts are bounded.
 _OPENAT2_ATTEMPTS = 1000
 
 _SHARED_NUMBERS = {
@@ -157,16 +157,16 @@ _NUMBERS = {
     },
 }[os.uname().machine] | _SHARED_NUMBERS
 
-# All that a process calls which is in `pause`, and ends some day.
+# All system calls of a process that waits in `pause` until it ends.
 PAUSE_CALLS = (_NUMBERS["ppoll"], _NUMBERS["exit_group"])
 
 _libc = ctypes.CDLL(None, use_errno=True)
-# Keeps the interpreter's lock during the call, so that the child of clone3 holds it as well.
+# PyDLL keeps the interpreter's lock during the call, so that the child of clone3 has it as well.
 _libc_with_lock = ctypes.PyDLL(None, use_errno=True)
 
 
 def _declare(name: str, *argument_types: type, library: ctypes.CDLL = _libc) -> Callable[..., int]:
-    """The system call `name`: a function of what an error shall name, then of its arguments."""
+    """The system call `name` as a function: its first argument names the object in errors, the others are passed."""
     number = _NUMBERS[name]
     function = library["syscall"]
     function.restype = c_long
@@ -217,7 +217,7 @@ _unshare = _declare("unshare", c_int)
 
 
 def clone(flags: int) -> int:
-    """Like `clone3` with the same flags, where a seccomp filter that knows only the older call is in force already.
+    """Fork like `clone3` with these flags, for use under a seccomp filter that knows only the older call.
 
     Returns the pid, 0 in the child. With CLONE_PIDFD, the pidfd gets the lowest free number.
     """
@@ -226,9 +226,9 @@ def clone(flags: int) -> int:
 
 
 def clone3(flags: int = 0, *, cgroup: int = -1, exit_signal: int = 17) -> tuple[int, int]:
-    """Like fork, with namespaces: (pid, pidfd) in the parent, (0, -1) in the child.
+    """Fork with new namespaces: (pid, pidfd) in the parent, (0, -1) in the child.
 
-    cgroup: a directory of cgroup v2 that the child is born into. Only for processes with one thread: no handler of
+    cgroup: a directory of cgroup v2 that the child starts in. Only for processes with one thread: no handler of
     `os.register_at_fork` is run.
     """
     pidfd = c_int(-1)
@@ -258,7 +258,7 @@ def prctl(option: int, argument: int = 0, argument3: int = 0) -> int:
 
 
 def set_name(name: str) -> None:
-    """The name that ps and top show (PR_SET_NAME), cut to 15 bytes."""
+    """Set the name that ps and top show (PR_SET_NAME), cut to 15 bytes."""
     _prctl_string(PR_SET_NAME, PR_SET_NAME, os.fsencode(name)[:15])
 
 
@@ -272,7 +272,7 @@ def sethostname(name: str) -> None:
 
 
 def join_session_keyring() -> None:
-    """keyctl(2), KEYCTL_JOIN_SESSION_KEYRING: a new, anonymous one."""
+    """Join a new, anonymous session keyring (keyctl(2), KEYCTL_JOIN_SESSION_KEYRING)."""
     _keyctl(None, _KEYCTL_JOIN_SESSION_KEYRING, None)
 
 
@@ -303,7 +303,7 @@ def capset(effective: int, permitted: int, inheritable: int) -> None:
 
 
 def setfsuid(uid: int) -> None:
-    """Never fails, says setfsuid(2): with CAP_SETUID it does what it is asked to."""
+    """Set the id for file access. setfsuid(2) reports no failure; with CAP_SETUID it has none."""
     _setfsuid(uid, uid)
 
 
@@ -312,7 +312,7 @@ def setfsgid(gid: int) -> None:
 
 
 def seccomp(operation: int, flags: int, arguments: int) -> int:
-    """arguments: the address of what the operation takes."""
+    """Do an operation of seccomp(2). arguments: the address of its argument."""
     return _seccomp(operation, operation, flags, arguments)
 
 
@@ -339,14 +339,14 @@ def syncfs(descriptor: int) -> None:
 
 
 def statfs_type(descriptor: int) -> int:
-    """f_type of fstatfs(2): which file system an open file is of."""
+    """The type of the file system that an open file is on (f_type of fstatfs(2))."""
     data = _Statfs()
     _fstatfs(descriptor, descriptor, data)
     return int.from_bytes(data.raw[:8], "little")
 
 
 def statx_mount_id(descriptor: int) -> int:
-    """The id of the mount that an open file was reached through; no server is asked for it."""
+    """The id of the mount that an open file was reached through, found without a request to a server."""
     data = ctypes.create_string_buffer(256)
     flags = AT_EMPTY_PATH | AT_STATX_DONT_SYNC
     _statx(descriptor, descriptor, b"", flags, _STATX_MNT_ID, data)

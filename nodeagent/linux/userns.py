@@ -1,4 +1,4 @@
-"""User namespaces, and other namespaces that belong to them (user_namespaces(7)).
+"""User namespaces, and other namespaces that they own (user_namespaces(7)).
 
 A namespace without a process lives as long as a descriptor of it is open.
 """
@@ -42,12 +42,12 @@ class Extent(NamedTuple):
 
 
 def create(uid_map: Iterable[Extent], gid_map: Iterable[Extent], owned: int = 0) -> dict[int, int]:
-    """A new user namespace with these mappings, and new ones of the kinds `owned` (CLONE_NEW…) that belong to it.
+    """Make a user namespace with these mappings, and new ones of the kinds `owned` (CLONE_NEW…) that it owns.
 
     Returns a descriptor for each, by its CLONE_NEW… flag.
     """
     kinds = [kind for kind in _NAMES if (owned | syscalls.CLONE_NEWUSER) & kind]
-    # Without an exit signal, no other waiter of this process takes the child.
+    # Without an exit signal no other wait of this process reaps the child: they lack __WALL (wait4(2)).
     pid, pidfd = syscalls.clone3(sum(kinds), exit_signal=0)
     if pid == 0:
         _wait_to_be_killed()
@@ -69,13 +69,14 @@ def _wait_to_be_killed() -> None:
 
 
 def _pid_in_procfs(pidfd: int) -> int:
-    """The number that /proc, of another PID namespace maybe, has for a process."""
+    """The pid of a process in the PID namespace of /proc, which may not be the caller's."""
     with open(f"/proc/self/fdinfo/{pidfd}", encoding="utf-8") as info:
         return next(int(line.split()[1]) for line in info if line.startswith("Pid:"))
 
 
 def _write_map(path: str, extents: Iterable[Extent]) -> None:
-    """All lines of a map have to come in one write."""
+    """Write a map of ids."""
+    # All lines in one write: a map can be written once only (user_namespaces(7)).
     lines = "".join(f"{inside} {outside} {length}\n" for inside, outside, length in extents)
     file = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
