@@ -1,7 +1,7 @@
-"""Images in tar files: OCI layouts (image-spec ``image-layout.md``) and what ``docker save`` writes.
+"""Images in tar files: OCI layouts (image-spec ``image-layout.md``) and the output of ``docker save``.
 
 The archive is read once, front to back, so that it may be a pipe; it may be compressed. Its files are spooled beside
-the layers under names of ours, and known by the digest that they really have.
+the layers under generated names, and known by the digest that they really have.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ class File(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """An image in the archive. digest: of what its names stand for; empty where the archive does not tell."""
+    """An image in the archive. digest: of the document that its names stand for; empty where that is not known."""
 
     plan: Plan
     names: tuple[Reference, ...]
@@ -96,7 +96,7 @@ class Archive:
             blob.close()
 
     def images(self) -> list[Loaded]:
-        """Those for this node. Raises `InvalidArgument` for what is no archive of images."""
+        """The images for this node. Raises `InvalidArgument` for a file that is no archive of images."""
         if "index.json" in self._files:
             images = list(self._oci_images())
         elif "manifest.json" in self._files:
@@ -156,7 +156,7 @@ class Archive:
             yield Loaded(self._docker_plan(entry), names, "")
 
     def _docker_plan(self, entry: _DockerImage) -> Plan:
-        """Such an archive has no manifest: one is made."""
+        """The plan of an image in a docker archive, which has no manifest: one is made."""
         config = self._read(entry.config)
         made = Manifest(
             config=self._descriptor(entry.config, DOCKER_CONFIG),
@@ -253,7 +253,7 @@ def _check_name(name: str, file: File) -> None:
 
 
 def _annotated_names(entry: Descriptor) -> Iterator[Reference]:
-    """The second annotation may be a whole name, or only a tag, which names nothing by itself."""
+    """The names in annotations. The second may be a whole name, or only a tag, which is no name by itself."""
     annotations = entry.annotations or {}
     full, short = (annotations.get(key) or "" for key in _NAMES)
     if full:

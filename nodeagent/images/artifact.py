@@ -2,7 +2,7 @@
 
 The type of its config says what an artifact is or, where the config is the empty one, artifactType does (image-spec
 ``manifest.md``, "Guidelines for Artifact Usage"). The type of the layer is whatever the tool that pushed it uses.
-Everything here is pure; what is wrong with a manifest is wrong for good, as its digest names it.
+All functions are pure; a wrong manifest stays wrong, as its digest names it.
 """
 
 import msgspec
@@ -30,7 +30,7 @@ class _Manifest(msgspec.Struct, frozen=True, rename="camel"):
 
 
 def parse_seccomp(data: bytes, media_type: str = "") -> Descriptor:
-    """Where the profile of an artifact's manifest is; media_type: what the transport said, if it did.
+    """The descriptor of the profile in an artifact's manifest. media_type: as the transport gave it, if it did.
 
     Raises SecurityProfileInvalid for what is no artifact with one seccomp profile of at most MAX_PROFILE_BYTES.
     """
@@ -65,7 +65,7 @@ def _check_media_type(stated: str) -> None:
 
 
 def _check_type(found: _Manifest) -> None:
-    """Two readers that go by one field each must see the same."""
+    """Refuse a manifest in which two readers that go by one field each would see different types."""
     kind = found.config.media_type or ""
     if kind == _EMPTY:
         kind = found.artifact_type

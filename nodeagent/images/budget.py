@@ -1,4 +1,4 @@
-"""What unpacking one image may take: files, bytes, and disk that others need as well."""
+"""Bounds on unpacking one image: files, bytes, and the disk that others need as well."""
 
 import errno
 import threading
@@ -16,7 +16,7 @@ _ENTRY_BYTES = 4096  # a file or directory takes about a block besides its conte
 
 
 class Disk:
-    """The disk under a directory, looked at again with every few MiB that are written. For several threads."""
+    """The disk under a directory, checked again with every few MiB that several threads write."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -25,7 +25,7 @@ class Disk:
         self._next_check = 0
 
     def write(self, size_bytes: int) -> None:
-        """To be called before so much is written. Raises `ResourceExhausted` at the node's reserve."""
+        """Note that so much will be written. Raises `ResourceExhausted` where the node's reserve begins."""
         with self._lock:
             self._written += size_bytes
             check = self._written >= self._next_check
@@ -36,7 +36,7 @@ class Disk:
 
 
 class Budget:
-    """Counts for all layers of an image, from several threads. blob_bytes: the size of all its blobs."""
+    """The budget of an image's layers, spent by several threads. blob_bytes: the size of all its blobs."""
 
     def __init__(
         self, directory: Path, *, max_bytes: int, max_entries: int, blob_bytes: int = 0
@@ -51,7 +51,7 @@ class Budget:
         self._added = 0
 
     def spend(self, entries: int = 0, size_bytes: int = 0) -> None:
-        """Raises `ResourceExhausted` when a bound or the disk is reached."""
+        """Count entries and bytes. Raises `ResourceExhausted` when a bound or the disk's is reached."""
         with self._lock:
             self._entries += entries
             self._bytes += size_bytes
@@ -62,7 +62,7 @@ class Budget:
         self._disk.write(size_bytes + entries * _ENTRY_BYTES)
 
     def add(self, size_bytes: int) -> None:
-        """Spend bytes that are in no archive: copies of files of lower layers, blocks that a region half fills."""
+        """Spend bytes that are in no archive: copies of files of lower layers, and rest of blocks of sparse files."""
         with self._lock:
             self._added += size_bytes
         if self._added > self._max_added:
@@ -83,7 +83,7 @@ class Budget:
 
 
 class Share(Budget):
-    """What one attempt at a layer spends of an image's budget; given back where nothing comes of it."""
+    """The part of an image's budget that one attempt at a layer spends; given back if the attempt fails."""
 
     def __init__(self, whole: Budget) -> None:
         self._whole = whole
@@ -109,7 +109,7 @@ class Share(Budget):
 
 
 def bomb_limit(blob_bytes: int) -> int:
-    """How much blobs of this size may become."""
+    """The size to which blobs of this size may unpack."""
     return max(BOMB_BYTES, BOMB_RATIO * blob_bytes)
 
 

@@ -1,7 +1,7 @@
-"""The images of this node: what the CRI's image verbs mean.
+"""The images of this node, and the CRI's operations on them.
 
 An image is known by the digest of its config. Names are tags, which move, and digests of manifests, which don't. Layers
-belong to all images that have them and to the containers that hold them; they go with the last of these.
+belong to all images that have them and to the containers that hold them; they are removed with the last of these.
 
 Everything is used from one event loop; what blocks runs in threads, and their number is bounded.
 """
@@ -47,7 +47,7 @@ _LOADERS = 2
 
 
 class Images:
-    """Opened with `Images.open`; `counters` are for metrics."""
+    """The images of a node, opened with `Images.open`; `counters` are for metrics."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Images:
         self._staging = Trash(root / "staging", "staging", tasks)
         resources.push_async_callback(self._staging.close)
         self._layers = LayerStore(root / "layers", self._staging, store)
-        # The event loop's own threads are for the whole agent: a sync may last, and an archive takes minutes.
+        # Not the event loop's own threads, which the whole agent shares: a sync may last, an archive takes minutes.
         self._threads = ThreadPoolExecutor(_THREADS, "images")
         resources.callback(self._threads.shutdown)
         self._loaders = ThreadPoolExecutor(_LOADERS, "archive")
@@ -97,7 +97,7 @@ class Images:
         pinned: Collection[str] = (),
         limits: Limits | None = None,
     ) -> Self:
-        """The images below `root` (blobs/, layers/, empty/, staging/). What a crash left half done is dropped.
+        """Open the images below `root` (blobs/, layers/, empty/, staging/) and drop what a crash left incomplete.
 
         session: the node's, which all that pulls shares; whoever opened it closes it afterwards, as tasks.
         """
@@ -110,17 +110,17 @@ class Images:
             return images
 
     async def close(self) -> None:
-        """End what goes on; each piece undoes itself."""
+        """Cancel all pulls and loads, which undo themselves."""
         await self._resources.aclose()
 
     # --- looking up ---
 
     def find(self, name_or_id: str) -> Image | None:
-        """By name, by digest, by ID, or by a part of the ID that only one image begins with."""
+        """Find an image by name, digest, ID, or a prefix of the ID that no other image has."""
         return self._images.find(name_or_id)
 
     def list(self) -> list[Image]:
-        """In the order in which they came."""
+        """All images, the oldest first."""
         return sorted(self._images, key=lambda image: image.pulled_at)
 
     def lower_dirs(self, image: Image) -> tuple[Path, ...]:
@@ -134,20 +134,20 @@ class Images:
             inodes_used=self._layers.inodes + len(self._documents),
         )
 
-    # --- coming ---
+    # --- pulling and loading ---
 
     async def pull(self, reference: str, auth: Auth | None = None) -> Image:
-        """Make the image that the registry has under this name the one that we have.
+        """Pull the image that the registry has under this name at present.
 
-        Two callers with the same credentials share the work, and the end of one's patience is not the other's.
+        Two callers with the same credentials share the work; the cancellation of one does not end the other's.
         Raises InvalidArgument, NotFound, PermissionDenied, RegistryUnavailable, DataLoss, ResourceExhausted,
-        Unsupported; nothing of the image is then here, except layers that a retry will need.
+        Unsupported; nothing of the image is kept then, except layers that a retry will need.
         """
         name = parse(reference)
         return await self._pulls.join((name, auth), lambda: self._pull(name, auth))
 
     async def load(self, source: Path | BinaryIO) -> Sequence[Image]:
-        """Take in all images of a tar file for this platform; see `archive`."""
+        """Load all images for this platform from a tar file; see `archive`."""
         directory = self._staging.path("archive")
         try:
             spool = partial(archive.spool, source, directory, self._limits.max_image_bytes)
@@ -198,7 +198,7 @@ class Images:
             raise
 
     def _note_platform(self, plan: Plan, names: Collection[str]) -> None:
-        """Its index said that it is for this node, or nobody was asked; it may run by way of binfmt_misc."""
+        """Warn of an image for another platform, which its index may offer for this one, or binfmt_misc may run."""
         platform = plan.image.platform
         if not manifest.is_for_this_node(platform) and plan.image_id not in self._images:
             log.warning(
@@ -209,7 +209,8 @@ class Images:
             )
 
     async def _publish(self, plan: Plan, tags: Collection[str], digests: Collection[str]) -> Image:
-        """Layers are synced, then recorded together with the image; all of it survives a power cut on return."""
+        """Record the image with its new layers; all of it survives a power cut on return."""
+        # Synced before they are recorded: the store's record may survive a power cut that the layer does not.
         if self._layers.unrecorded(plan.chain_ids):
             await self._sync()
         layers = self._layers.unrecorded(plan.chain_ids)
@@ -226,12 +227,12 @@ class Images:
     async def _sync(self) -> None:
         await to_the_end(self._threads, partial(sync_file_system, self._root))
 
-    # --- going ---
+    # --- removing ---
 
     async def remove(self, name_or_id: str) -> None:
-        """Take the image out with all its names; one that is not there is out already.
+        """Remove the image with all its names. Succeeds where there is none.
 
-        Its layers go behind the requests, those that containers hold with the last of these.
+        Its layers are removed in the background, those that containers hold with the last of these.
         """
         image = self.find(name_or_id)
         if image is not None:
@@ -241,37 +242,41 @@ class Images:
     def hold(self, image_id: str, holder: str) -> None:
         """Keep the image's layers for as long as `holder` exists, even if the image is removed. Durable; idempotent.
 
-        An image that is not here any more is held by those who held it before, and by nobody else.
+        An image that was removed meanwhile gets no new holder.
         """
         image = self._images.get(image_id)
         if image is not None:
             self._holds.add(image, holder)
 
     def release(self, holder: str) -> None:
-        """`holder` needs none of its images any more."""
+        """Drop all holds of `holder`."""
         released = self._holds.remove(holder)
         if any(hold.image_id not in self._images for hold in released):
             self._collect()
 
     def release_others(self, holders: Collection[str]) -> None:
-        """None but these need anything any more: what a crash left of the others goes."""
+        """Drop the holds of all but these holders, which a crash may have left."""
         for holder in {hold.holder for hold in self._holds} - set(holders):
             self.release(holder)
 
     def _collect(self) -> None:
-        """Drop layers and documents that nothing refers to."""
+        """Remove layers and documents that nothing refers to."""
         owners: list[Image | ImageHold] = [*self._images, *self._holds]
         self._layers.collect({chain for owner in owners for chain in owner.layers})
         self._documents.keep({digest for image in self._images for digest in documents(image)})
 
     def _recover(self) -> None:
-        """An image that lacks a layer is dropped; those that it has are kept for the pull that will follow."""
+        """Drop images that lack a layer; their other layers are kept for the pull that will follow."""
         complete = True
         for image in self._images:
             missing = [chain for chain in image.layers if chain not in self._layers]
             if missing:
                 complete = False
-                log.warning("image %s lacks %s: dropped, pull it again", title(image), missing[0])
+                log.warning(
+                    "image %s: layer %s is missing; the image is dropped, pull it again",
+                    title(image),
+                    missing[0],
+                )
                 self._images.drop(image)
         if complete:
             self._collect()

@@ -40,7 +40,7 @@ class Attempt(Generic[T]):
         if self.success.done():
             return self.success.result()
         if self.task.cancelled():
-            raise Unavailable("cut off: the agent is ending")
+            raise Unavailable("interrupted: the agent is ending")
         return self.task.result()
 
 
@@ -94,9 +94,9 @@ class SharedWork(Generic[T]):
     async def join(
         self, key: Hashable, make: Callable[[], Coroutine[Any, Any, T]], owner: object = None
     ) -> T:
-        """The result of the work for `key`, which is started unless it goes on already.
+        """Return the result of the work for `key`, which is started unless it is under way already.
 
-        Where somebody else's attempt fails one's own follows: another owner's credentials and servers may be others.
+        Where the attempt of another owner fails, one of this owner follows, with its own credentials and servers.
         """
         attempt = next(iter(self.of(key)), None) or self.start(key, make(), owner)
         async with self.awaited(attempt):

@@ -1,7 +1,7 @@
-"""Content that is named by its digest: blobs on their way to this node, and the small documents that stay.
+"""Content that is named by its digest: blobs while they are fetched, and the small documents that are kept.
 
-A layer's blob lives in the staging directory while it is fetched and unpacked, then it goes: what a container needs is
-the unpacked layer. Indexes, manifests and configs are kept in ``blobs/sha256/``.
+A layer's blob is in the staging directory while it is fetched and unpacked, then it is removed: a container needs the
+unpacked layer. Indexes, manifests and configs are kept in ``blobs/sha256/``.
 """
 
 import hashlib
@@ -26,13 +26,13 @@ class Starved(Exception):
 
 
 class Blob:
-    """A file that one thread writes from its start, while others read what is there so far.
+    """A file that one thread writes from its start, while others read what has been written so far.
 
-    Nobody may believe what was read before the read that returned the end: only then the digest is known to be right.
+    Data must not be trusted before a read has returned the end: only then the digest is known to be right.
     """
 
     def __init__(self, path: Path, digest: str, size: int, *, complete: bool = False) -> None:
-        """A new file; or, where it is complete, one whose content is known to have the digest."""
+        """Make a new file, or open a complete one, whose content is known to have the digest."""
         self.path = path
         self.digest = digest
         self.size = size
@@ -55,14 +55,14 @@ class Blob:
         while view:
             view = view[os.write(self._file, view) :]
         with self._changed:
-            self.received += len(data)
+            self.received += len(data)  # only now, as readers read up to here
             self._changed.notify_all()
 
     def finish(self) -> None:
-        """All is there: compare it with the digest. Raises `DataLoss`."""
+        """Compare the complete content with the digest. Raises `DataLoss`."""
         if self.received != self.size:
             raise DataLoss(f"{self.digest}: got {self.received} of {self.size} bytes")
-        # Not its real digest: that would tell something about what answered in its place.
+        # The text has no digest of what came: a pod's owner could tell by it what a server in the node's network sent.
         if f"sha256:{self._hash.hexdigest()}" != self.digest:
             raise DataLoss(f"{self.digest}: got {self.size} bytes of another digest")
         with self._changed:
@@ -70,17 +70,17 @@ class Blob:
             self._changed.notify_all()
 
     def fail(self, error: Exception) -> None:
-        """Nothing more will come: readers get the error."""
+        """Note that nothing more will come: readers get the error."""
         with self._changed:
             self._failure = self._failure or error
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Readers must be done."""
+        """Close the file, when all readers have ended."""
         os.close(self._file)
 
     def remove(self) -> None:
-        """The same, and the file goes."""
+        """Close and remove the file, when all readers have ended."""
         self.close()
         self.path.unlink(missing_ok=True)
 
@@ -99,12 +99,12 @@ class Blob:
         return os.preadv(self._file, [buffer[:available]], offset) if available else 0
 
     def wake(self) -> None:
-        """Readers shall look whether they are stopped."""
+        """Wake the readers, so that they check whether they are stopped."""
         with self._changed:
             self._changed.notify_all()
 
     def _wait(self, offset: int, reader: "BlobReader") -> None:
-        """Others may work meanwhile."""
+        """Wait for bytes at `offset`, without a permit, so that others may work meanwhile."""
         reader.permits.release()
         try:
             with self._changed:
@@ -117,7 +117,7 @@ class Blob:
 
 
 class BlobReader(io.RawIOBase):
-    """Reads a blob from its start, until another thread stops it. Its thread has one of the permits."""
+    """A reader of a blob from its start, until another thread stops it. Its thread has one of the permits."""
 
     def __init__(self, blob: Blob, permits: Permits | None = None) -> None:
         self.blob = blob
@@ -132,7 +132,7 @@ class BlobReader(io.RawIOBase):
 
     @property
     def is_leaving(self) -> bool:
-        """Whether it waits for nothing any more."""
+        """Whether it must not wait any more."""
         return self._stopped or self._gives_way
 
     def stop(self) -> None:
@@ -145,7 +145,7 @@ class BlobReader(io.RawIOBase):
         self.blob.wake()
 
     def take(self, turn: threading.Lock) -> None:
-        """Acquire it when the blob is there and verified, so that nobody who has the turn waits for a server."""
+        """Acquire `turn` once the blob is complete and verified, so that no thread with it waits for a server."""
         self.blob.read_at(memoryview(bytearray(1)), self.blob.size, self)
         self.permits.release()  # others may work meanwhile
         try:
@@ -156,7 +156,7 @@ class BlobReader(io.RawIOBase):
             self.permits.acquire()
 
     def check(self) -> None:
-        """To be called now and then by who reads: ends what was stopped, and lets others work, too."""
+        """Raise `Unavailable` if stopped, and let others work; to be called regularly while reading."""
         if self._stopped:
             raise Unavailable(f"{self.blob.digest}: cancelled")
         self.permits.pass_on()
@@ -171,7 +171,7 @@ class BlobReader(io.RawIOBase):
 
 
 class Documents:
-    """Indexes, manifests and configs by digest. Plain blocking calls: the files are small."""
+    """The indexes, manifests and configs by digest. The calls block: the files are small."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -186,7 +186,7 @@ class Documents:
         return len(self._sizes)
 
     def get(self, digest: str) -> bytes | None:
-        """What has this digest, if it is here and undamaged."""
+        """The document with this digest; None if it is missing or damaged."""
         path = self._path(digest)
         try:
             data = path.read_bytes()
@@ -201,14 +201,14 @@ class Documents:
         return self._path(manifest.digest(data)).name in self._sizes
 
     def put(self, data: bytes) -> None:
-        """Keep a document; it is durable after the next sync of the file system. Raises `ResourceExhausted`."""
+        """Store a document; it is durable after the next sync of the file system. Raises `ResourceExhausted`."""
         path = self._path(manifest.digest(data))
         disk_reserve.require_space(self._directory, len(data))
         files.write_atomic(str(path), data, mode=0o600, sync=False)
         self._sizes[path.name] = len(data)
 
     def keep(self, digests: Collection[str]) -> None:
-        """Remove all others."""
+        """Remove all documents but these."""
         wanted = {self._path(digest).name for digest in digests}
         for name in self._sizes.keys() - wanted:
             (self._directory / name).unlink(missing_ok=True)
@@ -219,7 +219,7 @@ class Documents:
 
 
 def sync_file_system(directory: Path) -> None:
-    """Return once all that was written to the file system that a directory is on would survive a power cut."""
+    """Return once all that was written to a directory's file system would survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         syscalls.syncfs(descriptor)

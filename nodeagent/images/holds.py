@@ -1,4 +1,4 @@
-"""Which containers need which layers, whatever becomes of the images. Durable: an agent may end at any moment."""
+"""Holds: which containers need which layers, even of removed images. They are durable, as an agent may be killed."""
 
 from collections.abc import Iterator
 
@@ -15,14 +15,14 @@ class Holds:
         return iter(self._holds.values())
 
     def add(self, image: Image, holder: str) -> None:
-        """Idempotent. One holder may need several images."""
+        """Add a hold, if it is not there. One holder may need several images."""
         hold = ImageHold(holder=holder, image_id=image.id, layers=image.layers)
         if self._holds.get(hold.key) != hold:
             self._store.put(hold)
             self._holds[hold.key] = hold
 
     def remove(self, holder: str) -> list[ImageHold]:
-        """All that the holder had."""
+        """Remove and return all holds of a holder."""
         removed = [hold for hold in self if hold.holder == holder]
         for hold in removed:
             self._store.delete(ImageHold, hold.key)

@@ -14,7 +14,7 @@ from nodeagent.store import Store
 
 
 class ImageStore:
-    """In memory as in the store: what could not be written there is not here either.
+    """The images in memory, which agree with the store: what could not be written is not in memory either.
 
     pinned: patterns of names, * for any text; one without it is a name as a user writes it.
     """
@@ -37,7 +37,7 @@ class ImageStore:
         return self._images.get(image_id)
 
     def find(self, text: str) -> Image | None:
-        """By name, by digest, by ID, or by a part of the ID that only one image begins with."""
+        """Find an image by name, digest, ID, or a prefix of the ID that no other image has."""
         digits = id_prefix(text)
         if digits and (image := self.get(f"sha256:{digits}")):
             return image
@@ -50,7 +50,7 @@ class ImageStore:
         return self._only(digits) if digits else None
 
     def named(self, plan: Plan, tags: Iterable[str], digests: Iterable[str]) -> Image:
-        """The image of a plan, with the names that it has already and these."""
+        """The image of a plan, with these names besides those that it has already."""
         old = self.get(plan.image_id)
         new = Image(
             id=plan.image_id,
@@ -65,7 +65,7 @@ class ImageStore:
         return self._with_pin(new)
 
     def put(self, image: Image, layers: Collection[Layer]) -> bool:
-        """Record an image together with its new layers; its tags are taken from whoever had them.
+        """Record an image together with its new layers; its tags are taken from the images that had them.
 
         Returns whether that changed anything.
         """
@@ -111,7 +111,7 @@ def documents(image: Image) -> tuple[str, ...]:
 
 
 def title(image: Image) -> str:
-    """What to call it in a log."""
+    """The name of an image for the log."""
     return (*image.repo_tags, *image.repo_digests, image.id)[0]
 
 

@@ -1,8 +1,8 @@
-"""The way of an image's layers onto this node: fetched, unpacked while they arrive, completed from below, taken in.
+"""Installation of an image's layers: fetched, unpacked while they arrive, completed from below, and stored.
 
-Layers are unpacked side by side, each in a directory of its own; only their completion goes from the lowest up. Two
+Layers are unpacked in parallel, each in a directory of its own; only their completion goes from the lowest up. Two
 images that share a layer share the work for it, but neither depends on the other's servers: a pull that waits in vain
-for another one makes the layer itself, and whichever is ready first is taken.
+for another one makes the layer itself, and whichever is ready first is used.
 """
 
 import asyncio
@@ -38,8 +38,9 @@ _WORTHWHILE_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """layers_at_once: of one pull; so many threads work at unpacking, over all pulls. max_image_*: of one, unpacked.
-    private_redirects: also of registries at public addresses.
+    """The limits of pulls. layers_at_once: in one pull; also the number of threads that unpack, over all pulls.
+
+    max_image_*: of one image, unpacked. private_redirects: also from registries at public addresses.
     """
 
     layers_at_once: int = 4
@@ -49,7 +50,7 @@ class Limits:
 
 
 class Arriving(Protocol):
-    """A blob that is there as far as it is."""
+    """A blob that is being fetched."""
 
     @property
     def blob(self) -> Blob: ...
@@ -59,21 +60,21 @@ class Arriving(Protocol):
         """Whether all of it is there and verified."""
 
     def reaches(self, size_bytes: int) -> Awaitable[None]:
-        """Return once so much of it is there, or nothing more will come."""
+        """Wait until so much of it is there, or nothing more will come."""
 
     def complete(self) -> Awaitable[None]:
-        """Return once it is verified; raises what went wrong."""
+        """Wait until it is verified; raises the error that prevented it."""
 
 
 class Content(Protocol):
-    """Where an image's blobs come from."""
+    """The source of an image's blobs."""
 
     @property
     def attempts(self) -> int:
-        """How many different answers there may be to the question for a blob."""
+        """The number of sources that may have different content for a blob."""
 
     def origin(self, descriptor: Descriptor) -> Hashable:
-        """The same for equal blobs that come from the same servers."""
+        """A value that is equal for equal blobs from the same servers."""
 
     def open(
         self, descriptor: Descriptor, attempt: int
@@ -81,7 +82,7 @@ class Content(Protocol):
 
 
 class _Job:
-    """One pull. turns: to fetch and unpack a layer; alone: layers for which it has waited for others in vain."""
+    """One pull. turns: to fetch and unpack a layer; alone: layers for which waiting for another pull was in vain."""
 
     def __init__(self, plan: Plan, content: Content, budget: Budget, turns: int) -> None:
         self.plan = plan
@@ -100,13 +101,13 @@ class _Job:
         return self.content.origin(self.descriptor(chain_id))
 
     def received_bytes(self, chain_id: str) -> int:
-        """How much of the layer's blob has come."""
+        """The number of bytes of the layer's blob that have arrived."""
         arriving = self.arriving.get(chain_id)
         return arriving.blob.received if arriving else 0
 
 
 class Installer:
-    """Makes layers ready; recording them is left to the caller."""
+    """The installer of layers, which the caller then records."""
 
     def __init__(
         self,
@@ -126,7 +127,7 @@ class Installer:
         self._permits = Permits(limits.layers_at_once)
 
     async def install(self, plan: Plan, content: Content) -> None:
-        """Return with every layer of the plan in the store; the caller keeps them pinned. Raises as `unpack` does."""
+        """Install every layer of the plan; the caller keeps them pinned. Raises as `unpack` does."""
         missing = self._missing(plan)
         if not missing:
             return
@@ -151,7 +152,7 @@ class Installer:
         self._threads.shutdown()
 
     def _missing(self, plan: Plan) -> dict[str, Descriptor]:
-        """The layers that are not here, by chain ID."""
+        """The layers that are not on the node, by chain ID."""
         wanted = dict(zip(plan.chain_ids, plan.manifest.layers, strict=True))
         missing = {chain: layer for chain, layer in wanted.items() if chain not in self._store}
         present = [layer for chain, layer in wanted.items() if chain not in missing]
@@ -162,7 +163,7 @@ class Installer:
     # --- which pull makes a layer ---
 
     async def _ensure(self, job: _Job, number: int) -> None:
-        """Return with the layer in the store, whichever pull has made it. Another's failure is not the job's."""
+        """Wait until the layer is in the store, whichever pull makes it. The failure of another is not the job's."""
         chain_id = job.chain_ids[number]
         while chain_id not in self._store:
             attempt = self._under_way(job, chain_id)
@@ -183,7 +184,7 @@ class Installer:
         return next(iter([*ours, *others]), None)
 
     async def _begin(self, job: _Job, number: int) -> None:
-        """Make a layer when it is its turn, the lowest first, unless another pull has begun by then."""
+        """Make a layer when its turn comes, the lowest first, unless another pull has begun by then."""
         chain_id = job.chain_ids[number]
         async with AsyncExitStack() as stack:
             async with job.turns:
@@ -221,7 +222,7 @@ class Installer:
             complete = partial(inheritance.complete, directory, unpacked, below, job.budget)
             async with self._slots.taken(job):
                 await to_the_end(self._threads, complete)
-            if chain_id in self._store:  # another pull's came in the meantime
+            if chain_id in self._store:  # another pull was faster
                 self._staging.discard(directory)
                 return
             self._store.add(_record(job, number, unpacked), directory)
@@ -233,7 +234,7 @@ class Installer:
     async def _fetch_and_unpack(
         self, job: _Job, number: int, attempt: int = 0
     ) -> tuple[Path, Unpacked]:
-        """A layer in a directory of its own. A server that sent wrong content is not asked again."""
+        """Make a layer in a directory of its own. A server that sent wrong content is not asked again."""
         descriptor = job.plan.manifest.layers[number]
         try:
             async with job.content.open(descriptor, attempt) as arriving:
@@ -245,7 +246,7 @@ class Installer:
         return await self._fetch_and_unpack(job, number, attempt + 1)
 
     async def _unpack(self, job: _Job, number: int, arriving: Arriving) -> tuple[Path, Unpacked]:
-        """Begin with the first bytes. What had to give way begins anew with twice as many, so that it is worth it."""
+        """Unpack while the blob arrives. After giving way, start again only when twice as many bytes are there."""
         enough = 1
         while True:
             await arriving.reaches(enough)
@@ -274,20 +275,20 @@ class Installer:
             async with self._slots.taken(job, lambda: reader.position, reader.give_way):
                 unpacked = await to_the_end(self._threads, unpack, on_cancel=reader.stop)
         except (InvalidArgument, Unsupported):
-            await arriving.complete()  # where the blob is another one, that is what went wrong
+            await arriving.complete()  # with wrong content that is the error to report
             raise
         await arriving.complete()
         return unpacked
 
 
 def _is_promising(job: _Job, other: _Job, chain_id: str, before_bytes: int) -> bool:
-    """Whether a layer that another pull makes would take the job longer.
+    """Whether the job would take longer to make a layer than the other pull that is making it.
 
-    Other servers may be as slow as they like, so a little progress says nothing. The same ones would serve the job no
-    faster, unless they have stopped.
+    Servers that the job does not use may be slow on purpose, so their progress says nothing. The same servers would
+    serve the job no faster, unless they have stopped.
     """
     if other.unpacked[chain_id].done():
-        return True  # what is below it is missing for both
+        return True  # it waits for the layers below, which the job lacks as well
     if job.origin(chain_id) != other.origin(chain_id):
         return False
     arriving = other.arriving.get(chain_id)

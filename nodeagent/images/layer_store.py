@@ -1,4 +1,4 @@
-"""The unpacked layers of this node, and which of them are still needed.
+"""The unpacked layers of this node, and removal of those that are not needed any more.
 
 ::
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class LayerStore:
-    """``layers/<chain ID>/``, and what they take. Used from the event loop; nothing here blocks long."""
+    """The directories ``layers/<chain ID>/`` and their sizes. Used from the event loop; no call blocks for long."""
 
     def __init__(self, directory: Path, staging: Trash, store: Store) -> None:
         self._directory = directory
@@ -54,7 +54,7 @@ class LayerStore:
         return stack(self._directory, self._layers, chain_ids)
 
     def add(self, layer: Layer, unpacked: Path) -> None:
-        """Take a complete layer in; it is not recorded yet."""
+        """Move a complete layer in; it is not recorded yet."""
         unpacked.rename(self.path(layer.chain_id))
         self._layers[layer.chain_id] = layer
 
@@ -62,22 +62,23 @@ class LayerStore:
         return [self._layers[chain] for chain in chain_ids if chain not in self._recorded]
 
     def recorded(self, layers: Iterable[Layer]) -> None:
-        """The store has these now."""
+        """Note that the store has these layers now."""
         self._recorded.update(layer.chain_id for layer in layers)
 
     @contextmanager
     def pinned(self, chain_ids: Collection[str]) -> Iterator[None]:
-        """Nothing of these is collected while the block runs, whether it is there yet or not."""
+        """Keep these layers from being collected while the block runs, also those that are not there yet."""
         self._pins.update(chain_ids)
         try:
             yield
         finally:
             self._pins.subtract(chain_ids)
-            self._pins += Counter()  # drops those that nobody pins
+            self._pins += Counter()  # drops counts of 0
 
     def collect(self, needed: Collection[str]) -> None:
-        """Remove every layer that is neither needed nor pinned. Its record goes first."""
+        """Remove every layer that is neither needed nor pinned."""
         unneeded = self._layers.keys() - set(needed) - self._pins.keys()
+        # The records first: a crash in between leaves directories without a record, which the next start removes.
         with self._store.transaction():
             for chain_id in unneeded:
                 self._store.delete(Layer, chain_id)
@@ -90,7 +91,7 @@ class LayerStore:
         names = (f"sha256:{path.name}" for path in self._directory.iterdir())
         present = {name for name in names if is_digest(name)}
         for chain_id in self._layers.keys() - present:
-            log.warning("layer %s is not in %s: forgotten", chain_id, self._directory)
+            log.warning("layer %s: missing in %s; its record is dropped", chain_id, self._directory)
             self._store.delete(Layer, chain_id)
             del self._layers[chain_id]
             self._recorded.discard(chain_id)
@@ -101,9 +102,9 @@ class LayerStore:
 def stack(
     directory: Path, layers: Mapping[str, Layer], chain_ids: Sequence[str]
 ) -> tuple[Path, ...]:
-    """Where these layers, given lowest first, are below ``layers/``: uppermost first, down to one that hides the rest.
+    """The directories of these layers, given lowest first: uppermost first, down to one that hides the rest.
 
-    An overlay has at least one of them: that of no layers is an empty directory.
+    An overlay needs at least one of them: without layers it is an empty directory.
     """
     visible = [] if chain_ids else [_empty(directory)]
     for chain_id in reversed(chain_ids):

@@ -1,7 +1,7 @@
 """The JSON documents of an image: index, manifest, config (image-spec), and Docker's forms of the same.
 
-Everything here is pure: bytes in, records out. What a document says is bounded and checked where it enters; a text of
-`InvalidArgument` names the field.
+All functions are pure: bytes in, records out. What a document says is bounded and checked where it enters; the text of
+an `InvalidArgument` names the field.
 """
 
 import hashlib
@@ -34,10 +34,10 @@ DOCKER_LAYER = _DOCKER + "image.rootfs.diff.tar"
 _SCHEMA_1 = _DOCKER + "distribution.manifest.v1+"
 _INDEXES = frozenset((OCI_INDEX, DOCKER_INDEX))
 _MANIFESTS = frozenset((OCI_MANIFEST, DOCKER_MANIFEST))
-# What else there is may still be one of these: some servers know documents by no other type than application/json.
+# Other types may still be one of these: some servers give all documents the type application/json.
 ACCEPT = f"{OCI_INDEX}, {DOCKER_INDEX}, {OCI_MANIFEST}, {DOCKER_MANIFEST}, */*"
 
-# The compression is seen from the content; nondistributable and foreign layers may be elsewhere (Descriptor.urls).
+# The content tells the compression; nondistributable and foreign layers may be elsewhere (Descriptor.urls).
 _LAYERS = (
     _OCI + "layer.v1.tar",
     _OCI + "layer.nondistributable.v1.tar",
@@ -47,7 +47,7 @@ _LAYERS = (
 _COMPRESSIONS = ("", "+gzip", "+zstd", ".gzip", ".zstd")
 LAYER_TYPES = frozenset(layer + suffix for layer in _LAYERS for suffix in _COMPRESSIONS)
 
-# Names of architectures beside those of Go, and the variants that need not be told.
+# Names of architectures beside those of Go, and the variants that may be left out.
 _ARCHITECTURES = {
     "x86_64": ("amd64", ""),
     "x86-64": ("amd64", ""),
@@ -58,7 +58,7 @@ _ARCHITECTURES = {
 }
 _USUAL_VARIANTS = {("amd64", "v1"): "", ("arm64", "v8"): "", ("arm", ""): "v7"}
 
-# What a node can run, the best first: its own programs, then 32-bit ones, which most such processors run too.
+# What a node can run, the best first: its own programs, then 32-bit ones, which most such processors can run as well.
 _RUNS = {
     "amd64": (("amd64", ""), ("386", "")),
     "arm64": (("arm64", ""), ("arm", "v8"), ("arm", "v7"), ("arm", "v6"), ("arm", "v5")),
@@ -72,7 +72,7 @@ Strings = tuple[str, ...]
 
 
 class Platform(msgspec.Struct, frozen=True):
-    """features: what a node must have besides. None is known here, so that entries with any are ranked last."""
+    """A platform. features: what a node must have besides; none is known here, so entries with any are ranked last."""
 
     os: str | None = ""
     architecture: str | None = ""
@@ -80,13 +80,13 @@ class Platform(msgspec.Struct, frozen=True):
     features: Strings | None = msgspec.field(name="os.features", default=None)
 
     def __str__(self) -> str:
-        """For the log, in which whoever made the image writes no line of his own."""
+        """The platform for the log, without line ends: the author of the image must not write lines of it."""
         text = "/".join(filter(None, (self.os, self.architecture, self.variant)))
         return one_line(text, _SHOWN)
 
 
 class Descriptor(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
-    """What a blob is, and how to know that one has got it."""
+    """The type, digest and size of a blob, and where else it may be."""
 
     media_type: str | None = ""
     digest: Digest
@@ -101,14 +101,14 @@ class Index(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """An image may have no layers: then all that its containers see is mounted into them."""
+    """A manifest. It may have no layers: then all that its containers see is mounted into them."""
 
     config: Descriptor
     layers: tuple[Descriptor, ...] = ()
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
-    """A config: how to run the image, and the digests of its unpacked layers. platform: what it says it is for."""
+    """A config: how to run the image, and the digests of its unpacked layers. platform: as the config states it."""
 
     config: ImageConfig
     diff_ids: Strings
@@ -120,7 +120,7 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Kind(msgspec.Struct):
-    """As much of a document as tells what it is."""
+    """The fields of a document that tell its kind."""
 
     schema_version: int = msgspec.field(name="schemaVersion", default=0)
     media_type: str | None = msgspec.field(name="mediaType", default=None)
@@ -133,7 +133,7 @@ class _Kind(msgspec.Struct):
 
 
 class _Manifest(msgspec.Struct):
-    """As it is written: no layers are also null, and nothing at all."""
+    """A manifest as it is written: without layers, the field may be empty, null or missing."""
 
     config: Descriptor
     layers: tuple[Descriptor, ...] | None = None
@@ -145,7 +145,7 @@ class _RootFS(msgspec.Struct):
 
 
 class _Run(msgspec.Struct, rename="pascal"):
-    """Everywhere null is what is empty, inside of lists as well: what Go's decoder makes of it."""
+    """The run configuration as it is written. Null is empty everywhere, in lists too, as in Go's decoder."""
 
     user: str | None = None
     env: tuple[str | None, ...] | None = None
@@ -173,7 +173,7 @@ def digest(data: bytes) -> str:
 
 
 def chain_ids(diff_ids: Strings) -> Strings:
-    """Names of stacks of layers, lowest first (image-spec ``config.md``, Layer ChainID)."""
+    """The names of stacks of layers, lowest first (image-spec ``config.md``, Layer ChainID)."""
     chain: list[str] = []
     for diff_id in diff_ids:
         chain.append(digest(f"{chain[-1]} {diff_id}".encode()) if chain else diff_id)
@@ -181,7 +181,7 @@ def chain_ids(diff_ids: Strings) -> Strings:
 
 
 def parse_manifest(data: bytes, media_type: str = "") -> Index | Manifest:
-    """media_type: what the transport said, if it did.
+    """Parse an index or a manifest. media_type: as the transport gave it, if it did.
 
     A document that could be read as both an index and a manifest is refused: two readers of one digest must not see
     different images (CVE-2021-41190).
@@ -203,7 +203,7 @@ def parse_manifest(data: bytes, media_type: str = "") -> Index | Manifest:
 
 
 def parse_image(data: bytes, layers: int) -> Image:
-    """The config of an image with so many layers. Whether it is for this node is for an index to say, not for it."""
+    """Parse the config of an image with so many layers. Whether it is for this node an index tells, not the config."""
     document = _decode(data, _Document, "config")
     rootfs = document.rootfs or _RootFS()
     if rootfs.type not in (None, "", "layers"):
@@ -221,7 +221,7 @@ def parse_image(data: bytes, layers: int) -> Image:
 
 
 def rank(platform: Platform) -> int | None:
-    """How well this node runs what is for a platform: 0 is best; None, not at all."""
+    """How well this node runs programs for a platform: 0 is best, None is not at all."""
     architecture = (platform.architecture or "").lower()
     architecture, usual = _ARCHITECTURES.get(architecture, (architecture, ""))
     variant = (platform.variant or usual).lower()
@@ -230,7 +230,7 @@ def rank(platform: Platform) -> int | None:
     runs = _RUNS[ARCHITECTURE]
     if (platform.os or "linux").lower() != "linux" or wanted not in runs:
         return None
-    # Beside an entry that asks for nothing, one that wants a feature of the node is for others.
+    # An entry that needs a feature of the node is for other nodes, if there is one that needs none.
     return runs.index(wanted) + (len(runs) if platform.features else 0)
 
 
@@ -239,12 +239,12 @@ def is_for_this_node(platform: Platform) -> bool:
 
 
 def choose(index: Index) -> Descriptor:
-    """The manifest for this node: of several the first of the best. Raises `NotFound`."""
+    """The manifest for this node: the first of the best. Raises `NotFound`."""
     return candidates(index)[0]
 
 
 def candidates(index: Index) -> Sequence[Descriptor]:
-    """The manifest for this node, else all whose configs have to tell whether they are. Raises `NotFound`."""
+    """The manifest for this node, else those without a platform, whose configs have to tell. Raises `NotFound`."""
     placed: list[tuple[int, Descriptor]] = []
     untold: list[Descriptor] = []
     offered: set[str] = set()
@@ -297,7 +297,7 @@ def _strings(values: Sequence[str | None] | None) -> Strings:
 
 
 def _is_user(text: str) -> bool:
-    """A name, or the number of a user or group: others would leave the process root, or somebody nobody meant."""
+    """Whether a text is a name, or the number of a user or group: with another one a process might stay root."""
     if not text.isdecimal():
         return True
     digits = text.lstrip("0")
@@ -305,7 +305,7 @@ def _is_user(text: str) -> bool:
 
 
 def _refuse_nul(field: str, value: str | Strings | dict[str, str]) -> None:
-    """No string of the kernel's can hold one: what comes after it would be lost."""
+    """Refuse NUL, which no string of the kernel can have: what follows it would be lost."""
     strings = [value] if isinstance(value, str) else [*value]
     if isinstance(value, dict):
         strings += value.values()

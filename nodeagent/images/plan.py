@@ -1,4 +1,4 @@
-"""What is to be installed: an image whose documents are known, and whose layers are to come."""
+"""The plan of an installation: an image whose documents are known, and whose layers are to be fetched."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,9 @@ from nodeagent.images.manifest import Image, Manifest
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be installed. documents: what is kept of the image besides its layers, beginning with the index or
-    manifest that its name stands for.
+    """An image to be installed.
+
+    documents: what is kept of it besides its layers, beginning with the index or manifest that its name stands for.
     """
 
     manifest_digest: str

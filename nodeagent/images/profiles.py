@@ -1,7 +1,7 @@
-"""Security profiles that come as OCI artifacts: fetched by digest, kept beside the images, and unknown to them.
+"""Security profiles from OCI artifacts: fetched by digest, kept beside the images, and independent of them.
 
 An artifact is two small documents, its manifest and the profile, in ``profiles/sha256/``. They are written before the
-record that names them; documents that no record names go with the next start, records without documents too.
+record that names them; the next start removes documents without a record, and records without documents.
 """
 
 import asyncio
@@ -40,10 +40,10 @@ Check = Callable[[bytes], Awaitable[None]]
 
 
 class SecurityProfiles:
-    """Opened with `SecurityProfiles.open`.
+    """The security profiles of a node, opened with `SecurityProfiles.open`.
 
-    session: the node's, which images are pulled with too. check: raises SecurityProfileInvalid for a text that is no
-    profile. private_redirects: as `Limits` of images.
+    session: the node's, by which images are pulled too. check: raises SecurityProfileInvalid for a text that is no
+    profile. private_redirects: as in `Limits` of images.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class SecurityProfiles:
         self._resources = resources
         self._directory = root / "profiles/sha256"
         self._documents = Documents(self._directory)
-        # Not the event loop's own threads, which are for the whole agent: a sync may last.
+        # Not the event loop's own threads, which the whole agent shares: a sync may last.
         self._threads = ThreadPoolExecutor(_THREADS, "profiles")
         resources.callback(self._threads.shutdown)
         self._session = session
@@ -86,7 +86,7 @@ class SecurityProfiles:
         check: Check,
         private_redirects: bool = True,
     ) -> Self:
-        """The profiles below `root`. What a crash left half done is dropped."""
+        """Open the profiles below `root`, and drop what a crash left incomplete."""
         async with AsyncExitStack() as resources:
             profiles = cls(
                 root, store, hosts_dir, session, tasks, check, private_redirects, resources
@@ -96,18 +96,18 @@ class SecurityProfiles:
             return profiles
 
     async def close(self) -> None:
-        """End what goes on; each piece undoes itself."""
+        """Cancel all pulls, which undo themselves."""
         await self._resources.aclose()
 
     def list(self) -> Sequence[StoredProfile]:
-        """In the order in which they came."""
+        """All profiles, the oldest first."""
         return sorted(self._profiles.values(), key=lambda profile: profile.pulled_at)
 
     async def pull(self, reference: str, auth: Auth | None = None) -> bool:
-        """Have the profile of this reference here; returns whether it was here, then nobody is asked for it.
+        """Pull a profile, unless it is on the node; returns whether it was.
 
         Raises SecurityProfileInvalid for what can never be one; NotFound, PermissionDenied, RegistryUnavailable,
-        DataLoss and ResourceExhausted as for an image. Nothing of it is here then.
+        DataLoss and ResourceExhausted as for an image. Nothing of it is kept then.
         """
         name = _pinned(reference)
         known = self._profiles.get(name.digest)
@@ -118,7 +118,7 @@ class SecurityProfiles:
         return is_here
 
     async def read(self, reference: str) -> bytes:
-        """The text of a profile by the reference or the digest; raises NotFound for one that is not here."""
+        """The text of a profile by its reference or digest. Raises NotFound for one that is not on the node."""
         profile = self._profiles.get(_pinned(reference).digest)
         text = await self._text(profile) if profile is not None else None
         if text is None:
@@ -126,7 +126,7 @@ class SecurityProfiles:
         return text
 
     async def remove(self, digest: str) -> None:
-        """Forget a profile; containers have its filter already. One that is not here is success."""
+        """Remove a profile; containers have its filter already. Succeeds where there is none."""
         async with self._changing:
             self._forget(digest)
 
@@ -144,7 +144,7 @@ class SecurityProfiles:
             raise type(error)(f'{KIND} "{name}": {error}') from None
 
     async def _keep(self, digest: str, reference: str, data: bytes, text: bytes) -> None:
-        """Both documents, then the record; all of it survives a power cut on return, or nothing of it is here."""
+        """Store both documents, then the record. All of it survives a power cut on return; on failure nothing stays."""
         async with self._changing:
             old = self._profiles.get(digest)
             try:
@@ -165,7 +165,7 @@ class SecurityProfiles:
                 raise
 
     def _remember(self, digest: str, reference: str) -> None:
-        """The names that it was asked for by. Whoever has removed it meanwhile has removed it."""
+        """Add a name that the profile was pulled by, unless it was removed meanwhile."""
         profile = self._profiles.get(digest)
         if profile is not None and reference not in profile.refs:
             refs = _joined(profile.refs, reference)
@@ -176,7 +176,7 @@ class SecurityProfiles:
         self._profiles[profile.digest] = profile
 
     def _forget(self, digest: str) -> None:
-        """The record and then the documents that no other has."""
+        """Delete the record, then the documents that no other record has."""
         if digest in self._profiles:
             self._store.delete(StoredProfile, digest)
             del self._profiles[digest]
@@ -192,12 +192,14 @@ class SecurityProfiles:
                 log.warning("security profile %s: damaged, dropped; pull it again", profile.digest)
                 self._store.delete(StoredProfile, profile.digest)
                 del self._profiles[profile.digest]
-        self._documents = Documents(self._directory)  # what is damaged is unknown to the old one
+        self._documents = Documents(
+            self._directory
+        )  # anew: the old one does not list damaged files any more
         self._collect()
 
 
 def _pinned(reference: str) -> Reference:
-    """Raises SecurityProfileInvalid for what names no artifact by its digest."""
+    """Parse a reference. Raises SecurityProfileInvalid unless it names an artifact by its digest."""
     try:
         name = parse(reference, KIND)
     except InvalidArgument as error:

@@ -1,6 +1,6 @@
-"""Names of images: parsing, normalisation, and what is no name.
+"""Names of images: parsing, normalisation, and refusal of what is no name.
 
-The rules are those of the field's common grammar (distribution/reference, ``normalize.go``): a short name is one of
+The rules are those of the common grammar (distribution/reference, ``normalize.go``): a short name is one of
 docker.io, a tag beside a digest is dropped, and 64 hexadecimal digits are an image's ID, never a name.
 """
 
@@ -36,12 +36,12 @@ Kind = Literal["image", "security profile"]  # as errors call what a reference i
 
 
 class _Malformed(Exception):
-    """Why a text is no reference."""
+    """The reason why a text is no reference."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A normalised name: either `tag` or `digest` is empty."""
+    """A normalised name, of which either `tag` or `digest` is empty."""
 
     domain: str
     path: str
@@ -54,7 +54,7 @@ class Reference:
 
     @property
     def version(self) -> str:
-        """What names the manifest within the repository."""
+        """The tag or digest that names the manifest within the repository."""
         return self.digest or self.tag
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Reference:
 
 
 def parse(text: str, kind: Kind = "image") -> Reference:
-    """Normalise what a user wrote; raises `InvalidArgument`."""
+    """Parse and normalise what a user wrote. Raises `InvalidArgument`."""
     if len(text) > _MAX_TEXT:
         raise InvalidArgument(f'{kind} "{text[:64]}…": longer than {_MAX_TEXT} characters')
     try:
@@ -115,7 +115,7 @@ def _split_domain(name: str) -> tuple[str, str]:
 
 
 def _is_domain(component: str) -> bool:
-    """Repositories are lower-case and have no colon, so that anything else before a slash is a host."""
+    """Whether a part is a host: repositories are lower-case and have no colon, all else before a slash is a host."""
     return (
         "." in component
         or ":" in component
@@ -137,7 +137,7 @@ def _check(domain: str, path: str, tag: str | None) -> None:
 
 
 def _is_address(domain: str) -> bool:
-    """A host name or an IP address, with or without a port."""
+    """Whether a text is a host name or an IP address, with or without a port."""
     if not _DOMAIN.fullmatch(domain):
         return False
     try:

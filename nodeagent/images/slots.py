@@ -1,7 +1,7 @@
-"""Bounds on what the pulls of a node do at once, none of which work can hold on to by being slow.
+"""Bounds on what the pulls of a node do at once, which slow servers cannot occupy.
 
-Registries decide how fast a layer comes, so a bound must not count layers, but those that move. `Slots` bounds what
-waiting takes (connections, threads, buffers): whoever is slow gives way to those who wait. `Permits` bounds threads
+Registries decide how fast a layer comes, so a bound must not count layers, but those that make progress. `Slots` bounds
+what waiting takes (connections, threads, buffers): the slowest gives way to those that wait. `Permits` bounds threads
 that work: one that waits for bytes has none.
 """
 
@@ -18,7 +18,7 @@ FLOOR_BYTES_PER_SECOND = 64 << 10  # for each second that somebody waits
 
 
 class _Holder:
-    """Work in a slot. position: how many bytes it has got to; give_way: asks it to leave."""
+    """Work in a slot. position: the number of bytes that it has done; give_way: asks it to leave."""
 
     def __init__(self, position: Callable[[], int], give_way: Callable[[], None]) -> None:
         self.give_way = give_way
@@ -28,7 +28,7 @@ class _Holder:
         self._marks = deque([(self.taken_at, position())], maxlen=2)
 
     def bytes_per_second(self, now: float) -> float:
-        """Over the last PACE_SECONDS or more, since it is asked for now and then only."""
+        """The pace over at least the last PACE_SECONDS."""
         since, start = self._marks[0]
         position = self._position()
         if now - self._marks[-1][0] > PACE_SECONDS:
@@ -43,10 +43,10 @@ class _Waiter:
 
 
 class Slots:
-    """So many pieces of work at a time; those who have least of them come first.
+    """A number of slots for work; owners that have the fewest come first.
 
-    Whoever waits asks the slowest to give way, at a pace below a floor that rises with the time it has waited. grace:
-    for how many seconds nobody is asked to.
+    Work that waits asks the slowest to give way, if its pace is below a floor that rises with the time of waiting.
+    grace: the number of seconds for which work is not asked to.
     """
 
     def __init__(self, count: int, grace_seconds: float = 0.0) -> None:
@@ -63,7 +63,7 @@ class Slots:
         position: Callable[[], int] | None = None,
         give_way: Callable[[], None] | None = None,
     ) -> AsyncIterator[None]:
-        """Have a slot while the block runs. Work without `position` and `give_way` waits for nobody, and keeps it."""
+        """Have a slot while the block runs. Work without `position` and `give_way` is never asked to leave."""
         await self._turn(owner)
         holder = None
         if position and give_way:
@@ -87,7 +87,7 @@ class Slots:
                 if not waiter.turn.done():
                     self._press(_now() - began)
         except asyncio.CancelledError:
-            if waiter.turn.done():
+            if waiter.turn.done():  # granted in the same turn of the loop in which it was cancelled
                 self._release(owner)
             else:
                 self._waiting.remove(waiter)
@@ -109,7 +109,7 @@ class Slots:
         self._grant()
 
     def _press(self, waited_seconds: float) -> None:
-        """Ask the slowest to give way, unless all are faster than somebody who waited so long may demand."""
+        """Ask the slowest to give way, unless all are faster than the floor for this time of waiting."""
         now = _now()
         paces = {
             holder: holder.bytes_per_second(now)
@@ -123,7 +123,7 @@ class Slots:
 
 
 class Permits:
-    """So many threads may work at a time. Each goes to whoever has waited longest, the present holder last."""
+    """A number of permits for threads to work. Each goes to the thread that has waited longest."""
 
     def __init__(self, count: int) -> None:
         self._free = count
@@ -131,7 +131,9 @@ class Permits:
         self._waiting: deque[threading.Lock] = deque()
 
     def acquire(self) -> None:
-        turn = threading.Lock()
+        turn = (
+            threading.Lock()
+        )  # held by the waiting thread itself, and released by the one that passes the permit on
         with self._lock:
             if self._free:
                 self._free -= 1
@@ -148,7 +150,7 @@ class Permits:
                 self._free += 1
 
     def pass_on(self) -> None:
-        """Let those work who wait, then go on."""
+        """Let waiting threads work first, then go on."""
         if self._waiting:
             self.release()
             self.acquire()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FsUsage:
-    """What images take. mountpoint: a directory on their file system."""
+    """The space that images take. mountpoint: a directory on their file system."""
 
     mountpoint: str
     used_bytes: int
@@ -15,7 +15,7 @@ class FsUsage:
 
 @dataclass(slots=True)
 class Counters:
-    """Since the agent started. pulls: ended ones, by "success" and "failure"; skipped: of layers that were there."""
+    """Counts since the agent's start. pulls: ended ones, by "success" and "failure"; skipped: of present layers."""
 
     pulls: Counter[str] = field(default_factory=Counter)
     pulls_in_progress: int = 0

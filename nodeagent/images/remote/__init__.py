@@ -1,1 +1,1 @@
-"""Registries: names to addresses, connections within bounds, authentication, and blobs as they come."""
+"""Registries: name resolution, connections within bounds, authentication, and downloads of blobs."""

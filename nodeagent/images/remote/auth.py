@@ -1,4 +1,4 @@
-"""Credentials for registries: whom they belong to, and what answers a registry's challenge.
+"""Credentials for registries: the host that they belong to, and the answer to a registry's challenge.
 
 A secret is sent only to the host that it belongs to, and to the token service that this very host names. It is never
 in a text, a log or a ``repr``.
@@ -25,7 +25,7 @@ _MAX_CHALLENGE = 8192
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Auth:
-    """What a caller of PullImage sends; empty fields are not set. auth: base64 of ``username:password``.
+    """The credentials in a PullImage; empty fields are not set. auth: base64 of ``username:password``.
 
     identity_token: an OAuth 2 refresh token; registry_token: a bearer token as it is.
     """
@@ -59,7 +59,7 @@ ANONYMOUS = Credentials()
 
 
 class Challenge(NamedTuple):
-    """One way to be authorised, from a WWW-Authenticate header; names are lower-case."""
+    """A challenge: one way to be authorised, from a WWW-Authenticate header; names are lower-case."""
 
     scheme: str
     parameters: dict[str, str]
@@ -80,9 +80,9 @@ class _TokenAnswer(msgspec.Struct):
 
 
 def credentials(auth: Auth | None, domain: str, host: Host) -> Credentials:
-    """Those that `host` may see for an image of the registry `domain`.
+    """The credentials that `host` may see for an image of the registry `domain`.
 
-    They belong to the host that the caller names, else to the registry of the image; a mirror of it gets none. Raises
+    They belong to the host that the caller names, else to the registry of the image; a mirror gets none. Raises
     `InvalidArgument`.
     """
     if auth is None:
@@ -107,7 +107,7 @@ def _home(address: str) -> str:
 
 
 def parse_challenges(headers: Iterable[str]) -> list[Challenge]:
-    """All challenges (RFC 9110, 11.6.1); what can't be read ends the list."""
+    """All challenges of an answer (RFC 9110, 11.6.1); a malformed one ends the list."""
     challenges: list[Challenge] = []
     for header in headers:
         text = header[:_MAX_CHALLENGE].replace("\t", " ")
@@ -129,7 +129,7 @@ def parse_challenges(headers: Iterable[str]) -> list[Challenge]:
 def token_request(
     challenge: Challenge, credentials: Credentials, scope: str, *, root: str
 ) -> TokenRequest:
-    """What to ask the token service that the registry at `root` names. Raises `PermissionDenied`."""
+    """The request to the token service that the registry at `root` names. Raises `PermissionDenied`."""
     realm = challenge.parameters.get("realm", "")
     _check_realm(realm, root)
     query = {"scope": challenge.parameters.get("scope") or scope}
@@ -160,7 +160,7 @@ def parse_token(body: bytes) -> str:
 
 
 def _is_one_word(text: str) -> bool:
-    """What may stand in an Authorization header."""
+    """Whether a text can be a part of an Authorization header."""
     return text.isascii() and text.isprintable() and " " not in text
 
 
@@ -181,7 +181,7 @@ def _check_realm(realm: str, root: str) -> None:
 
 def _decoded(auth: str) -> tuple[str, str]:
     try:
-        # As tools that wrap lines write it; Go's decoder passes over them.
+        # Some tools wrap lines; Go's decoder ignores their ends as well.
         joined = auth.translate({ord("\r"): None, ord("\n"): None})
         text = base64.b64decode(joined, validate=True).decode()
     except (binascii.Error, ValueError):

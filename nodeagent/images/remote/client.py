@@ -64,13 +64,13 @@ class _ErrorBody(msgspec.Struct):
 
 
 class _Refused(PermissionDenied):
-    """A registry led to where none like it may lead."""
+    """A registry led to an address to which no registry at its place may lead."""
 
 
 class Session:
-    """What all pulls share: connections, proxies, and which server asked for a pause.
+    """The state that all pulls share: connections, proxies, and the servers that have asked for a pause.
 
-    No cookies, nothing that is decoded or followed by itself.
+    It has no cookies, and decodes and follows nothing by itself.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class Session:
     def request(
         self, method: str, url: URL, proxy: Proxy | None, headers: Mapping[str, str], **options: Any
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        """The response to one request. A proxy's own secret is not for the server behind a tunnel."""
+        """Make one request. The secret of a proxy is not sent to the server behind a tunnel."""
         sent = CIMultiDict(headers)
         if proxy is not None:
             authorization = {"Proxy-Authorization": proxy.authorization}
@@ -111,19 +111,19 @@ class Session:
 
 
 def open_session() -> Session:
-    """One is enough for all pulls. It reads the environment."""
+    """Open a session, one for all pulls. The environment has its proxies."""
     return Session()
 
 
 class Tls(NamedTuple):
-    """How to verify a registry, and the servers that it leads to. True is the usual way."""
+    """How to verify a registry, and the servers that it leads to. True is by the system's authorities."""
 
     own: ssl.SSLContext | bool = True
     others: ssl.SSLContext | bool = True
 
     @classmethod
     def of(cls, host: Host) -> Self:
-        """Authorities that the operator trusts sign for both: a token service often has the same.
+        """Make both from a host's files. The operator's authorities count for both: a token service often has the same.
 
         Reads files: not for the event loop. Raises `InvalidArgument` that names a bad one.
         """
@@ -151,10 +151,10 @@ def _context(host: Host) -> ssl.SSLContext | bool:
 
 
 class Client:
-    """Requests to one host and to where it leads.
+    """A client of one host, and of the servers that it leads to.
 
-    floor: how far in every host may lead. led_by: how far in the registry is whose manifest names this host; None for
-    a host that a reference or hosts.toml names.
+    floor: the scope to which every host may lead. led_by: the scope of the registry whose manifest names this host;
+    None for a host that a reference or hosts.toml names.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Client:
 
     @property
     def scope(self) -> Scope:
-        """How far in the host is: the least of all its connections, for it may have several addresses."""
+        """The scope of the host: the most public one of all its connections, as it may have several addresses."""
         return Scope.PUBLIC if self._scope is None else self._scope
 
     def is_own(self, url: URL) -> bool:
@@ -188,10 +188,10 @@ class Client:
     async def get(
         self, url: URL, headers: Mapping[str, str], own: Mapping[str, str], *, led: str
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The response to a GET, of any status but a redirect's, at the end of all redirects.
+        """Send a GET, follow redirects, and yield the response, of any status but a redirect's.
 
-        own: headers for the host itself only. led: see `exchange`. The response is to be read in the block: errors
-        that are raised there are told as those of the server.
+        own: headers for the host itself only. led: see `exchange`. The response must be read in the block: errors
+        that are raised there are reported as those of the server.
         """
         for left in reversed(range(_MAX_REDIRECTS + 1)):
             sent = CIMultiDict(headers)
@@ -212,7 +212,7 @@ class Client:
     async def exchange(
         self, method: str, url: URL, *, led: str, **options: Any
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """One request and its response. led: how the host led to another server, for the text of an error."""
+        """Make one request. led: how the host led to another server, for the text of an error."""
         try:
             async with self._session.gates.turn(url) as turn:
                 with network_errors(url):
@@ -224,6 +224,7 @@ class Client:
         except NodeAgentError as error:
             if self.is_own(url):
                 raise
+            # The reason is for the log only: see the module's docstring.
             log.warning("%s: %s", led, error)
             text = f"{led}: no usable answer from there; the agent's log says why"
             told = (
@@ -236,7 +237,7 @@ class Client:
         self, method: str, url: URL, led: str, options: dict[str, Any]
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         own = self.is_own(url)
-        # Once the host has answered, it is no further in: its name may mean another address by now.
+        # Once the host has answered, its scope cannot widen: its name may have another address by now.
         limit = Scope.NODE if own and self._scope is None else max(self.scope, self._floor)
         named = scope_of_name(url.host or "")
         if named > limit:
@@ -283,10 +284,10 @@ class Client:
 async def received(
     response: aiohttp.ClientResponse, offset: int, size: int | None = None
 ) -> AsyncGenerator[bytes]:
-    """The body from `offset` on; a server that knows no ranges sends all of it.
+    """The body from `offset` on; what a server without ranges sends before it is skipped.
 
-    What a middle box compressed is decoded, by pieces. size: of all of it, where that is known: an answer of this very
-    length is the thing itself, and a coding that it claims to have was never applied, or belongs to it.
+    A body that a middle box compressed is decoded, by pieces. size: of the whole content, where that is known: a body
+    of this very length is the content, and the coding that it claims was not applied, or is a part of it.
     """
     skip = offset
     if response.status == HTTPStatus.PARTIAL_CONTENT:
@@ -306,7 +307,7 @@ async def received(
 async def _decoded(
     response: aiohttp.ClientResponse, decoder: Decoder | None
 ) -> AsyncGenerator[bytes]:
-    """Others have their turns meanwhile: of what is read at once, each byte may be a thousand, or none at all."""
+    """The body, decoded in small steps with turns for others: one byte may become a thousand, or nothing."""
     async for data in _as_sent(response):
         if decoder is None:
             yield data
@@ -321,7 +322,7 @@ async def _decoded(
 
 
 async def _as_sent(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes]:
-    """The body, as long as it comes fast enough."""
+    """The body as it was sent, as long as it comes fast enough. Raises RegistryUnavailable."""
     clock = asyncio.get_running_loop().time
     waited, got = 0.0, 0
     while True:
@@ -340,7 +341,7 @@ async def _as_sent(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes]:
 
 
 def is_encoded(response: aiohttp.ClientResponse, size: int | None) -> bool:
-    """Whether something on the way has compressed the body, of so many bytes: ranges then count other bytes."""
+    """Whether a middle box has compressed the body of `size` bytes, so that ranges count other bytes."""
     names = codings.named(response.headers.getall("Content-Encoding", []))
     return bool(names) and (size is None or _length(response) != size)
 
@@ -352,7 +353,7 @@ def _decoder(response: aiohttp.ClientResponse, size: int | None = None) -> Decod
 
 
 def _length(response: aiohttp.ClientResponse) -> int | None:
-    """Of all of it, as the answer says."""
+    """The length of the whole content, as the response states it."""
     if response.status != HTTPStatus.PARTIAL_CONTENT:
         return response.content_length
     total = response.headers.get("Content-Range", "").rpartition("/")[2]
@@ -360,7 +361,7 @@ def _length(response: aiohttp.ClientResponse) -> int | None:
 
 
 async def read_bounded(response: aiohttp.ClientResponse, size: int) -> bytes:
-    """The whole body, decoded. Raises `InvalidArgument` where it is longer."""
+    """Read the whole body, decoded. Raises `InvalidArgument` where it is longer than `size`."""
     data = bytearray()
     async with aclosing(received(response, 0)) as chunks:
         async for chunk in chunks:
@@ -373,9 +374,9 @@ async def read_bounded(response: aiohttp.ClientResponse, size: int) -> bytes:
 async def raise_for_status(
     response: aiohttp.ClientResponse, *, denied: str = "", missing: str = ""
 ) -> None:
-    """Raises what any status but success means, with what the server says about it.
+    """Raise the error for any status but success, with the server's explanation and a remedy.
 
-    What may be done about it is added to the text. denied: about 401 and 403; missing: about 404 and 410.
+    denied: the remedy for 401 and 403; missing: for 404 and 410.
     """
     if HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
         return
@@ -392,7 +393,7 @@ def _then(remedy: str) -> str:
 
 
 async def _explanation(response: aiohttp.ClientResponse) -> str:
-    """What a registry says about an error (distribution-spec, "Error Codes"), on one line."""
+    """A registry's explanation of an error (distribution-spec, "Error Codes"), on one line."""
     if response.status < HTTPStatus.BAD_REQUEST:
         return ""
     try:
@@ -411,7 +412,7 @@ async def _explanation(response: aiohttp.ClientResponse) -> str:
 
 
 def _redirection(base: URL, location: str) -> URL:
-    """Where to go next. Signed URLs must stay as they are, byte for byte."""
+    """The target of a redirect. Signed URLs must stay as they are, byte for byte."""
     try:
         target = http_url(location, base)
     except ValueError:

@@ -1,37 +1,36 @@
-"""Content codings of HTTP answers (RFC 9110, 8.4.1): some middle boxes compress what nobody asked them to.
+"""Content codings of HTTP answers (RFC 9110, 8.4.1): some middle boxes compress without being asked to.
 
-Only gzip and deflate, which are what such boxes do. Decoding is bounded by whoever takes the pieces: none of them is
-long, and no more is decoded than is taken.
+Only gzip and deflate are known, which such boxes use. No piece is long, and no more is decoded than the caller takes.
 """
 
 import zlib
 from collections.abc import Iterable, Iterator
 
 PIECE_BYTES = 256 << 10
-# Empty members and padding decode to nothing: an answer that has more of them could go on for ever.
+# Empty members and padding decode to nothing: with an unlimited number of them an answer could go on for ever.
 MAX_IDLE_BYTES = 256 << 10
 
 _GZIP = 16 + zlib.MAX_WBITS  # zlib.h, inflateInit2
 
 
 class Undecodable(Exception):
-    """The answer is in a coding that nobody asked for, or not in the one that it names."""
+    """The answer is in a coding that was not asked for, or not in the one that it names."""
 
 
 def named(headers: Iterable[str]) -> list[str]:
-    """The codings that Content-Encoding headers name; identity is the name for none."""
+    """The codings that Content-Encoding headers name; identity means none."""
     names = [name.strip().lower() for header in headers for name in header.split(",")]
     return [name for name in names if name not in ("", "identity")]
 
 
 def decoder_of(headers: Iterable[str]) -> "Decoder | None":
-    """For what Content-Encoding headers name; None for nothing. Raises `Undecodable`."""
+    """The decoder for Content-Encoding headers; None where they name no coding. Raises `Undecodable`."""
     names = named(headers)
     return Decoder(", ".join(names)) if names else None
 
 
 class Decoder:
-    """Takes off a coding."""
+    """A decoder of one coding."""
 
     def __init__(self, name: str) -> None:
         if name not in ("gzip", "x-gzip", "deflate"):
@@ -41,7 +40,7 @@ class Decoder:
         self._stream = None if name == "deflate" else zlib.decompressobj(_GZIP)
 
     def decode(self, data: bytes) -> Iterator[bytes]:
-        """What comes of the next bytes, in pieces of at most PIECE_BYTES. Raises `Undecodable`."""
+        """Decode the next bytes, in pieces of at most PIECE_BYTES. Raises `Undecodable`."""
         while data:
             stream = self._stream or _inflater(data[0])
             if stream.eof:  # what follows is padding, or one more member
@@ -70,7 +69,7 @@ class Decoder:
             raise Undecodable(f"{self._name} data without content")
 
     def finish(self) -> None:
-        """No more will come. Raises `Undecodable`."""
+        """Check that the content is complete. Raises `Undecodable`."""
         if self._stream is None or not self._stream.eof:
             raise Undecodable(f"cut off {self._name} data")
 

@@ -1,12 +1,12 @@
-"""Where a registry may lead the agent: by redirects, to token services, to layers that are kept elsewhere.
+"""Bounds on where a registry may lead the agent: by redirects, to token services, to layers that are kept elsewhere.
 
 A node has services for itself on loopback and link-local addresses, and a cloud has its metadata there. Whoever names
-an image chooses a registry, and the registry chooses where it redirects to: one at a public address leads nobody there.
-It may lead as far in as it is itself, so that a mirror on loopback or a registry in a private network works as ever.
+an image chooses a registry, and the registry chooses where it redirects to: one at a public address must not lead
+there. A registry may lead to its own scope, so that a mirror on loopback or one in a private network works as ever.
 
-What is judged is the address that a socket is about to be connected to, once for each connection: a name that is
+The check is of the address that a socket is about to be connected to, once for each connection: a name that is
 resolved again (DNS rebinding), an odd notation (``0x7f.1``) or an IPv4 address inside of an IPv6 one changes nothing.
-How far in a registry is itself is told by the connections that it has answered on, not by its name.
+The scope of a registry is that of the connections on which it has answered, not of its name.
 """
 
 import errno
@@ -27,7 +27,7 @@ Address = IPv4Address | IPv6Address
 
 
 class Scope(IntEnum):
-    """How far in an address is."""
+    """How far inside the operator's networks an address is."""
 
     PUBLIC = 0
     PRIVATE = 1  # a network of the operator's
@@ -90,13 +90,13 @@ _WITH_IPV4 = tuple(
 
 
 def scope_of(address: str) -> Scope:
-    """Of an address, with or without a zone. What cannot be read as one is as far in as can be."""
+    """The scope of an address, with or without a zone; the innermost one for a text that is no address."""
     found = _literal(address)
     return Scope.NODE if found is None else _scope(found)
 
 
 def scope_of_name(host: str) -> Scope:
-    """As far as a name tells without being resolved: for what a proxy connects to."""
+    """The scope that a name tells without being resolved: for requests by a proxy, which resolves it."""
     name = host.rstrip(".").lower()
     if name == "localhost" or name.endswith((".localhost", "localhost.localdomain")):
         return Scope.NODE
@@ -124,7 +124,7 @@ def _embedded(address: Address) -> IPv4Address | None:
 
 
 def _literal(name: str) -> Address | None:
-    """Every notation that getaddrinfo(3) takes for an address: also ``2130706433``, ``0177.1``."""
+    """The address in any notation that getaddrinfo(3) accepts, such as ``2130706433`` or ``0177.1``."""
     try:
         return ip_address(name)
     except ValueError:
@@ -137,9 +137,9 @@ def _literal(name: str) -> Address | None:
 
 @dataclass(slots=True)
 class Visit:
-    """One request. limit: how far in it may get; reached: how far in its peer is; refused: an address was too far in.
+    """The check of one request. limit: the innermost scope allowed; reached: its peer's; refused: one was beyond it.
 
-    It is found by the task that makes the request: aiohttp does not tell for whom it connects.
+    It is found by the task that makes the request: aiohttp does not tell for which request it connects.
     """
 
     limit: Scope
@@ -147,7 +147,7 @@ class Visit:
     refused: bool = False
 
     def begin(self) -> None:
-        """The next request of this task is this one."""
+        """Make this the check of the next request of this task."""
         _visit.set(self)
 
     def check(self, address: str) -> None:
@@ -162,7 +162,7 @@ _visit: ContextVar[Visit] = ContextVar("visit")
 
 
 class Connector(aiohttp.TCPConnector):
-    """Connects a request only to where its `Visit` may get, and says there where it got."""
+    """A connector that connects a request only within the limit of its `Visit`, and notes the scope there."""
 
     def __init__(self) -> None:
         super().__init__(limit=0, resolver=Resolver(), socket_factory=_socket)
@@ -173,7 +173,8 @@ class Connector(aiohttp.TCPConnector):
         traces: list[Trace],
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 (aiohttp's name)
     ) -> Connection:
-        """The connection may be one that another request has left, with another limit."""
+        """Connect, and check the peer."""
+        # It may be an idle connection of an earlier request, which had another limit.
         connection = await super().connect(req, traces, timeout)
         peer = connection.transport and connection.transport.get_extra_info("peername")
         try:
@@ -187,7 +188,7 @@ class Connector(aiohttp.TCPConnector):
 
 
 def _socket(address_info: aiohttp.AddrInfoType) -> socket.socket:
-    """For one address of those that a name has; the others are tried when this one is refused."""
+    """Make the socket for one address of a name; when it is refused, aiohttp tries the others."""
     family, kind, protocol, _, address = address_info
     _visit.get().check(address[0])
     return socket.socket(family, kind, protocol)

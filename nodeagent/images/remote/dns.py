@@ -1,8 +1,8 @@
-"""Names of registries to addresses, in threads that nothing else needs.
+"""Resolution of registries' names, in threads that nothing else needs.
 
-getaddrinfo(3) cannot be cancelled and takes as long as a name server lets it wait, which may be a name server of
-whoever names an image. So no lookup is made by the event loop's own threads, which the whole agent shares, and no
-lookup waits for another name's.
+getaddrinfo(3) cannot be cancelled and takes as long as a name server lets it wait, which may be run by whoever names
+an image. So no lookup is made by the event loop's own threads, which the whole agent shares, and no lookup waits for
+another name's.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ _Address = tuple[socket.AddressFamily, int, str]  # family, protocol, literal
 
 
 class Resolver(AbstractResolver):
-    """A thread for each lookup; it ends with the lookup, whoever has stopped waiting for it."""
+    """A resolver with a thread for each lookup, which ends with it even if nothing waits for it any more."""
 
     def __init__(self) -> None:
         self._under_way: set[Future[list[_Address]]] = set()
@@ -47,7 +47,7 @@ class Resolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """Lookups under way end by themselves."""
+        """Do nothing: lookups under way end by themselves."""
 
 
 def _look_up(
@@ -66,6 +66,6 @@ def _look_up(
 
 
 def _literal(address: tuple[object, ...]) -> str:
-    """With the scope that a link-local address needs."""
+    """The address as text, with the zone that a link-local one needs."""
     scope = address[3] if len(address) == 4 else 0
     return f"{address[0]}%{scope}" if scope else str(address[0])

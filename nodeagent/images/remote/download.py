@@ -1,6 +1,6 @@
-"""Blobs from registries into files: each is fetched once for an image, however many of its layers it is.
+"""Downloads of blobs from registries into files: each is fetched once for an image, even if it is several layers.
 
-Images share layers, not blobs: what one's servers and credentials make of a blob is not the other's affair.
+Images share layers, not blobs: each fetches a blob from its own servers with its own credentials.
 """
 
 import asyncio
@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 Key = tuple[Source, str, int]
 
 _CONNECTIONS = 64
-_GRACE_SECONDS = 2.0  # to be connected, and to have got going
+_GRACE_SECONDS = 2.0  # to connect and to receive the first bytes
 
 
 class Arrival:
-    """A blob that arrives, or has arrived. task: what fetches it."""
+    """A blob that is being fetched, or has been. task: fetches it."""
 
     task: "asyncio.Task[None]"
 
@@ -43,17 +43,17 @@ class Arrival:
         return self.task.done() and not self.task.cancelled() and not self.task.exception()
 
     def tell(self) -> None:
-        """There is more of it, or no more will come."""
+        """Wake those that wait: there is more of it, or no more will come."""
         self._news.set()
 
     async def reaches(self, size_bytes: int) -> None:
-        """Return once so much of it is there, or nothing more will come."""
+        """Wait until so much of it is there, or nothing more will come."""
         while self.blob.received < size_bytes and not self.task.done():
             self._news.clear()
             await self._news.wait()
 
     async def complete(self) -> None:
-        """Return once all of it is there and verified; raises what went wrong."""
+        """Wait until all of it is there and verified; raises the error that prevented it."""
         await asyncio.wait([self.task])
         self.task.result()
 
@@ -61,8 +61,8 @@ class Arrival:
 class Downloads:
     """The blobs that are being fetched. writers: threads for writing and hashing, never for waiting.
 
-    So many connections are open at a time that nobody is in another's way; beyond that, the slowest makes room, and
-    goes on later from where it was.
+    The number of connections is bounded, but ample; beyond it the slowest is closed, and goes on later from where it
+    was.
     """
 
     def __init__(self, staging: Trash, writers: Executor, counters: Counters, tasks: Tasks) -> None:
@@ -80,7 +80,7 @@ class Downloads:
     async def open(
         self, descriptor: Descriptor, source: Source, attempt: int
     ) -> AsyncIterator[Arrival]:
-        """The arriving blob; its file goes with the last who has it open."""
+        """Fetch a blob, or share it with those that fetch it; the last of them removes its file."""
         key = (source, descriptor.digest, attempt)
         arrival = self._arrivals.get(key)
         if arrival is None:
@@ -91,6 +91,7 @@ class Downloads:
         finally:
             arrival.users -= 1
             if not arrival.users:
+                # Forgotten first: nobody may join a blob whose file is about to be removed.
                 self._forget(key, arrival)
                 try:
                     await cancel(arrival.task)
@@ -105,7 +106,7 @@ class Downloads:
         return arrival
 
     def _landed(self, key: Key, arrival: Arrival) -> None:
-        """A failure is for those who wait now; whoever comes later tries anew."""
+        """Wake those that wait. A failed blob is forgotten, so that later requests try again."""
         arrival.tell()
         if not arrival.is_complete:
             self._forget(key, arrival)
@@ -131,7 +132,7 @@ class Downloads:
     async def _receive(
         self, arrival: Arrival, descriptor: Descriptor, source: Source, attempt: int
     ) -> bool:
-        """Take in what comes, from where the blob ends; false when it had to give way before all was there."""
+        """Receive from where the blob ends; False when it had to give way before the end."""
         blob = arrival.blob
         going = asyncio.timeout(None)
         give_way = partial(going.reschedule, 0)
@@ -158,7 +159,7 @@ class Downloads:
 
 
 class Fetched:
-    """The content of one image, out of a registry."""
+    """The content of one image, fetched from a registry."""
 
     def __init__(self, downloads: Downloads, source: Source) -> None:
         self._downloads = downloads

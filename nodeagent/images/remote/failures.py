@@ -1,4 +1,4 @@
-"""What goes wrong between two hosts, in words for whoever reads the events of a pod: what it is, and what to do.
+"""Texts for failures between two hosts, for the reader of a pod's events: what is wrong, and what to do.
 
 A server's own words are bounded, on one line, and without anything that may be secret.
 """
@@ -22,7 +22,7 @@ MAX_TEXT = 300  # of what a server says
 
 @contextmanager
 def network_errors(url: URL) -> Iterator[None]:
-    """What aiohttp and the kernel raise becomes `RegistryUnavailable`."""
+    """Turn errors of aiohttp and of the kernel into `RegistryUnavailable`."""
     try:
         yield
     except TimeoutError:
@@ -32,7 +32,7 @@ def network_errors(url: URL) -> Iterator[None]:
 
 
 def _reason(url: URL, error: aiohttp.ClientError | OSError) -> str:
-    """What is wrong, and what to do about it. Not what a server sent that speaks something else, and no query."""
+    """What is wrong, and what to do about it; without a query, and without the bytes of a server that is not HTTP."""
     match error:
         case aiohttp.ClientHttpProxyError():
             wanted = (

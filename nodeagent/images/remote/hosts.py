@@ -1,9 +1,9 @@
-"""Where the images of a registry are fetched from: ``certs.d/<host>/hosts.toml``, in containerd's layout and keys.
+"""The hosts that a registry's images are fetched from: ``certs.d/<host>/hosts.toml``, in containerd's layout and keys.
 
 Hosts are tried in the order of the file, the registry itself last. The file is read for each pull, so that a change
-needs no restart. A mistake in it is an `InvalidArgument` that names the file, the host and the key; a key that is
-unknown may be a newer containerd's, and is noted in the log. A directory without the file may have certificates in
-Docker's layout: ``*.crt`` of authorities, ``*.cert`` and ``*.key`` of the node itself.
+needs no restart. A mistake in it is an `InvalidArgument` that names the file, the host and the key; an unknown key may
+be a newer containerd's, and is logged. A directory without the file may have certificates in Docker's layout:
+``*.crt`` of authorities, ``*.cert`` and ``*.key`` of the node itself.
 """
 
 import json
@@ -60,7 +60,7 @@ class Host:
 
 
 class _Table(msgspec.Struct, kw_only=True):
-    """The keys of a host."""
+    """The table of a host in hosts.toml."""
 
     capabilities: list[Literal["pull", "resolve", "push", "referrers"]] = []
     ca: str | list[str] = []
@@ -105,7 +105,7 @@ def normal_name(url: str) -> str:
 
 
 def http_url(text: str, base: URL | None = None) -> URL:
-    """The URL of a server that can be asked, kept byte for byte; relative to `base`, if there is one.
+    """Parse the URL of a server, kept byte for byte; it may be relative to `base`.
 
     Raises `ValueError`.
     """
@@ -118,12 +118,12 @@ def http_url(text: str, base: URL | None = None) -> URL:
 
 
 def _is_host(name: str | None) -> bool:
-    """Not empty, and nothing that a proxy might decode to another name; addresses may have a zone."""
+    """Whether a text is a host: not empty, and without what a proxy might decode; addresses may have a zone."""
     return name is not None and name != "" and ("%" not in name or ":" in name)
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a host's name or address is this machine's, without asking anybody."""
+    """Whether a host's name or address is this machine's loopback, without resolving it."""
     return name in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]+){3}", name) is not None
 
 
@@ -133,12 +133,12 @@ def _find(domain: str, directory: Path) -> Path | None:
 
 
 def _names(domain: str) -> tuple[str, str]:
-    """``host_5000_`` is for file systems without colons."""
+    """The directories' names for a registry: ``host_5000_`` is for file systems without colons."""
     return re.sub(r":([0-9]+)$", r"_\1_", domain), domain
 
 
 def _plain(domain: str, directory: Path) -> Host:
-    """The registry itself, with the certificates that lie there for it."""
+    """The registry itself, with the certificates of its directory."""
     folders = (directory / name for name in _names(domain))
     files = next((sorted(folder.iterdir()) for folder in folders if folder.is_dir()), [])
     pairs = [(path, path.with_suffix(".key")) for path in files if path.suffix == ".cert"]
@@ -158,7 +158,7 @@ def _read(file: Path, domain: str) -> Iterator[Host]:
     for url, table in whole.host.items():
         where = f'{file}: host "{url}"'
         yield _host(url, _convert(table, _Table, where), where, file.parent, mirror=True)
-    # What stands in for every registry is not the one that an image's credentials belong to.
+    # A server for all registries is not the one that an image's credentials belong to.
     stand_in = bool(whole.server) and file.parent.name == _ANY
     server = whole.server or _default_root(domain)
     yield _host(server, whole, f"{file}: server", file.parent, mirror=stand_in)
@@ -180,7 +180,7 @@ def _host(url: str, table: _Table, where: str, base: Path, *, mirror: bool = Fal
 
 
 def _default_root(domain: str) -> str:
-    """Plain HTTP on a port of the loopback interface, where nobody listens in; else HTTPS."""
+    """The default URL: plain HTTP on a port of the loopback interface, where no one can listen in; else HTTPS."""
     if domain == DEFAULT_DOMAIN:
         return f"https://{DOCKER_HUB}/v2"
     parts = urlsplit(f"https://{domain}")
@@ -205,7 +205,7 @@ def _root(url: str, as_it_is: bool, where: str) -> str:
 
 
 def _pair(entry: str | list[str], base: Path, where: str) -> tuple[Path, Path | None]:
-    """A certificate and its key, which may be in the same file."""
+    """Parse a certificate and its key, which may be in the same file."""
     names = [entry, ""] if isinstance(entry, str) else entry
     if len(names) != 2 or not names[0]:
         raise InvalidArgument(f"{where}: client: {names} is not a certificate and a key")
@@ -221,7 +221,7 @@ def _headers(table: dict[str, str | list[str]], where: str) -> Iterator[tuple[st
 
 
 def _seconds(text: str, where: str) -> float:
-    """Durations as Go writes them: ``1m30s``, ``500ms``."""
+    """Parse a duration as Go writes it: ``1m30s``, ``500ms``."""
     if not _DURATION.fullmatch(text):
         raise InvalidArgument(f'{where}: dial_timeout: "{text}" is not a duration like "5s"')
     return sum(float(number) * _SECONDS[unit] for number, unit in _DURATION_PART.findall(text))
@@ -245,5 +245,5 @@ def _convert(value: object, kind: type[Table], where: str) -> Table:
 
 @cache
 def _note_unknown(where: str, key: str) -> None:
-    """Once for a file, which is read for each pull."""
+    """Log unknown keys, once for each file, which is read for each pull."""
     log.warning("%s: unknown key %s, ignored", where, json.dumps(key[:100]))

@@ -1,4 +1,4 @@
-"""Which proxy a URL is asked through: HTTP_PROXY, HTTPS_PROXY and NO_PROXY as Go's programs read them.
+"""The proxy for a URL: HTTP_PROXY, HTTPS_PROXY and NO_PROXY as Go's programs read them.
 
 One drop-in file sets them for everything on a node, so they mean here what they mean to the kubelet and to every other
 runtime (golang.org/x/net/http/httpproxy): the upper-case names come first; NO_PROXY lists hosts and domains, with or
@@ -24,7 +24,7 @@ _Exception = Callable[[str, str, _Address | None], bool]  # host, port, and the 
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """url: without the name and password that may stand in it; authorization: these, for Proxy-Authorization."""
+    """A proxy. url: without the name and password that it may have; authorization: these, for Proxy-Authorization."""
 
     url: URL
     authorization: str = field(default="", repr=False)
@@ -38,7 +38,7 @@ class Proxy:
 
 
 class Proxies:
-    """As the environment said when the agent started."""
+    """The proxies that the environment named when the agent started."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._proxies = {
@@ -65,7 +65,7 @@ def _value(environment: Mapping[str, str], name: str) -> str:
 
 
 def _parsed(environment: Mapping[str, str], name: str) -> Proxy | None:
-    """A proxy without a scheme is one of HTTP. What is no URL is no proxy."""
+    """Parse a proxy: one without a scheme uses HTTP, and a text that is no URL is ignored."""
     text = _value(environment, name)
     if not text:
         return None
@@ -75,7 +75,7 @@ def _parsed(environment: Mapping[str, str], name: str) -> Proxy | None:
             return Proxy.of(url)
     except ValueError:
         pass
-    log.warning("%s is no URL of a proxy, and not used", name)  # it may have a password in it
+    log.warning("%s is not the URL of a proxy; ignored", name)  # it may have a password in it
     return None
 
 
@@ -95,7 +95,7 @@ def _exceptions(text: str) -> Iterator[_Exception]:
 
 
 def _split(entry: str) -> tuple[str, str]:
-    """Host and port; all of it is the host where it is not "host:port" or "[address]:port"."""
+    """Split "host:port" or "[address]:port"; any other text is the host as a whole."""
     host, colon, port = entry.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         return host[1:-1], port
@@ -117,7 +117,7 @@ def _of_address(excepted: _Address, wanted_port: str) -> _Exception:
 
 
 def _of_domain(entry: str, wanted_port: str) -> _Exception:
-    """A domain is also all that is below it; with a dot before it, only what is below it."""
+    """Whether a host is of a domain: itself or below it; with a dot before the domain, only below it."""
     suffix = _ascii(entry.removeprefix("*") if entry.startswith("*.") else entry)
     suffix, whole = (suffix, "") if suffix.startswith(".") else (f".{suffix}", suffix)
 
@@ -128,7 +128,7 @@ def _of_domain(entry: str, wanted_port: str) -> _Exception:
 
 
 def _ascii(name: str) -> str:
-    """As a name is asked for: each label by itself, for a leading dot is none."""
+    """A name as it is looked up; each label is encoded by itself, as the one before a leading dot is empty."""
     try:
         return ".".join(
             label if label.isascii() else label.encode("idna").decode() for label in name.split(".")
@@ -150,7 +150,7 @@ def _network(text: str) -> _Network | None:
 
 
 def _address(text: str) -> _Address | None:
-    """An IPv4 address inside of an IPv6 one is the IPv4 address."""
+    """The address in a text; an IPv4 address inside of an IPv6 one counts as the IPv4 address."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""One server of the distribution API (distribution-spec, "Pull"): its questions, and what answers its challenges.
+"""One server of the distribution API (distribution-spec, "Pull"): requests, and answers to its challenges.
 
 Credentials follow no redirect and no challenge but the server's own.
 """
@@ -32,7 +32,7 @@ _MAX_TOKEN_BYTES = 1 << 20
 
 
 class Endpoint:
-    """A server, for one repository and one caller. The errors' texts name the server, not the image.
+    """A server, for one repository and one caller. The texts of errors name the server, not the image.
 
     kind: what the repository has, for these texts.
     """
@@ -61,13 +61,13 @@ class Endpoint:
 
     @property
     def scope(self) -> Scope:
-        """How far in the server is, as far as it has been asked."""
+        """The scope of the server, by the requests that it has answered."""
         return self._client.scope
 
     async def manifest(
         self, version: str, parse: Callable[[bytes, str], object] = manifest.parse_manifest
     ) -> tuple[bytes, str]:
-        """The document that a tag or a digest names, and its media type. Raises as `parse`, and `DataLoss`."""
+        """Fetch the document that a tag or a digest names, and its media type. Raises as `parse`, and `DataLoss`."""
         url = self._url("manifests", version)
         async with self._get(url, {"Accept": manifest.ACCEPT}) as response:
             data = await read_bounded(response, manifest.MAX_DOCUMENT_BYTES)
@@ -79,7 +79,7 @@ class Endpoint:
             return data, media_type
 
     async def blob(self, descriptor: Descriptor, offset: int) -> AsyncGenerator[bytes]:
-        """The bytes of a blob from `offset` on, as they come: as many as there shall be."""
+        """Fetch the bytes of a blob from `offset` on, exactly as many as it must have."""
         url = self._url("blobs", descriptor.digest)
         async with self._get(url, _range(0 if self._is_encoded else offset)) as response:
             self._is_encoded = is_encoded(response, descriptor.size)
@@ -94,7 +94,7 @@ class Endpoint:
     async def _get(
         self, url: URL, headers: Mapping[str, str]
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """A successful response; answers one challenge of the server."""
+        """Send a request, answer one challenge of the server, and yield a successful response."""
         async with self._client.get(
             url, headers, self._own_headers(), led=self.host.root
         ) as response:
@@ -111,7 +111,7 @@ class Endpoint:
             yield response
 
     async def _raise_for_status(self, asked: URL, response: aiohttp.ClientResponse) -> None:
-        """With what the owner of a pod may do about it."""
+        """Raise the error of an unsuccessful response, with what the owner of a pod can do about it."""
         version = "digest" if is_digest(asked.name) else "tag"
         missing = f"look at the {self._kind}'s name and {version}"
         if "/blobs/" in asked.path:
@@ -137,7 +137,7 @@ class Endpoint:
         return headers
 
     def _challenges(self, response: aiohttp.ClientResponse) -> list[auth.Challenge]:
-        """Empty where another server asks, and where no other answer can be given."""
+        """The challenges to answer; none if another server asks, or if there is no other answer to give."""
         final = not self._client.is_own(response.url) or self._credentials.registry_token
         if response.status != HTTPStatus.UNAUTHORIZED or final:
             return []
@@ -166,14 +166,14 @@ class Endpoint:
             if not denied or self._client.is_own(url):
                 await raise_for_status(response, denied=self._denied())
                 return auth.parse_token(await read_bounded(response, _MAX_TOKEN_BYTES))
-        # Told of another server as well, for the credentials may be wrong; all else is told as one.
+        # Reported for another server as well, as the credentials may be wrong; its other errors are all the same one.
         raise PermissionDenied(f"{led}: access denied, or no such repository; {self._denied()}")
 
 
 async def elsewhere(
     client: Client, url: str, descriptor: Descriptor, offset: int
 ) -> AsyncGenerator[bytes]:
-    """A layer that is kept outside of any registry, from `offset` on."""
+    """Fetch a layer that is kept outside of any registry, from `offset` on."""
     place = URL(url, encoded=True)
     led = f"{descriptor.digest}: is kept at {place.origin()}"
     async with client.get(place, _range(offset), {}, led=led) as response:
@@ -189,7 +189,7 @@ def _range(offset: int) -> Mapping[str, str]:
 async def _exactly(
     response: aiohttp.ClientResponse, descriptor: Descriptor, offset: int
 ) -> AsyncGenerator[bytes]:
-    """The body, up to the blob's size and not beyond it. Raises `DataLoss`, `RegistryUnavailable`."""
+    """The body, checked to have the blob's size. Raises `DataLoss`, `RegistryUnavailable`."""
     async for chunk in received(response, offset, descriptor.size):
         offset += len(chunk)
         if offset > descriptor.size:

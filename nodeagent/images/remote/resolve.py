@@ -1,4 +1,4 @@
-"""From a name to a plan: which manifest is meant, which config, which layers."""
+"""Resolution of an image's name to a plan: its manifest, its config and its layers."""
 
 import asyncio
 import logging
@@ -17,10 +17,10 @@ _MAX_UNTOLD = 8  # manifests without a platform that are looked into
 
 
 async def resolve(source: Source, documents: Documents) -> Plan:
-    """Ask the registry what the reference means for this node.
+    """Ask the registry for the image that the reference means on this node.
 
-    It is asked even where all is here: tags move, and it is for the registry to say who may have the image. What is
-    here already is not fetched again.
+    It is asked even where the node has everything: tags move, and the registry decides who may have the image.
+    Documents that the node has are not fetched again.
     """
     try:
         return await _Resolution(source, documents).run()
@@ -56,7 +56,7 @@ class _Resolution:
         raise InvalidArgument(f"indexes in indexes, more than {_MAX_NESTING}")
 
     async def _chosen(self, index: Index) -> tuple[bytes, str]:
-        """The manifest for this node; where the index does not tell, the first whose config says so."""
+        """The manifest for this node; if the index has no platforms, the first whose config names this one."""
         first, *others = manifest.candidates(index)
         if not others:
             return await self._listed(first)

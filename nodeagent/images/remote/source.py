@@ -1,7 +1,7 @@
-"""A repository over all the hosts that have it, as one caller may see it.
+"""A repository on all the hosts that have it, as one caller may see it.
 
-Hosts are tried in their order, those that are busy or out of reach for some rounds. A blob that breaks off, or whose
-host is stalled, is resumed at the next host where it stopped; nobody waits for a bad mirror for long.
+Hosts are tried in their order, and again for some rounds if they are busy or out of reach. A blob that breaks off, or
+whose host is stalled, is resumed at the next host where it stopped; no pull waits for a bad mirror for long.
 """
 
 import asyncio
@@ -54,9 +54,9 @@ async def open_source(
     floor: Scope,
     kind: Kind = "image",
 ) -> "Source":
-    """Reads the hosts' configuration; asks nobody yet. Raises `InvalidArgument`.
+    """Read the hosts' configuration, without sending a request. Raises `InvalidArgument`.
 
-    floor: how far in every registry may lead. kind: what it is a source of, for the texts of errors.
+    floor: the scope to which every registry may lead. kind: what it is a source of, for the texts of errors.
     """
 
     def endpoint(host: Host) -> Endpoint:
@@ -76,7 +76,7 @@ async def open_source(
 
 
 class Source:
-    """Errors name the image or the profile, and what each of the hosts said."""
+    """The source of an image or profile. Errors name it, with the answer of each of the hosts."""
 
     def __init__(
         self,
@@ -97,22 +97,22 @@ class Source:
 
     @property
     def attempts(self) -> int:
-        """How often a blob may turn out to be another one before there is no host left to believe."""
+        """The number of hosts, each of which may turn out to have wrong content for a blob."""
         return max(1, len(self._pullers))
 
     def places(self, descriptor: Descriptor) -> tuple[str, ...]:
-        """Where a blob is fetched from, in this order."""
+        """The URLs from which a blob is fetched, in this order."""
         return (*(descriptor.urls or ()), *(puller.host.root for puller in self._pullers))
 
     async def manifest(
         self, version: str, parse: Callable[[bytes, str], object] = manifest.parse_manifest
     ) -> tuple[bytes, str]:
-        """The document of a tag or a digest, and its media type; parse: refuses what it cannot be."""
+        """Fetch the document of a tag or a digest, and its media type; parse: raises for a wrong one."""
         endpoints = self._pullers if is_digest(version) else self._resolvers
         return await self._first(endpoints, lambda endpoint: endpoint.manifest(version, parse))
 
     async def document(self, descriptor: Descriptor) -> bytes:
-        """A small blob, verified."""
+        """Fetch and verify a small blob."""
         if descriptor.size > manifest.MAX_DOCUMENT_BYTES:
             raise self._error([InvalidArgument(f"config of {descriptor.size} bytes")])
         errors = []
@@ -126,7 +126,7 @@ class Source:
     async def blob(
         self, descriptor: Descriptor, attempt: int = 0, offset: int = 0
     ) -> AsyncGenerator[bytes]:
-        """The blob's bytes from `offset` on; its digest is not looked at. A later attempt asks fewer hosts."""
+        """Fetch a blob's bytes from `offset` on, unverified. Each later attempt leaves out one more host."""
         streams = deque([*self._foreign(descriptor), *self._own(descriptor)][attempt:])
         errors: dict[Stream, NodeAgentError] = {}
         patience = _Patience(self._held_up)
@@ -152,9 +152,9 @@ class Source:
         return [partial(endpoint.blob, descriptor) for endpoint in self._pullers]
 
     def _foreign(self, descriptor: Descriptor) -> list[Stream]:
-        """Layers may be elsewhere (image-spec ``descriptor.md``, urls); nobody there gets to know any secret.
+        """The URLs outside of the registry at which a layer may be (image-spec ``descriptor.md``, urls).
 
-        It is the image that leads there, which any of the hosts may have it from: the outermost of them counts.
+        No secret is sent there. Any of the hosts may have sent the manifest: the most public of their scopes counts.
         """
         led_by = min((endpoint.scope for endpoint in self._endpoints), default=Scope.PUBLIC)
         return [
@@ -186,7 +186,7 @@ class Source:
         raise self._error(errors.values())
 
     def _error(self, errors: Iterable[NodeAgentError]) -> NodeAgentError:
-        """That of the last host, which is the registry itself, with what all of them said."""
+        """The error of the last host, which is the registry itself, with the texts of all of them."""
         said = list(errors)
         if not said:
             return FailedPrecondition(f"{self._subject}: hosts.toml allows no host for it")
@@ -204,20 +204,20 @@ def _is_url(text: str) -> bool:
 
 
 def _note(errors: dict[T, NodeAgentError], host: T, error: NodeAgentError) -> None:
-    """What a host said itself tells more than that it has not been asked again."""
+    """Note an error of a host, unless it only says that the host was not asked again."""
     if host not in errors or not isinstance(error, Throttled) or error.sent:
         errors[host] = error
 
 
 class _HeldUp:
-    """How long a pull has waited for servers that asked for a pause. Waits at the same time are one."""
+    """The time for which a pull has waited for servers that asked for a pause; simultaneous waits count once."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
         self._until = 0.0
 
     async def wait(self, until: float) -> bool:
-        """Whether there was time for it: a pull does not wait for ever new pauses."""
+        """Wait until then; False where the pull has waited too long already, as pauses may be asked for endlessly."""
         now = asyncio.get_running_loop().time()
         more = max(0.0, until - max(now, self._until))
         if self._seconds + more > HELD_UP_SECONDS:
@@ -229,7 +229,7 @@ class _HeldUp:
 
 
 class _Patience:
-    """With connections that break off: as long as they get us on, and some rounds over all hosts besides.
+    """The budget of retries: unlimited while attempts make progress, else some rounds over all hosts.
 
     A host that asked for a pause is waited for when none of the others has helped.
     """
@@ -242,7 +242,7 @@ class _Patience:
         self._until: float | None = None
 
     async def lasts(self, error: RegistryUnavailable, got_bytes: int, hosts: int) -> bool:
-        """Whether to go on; waits a little after each round."""
+        """Whether to try again; waits a little after each round."""
         self._idle = 0 if got_bytes >= PROGRESS_BYTES else self._idle + 1
         if isinstance(error, Throttled) and not throttling.is_too_long(error.until):
             self._refused += error.sent

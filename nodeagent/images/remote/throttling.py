@@ -1,11 +1,11 @@
-"""Servers that ask to be left alone for a while: all pulls of the node heed it together.
+"""Throttling by servers that ask for a pause, which all pulls of the node observe together.
 
 ::
 
     open ── 429, or 503 with Retry-After ──► held ── the pause is over ──► narrow ── good answers ──► open
 
-While a server is held nobody asks it. Then one request goes first, and with each good answer twice as many may be
-under way: those who waited, the layers of all pulls, do not come all at once (RFC 6585, 4; RFC 9110, 10.2.3).
+While a server is held, no request is sent to it. Then one request goes first, and with each good answer twice as many
+may be under way, so that the waiting layers of all pulls do not come all at once (RFC 6585, 4; RFC 9110, 10.2.3).
 """
 
 import asyncio
@@ -30,7 +30,7 @@ _MANY = 256  # servers, before those that are over with are looked for
 
 
 class Throttled(RegistryUnavailable):
-    """until: the event loop's time from which on the server takes requests. sent: whether it refused one just now."""
+    """A server has asked for a pause. until: its end, in the event loop's time. sent: it refused a request just now."""
 
     def __init__(self, text: str, until: float, *, sent: bool) -> None:
         super().__init__(text)
@@ -42,16 +42,16 @@ class Throttled(RegistryUnavailable):
 
 
 class Gates:
-    """One for each server that has asked for a pause, and for those that are just being asked."""
+    """The state of each server that has asked for a pause, or has a request under way."""
 
     def __init__(self) -> None:
         self._gates: dict[URL, _Gate] = {}
 
     @asynccontextmanager
     async def turn(self, url: URL) -> AsyncIterator["Turn"]:
-        """The right to send one request. Raises `Throttled` where the server has asked for a pause before.
+        """Wait for permission to send one request. Raises `Throttled` while a pause lasts.
 
-        What goes wrong in the block after it has asked for one becomes `Throttled` as well.
+        An error in the block after the server has asked for a pause becomes `Throttled` as well.
         """
         gate = self._of(url.origin())
         await gate.enter()
@@ -77,7 +77,7 @@ class Gates:
 
 
 class Turn:
-    """A request, until the head of its answer is there. until: how long the server wants to be left alone."""
+    """A request, until the head of its answer is there. until: the end of the pause that the answer asks for."""
 
     def __init__(self, gate: "_Gate") -> None:
         self.until: float | None = None
@@ -98,13 +98,13 @@ class Turn:
         self._leave()
 
     def end(self) -> None:
-        """A server that does not answer at all has another trouble."""
+        """End a request. A server that did not answer at all is not throttling."""
         if self._gate is not None:
             self._gate.open()
             self._leave()
 
     def abandon(self) -> None:
-        """Whoever has sent it does not wait any more, which says nothing about the server."""
+        """End a request that was cancelled, which says nothing about the server."""
         if self._gate is not None:
             self._leave()
 
@@ -151,7 +151,7 @@ class _Gate:
         self._tell()
 
     def hold(self, seconds: float | None) -> float:
-        """For so long, or for a pause of ours that grows; several refusals at once are one. Returns until when."""
+        """Hold the server for so long, else for a growing pause, and return its end; refusals at once count once."""
         now = _now()
         if now >= self._held_until:
             self._next_pause = min(2 * self._next_pause or FIRST_SECONDS, LONGEST_SECONDS)
@@ -164,7 +164,7 @@ class _Gate:
         return self._asked_until
 
     def widen(self) -> None:
-        """It has given a good answer."""
+        """Allow twice as many requests, after a good answer."""
         if _now() >= self._held_until:
             self._next_pause = 0.0
             self._width = 2 * self._width if self._width < _WIDE else math.inf
@@ -179,12 +179,12 @@ class _Gate:
 
 
 def is_too_long(until: float) -> bool:
-    """Whether a pull does better to fail now than to wait for a server."""
+    """Whether a pull should fail now rather than wait for a server."""
     return until - _now() > LONGEST_SECONDS
 
 
 def pause_asked_for(headers: Mapping[str, str]) -> float | None:
-    """Seconds, of a Retry-After header: a number of them, or a date, which is compared with the server's own clock."""
+    """The seconds in a Retry-After header: a number, or a date, which is compared with the server's own clock."""
     text = headers.get("Retry-After", "").strip()
     if text.isascii() and text.isdigit():
         return float(text[:9])

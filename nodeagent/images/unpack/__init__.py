@@ -1,1 +1,1 @@
-"""Layers: archives of unknown origin into directories, within a budget and never outside of them."""
+"""Unpacking of layers: untrusted archives into directories, within a budget and never outside of them."""

@@ -1,8 +1,8 @@
 """Decompression of layers and archives: gzip, zstd, or none, as the content itself says.
 
-A zstd frame says how much memory its window takes. 8 MiB is what every decoder should have (RFC 8878, 3.1.1.1.2), and
-what encoders use but for ``--ultra`` and ``--long``; these go up to 128 MiB, beyond which zstd itself refuses a frame
-without being told to take it. So each thread may have a window of 8 MiB, and one of them a larger one.
+A zstd frame says how much memory its window takes. Every decoder should have 8 MiB (RFC 8878, 3.1.1.1.2), which is what
+encoders use but for ``--ultra`` and ``--long``; these go up to 128 MiB, beyond which zstd itself refuses a frame by
+default. So each thread may have a window of 8 MiB, and one of them a larger one.
 """
 
 import gzip
@@ -30,7 +30,7 @@ _DAMAGE: tuple[type[Exception], ...] = (
 )
 _GZIP = b"\x1f\x8b\x08"
 _ZSTD = b"\x28\xb5\x2f\xfd"
-# After a byte 0x50 to 0x5f (RFC 8878, 3.1.2): pzstd begins with such a frame.
+# Behind a byte 0x50 to 0x5f: a skippable frame (RFC 8878, 3.1.2), with which pzstd begins.
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
 
 
@@ -39,20 +39,20 @@ class _Readable(Protocol):
 
 
 class Waiter(Protocol):
-    """Who reads a source that may still be arriving."""
+    """A reader of a source that may still be arriving."""
 
     def take(self, turn: threading.Lock) -> None:
-        """Acquire it when all of the source is there. Raises where the source is not wanted any more."""
+        """Acquire `turn` once all of the source is there. Raises where the source is not wanted any more."""
 
 
 _gunzip: Callable[[BinaryIO], _Readable] = igzip.open
 
 
 def decompressed(source: io.RawIOBase | BinaryIO, waiter: Waiter | None = None) -> Generator[bytes]:
-    """The content in chunks of at most CHUNK_BYTES; several gzip members or zstd frames are one content.
+    """Decompress into chunks of at most CHUNK_BYTES; several gzip members or zstd frames are one content.
 
-    A zstd stream that is cut off may end without an error: whoever cares compares a digest. waiter: takes turns with
-    others for a large window; without one a source is the administrator's own, and waits for nobody.
+    A truncated zstd stream may end without an error: callers compare a digest. waiter: takes turns with others for a
+    large window; without one a source is the administrator's own, and does not wait.
     """
     head = b""
     while len(head) < len(_ZSTD) and (more := source.read(len(_ZSTD) - len(head))):
@@ -66,7 +66,7 @@ def decompressed(source: io.RawIOBase | BinaryIO, waiter: Waiter | None = None) 
 
 
 def _unzstd(source: BinaryIO, waiter: Waiter | None) -> Generator[bytes]:
-    """A frame's window takes memory as it fills, so that looking after each chunk is soon enough."""
+    """Decompress zstd. A window takes memory only as it fills, so a check after each chunk is soon enough."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW_BYTES)
     frames = decompressor.stream_reader(source, CHUNK_BYTES, read_across_frames=True)
     with ExitStack() as turn:
@@ -74,7 +74,7 @@ def _unzstd(source: BinaryIO, waiter: Waiter | None) -> Generator[bytes]:
             if waiter and decompressor.memory_size() > _SMALL_DECODER_BYTES:
                 waiter.take(_LARGE_DECODER)
                 turn.callback(_LARGE_DECODER.release)
-                waiter = None  # until the end, for the decoder keeps the memory
+                waiter = None  # until the end, as the decoder keeps the memory
             yield chunk
 
 

@@ -1,7 +1,7 @@
-"""The directories of a layer in the making, by descriptors below its root.
+"""The directories of a layer that is being unpacked, as descriptors below its root.
 
 Paths are looked up with the layer's directory as the root directory (openat2(2), RESOLVE_IN_ROOT): links are followed,
-and lead nowhere else. What is missing on the way is made.
+and lead nowhere else. Missing directories are made.
 """
 
 import errno
@@ -19,7 +19,7 @@ _NOT_THERE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP))
 
 
 class Directories:
-    """on_implied: called with the path of each directory before it is made because something is in it."""
+    """The directories. on_implied: called with the path of each one before it is made for an entry inside it."""
 
     def __init__(self, root: int, on_implied: Callable[[str], None]) -> None:
         self.root = root
@@ -29,7 +29,7 @@ class Directories:
         self._remembered_bytes = 0
 
     def get(self, path: str) -> int:
-        """A descriptor, good until the next call; "" is the root."""
+        """A descriptor, valid until the next call; "" is the root."""
         if not path:
             return self.root
         descriptor = self._open.get(path)
@@ -40,11 +40,11 @@ class Directories:
         return descriptor
 
     def set_time_later(self, path: str, mtime_ns: int) -> None:
-        """When all is there that changes it."""
+        """Note the time of a directory, which is set when everything inside it has been made."""
         self._times[path] = mtime_ns
         self._remembered_bytes += memory_of(path)
         if self._remembered_bytes > _MAX_REMEMBERED_BYTES:
-            self.set_times()  # what still comes into them changes these: better than no bound
+            self.set_times()  # what is still made inside changes them again: better than no bound
 
     def set_times(self) -> None:
         for path, mtime_ns in self._times.items():
@@ -56,7 +56,7 @@ class Directories:
         self._remembered_bytes = 0
 
     def forget(self, kept: int = -1) -> None:
-        """Something that links or paths may have led to is gone: look everything up anew, but the one in use."""
+        """Close all descriptors but the one in use: a removed entry may have been on the path to any of them."""
         for path, descriptor in list(self._open.items()):
             if descriptor != kept:
                 os.close(descriptor)
@@ -95,7 +95,7 @@ class Directories:
             return self._in_place_of_whiteout(path)
 
     def _in_place_of_whiteout(self, path: str) -> int | None:
-        """A directory that hides what the whiteout at `path` hid; None where something else ends the path."""
+        """Replace the whiteout at `path` by a directory that hides the same; None where the path ends before it."""
         try:
             parent, name = open_parent(self.root, path)
         except NotADirectoryError:
@@ -112,17 +112,17 @@ class Directories:
             os.close(parent)
 
     def _step_down(self, directory: int, path: str) -> int:
-        """Make the last component of the path, in the directory that the rest of it leads to."""
+        """Make the last component of the path in `directory`, to which the rest of it leads."""
         name = path.rpartition("/")[2]
         try:
             os.mkdir(name, 0o755, dir_fd=directory)
-        except FileExistsError:  # a link to nothing
+        except FileExistsError:  # a dangling link
             return confined.make_path(self.root, path, directory=True, alone=True)
         return os.open(name, _PATH | os.O_NOFOLLOW, dir_fd=directory)
 
 
 def open_existing(root: int, path: str) -> int | None:
-    """A directory below `root`, itself no link; None where there is none."""
+    """Open a directory below `root` that is not a link itself; None where there is none."""
     try:
         return confined.open_path(root, path or ".", DIRECTORY)
     except OSError as error:
@@ -132,11 +132,11 @@ def open_existing(root: int, path: str) -> int | None:
 
 
 def open_parent(root: int, path: str) -> tuple[int, str]:
-    """The directory that has the last component of a path, which is not looked at, and that component."""
+    """Open the directory of a path's last component, which is not examined; return both."""
     parent, _, name = path.rpartition("/")
     return confined.open_path(root, parent or ".", _PATH), name
 
 
 def memory_of(path: str) -> int:
-    """About the memory in bytes that remembering a path takes."""
+    """The approximate memory in bytes that remembering a path takes."""
     return len(path) + 200

@@ -1,9 +1,9 @@
-"""What an unpacked layer takes from the layers below it, so that it is right as a lower layer of an overlay.
+"""Completion of an unpacked layer from the layers below it, so that it is right as a lower layer of an overlay.
 
 A layer's archive may leave out directories that it has files in: in an overlay the uppermost directory's owner and mode
 count, so they are copied from below. It may have hard links to files of a layer below: an overlay can't have those,
-so the file is copied. And it may have whiteouts that hide nothing: they go, because a directory that only one layer
-has shows them as names that nobody can open.
+so the file is copied. And it may have whiteouts that hide nothing: they are removed, because a directory that only one
+layer has shows them as names that cannot be opened.
 """
 
 import errno
@@ -25,7 +25,7 @@ _PIECE_BYTES = 4 << 20
 
 
 def complete(directory: Path, layer: Unpacked, below: Sequence[Path], budget: Budget) -> None:
-    """Fill in what is implied and linked, take out whiteouts that hide nothing.
+    """Complete implied directories and links, and remove whiteouts that hide nothing.
 
     below: the layers under it, uppermost first; none of them is changed.
     """
@@ -46,7 +46,7 @@ def complete(directory: Path, layer: Unpacked, below: Sequence[Path], budget: Bu
 
 @contextmanager
 def find(path: str, layers: Sequence[Path]) -> Iterator[int | None]:
-    """What overlays of these layers, uppermost first, show at `path`: a descriptor (O_PATH), or None.
+    """Open (O_PATH) what an overlay of these layers, uppermost first, shows at `path`; None for nothing.
 
     Links on the way are not followed: they hide what they replace.
     """
@@ -64,7 +64,7 @@ def find(path: str, layers: Sequence[Path]) -> Iterator[int | None]:
 
 
 def _step_down(root: int, path: str) -> tuple[int | None, bool]:
-    """What one layer has at `path`, and whether what leads there, or a whiteout, hides all layers below."""
+    """Open what one layer has at `path`; also whether that layer hides all layers below there."""
     current, opaque = os.dup(root), is_opaque(root)
     for name in path.split("/"):
         try:
@@ -120,7 +120,7 @@ def _unlink_whiteout(directory: int, name: str) -> bool:
 
 
 def _make_links(root: int, layer: Unpacked, below: Sequence[Path], budget: Budget) -> None:
-    """A file of a lower layer is copied once: all names of it are links to the copy, as link(2) in an overlay does."""
+    """Make hard links to files of lower layers: each is copied once, like link(2) in an overlay copies it up."""
     copies: dict[str, str] = {}
     for name, target in layer.links.items():
         parent, _, base = name.rpartition("/")
@@ -154,7 +154,7 @@ def _link(root: int, path: str, directory: int, name: str) -> None:
 
 
 def _copy(source: int, directory: int, name: str, budget: Budget) -> int:
-    """Returns the bytes it takes, which are asked for before any is written. Raises `FileExistsError`."""
+    """Copy a file and return the bytes it takes, which are checked before any is written. Raises `FileExistsError`."""
     status = os.fstat(source)
     taken = status.st_blocks * 512
     budget.require(taken)
@@ -193,7 +193,7 @@ def _copy_regular(source: int, directory: int, name: str, budget: Budget) -> Non
 
 
 def _copy_content(reading: int, writing: int, budget: Budget) -> None:
-    """Holes stay holes: a file of 8 TiB may be 4 KiB of data."""
+    """Copy data and leave holes: a file of 8 TiB may have 4 KiB of data."""
     os.ftruncate(writing, os.fstat(reading).st_size)
     end = 0
     while (start := _next_data(reading, end)) is not None:
@@ -210,11 +210,11 @@ def _next_data(file: int, at: int) -> int | None:
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
-        return None  # nothing but a hole up to the end
+        return None  # ENXIO: only a hole up to the end (lseek(2))
 
 
 def _copy_range(reading: int, writing: int, at: int, size: int) -> None:
-    """copy_file_range(2) shares the blocks where the file system can (XFS, Btrfs), else it copies them."""
+    """Copy a range by copy_file_range(2), which shares blocks where the file system can (XFS, Btrfs)."""
     end = at + size
     while at < end:
         copied = os.copy_file_range(reading, writing, end - at, at, at)
@@ -224,8 +224,9 @@ def _copy_range(reading: int, writing: int, at: int, size: int) -> None:
 
 
 def _copy_attributes(source: int, target: int) -> None:
-    """Owner, mode, extended attributes but overlay's own, and times."""
+    """Copy owner, mode, times, and extended attributes but overlay's own."""
     status, path = os.fstat(source), f"/proc/self/fd/{source}"
+    # First: chown(2) clears set-id bits, and the kernel drops security.capability (capabilities(7)).
     os.fchown(target, status.st_uid, status.st_gid)
     os.fchmod(target, stat.S_IMODE(status.st_mode))
     for name in os.listxattr(path):

@@ -1,9 +1,9 @@
 """Unpacking of a layer into a directory of its own, as a lower layer of an overlay mount.
 
-The archive is hostile until proven otherwise. Directories are looked up below the layer's own (`directories`), so that
-no link leads out; the last component of a name is always made anew, never followed. What is refused: "..", names that
-are too long, whiteouts of "." and "..", attributes that overlay mounts obey. What is made as other runtimes make it:
-set-id bits, device nodes, FIFOs, absolute links (they are only ever followed inside a container).
+The archive is not trusted. Directories are looked up below the layer's own (`directories`), so that no link leads out;
+the last component of a name is always made anew, never followed. Refused are "..", names that are too long, whiteouts
+of "." and "..", and attributes that overlay mounts obey. Made as by other runtimes are set-id bits, device nodes, FIFOs
+and absolute links (they are only ever followed inside a container).
 
 Whiteouts (image-spec ``layer.md``) become overlay's: a character device 0:0, and ``trusted.overlay.opaque``.
 """
@@ -61,11 +61,11 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Unpacked:
-    """An unpacked layer. implied: directories that it has files in but does not describe; links: hard links, by
-    name, to files that it does not have. Both are to be completed from the layers below it. whiteouts: which of them
-    hide something is to be seen there.
+    """An unpacked layer, which `inheritance` completes from the layers below it.
 
-    opaque: it hides all of these; an overlay mount does not look for that in the root of a layer.
+    implied: directories that it has files in but does not describe; links: hard links, by name, to files that it does
+    not have; whiteouts: those of which the layers below tell whether they hide something.
+    opaque: it hides all layers below; an overlay mount does not look for that in the root of a layer.
     """
 
     used_bytes: int = 0
@@ -77,10 +77,10 @@ class Unpacked:
 
 
 def unpack(source: BlobReader, directory: Path, diff_id: str, budget: Budget) -> Unpacked:
-    """Make `directory` of a layer's blob, which may still be arriving. Nothing is synced.
+    """Unpack a layer's blob, which may still be arriving, into a new `directory`. Nothing is synced.
 
-    Raises `DataLoss` when the content does not have the diff ID, `InvalidArgument` or `Unsupported` when it is no
-    good layer, `ResourceExhausted`.
+    Raises `DataLoss` for content with another diff ID, `InvalidArgument` or `Unsupported` for a bad layer, and
+    `ResourceExhausted`.
     """
     directory.mkdir()
     directory.chmod(0o755)  # whatever the umask, where the layer does not describe its root
@@ -92,7 +92,7 @@ def unpack(source: BlobReader, directory: Path, diff_id: str, budget: Budget) ->
                 for entry, pieces in tar.read(chunks):
                     unpacker.add(entry, pieces)
                 unpacker.finish()
-            for _ in chunks:
+            for _ in chunks:  # what follows the archive's end mark belongs to the digest as well
                 pass
     except OSError as error:
         if is_full(error):
@@ -127,7 +127,7 @@ def _measured(
 
 
 class _Unpacker:
-    """One layer in the making: the entries of an archive, in its order, below the directory `root`."""
+    """The unpacking of one layer: the entries of an archive, in its order, below the directory `root`."""
 
     def __init__(self, root: int, budget: Budget) -> None:
         self.result = Unpacked()
@@ -201,7 +201,7 @@ class _Unpacker:
         self._describe_directory(os.open(name, DIRECTORY, dir_fd=directory), path, entry)
 
     def _replace_by_directory(self, directory: int, name: str) -> None:
-        """A directory where the layer has something: one that is there stays, all else hid what is below."""
+        """Make a directory where an earlier entry is: a directory stays, any other hid what is below, as this must."""
         status = os.stat(name, dir_fd=directory, follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
             return
@@ -211,7 +211,7 @@ class _Unpacker:
         self._count(_DISK_BLOCK)
 
     def _describe_directory(self, descriptor: int, path: str, entry: tar.Entry) -> None:
-        """Takes the descriptor."""
+        """Set the attributes of a directory, and close its descriptor."""
         try:
             _describe_open(descriptor, entry)
         finally:
@@ -275,7 +275,7 @@ class _Unpacker:
         return True
 
     def _make_whiteout(self, parent: str, name: str) -> None:
-        """Hides `name` of the layers below; what this layer has under the name stays."""
+        """Make a whiteout that hides `name` of the layers below; what this layer has under the name stays."""
         if name in ("", ".", ".."):
             raise malformed(f"{parent}/{WHITEOUT}{name}", "hides nothing that can be")
         path = f"{parent}/{name}" if parent else name
@@ -293,7 +293,7 @@ class _Unpacker:
         self._remember_whiteout(path)
 
     def _remember_whiteout(self, path: str) -> None:
-        """Beyond the bound, those that hide nothing stay, which does little harm."""
+        """Note a whiteout, up to a bound of memory; beyond it one that hides nothing stays, which does little harm."""
         self._whiteout_bytes += memory_of(path)
         if self._whiteout_bytes <= _MAX_POSTPONED_BYTES:
             self.result.whiteouts[path] = None
@@ -301,7 +301,7 @@ class _Unpacker:
     # --- all kinds ---
 
     def _anew(self, directory: int, name: str, make: Callable[[], T]) -> T:
-        """Make something under a name; what an earlier entry put there goes."""
+        """Make an entry; an earlier one of the name is removed."""
         try:
             return make()
         except FileExistsError:
@@ -340,7 +340,7 @@ class _Unpacker:
 def clean_path(name: str) -> str:
     """The path of an entry relative to the layer; "" is the layer's own directory.
 
-    ".." takes away what stands before it, as in every other reader of layers: no link on the way is asked. Raises
+    ".." removes the component before it, as in every other reader of layers, without regard to links. Raises
     `InvalidArgument` where it leads out.
     """
     if len(name) > _MAX_PATH:
@@ -361,10 +361,10 @@ def malformed(name: str, why: str) -> InvalidArgument:
 
 
 def _write_content(file: int, pieces: Iterator[tar.Piece], budget: Budget) -> int:
-    """How many bytes of disk it takes, in whole blocks: a hole is length without data.
+    """Write a file and return how many bytes of disk it takes, in whole blocks: a hole is length without data.
 
-    What a sparse file's regions take beyond their data is spent before it is written: a byte in each of its 100,000
-    regions is a block in each of them.
+    What the regions of a sparse file take beyond their data is spent before it is written: one byte in each of 100,000
+    regions is as many blocks.
     """
     at = allocated = taken = 0
     sparse = False
@@ -390,7 +390,8 @@ def write_all(file: int, data: memoryview) -> None:
 
 
 def _describe_open(descriptor: int, entry: tar.Entry) -> None:
-    """chown(2) clears set-id bits and security.capability, so it comes first."""
+    """Set owner, mode and extended attributes."""
+    # First: chown(2) clears set-id bits, and the kernel drops security.capability (capabilities(7)).
     os.fchown(descriptor, entry.uid, entry.gid)
     os.fchmod(descriptor, entry.mode)
     for name, value in entry.xattrs.items():
@@ -401,7 +402,7 @@ def _describe_open(descriptor: int, entry: tar.Entry) -> None:
 
 
 def _set_xattr(descriptor: int, name: str, value: bytes) -> None:
-    """A file system without such attributes does without them."""
+    """Set an extended attribute, if the file system has such attributes."""
     try:
         os.setxattr(descriptor, name, value)
     except OSError as error:

@@ -1,9 +1,8 @@
-"""Tar archives as a stream of entries: V7, ustar, pax (POSIX.1-2017, "pax Interchange Format") and GNU.
+"""A parser of tar archives: V7, ustar, pax (POSIX.1-2017, "pax Interchange Format") and GNU.
 
-A pure parser: chunks of bytes in, of any length, entries out; nothing is opened or written. It refuses what it cannot
-read faithfully (unknown types) and whatever is malformed, by `InvalidArgument` or `Unsupported`. What an entry's name
-or target may be is not judged here. Sparse files come in each of the four ways of GNU tar (its manual, "Sparse
-Formats").
+It is pure: chunks of bytes in, of any length, entries out; nothing is opened or written. It refuses what it cannot read
+faithfully (unknown types) and whatever is malformed, by `InvalidArgument` or `Unsupported`. Names and targets are not
+checked here. Sparse files come in each of the four ways of GNU tar (its manual, "Sparse Formats").
 """
 
 import re
@@ -48,7 +47,7 @@ _DECIMAL = re.compile(rb"(-?)([0-9]{1,20})(?:\.([0-9]*))?")
 
 
 class Entry(msgspec.Struct, kw_only=True):
-    """One member. target: of links; mode without the type's bits; size is 0 but for files."""
+    """One member of an archive. target: of links; mode: without the type's bits; size: 0 but for files."""
 
     name: str
     kind: Kind
@@ -72,7 +71,7 @@ Piece = memoryview | Hole
 
 
 class _Region(NamedTuple):
-    """Where a sparse file has data."""
+    """A region of a sparse file that has data."""
 
     offset: int
     size: int
@@ -108,7 +107,7 @@ class _Raw(NamedTuple):
 
 
 def read(chunks: Iterator[bytes]) -> Iterator[tuple[Entry, Iterator[Piece]]]:
-    """Each entry with the pieces of its content, which are to be used before the next entry is asked for.
+    """Yield each entry with the pieces of its content, which must be used before the next entry is asked for.
 
     Ends at the end-of-archive mark or with the chunks; what follows the mark stays in `chunks`.
     """
@@ -138,7 +137,7 @@ def shown(name: str) -> str:
 
 
 class _Bytes:
-    """Exact amounts of bytes out of chunks of any length. taken: how many there have been."""
+    """A reader of exact numbers of bytes from chunks of any length. taken: how many have been read."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self.taken = 0
@@ -212,7 +211,7 @@ def _next_block(source: _Bytes) -> bytes | None:
 
 
 def _verify(block: bytes, raw: _Raw) -> None:
-    """The sum of all bytes with the field itself as spaces; some old programs summed signed bytes."""
+    """Check the sum of all bytes, with the field itself as spaces; some old programs summed signed bytes."""
     expected = _number(raw.checksum, "checksum")
     unsigned = sum(block) - sum(raw.checksum) + 8 * 32
     if unsigned != expected:
@@ -225,7 +224,7 @@ def _verify(block: bytes, raw: _Raw) -> None:
 
 
 def _read_metadata(source: _Bytes, raw: _Raw, records: dict[bytes, bytes]) -> None:
-    """Into `records`; those of a global header are defaults that no writer of layers uses: left out."""
+    """Read an extended header into `records`; global headers, which no writer of layers uses, are skipped."""
     size = _number(raw.size, "size")
     if not 0 <= size <= MAX_METADATA_BYTES:
         _malformed(f"an extended header of {size} bytes")
@@ -244,7 +243,7 @@ def _read_metadata(source: _Bytes, raw: _Raw, records: dict[bytes, bytes]) -> No
 
 
 def _pax_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Each is ``length key=value\\n``; the length counts all of it."""
+    """The records of a pax header, each ``length key=value\\n``; the length counts all of it."""
     at = 0
     while at < len(data):
         match = _RECORD_LENGTH.match(data, at)
@@ -279,7 +278,7 @@ def _member(source: _Bytes, raw: _Raw, records: dict[bytes, bytes]) -> _Member:
 
 
 def _entry(raw: _Raw, records: dict[bytes, bytes]) -> Entry:
-    """size: in the archive, of what follows."""
+    """The entry of a header. size: of the content in the archive."""
     kind = _KINDS.get(raw.type)
     if kind is None:
         raise Unsupported(f"tar: an entry of type {raw.type!r}")
@@ -304,7 +303,7 @@ def _entry(raw: _Raw, records: dict[bytes, bytes]) -> Entry:
 
 
 def _old_regions(source: _Bytes, raw: _Raw) -> tuple[list[_Region], int]:
-    """Four of them in the header, more in blocks of their own that follow it; and the size of the file."""
+    """The regions of an old GNU sparse file, four in the header, more in blocks behind it; and the file's size."""
     fields, more, size = raw.prefix[41:137], raw.prefix[137], raw.prefix[138:150]
     regions: list[_Region] = []
     while True:
@@ -321,7 +320,7 @@ def _old_regions(source: _Bytes, raw: _Raw) -> tuple[list[_Region], int]:
 
 
 def _pax_regions(source: _Bytes, records: dict[bytes, bytes]) -> tuple[list[_Region], int]:
-    """From the extended header, or from before the data."""
+    """The regions of a pax sparse file, from the extended header or from before the data."""
     size = next((records[key] for key in _SPARSE_SIZES if key in records), b"")
     version = records.get(b"GNU.sparse.major", b"0"), records.get(b"GNU.sparse.minor", b"0")
     if version == (b"1", b"0"):
@@ -337,7 +336,7 @@ def _pax_regions(source: _Bytes, records: dict[bytes, bytes]) -> tuple[list[_Reg
 
 
 def _numbers_before(source: _Bytes) -> Iterator[int]:
-    """A number on each line, the first of them that of the regions, in whole blocks."""
+    """The numbers before the data, one on each line, in whole blocks; the first is that of the regions."""
     lines = _lines(source)
     regions = _decimal(next(lines))
     if regions > MAX_REGIONS:
@@ -347,7 +346,7 @@ def _numbers_before(source: _Bytes) -> Iterator[int]:
 
 
 def _lines(source: _Bytes) -> Iterator[bytes]:
-    """Of whole blocks, none of which is taken before the last line of the one before is used."""
+    """The lines of whole blocks; a block is read only when all lines of the one before it are used."""
     rest = b""
     while True:
         *lines, rest = (rest + source.take(BLOCK)).split(b"\n")
@@ -376,7 +375,7 @@ def _decimal(value: bytes) -> int:
 
 
 def _ustar_name(raw: _Raw) -> bytes:
-    """The prefix is of POSIX: GNU keeps other things in its place."""
+    """The name with its prefix, which only POSIX has: GNU has other fields in its place."""
     name = _string(raw.name)
     if raw.magic == b"ustar\0" and raw.prefix[0]:
         return _string(raw.prefix) + b"/" + name
@@ -391,7 +390,7 @@ def _device(raw: _Raw) -> tuple[int, int]:
 
 
 def _mtime(raw: _Raw, records: dict[bytes, bytes]) -> int:
-    """ns since the epoch; times that no file system can hold become the nearest."""
+    """The time in ns since the epoch; one that no file system can hold becomes the nearest possible."""
     value = records.get(b"mtime")
     if not value:
         return max(0, min(_number(raw.mtime, "mtime"), MAX_SECONDS)) * 10**9
@@ -405,7 +404,7 @@ def _mtime(raw: _Raw, records: dict[bytes, bytes]) -> int:
 
 
 def _xattrs(records: dict[bytes, bytes]) -> dict[str, bytes]:
-    """As star and everybody after it writes them; an empty value is a value here."""
+    """The extended attributes, as star and all later programs write them; here an empty value is a value."""
     return {
         _text(key[len(_XATTR) :]): value for key, value in records.items() if key.startswith(_XATTR)
     }
@@ -425,7 +424,7 @@ def _bounded(field: bytes, records: dict[bytes, bytes], name: str, highest: int)
 
 
 def _number(field: bytes, name: str) -> int:
-    """Octal digits, or base 256 where the first bit is set (GNU, star); negative ones exist there."""
+    """The number in a field: octal digits, or base 256 where the first bit is set (GNU, star), also negative."""
     if field[0] & 0x80:
         number = int.from_bytes(field, "big") & ~(0x80 << 8 * (len(field) - 1))
         return number - (1 << 8 * len(field) - 1) if field[0] & 0x40 else number

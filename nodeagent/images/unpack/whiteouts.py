@@ -1,4 +1,4 @@
-"""What hides lower layers in an overlay mount: whiteouts, which are devices 0:0, and opaque directories."""
+"""The files that hide lower layers in an overlay mount: whiteouts, which are devices 0:0, and opaque directories."""
 
 import os
 import stat
@@ -25,7 +25,7 @@ def make_opaque(directory: int, name: str) -> None:
 
 
 def is_opaque(descriptor: int) -> bool:
-    """descriptor: may be one of O_PATH, and of anything."""
+    """Whether a directory is opaque. The descriptor may be of any file, and an O_PATH one."""
     if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
         return False
     return OPAQUE_XATTR in os.listxattr(f"/proc/self/fd/{descriptor}")
