@@ -43,7 +43,7 @@ class Feature:
 
 
 async def features(config: Config) -> list[Feature]:
-    """Every feature, needed ones first."""
+    """All features, needed ones first."""
     return [*_needed(), *_cgroups(), *_optional(config), await _subnets(config)]
 
 

@@ -1,6 +1,6 @@
-"""How much of a disk stays the node's: neither images nor what containers are made of may take it.
+"""The part of a disk that is reserved for the node: images, and the making of containers, may not take it.
 
-Standard library only: the init of a container asks too, when it copies an image's files into a volume.
+Standard library only: the init of a container checks it too, when it copies an image's files into a volume.
 """
 
 import os
@@ -13,7 +13,7 @@ _RESERVE_SHARE = 50  # a fiftieth of the file system, where that is less
 
 
 def require_space(directory: os.PathLike[str] | int, size_bytes: int) -> None:
-    """Raises ResourceExhausted when `size_bytes` more would not leave the node its reserve of bytes and inodes.
+    """Raise ResourceExhausted where `size_bytes` more would not leave the node its reserve of bytes and inodes.
 
     directory: its path, or a descriptor of it.
     """
@@ -25,7 +25,7 @@ def require_space(directory: os.PathLike[str] | int, size_bytes: int) -> None:
         raise ResourceExhausted(
             f"{what}{available} bytes left on the disk, {size_bytes} needed and {reserve} kept"
         )
-    # None are kept where there is no such bound (btrfs).
+    # f_files is 0 on a file system without a fixed number of inodes (btrfs): none are reserved then.
     inodes = min(_RESERVE_INODES, disk.f_files // _RESERVE_SHARE)
     if disk.f_favail < inodes:
         raise ResourceExhausted(

@@ -1,9 +1,9 @@
-"""Text of others in our messages and logs: standard library only, because supervisors import this."""
+"""Untrusted text in messages and logs: standard library only, because supervisors import this."""
 
 
 def one_line(text: str, limit: int | None = None) -> str:
-    """`text` on one line, without what a terminal obeys, and no longer than `limit` characters.
+    """The text on one line, without control characters, and no longer than `limit` characters.
 
-    Whoever wrote it then makes no line of a log of his own.
+    So its author cannot write lines of a log.
     """
     return "".join(char if char.isprintable() else " " for char in text)[:limit]

@@ -1,7 +1,7 @@
-"""What a request for resources may say, before any file is touched. Says nothing about what the kernel has.
+"""Checks of a request for resources, before any file is touched. What the kernel has is not asked here.
 
-The API checks a request here when it reads it, by the names that its fields have there; a cgroup checks again what it
-is told to put in force.
+The API checks a request when it reads it, by the names that its fields have there; a cgroup checks again what it is to
+put in force.
 """
 
 import re
@@ -41,9 +41,9 @@ Naming = Callable[[str], str]
 
 
 def check(wanted: Resources, named: Naming = str) -> None:
-    """Raises InvalidArgument with the name of the field that is nonsense.
+    """Raise InvalidArgument with the name of the field whose value no kernel can have.
 
-    named: what whoever asked calls a field of `Resources`.
+    named: the requester's name for a field of `Resources`.
     """
     _check_cpu(wanted, named)
     _check_memory(wanted, named)

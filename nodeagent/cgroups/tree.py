@@ -84,7 +84,7 @@ def ancestors(path: str) -> list[str]:
 
 
 def kind(directory: str) -> bytes | None:
-    """The kind of a group: GROUP, PARENT or UNFINISHED if the agent made it, None if others did or it does not exist."""
+    """The kind of a group: GROUP, PARENT or UNFINISHED if the agent made it, None if others did or there is none."""
     try:
         mode = os.stat(
             directory

@@ -32,7 +32,7 @@ def overhead(message: pb.LinuxContainerResources, field: str) -> Resources:
 
 
 def resources(message: pb.LinuxContainerResources, field: str) -> Resources:
-    """0 is not set, -1 without limit. Ranges are those of `cgroups.limits`."""
+    """Translate limits: 0 is not set, -1 is no limit. Ranges are those of `cgroups.limits`."""
     wanted = Resources(
         cpu_period_usec=message.cpu_period,
         cpu_quota_usec=message.cpu_quota,

@@ -72,7 +72,7 @@ class Budget:
         self.spend(size_bytes=size_bytes)
 
     def require(self, size_bytes: int) -> None:
-        """Raises `ResourceExhausted` where the disk has no room for so much, of which nothing is spent yet."""
+        """Raise `ResourceExhausted` where the disk has no room for so much; nothing is spent."""
         disk_reserve.require_space(self._disk.directory, size_bytes)
 
     def _return(self, entries: int, size_bytes: int, added_bytes: int) -> None:

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class Attempt(Generic[T]):
-    """Work for a key. success: the result of the first of the key's attempts that succeeds."""
+    """One attempt at the work for a key. success: the result of the key's first attempt that succeeds."""
 
     key: Hashable
     owner: object
@@ -28,7 +28,7 @@ class Attempt(Generic[T]):
         until: "asyncio.Future[None] | None" = None,
         timeout_seconds: float | None = None,
     ) -> bool:
-        """Whether it is over; returns before that if told so."""
+        """Wait for the end and return whether it is there; `until` or the time limit end the waiting."""
         futures: list[asyncio.Future[Any]] = [self.task, self.success]
         if until:
             futures.append(until)
@@ -36,7 +36,7 @@ class Attempt(Generic[T]):
         return self.success.done() or self.task.done()
 
     def result(self) -> T:
-        """That of the first which succeeded, else what this one raised."""
+        """The result of the first attempt that succeeded, else raise the error of this one."""
         if self.success.done():
             return self.success.result()
         if self.task.cancelled():
@@ -45,7 +45,7 @@ class Attempt(Generic[T]):
 
 
 class SharedWork(Generic[T]):
-    """Work that is shared by all who want the same; it ends when it is done, or with the last of them.
+    """Work that all callers with the same key share; it is cancelled when the last of them has left.
 
     A pull that nobody waits for would go on to use the network and the disk, and loses nothing when it is cut off: the
     kubelet asks again. `lifecycle.creations` has the opposite rule, for what a retry must find as it was left.
@@ -64,13 +64,13 @@ class SharedWork(Generic[T]):
         return len(self._attempts)
 
     def of(self, key: Hashable) -> Sequence[Attempt[T]]:
-        """Those that are under way, the oldest first."""
+        """The attempts that are under way, the oldest first."""
         return self._attempts.get(key, ())
 
     def start(
         self, key: Hashable, work: Coroutine[Any, Any, T], owner: object = None
     ) -> Attempt[T]:
-        """Begin work for a key, beside others' for the same; the caller is to wait for it."""
+        """Begin an attempt, beside others for the same key; the caller must wait for it."""
         rivals = self._attempts.setdefault(key, [])
         success = rivals[0].success if rivals else asyncio.get_running_loop().create_future()
         attempt = Attempt(key, owner, self._tasks.start(self._name, work), success)
@@ -80,13 +80,14 @@ class SharedWork(Generic[T]):
 
     @asynccontextmanager
     async def awaited(self, attempt: Attempt[T]) -> AsyncIterator[None]:
-        """It goes on while the block runs. The last who leaves ends it, and sees that nothing is left of it."""
+        """Keep an attempt going while the block runs. The last who leaves cancels it and waits for its end."""
         attempt.waiters += 1
         try:
             yield
         finally:
             attempt.waiters -= 1
             if not attempt.waiters and not attempt.task.done():
+                # Forgotten first: no new caller may join an attempt that is being cancelled.
                 self._forget(attempt)
                 self._leaving.add(attempt.task)
                 await cancel(attempt.task)
@@ -109,7 +110,7 @@ class SharedWork(Generic[T]):
         return await self.join(key, make, owner)
 
     async def close(self) -> None:
-        """Cancel everything and see it end."""
+        """Cancel everything and wait for its end."""
         for attempts in self._attempts.values():
             for attempt in attempts:
                 self._leaving.add(attempt.task)

@@ -198,7 +198,7 @@ class Installer:
         attempt.result()
 
     async def _follow(self, job: _Job, chain_id: str, attempt: Attempt[None]) -> None:
-        """Leave a layer to another pull, for as long as the job would be no better off alone; then for good."""
+        """Wait for another pull's layer as long as that is likely to be faster; then have the job make it alone."""
         other = attempt.owner
         assert isinstance(other, _Job)
         async with self._making.awaited(attempt):

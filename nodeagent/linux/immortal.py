@@ -24,7 +24,7 @@ _FLOAT_BYTES, _EMPTY_BYTES = sys.getsizeof(0.0), sys.getsizeof(b"")
 
 
 def immortalize() -> bool:
-    """Make all that there is immortal; False, and nothing done, where the interpreter cannot (before 3.12)."""
+    """Make all existing objects immortal; do nothing and return False where Python cannot (before 3.12)."""
     if not is_supported():
         return False
     pools = {0}

@@ -1,6 +1,6 @@
-"""/proc/self/mountinfo: the mounts of the caller's namespace (proc_pid_mountinfo(5)).
+"""The mounts of the caller's namespace, from /proc/self/mountinfo (proc_pid_mountinfo(5)).
 
-The kernel's table tells without a question to a server, as statfs(2) may ask one.
+The kernel's table has them without a request to a server, which statfs(2) may make.
 """
 
 import re
@@ -11,7 +11,7 @@ _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 class Mount(NamedTuple):
-    """A line of the table. device: major:minor, as of st_dev; root: what of the file system is shown.
+    """A line of the table. device: major:minor, as in st_dev; root: the part of the file system that is shown.
 
     propagation: the optional fields, as "shared:5"; options: those of the file system, behind the last hyphen.
     """
@@ -26,7 +26,7 @@ class Mount(NamedTuple):
 
 
 def table() -> str:
-    """The whole file: a newline ends each line, a space each field; other white space may be in a name."""
+    """Read the whole file: a newline ends each line, a space each field; names may have other white space."""
     with open(
         "/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n"
     ) as file:
@@ -34,12 +34,12 @@ def table() -> str:
 
 
 def parse(text: str) -> Iterator[Mount]:
-    """The mounts of a table, those first that others may cover."""
+    """The mounts of a table; one that covers another comes after it."""
     return (_mount(line) for line in text.split("\n") if line)
 
 
 def with_id(mount_id: int) -> Mount:
-    """The mount that statx(2) names so. Raises OSError where it is not in the caller's namespace."""
+    """The mount with this id of statx(2). Raises OSError where it is not in the caller's namespace."""
     start = f"{mount_id} "
     for line in table().split("\n"):
         if line.startswith(start):
@@ -57,5 +57,5 @@ def _mount(line: str) -> Mount:
 
 
 def _name(field: str) -> str:
-    """A path of the table, in which blanks, tabs, line feeds and backslashes are octal."""
+    """Decode a path of the table, in which blanks, tabs, line feeds and backslashes are octal."""
     return _OCTAL.sub(lambda match: chr(int(match[1], 8)), field) if "\\" in field else field

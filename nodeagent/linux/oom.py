@@ -2,6 +2,6 @@
 
 
 def kills(data: bytes) -> int:
-    """How many processes of the group the OOM killer has ended; 0 where the kernel does not count (v1 before 4.13)."""
+    """The number of the group's processes that the OOM killer killed; 0 where it is not counted (v1 before 4.13)."""
     lines = data.splitlines()
     return next((int(line.split()[1]) for line in lines if line.startswith(b"oom_kill ")), 0)

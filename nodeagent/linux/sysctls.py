@@ -1,4 +1,4 @@
-"""Which kernel parameters belong to a namespace, and may therefore be set for a pod.
+"""The kernel parameters that belong to a namespace, and may therefore be set for a pod.
 
 The API refuses a name or a value by `check` when it reads a request, and so does the supervisor before it writes: both
 ask this table. Any other parameter would change the node (CVE-2022-0811).
@@ -27,7 +27,7 @@ _VALUE = re.compile(r"[ -~\t]{0,1024}\n?")  # a block of YAML ends with a newlin
 
 
 def check(sysctls: Mapping[str, str], owned: Collection[str]) -> None:
-    """Raises InvalidArgument for what is malformed, or is not of the namespaces that the pod owns.
+    """Raise InvalidArgument for what is malformed, or is not of the namespaces that the pod owns.
 
     owned: of "net", "ipc" and "uts", those that the pod does not share with the node.
     """
@@ -38,7 +38,7 @@ def check(sysctls: Mapping[str, str], owned: Collection[str]) -> None:
         if owner is None:
             raise InvalidArgument(f'sysctl "{name}": is of the whole node, not of a namespace')
         if owner not in owned:
-            raise InvalidArgument(f'sysctl "{name}": is of a namespace that the pod has not got')
+            raise InvalidArgument(f'sysctl "{name}": is of a namespace that the pod does not have')
         if not _VALUE.fullmatch(value):
             raise InvalidArgument(
                 f'sysctl "{name}": the value {value!r} is not printable, or too long'
@@ -57,7 +57,7 @@ def path_of(name: str) -> str:
 
 
 def _parts(name: str) -> list[str]:
-    """The components of a name with dots, or with slashes: the first of them separates, the other stands for a dot.
+    """The components of a name. Its first dot or slash tells which of both separates; the other stands for a dot.
 
     sysctl(8): ``net.ipv4.conf.eth0/1.forwarding`` and ``net/ipv4/conf/eth0.1/forwarding`` are the same.
     """

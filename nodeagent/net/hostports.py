@@ -20,7 +20,7 @@ MAX_PORT = 65_535
 
 
 def check(mapping: PortMapping, field: str) -> None:
-    """Raises InvalidArgument with the part of `field` that is nonsense. Host port 0 is a mapping that is not published.
+    """Raise InvalidArgument with the part of `field` that is malformed. Host port 0 is a mapping that is not published.
 
     What the node and the pod have, and who holds the port, `HostPorts.wanted` decides.
     """
@@ -68,7 +68,7 @@ class HostPorts:
     def wanted(
         self, pod_id: str, mappings: Iterable[PortMapping], versions: Sequence[int]
     ) -> list[HostPort]:
-        """What the mappings ask for, each once; they have passed `check`, and have a host port.
+        """The ports that the mappings ask for, each once; they have passed `check`, and have a host port.
 
         versions: of the pod's addresses. Raises `AlreadyExists` for a port that another pod, or another mapping, has.
         """
@@ -90,11 +90,11 @@ class HostPorts:
 
 
 def _host_port(pod_id: str, mapping: PortMapping, versions: Sequence[int]) -> HostPort | None:
-    """None for an address of a family that the pod has none of, which CNI's portmap passes over as well."""
+    """The port of a mapping; None for an address of a family that the pod lacks, which CNI's portmap ignores too."""
     host = _address(mapping)
     if host is not None and host.version not in versions:
         log.warning(
-            "port mapping %s %d of host_ip %s: passed over, as the pod has no IPv%d address",
+            "port mapping %s %d of host_ip %s: ignored, as the pod has no IPv%d address",
             mapping.protocol,
             mapping.host_port,
             host,

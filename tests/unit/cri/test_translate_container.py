@@ -199,7 +199,9 @@ def test_an_image_volume_is_mapped_as_its_pod() -> None:
 
 def test_a_log_needs_a_directory() -> None:
     pod = SandboxConfig(name="web", uid="u-1", namespace="default")
-    with pytest.raises(InvalidArgument, match=r"config\.log_path: is given, but the pod has no log_directory"):
+    with pytest.raises(
+        InvalidArgument, match=r"config\.log_path: is given, but the pod has no log_directory"
+    ):
         container_config(samples.simple_container(log_path="main.log"), pod)
 
 

@@ -281,9 +281,9 @@ LOCALHOST = pb.SecurityProfile.Localhost
         (linux(sysctls={"kernel.core_pattern": "x"}), "is of the whole node"),
         (linux(sysctls={"kernel.shmmax.x": "x"}), "is of the whole node"),
         (linux(sysctls={"kernel.hostname": "x"}), "is of the whole node"),
-        (on_node(linux=linux(sysctls={"net.core.somaxconn": "1"}).linux), "has not got"),
-        (on_node(linux=linux(sysctls={"kernel.sem": "1"}).linux), "has not got"),
-        (on_node(linux=linux(sysctls={"fs.mqueue.msg_max": "1"}).linux), "has not got"),
+        (on_node(linux=linux(sysctls={"net.core.somaxconn": "1"}).linux), "does not have"),
+        (on_node(linux=linux(sysctls={"kernel.sem": "1"}).linux), "does not have"),
+        (on_node(linux=linux(sysctls={"fs.mqueue.msg_max": "1"}).linux), "does not have"),
         (
             namespaces(network=pb.CONTAINER),
             "namespace_options.network: 1 is none of 0 (pod), 2 (node)",

@@ -83,7 +83,7 @@ def test_values_are_plain(value: str) -> None:
 
 
 def test_a_namespace_that_is_the_nodes_is_left_alone() -> None:
-    with pytest.raises(InvalidArgument, match="has not got"):
+    with pytest.raises(InvalidArgument, match="does not have"):
         sysctls.check({"net.ipv4.ip_forward": "1"}, ("ipc",))
-    with pytest.raises(InvalidArgument, match="has not got"):
+    with pytest.raises(InvalidArgument, match="does not have"):
         sysctls.check({"kernel.sem": "1 1 1 1"}, ("net",))
