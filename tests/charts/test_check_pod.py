@@ -84,7 +84,7 @@ def test_what_is_skipped_is_told(node: Node, place: Path) -> None:
     for text in (
         "skipped   fields that this agent does not know: ",
         'skipped   container "mount-cgroup": this kernel has no SELinux',
-        'made      container "mount-cgroup": "/srv/no-such-directory" is absent: a directory, for /x',
+        'made      container "mount-cgroup": "/srv/no-such-directory" does not exist: a directory, for /x',
         'not seen  container "mount-cgroup": image "charts.example/absent:1" is not on this node',
         'not seen  container "cilium-agent": whether the kernel takes its limits',
     ):
