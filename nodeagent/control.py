@@ -55,7 +55,7 @@ def socket_path(config: Config) -> Path:
 
 @asynccontextmanager
 async def serve(config: Config, images: Images, tasks: Tasks) -> AsyncIterator[None]:
-    """Take archives while the block runs."""
+    """Accept archives while the block runs."""
     path = socket_path(config)
     archives = Listener(
         listener.bind_unix(path),

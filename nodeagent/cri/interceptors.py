@@ -116,7 +116,7 @@ class Calls:
             )
 
     async def drain(self) -> None:
-        """Wait for changes whose clients are gone; those that take too long are cancelled and undo themselves."""
+        """Wait for changes under way; those that take longer than DRAIN_SECONDS are cancelled, and undo themselves."""
         await self._changes.settled(DRAIN_SECONDS)
         await self._changes.close()
 

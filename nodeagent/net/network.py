@@ -106,7 +106,7 @@ class Network:
     async def start(
         cls, *, config: NetworkConfig, store: Store, instance: str, tasks: Tasks
     ) -> Self:
-        """Make the node's side, or take over what an earlier agent left.
+        """Set the node's side up, or take over what an earlier agent left.
 
         instance: eight hexadecimal digits, from which all names in the kernel derive.
         """
@@ -128,7 +128,7 @@ class Network:
         return await setup.overlapping(network._plan(choices))
 
     async def close(self, *, remove: bool) -> None:
-        """Stop. With `remove` all that the kernel has of this network goes, else it stays for the next agent."""
+        """Stop. With `remove` delete all that the kernel has of this network; else it stays for the next agent."""
         await self._tasks.close()
         if remove:
             await self._remove()
@@ -252,7 +252,7 @@ class Network:
         """The present state. Tables and settings that others have changed are repaired at once, the bridge later."""
         problems = self._problems()
         if not bridge.is_up(self._side.bridge) and not self._bridge_lost.is_set():
-            log.warning("bridge %s: is missing or down, it is made anew", self._side.bridge)
+            log.warning("bridge %s: missing or down; making it again", self._side.bridge)
             self._bridge_lost.set()
         if self._bridge_lost.is_set():
             return NetworkStatus(
@@ -459,11 +459,11 @@ class Network:
     # --- threads ---
 
     async def _run(self, work: Callable[[], None]) -> None:
-        """In a thread, to its end: descriptors that it was given must not be closed meanwhile."""
+        """Run in a thread and wait for its end even if cancelled: descriptors that it uses must not be closed."""
         await to_the_end(self._workers, work)
 
     def _run_behind(self, work: Callable[[], None]) -> None:
-        """In a thread, for nobody to wait."""
+        """Run in a thread without waiting; a failure is logged."""
         self._tasks.run("host ports", self._run(work))
 
 

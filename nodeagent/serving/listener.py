@@ -22,7 +22,7 @@ from nodeagent.tasks import Tasks, cancel
 # connects again and again displaces others.
 PROTECTED_S = 0.2
 LONGEST_PAUSE_S = 1.0  # between failures of the server itself
-PAUSE_S = 0.1  # when there are no descriptors; asking again at once would only burn time
+PAUSE_S = 0.1  # without descriptors: the connection stays in the queue, and accept(2) would fail again at once
 BACKLOG = 256
 COMPLAINT_INTERVAL_S = 60.0
 
