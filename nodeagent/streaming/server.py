@@ -82,7 +82,7 @@ class StreamingServer:
             head_s=self.timeouts.head_s,
             tasks=self._tasks,
         )
-        # Left in reverse: no more connections are accepted, sessions are cancelled, and the group waits for their end.
+        # Left in reverse: no more connections are accepted, then the sessions are cancelled and awaited.
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._tasks.close)
             if self._tls is not None:
