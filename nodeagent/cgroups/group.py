@@ -24,7 +24,7 @@ from nodeagent.cgroups.stats import (
 )
 from nodeagent.cgroups.tracking import LegacyTracker, Tracker, UnifiedTracker
 from nodeagent.errors import FailedPrecondition, NotFound
-from nodeagent.records import Resources
+from nodeagent.requests import Resources
 
 _REMOVE_TIMEOUT_S = 2.0
 

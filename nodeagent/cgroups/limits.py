@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from nodeagent.cgroups import parse
 from nodeagent.cgroups.convert import UNLIMITED
 from nodeagent.errors import InvalidArgument
-from nodeagent.records import Resources
+from nodeagent.requests import Resources
 
 # kernel/sched/core.c, tg_set_cfs_bandwidth: shorter or longer periods, and shorter quotas, are refused by every kernel.
 _PERIODS_USEC = range(1_000, 1_000_001)

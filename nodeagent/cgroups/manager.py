@@ -9,7 +9,7 @@ from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.hierarchy import ContainerMount, Kind, Layout
 from nodeagent.errors import NotFound, Unsupported
 from nodeagent.linux import mountinfo
-from nodeagent.records import Resources
+from nodeagent.requests import Resources
 
 Driver = Literal["cgroupfs", "systemd"]
 

@@ -10,7 +10,7 @@ from nodeagent.cgroups.devices import Rule
 from nodeagent.cgroups.stats import CpuStats, HugetlbStats, IoStats, MemoryStats, PidsStats
 from nodeagent.errors import InvalidArgument, PermissionDenied, Unsupported
 from nodeagent.linux import oom
-from nodeagent.records import Resources
+from nodeagent.requests import Resources
 
 CPU_SHARES = "cpu.shares"
 CPU_PERIOD = "cpu.cfs_period_us"

@@ -12,7 +12,7 @@ from nodeagent.cgroups.convert import UNLIMITED, parse_max, to_max
 from nodeagent.cgroups.stats import CpuStats, HugetlbStats, IoStats, MemoryStats, PidsStats
 from nodeagent.errors import FailedPrecondition, InvalidArgument, Unsupported
 from nodeagent.linux import oom
-from nodeagent.records import Resources
+from nodeagent.requests import Resources
 
 CPU_WEIGHT = "cpu.weight"
 CPU_MAX = "cpu.max"

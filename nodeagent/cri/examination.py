@@ -36,15 +36,8 @@ from nodeagent.lifecycle.plan.profiles import Profiles
 from nodeagent.lifecycle.pods import sandboxes
 from nodeagent.linux import capabilities, syscalls
 from nodeagent.net.hostports import HostPorts
-from nodeagent.records import (
-    Container,
-    ContainerConfig,
-    Image,
-    ImageConfig,
-    Layer,
-    Sandbox,
-    SandboxConfig,
-)
+from nodeagent.records import Container, Image, ImageConfig, Layer, Sandbox
+from nodeagent.requests import ContainerConfig, SandboxConfig
 from nodeagent.sandbox import host_path
 from nodeagent.sandbox.spec import ContainerPlan, Mount
 from nodeagent.store import Store

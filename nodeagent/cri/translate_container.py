@@ -11,7 +11,7 @@ from nodeagent.cri.translate_namespaces import container_namespaces
 from nodeagent.cri.translate_resources import resources
 from nodeagent.errors import Unsupported
 from nodeagent.lifecycle.plan import cdi_specs
-from nodeagent.records import CgroupMount, ContainerConfig, DeviceConfig, Profile, SandboxConfig
+from nodeagent.requests import CgroupMount, ContainerConfig, DeviceConfig, Profile, SandboxConfig
 
 _PERMISSIONS = re.compile(r"(?!.*(.).*\1)[rwm]{1,3}")
 _USERNAME_BYTES = 256

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import translate_images, validate
 from nodeagent.cri.translate_namespaces import id_mappings, mapping_messages
-from nodeagent.records import MountConfig, MountStatus, SandboxConfig
+from nodeagent.records import MountStatus
+from nodeagent.requests import MountConfig, SandboxConfig
 from nodeagent.words import Propagation
 
 _OPTIONS = ("noexec", "nodev", "nosuid")

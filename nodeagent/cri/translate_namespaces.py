@@ -6,7 +6,7 @@ from typing import Literal
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import validate
 from nodeagent.linux.userns import MAX_ID
-from nodeagent.records import IdMapping, Namespaces, OwnOrNodes, SandboxConfig, UserNamespace
+from nodeagent.requests import IdMapping, Namespaces, OwnOrNodes, SandboxConfig, UserNamespace
 from nodeagent.words import NamespaceMode
 
 _MAX_MAPPINGS = 340  # UID_GID_MAP_MAX_EXTENTS

@@ -3,7 +3,7 @@
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cgroups import limits
 from nodeagent.cri import validate
-from nodeagent.records import Resources
+from nodeagent.requests import Resources
 
 # The CRI's names of fields that have another one in `Resources`.
 _NAMES = {

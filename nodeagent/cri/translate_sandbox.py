@@ -12,7 +12,7 @@ from nodeagent.cri.translate_resources import overhead, pod_resources
 from nodeagent.errors import InvalidArgument, Unsupported
 from nodeagent.linux import sysctls
 from nodeagent.net import hostports
-from nodeagent.records import DNS, Namespaces, PortMapping, SandboxConfig, Transport
+from nodeagent.requests import DNS, Namespaces, PortMapping, SandboxConfig, Transport
 
 _HOSTNAME_BYTES = 64  # HOST_NAME_MAX
 _WORD = re.compile(r"\S+")

@@ -7,7 +7,7 @@ from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import validate
 from nodeagent.linux import capabilities
 from nodeagent.linux.userns import MAX_ID
-from nodeagent.records import CapabilityChange, GroupsPolicy, Profile, ProfileKind, SELinux
+from nodeagent.requests import CapabilityChange, GroupsPolicy, Profile, ProfileKind, SELinux
 
 log = logging.getLogger(__name__)
 

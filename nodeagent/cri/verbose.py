@@ -9,7 +9,8 @@ import msgspec
 from nodeagent.config import Config
 from nodeagent.lifecycle.node import NodeStatus
 from nodeagent.lifecycle.usage.stats import LogUsage
-from nodeagent.records import Container, ContainerConfig, Image, Sandbox
+from nodeagent.records import Container, Image, Sandbox
+from nodeagent.requests import ContainerConfig
 from nodeagent.tasks import Failure
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nodeagent.lifecycle.usage.stats import ContainerUsage
 from nodeagent.metrics.families import NANO, Family, Kind, Sample, device_name
-from nodeagent.records import Resources
+from nodeagent.requests import Resources
 
 DEFAULT_PERIOD_USEC = (
     100_000  # of the CPU limit: the kernel's default (kernel/sched/fair.c, default_cfs_period)

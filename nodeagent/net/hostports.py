@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from nodeagent.errors import AlreadyExists, InvalidArgument
-from nodeagent.records import HostPort, PortMapping
+from nodeagent.records import HostPort
+from nodeagent.requests import PortMapping
 from nodeagent.store import Store
 
 log = logging.getLogger(__name__)

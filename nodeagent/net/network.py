@@ -51,7 +51,8 @@ from nodeagent.net.nftables import NFPROTO_BRIDGE, Element, Table
 from nodeagent.net.ruleset import Ruleset, elements
 from nodeagent.net.spoofing import SpoofFilter
 from nodeagent.net.stats import InterfaceStats
-from nodeagent.records import HostPort, Lease, NodeNetwork, PortMapping
+from nodeagent.records import HostPort, Lease, NodeNetwork
+from nodeagent.requests import PortMapping
 from nodeagent.store import Store
 from nodeagent.tasks import Tasks, to_the_end
 

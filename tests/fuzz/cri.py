@@ -14,15 +14,8 @@ from nodeagent.cri.translate_resources import message_of, resources
 from nodeagent.cri.translate_sandbox import sandbox_config
 from nodeagent.errors import InvalidArgument, NodeAgentError, Unsupported
 from nodeagent.lifecycle.plan import etc_files, process
-from nodeagent.records import (
-    Container,
-    ContainerConfig,
-    ImageConfig,
-    MountStatus,
-    Resources,
-    Sandbox,
-    SandboxConfig,
-)
+from nodeagent.records import Container, ImageConfig, MountStatus, Sandbox
+from nodeagent.requests import ContainerConfig, Resources, SandboxConfig
 from nodeagent.sandbox import protocol
 from tests.fuzz.target import Target
 

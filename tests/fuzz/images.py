@@ -44,7 +44,8 @@ from nodeagent.images.remote.source import Source
 from nodeagent.images.unpack import inheritance, layers, tar
 from nodeagent.images.unpack.compression import CHUNK_BYTES, decompressed
 from nodeagent.lifecycle.plan import process
-from nodeagent.records import ContainerConfig, Image
+from nodeagent.records import Image
+from nodeagent.requests import ContainerConfig
 from nodeagent.sandbox.seccomp import oci as seccomp_oci
 from tests.fuzz.target import Target, in_steps
 from tests.support import artifacts, tars

@@ -17,7 +17,8 @@ from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound, Unsu
 from nodeagent.lifecycle.plan import cdi, mounts, process
 from nodeagent.linux import mountinfo
 from nodeagent.net import netlink
-from nodeagent.records import ContainerConfig, ImageConfig
+from nodeagent.records import ImageConfig
+from nodeagent.requests import ContainerConfig
 from nodeagent.sandbox import protocol
 from tests.fuzz.target import Target
 

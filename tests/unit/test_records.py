@@ -5,15 +5,14 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from nodeagent import records
+from nodeagent import records, requests
 from nodeagent.errors import FailedPrecondition
-from nodeagent.records import (
-    Container,
+from nodeagent.records import Container, Sandbox
+from nodeagent.requests import (
     ContainerConfig,
     IdMapping,
     Namespaces,
     Resources,
-    Sandbox,
     SandboxConfig,
     UserNamespace,
 )
@@ -128,7 +127,7 @@ def test_records_do_not_change() -> None:
 def test_what_is_not_set_stays() -> None:
     old = Resources(cpu_shares=2, memory_limit_bytes=5, unified={"a.b": "1", "c.d": "1"})
     new = Resources(memory_limit_bytes=-1, unified={"c.d": "2"})
-    assert records.updated(old, new) == Resources(
+    assert requests.updated(old, new) == Resources(
         cpu_shares=2, memory_limit_bytes=-1, unified={"a.b": "1", "c.d": "2"}
     )
 
@@ -136,12 +135,12 @@ def test_what_is_not_set_stays() -> None:
 def test_a_memory_limit_alone_leaves_the_swap() -> None:
     old = Resources(memory_limit_bytes=64, memory_swap_limit_bytes=80, cpu_shares=7)
     for memory, both in ((100, 116), (32, 48), (-1, -1)):
-        new = records.updated(old, Resources(memory_limit_bytes=memory))
+        new = requests.updated(old, Resources(memory_limit_bytes=memory))
         assert (new.memory_limit_bytes, new.memory_swap_limit_bytes) == (memory, both)
         assert new.cpu_shares == 7
     for both in (0, -1):
         old = Resources(memory_limit_bytes=64, memory_swap_limit_bytes=both)
-        new = records.updated(old, Resources(memory_limit_bytes=100))
+        new = requests.updated(old, Resources(memory_limit_bytes=100))
         assert new.memory_swap_limit_bytes == both
 
 

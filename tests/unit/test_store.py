@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeagent.errors import DataLoss, ResourceExhausted
-from nodeagent.records import ContainerConfig, HostPort, Lease
+from nodeagent.records import HostPort, Lease
+from nodeagent.requests import ContainerConfig
 from nodeagent.store import SCHEMA_VERSION, Store
 from tests.unit.cri import records
 

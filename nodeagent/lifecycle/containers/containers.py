@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from nodeagent import records
+from nodeagent import records, requests
 from nodeagent.errors import (
     FailedPrecondition,
     NodeAgentError,
@@ -25,7 +25,8 @@ from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.containers.stopping import Stopping
 from nodeagent.lifecycle.inventory import Inventory
 from nodeagent.lifecycle.supervisors.supervision import Supervision
-from nodeagent.records import Container, Resources
+from nodeagent.records import Container
+from nodeagent.requests import Resources
 from nodeagent.sandbox.agent.client import Supervisor
 from nodeagent.sandbox.seccomp import effective as seccomp_effective
 from nodeagent.tasks import pauses
@@ -157,7 +158,7 @@ class Containers:
             group, old = self._groups.of(container), container.resources
             with oom_score.changed(group.processes, old.oom_score_adj, resources.oom_score_adj):
                 group.apply(resources)
-            merged = records.updated(old, resources)
+            merged = requests.updated(old, resources)
             self._inventory.save(msgspec.structs.replace(container, resources=merged))
 
     async def exec_sync(

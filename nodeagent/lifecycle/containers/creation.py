@@ -33,7 +33,8 @@ from nodeagent.lifecycle.plan.cdi import Cdi
 from nodeagent.lifecycle.plan.host_paths import HostPaths
 from nodeagent.lifecycle.plan.planner import Planner, reference
 from nodeagent.lifecycle.supervisors.handover import handover
-from nodeagent.records import Container, ContainerConfig, Image, Resources, Sandbox
+from nodeagent.records import Container, Image, Sandbox
+from nodeagent.requests import ContainerConfig, Resources
 from nodeagent.sandbox.agent.client import Supervisor
 from nodeagent.sandbox.spec import ContainerPlan
 from nodeagent.tasks import Tasks

@@ -11,7 +11,8 @@ from nodeagent.cgroups.stats import CgroupStats
 from nodeagent.errors import (
     NotFound,
 )
-from nodeagent.records import Container, Resources, Sandbox
+from nodeagent.records import Container, Sandbox
+from nodeagent.requests import Resources
 
 USUAL_PERIOD_USEC = 100_000  # the kernel's
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from nodeagent.errors import Unsupported
 from nodeagent.linux import capabilities
-from nodeagent.records import ContainerConfig, HookConfig
+from nodeagent.requests import ContainerConfig, HookConfig
 from nodeagent.sandbox.bundle import OCI_VERSION, ROOTFS
 from nodeagent.sandbox.spec import ContainerPlan, Hook, Hooks, Mount
 

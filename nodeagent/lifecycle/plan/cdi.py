@@ -29,7 +29,7 @@ from nodeagent.lifecycle.plan.cdi_specs import (
     Specs,
     changed_by_others,
 )
-from nodeagent.records import ContainerConfig, DeviceConfig, HookConfig, MountConfig
+from nodeagent.requests import ContainerConfig, DeviceConfig, HookConfig, MountConfig
 from nodeagent.words import Propagation
 
 ANNOTATION_PREFIX = "cdi.k8s.io/"

@@ -8,7 +8,7 @@ import posixpath
 from collections.abc import Sequence
 
 from nodeagent.errors import InvalidArgument, Unsupported
-from nodeagent.records import ContainerConfig
+from nodeagent.requests import ContainerConfig
 from nodeagent.sandbox import rootfs_defaults
 from nodeagent.sandbox.spec import Mount
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from nodeagent.cgroups.devices import DEFAULT_RULES, Rule
 from nodeagent.errors import InvalidArgument, NotFound
-from nodeagent.records import ContainerConfig, DeviceConfig
+from nodeagent.requests import ContainerConfig, DeviceConfig
 from nodeagent.sandbox import rootfs_defaults
 from nodeagent.sandbox.spec import Device
 

@@ -8,7 +8,7 @@ import os
 import socket
 from pathlib import Path
 
-from nodeagent.records import DNS, SandboxConfig
+from nodeagent.requests import DNS, SandboxConfig
 from nodeagent.sandbox import paths
 
 MODE = 0o644  # all users of the containers read them, whatever our umask

@@ -7,7 +7,7 @@ the labels of the node's policy; a file system of the node that nobody asks to r
 
 from pathlib import Path
 
-from nodeagent.records import ContainerConfig
+from nodeagent.requests import ContainerConfig
 from nodeagent.sandbox.spec import ContainerPlan, Mount
 
 _OWN_FILESYSTEMS = frozenset(("tmpfs", "devpts", "mqueue"))

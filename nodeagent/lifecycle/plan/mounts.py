@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from nodeagent.errors import InvalidArgument
-from nodeagent.records import ContainerConfig, IdMapping, MountConfig, Sandbox
+from nodeagent.records import Sandbox
+from nodeagent.requests import ContainerConfig, IdMapping, MountConfig
 from nodeagent.sandbox import rootfs_defaults
 from nodeagent.sandbox.spec import IdMap, Mount, Volume
 

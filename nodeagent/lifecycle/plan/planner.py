@@ -26,7 +26,8 @@ from nodeagent.lifecycle.plan import (
 from nodeagent.lifecycle.plan.devices import ContainerDevices
 from nodeagent.lifecycle.plan.host_paths import HostPaths
 from nodeagent.lifecycle.plan.profiles import UNCONFINED, Profiles, filtering, with_artifact
-from nodeagent.records import Container, ContainerConfig, Image, MountStatus, Sandbox
+from nodeagent.records import Container, Image, MountStatus, Sandbox
+from nodeagent.requests import ContainerConfig
 from nodeagent.sandbox.seccomp import successor as seccomp_successor
 from nodeagent.sandbox.seccomp.profile import Filter
 from nodeagent.sandbox.spec import (

@@ -8,7 +8,8 @@ import signal
 
 from nodeagent.errors import InvalidArgument
 from nodeagent.linux import capabilities
-from nodeagent.records import CapabilityChange, ContainerConfig, ImageConfig
+from nodeagent.records import ImageConfig
+from nodeagent.requests import CapabilityChange, ContainerConfig
 from nodeagent.sandbox.spec import DEFAULT_PATH, Capabilities, UserRequest
 
 DEFAULT_CAPABILITIES = (

@@ -15,7 +15,7 @@ from nodeagent.errors import (
 from nodeagent.lifecycle.plan import apparmor
 from nodeagent.lifecycle.plan.selinux import NO_LABELS, Labels, Policy
 from nodeagent.linux import capabilities
-from nodeagent.records import ContainerConfig, Profile
+from nodeagent.requests import ContainerConfig, Profile
 from nodeagent.sandbox.seccomp import artifact as seccomp_artifact
 from nodeagent.sandbox.seccomp import profile as seccomp_profile
 from nodeagent.sandbox.seccomp.profile import Filter

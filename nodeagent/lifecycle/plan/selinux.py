@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nodeagent.errors import FailedPrecondition, InvalidArgument
-from nodeagent.records import SELinux
+from nodeagent.requests import SELinux
 
 log = logging.getLogger(__name__)
 

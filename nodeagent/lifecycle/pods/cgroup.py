@@ -7,7 +7,8 @@ may be used in it, and it has room for one process that waits.
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import NotFound
-from nodeagent.records import Resources, Sandbox
+from nodeagent.records import Sandbox
+from nodeagent.requests import Resources
 
 # A supervisor's child shares its memory with it, and is charged only for what it writes: about 1 MiB.
 LIMITS = Resources(cpu_shares=2, memory_limit_bytes=16 << 20, pids_limit=1)

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from nodeagent import records
+from nodeagent import requests
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import AlreadyExists, InvalidArgument, NotFound
 from nodeagent.lifecycle.containers.containers import Containers
@@ -27,7 +27,8 @@ from nodeagent.lifecycle.pods.slots import Slot, Slots, dismantle
 from nodeagent.lifecycle.supervisors.handover import handover
 from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.net.network import Network
-from nodeagent.records import Resources, Sandbox, SandboxConfig
+from nodeagent.records import Sandbox
+from nodeagent.requests import Resources, SandboxConfig
 from nodeagent.sandbox.agent.client import Supervisor
 from nodeagent.sandbox.spec import DEFAULT_SHM_BYTES, PodSettings
 from nodeagent.tasks import Tasks
@@ -232,7 +233,7 @@ def admit(
 
 
 def _updated(old: Resources | None, new: Resources | None) -> Resources | None:
-    return records.updated(old, new) if old and new else new or old
+    return requests.updated(old, new) if old and new else new or old
 
 
 def _identity(config: SandboxConfig) -> tuple[str, str, str, int]:

@@ -15,7 +15,7 @@ from nodeagent import files
 from nodeagent.lifecycle.plan.mounts import id_map
 from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.net.network import Network
-from nodeagent.records import Namespaces
+from nodeagent.requests import Namespaces
 from nodeagent.sandbox.agent.client import Supervisor
 from nodeagent.sandbox.spec import PodPlan
 from nodeagent.tasks import Tasks, ended

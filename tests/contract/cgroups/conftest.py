@@ -18,7 +18,7 @@ from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.hierarchy import Layout
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.linux import mountinfo
-from nodeagent.records import Resources
+from nodeagent.requests import Resources
 from tests.support.node import wait_for
 
 ROOT = "/sys/fs/cgroup"

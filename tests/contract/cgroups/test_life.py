@@ -20,7 +20,7 @@ from nodeagent.errors import (
     NotFound,
     Unsupported,
 )
-from nodeagent.records import Resources
+from nodeagent.requests import Resources
 from tests.contract.cgroups.conftest import LAYOUT, ROOT, TOP, Spawn, freeze, in_force
 
 

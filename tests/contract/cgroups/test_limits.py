@@ -16,7 +16,7 @@ from nodeagent.errors import (
     NotFound,
     Unsupported,
 )
-from nodeagent.records import Resources
+from nodeagent.requests import Resources
 from tests.contract.cgroups.conftest import TOP, Spawn, close, in_force
 
 MIB = 1 << 20

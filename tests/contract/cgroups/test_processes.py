@@ -10,7 +10,7 @@ import pytest
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.hierarchy import Layout
 from nodeagent.errors import AlreadyExists, InvalidArgument, NotFound, Unsupported
-from nodeagent.records import Resources
+from nodeagent.requests import Resources
 from tests.contract.cgroups.conftest import Spawn, close, freeze, in_force
 
 WAIT = "print('ready', flush=True); input()"

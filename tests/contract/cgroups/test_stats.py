@@ -11,7 +11,7 @@ from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.hierarchy import Layout
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import NotFound
-from nodeagent.records import Resources
+from nodeagent.requests import Resources
 from tests.contract.cgroups.conftest import TOP, Spawn
 
 MIB = 1 << 20

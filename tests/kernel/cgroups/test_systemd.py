@@ -11,7 +11,7 @@ from nodeagent.cgroups import systemd
 from nodeagent.cgroups.devices import DEFAULT_RULES
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.manager import Cgroups
-from nodeagent.records import Resources
+from nodeagent.requests import Resources
 from tests.contract.cgroups.conftest import in_force
 
 pytestmark = pytest.mark.skipif(

@@ -13,7 +13,7 @@ import pytest
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import FailedPrecondition, NotFound, StartError
-from nodeagent.records import Resources
+from nodeagent.requests import Resources
 from nodeagent.sandbox.agent.client import AttachIO, CgroupFds, ExecExit, ExecIO
 from nodeagent.sandbox.supervisor.pump import ATTACH_BUFFER_BYTES
 from tests.kernel.sandbox.supervised import (

@@ -2,7 +2,7 @@ import pytest
 
 from nodeagent.cgroups import limits
 from nodeagent.errors import InvalidArgument
-from nodeagent.records import Resources
+from nodeagent.requests import Resources
 
 
 @pytest.mark.parametrize(

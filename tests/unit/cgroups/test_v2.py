@@ -5,7 +5,7 @@ import pytest
 from nodeagent.cgroups import v2
 from nodeagent.cgroups.control import ControlFiles, Setting
 from nodeagent.errors import InvalidArgument, Unsupported
-from nodeagent.records import Resources
+from nodeagent.requests import Resources
 
 NOW = Resources(
     cpu_period_usec=100_000,

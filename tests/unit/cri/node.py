@@ -32,15 +32,8 @@ from nodeagent.lifecycle.node import Node, NodeStatus
 from nodeagent.lifecycle.usage.disk import DiskUsage
 from nodeagent.lifecycle.usage.stats import ContainerUsage, LogUsage, SandboxUsage
 from nodeagent.net.stats import InterfaceStats
-from nodeagent.records import (
-    Container,
-    ContainerConfig,
-    Image,
-    Resources,
-    Sandbox,
-    SandboxConfig,
-    StoredProfile,
-)
+from nodeagent.records import Container, Image, Sandbox, StoredProfile
+from nodeagent.requests import ContainerConfig, Resources, SandboxConfig
 from nodeagent.tasks import Tasks
 from tests.unit.cri import records
 

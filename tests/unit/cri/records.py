@@ -2,15 +2,8 @@
 
 from typing import Any
 
-from nodeagent.records import (
-    Container,
-    ContainerConfig,
-    Image,
-    ImageConfig,
-    Resources,
-    Sandbox,
-    SandboxConfig,
-)
+from nodeagent.records import Container, Image, ImageConfig, Sandbox
+from nodeagent.requests import ContainerConfig, Resources, SandboxConfig
 
 
 def sandbox(

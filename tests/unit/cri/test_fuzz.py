@@ -10,7 +10,7 @@ from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri.translate_container import container_config
 from nodeagent.cri.translate_sandbox import sandbox_config
 from nodeagent.errors import InvalidArgument, Unsupported
-from nodeagent.records import ContainerConfig, MountConfig, SandboxConfig
+from nodeagent.requests import ContainerConfig, MountConfig, SandboxConfig
 
 POD = SandboxConfig(name="p", uid="u", namespace="n", privileged=True)
 

@@ -6,7 +6,8 @@ from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import messages
 from nodeagent.cri.translate_container import container_config
 from nodeagent.cri.translate_sandbox import sandbox_config
-from nodeagent.records import MountStatus, Namespaces, Resources
+from nodeagent.records import MountStatus
+from nodeagent.requests import Namespaces, Resources
 from tests.unit.cri import records, samples
 from tests.unit.cri.test_translate_container import POD
 

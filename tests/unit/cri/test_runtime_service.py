@@ -14,7 +14,8 @@ from nodeagent.cri.features import Features
 from nodeagent.cri.runtime_containers import MAX_OUTPUT_BYTES, fit
 from nodeagent.cri.server import MAX_MESSAGE_BYTES
 from nodeagent.lifecycle.containers.exec_sync import ExecResult
-from nodeagent.records import Container, Resources, Sandbox
+from nodeagent.records import Container, Sandbox
+from nodeagent.requests import Resources
 from nodeagent.streaming.backend import AttachRequest, ExecRequest, PortForwardRequest, Request
 from tests.unit.cri import samples
 from tests.unit.cri.node import Client, serving, until

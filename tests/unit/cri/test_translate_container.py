@@ -9,7 +9,7 @@ from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import signals
 from nodeagent.cri.translate_container import container_config
 from nodeagent.errors import InvalidArgument, Unsupported
-from nodeagent.records import (
+from nodeagent.requests import (
     CapabilityChange,
     ContainerConfig,
     DeviceConfig,

@@ -7,7 +7,7 @@ from google.protobuf.message import Message
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri.translate_sandbox import sandbox_config
 from nodeagent.errors import InvalidArgument, Unsupported
-from nodeagent.records import (
+from nodeagent.requests import (
     DNS,
     IdMapping,
     Namespaces,

@@ -6,7 +6,7 @@ from nodeagent.cgroups.stats import CgroupStats, PressureStats
 from nodeagent.metrics import cri
 from nodeagent.metrics.families import device_name
 from nodeagent.metrics.inspection import filesystem
-from nodeagent.records import ContainerConfig, Namespaces, SandboxConfig
+from nodeagent.requests import ContainerConfig, Namespaces, SandboxConfig
 from tests.unit.cri import records
 from tests.unit.cri.node import FakeNode
 

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nodeagent.metrics import server as server_module
 from nodeagent.metrics.server import MetricsServer
-from nodeagent.records import ContainerConfig, SandboxConfig
+from nodeagent.requests import ContainerConfig, SandboxConfig
 from tests.unit.cri.node import FakeNode
 from tests.unit.metrics.test_cri_metrics import running_pod
 

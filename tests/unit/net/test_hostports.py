@@ -7,7 +7,8 @@ import pytest
 from nodeagent.errors import AlreadyExists, InvalidArgument
 from nodeagent.net import hostports
 from nodeagent.net.hostports import HostPorts
-from nodeagent.records import HostPort, PortMapping
+from nodeagent.records import HostPort
+from nodeagent.requests import PortMapping
 from nodeagent.store import Store
 
 BOTH = (4, 6)

@@ -1,7 +1,7 @@
 """What limits add up to."""
 
 from nodeagent.lifecycle.containers.groups import total
-from nodeagent.records import Resources
+from nodeagent.requests import Resources
 
 
 def test_a_pod_has_the_limits_of_its_containers_and_its_overhead() -> None:

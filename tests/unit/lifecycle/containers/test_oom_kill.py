@@ -13,7 +13,8 @@ from nodeagent.errors import (
     Unavailable,
 )
 from nodeagent.lifecycle.containers import oom_kill
-from nodeagent.records import Container, ContainerConfig, Resources
+from nodeagent.records import Container
+from nodeagent.requests import ContainerConfig, Resources
 
 CONTAINER = Container(
     id="c1",

@@ -13,7 +13,7 @@ import pytest
 from nodeagent.lifecycle.containers.creation import Creation
 from nodeagent.lifecycle.containers.stopping import Stopping
 from nodeagent.lifecycle.plan.cdi import Cdi
-from nodeagent.records import ContainerConfig, HookConfig, Namespaces
+from nodeagent.requests import ContainerConfig, HookConfig, Namespaces
 from nodeagent.tasks import Tasks
 from nodeagent.words import HookStage
 

@@ -8,7 +8,7 @@ import pytest
 
 from nodeagent.errors import Unsupported
 from nodeagent.lifecycle.plan import bundle
-from nodeagent.records import ContainerConfig, HookConfig
+from nodeagent.requests import ContainerConfig, HookConfig
 from nodeagent.sandbox.rootfs_defaults import bind, filesystem
 from nodeagent.sandbox.spec import ContainerPlan
 

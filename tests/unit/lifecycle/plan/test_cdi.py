@@ -11,7 +11,7 @@ import pytest
 from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from nodeagent.lifecycle.plan import cdi_specs
 from nodeagent.lifecycle.plan.cdi import Cdi, asked_for
-from nodeagent.records import ContainerConfig, DeviceConfig, HookConfig, MountConfig
+from nodeagent.requests import ContainerConfig, DeviceConfig, HookConfig, MountConfig
 
 HOOK = "/usr/bin/nvidia-cdi-hook"
 SPEC: dict[str, Any] = {

@@ -5,7 +5,7 @@ import pytest
 
 from nodeagent.errors import InvalidArgument, Unsupported
 from nodeagent.lifecycle.plan import cgroup_mounts
-from nodeagent.records import ContainerConfig, Namespaces
+from nodeagent.requests import ContainerConfig, Namespaces
 from nodeagent.sandbox import rootfs_defaults
 from nodeagent.sandbox.spec import Mount
 

@@ -5,7 +5,7 @@ import stat
 from pathlib import Path
 
 from nodeagent.lifecycle.plan import etc_files
-from nodeagent.records import DNS, SandboxConfig
+from nodeagent.requests import DNS, SandboxConfig
 from nodeagent.sandbox import paths
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from nodeagent.lifecycle.plan import file_labels
-from nodeagent.records import ContainerConfig, MountConfig
+from nodeagent.requests import ContainerConfig, MountConfig
 from nodeagent.sandbox.rootfs_defaults import bind, default_mounts
 from nodeagent.sandbox.spec import ContainerPlan
 

@@ -11,15 +11,8 @@ from nodeagent.lifecycle.plan import process
 from nodeagent.lifecycle.plan.devices import ContainerDevices
 from nodeagent.lifecycle.plan.planner import Planner, Seen
 from nodeagent.lifecycle.plan.selinux import NO_LABELS
-from nodeagent.records import (
-    Container,
-    ContainerConfig,
-    Image,
-    ImageConfig,
-    Resources,
-    Sandbox,
-    SandboxConfig,
-)
+from nodeagent.records import Container, Image, ImageConfig, Sandbox
+from nodeagent.requests import ContainerConfig, Resources, SandboxConfig
 from nodeagent.sandbox.seccomp.profile import Filter
 
 IMAGE = ImageConfig(

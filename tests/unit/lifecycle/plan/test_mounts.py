@@ -13,7 +13,8 @@ from nodeagent.lifecycle.plan.mounts import (
     image_volumes,
     masked_paths,
 )
-from nodeagent.records import ContainerConfig, MountConfig, Namespaces, Sandbox, SandboxConfig
+from nodeagent.records import Sandbox
+from nodeagent.requests import ContainerConfig, MountConfig, Namespaces, SandboxConfig
 from nodeagent.sandbox.spec import Mount
 
 POD = Path("/run/pod")

@@ -5,7 +5,8 @@ import pytest
 from nodeagent.errors import InvalidArgument
 from nodeagent.lifecycle.plan import process
 from nodeagent.linux import capabilities
-from nodeagent.records import CapabilityChange, ContainerConfig, ImageConfig
+from nodeagent.records import ImageConfig
+from nodeagent.requests import CapabilityChange, ContainerConfig
 from nodeagent.sandbox import spec
 
 IMAGE = ImageConfig(entrypoint=("/entry",), cmd=("a", "b"), env=("X=image", "Y=image"))

@@ -15,7 +15,7 @@ from nodeagent.lifecycle.plan import apparmor
 from nodeagent.lifecycle.plan import selinux as selinux_
 from nodeagent.lifecycle.plan.profiles import Profiles
 from nodeagent.lifecycle.plan.selinux import NO_LABELS, Labels
-from nodeagent.records import ContainerConfig, Profile, SELinux
+from nodeagent.requests import ContainerConfig, Profile, SELinux
 from tests.conformance.apparmor import put_in_path
 from tests.support.images import DEBIAN, PROJECT
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from nodeagent.cgroups.devices import DEFAULT_RULES
 from nodeagent.lifecycle.plan import mounts, process
 from nodeagent.linux import bpf_classic, capabilities, libseccomp, seccomp
-from nodeagent.records import CapabilityChange
+from nodeagent.requests import CapabilityChange
 from nodeagent.sandbox.seccomp import defaults as ours
 from nodeagent.sandbox.seccomp import profile as seccomp_profile
 
