@@ -4,5 +4,5 @@
   answer. All imports are at the head of a module, and the ways to import are taken away (`main`).
 * No path of the container is opened but through `nodeagent.linux.confined`, and none is opened twice.
 * Descriptors are close-on-exec, and many are left open: all of them go at once before execve(2).
-* It may block, because it is a process of its own; who wants it gone kills it.
+* It may block, because it is a process of its own; whoever wants it gone kills it.
 """

@@ -1,7 +1,7 @@
 """Standard input, output and error of a container's process: pipes, the null device, or a pseudoterminal.
 
 A terminal comes from the devpts instance that is the container's own. That, and /dev/null, may have been changed by
-hostile processes when a further process is started: it is opened only after it has proved to be what it shall be.
+hostile processes when a further process is started: it is opened only after it has proved to be the expected device.
 Slaves are reached through their master (TIOCGPTPEER), never by name.
 """
 
@@ -41,7 +41,9 @@ def open_terminal(root: int, own: int) -> Stdio:
     if syscalls.statfs_type(found) != _DEVPTS_SUPER_MAGIC:
         raise FailedPrecondition(f'terminal "{path}": not on devpts')
     master = confined.open_again(own, found, os.O_RDWR | os.O_NOCTTY)
+    # A new slave cannot be opened until it is unlocked (unlockpt(3)).
     fcntl.ioctl(master, _TIOCSPTLCK, struct.pack("i", 0))
+    # O_NOCTTY: the caller leads a session without a terminal, and this one would become its own (open(2)).
     slave = fcntl.ioctl(master, _TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
     return Stdio(slave, slave, slave, master)
 
@@ -61,7 +63,10 @@ def with_null(root: int, own: int, stdin: int, stdout: int, stderr: int) -> Stdi
 
 
 def _find_device(root: int, path: str, number: int, *, follow: bool = True) -> int:
-    """O_PATH: what may be there instead is not opened. A /dev that the request mounts may lack it."""
+    """Return an O_PATH descriptor of the device, so that what may be there instead is not opened.
+
+    A /dev that the request mounts may lack it.
+    """
     try:
         found = confined.open_path(root, path, follow=follow)
     except OSError as error:
@@ -97,6 +102,7 @@ def take_control() -> None:
 
 def _give_to(descriptor: int, uid: int) -> None:
     status = os.fstat(descriptor)
+    # A device that is no terminal is /dev/null, which all users of the container share.
     if status.st_uid == uid or (stat.S_ISCHR(status.st_mode) and not os.isatty(descriptor)):
         return
     try:

@@ -16,7 +16,7 @@ from nodeagent.sandbox.spec import Capabilities, Identity, ProcessPlan, Rlimit
 
 
 def write_labels(plan: ProcessPlan) -> None:
-    """Labels that take effect with the next execve."""
+    """Write the labels that take effect with the next execve."""
     if plan["apparmor"]:
         _write_label("AppArmor profile", plan["apparmor"], "attr/apparmor/exec", "exec ")
     if plan["selinux"]:
@@ -29,13 +29,14 @@ def _write_label(kind: str, label: str, name: str, verb: str) -> None:
     try:
         _write_own(name, verb + label)
     except OSError as error:
+        # The file is there: ENOENT is the answer of AppArmor to the name of a profile that it does not have.
         if error.errno == errno.ENOENT and os.path.exists(f"/proc/self/{name}"):
             raise FailedPrecondition(f'{kind} "{label}": not loaded') from error
         raise Unsupported(f'{kind} "{label}": {error.strerror}') from error
 
 
 def set_oom_score(plan: ProcessPlan) -> list[str]:
-    """Returns warnings: to go below what the parent has takes SYS_RESOURCE."""
+    """Set oom_score_adj; returns warnings: going below what the parent has takes CAP_SYS_RESOURCE."""
     score = plan["oom_score_adj"]
     if score is None:
         return []
@@ -61,7 +62,7 @@ def _write_own(name: str, text: str) -> None:
 
 
 def set_limits(limits: list[Rlimit]) -> list[str]:
-    """Returns warnings: to raise a hard limit takes SYS_RESOURCE; it stays as it is without."""
+    """Set resource limits; returns warnings for hard limits that are not raised for lack of CAP_SYS_RESOURCE."""
     return [warning for limit in limits for warning in _set_limit(limit)]
 
 
@@ -72,7 +73,9 @@ def _set_limit(limit: Rlimit) -> list[str]:
     try:
         resource.setrlimit(number, (limit["soft"], limit["hard"]))
         return []
-    except ValueError:
+    except (
+        ValueError
+    ):  # what Python raises for EPERM: the hard limit was to be raised (setrlimit(2))
         hard = resource.getrlimit(number)[1]
         resource.setrlimit(number, (_lower(limit["soft"], hard), hard))
         return [
@@ -89,9 +92,9 @@ def _lower(one: int, other: int) -> int:
 
 
 def enter_user_namespace(descriptor: int, owned: int) -> None:
-    """Join it, with new namespaces of the kinds `owned` that belong to it.
+    """Join a user namespace, with new namespaces of the kinds `owned` that belong to it.
 
-    A copy of the mounts is theirs then, in which none can be undone or changed that the node's root has made
+    The new mount namespace has a copy of the mounts, in which none can be undone or changed that the node's root made
     (mount_namespaces(7), "Restrictions on mount namespaces"). All capabilities are of the user namespace from here on.
     """
     syscalls.setns(descriptor, syscalls.CLONE_NEWUSER)
@@ -100,7 +103,7 @@ def enter_user_namespace(descriptor: int, owned: int) -> None:
 
 
 def join_new_keyring() -> None:
-    """A session keyring of its own, where the kernel has keyrings."""
+    """Join a new session keyring, where the kernel has keyrings: the inherited one is the supervisor's."""
     try:
         syscalls.join_session_keyring()
     except OSError as error:
@@ -115,14 +118,18 @@ def become(plan: ProcessPlan, identity: Identity) -> list[str]:
     """
     wanted = plan["capabilities"]
     _, held, _ = syscalls.capget()
+    # First, because it takes CAP_SETPCAP, which a change of user takes from the effective set (capabilities(7)).
     capabilities.drop_bounding(wanted["bounding"])
+    # Without it the permitted set is cleared when the last user id becomes another one than 0.
     syscalls.prctl(syscalls.PR_SET_KEEPCAPS, 1)
+    # Groups before the user: without uid 0 CAP_SETGID is not effective any more.
     os.setgroups(identity["groups"])
     os.setresgid(identity["gid"], identity["gid"], identity["gid"])
     os.setresuid(identity["uid"], identity["uid"], identity["uid"])
     # A change of ids sets this back to the node's fs.suid_dumpable.
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
     _set_capabilities(wanted, held, extra=_borrowed(plan))
+    # Last of the sets: an ambient capability has to be permitted and inheritable already (prctl(2), PR_CAP_AMBIENT).
     capabilities.raise_ambient(wanted["ambient"] & held)
     if plan["no_new_privs"]:
         syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
@@ -144,14 +151,16 @@ def confine(plan: ProcessPlan) -> None:
 
 
 def confine_visibly(plan: ProcessPlan) -> None:
-    """As `confine`, for a process that is seen before its execve: nothing is left that the program will not have.
+    """Confine a process that is seen before its execve: nothing is left that the program will not have.
 
-    `FILTERED_CALLS` and capset(2) are all that is called with the filter from here on.
+    `seccomp.successor.CALLS` are all that is called with the filter from here on.
     """
     wanted = plan["capabilities"]
     _, held, _ = syscalls.capget()
     confine(plan)
-    if _borrowed(plan):
+    if _borrowed(
+        plan
+    ):  # SYS_ADMIN was needed to install the filter: it can only be given up with it in force
         _set_capabilities(wanted, held, extra=0)
 
 

@@ -17,7 +17,7 @@ _DEVICE_KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK}
 
 
 def is_own_dev(mount: Mount) -> bool:
-    """/dev is a new file system, and not something that the request puts there."""
+    """Whether this is the new file system at /dev, and not something that the request puts there."""
     return mount["kind"] == "fs" and mount["target"] == "/dev"
 
 
@@ -55,7 +55,7 @@ def _populate_dev(dev: int, plan: ContainerPlan, maps: IdMaps) -> None:
 
 
 def make_devices_outside_dev(root: int, plan: ContainerPlan, maps: IdMaps) -> None:
-    """In the image's own file system, while nothing is mounted in it: a volume never gets one."""
+    """Make them in the image's own file system, while nothing is mounted in it: a volume never gets one."""
     for device in plan["devices"]:
         if not device["path"].startswith("/dev/"):
             parent = _device_directory(root, os.path.dirname(device["path"]), device, follow=True)
@@ -71,9 +71,9 @@ def _device_directory(root: int, path: str, device: Device, *, follow: bool) -> 
 
 
 def require_devices(root: int, plan: ContainerPlan) -> None:
-    """Asked for, a device is there in the end, be it by what the request mounts over its place.
+    """Require that each requested device is there in the end, even if by what the request mounts over its place.
 
-    A /dev that is not ours may be the node's: nothing is made in it, it has to bring what was asked for.
+    A /dev that the request mounts may be the node's: nothing is made in it, it has to bring what was asked for.
     """
     if plan["privileged"]:
         return

@@ -22,7 +22,10 @@ def make_filesystem(mount: Mount, maps: IdMaps) -> int:
 
 
 def _make_labelled(kind: str, data: dict[str, str], attributes: list[str], label: str) -> int:
-    """The mqueue of an IPC namespace is there already, and takes no label as an option: its root is given one."""
+    """The new file system, with the label as a mount option, or given to its root if it is an mqueue.
+
+    The mqueue of an IPC namespace is there already, and takes no label as an option.
+    """
     if kind != "mqueue":
         return mounts.make_filesystem(kind, {**data, **context(label)}, attributes)
     tree = mounts.make_filesystem(kind, data, attributes)

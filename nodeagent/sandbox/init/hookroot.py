@@ -1,9 +1,9 @@
 """What hooks see of a container that is being made: its bundle and its root file system, at the paths of its state.
 
 Both are in a small file system that is mounted over the agent's state directory, in the container's mount namespace
-only and until its root is entered. So nothing of other pods is seen there, and root of a user namespace, who cannot
-pass the directories of pods, reaches them as well. To hooks in the node's mount namespace a link beside the bundle
-shows the root file system for as long as they run.
+only and until its root is entered. So nothing of other pods is seen there, and the root of a user namespace, which
+cannot traverse the directories of pods, reaches them as well. Hooks in the node's mount namespace see the root file
+system through a link beside the bundle, for as long as they run.
 """
 
 import os
@@ -34,11 +34,12 @@ def show(plan: ContainerPlan, root: int, maps: IdMaps) -> None:
     file = os.open(CONFIG, flags, 0o644, dir_fd=inside)
     os.write(file, plan["hooks"]["config"].encode())
     syscalls.move_mount(tree, os.open(top, _DIRECTORY))
-    syscalls.move_mount(root, _make_directory(place, ROOTFS))  # never into what is detached
+    # After `tree` is attached: before Linux 6.15 nothing can be mounted in a detached tree.
+    syscalls.move_mount(root, _make_directory(place, ROOTFS))
 
 
 def _covered(bundle: str, maps: IdMaps) -> str:
-    """The agent's state directory, or what is above it that root of a user namespace could not pass."""
+    """The agent's state directory, or the first one above it that root of a user namespace cannot traverse."""
     above = [bundle]
     while above[-1] != "/":
         above.append(os.path.dirname(above[-1]))
@@ -55,13 +56,14 @@ def _make_directory(parent: int, name: str) -> int:
 
 
 def run_inside_mounts(plan: ContainerPlan, maps: IdMaps) -> None:
-    """The hooks of createContainer: in the container's namespaces, before its root is entered."""
+    """Run the hooks of createContainer: in the container's namespaces, before its root is entered."""
     root = f"{os.path.dirname(plan['hooks']['bundle'])}/{ROOTFS}"
 
     def enter() -> None:
-        """In a user namespace a hook has mounts of its own, for it has no rights to those of the container.
+        """Enter a mount namespace of its own in a user namespace: a hook has no rights to the container's there.
 
-        A copy of a mount that is locked there (mount_namespaces(7)) is not: a hook can make it its root.
+        The root is bound over itself: unlike the mounts that are locked there (mount_namespaces(7)), this copy is not,
+        and a hook can make it its root.
         """
         if not maps.is_node:
             credentials.enter_user_namespace(maps.userns, syscalls.CLONE_NEWNS)
@@ -78,7 +80,10 @@ def run_inside_mounts(plan: ContainerPlan, maps: IdMaps) -> None:
 
 @contextmanager
 def _children_in_own_pid_namespace() -> Iterator[None]:
-    """A hidden process has its successor born in another one (pid_namespaces(7)), which no hook shall be in."""
+    """Fork in the caller's own PID namespace, and not in the one of the successor of a hidden process.
+
+    The latter is that of containers (pid_namespaces(7)), in which no hook may be.
+    """
     own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     successors = os.open("/proc/self/ns/pid_for_children", os.O_RDONLY | os.O_CLOEXEC)
     syscalls.setns(own, syscalls.CLONE_NEWPID)
@@ -87,7 +92,7 @@ def _children_in_own_pid_namespace() -> Iterator[None]:
 
 
 def run_in_place(plan: ContainerPlan) -> None:
-    """The hooks of startContainer: in the container, by who is about to execute its program."""
+    """Run the hooks of startContainer: in the container, in the process that is about to execute its program."""
     found = hooks.of(plan, "startContainer")
     if found:
         told = hooks.state(plan, "created", os.getpid())
@@ -96,14 +101,17 @@ def run_in_place(plan: ContainerPlan) -> None:
 
 
 def link(plan: ContainerPlan, pid: int) -> None:
-    """On the node, for the hooks of createRuntime. pid: of the process in whose mount namespace the root is shown."""
+    """Make the link on the node for the hooks of createRuntime.
+
+    pid: of the process in whose mount namespace the root is shown.
+    """
     directory = os.path.dirname(plan["hooks"]["bundle"])
     unlink(plan)
     os.symlink(f"/proc/{pid}/root{directory}/{ROOTFS}", f"{directory}/{ROOTFS}")
 
 
 def unlink(plan: ContainerPlan) -> None:
-    """Before the pid can be another process's."""
+    """Remove the link; to be called before the pid can be another process's."""
     try:
         os.unlink(f"{os.path.dirname(plan['hooks']['bundle'])}/{ROOTFS}")
     except FileNotFoundError:

@@ -1,6 +1,6 @@
 """Hooks of a container: programs of the node that are run at a stage of its life, and waited for.
 
-As the OCI runtime specification has them ("POSIX-platform Hooks", "Lifecycle"): the state of the container on standard
+They follow the OCI runtime specification ("POSIX-platform Hooks", "Lifecycle"): the state of the container on standard
 input, only the variables that the hook names, a bound on its time. Standard library only: the first process of a
 container runs those of createContainer and startContainer, a child of the supervisor the others.
 
@@ -32,14 +32,14 @@ MAX_OUTPUT_BYTES = 1 << 20
 _TAIL_BYTES = 1024
 _READ_BYTES = 1 << 16
 _PAUSE_MS = 20
-_DEATH_MS = 5000  # for a hook that was killed; one that a file system holds up may take for ever
+_DEATH_MS = 5000  # for the end of a hook that was killed
 _CANNOT_EXECUTE = 127
 _UMASK = 0o022
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def of(plan: ContainerPlan, *stages: HookStage) -> list[tuple[HookStage, Hook]]:
-    """Those of the stages, in their order."""
+    """The plan's hooks of the stages, in their order."""
     hooks = plan.get("hooks")
     if hooks is None:
         return []
@@ -61,7 +61,7 @@ def state(plan: ContainerPlan, status: str, pid: int) -> bytes:
 
 
 def run(stage: HookStage, hook: Hook, told: bytes, cwd: str, enter: Callable[[], None]) -> None:
-    """With more rights than the container. enter: called in its process, to be where it shall run.
+    """Run a hook with more rights than the container. enter: called in its process, to be where it is to run.
 
     Raises FailedPrecondition, with the hook and the end of what it has written, when it fails.
     """
@@ -72,8 +72,9 @@ def run(stage: HookStage, hook: Hook, told: bytes, cwd: str, enter: Callable[[],
     def main() -> None:
         os.chdir(cwd)
         enter()
-        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of ids takes it back
-        if select.select([parent], [], [], 0)[0]:  # it has died before
+        # After `enter`: a change of ids clears it. A parent that died before sends no signal any more.
+        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+        if select.select([parent], [], [], 0)[0]:
             os._exit(_CANNOT_EXECUTE)
 
     try:
@@ -83,7 +84,7 @@ def run(stage: HookStage, hook: Hook, told: bytes, cwd: str, enter: Callable[[],
 
 
 def run_inside(stage: HookStage, hook: Hook, told: bytes) -> None:
-    """As the program of the container, which the caller is about to become: in its place and with its rights."""
+    """Run a hook in the place and with the rights of the container's program, which the caller is about to become."""
     what = f'hook {stage} "{hook["path"]}" of {hook["source"]}'
     _run(what, hook, hook["path"], told, lambda: None, 0)
 
@@ -156,6 +157,7 @@ def _fork(flags: int) -> tuple[int, int]:
 
 
 def _memory(data: bytes) -> int:
+    # Not a pipe: that would have to be written while the hook runs, if there is more than it holds (pipe(7)).
     memory = os.memfd_create("state", os.MFD_CLOEXEC)
     os.write(memory, data)
     os.lseek(memory, 0, os.SEEK_SET)
@@ -173,7 +175,7 @@ def _become(hook: Hook, program: str, stdio: tuple[int, int], main: Callable[[],
             os.dup2(descriptor, number)
         syscalls.close_range(3)
         os.execve(program, hook["args"] or [hook["path"]], _environment(hook))
-    except BaseException as error:  # noqa: BLE001 whoever waits for it shall know
+    except BaseException as error:  # noqa: BLE001 whoever waits for it must know
         text = error.strerror if isinstance(error, OSError) else repr(error)
         os.write(stdio[1], f"cannot be executed: {text}".encode(errors="replace"))
     finally:
@@ -192,9 +194,10 @@ def _environment(hook: Hook) -> dict[str, str]:
 
 
 def _watch(what: str, hook: Hook, pid: int, output: "_Output") -> None:
-    """Until it has ended, its time is over, or it has written too much."""
+    """Wait until it has ended, its time is over, or it has written too much."""
     deadline = time.monotonic() + hook["timeout_ms"] / 1000
     while True:
+        # In this order: what it wrote before its end is read for certain once the end is known.
         status = _ended(pid)
         output.read()
         if status is not None:
@@ -212,7 +215,7 @@ def _watch(what: str, hook: Hook, pid: int, output: "_Output") -> None:
 
 
 def _ended(pid: int) -> int | None:
-    """How, as waitpid(2) tells it; None while it has not."""
+    """The wait status of waitpid(2); None while it runs."""
     found, status = os.waitpid(pid, os.WNOHANG)
     return status if found else None
 
@@ -224,7 +227,7 @@ def _described(status: int) -> str:
 
 
 def _kill(pid: int) -> None:
-    """Returns when it has gone, or does not go."""
+    """Kill it and wait for its end, but no longer than `_DEATH_MS`: it may be blocked in a file system."""
     os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + _DEATH_MS / 1000
     while _ended(pid) is None and time.monotonic() < deadline:
@@ -232,7 +235,7 @@ def _kill(pid: int) -> None:
 
 
 class _Output:
-    """What a hook writes, of which the end is kept."""
+    """The output of a hook, of which the end is kept."""
 
     def __init__(self, reader: int, pidfd: int) -> None:
         os.set_blocking(reader, False)
@@ -243,7 +246,7 @@ class _Output:
         self.bytes = 0
 
     def read(self) -> None:
-        """What is there, and no more than a hook may write."""
+        """Read what is there, and no more than a hook may write."""
         try:
             while self._is_open and self.bytes <= MAX_OUTPUT_BYTES:
                 data = os.read(self._reader, _READ_BYTES)
@@ -254,7 +257,7 @@ class _Output:
             pass
 
     def wait(self, deadline: float) -> None:
-        """Until there is something, it has ended, or the time is over."""
+        """Wait until there is something, it has ended, or the time is over."""
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
         if self._is_open:

@@ -1,7 +1,7 @@
 """The layers below a container's root file system, and those of an image that is mounted as a volume.
 
-In a user namespace they are idmapped mounts, which overlay wants to find attached before Linux 6.15: to a small file
-system of ours, `Scratch`, that no path of the container leads to.
+In a user namespace they are idmapped mounts, which before Linux 6.15 overlay takes only if they are attached: to a
+small file system of ours, `Scratch`, that no path of the container leads to.
 """
 
 import os
@@ -45,19 +45,22 @@ def open_layers(paths: list[str], maps: IdMaps) -> Layers:
 def open_own_layers(plan: Rootfs, maps: IdMaps) -> tuple[int, int]:
     """The upper and work directories.
 
-    What a volatile overlay has left in `work` would keep it from being mounted again, as a start that is repeated does.
+    A repeated start mounts them again, which the kernel refuses while there is what a volatile overlay has left in
+    `work` (overlayfs.rst, "Volatile mount").
     """
     leftover = os.path.join(plan["work"], "work")
     if os.path.exists(leftover):
         files.remove_tree(leftover)
     if not maps.is_node:
+        # The root directory of an overlay shows the owner of its upper directory.
         os.chown(plan["upper"], maps.uid(0), maps.gid(0))
     return os.open(plan["upper"], DIRECTORY), os.open(plan["work"], DIRECTORY)
 
 
 def make_scratch(path: str, label: str) -> Scratch:
-    """Over the container's own directory on the node, in this mount namespace only."""
+    """Mount it over the container's own directory on the node, in this mount namespace only."""
     data = {"mode": "700", **context(label)}
+    # Not nodev, as a mask of it would not be a null device then.
     mount = mounts.make_filesystem("tmpfs", data, ["nosuid", "noexec"])
     os.mkdir("empty", 0o555, dir_fd=mount)
     os.mknod("null", stat.S_IFCHR | 0o666, os.makedev(1, 3), dir_fd=mount)
@@ -73,7 +76,7 @@ def mount_point(scratch: Scratch, name: str) -> str:
 
 
 def layer_directories(scratch: Scratch, layers: Layers, maps: IdMaps) -> list[int]:
-    """What to make an overlay of; an image may have no layer at all."""
+    """The directories to make an overlay of; an image may have no layer at all."""
     if not layers.paths:
         return [scratch.empty]
     if maps.is_node:
@@ -98,7 +101,8 @@ def _attach_mapped(scratch: Scratch, path: str, directory: int, maps: IdMaps) ->
 def image_tree(scratch: Scratch, maps: IdMaps, mount: Mount, layers: Layers) -> int:
     """The files of an image, or what is at sub_path in them.
 
-    An overlay needs two layers at least, and what is bound instead of one has no label of its own.
+    An overlay without an upper directory needs two layers at least. One layer is bound instead, which could have no
+    label of its own: for a label, an empty layer is put below it.
     """
     directories = layer_directories(scratch, layers, maps)
     top = directories[0]

@@ -1,16 +1,16 @@
 """What runs between clone3(2) and execve(2), in the child that becomes a container's process.
 
 `run` makes a container's first process: born in new mount and PID namespaces, it builds the root file system, enters
-it, and becomes who it shall be. `run_exec` makes a further process of a running container. Both report over the
+it, and takes on its identity. `run_exec` makes a further process of a running container. Both report over the
 status socket: ``{"ready": {"identity": …, "warnings": […]}}``, with the master end of a terminal attached, then wait
-for one byte, "go", and execute the program; the socket closes itself when that succeeds.
+for one byte, "go", and execute the program; the socket is close-on-exec, so that its end means success.
 Before, ``{"hooks": true}`` asks for the hooks that the supervisor runs, and one byte comes when they have been.
 ``{"error": class, "text": …}`` reports the failure of any step before; what fails later is told as a plain text.
 
 Where others share the PID namespace and may trace, the process is **hidden**: it prepares itself in the supervisor's
-PID namespace, and makes a successor in the other one at the end. That has nothing any more which the program will not
+PID namespace, and makes a successor in the other one at the end. The successor has nothing that the program will not
 have: its root, ids, capabilities, filter, cgroups and process group are its own, and it has no descriptor that leads
-anywhere or that anything is believed from. With "ready" come four pipes, before the terminal: to let it go, to let the
+anywhere or whose content is trusted. With "ready" come four pipes, before the terminal: to let it go, to let the
 hidden process end, to read why the program cannot be executed, and to hear that there is a successor.
 After the node's file system is left, nothing is imported any more.
 """
@@ -46,7 +46,7 @@ from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, Identity, ProcessPla
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _FIRST_OTHER = 3  # the descriptor after standard error
 
-# Those that a process may have been started with as ignored, or that Python or a supervisor handles.
+# Signals that a process may have been started with as ignored, or that Python or a supervisor handles.
 _SIGNALS = (
     signal.SIGHUP,
     signal.SIGINT,
@@ -67,9 +67,9 @@ _KEPT: list[object] = []
 
 
 class InitFds(NamedTuple):
-    """What a container's first process takes over.
+    """The descriptors that a container's first process takes over.
 
-    status: a SOCK_SEQPACKET socket. stdin, stdout, stderr: -1 for the container's /dev/null; not looked at with a tty.
+    status: a SOCK_SEQPACKET socket. stdin, stdout, stderr: -1 for the container's /dev/null; unused with a tty.
     cgroups: of cgroup v1, each hierarchy's `tasks` file, open for writing; on v2 the process is born in its cgroup.
     userns: the user namespace of the pod, where it has one.
     pid_namespace: a pidfd of a process whose PID namespace is shared; the process is hidden then, and its successor is
@@ -88,8 +88,9 @@ class InitFds(NamedTuple):
 
 
 class ExecFds(NamedTuple):
-    """As `InitFds`; target: a pidfd of a process of the container, whose mount and cgroup namespaces are joined.
+    """The descriptors of `run_exec`, as in `InitFds`.
 
+    target: a pidfd of a process of the container, whose mount and cgroup namespaces are joined.
     hidden: the process is born in the supervisor's PID namespace, and its successor in the container's.
     """
 
@@ -124,7 +125,7 @@ class _Start(NamedTuple):
 
 
 class _Reporter:
-    """What the supervisor hears from this process."""
+    """The reports of this process to its supervisor."""
 
     def __init__(self, status: int) -> None:
         self.status = status
@@ -158,7 +159,7 @@ def _start(status: int, prepare: Callable[[], _Start]) -> NoReturn:
     try:
         _leave_supervisor()
         _finish(reporter, prepare())
-    except BaseException as error:  # noqa: BLE001 - the supervisor shall know whatever it is
+    except BaseException as error:  # noqa: BLE001 - the supervisor must know whatever it is
         reporter.failed(error)
     finally:
         os._exit(1)
@@ -168,17 +169,20 @@ def _leave_supervisor() -> None:
     """Shed what was inherited: the process group, signal handlers, ways to import, and being readable to others."""
     os.setsid()  # kill(2) of 0 would reach the supervisors of all pods
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
+    # The pipe of the supervisor's loop, to which a signal of ours would be written.
     signal.set_wakeup_fd(-1)
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     _forbid_imports()
-    gc.disable()
-    os.umask(0)
+    gc.disable()  # a collection writes to the header of every object, and so copies what a fork shares
+    os.umask(
+        0
+    )  # what is made has the modes of the plan; the program's own umask is set in `_finish`
 
 
 def _forbid_imports() -> None:
-    """What is replaced is kept: to free it would touch, and so copy, hundreds of pages."""
+    """Take away the ways to import. What is replaced is kept: freeing it would touch, and so copy, many pages."""
     _KEPT.extend((sys.path, sys.meta_path, sys.path_hooks, sys.path_importer_cache))
     sys.path, sys.meta_path, sys.path_hooks, sys.path_importer_cache = [], [], [], {}
 
@@ -186,12 +190,14 @@ def _forbid_imports() -> None:
 def _prepare_container(plan: ContainerPlan, fds: InitFds) -> _Start:
     settings = plan["process"]
     maps = idmaps.of_process(settings, fds.userns)
+    # First, so that the memory of all further steps is charged to the container.
     _join_cgroups(fds.cgroups)
-    own = confined.own_descriptors()
+    own = confined.own_descriptors()  # while /proc is the node's
     if "hooks" not in plan:
         credentials.write_labels(settings)
     warnings = credentials.set_oom_score(settings)
     if plan["cgroup_namespace"]:
+        # After the cgroups are joined: they become the root of the namespace (cgroup_namespaces(7)).
         syscalls.unshare(syscalls.CLONE_NEWCGROUP)
     hidden = fds.pid_namespace != -1
     shared_proc = procfs.of_shared(fds.pid_namespace, fds.procfs) if hidden else -1
@@ -212,9 +218,9 @@ def _prepare_container(plan: ContainerPlan, fds: InitFds) -> _Start:
 
 
 def _run_hooks(plan: ContainerPlan, status: int, maps: IdMaps, root: int) -> None:
-    """While the root file system is complete, and neither entered nor masked.
+    """Run the hooks of a creation while the root file system is complete, and neither entered nor masked.
 
-    Labels are for the program of the container, and would be for the next one that is executed.
+    Labels are written after them: they would be those of the next program that is executed, which is a hook's.
     """
     hookroot.show(plan, root, maps)
     if hooks.of(plan, *hooks.CREATION):
@@ -237,6 +243,7 @@ def _container_stdio(
 
 def _prepare_exec(plan: ExecPlan, settings: ProcessPlan, fds: ExecFds) -> _Start:
     maps = idmaps.of_process(settings, fds.userns)
+    # All of this while /proc is the node's: that of a container may be anything.
     _join_cgroups(fds.cgroups)
     own = confined.own_descriptors()
     credentials.write_labels(settings)
@@ -246,7 +253,9 @@ def _prepare_exec(plan: ExecPlan, settings: ProcessPlan, fds: ExecFds) -> _Start
         syscalls.setns(fds.target, syscalls.CLONE_NEWNS | syscalls.CLONE_NEWCGROUP | pid_namespace)
     except ProcessLookupError:
         raise FailedPrecondition(f'container "{plan["container"]}": has just ended') from None
-    root = os.open("/", _DIRECTORY)
+    root = os.open(
+        "/", _DIRECTORY
+    )  # the container's: to join a mount namespace is to enter its root
     identity = users.resolve(root, own, settings["user"])
     with _working_directory(settings["cwd"]):
         cwd = confined.open_path(root, settings["cwd"], _DIRECTORY)
@@ -264,7 +273,10 @@ def _nothing() -> None:
 
 
 def _join_cgroups(tasks: Sequence[int]) -> None:
-    """`tasks` moves a process of one thread without the grace period that writers of `cgroup.procs` wait for."""
+    """Join cgroups of v1 by their `tasks`.
+
+    That moves a process of one thread without the grace period that writers of `cgroup.procs` wait for.
+    """
     for file in tasks:
         os.write(file, b"0")
 
@@ -274,10 +286,11 @@ def _finish(reporter: _Reporter, start: _Start) -> NoReturn:
     settings, identity, warnings = start.settings, start.identity, start.warnings
     with _working_directory(settings["cwd"]):
         os.fchdir(start.cwd)
-        os.getcwd()  # fails where it cannot be reached from the root
+        os.getcwd()  # ENOENT where it cannot be reached from the root (getcwd(3), from glibc 2.27 on)
     owner = start.maps.uid(identity["uid"])
     for group in identity["groups"]:  # setgroups(2) does not say which of them it refuses
         start.maps.gid(group)
+    # Before the user namespace is entered: its root could neither chown the pipes nor raise hard limits.
     console.install(start.stdio, owner)
     warnings += credentials.set_limits(settings["rlimits"])
     if not start.maps.is_node:
@@ -297,6 +310,7 @@ def _finish(reporter: _Reporter, start: _Start) -> NoReturn:
     if start.stdio.is_terminal:
         console.take_control()
     if not start.hidden:
+        # Last of all, since a filter may forbid any of the calls before; a hidden process is confined already.
         credentials.confine(settings)
     start.begin()
     program.execute(to_execute)
@@ -304,7 +318,7 @@ def _finish(reporter: _Reporter, start: _Start) -> NoReturn:
 
 @contextmanager
 def _working_directory(path: str) -> Iterator[None]:
-    """Whatever is wrong with it is the doing of the container, or of who asks for it."""
+    """Report what is wrong with it as a fault of the container, or of the request, and not of the node."""
     try:
         yield
     except OSError as error:
@@ -313,16 +327,16 @@ def _working_directory(path: str) -> Iterator[None]:
 
 
 def _wait_for_go(status: int) -> None:
-    """Where the supervisor ends instead, the container never begins."""
+    """Wait for the byte that lets the process go on. If the supervisor ends instead, the container never starts."""
     if not os.read(status, 1):
         os._exit(1)
 
 
 def _continue_in_successor(reporter: _Reporter, start: _Start, master: list[int]) -> int:
-    """Returns in the successor only, with what it will be told to go by; CLONE_PARENT makes it the supervisor's child.
+    """Returns in the successor only, with the pipe it waits on to go; CLONE_PARENT makes it the supervisor's child.
 
-    What it has open are pipes: a socket would lead who takes it to the supervisor (SO_PEERPIDFD of unix(7)), and carry
-    descriptors to it. `seccomp_successor.CALLS` lists the system calls that are made once the filter is in force.
+    It has pipes open only: a socket would lead whoever takes it over to the supervisor (SO_PEERPIDFD of unix(7)), and
+    carry descriptors there. `seccomp.successor.CALLS` lists the system calls that are made once the filter is in force.
     """
     go, hold = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
     text, born = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
@@ -331,6 +345,7 @@ def _continue_in_successor(reporter: _Reporter, start: _Start, master: list[int]
     reporter.status = ours[2]
     credentials.confine_visibly(start.settings)
     if syscalls.clone(syscalls.CLONE_PARENT | syscalls.CLONE_PIDFD):
+        # Before BORN is sent: from then on the end of this pipe has to be the successor's.
         os.close(ours[2])
         os.write(ours[3], handshake.BORN)
         os.read(ours[1], 1)  # until the supervisor has found the successor
@@ -340,6 +355,7 @@ def _continue_in_successor(reporter: _Reporter, start: _Start, master: list[int]
 
 def _keep_only(*descriptors: int) -> list[int]:
     """Close all descriptors but the standard three and these, which get the numbers after them."""
+    # All are copied beyond the final numbers first: a dup2(2) could close one that has yet to be moved.
     beyond = _FIRST_OTHER + len(descriptors) + max(descriptors)
     copies = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, beyond) for descriptor in descriptors]
     for number, copy in enumerate(copies, _FIRST_OTHER):
@@ -358,4 +374,4 @@ def _text(error: BaseException) -> str:
 def _send(status: int, message: protocol.Body, descriptors: Sequence[int] = ()) -> None:
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=status)
     protocol.send(channel, protocol.encode(message), descriptors)
-    channel.detach()
+    channel.detach()  # or the descriptor would be closed with the object

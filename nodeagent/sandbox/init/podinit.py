@@ -18,7 +18,7 @@ from nodeagent.sandbox.runtime import process, procfs
 TITLE = "pod"
 
 _NOBODY = 65534
-# The pod ends with it, and it cannot grow; as other runtimes have it for this process.
+# The pod ends with it, and it cannot grow; other runtimes use the same value for this process.
 _OOM_SCORE_ADJ = -998
 
 
@@ -31,6 +31,7 @@ def main(status: int, tasks: Sequence[int], directory: str) -> NoReturn:
     os.setsid()  # kill(2) of 0 would reach the supervisors of all pods
     for file in tasks:
         os.write(file, b"0")
+    # All that takes a /proc comes before the node's is left.
     process.set_title(TITLE, TITLE)
     _spare_from_oom()
     report = socket.socket(fileno=status)
@@ -38,6 +39,7 @@ def main(status: int, tasks: Sequence[int], directory: str) -> NoReturn:
     _leave_node(directory)
     _drop_rights()
     protocol.send(report, protocol.encode({}), [shared_proc])
+    # After the report, which takes a socket; the filter last, which forbids to close anything.
     syscalls.close_range(0)
     seccomp.install(seccomp.allow_only(syscalls.PAUSE_CALLS), 0)
     while True:
@@ -59,7 +61,10 @@ def _leave_node(directory: str) -> None:
 
 
 def _drop_rights() -> None:
-    """Ignoring SIGCHLD makes the kernel reap (wait(2), "NOTES"): no code of ours has to run again."""
+    """Give up users, capabilities and the reaping of children.
+
+    Ignoring SIGCHLD makes the kernel reap them (wait(2), "NOTES"): no code of ours has to run again.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     capabilities.drop_bounding(0)
     os.setgroups([])

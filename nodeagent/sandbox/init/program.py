@@ -17,7 +17,7 @@ class Program(NamedTuple):
 
 
 def find(argv: list[str], env: list[str], home: str) -> Program:
-    """env: entries as ``NAME=value``; home: HOME where they have none."""
+    """Work out what to execute. env: entries as ``NAME=value``; home: HOME where they have none."""
     environment = {"HOME": home} | _environment(env)
     return Program(argv, _candidates(argv[0], environment.get("PATH") or DEFAULT_PATH), environment)
 
@@ -54,6 +54,7 @@ def _execute_first(candidates: list[str], argv: list[str], environment: dict[str
             absent = error.errno in (errno.ENOENT, errno.ENOTDIR)
             if not absent or candidate == argv[0]:
                 reason = os.strerror(error.errno or 0).lower()
+            # execvp(3) also goes on after EACCES, and reports it when no other candidate can be executed.
             if not absent and error.errno != errno.EACCES:
                 break
     return reason

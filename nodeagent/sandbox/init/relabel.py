@@ -14,8 +14,8 @@ from nodeagent.linux import syscalls
 
 ATTRIBUTE = "security.selinux"
 
-# Programs of the node could not do without the labels of these. The other runtimes refuse them as well, though not what
-# the short names are links to. What is below them may be a volume, and is relabelled.
+# Programs of the node need the labels of these. The other runtimes refuse them as well, though not what the short names
+# are links to. What is below them may be a volume, and is relabelled.
 NEVER = frozenset(
     "/ /bin /boot /dev /etc /etc/passwd /etc/pki /etc/shadow /home /lib /lib64 /media /opt /proc /root /run /sbin /srv"
     " /sys /tmp /usr /usr/bin /usr/lib /usr/lib64 /usr/sbin /var /var/lib /var/log".split()
@@ -33,7 +33,7 @@ _PASSED_OVER = _GONE | {errno.EXDEV}  # a mount point is not of this tree
 
 
 def require_relabelable(root: int, path: str) -> None:
-    """Raises InvalidArgument for what has to keep its label for the node. path: as asked for; root: opened by it."""
+    """Refuse, with InvalidArgument, what has to keep its label for the node. path: as requested; root: opened by it."""
     meant = os.readlink(f"/proc/self/fd/{root}")
     if meant in NEVER:
         raise InvalidArgument(
@@ -59,10 +59,11 @@ def relabel_tree(root: int, label: str, path: str) -> None:
 
 
 def relabel_file(file: int, label: str, path: str) -> bool:
-    """Label this file alone, be it a link or a socket. False where the file system keeps no labels.
+    """Label this file alone, even a link or a socket. False where the file system keeps no labels.
 
     Raises FailedPrecondition where it cannot have the label.
     """
+    # fsetxattr(2) refuses an O_PATH descriptor (EBADF, open(2)); through procfs it is the same file.
     name = f"/proc/self/fd/{file}"
     try:
         if _label_of(name) != label:
@@ -86,7 +87,7 @@ def _label_of(name: str) -> str:
 
 
 def _relabel_below(directory: int, label: str, path: str, depth: int) -> None:
-    """Parents before what is in them: what is made in a directory meanwhile takes its label."""
+    """Label what is in a directory that has its label already: what is made in it meanwhile takes that label."""
     with os.scandir(directory) as entries:
         for entry in entries:
             below = f"{path}/{entry.name}"
@@ -104,7 +105,7 @@ def _relabel_below(directory: int, label: str, path: str, depth: int) -> None:
 
 
 def _relabel_entry(directory: int, name: str, label: str, path: str) -> int:
-    """A descriptor to read by what is in a directory; -1 of all else, and of what has vanished."""
+    """Label an entry. Returns a descriptor to read it by if it is a directory; -1 otherwise, and if it has vanished."""
     try:
         file = syscalls.openat2(directory, name, _UNFOLLOWED, resolve=_INSIDE)
     except OSError as error:

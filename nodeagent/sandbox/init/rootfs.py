@@ -1,7 +1,7 @@
 """Execution of a mount plan: the root file system of a container, ready to be entered.
 
-Runs in the container's first process, in a mount namespace that is still a copy of the node's. All host paths are
-opened before anything of the container is looked at. From then on the container's tree is touched only through
+It runs in the container's first process, in a mount namespace that is still a copy of the node's. All host paths are
+opened before anything of the container is examined. From then on the container's tree is touched only through
 `nodeagent.linux.confined`, one walk for each path, and through the descriptors that come of it; a mount is made
 detached and attached when it is complete. Descriptors are left open: all of them are closed at once before execve.
 """
@@ -40,7 +40,7 @@ from nodeagent.sandbox.spec import ContainerPlan, Mount, Volume
 
 # A link would lead a file system of the kernel away from its masks, and the pod's shared memory out of /dev.
 _NEVER_THROUGH_LINKS = frozenset(("/proc", "/sys", "/dev", "/dev/shm"))
-_PROC_ROOT_INO = 1  # of every procfs
+_PROC_ROOT_INO = 1  # of every procfs (PROC_ROOT_INO of linux/proc_ns.h)
 
 
 class Source(NamedTuple):
@@ -51,7 +51,7 @@ class Source(NamedTuple):
 
 
 class Assembly(NamedTuple):
-    """A root file system in the making.
+    """A root file system that is being assembled.
 
     dev: the root of the container's own /dev, by which all in it is reached; -1 where the request mounts one.
     procfs: a detached one that is used instead of a new one, -1 without.
@@ -79,19 +79,22 @@ def assemble(plan: ContainerPlan, maps: IdMaps, procfs: int = -1) -> Assembly:
     upper, work = open_own_layers(plan["rootfs"], maps)
     sources = [_open_source(mount, maps) for mount in plan["mounts"]]
     own = [(volume, volumes.make(volume["source"])) for volume in plan.get("volumes", [])]
-    mounts.isolate()
+    mounts.isolate()  # from here on nothing that is mounted reaches the node, but through a shared volume
     label = plan["rootfs"].get("label", "")
     scratch = make_scratch(os.path.dirname(plan["rootfs"]["upper"]), label)
     directories = layer_directories(scratch, lower, maps)
     point = mount_point(scratch, "root")
     root = mounts.mount_overlay(point, directories, upper, work, label=label)
     _forbid_devices(root, own, plan, maps)
+    # What is made from here on, mount points included, belongs to the container's root.
     idmaps.act_as_root(maps)
     dev = make_dev(plan, maps)
     sealed = [root] if plan["rootfs"]["readonly"] else []
     shares = any(mount["propagation"] == "shared" for mount in plan["mounts"])
     devices = tuple(os.fstat(place).st_dev for place in (root, dev) if place != -1)
     assembly = Assembly(root, dev, scratch, maps, procfs, sealed, devices, shares)
+    # In this order: devices while the root has no mounts, volumes while it has none of the request, to copy from the
+    # image and from nothing else.
     make_devices_outside_dev(root, plan, maps)
     for volume, tree in own:
         _attach_volume(root, volume, tree)
@@ -149,9 +152,9 @@ def _clone_host_path(mount: Mount, maps: IdMaps) -> int:
 def _forbid_devices(
     root: int, own: list[tuple[Volume, int]], plan: ContainerPlan, maps: IdMaps
 ) -> None:
-    """A device of the image would belong to the root of the user namespace, who gets none of the node's.
+    """Forbid devices of the image in a user namespace, whose root would own them and gets none of the node's.
 
-    One that is asked for outside of /dev is made in the image's own file system, which has to allow it then.
+    A device that is requested outside of /dev is made in the image's own file system, which has to allow it then.
     """
     if maps.is_node:
         return
@@ -162,14 +165,14 @@ def _forbid_devices(
 
 
 def _attach_volume(root: int, volume: Volume, tree: int) -> None:
-    """While nothing is mounted in the root but others of them, so that what is copied is the image's."""
+    """Fill a volume and attach it, while only other volumes are mounted: what is copied is the image's."""
     what = f"volume of the image at {volume['target']}"
     try:
         target = confined.make_path(root, volume["target"], directory=True)
         if not is_directory(target):
             raise FailedPrecondition(f"{what}: the image has a file there")
         if os.path.samestat(os.fstat(target), os.fstat(root)):
-            return  # by a link of the image to its root, where a volume has no meaning: see `filesystems.image_volumes`
+            return  # by a link of the image to its root, where a volume has no meaning
         volumes.fill(tree, target)
         if "label" in volume:
             relabel.relabel_tree(tree, volume["label"], volume["source"])
@@ -188,7 +191,7 @@ def _execute(assembly: Assembly, mount: Mount, source: Source) -> None:
 
 
 def _tree(assembly: Assembly, mount: Mount, source: Source) -> int:
-    """Read-only file systems of ours are sealed at the end, since mount points may have to be made in them."""
+    """The tree to attach; a read-only one of ours is sealed at the end, as mount points may have to be made in it."""
     if mount["kind"] == "bind":
         return source.tree
     if mount["kind"] == "image":
@@ -221,11 +224,11 @@ def _attach(assembly: Assembly, mount: Mount, tree: int) -> None:
 
 
 def _move_mount(assembly: Assembly, tree: int, target: int, ours: str = "") -> None:
-    """Nothing is attached to a mount that is shared with the node so that it appears there, and stays there.
+    """Attach a tree, but never so that it appears on the node, by a mount that is shared with it, and stays there.
 
-    It would cover the node's /dev/pts or /sys/fs/cgroup, for one. What a request mounts in what it shares, and masks,
-    are attached apart; what every container has is not attached at all: to take it away again would take away what the
-    node has at that place. ours: what errors call a mount of that kind.
+    It would cover the node's /dev/pts or /sys/fs/cgroup, for example. What a request mounts in what it shares, and
+    masks, are attached apart; what every container has is not attached at all: removing it again would remove what the
+    node has at that place. ours: how errors describe a mount of that kind.
     """
     if not assembly.shares or mounts.propagation_of(target) != "shared":
         syscalls.move_mount(tree, target)
@@ -239,7 +242,7 @@ def _move_mount(assembly: Assembly, tree: int, target: int, ours: str = "") -> N
 
 
 def _open_target(assembly: Assembly, mount: Mount, directory: bool) -> int:
-    """What is mounted in a /dev of our own is reached through that file system, whatever the root has at its place."""
+    """Open where to mount; in a /dev of our own through that file system, whatever the root has at its place."""
     path = mount["target"]
     own_dev = assembly.dev != -1 and path.startswith("/dev/")
     follow = not (
@@ -271,9 +274,9 @@ def _open_target(assembly: Assembly, mount: Mount, directory: bool) -> int:
 
 
 def _check_procfs(assembly: Assembly, mount: Mount, target: os.stat_result, tree: int) -> None:
-    """Nothing of a request covers procfs, be it that a link leads there: what counts is what the target is.
+    """Refuse mounts of a request over procfs, even through a link: what counts is what the target is.
 
-    A program of the container that sets a label or a limit would write it into a file of whoever asked for the mount.
+    Programs that set a label or a limit would write it into a file of whoever asked for the mount (CVE-2019-16884).
     """
     path = mount["target"]
     if path == "/proc":
@@ -288,9 +291,6 @@ def _check_procfs(assembly: Assembly, mount: Mount, target: os.stat_result, tree
             f"mount {describe(mount)}: is inside of procfs; only these files of it can be covered,"
             f" by their names: {', '.join(sorted(rootfs_defaults.MOUNTABLE_IN_PROCFS))}"
         )
-
-
-# ---- devices ----
 
 
 # ---- masks ----

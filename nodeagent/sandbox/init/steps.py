@@ -1,4 +1,4 @@
-"""What the steps of a mount plan have in common: how their errors read, and looking for a path of the container."""
+"""What the steps of a mount plan have in common: the form of their errors, and finding a path of the container."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ from nodeagent.linux import confined
 
 DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
-# What a path of a request, of an image or of a volume can be at fault for: EISDIR where a file was to be mounted.
+# Errors that are the fault of a path of a request, an image or a volume; EISDIR where a file was to be mounted.
 _FAULTS_OF_A_PATH = frozenset(
     (errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS, errno.ENAMETOOLONG)
 )
@@ -27,7 +27,7 @@ def is_directory(descriptor: int) -> bool:
 
 
 def find(root: int, path: str) -> int | None:
-    """What the container finds there, if it finds something."""
+    """What the container finds at a path, as an O_PATH descriptor; None if it finds nothing."""
     try:
         return confined.open_path(root, path)
     except OSError as error:

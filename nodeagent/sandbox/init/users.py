@@ -1,7 +1,7 @@
-"""Who a process runs as, from a request and the /etc/passwd and /etc/group of the container's own root.
+"""The identity of a process, from a request and the /etc/passwd and /etc/group of the container's own root.
 
-The files are a stranger's: they are found confined to the root, opened only when they have proved to be regular and of
-bounded size, and lines that make no sense are skipped. The node's name services are never asked (passwd(5), group(5)).
+The files are not trusted: they are found confined to the root, opened only when they have proved to be regular and of
+bounded size, and malformed lines are skipped. The node's name services are never asked (passwd(5), group(5)).
 """
 
 import os
@@ -16,7 +16,7 @@ from nodeagent.sandbox.spec import Identity, UserRequest
 
 MAX_FILE_BYTES = 1 << 20
 _MAX_LINE_BYTES = 64 << 10
-_MAX_GROUPS = 65536  # NGROUPS_MAX
+_MAX_GROUPS = 65536  # NGROUPS_MAX (getgroups(2))
 
 _PASSWD = "/etc/passwd"
 _GROUP = "/etc/group"
@@ -42,7 +42,7 @@ class Group(NamedTuple):
 def resolve(root: int, own: int, request: UserRequest) -> Identity:
     """Resolve against the files inside the directory `root`; own: of `confined.own_descriptors`.
 
-    Raises `NotFound` for a name that is not there, `InvalidArgument` for a file that can't be one of its kind.
+    Raises `NotFound` for a name that is in neither, `InvalidArgument` for a file that is not regular or too large.
     """
     passwd = read_file(root, own, _PASSWD)
     group = read_file(root, own, _GROUP) if _needs_groups(request) else b""

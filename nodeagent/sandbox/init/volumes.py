@@ -20,7 +20,7 @@ from nodeagent.linux import confined, mounts
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_CHECK_BYTES = 4 << 20  # after which the disk is looked at again
+_CHECK_BYTES = 4 << 20  # after which the free space is checked again
 _ENTRY_BYTES = 4096  # a file or directory takes about a block besides its content
 _OVERLAYS_OWN = "trusted."
 
@@ -28,7 +28,7 @@ _OVERLAYS_OWN = "trusted."
 def make(path: str) -> int:
     """A new directory as a detached mount of its own, which propagates nothing.
 
-    What a start that is repeated finds of the one before goes.
+    What an earlier attempt to start has left there is removed.
     """
     files.ensure_directory(os.path.dirname(path), 0o700)
     files.remove_tree(path)
@@ -114,7 +114,7 @@ class _Copy:
             start += moved
 
     def _spend(self, size_bytes: int) -> None:
-        """To be called before so much is written."""
+        """Count what is about to be written, and check from time to time that there is room for it."""
         self._unchecked += size_bytes
         if self._unchecked >= _CHECK_BYTES:
             self._unchecked = 0
@@ -131,7 +131,7 @@ def _opened(root: int, path: str) -> Iterator[int]:
 
 
 def _data(file: int) -> Iterator[tuple[int, int]]:
-    """Where a file has data; what is between is holes (lseek(2))."""
+    """The ranges of a file that have data; what is between them is holes (lseek(2))."""
     end, size = 0, os.fstat(file).st_size
     while end < size:
         try:
@@ -156,12 +156,12 @@ def _copy_special(source: int, target: int, name: str, status: os.stat_result) -
 
 
 def _copy_attributes(source: int, target: int) -> None:
-    """The owner first: with another one, set-user-ID bits and capabilities go."""
+    """Copy them with the owner first: a change of it clears set-user-ID bits and file capabilities (chown(2))."""
     status = os.fstat(source)
     os.fchown(target, status.st_uid, status.st_gid)
     os.fchmod(target, stat.S_IMODE(status.st_mode))
     for name in os.listxattr(source):
         if not name.startswith(_OVERLAYS_OWN):
-            with suppress(OSError):  # one that the node's file system has not got
+            with suppress(OSError):  # one that the node's file system does not have
                 os.setxattr(target, name, os.getxattr(source, name))
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
