@@ -1,8 +1,8 @@
 """The processes below one of ours: making them, and learning of their end.
 
-A launcher and a supervisor are child subreapers: besides what they make, they become parent of what its parents
-leave behind. The end of a known child is told to its owner while it is still a zombie, so that it can be written down
-before the kernel forgets it; strangers are just reaped.
+A launcher and a supervisor are child subreapers (prctl(2)): besides what they fork, they become the parent of its
+orphaned descendants. The owner of a known child is told of its end while it is still a zombie, so that the end can be
+written down before the kernel forgets it; others are just reaped.
 """
 
 import errno
@@ -19,14 +19,14 @@ Ended = Callable[[int], None]
 
 
 class Child(NamedTuple):
-    """pidfd belongs to who asked for the child."""
+    """A process that was made. The pidfd belongs to the caller."""
 
     pid: int
     pidfd: int
 
 
 class Children:
-    """Those of this process; there is one object of this class."""
+    """The children of this process; there is one object of this class."""
 
     def __init__(self, loop: Loop, stranger: Callable[[], None] = lambda: None) -> None:
         """stranger: called when an unknown child has ended, and last chance to `adopt` it."""
@@ -34,6 +34,7 @@ class Children:
         self._stranger = stranger
         syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
         self._pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        # A handler that does nothing: without one Python installs none, and nothing is written to the pipe.
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         loop.watch(self._pipe[0], self._signalled)
@@ -92,6 +93,7 @@ class Children:
         try:
             if pid in self._owners:
                 raise FileExistsError(errno.EEXIST, "a child that is known already", str(pid))
+            # It only asks whether this is a child: ECHILD if not (waitid(2); P_PIDFD since Linux 5.4).
             os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             os.close(pidfd)
@@ -103,7 +105,7 @@ class Children:
         return Child(pid, pidfd)
 
     def any(self) -> bool:
-        """Whether there are children, be they dead."""
+        """Whether there are children, even dead ones."""
         try:
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
@@ -117,6 +119,7 @@ class Children:
                 pids = file.read().split()
         except FileNotFoundError:
             return
+        # No pid can be another process's yet: a child that ends stays a zombie until this process reaps it.
         for pid in pids:
             os.kill(int(pid), signal.SIGKILL)
 
@@ -139,6 +142,8 @@ class Children:
             self._bury(end)
 
     def _bury(self, end: os.waitid_result) -> None:
+        # The owner is asked for after the call, which may `adopt` the process. Reaped last: until then nobody else gets
+        # its pid, and its end can still be read (proc(5)).
         if end.si_pid not in self._owners:
             guarded(self._stranger)
         owner = self._owners.pop(end.si_pid, None)
@@ -148,7 +153,7 @@ class Children:
 
 
 def exit_code(end: os.waitid_result) -> int:
-    """As a shell reports it: 0-255, or 128 + n for signal n."""
+    """The exit code in a shell's terms: 0-255, or 128 + n for signal n."""
     return end.si_status if end.si_code == os.CLD_EXITED else 128 + end.si_status
 
 

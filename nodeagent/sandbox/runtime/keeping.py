@@ -1,4 +1,4 @@
-"""How a supervisor leaves with the launcher what its successor will need, should it be killed.
+"""A supervisor's connection to the launcher, which keeps what its successor will need, should it be killed.
 
 The launcher holds copies of descriptors, nothing else; what they mean is in the pod's directory. A supervisor that
 outlives its launcher goes to the next one by itself.
@@ -19,7 +19,7 @@ _RETRY_MS = 1000
 
 
 class Deposit(NamedTuple):
-    """What is kept of one container. oom_kills: the counter's value when the container was made."""
+    """What the launcher keeps of one container. oom_kills: the counter's value when the container was made."""
 
     pid: int
     oom_kills: int
@@ -39,7 +39,7 @@ class Keeper:
         self._peer: Peer | None = Peer(loop, connection, self._received, self._lost)
 
     def serve(self, deposits: Callable[[], Mapping[str, Deposit]]) -> None:
-        """The pod is there. deposits: all there are, for a new launcher."""
+        """Report that the pod has been made. deposits: all there are, for a new launcher."""
         self._deposits = deposits
         self._send({"op": "ready"})
 
@@ -53,8 +53,8 @@ class Keeper:
     ) -> None:
         """Have these descriptors closed, or all of the container, and only then close `ours`, which are given up.
 
-        Who closes the last copy of a pipe may have to wait for a container that holds its lock: never the launcher,
-        which serves all pods.
+        Closing the last copy of a pipe may have to wait for a container that holds its lock: the launcher, which serves
+        all pods, must never be the last.
         """
         self._number += 1
         self._closing[self._number] = list(ours)
@@ -74,11 +74,11 @@ class Keeper:
         protocol.close_all(self._closing.pop(number, ()))
 
     def done(self) -> None:
-        """The pod has ended, and nobody shall succeed us."""
+        """Report that the pod has ended, so that no successor is started."""
         self._send({"op": "done"})
 
     def fail(self, error: BaseException) -> None:
-        """The pod could not be made."""
+        """Report that the pod could not be made."""
         self._send({"op": "failed", **protocol.describe_error(error)})
 
     def _received(self, _peer: Peer, message: protocol.Message) -> None:

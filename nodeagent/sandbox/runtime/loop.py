@@ -54,12 +54,12 @@ class Loop:
         self._epoll.modify(descriptor, events)
 
     def forget(self, descriptor: int) -> None:
-        """To be called before the descriptor is closed: a copy of it elsewhere would keep it in the set."""
+        """Stop watching. To be called before the descriptor is closed: a copy elsewhere would keep it in the set."""
         if self._handlers.pop(descriptor, None) is not None:
             self._epoll.unregister(descriptor)
 
     def call_at(self, at: int, action: Callable[[], None]) -> Timer:
-        """at: ns of the monotonic clock."""
+        """Call `action` once. at: ns of the monotonic clock."""
         if len(self._timers) >= self._sweep_at:
             self._sweep()
         timer = Timer(at, action)
@@ -67,7 +67,7 @@ class Loop:
         return timer
 
     def _sweep(self) -> None:
-        """A command that ends in a millisecond leaves the timer of its timeout, which may be an hour."""
+        """Drop cancelled timers: a command that ends in a millisecond leaves that of its timeout, maybe an hour."""
         self._timers = [timer for timer in self._timers if timer.action is not None]
         heapq.heapify(self._timers)
         self._sweep_at = max(_SWEEP_AT, 2 * len(self._timers))
@@ -83,6 +83,7 @@ class Loop:
         self._running = True
         while self._running:
             for descriptor, events in self._epoll.poll(self._patience()):
+                # An earlier handler of this round may have closed it.
                 handler = self._handlers.get(descriptor)
                 if handler is not None:
                     guarded(handler, events)
@@ -122,7 +123,7 @@ def report(text: str) -> None:
 
 
 def _report_exception() -> None:
-    """As the interpreter does it, without the modules that its Python version needs."""
+    """Report it as the interpreter does, without the modules that `traceback` imports."""
     try:
         sys.__excepthook__(*sys.exc_info())
         sys.stderr.flush()

@@ -1,7 +1,7 @@
 """The server's side of the protocol: a listening socket, the peers that connect, their requests.
 
-Only root is served. A peer that does not read its replies is disconnected when they exceed a bound; nobody waits
-for it.
+Only root is served. A peer that does not read its replies is disconnected when they exceed a bound; sending never
+blocks.
 """
 
 import os
@@ -22,7 +22,7 @@ _PAUSE_MS = 200
 
 
 class Peer:
-    """One connection. Messages that find no room wait, in order; `closed` is called once, when it has ended."""
+    """One connection. Messages for which the socket has no room wait, in order; `closed` is called once, at its end."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Peer:
         loop.watch(connection.fileno(), self._ready)
 
     def send(self, body: Body, fds: Sequence[int] = ()) -> None:
-        """The descriptors stay the caller's. To a peer that has gone, nothing is sent."""
+        """Send a message, or nothing if the connection has ended. The descriptors stay the caller's."""
         if not self._open:
             return
         packet = protocol.encode(body)
@@ -60,7 +60,7 @@ class Peer:
         except BlockingIOError:
             return False
         except (BrokenPipeError, ConnectionResetError):
-            pass  # what it has said before it went is still to be received, and then its end
+            pass  # what it sent before it closed is still to be received, and then the end
         return True
 
     def _ready(self, events: int) -> None:
@@ -91,7 +91,9 @@ class Peer:
         except BlockingIOError:
             return False
         except ConnectionResetError:
-            return True  # it did not read all of ours, and this comes before what it said
+            return (
+                True  # it closed with messages of ours unread; this error comes before what it sent
+            )
         except ValueError as error:
             self.send({"id": None, **protocol.describe_error(InvalidArgument(str(error)))})
             return True
@@ -116,7 +118,7 @@ class Peer:
 
 
 class Request:
-    """What a peer asks. An operation takes the descriptors it wants to keep; it replies once, now or later."""
+    """A request of a peer. An operation takes the descriptors it wants to keep; it replies once, now or later."""
 
     def __init__(self, peer: Peer, message: protocol.Message) -> None:
         self.peer = peer
@@ -155,7 +157,7 @@ Operation = Callable[[Request], None]
 
 
 def perform(operations: Mapping[str, Operation], peer: Peer, message: protocol.Message) -> None:
-    """Do what a request asks; whatever is wrong with it becomes its reply."""
+    """Carry out a request; whatever is wrong with it becomes its reply."""
     request = Request(peer, message)
     name = request.body.get("op")
     try:
@@ -172,7 +174,7 @@ def perform(operations: Mapping[str, Operation], peer: Peer, message: protocol.M
 
 
 class Listener:
-    """The socket `path`, mode 600, and who connects to it."""
+    """The socket `path`, mode 600, which accepts connections of root."""
 
     def __init__(self, loop: Loop, path: str, accepted: Callable[[socket.socket], None]) -> None:
         self._loop = loop
@@ -201,10 +203,10 @@ class Listener:
             connection.close()
 
     def _pause(self, error: OSError) -> None:
-        """Without descriptors whoever wants to connect stays in the queue, which would wake the loop without end."""
+        """Stop accepting for a moment: with descriptors used up, the queue would wake the loop without end."""
         if not self._failing:
             self._failing = True
-            report(f"{self._path}: nobody can connect: {error.strerror}")
+            report(f"{self._path}: cannot accept connections: {error.strerror}")
         self._loop.forget(self._socket.fileno())
         self._loop.call_after(_PAUSE_MS, self._watch)
 
@@ -215,7 +217,7 @@ def _listen(path: str) -> socket.socket:
         os.unlink(path)
     except FileNotFoundError:
         pass
-    # bind(2) gives the file the mode of the socket.
+    # Before bind(2), which gives the file the mode of the socket: others never find it open.
     os.fchmod(listener.fileno(), 0o600)
     with protocol.address(path) as address:
         listener.bind(address)

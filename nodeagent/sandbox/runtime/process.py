@@ -1,4 +1,4 @@
-"""What a launcher or a supervisor does to itself: its name, its place, who may look at it."""
+"""What a launcher or a supervisor does to itself, and to its children: names, protection, and who may trace it."""
 
 import os
 import signal
@@ -15,15 +15,15 @@ _SPARED = -999
 
 
 def set_title(name: str, title: str) -> None:
-    """What ps shows: the name, of 15 bytes, and as the command the title, in the memory of the arguments (proc(5))."""
+    """Set what ps shows: a name of 15 bytes, and a title as the command, in the memory of the arguments (proc(5))."""
     syscalls.set_name(name)
-    fields = stat_fields("self")
+    fields = stat_fields("self")  # arg_start and arg_end are 48 and 49 of proc_pid_stat(5)
     start, end = int(fields[45]), int(fields[46])
     text = title.encode()[: end - start - 1].ljust(end - start, b"\0")
     try:
         memory = os.open("/proc/self/mem", os.O_WRONLY | os.O_CLOEXEC)
     except OSError:
-        return  # a kernel may forbid it (proc_mem.restrict_write); the short name has to do then
+        return  # a kernel may forbid it (proc_mem.restrict_write); only the short name is set then
     try:
         os.pwrite(memory, text, start)
     except OSError:
@@ -33,12 +33,12 @@ def set_title(name: str, title: str) -> None:
 
 
 def hide() -> None:
-    """Nobody without CAP_SYS_PTRACE sees our memory, descriptors or executable."""
+    """Forbid everyone without CAP_SYS_PTRACE to see our memory, descriptors or executable (prctl(2))."""
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
 
 
 def protect_from_oom() -> str:
-    """Have the OOM killer spare us and what we fork; returns why that cannot be had, or ""."""
+    """Have the OOM killer spare this process and what it forks; returns why it cannot, or ""."""
     try:
         set_oom_score(_SPARED)
     except OSError as error:
@@ -47,13 +47,13 @@ def protect_from_oom() -> str:
 
 
 def ignore_terminal() -> None:
-    """A Ctrl-C is meant for others; who connects and goes away is told by an error, not by a signal."""
+    """Ignore Ctrl-C, which is meant for others, and SIGPIPE: a connection that has ended is an error of the call."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
 def is_of_ours(pid: int) -> bool:
-    """Whether a process still executes what we do, and no program of a container; True of one that is dead."""
+    """Whether a process still executes this program, and not a container's; True of a dead one."""
     try:
         return os.path.samestat(os.stat(f"/proc/{pid}/exe"), os.stat("/proc/self/exe"))
     except OSError:
@@ -61,7 +61,7 @@ def is_of_ours(pid: int) -> bool:
 
 
 def ours_in(pid_namespace: os.stat_result) -> list[int]:
-    """pidfds of all in a PID namespace that still execute what we do: what is prepared there in sight."""
+    """pidfds of all in a PID namespace that still execute this program: processes that are prepared there, visibly."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdecimal():
@@ -72,7 +72,10 @@ def ours_in(pid_namespace: os.stat_result) -> list[int]:
 
 
 def _open_ours(pid: int, pid_namespace: os.stat_result) -> int | None:
-    """Looked at after its pidfd has been opened, so that it is about this process that the signs are right."""
+    """A pidfd of the process if it executes this program.
+
+    It is examined after its pidfd has been opened, and has not been reaped then: the answer is about this process.
+    """
     try:
         if not os.path.samestat(os.stat(f"/proc/{pid}/ns/pid"), pid_namespace):
             return None
@@ -109,7 +112,7 @@ def reopen_pipes(pid: int, inodes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _reopen_pipe(path: str, inode: int | None, flags: int) -> int | None:
-    """None: it is another file. What that is the process decides, so it is looked at before it is opened."""
+    """Open the pipe; None if it is another file: the process chooses that, so it is examined before it is opened."""
     place = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         status = os.fstat(place)
@@ -122,7 +125,7 @@ def _reopen_pipe(path: str, inode: int | None, flags: int) -> int | None:
 
 
 def _pipe_device() -> int:
-    """All pipes without a name are of one file system; a FIFO with the same inode is of another."""
+    """The device of the kernel's own file system of unnamed pipes; a FIFO with the same inode is on another."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
         return os.fstat(reader).st_dev

@@ -1,7 +1,7 @@
 """The procfs of a PID namespace that a container shares.
 
-A new procfs shows the PID namespace of the process that mounts it (procfs(5); others only from Linux 6.17 on). Who
-prepares a container from outside its PID namespace therefore clones a mount that was made inside.
+A new procfs shows the PID namespace of the process that mounts it (proc(5)); only newest kernels have an option for
+another one. A process that prepares a container from outside its PID namespace therefore clones a mount made inside.
 """
 
 import errno
@@ -19,7 +19,7 @@ def make() -> int:
 
 
 def of_shared(process: int, path: str) -> int:
-    """A detached procfs of the PID namespace of the process of a pidfd, which the caller's children will be born in.
+    """A detached procfs of the PID namespace of a pidfd's process, in which the caller's children will be born.
 
     path: where one is mounted on the node; "" clones the one at /proc of that process, and raises FailedPrecondition
     where that has another one, or none.
@@ -36,6 +36,7 @@ def of_shared(process: int, path: str) -> int:
 
 
 def _clone_of(process: int) -> int:
+    # Opened before: /proc is the container's from the first call on.
     own = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     syscalls.setns(process, syscalls.CLONE_NEWNS)
     try:
@@ -46,7 +47,10 @@ def _clone_of(process: int) -> int:
 
 
 def _clone(path: str) -> int:
-    """Without what is mounted below; but with it where that is locked, as the masks of a user namespace are."""
+    """Clone a mount without what is mounted below, but with it where that is locked, as masks in a user namespace are.
+
+    open_tree(2) refuses with EINVAL to uncover what locked mounts cover.
+    """
     directory = os.open(path, _DIRECTORY | os.O_NOFOLLOW)
     try:
         return mounts.clone_tree(directory, recursive=False)
@@ -59,7 +63,10 @@ def _clone(path: str) -> int:
 
 
 def _require_namespace_of_children(tree: int) -> None:
-    """A container may have put anything at its /proc; the first process of a namespace cannot leave that."""
+    """Require that the tree is a procfs of the namespace: a container may have put anything at its /proc.
+
+    The first process of a PID namespace cannot leave it, so that its namespace tells that of the procfs.
+    """
     expected = os.stat("/proc/self/ns/pid_for_children")
     try:
         if syscalls.statfs_type(tree) != syscalls.PROC_SUPER_MAGIC:

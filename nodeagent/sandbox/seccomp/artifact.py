@@ -1,10 +1,9 @@
 """Compiling seccomp profiles that anybody may have written, in a process of their own.
 
 Four rules can keep libseccomp busy for hours: the ways through conditions on several arguments multiply. Whoever makes
-a pod names the artifact, so what it costs is bounded by the kernel, in a program (`main`) that a thread of the agent
-starts and waits for. There are a few of these threads for the whole agent: what waits for one is in their queue, and
-takes no thread that anything else needs. A profile in a file of the node is its administrator's, and is compiled in the
-agent.
+a pod names the artifact, so its cost is bounded by the kernel, in a program (`main`) that a thread of the agent starts
+and waits for. There are a few of these threads for the whole agent: requests wait in their queue, and take no thread
+that anything else needs. A profile in a file of the node is its administrator's, and is compiled in the agent.
 """
 
 import base64
@@ -29,7 +28,7 @@ _CACHED = 64
 
 _FIRST_TO_GO = 1000  # OOM_SCORE_ADJ_MAX
 
-# Return codes. The first is that of the OOM killer, which profiles are not to blame for.
+# Return codes. The first is that of the OOM killer, which is not the profile's fault.
 _SIGKILL, _SIGXCPU = -9, -24
 _TOO_MUCH = (
     f"takes more than {CPU_SECONDS} s or {MEMORY_BYTES >> 20} MiB to compile; use fewer conditions"
@@ -58,10 +57,10 @@ _threads = ThreadPoolExecutor(COMPILERS, "seccomp")
 
 
 def compiled(text: bytes, held: int, base: Filter | None = None) -> Future[Filter]:
-    """A profile's text, for processes with these capabilities, together with its base.
+    """Compile a profile's text, for processes with these capabilities, together with its base.
 
-    Has InvalidArgument and Unsupported for the profile's faults, Unavailable and ResourceExhausted for others. One that
-    is cancelled before its turn is not compiled; one that has begun keeps its thread to the end.
+    The future raises InvalidArgument and Unsupported for the profile's faults, Unavailable and ResourceExhausted for
+    others. One that is cancelled before its turn is not compiled; one that has begun keeps its thread to the end.
     """
     return _threads.submit(_compiled, text, held, base)
 
@@ -117,8 +116,9 @@ def _decoded(found: _Encoded) -> Filter:
 
 def main() -> None:
     """Read an order, write a filter or an error, all of it JSON."""
-    # The agent's unit has it spared by the OOM killer, which is inherited: this is what is to go first.
+    # The agent's unit protects it from the OOM killer, and a child inherits that: this one is to be killed first.
     processes.set_oom_score(_FIRST_TO_GO)
+    # SIGXCPU at the soft limit tells this end from the OOM killer's; SIGKILL follows at the hard one (setrlimit(2)).
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,9 +1,9 @@
 """The seccomp profile of containers that ask for the runtime's default, as data.
 
-Allowed is what programs use and what acts on nothing but themselves, their files and their own namespaces. What is
-left out of all lists is refused with EPERM: keyrings, io_uring, userfaultfd, kexec, swap, modules of the kernel, old
-calls that nothing calls any more. What is newer than all lists does not exist for the container (ENOSYS), so that
-libraries fall back to what they did before.
+It allows what programs use and what acts on nothing but themselves, their files and their own namespaces. What is in
+no list is refused with EPERM: keyrings, io_uring, userfaultfd, kexec, swap, modules of the kernel, old calls that
+nothing calls any more. What is newer than all lists does not exist for the container (ENOSYS), so that libraries fall
+back to what they did before.
 """
 
 from typing import NamedTuple
@@ -56,7 +56,7 @@ ALLOWED = """
     utimensat_time64 utimes vfork vmsplice wait4 waitid waitpid write writev
 """.split()
 
-# Allowed besides to those who hold the capability, without which the kernel would refuse most of it anyway.
+# Allowed in addition to processes that hold the capability, without which the kernel would refuse most of it anyway.
 ALLOWED_WITH = {
     "BPF": "bpf".split(),
     "DAC_READ_SEARCH": "open_by_handle_at".split(),
@@ -104,7 +104,7 @@ NUMBERS = {
 
 
 class Masked(NamedTuple):
-    """Allowed where the argument, reduced by the mask, has the value."""
+    """A condition: the bits of the mask have, in this argument, the value."""
 
     argument: int
     mask: int
@@ -113,11 +113,12 @@ class Masked(NamedTuple):
 
 _INT = 0xFFFFFFFF
 
-# To those without SYS_ADMIN: no new namespaces. All of clone's CLONE_NEW… flags; clone3 hides its flags in memory,
-# and is made not to exist, which makes C libraries use clone.
+# No new namespaces without SYS_ADMIN: the mask has clone's CLONE_NEW… flags. clone3 has its flags in memory, which no
+# filter sees; it is made not to exist (ENOSYS), which makes C libraries use clone.
 CLONE = (Masked(0, 0x7E020000, 0),)
 
-# ADDR_COMPAT_LAYOUT and its like weaken a process: allowed are Linux, Linux with 32 bits, both as 2.6, and asking.
+# ADDR_COMPAT_LAYOUT and its like weaken a process: allowed are PER_LINUX, PER_LINUX32, both with UNAME26, and the query
+# of the present one (personality(2)).
 PERSONALITY = tuple(Masked(0, _INT, value) for value in (0x0, 0x8, 0x20000, 0x20008, _INT))
 
 # All address families up to 47 except 38, AF_ALG, whose splices have written to page caches that containers share,
@@ -132,5 +133,6 @@ SOCKET = (
     Masked(0, _INT ^ 3, 44),
 )
 
-# Names the family of a socket in memory, where no filter sees it; C libraries do without since Linux 4.3.
+# socketcall(2) has the family of a socket in memory, where no filter sees it. Without it C libraries use the separate
+# calls, which 32-bit x86 has since Linux 4.3.
 ABSENT = ("socketcall",)

@@ -1,6 +1,6 @@
-"""What a compiled filter does with each system call of this machine's architecture, for people to read.
+"""A readable description of a compiled filter: what it does with each system call of this machine's architecture.
 
-It is read out of the program that the kernel runs, whatever profiles that was made from.
+It is derived from the program that the kernel runs, whatever profiles that was made from.
 """
 
 import functools
@@ -24,9 +24,9 @@ _NUMBERED = (libseccomp.ACT_ERRNO, libseccomp.ACT_TRACE)
 
 @functools.lru_cache(64)
 def describe(program: bytes) -> dict[str, list[str]]:
-    """The names of system calls by what is done with them, as in ``{"SCMP_ACT_ERRNO 1": ["mount"]}``.
+    """The names of system calls by the action on them, such as ``{"SCMP_ACT_ERRNO 1": ["mount"]}``.
 
-    Those of which that depends on their arguments are under BY_ARGUMENT. Empty for b"", which allows everything.
+    Calls whose action depends on their arguments are under BY_ARGUMENT. Empty for b"", which allows everything.
     """
     found: dict[str, list[str]] = {}
     for number, name in sorted(_names().items()) if program else ():

@@ -18,9 +18,9 @@ from nodeagent.linux.libseccomp import Condition, Rule
 
 
 class Profile(NamedTuple):
-    """A profile as libseccomp wants it.
+    """A profile in the terms of libseccomp.
 
-    is_permissive: system calls without a rule are carried out. named: all system calls that the author thought of.
+    is_permissive: system calls without a rule are carried out. named: all system calls that the profile names.
     """
 
     default: int
@@ -95,7 +95,7 @@ _FLAGS = {
     "SECCOMP_FILTER_FLAG_SPEC_ALLOW": seccomp.FLAG_SPEC_ALLOW,
     "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV": seccomp.FLAG_WAIT_KILLABLE_RECV,
 }
-# As profiles name the machines that a part of them is for.
+# The names of machines in ``includes`` and ``excludes``, by uname(2)'s.
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
@@ -103,7 +103,7 @@ _VERSION_PART = re.compile("[0-9]{1,9}")
 
 
 def decode(text: bytes, held: set[str]) -> Profile:
-    """A profile's text, for processes with the named capabilities. Raises `InvalidArgument` and `Unsupported`."""
+    """Decode a profile for processes with the named capabilities. Raises `InvalidArgument` and `Unsupported`."""
     try:
         profile = msgspec.json.decode(text, type=_Profile)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -138,7 +138,7 @@ def _lookup(table: dict[str, int], name: str, kind: str) -> int:
 
 
 def _architectures(profile: _Profile) -> list[str]:
-    """Those asked for; with a map, those that go with this machine's."""
+    """The architectures that the profile lists; with a map, also the ones that it has for this machine's."""
     names = list(profile.architectures or [])
     for entry in profile.arch_map or []:
         if _architecture(entry.architecture) == os.uname().machine:
@@ -155,7 +155,7 @@ def _architecture(name: str) -> str:
 
 
 def _flags(names: list[str] | None) -> int:
-    """Without any, the flag that spares all processes with a filter a slow mitigation, as before Linux 5.16."""
+    """The flags of seccomp(2). By default a filter brings no slow mitigation, as in the kernel from Linux 5.16 on."""
     if names is None:
         return seccomp.FLAG_SPEC_ALLOW
     flags = 0
@@ -201,7 +201,8 @@ def _names(entry: _Entry) -> list[str]:
 def _rules(entry: _Entry) -> Iterator[Rule]:
     action = _action(entry.action, entry.errno_ret)
     conditions = tuple(_condition(argument) for argument in entry.args or [])
-    # All conditions must hold, except that one argument takes part once: then any of them suffices.
+    # libseccomp takes one condition for each argument, all of which must hold. Where an argument has several, any of
+    # the conditions suffices, as runc reads it.
     arguments = {condition.argument for condition in conditions}
     alternatives = [conditions] if len(arguments) == len(conditions) else [(c,) for c in conditions]
     for name in _names(entry):

@@ -1,4 +1,4 @@
-"""Seccomp profiles, compiled by the agent to what a container's first process installs.
+"""Compilation of seccomp profiles to the filters that a container's first process installs.
 
 `runtime_default` is the profile of `nodeagent.sandbox.seccomp.defaults`; `from_file` and `from_json` take one in the
 form of the OCI runtime specification. The same text and capabilities are compiled once.
@@ -33,7 +33,7 @@ _ENOSYS = libseccomp.ACT_ERRNO | errno.ENOSYS
 
 
 class Filter(NamedTuple):
-    """program: an array of struct sock_filter; flags: of seccomp(2)."""
+    """A compiled filter. program: an array of struct sock_filter; flags: of seccomp(2)."""
 
     program: bytes
     flags: int
@@ -63,7 +63,7 @@ def from_file(path: str, held: int) -> Filter:
 
 @functools.lru_cache(_CACHED)
 def from_json(text: bytes, held: int) -> Filter:
-    """A profile's text, for processes with these capabilities."""
+    """Compile a profile's text, for processes with these capabilities."""
     profile = oci.decode(text, set(capabilities.names(held)))
     newest = None if profile.is_permissive else _newest(profile.named)
     program = _compile(profile.default, profile.architectures, profile.rules, newest)
@@ -72,9 +72,9 @@ def from_json(text: bytes, held: int) -> Filter:
 
 @functools.lru_cache(_CACHED)
 def intersection(base: Filter, profile: Filter) -> Filter:
-    """A filter that allows only what both allow, argument by argument: of two actions, the stricter is taken.
+    """A filter that allows only what both allow, argument by argument: of two actions, it takes the stricter one.
 
-    It is one program, because a supervisor of an earlier version would pass over a second one in its plan. Where both
+    It is one program, because a supervisor of an earlier version would ignore a second one in its plan. Where both
     refuse with an errno, it is that of the base. Which of both comes first changes nothing but the size.
     """
     first, second, limit = base.program, profile.program, seccomp.MAX_BYTES
@@ -95,7 +95,7 @@ def _stricter(base: int, profile: int) -> int:
 
 
 def _rank(value: int) -> int:
-    """The strictest first, as the kernel orders actions: as signed numbers (seccomp(2), "precedence")."""
+    """The order of actions, the strictest first: the kernel compares them as signed numbers (seccomp(2))."""
     action = value & seccomp.RET_ACTION_FULL
     return action - (1 << 32) if action == libseccomp.ACT_KILL_PROCESS else action
 
@@ -122,7 +122,7 @@ def _masked(name: str, alternatives: Iterable[defaults.Masked]) -> Iterator[Rule
 
 
 def _compat_architectures() -> list[str]:
-    """What programs of 32 bits use."""
+    """The architecture of 32-bit programs on this machine."""
     return {"x86_64": ["x86"], "aarch64": ["arm"]}.get(os.uname().machine, [])
 
 
@@ -135,7 +135,7 @@ _END_OF_NUMBERS = 1024
 
 
 def _newest(names: Iterable[str]) -> int:
-    """The newest of some system calls: newer ones the author of a profile can't have known."""
+    """The newest of some system calls: the author of a profile cannot have known of newer ones."""
     numbers = (defaults.NUMBERS.get(name) or libseccomp.number_of(name) for name in names)
     shared = (n for n in numbers if n is not None and _LAST_DIFFERENT < n < _END_OF_NUMBERS)
     return max(shared, default=_LAST_DIFFERENT)
@@ -144,9 +144,9 @@ def _newest(names: Iterable[str]) -> int:
 def _compile(
     default: int, architectures: list[str], rules: list[Rule], newest: int | None
 ) -> bytes:
-    """A filter by libseccomp, with a prologue of ours for system calls that the library is too old for.
+    """Compile a filter with libseccomp, and a prologue of ours for system calls that the library may not know.
 
-    newest: above it, nothing exists (ENOSYS); None lets the default action hold there, too.
+    newest: calls above it do not exist (ENOSYS); with None the default action holds there, too.
     """
     recent = [rule for rule in rules if rule.name in defaults.NUMBERS]
     if any(rule.conditions for rule in recent):

@@ -1,7 +1,7 @@
-"""What a hidden process, and its successor, call between the filter and execve: see `nodeagent.sandbox.init`.
+"""The system calls of a hidden process, and of its successor, between the filter and execve (`nodeagent.sandbox.init`).
 
-A filter that does not allow all of it can hide no process. Which calls those are is found out by running the filter on
-them, as the kernel would.
+A process whose filter does not allow all of them cannot be hidden. `forbidden` finds out by running the filter on them,
+as the kernel would.
 """
 
 import functools
@@ -9,7 +9,7 @@ import termios
 
 from nodeagent.linux import bpf_classic, libseccomp, seccomp, syscalls
 
-# With the arguments that a filter may look at; the others are tried as 0, and as what looks like a pointer.
+# The arguments are those that a filter may check; the others are tried as 0, and as what looks like a pointer.
 CALLS: dict[str, tuple[int, ...]] = {
     "capset": (),
     "clone": (syscalls.CLONE_PARENT | syscalls.CLONE_PIDFD,),
@@ -28,7 +28,7 @@ _ALLOWING = (libseccomp.ACT_ALLOW, libseccomp.ACT_LOG)
 
 @functools.lru_cache(64)
 def forbidden(program: bytes) -> tuple[str, ...]:
-    """The names of those that a filter (array of struct sock_filter) does not allow; b"" allows everything."""
+    """The names of `CALLS` that a filter (array of struct sock_filter) does not allow; b"" allows everything."""
     return tuple(name for name, arguments in CALLS.items() if not _allows(program, name, arguments))
 
 

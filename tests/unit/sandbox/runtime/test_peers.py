@@ -56,7 +56,7 @@ def test_without_descriptors_the_loop_rests(
     listener._socket.close()
     assert attempts >= 20
     assert capsys.readouterr().err.splitlines() == [
-        f"{tmp_path}/s: nobody can connect: Too many open files"
+        f"{tmp_path}/s: cannot accept connections: Too many open files"
     ]
 
 
