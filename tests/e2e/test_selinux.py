@@ -186,7 +186,7 @@ def test_what_the_node_needs_keeps_its_label(cri: Cri, volume: Path, tmp_path: P
         refused(grpc.StatusCode.INVALID_ARGUMENT, f'selinux_relabel of "{path}"', call)
     assert label(Path("/etc")) == label(Path("/usr/bin")) == OF_THE_NODE
     call = partial(pod.container, linux=confined('s0",lowerdir="/'))
-    refused(grpc.StatusCode.INVALID_ARGUMENT, "is no label", call)
+    refused(grpc.StatusCode.INVALID_ARGUMENT, "is not an SELinux label", call)
     call = partial(pod.container, linux=options(selinux_options=pb.SELinuxOption(type="absent_t")))
     with pytest.raises(grpc.RpcError) as caught:
         call()

@@ -1,1 +1,1 @@
-"""A request and its image into a plan: pure where it can be, and nothing is made."""
+"""Planning of containers, from a request and its image: pure where it can be, and without effects on the node."""

@@ -2,7 +2,7 @@
 
 The default profile is the file `nodeagent-default.apparmor` beside this module. AppArmor's own parser compiles and
 loads it when the agent starts, and again if somebody has unloaded it by the time that a container needs it. A profile
-of this name that is loaded already is left alone: it is that of an agent that ran before, or the administrator's own.
+of this name that is loaded already is left alone: an agent that ran before or the administrator loaded it.
 """
 
 import logging
@@ -18,12 +18,12 @@ log = logging.getLogger(__name__)
 NAME = "nodeagent-default"
 ENABLED = Path("/sys/module/apparmor/parameters/enabled")
 PROFILES = Path("/sys/kernel/security/apparmor/profiles")
-# Keeps newer kernels from mediating what the profile's author could not know of (apparmor.d(5), "Feature ABI").
+# The ABI keeps newer kernels from mediating what the profile's author could not know of (apparmor.d(5), "Feature ABI").
 ABI = Path("/etc/apparmor.d/abi/3.0")
 PARSER = "apparmor_parser"
 PARSER_SECONDS = 30
 
-_loading = threading.Lock()
+_loading = threading.Lock()  # the parser runs once, however many containers wait for the profile
 
 
 def is_enabled() -> bool:
@@ -50,7 +50,7 @@ def has_parser() -> bool:
 
 
 def prepare() -> None:
-    """Load the default profile, or say in the log why there is none. For the agent's start."""
+    """Load the default profile, or log why there is none. For the agent's start."""
     if not is_enabled():
         return
     try:
@@ -60,7 +60,7 @@ def prepare() -> None:
 
 
 def ensure_default() -> None:
-    """Return when the default profile is loaded, which takes a part of a second where it is not.
+    """Load the default profile unless it is loaded; this can take a part of a second.
 
     Raises FailedPrecondition without a parser, and where the parser or the kernel refuses.
     """
@@ -69,20 +69,21 @@ def ensure_default() -> None:
             return
         if not has_parser():
             raise FailedPrecondition(
-                f'AppArmor profile "{NAME}": not loaded, and {PARSER} is not installed; '
+                f'AppArmor profile "{NAME}": not loaded, because {PARSER} is not installed; install it: '
                 "until then, containers that name no profile run without one"
             )
         _load(text())
 
 
 def text() -> str:
-    """The default profile, as the parser of this node takes it."""
+    """The default profile, in the form that this node's parser expects."""
     profile = Path(__file__).with_name(f"{NAME}.apparmor").read_text()
     return f"abi <abi/{ABI.name}>,\n{profile}" if ABI.exists() else profile
 
 
 def _load(profile: str) -> None:
     try:
+        # --replace also loads a profile that is not there; --add fails where another agent was faster.
         subprocess.run(
             [PARSER, "--skip-cache", "--replace"],
             input=profile,

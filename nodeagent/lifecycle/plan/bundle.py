@@ -1,6 +1,7 @@
 """The bundle of a container that has hooks: ``config.json`` of the OCI runtime specification, as hooks read it.
 
-Nothing is made of it here; it says to hooks what the plan says to a supervisor, as far as the two have it in common.
+It describes to hooks what the plan describes to a supervisor, as far as the two have it in common. Nothing is executed
+by it.
 """
 
 import json
@@ -18,7 +19,10 @@ _NAMESPACES = ("mount", "network", "ipc", "uts")
 
 
 def hooks(config: ContainerConfig, plan: ContainerPlan, pod: Path, limit_seconds: int) -> Hooks:
-    """Those of a container whose plan is complete but for them. pod: its directory; limit_seconds: of each hook."""
+    """The hooks of a container whose plan is otherwise complete.
+
+    pod: its directory; limit_seconds: the longest time of each hook.
+    """
     stages: dict[Any, list[Hook]] = {}
     for hook in config.hooks:
         stages.setdefault(hook.stage, []).append(_hook(hook, limit_seconds))
@@ -34,11 +38,13 @@ def hooks(config: ContainerConfig, plan: ContainerPlan, pod: Path, limit_seconds
 
 
 def require(plan: ContainerPlan) -> None:
-    """The bundle of a container that has been made. Raises Unsupported where its supervisor knows of no hooks."""
+    """Require the bundle of a created container. Raises Unsupported where its supervisor does not know of hooks."""
+    # A supervisor of an earlier version ignores the key "hooks" of a plan, and makes no bundle.
     if "hooks" in plan and not Path(plan["hooks"]["bundle"]).exists():
         raise Unsupported(
-            f'container "{plan["id"]}": its CDI devices have hooks, and its pod a supervisor of an earlier version; '
-            "kill the launcher, which is of that version and has another one started, and make the pod again"
+            f'container "{plan["id"]}": its CDI devices have hooks, which the supervisor of its pod, of an earlier '
+            "version, cannot run; kill the launcher, so that the agent starts one of its own version, and recreate the "
+            "pod"
         )
 
 
@@ -93,7 +99,7 @@ def _oci_config(plan: ContainerPlan, told: Hooks, root: str) -> dict[str, Any]:
 
 
 def _process(plan: ContainerPlan) -> dict[str, Any]:
-    """The user by number where the request has one: names are resolved in the image, later."""
+    """The process, with its user by number where the request has one: names are resolved in the image, later."""
     process = plan["process"]
     user, caps = process["user"], process["capabilities"]
     return {

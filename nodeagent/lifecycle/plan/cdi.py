@@ -1,8 +1,8 @@
 """Container Device Interface: what a qualified device name adds to a container (CDI specification 1.1).
 
 Devices are named by the request's CDI_devices and by annotations of the container, ``cdi.k8s.io/KEY: NAME[,NAME…]``;
-one that is named twice is injected once. A device of a later directory wins over the same one of an earlier directory;
-twice in one directory it is a conflict, and cannot be had. A specification's own edits come before its devices'.
+one that is named twice is injected once. A device of a later directory overrides the same one of an earlier directory;
+twice in one directory it is a conflict and refused. A specification's own edits come before its devices'.
 
 Hooks are taken from specifications only, which are files of the node's root, and only those whose program is listed in
 the configuration; `nodeagent.sandbox.init.hooks` runs them.
@@ -46,7 +46,7 @@ _WITHOUT_MEANING = {"bind", "rbind", "rw", "suid", "dev", "exec", "defaults"}
 
 
 class Cdi:
-    """hook_programs: paths of the programs that hooks may have."""
+    """The devices of the node's specifications. hook_programs: paths of the programs that hooks may execute."""
 
     def __init__(self, directories: Sequence[Path], hook_programs: Sequence[str]) -> None:
         self._specs = Specs(directories)
@@ -54,7 +54,7 @@ class Cdi:
 
     @property
     def directories(self) -> tuple[Path, ...]:
-        """Where the specifications are."""
+        """The directories of the specifications."""
         return self._specs.directories
 
     def is_asked_for(self, config: ContainerConfig) -> bool:
@@ -67,7 +67,7 @@ class Cdi:
         """The config with what its CDI devices add. userns: the pod has a user namespace. Reads files.
 
         Raises NotFound for a device that no specification has, and FailedPrecondition, InvalidArgument or Unsupported
-        for one that cannot be had; the text has the file and the reason.
+        for one that cannot be injected; the text names the file and the reason.
         """
         names = asked_for(config)
         if not names:
@@ -92,7 +92,9 @@ class Cdi:
             found = [spec for spec in specs if spec.kind == kind and device_name in spec.devices]
             if len(found) > 1:
                 paths = " and ".join(str(spec.path) for spec in found)
-                raise FailedPrecondition(f'CDI device "{name}": is in {paths}; remove one of them')
+                raise FailedPrecondition(
+                    f'CDI device "{name}": defined in {paths}; remove it from all but one'
+                )
             if found:
                 spec, device = found[0], found[0].devices[device_name]
                 if fault := spec.fault or device.fault:
@@ -110,10 +112,10 @@ class Cdi:
         if edits.net_devices:
             names = ", ".join(device.host_interface_name for device in edits.net_devices)
             raise Unsupported(
-                f"{what}: netDevices: {names} is not moved; a pod gets no device of the node"
+                f"{what}: netDevices: {names}: network devices of the node cannot be moved into a pod"
             )
         if edits.intel_rdt:
-            self._specs.say(spec.path, f"{what}: intelRdt is skipped")
+            self._specs.say(spec.path, f"{what}: intelRdt is not supported and is ignored")
         if edits.hooks and (fault := changed_by_others(spec.path)):
             raise FailedPrecondition(f"{what}: hook {edits.hooks[0].hook_name}: {fault}")
         return replace(
@@ -133,13 +135,17 @@ class Cdi:
 
     def _mount(self, mount: Mount, what: str, spec: Spec) -> MountConfig:
         if mount.type not in ("", "bind", "rbind"):
-            raise Unsupported(f'{what}: mount at "{mount.container_path}" of type "{mount.type}"')
+            raise Unsupported(
+                f'{what}: mount at "{mount.container_path}": type "{mount.type}" is not supported, only bind is'
+            )
         target = _inside(mount.container_path)
         if target == "/":
-            raise FailedPrecondition(f'{what}: mount of "{mount.host_path}" at "/"')
+            raise FailedPrecondition(
+                f'{what}: mount of "{mount.host_path}" at "/": nothing can be mounted over the root'
+            )
         known = {*_OPTIONS, *_PROPAGATIONS, *_READONLY, *_WITHOUT_MEANING}
         if unknown := sorted(set(mount.options) - known):
-            self._specs.say(spec.path, f"{what}: mount options {', '.join(unknown)} are skipped")
+            self._specs.say(spec.path, f"{what}: mount options {', '.join(unknown)} are ignored")
         asked = [option for option in mount.options if option in _PROPAGATIONS]
         return MountConfig(
             container_path=target,
@@ -154,8 +160,8 @@ class Cdi:
     def _hook(self, hook: Hook, what: str, spec: Spec) -> HookConfig:
         if hook.path not in self._programs:
             raise FailedPrecondition(
-                f'{what}: hook {hook.hook_name}: "{hook.path}" is not one of the programs that hooks may have; '
-                f"if it is to be trusted, add it to {SETTING} in the configuration"
+                f'{what}: hook {hook.hook_name}: "{hook.path}" is not one of the programs that hooks may execute; '
+                f"if you trust it, add it to {SETTING} in the configuration"
             )
         return HookConfig(
             stage=hook.hook_name,
@@ -170,7 +176,7 @@ class Cdi:
 def asked_for(config: ContainerConfig) -> tuple[str, ...]:
     """The qualified names of the devices, each once: those of CDI_devices, then those of the annotations.
 
-    Raises InvalidArgument for a name in an annotation that is none.
+    Raises InvalidArgument for a malformed name in an annotation.
     """
     return tuple(dict.fromkeys((*config.cdi_devices, *_annotated(config.annotations))))
 
@@ -196,12 +202,13 @@ def _inside(path: str) -> str:
 
 
 def _device(node: DeviceNode, config: ContainerConfig, what: str, *, userns: bool) -> DeviceConfig:
-    """Without a fileMode a device is open to all, as runc makes it, and without an owner it is the container's user's.
+    """The device of a specification, with the defaults of runc.
 
-    In a user namespace, where runc mounts the node's own device, mode and owner stay the node's.
+    A device without a fileMode is open to all, and without an owner it is the container's user's. In a user namespace,
+    where runc mounts the node's own device, mode and owner stay the node's.
     """
     if node.type == "p":
-        raise Unsupported(f'{what}: "{node.path}" is to be a FIFO')
+        raise Unsupported(f'{what}: device node "{node.path}": a FIFO is not supported')
     mode, uid, gid = node.file_mode, node.uid, node.gid
     if not userns:
         mode = _RUNC_DEVICE_MODE if mode is None else mode

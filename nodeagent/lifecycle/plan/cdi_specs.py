@@ -1,8 +1,8 @@
 """CDI specifications of the node, in JSON or YAML, read when a container asks for a device (CDI specification 1.1).
 
-A file that cannot be read takes nothing but its own devices away, and a device that is malformed only itself; both are
-told to who asks for them. Files are remembered until they change. They are written by programs of the node, yet small:
-what is larger, deeper or has YAML aliases, which a few bytes multiply without end, is refused.
+A file that cannot be read affects only its own devices, and a malformed device only itself; the fault is reported to
+whoever asks for them. Files are cached until they change. They are written by programs of the node, yet bounded: what
+is larger or deeper, or has YAML aliases, with which a few bytes can stand for gigabytes, is refused.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Id = Annotated[int, Meta(ge=0, le=(1 << 32) - 2)]
 Number = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
-# What execve(2) and mount(2) take; a control character in a path is nobody's wish.
+# 131071 and 4095 are what execve(2) and mount(2) take; paths have no control characters.
 Text = Annotated[str, Meta(max_length=131_071, pattern=r"\A[^\x00\ud800-\udfff]*\Z")]
 AbsolutePath = Annotated[
     str, Meta(min_length=1, max_length=4095, pattern=r"\A/[^\x00-\x1f\x7f\ud800-\udfff]*\Z")
@@ -63,11 +63,11 @@ Variable = Annotated[
 
 
 class _Part(msgspec.Struct, frozen=True, rename="camel"):
-    """A part of a specification; what a later version adds is not looked at."""
+    """A part of a specification; unknown fields, which a later version may add, are ignored."""
 
 
 class DeviceNode(_Part, frozen=True, rename="camel"):
-    """hostPath is `path` where it is absent; the numbers are the node's where the type or the major one is absent."""
+    """A device node. hostPath defaults to `path`; without a type or major number, the numbers are the node's."""
 
     path: AbsolutePath
     host_path: OptionalPath = ""
@@ -88,7 +88,7 @@ class Mount(_Part, frozen=True, rename="camel"):
 
 
 class Hook(_Part, frozen=True, rename="camel"):
-    """timeout: in seconds."""
+    """A hook of a specification. timeout: in seconds."""
 
     hook_name: HookStage
     path: AbsolutePath
@@ -98,7 +98,7 @@ class Hook(_Part, frozen=True, rename="camel"):
 
 
 class NetDevice(_Part, frozen=True, rename="camel"):
-    """Of version 1.1: a network device of the node, and its name in the container."""
+    """A network device of the node, and its name in the container; from version 1.1 on."""
 
     host_interface_name: Word
     name: Word = ""
@@ -115,7 +115,7 @@ class Edits(_Part, frozen=True, rename="camel"):
 
 
 class Device(msgspec.Struct, frozen=True):
-    """fault: why it cannot be had; the edits are empty then."""
+    """A device of a specification. fault: why it cannot be injected; the edits are empty then."""
 
     name: str
     edits: Edits = Edits()
@@ -123,7 +123,7 @@ class Device(msgspec.Struct, frozen=True):
 
 
 class Spec(msgspec.Struct, frozen=True):
-    """fault: why none of its devices can be had."""
+    """A specification. fault: why none of its devices can be injected."""
 
     path: Path
     kind: str
@@ -133,7 +133,7 @@ class Spec(msgspec.Struct, frozen=True):
 
 
 class _Known(msgspec.Struct, frozen=True):
-    """What a file was when it was read. spec: None where nothing at all could be made of it, because of the fault."""
+    """A file as it was read. spec: None where it could not be parsed at all, because of the fault."""
 
     stamp: tuple[int, ...]
     spec: Spec | None
@@ -151,7 +151,8 @@ class Specs:
         self._said: dict[Path, set[str]] = {}
 
     def read(self) -> list[list[Spec]]:
-        """Those of each directory. May take a while: not for an event loop."""
+        """Read the specifications of each directory. May take a while: not for an event loop."""
+        # Held while files are read, so that of several threads one reads, and the others find what has not changed.
         with self._lock:
             looks = {
                 path: self._look(path) for each in self.directories for path in self._paths(each)
@@ -165,11 +166,11 @@ class Specs:
         ]
 
     def unreadable(self) -> list[str]:
-        """The files of which nothing could be made, with the reason: any device may have been in them."""
+        """The files that could not be parsed, with the reason: any device may have been in them."""
         return [f"{path}: {known.fault}" for path, known in self._known.items() if not known.spec]
 
     def say(self, path: Path, text: str) -> None:
-        """Warn of something about a file once, however often it is met, for as long as there is the file."""
+        """Log a warning about a file once, however often it is met, for as long as the file exists."""
         text = text[:MAX_TEXT]
         with self._saying:
             said = self._said.setdefault(path, set())
@@ -180,12 +181,12 @@ class Specs:
         log.warning("%s", f"CDI: {path}: has more faults, which are not logged" if last else text)
 
     def _forget_what_was_said(self, there: Collection[Path]) -> None:
-        """Drivers of dynamic resource allocation write a file for each claim, and remove it."""
+        """Forget the warnings of removed files: drivers of dynamic resource allocation write one for each claim."""
         with self._saying:
             self._said = {path: said for path, said in self._said.items() if path in there}
 
     def _paths(self, directory: Path) -> Iterator[Path]:
-        """Not those in directories below it."""
+        """The specification files of a directory, without those in directories below it."""
         try:
             names = sorted(os.listdir(directory))
         except OSError:
@@ -235,15 +236,15 @@ class Specs:
 
 
 def changed_by_others(path: Path) -> str:
-    """What is wrong with a file whose writer would have programs run with the rights of root; "" for nothing.
+    """The reason not to trust a file whose writer would have programs run with the rights of root; "" for none.
 
     Whoever can write to a directory above it, or above the link that it is, can put another one in its place. So it
-    is asked whenever hooks are taken from it: what is above a file changes without a trace in the file.
+    is checked whenever hooks are taken from it: a change above a file leaves no trace in the file.
     """
     try:
         return _place_of_others(path)
     except (OSError, RuntimeError) as error:  # of links in a circle
-        return f"cannot be looked at: {error}"
+        return f"cannot be examined: {error}"
 
 
 def _place_of_others(path: Path) -> str:
@@ -264,7 +265,7 @@ def _place_of_others(path: Path) -> str:
 
 
 def parse(path: Path, data: bytes) -> Spec:
-    """Raises ValueError, RecursionError or YAMLError where it does not even tell its kind and its devices' names."""
+    """Parse a file. Raises ValueError, RecursionError or YAMLError where not even kind and device names can be read."""
     document = json.loads(data) if path.suffix == ".json" else _load_yaml(data)
     if not isinstance(document, dict):
         raise ValueError("is not an object")
@@ -303,7 +304,7 @@ def _device(kind: str, position: int, entry: object) -> Device:
 
 
 def _edits(holder: Any) -> Edits:
-    """Raises ValueError, with the place, for what is malformed."""
+    """The edits of a specification or a device. Raises ValueError, with the place, for what is malformed."""
     edits = holder.get("containerEdits")
     if edits is None:
         return Edits()
@@ -315,7 +316,7 @@ class _Holder(_Part, frozen=True, rename="camel"):
 
 
 def _given(value: object, depth: int = 0) -> object:
-    """Without what is null: Go writes it for what is absent. Raises ValueError for what is nested too deeply."""
+    """The value without nulls, which Go writes for what is absent. Raises ValueError for what is nested too deeply."""
     if depth > MAX_DEPTH:
         raise ValueError(f"is nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, dict):
@@ -326,7 +327,7 @@ def _given(value: object, depth: int = 0) -> object:
 
 
 def _load_yaml(data: bytes) -> object:
-    """Looked at event by event first: the loader recurses, and follows aliases. Raises as `parse` does."""
+    """Load YAML after a check event by event: the loader recurses, and follows aliases. Raises as `parse` does."""
     try:
         _refuse_what_multiplies(data)
         return yaml.load(data, Loader=_LOADER)

@@ -1,7 +1,7 @@
-"""How a container sees cgroups: its own or the node's, to read or to manage. Pure.
+"""The mounts by which a container sees cgroups: its own or the node's, to read or to manage. Pure.
 
-The default is a file system of its own group, read-only unless the container is privileged; what a request mounts at
-the same place is the request's.
+The default is a file system of its own group, read-only unless the container is privileged; a mount of the request at
+the same place replaces it.
 """
 
 import posixpath
@@ -22,13 +22,14 @@ def is_delegated(config: ContainerConfig) -> bool:
 
 
 def check(config: ContainerConfig, *, delegates: bool) -> None:
-    """Raises Unsupported for what this node cannot give; delegates: whether it has cgroup v2 with nsdelegate.
+    """Raises Unsupported for what this node cannot provide; delegates: whether it has cgroup v2 with nsdelegate.
 
-    Without that a container's root could lift its own limits: its group's files are not the boundary then.
+    Without nsdelegate a container's root could raise its own limits: only with it are the files of the namespace's root
+    group read-only for the container (cgroup-v2.rst, "Model of Delegation").
     """
     if is_delegated(config) and not delegates:
         raise Unsupported(
-            f"{_FIELD}: read-write needs cgroup v2 that is mounted with the option nsdelegate; remount it so"
+            f"{_FIELD}: read-write needs cgroup v2 mounted with the option nsdelegate; remount it with this option"
         )
 
 
@@ -55,7 +56,7 @@ def _is_default(mount: Mount) -> bool:
 
 
 def _of_node(config: ContainerConfig) -> Mount:
-    """The node's own mount: a new one in the node's namespace would set the options of the hierarchy for the node."""
+    """A bind of the node's own mount: a new mount in the node's cgroup namespace would set options for the node."""
     attributes = ["nosuid", "nodev", "noexec", "relatime"]
     if not config.privileged:
         attributes.append("ro")

@@ -14,20 +14,20 @@ from nodeagent.requests import ContainerConfig, DeviceConfig
 from nodeagent.sandbox import rootfs_defaults
 from nodeagent.sandbox.spec import Device
 
-# of the node itself, which every container has of its own
+# Paths of the node's /dev that every container has of its own.
 _OWN = frozenset(("/dev/pts", "/dev/shm", "/dev/mqueue", "/dev/fd", "/dev/console", "/dev/ptmx"))
 _USUAL_MODE = 0o666
 
 
 class ContainerDevices(NamedTuple):
-    """rules: what the cgroup allows; None, everything, for a privileged container."""
+    """Devices of a container. rules: what the cgroup allows; None, for a privileged container, is everything."""
 
     nodes: list[Device]
     rules: list[Rule] | None
 
 
 def container_devices(config: ContainerConfig, asked: Sequence[list[Device]]) -> ContainerDevices:
-    """The usual ones, those asked for, and all of the node's for a privileged container.
+    """The default devices, the requested ones, and all of the node's for a privileged container.
 
     asked: for each device of the config, what `named` returned.
     """
@@ -43,7 +43,7 @@ def container_devices(config: ContainerConfig, asked: Sequence[list[Device]]) ->
 
 
 def named(wanted: DeviceConfig) -> list[Device]:
-    """The device that is asked for, or all in the directory. May hang with its file system.
+    """The requested device, or all devices in the directory. May hang with its file system.
 
     Raises NotFound and InvalidArgument.
     """
@@ -66,7 +66,7 @@ def named(wanted: DeviceConfig) -> list[Device]:
 
 
 def _numbered(wanted: DeviceConfig) -> Device:
-    """One of which all is known without a look at the node, where it may not be there at all."""
+    """A device by its numbers alone; it need not exist on the node."""
     return Device(
         path=wanted.container_path,
         type="b" if wanted.type == "b" else "c",

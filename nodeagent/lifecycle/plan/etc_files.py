@@ -23,12 +23,12 @@ ff02::2\tip6-allrouters
 
 
 def directory(pod: Path) -> Path:
-    """Where they are, with the pod's shared memory. pod: the pod's own directory."""
+    """The directory of these files and of the pod's shared memory. pod: the pod's own directory."""
     return Path(paths.shared(str(pod)))
 
 
 def write(pod: Path, config: SandboxConfig, addresses: tuple[str, ...]) -> None:
-    """Write all three, which are not there yet; a pod on the node's network sees the node's hosts."""
+    """Write all three, which do not exist yet; a pod on the node's network sees the node's hosts."""
     name = hostname(config)
     names = hosts(name, addresses).encode()
     if config.namespaces.network == "node":
@@ -52,7 +52,7 @@ def hostname(config: SandboxConfig) -> str:
 
 
 def hosts(name: str, addresses: tuple[str, ...]) -> str:
-    """hosts(5). A full name that ends with a dot is found with it and without it."""
+    """The content of hosts(5). A full name that ends with a dot is found with it and without it."""
     names = "\t".join(dict.fromkeys((name, name.rstrip(".") or name)))
     return HOSTS_HEAD + "".join(f"{address}\t{names}\n" for address in addresses)
 
@@ -68,7 +68,7 @@ def resolv_conf(dns: DNS | None) -> str:
 
 
 def node_file(path: str, fallback: str) -> bytes:
-    """What the node's own file has, byte for byte; the fallback where it cannot be read."""
+    """The content of the node's own file, byte for byte; the fallback where it cannot be read."""
     try:
         return Path(path).read_bytes()
     except OSError:

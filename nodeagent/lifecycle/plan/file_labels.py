@@ -1,8 +1,8 @@
-"""Which files of a container get its SELinux label. Pure.
+"""The choice of the files that get a container's SELinux label. Pure.
 
-What is made for the container is mounted with it: its root, the small file systems of ours, image volumes. What is
-there already is given it where the request says so, and where it is the pod's own. procfs, sysfs and cgroups have
-the labels of the node's policy; a file system of the node that nobody asks to relabel keeps its own.
+What is made for the container is mounted with the label: its root, small file systems of ours, image volumes. Existing
+files are relabelled where the request says so, and where they are the pod's own. procfs, sysfs and cgroups have the
+labels of the node's policy; a file system of the node that nobody asks to relabel keeps its own.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ _OWN_FILESYSTEMS = frozenset(("tmpfs", "devpts", "mqueue"))
 
 def assign(plan: ContainerPlan, config: ContainerConfig, shared: Path, label: str) -> None:
     """Write the label into a plan that is otherwise complete. shared: where the pod's own files are."""
-    # The later of two mounts on one path is there, and says whether it is relabelled.
+    # Of two mounts on one path the later one is made, and it decides.
     asked = {mount.container_path: mount.selinux_relabel for mount in config.mounts}
     plan["rootfs"]["label"] = label
     for volume in plan.get("volumes", []):

@@ -1,7 +1,7 @@
-"""Looks at paths of the node that a request names.
+"""Lookups of paths of the node that a request names.
 
-Such a path can be on a file system whose server is gone, where even a stat never returns. Each look has a thread of its
-own, so that it holds up the request that named it and nothing else: no event loop, no pool that others wait for.
+Such a path can be on a file system whose server is gone, where even a stat never returns. Each lookup has a thread of
+its own, so that it blocks the request that named the path and nothing else: no event loop, no pool that others use.
 """
 
 import asyncio
@@ -18,9 +18,9 @@ T = TypeVar("T")
 
 
 class HostPaths:
-    """limit: of looks under way at one file system; one that never returns is under way until the agent ends.
+    """Lookups with a limit on those under way on one file system; one that never returns counts until the agent ends.
 
-    A file system is told by the name of the path, for to resolve a link can hang as well.
+    The file system is told by the name of the path alone, because resolving a link can hang as well.
     """
 
     def __init__(self, limit: int = 64) -> None:
@@ -28,7 +28,7 @@ class HostPaths:
         self.under_way: dict[Future[Any], str] = {}
 
     async def look(self, what: str, path: str, function: Callable[[], T]) -> T:
-        """What `function`, which is about `path`, returns or raises.
+        """Run `function`, which accesses `path`, and return or raise what it does.
 
         Raises ResourceExhausted, with `what`, at the limit of the file system that the path is on.
         """
@@ -37,15 +37,19 @@ class HostPaths:
         future.set_running_or_notify_cancel()  # a caller that gives up does not end it
         self.under_way[future] = path
         future.add_done_callback(self.under_way.pop)
+        # A daemon thread: the end of the agent does not wait for one that never returns.
         threading.Thread(target=_run, args=(function, future), daemon=True).start()
         return await asyncio.wrap_future(future)
 
     def _refuse_dead(self, what: str, path: str) -> None:
-        """The table of mounts is read only when there is something to count."""
-        if len(self.under_way) < self._limit:
+        """Raise ResourceExhausted at the limit of the path's file system."""
+        if (
+            len(self.under_way) < self._limit
+        ):  # for all together: the table of mounts is rarely read
             return
         points = {mount.point for mount in mountinfo.parse(mountinfo.table())}
         mount = mount_point(path, points)
+        # A copy, as threads remove theirs meanwhile.
         blocked = sum(
             mount_point(other, points) == mount for other in list(self.under_way.values())
         )
@@ -59,7 +63,7 @@ class HostPaths:
 def _run(function: Callable[[], T], future: Future[T]) -> None:
     try:
         result = function()
-    except Exception as error:  # noqa: BLE001 whoever looks gets it
+    except Exception as error:  # noqa: BLE001 the caller gets it
         future.set_exception(error)
     else:
         future.set_result(result)

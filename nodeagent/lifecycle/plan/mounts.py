@@ -1,8 +1,8 @@
-"""The mounts of a container, and the one place that decides their order. Pure, but for a line in the log.
+"""The mounts of a container, and the one place that decides their order. Pure, apart from a line in the log.
 
 1. The volumes of the image, 2. the defaults, 3. what the request asks for, with the pod's own files in /etc. In each of
-these, parents come before what is mounted in them. What is asked for is mounted over the rest, and nothing of ours is
-mounted at or below it: it may be a tree of the node, which others use, and which may be shared with the node.
+these, parents come before what is mounted in them. A request's mount goes over the rest, and nothing of ours is mounted
+at or below it: it may be a tree of the node, which others use, and which may be shared with the node.
 """
 
 import functools
@@ -36,7 +36,7 @@ MASKED_PATHS = (
     "/sys/devices/virtual/powercap",
     "/sys/firmware",
 )
-# Of each processor that counts how often it was too hot: when other tenants of the node work, and when they do not.
+# Counters of each processor that was too hot: they tell when other tenants of the node work, and when they do not.
 THERMAL_COUNTERS = "devices/system/cpu/cpu[0-9]*/thermal_throttle"
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
@@ -45,7 +45,7 @@ Hierarchies = dict[str, list[str]]
 
 @functools.cache
 def masked_paths(sysfs: Path = Path("/sys")) -> tuple[str, ...]:
-    """What is masked where the caller names nothing: the same in every container of a node."""
+    """The paths that are masked by default: the same in every container of a node."""
     counters = sorted(path.relative_to(sysfs) for path in sysfs.glob(THERMAL_COUNTERS))
     return (*MASKED_PATHS, *(f"/sys/{path}" for path in counters))
 
@@ -59,8 +59,9 @@ def container_mounts(
     *,
     rejected: Collection[str] = (),
 ) -> list[Mount]:
-    """shared: where hosts, hostname, resolv.conf and shm of the pod are.
+    """The mounts of a container, in the order in which they are made.
 
+    shared: where hosts, hostname, resolv.conf and shm of the pod are.
     image_layers: the layer directories of an image volume, uppermost first; raises NotFound.
     rejected: host paths that are not made where they are absent.
     """
@@ -81,7 +82,7 @@ def _asked_for(
     image_layers: Callable[[str], Sequence[Path]],
     rejected: Collection[str],
 ) -> dict[str, Mount]:
-    """By target; of two for one path the later is taken, as the other runtimes do."""
+    """The requested mounts by target; of two for one path the later is taken, as other runtimes do."""
     asked: dict[str, Mount] = {}
     for wanted in config.mounts:
         mount = _mount(wanted, image_layers)
@@ -98,7 +99,7 @@ def _asked_for(
 
 
 def outside_of(mounts: Iterable[Mount], targets: Iterable[str]) -> list[Mount]:
-    """Those that are neither at nor below one of the targets."""
+    """The mounts that are neither at nor below one of the targets."""
     places = tuple([f"{target}/" for target in targets])
     return [mount for mount in mounts if not f"{mount['target']}/".startswith(places)]
 
@@ -113,8 +114,8 @@ def _shared_memory(sandbox: Sandbox, shared: Path) -> Mount:
 def _pod_files(config: ContainerConfig, shared: Path, asked: dict[str, Mount]) -> Iterator[Mount]:
     """hosts, hostname and resolv.conf, which all containers of a pod share.
 
-    They belong to the pod's request (its name, its DNS), so that a volume at /etc does not take them away. One that is
-    shared with the node does: they would become the node's.
+    They belong to the pod's request (its name, its DNS), so that a volume at /etc does not hide them. One that is
+    shared with the node does: they would appear in the node's tree.
     """
     if "/etc" in asked and asked["/etc"]["propagation"] == "shared":
         return
@@ -127,7 +128,7 @@ def _pod_files(config: ContainerConfig, shared: Path, asked: dict[str, Mount]) -
 def image_volumes(names: Iterable[str], directory: Path, mounts: Sequence[Mount]) -> list[Volume]:
     """A directory of the container's own, in `directory`, for each VOLUME that nothing else is mounted over.
 
-    One that is "/", or where the file systems of the kernel are, has no meaning and is left out, as a covered one is.
+    A VOLUME "/" has no meaning and is left out; one at or below any mount, such as /proc, is covered.
     """
     covered = tuple(f"{mount['target']}/" for mount in mounts)
     targets = sorted({posixpath.normpath(f"/{name.strip('/')}") for name in names} - {"/"})

@@ -1,4 +1,4 @@
-"""From what was asked to what a supervisor executes: the plan of a container.
+"""Planning of a container: from its request and image to the plan that a supervisor executes.
 
 The plan is complete: nothing in it is looked up again, so that it can be printed, kept and tested without root.
 """
@@ -51,7 +51,7 @@ class Seen(NamedTuple):
 
 
 class Catalog(Protocol):
-    """What a planner asks of the images of a node."""
+    """The part of the image store that a planner needs."""
 
     def find(self, name_or_id: str) -> Image | None: ...
 
@@ -59,14 +59,14 @@ class Catalog(Protocol):
 
 
 class Artifacts(Protocol):
-    """What a planner asks of the security profiles of a node."""
+    """The part of the security profiles from registries that a planner needs."""
 
     async def read(self, reference: str) -> bytes | None:
-        """The text of one; None where nobody can see whether it is there."""
+        """The text of a profile; None where it is unknown whether it is there."""
 
 
 class Planner:
-    """Knows the node; makes plans of requests."""
+    """Makes plans of requests, with what the node has."""
 
     def __init__(
         self,
@@ -99,8 +99,9 @@ class Planner:
         }
 
     async def look(self, config: ContainerConfig) -> Seen:
-        """Aside where it meets a path of the requester's; all else is memory, and the node's own /dev and /sys.
+        """Look up what the config names on the node.
 
+        A path of the requester's is looked up in a thread; all else is memory, and the node's own /dev and /sys.
         Raises FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted and Unsupported.
         """
         what = f'container "{config.name}"'
@@ -134,7 +135,10 @@ class Planner:
     def plan(
         self, sandbox: Sandbox, container: Container, image: Image, seen: Seen, directory: Path
     ) -> ContainerPlan:
-        """directory: the container's own, with `upper` and `work`. Raises InvalidArgument, NotFound, Unsupported."""
+        """Make the plan. directory: the container's own, with `upper` and `work`.
+
+        Raises InvalidArgument, NotFound and Unsupported.
+        """
         config = container.config
         cgroup_mounts.check(config, delegates=self._delegates)
         labels = self._profiles.selinux(config)
@@ -176,6 +180,8 @@ class Planner:
             log_path=container.log_path,
             log_root=sandbox.config.log_directory,
         )
+        # The next three read the plan, each what those before have added: labels cover the volumes, and the bundle of
+        # hooks describes all of it.
         if image.config.volumes:
             plan["volumes"] = mounts.image_volumes(image.config.volumes, directory, plan["mounts"])
         if labels.files:
@@ -217,14 +223,14 @@ class Planner:
         return process.capability_sets(config.capabilities, privileged=config.privileged)
 
     def mount_statuses(self, config: ContainerConfig) -> tuple[MountStatus, ...]:
-        """What was asked to be mounted, with the id of each image volume, as PullImage answered it."""
+        """The requested mounts, with the id of each image volume that PullImage returned."""
         return tuple(
             MountStatus(config=mount, image_ref=self._volume(mount.image).id if mount.image else "")
             for mount in config.mounts
         )
 
     def images(self, config: ContainerConfig, image: Image) -> list[Image]:
-        """All that the container is made of: its own image and those of its volumes."""
+        """The images that the container uses: its own and those of its volumes."""
         return [image, *(self._volume(mount.image) for mount in config.mounts if mount.image)]
 
     def _volume_layers(self, name: str) -> Sequence[Path]:

@@ -1,4 +1,4 @@
-"""What a container's process gets: the image's wishes and the caller's, merged. Pure.
+"""The process of a container: the image's config and the request's, merged. Pure.
 
 Every rule that an image's config and a container's config share is decided here, once, at creation.
 """
@@ -33,7 +33,7 @@ _SIGNAL_NUMBER = re.compile("[0-9]{1,3}")
 
 
 def arguments(config: ContainerConfig, image: ImageConfig) -> list[str]:
-    """command replaces the image's entrypoint and, with it, its cmd; args replaces the cmd."""
+    """The arguments: command replaces the image's entrypoint and, with it, its cmd; args replaces the cmd."""
     entrypoint = config.command or image.entrypoint
     args = config.args or (() if config.command else image.cmd)
     if not entrypoint and not args:
@@ -44,10 +44,10 @@ def arguments(config: ContainerConfig, image: ImageConfig) -> list[str]:
 
 
 def environment(config: ContainerConfig, image: ImageConfig, hostname: str) -> list[str]:
-    """``NAME=value`` in the order of first mention; the caller wins over the image, it over us.
+    """``NAME=value`` in the order of first mention; the request overrides the image, and the image our defaults.
 
-    An entry of an image that is a name alone takes away what was there, as containerd reads it; to set one without a
-    name is refused by the runtimes below it, when a container is made and not when the image is pulled.
+    An entry of an image that is a name alone removes the variable, as containerd reads it. One without a name is
+    refused, when a container is made and not when the image is pulled, as runtimes below containerd do.
     """
     merged = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
     if config.tty:
@@ -69,7 +69,7 @@ def environment(config: ContainerConfig, image: ImageConfig, hostname: str) -> l
 
 
 def user(config: ContainerConfig, image: ImageConfig) -> UserRequest:
-    """The caller's user, else the image's ``user[:group]``, names or numbers, else root."""
+    """The request's user, else the image's ``user[:group]``, names or numbers, else root."""
     request = UserRequest(
         uid=config.run_as_user,
         username=config.run_as_username,
@@ -90,7 +90,7 @@ def user(config: ContainerConfig, image: ImageConfig) -> UserRequest:
 
 
 def stop_signal(config: ContainerConfig, image: ImageConfig) -> int:
-    """The caller's, else the image's STOPSIGNAL (name or number), else SIGTERM."""
+    """The request's stop signal, else the image's STOPSIGNAL (name or number), else SIGTERM."""
     if config.stop_signal:
         return config.stop_signal
     text = image.stop_signal.upper().removeprefix("SIG")
@@ -112,10 +112,10 @@ def stop_signal(config: ContainerConfig, image: ImageConfig) -> int:
 
 
 def capability_sets(change: CapabilityChange, *, privileged: bool) -> Capabilities:
-    """ALL first, then single additions, then drops; ambient additions are in all five sets.
+    """The five sets: ALL first, then single additions, then drops; ambient additions are in all of them.
 
-    One that the agent has not got itself stays in them: the container is made without it, as runc makes it, and there
-    is a warning. Charts ask for more than their programs need on any one node.
+    A capability that the agent does not have itself stays in them: the container is made without it, as runc makes it,
+    and with a warning. Charts ask for more than their programs need on any one node.
     """
     if privileged:
         return _sets(capabilities.known(), ambient=0)

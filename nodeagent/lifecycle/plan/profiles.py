@@ -1,6 +1,6 @@
-"""Which seccomp, AppArmor and SELinux confinement a container gets.
+"""The choice of a container's seccomp, AppArmor and SELinux confinement.
 
-Filters and profiles are refused where the node cannot give them, labels are passed over where it has no SELinux.
+Filters and profiles are refused where the node cannot provide them; labels are ignored where it has no SELinux.
 """
 
 import asyncio
@@ -21,19 +21,19 @@ from nodeagent.sandbox.seccomp import profile as seccomp_profile
 from nodeagent.sandbox.seccomp.profile import Filter
 
 UNCONFINED = Filter(program=b"", flags=0)
-# What a profile says for a capability is compiled only for processes that have it.
+# The conditional parts of a profile are compiled only for processes that have, or do not have, a capability.
 _EXTREMES = (0, capabilities.mask(capabilities.NAMES))
 
 
 class Profiles:
-    """default: an OCI JSON file for RuntimeDefault, "" for the built-in profile."""
+    """The profiles of this node. default: an OCI JSON file for RuntimeDefault, "" for the built-in profile."""
 
     def __init__(self, default: str) -> None:
         self._default = default
         self._policy = Policy()
 
     def check_default(self) -> None:
-        """Raises InvalidArgument, which names the setting, for a default that no container could be started with."""
+        """Raise InvalidArgument, which names the setting, for a default that no container could be started with."""
         if not self._default:
             return
         try:
@@ -41,7 +41,8 @@ class Profiles:
                 seccomp_profile.from_file(self._default, held)
         except (InvalidArgument, NotFound, Unsupported) as error:
             raise InvalidArgument(
-                f"seccomp.default_profile: {error}; mend the file, or leave the setting empty for the built-in profile"
+                f"seccomp.default_profile: {error}; correct the file, or leave the setting empty for the built-in"
+                " profile"
             ) from error
 
     def local(self, path: str, capabilities: int) -> Filter:
@@ -87,7 +88,7 @@ async def with_artifact(name: str, text: bytes, capabilities: int, base: Filter)
 
 
 async def check_artifact(text: bytes) -> None:
-    """Raises SecurityProfileInvalid for what is no seccomp profile that containers here could have."""
+    """Raise SecurityProfileInvalid for a seccomp profile that this node could not apply to a container."""
     try:
         for held in _EXTREMES:
             await asyncio.wrap_future(seccomp_artifact.compiled(text, held))
@@ -99,12 +100,17 @@ def _loaded_apparmor(name: str) -> str:
     if not apparmor.is_enabled():
         raise Unsupported(f'AppArmor profile "{name}": this kernel has no AppArmor')
     if not apparmor.is_loaded(name):
-        raise FailedPrecondition(f'AppArmor profile "{name}": not loaded on this node')
+        raise FailedPrecondition(
+            f'AppArmor profile "{name}": not loaded on this node; load it with apparmor_parser'
+        )
     return name
 
 
 async def _default_apparmor(*, required: bool) -> str:
-    """Without AppArmor or its parser there is none, unless it is required. Who can load it never does without."""
+    """The default profile; "" without AppArmor or its parser, unless it is required.
+
+    Where the parser is there, a failure to load the profile is an error, and never a container without one.
+    """
     if not apparmor.is_enabled():
         if required:
             raise Unsupported("AppArmor profile RuntimeDefault: this kernel has no AppArmor")

@@ -1,8 +1,8 @@
-"""SELinux labels of containers: what a request says, and the node's policy for what it leaves out.
+"""SELinux labels of containers: the parts that a request gives, and the node's policy for what it leaves out.
 
 A process has a label, and so have the files that it may use: the type that the policy has for containers' files, with
-the level of the process. Who asks for no label gets none. On a node without SELinux there is nothing that a label could
-do: charts carry their options to every node, so that they are passed over there, which the log says once.
+the level of the process. A container that asks for no label gets none. On a node without SELinux a label has no effect:
+charts carry their options to every node, so that they are ignored there, which is logged once.
 """
 
 import logging
@@ -16,17 +16,17 @@ from nodeagent.requests import SELinux
 log = logging.getLogger(__name__)
 
 ENFORCE = Path("/sys/fs/selinux/enforce")
-# container-selinux has labels in a file of its own, which the other runtimes read first as well.
+# container-selinux installs its labels in a file of its own, which the other runtimes read first as well.
 CONTAINERS = Path("/usr/share/containers/selinux/contexts")
 POLICIES = Path("/etc/selinux")
 
-# What policies are written with. A quote, for one, would end the label among the options of a mount.
+# The characters that policies use. A quote, for example, would end the label among the options of a mount.
 _LABEL = re.compile(r"[\w.-]+:[\w.-]+:[\w.-]+(:[\w.,:-]+)?", re.ASCII)
 _SETTING = re.compile(r'\s*(\w+)\s*=\s*"?([^"\s]*)"?\s*')
 
 
 class Labels(NamedTuple):
-    """process: of what a container executes; files: of what it may read and write. "" is none."""
+    """Labels of a container. process: of what it executes; files: of what it may read and write. "" is none."""
 
     process: str
     files: str
@@ -36,24 +36,25 @@ NO_LABELS = Labels("", "")
 
 
 class Policy:
-    """Of this node."""
+    """The SELinux policy of this node."""
 
     def __init__(self) -> None:
         self._has_said_so = False
 
     def labels(self, asked: SELinux) -> Labels:
-        """NO_LABELS where the kernel has no SELinux.
+        """The labels of a container; NO_LABELS where the kernel has no SELinux.
 
-        Raises InvalidArgument for what is no label, and FailedPrecondition where the policy lacks a default.
+        Raises InvalidArgument for a malformed label, and FailedPrecondition where the policy lacks a default.
 
-        user, role, type and level that are not asked for are those of the policy's label of containers; no categories
-        are drawn. A policy without a label of containers' files gives them none: who names all parts may do without.
+        user, role, type and level that the request leaves out are those of the policy's label of containers; no
+        categories are drawn. A policy without a label of containers' files gives them none: a request that names all
+        parts does not need one.
         """
         if not ENFORCE.exists():
             if not self._has_said_so:
                 self._has_said_so = True
                 log.info(
-                    "this kernel has no SELinux: selinux_options are passed over, of all containers"
+                    "this kernel has no SELinux: selinux_options of all containers are ignored"
                 )
             return NO_LABELS
         path, contexts = _contexts()
@@ -64,19 +65,19 @@ class Policy:
         process = _label(parts)
         if not _LABEL.fullmatch(process):
             raise InvalidArgument(
-                f'selinux_options: "{process}" is no label; a part has letters, digits, dots, hyphens and underscores,'
-                " a level also commas and colons"
+                f'selinux_options: "{process}" is not an SELinux label; a part consists of letters, digits, dots, '
+                "hyphens and underscores, a level also of commas and colons"
             )
         return Labels(process, _files(asked.user, parts[3], contexts.get("file", "")))
 
 
 def _usual(path: Path, label: str) -> list[str]:
-    """user, role, type and level of a container's process, as the policy has them; level is "" without MLS."""
+    """The policy's user, role, type and level of a container's process; level is "" without MLS."""
     parts = label.split(":", 3)
     if len(parts) < 3 or not all(parts):
         raise FailedPrecondition(
-            f'selinux_options: a part is left out, and {path} has no label of containers ("{label}") to take it from; '
-            "install the policy of containers (container-selinux), or give user, role, type and level"
+            f'selinux_options: incomplete, and {path} has no label of containers ("{label}") to complete it from; '
+            "install the policy of containers (container-selinux), or set user, role, type and level"
         )
     return [*parts, ""][:4]
 
@@ -94,7 +95,7 @@ def _label(parts: list[str]) -> str:
 
 
 def _contexts() -> tuple[Path, dict[str, str]]:
-    """The labels that the policy has for containers, by their names there, and the file that should have them."""
+    """The policy's labels for containers, by their names, and the file that they are, or should be, in."""
     contexts = _settings(CONTAINERS)
     if contexts:
         return CONTAINERS, contexts
@@ -104,7 +105,7 @@ def _contexts() -> tuple[Path, dict[str, str]]:
 
 
 def _settings(path: Path) -> dict[str, str]:
-    """``name = "value"`` of each line that has one; of none where the file cannot be read."""
+    """The settings ``name = "value"`` of a file, one on a line; empty where it cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -97,7 +97,7 @@ def test_a_supervisor_that_knows_of_no_hooks(tmp_path: Path) -> None:
     bundle.require(made)
     config = ContainerConfig(name="c", image="i", hooks=HOOKS)
     made["hooks"] = bundle.hooks(config, made, tmp_path, 60)
-    with pytest.raises(Unsupported, match="make the pod again"):
+    with pytest.raises(Unsupported, match="recreate the pod"):
         bundle.require(made)
     Path(made["hooks"]["bundle"]).mkdir(parents=True)
     bundle.require(made)

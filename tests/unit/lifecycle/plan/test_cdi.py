@@ -249,7 +249,7 @@ def test_the_later_directory_wins(tmp_path: Path) -> None:
 
 def test_a_device_twice_in_one_directory_is_a_conflict(directory: Path) -> None:
     (directory / "also.yaml").write_text(json.dumps(SPEC))
-    with pytest.raises(FailedPrecondition, match=r"also\.yaml and .*gpu\.json; remove one"):
+    with pytest.raises(FailedPrecondition, match=r"also\.yaml and .*gpu\.json; remove it"):
         cdi(directory).inject(config("vendor.com/gpu=0"))
 
 
@@ -276,7 +276,7 @@ def test_unknown_device(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("device", "error", "text"),
     [
-        ("nic", Unsupported, "netDevices: eth1 is not moved"),
+        ("nic", Unsupported, "netDevices: eth1: network devices of the node cannot"),
         ("fifo", Unsupported, "FIFO"),
         ("broken", FailedPrecondition, r"gpu\.json: .*Expected `str` matching.*deviceNodes\[0\]"),
         ("group", FailedPrecondition, r"gpu\.json: .*additionalGids\[0\]"),
@@ -298,7 +298,7 @@ def test_warnings_are_said_once(directory: Path, caplog: pytest.LogCaptureFixtur
         injecting.inject(config("vendor.com/gpu=cache"))
     texts = caplog.messages
     assert len(texts) == len(set(texts))
-    assert sum("intelRdt is skipped" in text for text in texts) == 1
+    assert sum("intelRdt is not supported and is ignored" in text for text in texts) == 1
     for name in ("broken.json", "bytes.json", "deep.json"):
         assert sum(name in text for text in texts) == 1
 

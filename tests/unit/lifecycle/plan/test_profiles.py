@@ -181,7 +181,7 @@ def test_the_policy_of_containers_has_a_file_of_its_own(selinux: Path) -> None:
 @pytest.mark.usefixtures("selinux")
 def test_what_is_no_label_is_refused(asked: SELinux) -> None:
     """It becomes an option of mounts, and shall end where the label does."""
-    with pytest.raises(InvalidArgument, match="is no label"):
+    with pytest.raises(InvalidArgument, match="is not an SELinux label"):
         PROFILES.selinux(config(selinux=asked))
 
 
@@ -231,6 +231,6 @@ def test_a_default_seccomp_profile_is_checked_also_for_what_capabilities_open(
     file.write_text(json.dumps({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [entry]}))
     with pytest.raises(
         InvalidArgument,
-        match=rf'seccomp\.default_profile: seccomp profile "{file}": .*NONSENSE.*; mend the file',
+        match=rf'seccomp\.default_profile: seccomp profile "{file}": .*NONSENSE.*; correct the file',
     ):
         Profiles(str(file)).check_default()
