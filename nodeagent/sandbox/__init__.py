@@ -1,4 +1,4 @@
-"""Pods on the node's side of the wall, in rooms by the process that runs the code.
+"""Pods as the node's side runs them, in packages by the process that runs the code.
 
 ::
 
@@ -9,7 +9,7 @@
     init/         between clone3(2) and execve(2): what becomes a container's process
     runtime/      what launcher, supervisor and init share: a loop, children, peers, what a process does to itself
 
-The agent's rooms and the others never import each other. A launcher imports supervisors, because it forks them; they
+The agent's packages and the others never import each other. A launcher imports supervisors, because it forks them; they
 import init, for the same reason; nobody imports the other way. What crosses the border is in the modules beside this
 one: the plans (`spec`), the messages (`protocol`), records on disk (`exits`, `facts`, `bundle`), where things are
 (`paths`), and what both sides compute alike (`idmaps`, `rootfs_defaults`, `host_path`).

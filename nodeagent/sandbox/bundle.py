@@ -11,7 +11,7 @@ ROOTFS = "rootfs"
 
 
 def write_bundle(plan: ContainerPlan) -> None:
-    """On the node, for as long as anything is known of the container; for root alone, as its environment is in it."""
+    """Write it on the node, until the container is removed; for root alone, as it has the container's environment."""
     bundle = plan["hooks"]["bundle"]
     os.mkdir(bundle, 0o700)
     files.write_atomic(f"{bundle}/{CONFIG}", plan["hooks"]["config"].encode(), 0o600, sync=False)

@@ -1,7 +1,7 @@
 """Host paths of a mount plan: how they are opened, made where they are absent, and what they must be.
 
-A container's first process does so before anything of the container is looked at; `nodeagent check --pod` does so to
-tell beforehand what that will find.
+A container's first process uses it before it accesses anything of the container; `nodeagent check --pod` uses it to
+predict the outcome.
 """
 
 import errno
@@ -14,7 +14,7 @@ from nodeagent.sandbox.spec import Mount
 
 
 def open_host_path(mount: Mount) -> int:
-    """An absent one is made a directory where the plan says so, as every other runtime does."""
+    """Open a host path; an absent one is made a directory where the plan says so, as every other runtime does."""
     path, absent = mount["source"], mount.get("absent")
     what = f'host path "{path}" for {mount["target"]}'
     try:
@@ -33,9 +33,9 @@ def open_host_path(mount: Mount) -> int:
 
 
 def _make_directories(path: str) -> None:
-    """With the parents that are missing, 0755, of the node's root.
+    """Make a directory and its missing parents, mode 0755, owned by the node's root.
 
-    No link to nothing is followed: who made it would choose what is made.
+    No dangling link is followed: whoever made it would choose what is made.
     """
     missing = [path]
     while not os.path.lexists(parent := os.path.dirname(missing[-1])):
@@ -46,7 +46,7 @@ def _make_directories(path: str) -> None:
 
 
 def require_propagation(mount: Mount, origin: int) -> None:
-    """What is to be propagated must come from a mount that does: "slave" from any but a private one."""
+    """Require that the origin's mount propagates: a shared one for "shared", any but a private one for "slave"."""
     asked = mount["propagation"]
     if asked == "private":
         return

@@ -1,4 +1,4 @@
-"""How the ids of a process in a user namespace are those of the node, and whose files are seen as whose.
+"""Mappings between the ids of a user namespace and those of the node, of processes and of files.
 
 The image's layers, and volumes that ask for it, are seen through idmapped mounts (mount_setattr(2)): what belongs to
 id n there belongs to id n of the namespace. What the runtime makes for a container is made as the container's root.
@@ -42,14 +42,17 @@ class IdMaps(NamedTuple):
 
 
 def of_process(plan: ProcessPlan, descriptor: int) -> IdMaps:
-    """descriptor: of the pod's user namespace, -1 without one: who has mappings never gets the node's instead."""
+    """The mappings of a process. descriptor: of the pod's user namespace, -1 without one.
+
+    A process whose plan has mappings never gets the node's namespace instead.
+    """
     if descriptor == -1 and "uid_map" in plan:
         raise FailedPrecondition("the pod's user namespace is gone")
     return IdMaps(descriptor, extents(plan.get("uid_map", [])), extents(plan.get("gid_map", [])))
 
 
 def root_of(plan: PodPlan) -> tuple[int, int]:
-    """Who the pod's root is on the node: user and group."""
+    """The user and group of the pod's root on the node."""
     if "uid_map" not in plan:
         return 0, 0
     uids, gids = extents(plan["uid_map"]), extents(plan["gid_map"])
@@ -69,6 +72,8 @@ def act_as_root(maps: IdMaps) -> None:
     """Make files as the root of the container, with the capabilities of the node's root (setfsuid(2))."""
     if maps.is_node:
         return
+    # Without it a file system id other than 0 takes CAP_DAC_OVERRIDE and its like from the effective set
+    # (capabilities(7), "Effect of user ID changes").
     syscalls.prctl(syscalls.PR_SET_SECUREBITS, syscalls.SECBIT_NO_SETUID_FIXUP)
     syscalls.setfsgid(maps.gid(0))
     syscalls.setfsuid(maps.uid(0))
@@ -89,7 +94,7 @@ def map_volume(tree: int, origin: int, mount: Mount, maps: IdMaps) -> None:
 
 
 def map_tree(tree: int, origin: int, descriptor: int, what: str) -> None:
-    """Raises `Unsupported`, with the file system, where the kernel cannot map one that is in the tree."""
+    """Map a tree. Raises `Unsupported`, with the file system, where the kernel cannot map one that is in it."""
     try:
         mounts.map_ids(tree, descriptor)
     except OSError as error:

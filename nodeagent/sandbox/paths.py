@@ -1,7 +1,7 @@
-"""Where the agent, the launcher and the supervisors find each other, and what keeps a pod's namespaces.
+"""Paths by which the agent, the launcher and the supervisors find each other, and the pins of a pod's namespaces.
 
-The files of a pod are in ``<state>/pods/<id>``: the socket of its supervisor, ``ns/<kind>``, which are the bind mounts
-that pin its namespaces, and ``shared``, the tmpfs of what its containers share.
+The files of a pod are in ``<state>/pods/<id>``: the socket of its supervisor, ``ns/<kind>``, the bind mounts that pin
+its namespaces, and ``shared``, the tmpfs of what its containers share.
 """
 
 import os

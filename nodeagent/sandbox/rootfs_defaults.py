@@ -1,4 +1,4 @@
-"""What a container's file system consists of, as data: the default mounts, devices and links.
+"""The default mounts, devices and links of a container's file system, as data.
 
 The agent merges them with what a request asks for into a `ContainerPlan`; `nodeagent.sandbox.init.rootfs` executes it.
 """
@@ -42,7 +42,7 @@ def bind(
 
 
 def default_mounts(privileged: bool, hierarchies: Mapping[str, Sequence[str]]) -> list[Mount]:
-    """What every container finds mounted, parents first.
+    """The mounts of every container, parents first.
 
     hierarchies: of the node's cgroups, the name below /sys/fs/cgroup and the options of the mount, which are empty for
     cgroup2: ``{"": []}`` on a node with cgroup v2 only, ``{"cpu": ["cpu"], "systemd": ["name=systemd"]}`` with v1.
@@ -112,7 +112,7 @@ DEFAULT_LINKS = {
     "ptmx": "pts/ptmx",
 }
 
-# What a request may cover of procfs: numbers of the node that lxcfs, and its like, show as the container's own.
+# Files of procfs that a request may cover: figures of the node that lxcfs, and its like, replace by the container's.
 MOUNTABLE_IN_PROCFS = frozenset(
     f"/proc/{name}"
     for name in (
@@ -131,5 +131,5 @@ MOUNTABLE_IN_PROCFS = frozenset(
 
 
 def describe(mount: Mount) -> str:
-    """As an error names it: ``proc on /proc``."""
+    """The name of a mount in errors: ``proc on /proc``."""
     return f"{mount['source'] or 'image'} on {mount['target']}"

@@ -38,10 +38,10 @@ class PodPlan(TypedDict):
 
 
 class PodSettings(TypedDict):
-    """What makes a slot a pod. hostname is None where the UTS namespace is the node's.
+    """The settings that make a slot a pod. hostname is None where the UTS namespace is the node's.
 
     sysctls: dotted names, all of them of namespaces that the pod owns. shm_bytes is None with the node's IPC.
-    pid: "pod" starts the little init that owns the shared PID namespace.
+    pid: "pod" starts the init process that owns the shared PID namespace.
     """
 
     hostname: str | None
@@ -120,7 +120,7 @@ class Device(TypedDict):
 
 
 class UserRequest(TypedDict):
-    """Who the process shall be; resolved against /etc/passwd and /etc/group of the root file system.
+    """The requested user; resolved against /etc/passwd and /etc/group of the root file system.
 
     uid and username: at most one is set; neither means root. gid None means the user's primary group.
     merge_groups: add the groups that the image's /etc/group gives the user.
@@ -135,7 +135,7 @@ class UserRequest(TypedDict):
 
 
 class Identity(TypedDict):
-    """Who the process really is."""
+    """The resolved user and groups of a process."""
 
     uid: int
     gid: int
@@ -154,7 +154,7 @@ class Capabilities(TypedDict):
 
 
 class Rlimit(TypedDict):
-    """resource: a name of getrlimit(2) without RLIMIT_; -1 is infinity."""
+    """A resource limit. resource: a name of getrlimit(2) without RLIMIT_; -1 is infinity."""
 
     resource: str
     soft: int
@@ -162,10 +162,10 @@ class Rlimit(TypedDict):
 
 
 class ProcessPlan(TypedDict):
-    """What the container's first process, and every exec of it, gets besides its arguments.
+    """The attributes of the container's first process, and of every exec, besides the arguments.
 
     seccomp: a compiled filter (array of struct sock_filter), base64; "" is unconfined. seccomp_flags: of seccomp(2).
-    forbidden_calls: those of `seccomp_successor.CALLS` that the filter does not allow.
+    forbidden_calls: those of `seccomp.successor.CALLS` that the filter does not allow.
     uid_map, gid_map: of the pod's user namespace, where it has one.
     """
 
@@ -189,7 +189,7 @@ class ProcessPlan(TypedDict):
 class Hook(TypedDict):
     """A program of the node, or of the container at startContainer. env: ``NAME=value``, all that it gets.
 
-    timeout_ms: it is killed then. source: which file asks for it.
+    timeout_ms: it is killed then. source: the file that asks for it.
     """
 
     path: str
@@ -200,9 +200,10 @@ class Hook(TypedDict):
 
 
 class Hooks(TypedDict):
-    """bundle: ``bundle`` in the container's directory in that of its pod; the root file system is shown beside it.
+    """The hooks of a container, by stage.
 
-    config: what its config.json has. annotations: as the state of the container tells them.
+    bundle: ``bundle`` in the container's directory in that of its pod; the root file system is shown beside it.
+    config: the content of its config.json. annotations: for the state of the container that hooks read.
     """
 
     bundle: str
@@ -212,7 +213,7 @@ class Hooks(TypedDict):
 
 
 class LogLimit(TypedDict):
-    """What a container may write to its log before it has to wait, as a token bucket of the log's own bytes."""
+    """The limit of what a container may write to its log before it has to wait: a token bucket, in bytes of the log."""
 
     bytes_per_second: int
     burst_bytes: int
@@ -226,7 +227,7 @@ class ContainerPlan(TypedDict):
     log_limit: without it, a container writes as fast as it is read.
     masked and readonly paths: of the container, absent ones skipped.
     volumes: parents first; a supervisor of an earlier version does not know them.
-    cgroup_namespace: False only for containers that shall see the node's cgroups.
+    cgroup_namespace: False only for containers that are to see the node's cgroups.
     """
 
     id: str
@@ -265,7 +266,7 @@ class ExecPlan(TypedDict):
 
 
 class Exit(TypedDict):
-    """How a container, or an exec, ended. code: 0-255, 128 + n for signal n; oom: the kernel's OOM killer ended it."""
+    """The end of a container or an exec. code: 0-255, 128 + n for signal n; oom: the kernel's OOM killer ended it."""
 
     code: int
     at: int

@@ -1,7 +1,6 @@
 """The agent's side of the protocol: requests and their replies on one connection, with asyncio.
 
-A caller that is cancelled loses nothing but the reply: what was asked for is finished, and descriptors that come with
-the reply are closed.
+A cancelled caller loses only the reply: the operation is finished, and descriptors that come with the reply are closed.
 """
 
 import asyncio
@@ -20,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Reply(NamedTuple):
-    """fds: by name; they belong to who asked."""
+    """A reply. fds: by name; they belong to the caller."""
 
     result: Mapping[str, Any]
     fds: dict[str, int]
@@ -63,7 +62,7 @@ class Channel:
         on_event: Callable[[Body], None] = lambda _event: None,
         on_end: Callable[[], None] = lambda: None,
     ) -> "Channel":
-        """Raises OSError where nobody listens."""
+        """Connect to a socket. Raises OSError where nobody listens."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             with protocol.address(path) as address:
@@ -102,7 +101,7 @@ class Channel:
         return self._is_open
 
     def post(self, operation: str, **members: object) -> None:
-        """Ask for something whose outcome is of no interest."""
+        """Send a request whose outcome does not matter."""
         packet = protocol.encode({"id": next(self._numbers), "op": operation, **members})
         try:
             protocol.send(self._connection, packet)
@@ -170,7 +169,7 @@ class Channel:
         self.close()
 
     def close(self) -> None:
-        """Disconnect; who waits for a reply gets Unavailable. The death of the process is still noticed."""
+        """Disconnect; pending requests get Unavailable. The death of the process is still noticed."""
         if not self._is_open:
             return
         self._is_open = False
@@ -182,7 +181,7 @@ class Channel:
         self._on_end()
 
     def forget(self) -> None:
-        """Disconnect, and do not care whether the process lives."""
+        """Disconnect, and stop watching the process."""
         self.close()
         if self._pidfd >= 0:
             self._loop.remove_reader(self._pidfd)
@@ -194,7 +193,7 @@ class Channel:
 
 
 def _reap(pidfd: int) -> None:
-    """Only a launcher that this very agent has started is its child."""
+    """Reap the process if it is a child: only a launcher that this very agent has started is one."""
     try:
         os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
     except ChildProcessError:

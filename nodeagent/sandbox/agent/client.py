@@ -42,10 +42,10 @@ __all__ = [
 
 Size = tuple[int, int]
 
-# A process that dies closes its connections some time before it is seen to be dead.
+# A process that dies closes its connections some time before its pidfd becomes readable.
 _DEATH_SECONDS = 5.0
 
-# What somebody else has started, or left, comes up within this time, or not at all.
+# The time within which a process that others have started begins to serve, if it does.
 _POLLS, _POLL_SECONDS = 20, 0.1
 
 
@@ -68,7 +68,7 @@ class Supervisor:
 
     @classmethod
     async def connect(cls, directory: Path, pod_id: str) -> "Supervisor":
-        """Raises OSError where there is none."""
+        """Connect to a pod's supervisor. Raises OSError where there is none."""
         self = cls(pod_id, directory)
         path = str(directory / SUPERVISOR_SOCKET)
         name = f'supervisor of pod "{pod_id}"'
@@ -88,7 +88,7 @@ class Supervisor:
         return self._channel.lost.is_set()
 
     def close(self) -> None:
-        """Disconnect. The supervisor goes on, and nothing more is heard of it."""
+        """Disconnect. The supervisor goes on; none of its events arrives any more."""
         self._channel.forget()
 
     # --- the pod ---
@@ -112,7 +112,7 @@ class Supervisor:
         return connection
 
     async def state(self) -> list[ContainerState]:
-        """Of every container that was created and is not removed."""
+        """The state of every container that was created and is not removed."""
         reply = await self._channel.request("state")
         if reply.result.get("init_ended"):
             self.on_init_exit()
@@ -195,7 +195,7 @@ class Supervisor:
         await self._channel.request("resize", container=container, width=width, height=height)
 
     async def reopen_log(self, container: str) -> None:
-        """After this the log file exists anew, and no byte goes to the old one."""
+        """Have the log written to a new file; afterwards no byte goes to the old one."""
         await self._channel.request("reopen_log", container=container)
 
     # --- streams ---
@@ -239,7 +239,7 @@ class Supervisor:
         return ExecHandle(self._channel, number, reply, end)
 
     async def attach(self, container: str) -> AttachIO:
-        """See the output from now on, and write the input. Who is too slow, by a MiB, is cut off."""
+        """Attach to the output from now on, and to the input. A client that is too slow, by a MiB, is detached."""
         number = next(self._numbers)
         try:
             reply = await self._channel.request("attach", container=container, attach=number)
@@ -314,7 +314,7 @@ class Launcher:
 
     @classmethod
     async def _connect_to_another(cls, state: Path) -> "Launcher":
-        """Somebody else was faster with a launcher, which may not listen yet."""
+        """Connect to a launcher that another agent has just started, and that may not listen yet."""
         for _ in range(_POLLS):
             try:
                 return await cls.connect(state)
@@ -362,7 +362,7 @@ class Launcher:
         return await Supervisor.connect(directory, pod_id)
 
     async def pods(self) -> list[str]:
-        """Those that have a supervisor, or had one that left containers behind."""
+        """The pods that have a supervisor, or had one that left containers behind."""
         reply = await self._channel.request("list")
         pods: list[str] = reply.result["pods"]
         return pods
@@ -379,7 +379,7 @@ class Launcher:
 
 
 async def _end_orphan(pod_id: str, directory: Path) -> None:
-    """The launcher may have died after it forked: a supervisor that comes up in spite of it is not wanted."""
+    """Shut down a supervisor that a launcher may have forked before it died: its pod was never made."""
     for _ in range(_POLLS):
         try:
             supervisor = await Supervisor.connect(directory, pod_id)

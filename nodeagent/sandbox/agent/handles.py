@@ -1,4 +1,4 @@
-"""What the agent hands to a supervisor and gets from it: descriptors, states, and what can be done with both."""
+"""Descriptors, states and handles that the agent exchanges with a supervisor."""
 
 import asyncio
 import os
@@ -31,7 +31,7 @@ class CgroupFds:
 
 @dataclass(slots=True, kw_only=True)
 class Namespaces:
-    """Of a pod. net: its network namespace; route: a NETLINK_ROUTE socket inside it. Closed by `with`."""
+    """The namespaces of a pod. net: of the network; route: a NETLINK_ROUTE socket inside it. Closed by `with`."""
 
     net: int
     route: socket.socket
@@ -72,7 +72,7 @@ class ContainerState:
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> Self:
-        """From a supervisor's description."""
+        """The state that a supervisor's description has."""
         return cls(
             id=body["id"],
             pid=body["pid"],
@@ -99,7 +99,7 @@ class ExecIO:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecExit:
-    """code: 0-255, 128 + n for signal n; timed_out: it was killed because its time was over."""
+    """The end of an exec. code: 0-255, 128 + n for signal n; timed_out: it was killed at its time limit."""
 
     code: int
     timed_out: bool
@@ -107,9 +107,9 @@ class ExecExit:
 
 @dataclass(slots=True)
 class AttachIO:
-    """Our ends, not blocking, closed by `with`; stdout is all of a terminal.
+    """The agent's ends of an attachment, not blocking, closed by `with`; a terminal has stdout only.
 
-    stdin: None for a container that reads none. cut_off: set when we were too slow, and all output ended early.
+    stdin: None for a container that reads none. cut_off: set when the agent was too slow, and all output ended early.
     """
 
     stdin: int | None
@@ -120,7 +120,7 @@ class AttachIO:
     cut_off: asyncio.Event = field(default_factory=asyncio.Event)
 
     def close_stdin(self) -> None:
-        """With stdin_once the container then reads the end of its input."""
+        """End the input of this attachment; with stdin_once the container then reads the end of its own."""
         if self.stdin is not None:
             os.close(self.stdin)
             self.stdin = None

@@ -1,4 +1,4 @@
-"""A copy of the Python interpreter that nobody can write to, for processes that enter containers.
+"""A sealed copy of the Python interpreter, for processes that enter containers.
 
 A container may get hold of the executable of a process that joins it, as /proc/PID/exe (CVE-2019-5736): then this is
 a sealed file in memory, and never the node's interpreter.

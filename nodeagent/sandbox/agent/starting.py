@@ -1,4 +1,4 @@
-"""Starting the launcher: with exec from a sealed copy of the interpreter, in a session of its own."""
+"""Start of the launcher: with exec from a sealed copy of the interpreter, in a session of its own."""
 
 import asyncio
 import logging
@@ -22,11 +22,13 @@ _BOOTSTRAP = (
 
 
 async def start_launcher(state: str, python: str, join: Sequence[int]) -> None:
-    """Return when it listens. Raises AlreadyExists where there is one, Unavailable where it does not come up."""
+    """Start a launcher; returns when it listens. Raises AlreadyExists where there is one, Unavailable if it fails."""
     executable, copy = await asyncio.to_thread(_copy, python)
     try:
         answer = await _try_start(f"/proc/self/fd/{copy}", state, python, join)
-    except OSError as error:  # a node may forbid to execute what is not in a file system
+    except (
+        OSError
+    ) as error:  # a policy of the node may forbid to execute what is not in a file system
         log.warning("a sealed copy of the interpreter: %s", error.strerror)
         answer = b""
     finally:
@@ -47,7 +49,7 @@ def _copy(python: str) -> tuple[str, int]:
 
 
 async def _try_start(executable: str, state: str, python: str, join: Sequence[int]) -> bytes:
-    """What the launcher says when it is ready, or why it cannot be; nothing if it just ends."""
+    """Start it; returns what it writes when it is ready, or why it cannot be, or nothing if it just ends."""
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         try:
@@ -63,7 +65,7 @@ async def _try_start(executable: str, state: str, python: str, join: Sequence[in
 
 
 def _spawn(executable: str, state: str, python: str, ready: int, join: Sequence[int]) -> int:
-    """The descriptors `ready` and `join` keep their numbers; the launcher closes what else it finds open."""
+    """Spawn it. The descriptors `ready` and `join` keep their numbers; the launcher closes all others."""
     given = [str(fd) for fd in (ready, *join)]
     log_flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     return os.posix_spawn(

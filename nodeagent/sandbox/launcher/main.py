@@ -1,4 +1,4 @@
-"""The launcher: parent of the supervisors, and of what a supervisor leaves behind that is killed.
+"""The launcher: parent of the supervisors, and of the processes that a killed supervisor leaves behind.
 
 It is started with exec, is small because it imports the standard library only, and forks a supervisor in a fraction of
 a millisecond. It survives the agent and serves the next one. Of every container it keeps the descriptors that a
@@ -38,7 +38,7 @@ _STOP_PAUSE_MS = 2
 
 
 class KeptPod:
-    """A pod as the launcher knows it. peer: its supervisor, of that pid. request: who waits until it serves the pod."""
+    """A pod as the launcher knows it. peer: its supervisor, of that pid. request: waits until the pod is served."""
 
     def __init__(self, pod_id: str, directory: str) -> None:
         self.id = pod_id
@@ -51,14 +51,14 @@ class KeptPod:
 
     @property
     def has_supervisor(self) -> bool:
-        """Whether it lives, be it held up; one that is about to close what it has open does not any more."""
+        """Whether it lives, even blocked; one that is exiting, and about to close its descriptors, does not count."""
         try:
             return self.peer is not None and not processes.is_exiting(self.pid)
         except OSError:
             return False
 
     def take(self, container: str, names: Collection[str] | None = None) -> list[int]:
-        """Some descriptors of a container, or all, which are kept no longer; to be closed with `Launcher._close`."""
+        """Take out descriptors of a container, by name or all; they are to be closed with `Launcher._close`."""
         deposit = self.deposits.get(container)
         if deposit is None:
             return []
@@ -146,7 +146,7 @@ class Launcher:
         self._pods[pod.id] = pod
 
     def _abandon(self, request: Request) -> None:
-        """For a pod that nobody can do anything with; its containers are somebody else's to kill."""
+        """Kill the supervisor of an unusable pod, and keep nothing of it; the agent kills its containers."""
         pod = self._pods.get(request.body["pod"])
         if pod is not None:
             self._is_done(pod, request)
@@ -159,16 +159,16 @@ class Launcher:
         request.reply({"pods": list(self._pods)})
 
     def _stop(self, request: Request) -> None:
-        """Only when no pod is left."""
+        """Stop the launcher, if no pod is left."""
         self._hear_supervisors()
         if self._pods:
             raise FailedPrecondition(f"launcher: {len(self._pods)} pods are left")
         self._stop_when_alone(request)
 
     def _stop_when_alone(self, request: Request) -> None:
-        """Supervisors that have ended their pods are reaped by us, and not by whoever would inherit them.
+        """Reap supervisors that have ended their pods, kill what abandoned pods have left, and stop.
 
-        What abandoned pods have left ends with us.
+        Otherwise another process would inherit them.
         """
         if self._children.any():
             self._children.kill()
@@ -181,7 +181,7 @@ class Launcher:
     # --- what supervisors say ---
 
     def _attend(self, peer: Peer, message: Message) -> None:
-        """A supervisor has lost the launcher before us."""
+        """Take on a supervisor of an earlier launcher."""
         protocol.close_all(message.fds)
         pod_id, directory = message.body["pod"], message.body["directory"]
         pod = self._pods.get(pod_id) or KeptPod(pod_id, directory)
@@ -205,7 +205,7 @@ class Launcher:
             pod.request = None
 
     def _has_failed(self, pod: KeptPod, message: Message) -> None:
-        """Told to who asked when nothing is left of it."""
+        """Note why a pod could not be made; the request fails with it when the supervisor has ended."""
         pod.failure = protocol.read_error(message.body)
 
     def _keep(self, pod: KeptPod, message: Message) -> None:
@@ -247,7 +247,7 @@ class Launcher:
             protocol.close_all([reader, writer])
 
     def _supervisor_gone(self, pod: KeptPod, peer: Peer) -> None:
-        """Its children become ours, if it was one itself."""
+        """Adopt the processes of containers: they are our children now, if the supervisor was one."""
         if pod.peer is not peer:
             return
         pod.peer = None
@@ -262,7 +262,7 @@ class Launcher:
     # --- children ---
 
     def _hear_supervisors(self) -> None:
-        """What they have said, and that they have died, comes before what is decided now."""
+        """Receive what supervisors have sent, and the news of their death, before anything is decided."""
         for pod in tuple(self._pods.values()):
             if pod.peer is not None:
                 pod.peer.drain()
@@ -281,14 +281,14 @@ class Launcher:
 
 
 def _end_after(reader: int) -> NoReturn:
-    """Keep what was inherited open until the parent has closed its copies and the pipe, then close it by exiting."""
+    """Keep descriptors open until the parent has closed its copies and the pipe; then close them by exiting."""
     process.set_title("na-closer", "nodeagent.sandbox.closer")
     os.read(reader, 1)
     os._exit(0)
 
 
 def _has_ended(pidfd: int) -> bool:
-    """Whether it is this very child of ours that is a zombie, and not another one with its number."""
+    """Whether the process of this pidfd is a zombie child of ours, and not another process with its pid."""
     try:
         end = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
@@ -297,13 +297,13 @@ def _has_ended(pidfd: int) -> bool:
 
 
 def _supervisor_ended(peer: Peer, _code: int) -> None:
-    """A child that it was just making may hold its connection for another moment."""
+    """Close the connection: a child that the supervisor was just making may hold its end for another moment."""
     peer.drain()
     peer.close()
 
 
 def _is_served(directory: str) -> bool:
-    """Not waiting for one that is held up, and whose queue is full of agents that have gone."""
+    """Whether a supervisor serves the pod, even a blocked one, whose queue of connections is full (EAGAIN)."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as connection:
         try:
             with protocol.address(f"{directory}/{SUPERVISOR_SOCKET}") as address:
@@ -327,7 +327,7 @@ def main(state: str, ready: int, *join: int) -> None:
     close_others([ready, *join])
     try:
         loop = _prepare(state, ready, join)
-    except Exception as error:  # noqa: BLE001 whatever it is, the agent shall know
+    except Exception as error:  # noqa: BLE001 whatever it is, the agent must know
         os.write(ready, f"launcher: {error}".encode())
         sys.exit(1)
     with suppress(BrokenPipeError):  # the agent did not live to read it
@@ -354,7 +354,7 @@ def _prepare(state: str, ready: int, join: Sequence[int]) -> Loop:
     _rehearse(state, keep=[ready, lock])
     loop = Loop()
     Launcher(state, loop)
-    # Forked children share what is never written to again.
+    # Last, when all objects are there: forked children share the pages that are never written to again.
     gc.collect()
     if not immortal.immortalize():
         report("launcher: this Python has no immortal objects (3.12 has): a pod takes 1 MiB more")
@@ -364,17 +364,18 @@ def _prepare(state: str, ready: int, join: Sequence[int]) -> Loop:
 
 
 def _rehearse(state: str, keep: Collection[int]) -> None:
-    """Without it, supervisors only need more memory. Objects go before the descriptors that they would close."""
+    """Run the rehearsal; if it fails, supervisors only need more memory."""
     try:
         rehearsal.rehearse(f"{state}/pods/rehearsal")
     except Exception as error:  # noqa: BLE001 whatever it is, a pod will tell
         report(f"launcher: no rehearsal: {error}")
+    # Objects go first, while their descriptors are still theirs to close.
     gc.collect()
     close_others(keep)
 
 
 def _lock(state: str) -> int:
-    """There is one launcher for a state directory; the lock ends with the process."""
+    """Lock the state directory, which can have one launcher; the lock ends with the process."""
     file = os.open(f"{state}/{LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

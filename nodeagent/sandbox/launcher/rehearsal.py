@@ -1,8 +1,8 @@
-"""The life of a pod, played by the launcher in its own process, before it forks the first supervisor.
+"""The rehearsal: the life of a pod, run by the launcher in its own process before it forks the first supervisor.
 
-What CPython learns by running code it writes into its objects: specialised instructions, versions of types and of
+CPython writes what it learns by running code into its objects: specialised instructions, versions of types and of
 dictionaries. Every supervisor would learn the same, each on its own copies of the same pages; after a rehearsal they
-share what was learned. The play is the real thing, with a socket, a container and files in a directory of its own, but
+share what was learned. It runs the real code, with a socket, a container and files in a directory of its own, but
 without namespaces for the pod, and its program does not exist. `docs/design.md` has what it saves.
 """
 
@@ -29,7 +29,7 @@ _PATIENCE_MS = 10_000
 
 
 def rehearse(directory: str) -> None:
-    """Leaves nothing in the file system; descriptors go with the objects, at the next collection.
+    """Rehearse. Nothing is left in the file system; descriptors are closed with the objects, at the next collection.
 
     Raises whatever keeps a container from being made here, or TimeoutError.
     """
@@ -72,7 +72,7 @@ def _play(directory: str) -> None:
 
 
 def _acknowledge(launcher: Peer, message: protocol.Message) -> None:
-    """As the launcher does, which keeps nothing of this pod."""
+    """Answer as a launcher that keeps nothing of this pod."""
     protocol.close_all(message.fds)
     if message.body["op"] == "drop":
         launcher.send({"dropped": message.body["number"]})
@@ -146,7 +146,7 @@ def _container(directory: str) -> ContainerPlan:
 
 
 class _Agent:
-    """Asks for one thing after the other. failure: the first that was not expected."""
+    """An agent that sends one request after the other. failure: the first error that was not expected."""
 
     def __init__(self, loop: Loop, path: str, requests: Iterable[Body]) -> None:
         self.failure: Exception | None = None

@@ -1,4 +1,4 @@
-"""Those who are attached to a container: they see its output from now on, and may write its input."""
+"""Attachments to a container: clients that see its output from now on, and may write its input."""
 
 import os
 
@@ -13,9 +13,9 @@ Key = tuple[Peer, int]
 
 
 class Attachments:
-    """Of a pod. Each is known by a number that the agent gave it.
+    """The attachments of a pod. Each is known by a number that the agent gave it.
 
-    The agent gets ends of pipes that only we have the other end of.
+    The agent gets ends of pipes whose other ends only the supervisor has.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Attachments:
             os.close(end)
 
     def end_input(self, request: Request) -> None:
-        """No more input comes from this one; with stdin_once, from nobody."""
+        """End the input of this attachment; with stdin_once, the container's."""
         container = self._containers.get((request.peer, request.body["attach"]))
         if container is not None and container.plan["stdin_once"]:
             container.close_stdin()
@@ -53,13 +53,13 @@ class Attachments:
         request.reply()
 
     def left_by(self, agent: Peer) -> None:
-        """The agent has gone."""
+        """End the attachments of an agent that has disconnected."""
         for key in list(self._containers):
             if key[0] is agent:
                 self._end(key)
 
     def _cut_off(self, key: Key) -> None:
-        """They read too slowly, or not at all any more."""
+        """Detach a client that reads too slowly, or not at all any more."""
         self._end(key)
         key[0].send({"event": "detached", "attach": key[1]})
 
@@ -76,7 +76,7 @@ class Attachments:
 
 
 def input_to(container: Container, end: int) -> int:
-    """The writing end of a pipe that is relayed to the container's input, to its end, whoever has left by then.
+    """The writing end of a pipe that is relayed to the container's input until it ends, even if the client has left.
 
     end: of the container's pipe, or of its terminal.
     """

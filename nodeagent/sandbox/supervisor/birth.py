@@ -12,9 +12,9 @@ true}`` while it prepares, and waits until it may proceed. `nodeagent.sandbox.in
 
 A hidden process prepares itself where no container sees it, and its successor, which others may see and trace, executes
 the program. So what the hidden process says until it is ready is believed, and nothing that is said later: what the
-successor writes can only make the birth fail, and that something is written on the last pipe is an occasion to look for
-the successor. Who that is, the supervisor reads from the descriptor table of the hidden process, which waits until this
-has happened. What a successor has open are the ends of pipes: whoever takes them can hold them open, so that their end
+successor writes can only make the birth fail, and a write on the last pipe only makes the supervisor look for the
+successor. Its pid the supervisor reads from the descriptor table of the hidden process, which waits until this has
+happened. What a successor has open are the ends of pipes: whoever takes them can hold them open, so that their end
 is not the only sign that the program is executed.
 """
 
@@ -36,13 +36,13 @@ _LOOK_MS = 200
 
 
 class Parent(Protocol):
-    """Who is told about a birth: `succeeded` and `ready` at most once, then exactly one of the others."""
+    """The observer of a birth: `succeeded` and `ready` are called at most once, then exactly one of the others."""
 
     def succeeded(self, pid: int) -> None:
-        """The process of this pid goes on in place of the hidden one. Raises OSError where it is not ours."""
+        """Take the process of this pid in place of the hidden one. Raises OSError where it is not ours."""
 
     def ready(self, identity: Identity, warnings: list[str], master: int | None) -> None:
-        """master: of the terminal, which belongs to the parent from now on."""
+        """Learn that the process is ready. master: of the terminal, which belongs to the parent from now on."""
 
     def executed(self) -> None: ...
 
@@ -50,7 +50,7 @@ class Parent(Protocol):
 
 
 class _Succession(NamedTuple):
-    """Between the announcement of a hidden process and its successor. hold: what it waits for the end of."""
+    """The state between the announcement of a hidden process and its successor. hold: the pipe it waits at."""
 
     identity: Identity
     warnings: list[str]
@@ -85,7 +85,7 @@ class Birth:
 
     @classmethod
     def resume(cls, loop: Loop, known: Mapping[str, int], parent: Parent, pid: int) -> "Birth":
-        """That of a process that told a supervisor before us that it was ready. known: its `descriptors`."""
+        """Resume the birth of a process that reported "ready" to an earlier supervisor. known: its `descriptors`."""
         birth = cls(loop, known["status"], parent)
         birth._is_preparing = False
         if "go" in known:
@@ -95,7 +95,7 @@ class Birth:
 
     @property
     def descriptors(self) -> dict[str, int]:
-        """What a supervisor after us resumes the birth with; they stay ours."""
+        """The descriptors with which a later supervisor resumes the birth; they stay ours."""
         return {"status": self._text} | ({"go": self._go} if self._go != self._text else {})
 
     def go(self) -> None:
@@ -105,12 +105,12 @@ class Birth:
             self._say_go()
 
     def go_on(self) -> None:
-        """As `go`, for who cannot know whether a supervisor before has said so already."""
+        """Like go, for a successor that cannot tell whether its predecessor already sent the byte."""
         self._resumed = True
         self.go()
 
     def proceed(self) -> None:
-        """The hooks that the process waits for have been run."""
+        """Let a process go on that waits for hooks: they have been run."""
         if self._over:
             return
         try:
@@ -119,16 +119,16 @@ class Birth:
             pass  # it has died, and the end of file says so
 
     def abandon(self, error: Exception) -> None:
-        """Whatever it is doing, it has failed."""
+        """End the birth as failed, whatever the process is doing."""
         self._finish(lambda: self._parent.failed(error))
 
     def listen(self) -> None:
-        """Read what has been said already."""
+        """Read the messages that are there already."""
         while not self._over and self._receive():
             pass
 
     def conclude(self) -> None:
-        """The process is dead: read what it has left. Of a successor that was let go, others may hold the pipe open."""
+        """Read what a dead process has left, and end its birth: others may hold the pipe of a successor open."""
         self.listen()
         if not self._over and self._successor and self._gone:
             self._finish(self._parent.executed)
@@ -163,7 +163,7 @@ class Birth:
             channel.detach()
 
     def _hear_preparing(self, message: protocol.Message | None) -> None:
-        """From a process that nobody but us can make say anything."""
+        """Handle a message of a process that no container can influence yet."""
         if message is None:
             self.abandon(_died())
         elif "ready" in message.body:
@@ -193,7 +193,7 @@ class Birth:
         self._loop.watch(born, self._look_for_successor)
 
     def _hear_ready(self, text: bytes) -> None:
-        """From a process that a container may trace, if it is a successor."""
+        """Handle a text; it comes from a process that a container may trace, if it is a successor."""
         if text:
             self.abandon(StartError(text.decode(errors="replace")))
         elif self._succession is None and self._gone:
@@ -204,7 +204,7 @@ class Birth:
     # ---- succession ----
 
     def _look_for_successor(self, _events: int) -> None:
-        """What is written there is only the occasion: anybody may have written it."""
+        """Look for the successor; what was written is not trusted, since anybody may have written it."""
         succession = self._succession
         if succession is None or self._hidden is None:
             return
@@ -227,7 +227,7 @@ class Birth:
             self._say_go()
 
     def _end_succession(self) -> None:
-        """The hidden process ends with the pipe that it waits at."""
+        """Close the pipe that the hidden process waits at, which lets it end."""
         if self._succession is not None:
             self._loop.forget(self._succession.born)
             protocol.close_all((self._succession.born, self._succession.hold))
@@ -269,5 +269,5 @@ class Birth:
 
 
 def _died() -> FailedPrecondition:
-    """The process was killed from outside, by the end of its container or pod, or for want of memory: no defect."""
+    """The error of a process that was killed from outside: with its container or pod, or for lack of memory."""
     return FailedPrecondition("init: was killed before it executed the program")

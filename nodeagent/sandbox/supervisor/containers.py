@@ -38,7 +38,7 @@ _OF_BIRTH = ("status", "go")
 
 
 class Container:
-    """fds: ours, by name, as the launcher keeps copies of them.
+    """A container. fds: the supervisor's, by the names under which the launcher keeps copies of them.
 
     pidfd; stdin, stdout, stderr, or master with a terminal; status, and go, until the program is executed; oom, procs,
     kill.
@@ -75,7 +75,7 @@ class Container:
     # --- creation ---
 
     def await_birth(self, birth: Birth, creation: Request, *, hidden: bool) -> None:
-        """The process exists, and makes itself ready; so does, meanwhile, what shall be known of it."""
+        """Wait for the process, which prepares itself, and meanwhile make the files of what is known of it."""
         self.birth = birth
         birth.await_hooks = self._run_hooks_of_creation
         self._is_hidden = hidden
@@ -88,7 +88,7 @@ class Container:
             birth.abandon(error)
 
     def resume_birth(self, birth: Birth) -> None:
-        """That of a process that told a supervisor before us that it was ready."""
+        """Resume the birth of a process that reported "ready" to an earlier supervisor."""
         self.birth = birth
         birth.give_up = self._give_up_birth
 
@@ -138,7 +138,7 @@ class Container:
         self.pump = Pump(self.pod.loop, outputs, journal, self.pod.clock, limit)
 
     def _run_hooks_of_creation(self) -> None:
-        """While the process waits, with a root file system that is complete."""
+        """Run the hooks of a creation while the process waits, with a complete root file system."""
 
         def done(text: str) -> None:
             if self.birth is not None and text:
@@ -149,7 +149,7 @@ class Container:
         self.hooks.create(self.facts["pid"], done)
 
     def _undo(self) -> None:
-        """The process ended before it was ready."""
+        """Undo a creation whose process ended before it was ready."""
         protocol.close_all(self._release())
         facts.remove(self.pod.directory, self.id)
         del self._family[self.id]
@@ -166,7 +166,8 @@ class Container:
         """Reply when the program is executed, with the time at which it was let go."""
         if self.birth is None or self.pump is None or self.facts["started_at"] or self.exit:
             raise FailedPrecondition(f'container "{self.id}": is {self.state}, not created')
-        self._save(started_at=time.time_ns())  # first: a successor of ours has to go on with it
+        # Recorded before the process is let go: a successor that found the old state would never start it.
+        self._save(started_at=time.time_ns())
         try:
             self.pump.start(self.plan["log_path"], self.plan.get("log_root", ""))
         except BaseException:
@@ -176,7 +177,10 @@ class Container:
         self.birth.go()
 
     def executed(self) -> None:
-        """Also where a supervisor before us let it go. Hooks are told of a process that is there, or not run."""
+        """Run poststart hooks and reply, also where an earlier supervisor let it go.
+
+        Hooks are run only while the process is there.
+        """
         self._forget_birth()
         if not self._is_over:
             self.hooks.after_start(self.facts["pid"], self._reply_start)
@@ -187,7 +191,7 @@ class Container:
             self._start = None
 
     def failed(self, error: Exception) -> None:
-        """The process says so before it ends by itself; whatever holds it up then, it is killed."""
+        """Kill the process, which has reported why it cannot execute its program, in case it does not end by itself."""
         self._failure = error
         self._forget_birth()
         self.kill()
@@ -201,7 +205,7 @@ class Container:
             self.fds.pop(name, None)  # given up by the birth
 
     def share_pid_namespace(self) -> None:
-        """Note for good that others join the PID namespace which is this container's own."""
+        """Record that others join the PID namespace which is this container's own."""
         known = self.facts.copy()
         known["shared"] = True
         facts.save(self.pod.directory, self.id, known)
@@ -232,7 +236,7 @@ class Container:
             self._deadline = self.pod.loop.call_at(self.facts["deadline"], self.kill)
 
     def kill(self) -> None:
-        """The end of a PID namespace's first process ends the others; without one of its own, the cgroup does."""
+        """Kill all processes. The end of a PID namespace's first one ends the others; else the cgroup is killed."""
         if self.exit is not None or self._is_over:
             return
         if not self.facts["killed"]:
@@ -243,7 +247,7 @@ class Container:
             self.group.kill()
 
     def _signal(self, number: int) -> None:
-        """A pidfd knows best: where the process has been reaped, nobody will tell us of its end any more."""
+        """Send a signal. ESRCH of a pidfd means that the process was reaped: no other news of its end will come."""
         try:
             signal.pidfd_send_signal(self.fds["pidfd"], number)
         except ProcessLookupError:
@@ -252,7 +256,7 @@ class Container:
     # --- end ---
 
     def ended(self, code: int) -> None:
-        """The process is a zombie: write down how it ended, before it is reaped."""
+        """Record the end of the process while it is a zombie: afterwards the kernel has forgotten it."""
         if self._is_over:
             return
         self._is_over = True
@@ -284,12 +288,12 @@ class Container:
             self.hooks.after_end(self.remove_as_asked)
 
     def cut_off(self) -> None:
-        """Its creation was, by the end of a supervisor before us; its process has ended with that."""
+        """Undo a creation that ended with an earlier supervisor, as its process did."""
         self._is_over = True
         self.hooks.after_end(self._undo)
 
     def watch(self) -> None:
-        """Learn of the end of a process that is not our child."""
+        """Watch for the end of a process that is not our child."""
         self.pod.loop.watch(self.fds["pidfd"], self._stranger_ended)
 
     def _stranger_ended(self, _events: int) -> None:
@@ -302,7 +306,7 @@ class Container:
             self._stranger_ended(0)
 
     def _release(self) -> list[int]:
-        """Let go of all that the container had; returns the descriptors that are still to be closed."""
+        """Release all resources of the container; returns the descriptors that are still to be closed."""
         if self._deadline is not None:
             self._deadline.cancel()
         if self.pump is not None:
@@ -315,7 +319,7 @@ class Container:
         return left
 
     def _tell_end(self) -> None:
-        """Later than the record, and when the process has been reaped."""
+        """Answer and report the end: after it has been recorded and the process reaped."""
         if self.exit is None:
             return
         if self._start is not None and self._failure is not None:
@@ -326,7 +330,7 @@ class Container:
         self.remove_as_asked()
 
     def remove_as_asked(self) -> None:
-        """What had to wait for the end, or for the hooks after it."""
+        """Carry out the removals that had to wait for the end, or for the hooks after it."""
         removals, self._removals = self._removals, []
         for request in removals:
             self.remove(request)
@@ -387,7 +391,7 @@ class Container:
             report(f"container {self.id}: its {what} is not recorded: {error}")
 
     def _save(self, *, created_at: int | None = None, started_at: int | None = None) -> None:
-        """Write down what is known and what has just happened, or know none of the latter."""
+        """Record what is known and what has just happened; if that fails, the latter has not happened."""
         known = self.facts.copy()
         if created_at is not None:
             known["created_at"] = created_at

@@ -1,4 +1,4 @@
-"""The making of a container: from its plan to a process that has done everything but execute its program."""
+"""The creation of a container: from its plan to a process that has done everything but execute its program."""
 
 import os
 import signal
@@ -25,13 +25,13 @@ from nodeagent.sandbox.supervisor.stdio import Stdio, open_stdio
 
 Family = dict[str, Container]
 
-# For execs that are killed to be gone: they may have to wait for processor time of their container.
+# The time for killed execs to end: they may have to wait for processor time of their container.
 _PATIENCE_SECONDS = 10.0
 _PAUSE_MS = 5
 
 
 class PidNamespace(NamedTuple):
-    """A PID namespace that a container shares. process: a pidfd of who is in it; procfs: as in `init.InitFds`.
+    """A PID namespace that a container shares. process: a pidfd of a process in it; procfs: as in `init.InitFds`.
 
     owner: the container whose own it is, None where it is the pod's.
     """
@@ -77,9 +77,9 @@ def create(pod: Pod, family: Family, request: Request) -> None:
 
 
 def _share(creation: _Creation, owner: Container, deadline: float) -> None:
-    """Before anybody joins a container's own PID namespace, what is being prepared there in sight has to be gone.
+    """Kill what is being prepared visibly in a container's own PID namespace, before anybody joins it.
 
-    Further execs are hidden from now on; those that a supervisor before us has begun are found as well.
+    Further execs are hidden from now on; those that an earlier supervisor has begun are found as well.
     """
     creation.pod.about_to_share.add(owner.id)
     left = process.ours_in(os.stat(f"/proc/{owner.facts['pid']}/ns/pid"))
@@ -102,13 +102,13 @@ def _share(creation: _Creation, owner: Container, deadline: float) -> None:
 
 
 def _share_later(creation: _Creation, owner: Container, deadline: float) -> None:
-    """As `_share`, for a request that waits; what was true then may not be any more."""
+    """Call `_share` again for a request that has waited; all that was checked then is checked again."""
     try:
         if creation.plan["id"] in creation.family:
             raise AlreadyExists(f'container "{creation.plan["id"]}": exists already')
         if creation.request.peer is not creation.pod.agent:
             raise FailedPrecondition(
-                f'container "{creation.plan["id"]}": who asked for it has gone'
+                f'container "{creation.plan["id"]}": the agent that asked for it has disconnected'
             )
         _shared_namespace(creation.pod, creation.family, creation.plan)
         _share(creation, owner, deadline)
@@ -118,7 +118,7 @@ def _share_later(creation: _Creation, owner: Container, deadline: float) -> None
 
 
 def _shared_namespace(pod: Pod, family: Family, plan: ContainerPlan) -> PidNamespace | None:
-    """Whose PID namespace the container is born into: None for the supervisor's, or a new one below it."""
+    """The PID namespace that the container shares; None if it is in the supervisor's, or in a new one below it."""
     if plan["pid"] in ("container", "node"):
         return None
     namespace = visibility.POD
@@ -144,7 +144,7 @@ def _shared_namespace(pod: Pod, family: Family, plan: ContainerPlan) -> PidNames
 
 
 def _make(creation: _Creation, shared: PidNamespace | None) -> None:
-    """Closes `join`; the other descriptors belong to the container from here on."""
+    """Fork the process. Closes `join`; the other descriptors belong to the container from here on."""
     pod, family, request, plan, fds, join = creation
     stdio = open_stdio(plan)
     try:
@@ -156,7 +156,7 @@ def _make(creation: _Creation, shared: PidNamespace | None) -> None:
     finally:
         stdio.close_given()
     protocol.close_all(join)
-    join.clear()
+    join.clear()  # or `create` would close them again, should anything below fail
     fds.update(stdio.kept, pidfd=child.pidfd, status=ours.fileno())
     container.facts["pid"], container.facts["ticks"] = child.pid, processes.start_ticks(child.pid)
     container.facts["pipes"] = {name: os.fstat(fd).st_ino for name, fd in stdio.kept.items()}

@@ -1,4 +1,4 @@
-"""TCP connections to what listens in the pod, made from inside its network namespace."""
+"""TCP connections to servers in the pod, made from inside its network namespace."""
 
 import errno
 import os
@@ -36,7 +36,7 @@ class Dialing:
         except StopIteration:
             self._request.fail(Unavailable(f"dial port {self._port} in the pod: {reason}"))
             return
-        except OSError as error:  # no IPv6
+        except OSError as error:  # EAFNOSUPPORT: a kernel without IPv6
             self._next(f"{reason}; {error.strerror}")
             return
         code = connection.connect_ex((host, self._port))

@@ -1,10 +1,9 @@
 """Further processes in running containers.
 
-An exec lives in the supervisor: that the agent dies does not end it. It is known by a number that the agent gave it.
-What has a terminal is hung up when nobody has that terminal any more, be it that the client left or that the agent did:
-who controls it gets SIGHUP, as at the end of an ssh session. A client that only writes to it has left when its input
-ends. Without a terminal, a program whose client has left reads the end of its input, and gets EPIPE for what it writes;
-one that does neither goes on.
+An exec belongs to the supervisor: the end of the agent does not end it. It is known by a number that the agent gave it.
+A terminal is hung up when neither client nor agent has it open any more: its controlling process gets SIGHUP, as at the
+end of an ssh session. A client that only writes to it has left when its input ends. Without a terminal, a program whose
+client has left reads the end of its input, and gets EPIPE for what it writes; one that does neither goes on.
 Its cgroup is its own, so that when its time is over the whole tree is killed, what it left in the background included.
 Its pipes are its own as well: what it reads and writes is relayed from and to those that the agent gave.
 """
@@ -30,7 +29,7 @@ from nodeagent.sandbox.supervisor.relay import Streams
 
 
 class Exec:
-    """One of them. size: of the terminal, width and height, before the program sees it."""
+    """An exec. size: of the terminal, width and height, before the program sees it."""
 
     def __init__(
         self, execs: "Execs", request: Request, container: Container, group: Group
@@ -96,7 +95,7 @@ class Exec:
             self._request = None
 
     def failed(self, error: Exception) -> None:
-        """One whose time was over before its program ran has begun and ended."""
+        """Fail the request; an exec whose time was over before its program ran counts as begun and ended."""
         if self._timed_out:
             self.executed()
             return
@@ -109,7 +108,7 @@ class Exec:
         self.kill()
 
     def kill(self) -> None:
-        """The whole tree, if it has a cgroup of its own."""
+        """Kill the process, and the whole tree if it has a cgroup of its own."""
         self._killed = True
         try:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
@@ -123,7 +122,7 @@ class Exec:
         set_size(self._master, width, height)
 
     def hang_up(self) -> None:
-        """Nobody has the terminal any more: with the last copy of its master it goes, and SIGHUP comes (tty(4))."""
+        """Hang up a terminal that nobody uses any more: closing the last copy of its master sends SIGHUP (tty(4))."""
         if self._master is None:
             return
         self._streams.disconnect()
@@ -152,7 +151,7 @@ class Exec:
         self._loop.call_after(0, lambda: self._streams.settle(lambda: self._tell_end(code)))
 
     def _tell_end(self, code: int) -> None:
-        """When the process has been reaped, and the agent can read all that it wrote."""
+        """Report the end: when the process has been reaped, and the agent can read all that it wrote."""
         if self._request is not None and self._failure is not None:
             self._request.fail(self._failure)
         else:
@@ -161,7 +160,7 @@ class Exec:
 
 
 class Execs:
-    """Those of a pod, whose containers are the family. Numbers are an agent's own: its successor's begin anew."""
+    """The execs of a pod. Numbers are an agent's own: the next agent's begin anew. family: the pod's containers."""
 
     def __init__(self, pod: Pod, family: dict[str, Container]) -> None:
         self.pod = pod
@@ -234,7 +233,7 @@ class Execs:
         return list(self._execs.values())
 
     def left_by(self, agent: Peer) -> None:
-        """The agent has gone, and with it whoever was at a terminal."""
+        """Hang up the terminals of an agent that has disconnected, and with it their clients."""
         for exec_ in self.running():
             if exec_.agent is agent:
                 exec_.hang_up()

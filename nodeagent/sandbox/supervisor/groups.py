@@ -1,4 +1,4 @@
-"""A cgroup as a supervisor has it: open files, by which processes join it, and all of its processes are killed."""
+"""Cgroups, of which a supervisor has open files: to have processes join them, and to kill all that are in them."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ def split_join_fds(fds: Sequence[int]) -> tuple[int, list[int]]:
 
 
 class Group:
-    """A cgroup that is not ours to name. kill: its cgroup.kill (v2); procs: its list of pids, for v1.
+    """A cgroup that is used by open files alone. kill: its cgroup.kill (v2, Linux 5.14); procs: its pids, for v1.
 
     The descriptors belong to the group.
     """
@@ -33,7 +33,7 @@ class Group:
         self._closing = False
 
     def kill(self) -> None:
-        """Send SIGKILL to all, and to what they still fork. Does not wait for their end."""
+        """Send SIGKILL to all processes, and to what they still fork. Does not wait for their end."""
         if self.kill_file is not None:
             try:
                 os.write(self.kill_file, b"1")
@@ -44,7 +44,7 @@ class Group:
             self._pass()
 
     def _pass(self) -> None:
-        """As there is no atomic kill on v1, the list is worked off until it is empty."""
+        """Kill what is listed, again and again until nothing is: v1 has no atomic kill."""
         self._passes -= 1
         pids = self._pids()
         for start in range(0, len(pids), _BATCH):
@@ -56,7 +56,7 @@ class Group:
             self._close_if_due()
 
     def _kill_listed(self, pids: Collection[int]) -> None:
-        """A pid may be somebody else's by now: a pidfd is believed if the list has its pid afterwards, too."""
+        """Kill what is listed after its pidfd was opened, too: otherwise the pid may be another process's by now."""
         pidfds = {pid: pidfd for pid in pids if (pidfd := _open(pid)) is not None}
         listed = set(self._pids())
         for pid, pidfd in pidfds.items():
@@ -79,7 +79,7 @@ class Group:
         return [pid for line in b"".join(chunks).split() if (pid := int(line)) not in (0, own)]
 
     def close(self) -> None:
-        """Once a kill that is under way has come to its end."""
+        """Close the descriptors, once a kill that is under way has come to its end."""
         self._closing = True
         self._close_if_due()
 

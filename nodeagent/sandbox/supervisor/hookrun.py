@@ -1,12 +1,12 @@
 """The hooks that a supervisor runs for a container: prestart, createRuntime, poststart and poststop.
 
-A child of it, the runner, goes back to the node's namespaces and runs them there, one after the other; the supervisor
-hears what has failed. It is in the supervisor's cgroup, and no container sees it.
+A child of it, the runner, goes back to the node's namespaces and runs them there, one after the other, and reports what
+has failed. It is in the supervisor's cgroup, and no container sees it.
 
 poststop runs once, whatever is killed: the runner does not end with its supervisor, and the container's directory has a
 file that it locks, and writes to before the first hook. A successor of the supervisor starts another runner, which
-waits for the lock and finds that it was done. Only what kills the runner itself, a reboot, or that no process can be
-started for it takes hooks away. Its supervisor reports which hooks were not run, or not to their end.
+waits for the lock and finds that it was done. Hooks are lost only if the runner itself is killed, if no process can be
+started for it, or by a reboot. Its supervisor reports which hooks were not run, or not to their end.
 
 poststart runs at most once: not for a container that has ended before, and it ends with its supervisor, whose successor
 runs it where the program was not known to be executed.
@@ -38,7 +38,7 @@ Done = Callable[[str], None]
 
 
 class ContainerHooks:
-    """Those of one container. One runner at a time: what comes next waits for it."""
+    """The hooks of one container. There is one runner at a time: the next stage waits for it."""
 
     def __init__(self, pod: Pod, plan: ContainerPlan) -> None:
         self._pod = pod
@@ -56,7 +56,7 @@ class ContainerHooks:
         return self._runner is not None or bool(hooks.of(self._plan, "poststop"))
 
     def create(self, pid: int, done: Done) -> None:
-        """prestart and createRuntime. done: told what has failed, "" for nothing. pid: of the process that waits."""
+        """Run prestart and createRuntime. done: gets what has failed, "" for nothing. pid: of the waiting process."""
 
         def ended(text: str) -> None:
             hookroot.unlink(self._plan)
@@ -71,19 +71,19 @@ class ContainerHooks:
         self._run(hooks.CREATION, "creating", pid, ended)
 
     def end_creation(self) -> None:
-        """Kill those that are told of a process which ends."""
+        """Kill the hooks of a creation, as the process that they were told of ends."""
         if self._runner is not None and self._runner.stages == hooks.CREATION:
             self._runner.kill()
 
     def after_start(self, pid: int, done: Callable[[], None]) -> None:
-        """poststart: what fails is only said."""
+        """Run poststart; failures are only logged."""
         if hooks.of(self._plan, "poststart"):
             self._run(("poststart",), "running", pid, lambda text: self._say(text, done))
         else:
             done()
 
     def after_end(self, done: Callable[[], None]) -> None:
-        """poststop, once for a container, whoever asks for it; after those that are running."""
+        """Run poststop, once for a container however often it is asked for, after hooks that are running."""
         if self._runner is not None:
             self._next = lambda: self.after_end(done)
         elif hooks.of(self._plan, "poststop"):
@@ -113,7 +113,7 @@ class ContainerHooks:
 
 
 class _Runner:
-    """The hooks of some stages, under way. done: told what has failed, "" for nothing."""
+    """The running hooks of some stages. done: gets what has failed, "" for nothing."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class _Runner:
             pass
 
     def _heard(self, _events: int) -> None:
-        """What it says, once, before it ends."""
+        """Receive its report, which it sends once, before it ends."""
         try:
             data = self._ours.recv(_MAX_TEXT, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -154,7 +154,7 @@ class _Runner:
             self._pod.loop.forget(self._ours.fileno())
 
     def _ended(self, code: int) -> None:
-        """Told a moment later, when it has been reaped."""
+        """Call `done` a moment later, when the runner has been reaped."""
         if self._text is None:
             self._heard(0)
         self._pod.loop.forget(self._ours.fileno())
@@ -174,7 +174,7 @@ def _spawn(
     claim: str,
     ended: Callable[[int], None],
 ) -> tuple[Child, socket.socket]:
-    """The parent of a supervisor is the launcher, or who has inherited it: in the namespaces of the node."""
+    """Fork a runner, with the namespaces of our parent, the launcher or what inherited us: those of the node."""
     kinds: list[str] = [kind for kind in pod.namespaces if kind in namespaces.FLAGS]
     nodes = {
         kind: os.open(f"/proc/{os.getppid()}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
@@ -221,7 +221,7 @@ def _be_runner(
 
 
 def _claimed(path: str) -> bool:
-    """Whether it is ours to run them; nobody else does then."""
+    """Whether this process is the one to run them; the claim is exclusive and for good."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(file, fcntl.LOCK_EX)  # until this process ends
     if os.read(file, 1):
@@ -231,7 +231,7 @@ def _claimed(path: str) -> bool:
 
 
 def _run_all(found: Sequence[tuple[HookStage, Hook]], told: bytes, bundle: str) -> list[str]:
-    """What has failed. The first failure ends a creation; after the start, the other hooks are run all the same."""
+    """Run hooks; returns what has failed. The first failure ends a creation; later stages run all their hooks."""
     faults = []
     for stage, hook in found:
         try:

@@ -1,7 +1,7 @@
-"""What a supervisor that is killed between two steps of writing a log leaves to its successor.
+"""The journal of a log, from which a successor goes on if its supervisor is killed between two steps of writing.
 
-For each stream of a container: the beginning of a line that goes on, and, while output is on its way from the pipe to
-the log file, the output itself and how long the log was before. The journal is a file on tmpfs: it outlives the
+It has, for each stream of a container, the beginning of an unfinished line, and, while output is on its way from the
+pipe to the log file, the output itself and how long the log was before. The journal is a file on tmpfs: it outlives the
 process, not the node. Every change becomes valid by one system call: the write of a header, which fits into a page and
 so is never torn, or a change of the file's size.
 """
@@ -30,7 +30,7 @@ class Transfer(NamedTuple):
 
 
 class Journal:
-    """Of one stream; `file` has a region for each, in the order of STREAMS.
+    """The journal of one stream; `file` has a region for each, in the order of STREAMS.
 
     rest: the beginning of a line. transfer: what was under way when the last supervisor died, else None.
     """
@@ -58,7 +58,8 @@ class Journal:
             self.transfer = Transfer(inode, size)
 
     def begin(self, rest: bytes, transfer: Transfer) -> None:
-        """Output is about to be written to the log, and will leave `rest` of a line."""
+        """Record that output is about to be written to the log, and will leave `rest` of a line."""
+        # Into the slot that is not valid, before the header that announces it: a kill in between changes nothing.
         if rest:
             self._write(rest, _SLOTS[1 - self._slot])
         self._next = rest
@@ -66,14 +67,14 @@ class Journal:
         self._write_header()
 
     def commit(self) -> None:
-        """The output is in the log, and nowhere else."""
+        """Record that the output is in the log, and nowhere else."""
         self._slot = 1 - self._slot
         self.rest, self._next = self._next, b""
         self.transfer = None
         self._write_header()
 
     def abandon(self) -> None:
-        """The output is not in the log, and still where it came from."""
+        """Record that the output is not in the log, and still where it came from."""
         self.transfer = None
         self._write_header()
 
@@ -84,7 +85,7 @@ class Journal:
         self._write(_HEADER.pack(self._slot, under_way, *lengths, *transfer), 0)
 
     def _write(self, data: bytes, place: int) -> None:
-        """Without room for the journal, logs are written all the same."""
+        """Write to the journal; if it has no room, logs are written all the same."""
         try:
             os.pwrite(self._file, data, self._offset + place)
         except OSError:

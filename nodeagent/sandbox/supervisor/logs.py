@@ -2,8 +2,8 @@
 
 One line is ``2026-11-23T16:05:00.123456789Z stdout F text``: time, stream, a tag, and the text as it was written. A
 text longer than MAX_LINE_BYTES is cut into parts with the tag P; its last part, and every other line, has F. P says
-that no newline was written there, so that the end of an output without a newline has P as well: who reads the log gets
-back what was written, and no newline more.
+that no newline was written there, so that the end of an output without a newline has P as well: a reader of the log
+gets back exactly what was written.
 """
 
 import errno
@@ -21,7 +21,7 @@ MAX_LINE_BYTES = 16384
 _MODE = 0o640
 _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-# What the place of a log can be at fault for: EEXIST where a link leads to nothing, ENOENT and EPERM in /proc and /sys.
+# Errors that are the fault of a log's path: EEXIST where a link leads to nothing, ENOENT and EPERM in /proc and /sys.
 _FAULTS_OF_A_LINK = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.EEXIST}
 _FAULTS_OF_A_TREE = {errno.ENOENT, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG}
 _FAULTS_OF_A_PLACE = _FAULTS_OF_A_LINK | _FAULTS_OF_A_TREE
@@ -46,12 +46,12 @@ def format_lines(data: bytes, stamp: bytes, stream: bytes) -> tuple[bytes, bytes
 
 
 def format_end(rest: bytes, stamp: bytes, stream: bytes) -> bytes:
-    """The last line of a stream, which lacks its newline: a part of a line that nobody goes on with."""
+    """The last line of a stream, which lacks its newline: a part of a line that is never continued."""
     return b"%s %s P %s\n" % (stamp, stream, rest) if rest else b""
 
 
 def _has_long_line(lines: bytes) -> bool:
-    """Looks at one newline for MAX_LINE_BYTES, not at each."""
+    """Whether a line is too long for one entry; it looks at one newline for each MAX_LINE_BYTES, not at all of them."""
     start = 0
     while len(lines) - start > MAX_LINE_BYTES:
         newline = lines.rfind(b"\n", start, start + MAX_LINE_BYTES + 1)
@@ -67,7 +67,7 @@ def _format_line(line: bytes, full: bytes, partial: bytes) -> bytes:
 
 
 def _cut(text: bytes) -> tuple[list[bytes], bytes]:
-    """Into parts of the greatest length, and a last one, which is only empty if the text is."""
+    """Cut a text into parts of the greatest length, and a last one, which is only empty if the text is."""
     last = max(0, len(text) - 1) // MAX_LINE_BYTES * MAX_LINE_BYTES
     return [text[i : i + MAX_LINE_BYTES] for i in range(0, last, MAX_LINE_BYTES)], text[last:]
 
@@ -93,7 +93,7 @@ class Clock:
 
 
 class LogFile:
-    """Appends whole lines to the file `path`. What cannot be written is dropped and counted, never waited for.
+    """The log at `path`, to which whole lines are appended. What cannot be written is dropped and counted.
 
     root: a directory above it, below which no link is followed; by default the one that it is in.
     """
@@ -129,6 +129,7 @@ class LogFile:
 
     def reopen(self) -> None:
         """Go on in a new file of the same name; with an error, in the old one."""
+        # Opened before the old one is closed: no moment is without a log, and after an error the old one goes on.
         new = _open(self.path, self._root)
         os.close(self._file)
         self._file = new
@@ -138,7 +139,7 @@ class LogFile:
 
 
 def _open(path: str, root: str) -> int:
-    """A container may share the directory: its links are not followed, its pipes not waited for."""
+    """Open a log. A container may share the directory: links are not followed there, and pipes not waited for."""
     try:
         with _directories_for_others():
             file = _open_below(root, path.removeprefix(f"{root}/"))
@@ -154,7 +155,7 @@ def _open(path: str, root: str) -> int:
 
 @contextmanager
 def _directories_for_others() -> Iterator[None]:
-    """Who collects logs need not be root: the directories on the way are made with mode 755."""
+    """Have directories made with mode 755, as log collectors need not be root."""
     old = os.umask(0o022)
     try:
         yield
@@ -188,7 +189,7 @@ def _open_below(root: str, path: str) -> int:
 
 
 def _open_existing(name: str, directory: int) -> int:
-    """A file that has other names is left to those: whoever made them may have meant us to write to another's file."""
+    """Open an existing log. One with further hard links is replaced: it may be a link to somebody else's file."""
     file = os.open(name, _FLAGS, dir_fd=directory)
     if os.fstat(file).st_nlink > 1:
         os.close(file)

@@ -45,10 +45,12 @@ def main(plan: PodPlan, keeper: int) -> NoReturn:
 
 
 def prepare(plan: PodPlan) -> PodFacts:
-    """Make what the pod has for itself, and go there."""
+    """Make the pod's own namespaces and files, and enter them."""
     known: PodFacts = {"plan": plan, "init_pid": 0, "init_ticks": 0}
     exits.make_directory(plan["directory"])
-    podfile.save(known)
+    podfile.save(
+        known
+    )  # before anything is made: without the file a successor takes it that nothing was
     try:
         namespaces.make(plan)
         if "net" in plan["namespaces"]:
@@ -73,7 +75,7 @@ def succeed(pod_id: str, directory: str, keeper: int, kept: Kept) -> NoReturn:
 def _run(
     pod_id: str, directory: str, keeper: int, known: Callable[[], PodFacts], kept: Kept
 ) -> NoReturn:
-    os.setsid()  # what signals its process group never means us, nor the pods beside us
+    os.setsid()  # or a signal to the launcher's process group would reach the supervisors of all pods
     process.set_title(f"na-pod-{pod_id[:8]}", f"{process.SUPERVISOR}{pod_id}")
     loop = Loop()
     connection = Keeper(loop, pod_id, directory, socket.socket(fileno=keeper))
@@ -163,7 +165,7 @@ class Supervisor:
             request.reply()
 
     def _start_init(self, request: Request) -> None:
-        """The process that owns the PID namespace which the containers share. Reply when they may."""
+        """Start the process that owns the PID namespace which the containers share. Reply when they may use it."""
         directory = f"{self.pod.directory}/ns"
         files.ensure_directory(directory, 0o700)
         join = request.take_all("join")
@@ -185,7 +187,7 @@ class Supervisor:
         self.pod.loop.watch(ours.fileno(), lambda _events: self._init_reports(ours, request))
 
     def _init_reports(self, status: socket.socket, request: Request) -> None:
-        """Its procfs is what containers get that are prepared outside of the namespace."""
+        """Pin the procfs that it reports, which containers get that are prepared outside of the namespace."""
         self.pod.loop.forget(status.fileno())
         with status:
             message = protocol.receive(status)
@@ -200,7 +202,7 @@ class Supervisor:
             protocol.close_all(message.fds if message else ())
 
     def _await_confined_init(self, request: Request) -> None:
-        """Its filter is the last thing that it installs, after it has reported."""
+        """Reply once its filter is in force, which it installs last, after its report."""
         if self.pod.init_pidfd is None:
             request.fail(Unavailable(f'pod "{self.pod.id}": its init has ended'))
         elif processes.is_filtered(self._known["init_pid"]):
@@ -209,7 +211,7 @@ class Supervisor:
             self.pod.loop.call_after(1, lambda: self._await_confined_init(request))
 
     def _find_init(self) -> None:
-        """The one that a supervisor before us has started."""
+        """Find the init that an earlier supervisor has started."""
         if self._known["init_pid"]:
             pid, ticks = self._known["init_pid"], self._known["init_ticks"]
             self.pod.init_pidfd = processes.open_pidfd(pid, ticks)
@@ -217,7 +219,7 @@ class Supervisor:
             self.pod.loop.watch(self.pod.init_pidfd, self._init_ended)
 
     def _init_ended(self, _code_or_events: int) -> None:
-        """All that shared its namespace is dead as well."""
+        """Report the end of the init; the kernel has killed all that shared its namespace (pid_namespaces(7))."""
         if self.pod.init_pidfd is not None:
             self.pod.loop.forget(self.pod.init_pidfd)
             os.close(self.pod.init_pidfd)

@@ -1,8 +1,8 @@
 """The namespaces of a pod, and the files that its containers share: made by its supervisor, and kept by mounts.
 
 Shared memory, hosts, hostname and resolv.conf are in one tmpfs for each pod, at ``shared`` in the pod's directory. So
-whatever a container writes to them takes the memory of its own cgroup, never room that other pods need. It is one
-file system, because each mount in the node's mount table costs every later start of a container a little.
+whatever a container writes to them is charged to the memory of its own cgroup, and takes no room that other pods need.
+It is one file system, because each mount in the node's mount table costs every later start of a container a little.
 
 The pins are below the pod's directory, in a mount that the agent has made private. They keep the namespaces when the
 supervisor dies, and lead a successor back into them. Of a user namespace the supervisor makes the other namespaces,
@@ -48,7 +48,7 @@ def make(plan: PodPlan) -> None:
 
 
 def _enter_owned(plan: PodPlan, flags: int) -> None:
-    """Go to new namespaces that belong to a new user namespace."""
+    """Enter new namespaces that belong to a new user namespace."""
     uids, gids = idmaps.extents(plan["uid_map"]), idmaps.extents(plan["gid_map"])
     made = userns.create(uids, gids, flags)
     try:
@@ -69,7 +69,7 @@ def _make_pin(pod: str, kind: str, source: str) -> None:
 
 
 def enter(pod: str, kinds: Collection[str]) -> None:
-    """Go where the pins of an earlier supervisor lead; without a pin there is no namespace."""
+    """Enter the namespaces that an earlier supervisor has pinned; one without a pin was not made."""
     for kind in kinds:
         descriptor = -1 if kind == "user" else _open_pin(pod, kind)
         if descriptor != -1:
@@ -80,7 +80,7 @@ def enter(pod: str, kinds: Collection[str]) -> None:
 
 
 def user_namespace(pod: str) -> int:
-    """A descriptor of the pod's own, -1 without one."""
+    """A descriptor of the pod's user namespace, -1 without one."""
     return _open_pin(pod, "user")
 
 

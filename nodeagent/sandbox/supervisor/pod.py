@@ -18,10 +18,10 @@ from nodeagent.sandbox.supervisor.logs import Clock
 
 
 class Pod:
-    """agent: who is told what happens; init_pidfd: of the first process of the PID namespace that containers share.
+    """A pod. agent: gets the events; init_pidfd: of the first process of the PID namespace that containers share.
 
     about_to_share: containers whose own PID namespaces others will join; once they have, it is the container's fact.
-    userns: the pod's user namespace, -1 without one; root: who its root is on the node; groups: its map of groups.
+    userns: the pod's user namespace, -1 without one; root: its root's id on the node; groups: its map of groups.
     """
 
     def __init__(self, plan: PodPlan, loop: Loop, keeper: Keeper) -> None:
@@ -41,7 +41,7 @@ class Pod:
         self._pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
 
     def tell(self, event: Body) -> None:
-        """Nobody hears it when no agent is there; the next one asks for the state."""
+        """Send an event to the agent, if one is connected; the next one asks for the state."""
         if self.agent is not None:
             self.agent.send(event)
 

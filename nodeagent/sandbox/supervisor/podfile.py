@@ -9,7 +9,7 @@ from nodeagent.sandbox.spec import PodPlan
 
 
 class PodFacts(TypedDict):
-    """init_pid and init_ticks: of the first process of the shared PID namespace, 0 without one."""
+    """The file's content. init_pid and init_ticks: of the first process of the shared PID namespace, 0 without one."""
 
     plan: PodPlan
     init_pid: int
@@ -22,7 +22,7 @@ def save(known: PodFacts) -> None:
 
 
 def load(pod_id: str, directory: str) -> PodFacts:
-    """Of a pod whose supervisor died before it wrote anything, nothing was made."""
+    """The record of a pod; one without namespaces if its supervisor died before it wrote any, and so made nothing."""
     try:
         with open(_path(directory), "rb") as file:
             known: PodFacts = json.loads(file.read())

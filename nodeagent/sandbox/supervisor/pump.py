@@ -1,9 +1,9 @@
-"""From a container's output to its log file, and to those who are attached.
+"""The transfer of a container's output to its log file, and to attached clients.
 
 Output goes from the pipe to the journal, and stays there until it is in the log: a supervisor that is killed loses
-nothing. A reader who is attached and too slow is cut off: neither the log nor the container waits for anybody. Only
-where the operator has set a limit, a container that exceeds it is not read from for a while: it waits,
-and loses nothing.
+nothing. An attached client that reads too slowly is detached: neither the log nor the container waits for it. Only
+where the operator has set a limit, a container that exceeds it is not read from for a while: it waits, and loses
+nothing.
 """
 
 import errno
@@ -22,9 +22,9 @@ from nodeagent.sandbox.supervisor.logs import Clock, LogFile, format_end, format
 ATTACH_BUFFER_BYTES = 1 << 20
 
 _CHUNKS_PER_TURN = 16
-# What an ended container's pipes are drained of: more than any pipe of an unprivileged process holds.
+# The bound on draining an ended container's pipes: more than any pipe of an unprivileged process holds.
 _DRAIN_CHUNKS = 64
-# What a limit counts for output that is shorter: to wake up and look costs as much as to write so much.
+# The least that a limit counts for one read: waking up costs as much as writing so much.
 _LEAST_COST_BYTES = 4096
 _TIOCGPTPEER = 0x5441
 
@@ -33,22 +33,22 @@ _TIOCGPTPEER = 0x5441
 
 
 class Source(Protocol):
-    """Reading never blocks, but raises BlockingIOError; any other OSError is the end, too."""
+    """An output. Reading never blocks, but raises BlockingIOError; any other OSError is the end, too."""
 
     descriptor: int
 
     @property
     def holds(self) -> bool:
-        """Whether there is output that was taken and not released, perhaps by a supervisor before us."""
+        """Whether there is output that was taken and not released, perhaps by an earlier supervisor."""
 
     def take(self) -> bytes:
-        """What comes next, the same until it is released; b"" at the end."""
+        """The next output, the same until it is released; b"" at the end."""
 
     def release(self) -> None:
-        """What was taken is in the log."""
+        """Drop what was taken: it is in the log."""
 
     def close(self) -> None:
-        """There is no more to read. The descriptor stays its owner's."""
+        """Release what the source holds. The descriptor stays its owner's."""
 
 
 class PipeSource:
@@ -74,7 +74,7 @@ class PipeSource:
         self._spool.clear()
 
     def close(self) -> None:
-        """It holds nothing open."""
+        """Do nothing: it holds nothing open."""
 
 
 class TerminalSource:
@@ -95,7 +95,7 @@ class TerminalSource:
             raise
 
     def release(self) -> None:
-        """It has gone already."""
+        """Do nothing: reading a terminal has removed it."""
 
     def close(self) -> None:
         if self._slave >= 0:
@@ -104,9 +104,9 @@ class TerminalSource:
 
 
 def _open_slave(master: int) -> int:
-    """Held open, or a container that lets go of its terminal for a moment would be at the end of its output.
+    """Open the slave, which keeps the output from ending when the container closes its terminal for a moment.
 
-    ioctl_tty(2): this needs no path, and works from another mount namespace. -1 where it was hung up.
+    TIOCGPTPEER (ioctl_tty(2)) needs no path, and works from another mount namespace. -1 where it was hung up.
     """
     try:
         return fcntl.ioctl(master, _TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
@@ -118,7 +118,7 @@ def _open_slave(master: int) -> int:
 
 
 class Stream:
-    """One of a container's outputs, with what the log still lacks of it."""
+    """One of a container's outputs, with what is not yet in its log."""
 
     def __init__(self, name: str, source: Source, journal: Journal) -> None:
         self.name = name
@@ -131,6 +131,7 @@ class Stream:
         transfer = self.journal.transfer
         if transfer is None:
             return
+        # Output that was not released may be in the log, in part or whole: cut the log back, and write it again.
         if self.source.holds:
             if log.inode() == transfer.inode and log.size() > transfer.size:
                 log.truncate(transfer.size)
@@ -141,6 +142,7 @@ class Stream:
     def transfer(self, log: LogFile, data: bytes, clock: Clock) -> int:
         """Write to the log what was taken; returns how many bytes that made."""
         lines, rest = format_lines(self.journal.rest + data, clock.stamp(), self._label)
+        # In this order, each step of which a successor finishes or undoes (`recover`).
         self.journal.begin(rest, Transfer(log.inode(), log.size()))
         log.write(lines)
         self.source.release()
@@ -154,7 +156,7 @@ class Stream:
 
 
 class Allowance:
-    """How much a container may write now: a token bucket, which one read may overdraw."""
+    """The amount that a container may write now: a token bucket, which one read may overdraw."""
 
     def __init__(self, limit: LogLimit) -> None:
         self._rate = limit["bytes_per_second"]
@@ -163,7 +165,7 @@ class Allowance:
         self._at = time.monotonic_ns()
 
     def spend(self, count: int) -> int:
-        """Returns after how many ms there is something to spend again; 0 is at once."""
+        """Spend it; returns after how many ms there is something to spend again; 0 is at once."""
         now = time.monotonic_ns()
         self._left = min(self._burst, self._left + (now - self._at) * self._rate / 1e9) - count
         self._at = now
@@ -171,14 +173,14 @@ class Allowance:
 
 
 class Tap:
-    """Somebody who is attached: for each stream, the writing end of a pipe whose reading end is theirs."""
+    """An attached client: for each stream, the writing end of a pipe whose reading end it has."""
 
     def __init__(self, cut_off: Callable[[], None]) -> None:
         self._cut_off = cut_off
         self._writers: dict[str, int] = {}
 
     def add(self, name: str) -> int:
-        """Returns the reading end."""
+        """Add a stream; returns the reading end."""
         reader, self._writers[name] = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, ATTACH_BUFFER_BYTES)
         return reader
@@ -202,7 +204,7 @@ class Tap:
 
 
 class Pump:
-    """Of one container. The log file is there from `start` on; without a path, output is only for the attached.
+    """The pump of one container. The log exists from `start` on; without a path, output goes to clients only.
 
     outputs: the reading ends of stdout and stderr, or the master of a terminal; they stay their owner's, the journal's
     file belongs to the pump.
@@ -241,12 +243,12 @@ class Pump:
 
     @property
     def held_back_ms(self) -> int:
-        """How long the container was not read from, because of its limit; of a pause, what has passed of it."""
+        """The time for which the container was not read from, because of its limit, the present pause included."""
         passed = time.monotonic_ns() - self._paused_at if self._pause else 0
         return (self._held_back_ns + passed) // 1_000_000
 
     def start(self, log_path: str, log_root: str = "") -> None:
-        """Begin, or go on where another supervisor was stopped."""
+        """Begin, or go on where another supervisor was killed."""
         if log_path:
             self._log = LogFile(log_path, log_root)
             for stream in self._streams.values():
@@ -257,7 +259,7 @@ class Pump:
         self._watch()
 
     def go_on(self, log_path: str, log_root: str = "") -> None:
-        """Like start, for a container that runs: a log that cannot be opened any more is lost alone."""
+        """Like start, for a running container: if its log cannot be opened any more, it goes on without one."""
         try:
             self.start(log_path, log_root)
         except (FailedPrecondition, OSError) as error:
@@ -299,7 +301,7 @@ class Pump:
         return True
 
     def _take(self, stream: Stream, data: bytes) -> int:
-        """Returns how many bytes that made."""
+        """Write it to the log and to clients; returns how many bytes it is in the log."""
         written = len(data)
         if self._log is None:
             stream.source.release()
@@ -310,9 +312,9 @@ class Pump:
         return written
 
     def _wait_for(self, written: int) -> bool:
-        """Whether the container has written more than it may: it is not read from for a while.
+        """Stop reading for a while, and return True, if the container has written more than it may.
 
-        Its descriptors are forgotten, not masked: of one whose other end is closed epoll always tells (epoll_ctl(2)).
+        Its descriptors are removed, not masked: epoll always reports EPOLLHUP, of a closed other end (epoll_ctl(2)).
         """
         if self._allowance is None:
             return False
@@ -337,7 +339,7 @@ class Pump:
             self._log.reopen()
 
     def finish(self) -> None:
-        """The container has ended: take what is left. Others may still hold the pipes; nobody waits for them."""
+        """Take what an ended container has left. Other processes may still hold the pipes; they are not waited for."""
         self._allowance = None
         for stream in tuple(self._streams.values()):
             self._transfer(stream, _DRAIN_CHUNKS)
@@ -345,7 +347,7 @@ class Pump:
         self.close()
 
     def close(self) -> None:
-        """Let go of everything that is still open."""
+        """Close everything that is still open."""
         self._end_pause()
         for stream in self._streams.values():
             self._loop.forget(stream.source.descriptor)
@@ -364,7 +366,7 @@ class Pump:
 
 
 def _stream(name: str, descriptor: int, journal: int) -> Stream:
-    """Of an output by the name that its descriptor is kept under: a terminal has no stderr."""
+    """The stream of an output, by the name that its descriptor is kept under: a terminal has no stderr."""
     if name == "master":
         return Stream("stdout", TerminalSource(descriptor), Journal(journal, "stdout"))
     source = PipeSource(descriptor, Spool(journal, name))

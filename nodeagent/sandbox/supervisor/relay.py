@@ -1,11 +1,11 @@
-"""Bytes between the pipes and terminals that containers have an end of and the pipes that the agent has an end of.
+"""Relays of bytes between pipes and terminals of which containers have an end and pipes of which the agent has one.
 
-Who is in the middle of splice(2) to or from a pipe holds its lock for as long as the other side takes, and whoever
+A process in the middle of splice(2) to or from a pipe holds its lock for as long as the other side takes, and whoever
 reads, writes or closes the pipe waits for that in the kernel, whatever O_NONBLOCK says. A container can do that to
-every pipe that it has an end of. Who is in the middle of read(2) or write(2) of a terminal, and waits for a page of its
-buffer that a file system never answers for, holds the line discipline, and whoever closes the master waits for that.
-The agent therefore has no end of such a pipe or terminal, but of a pipe whose other end is here: the supervisor of the
-container's own pod is the only one who can be made to wait.
+every pipe of which it has an end. A process in the middle of read(2) or write(2) of a terminal, and waiting for a page
+of its buffer from a file system that never answers, holds the line discipline, and whoever closes the master waits for
+that. The agent therefore has no end of such a pipe or terminal, but of a pipe whose other end is here: only the
+supervisor of the container's own pod can be made to wait.
 """
 
 import errno
@@ -17,7 +17,7 @@ from nodeagent.sandbox.protocol import close_all
 from nodeagent.sandbox.runtime.loop import WRITABLE, Loop
 
 CHUNK_BYTES = 64 << 10  # the capacity of a pipe
-# Nobody can have left more than this in a pipe (fs.pipe-max-size).
+# No unprivileged process can have left more than this in a pipe (/proc/sys/fs/pipe-max-size of pipe(7)).
 _MAX_LEFT_BYTES = 1 << 20
 
 
@@ -98,12 +98,12 @@ class Relay:
         return bool(poll.poll(0))
 
     def _take_what_is_there(self) -> None:
-        """Only while somebody waits for that: otherwise one read for each event is fair to the others."""
+        """Move all that is there, if `settle` asks for it: otherwise one read for each event is fair to the others."""
         while self._settled is not None and not self._rest and self._move():
             pass
 
     def _move(self) -> bool:
-        """False when there is nothing now, or nothing any more, or no room for it."""
+        """Move one chunk; False when there is nothing now, or nothing any more, or no room for it."""
         try:
             data = self._read()
         except BlockingIOError:
@@ -118,7 +118,7 @@ class Relay:
         if self._write(data):
             return True
         if self._rest:
-            # Forgotten, not masked: of a pipe whose other end is closed epoll always tells (epoll_ctl(2)).
+            # Removed, not masked: epoll always reports EPOLLHUP, of a closed other end (epoll_ctl(2)).
             self._loop.forget(self._source)
             self._loop.change(self._sink, WRITABLE)
         return False
@@ -132,7 +132,7 @@ class Relay:
             raise
 
     def _write(self, data: bytes) -> bool:
-        """Whether the sink took all of it; what it did not take is kept."""
+        """Write it; returns whether the sink took all of it, and keeps the rest."""
         try:
             taken = os.write(self._sink, data)
         except BlockingIOError:
@@ -195,17 +195,17 @@ class Streams:
         self._terminal += self._outputs
 
     def disconnect(self) -> None:
-        """Let go of the terminal, whatever is still on its way to it or from it."""
+        """Close the terminal, whatever is still on its way to it or from it."""
         for relay in self._terminal:
             relay.close()
 
     def close_waiting(self) -> None:
-        """There is no terminal to wait for."""
+        """Close the agent's ends that waited for a terminal: there will be none."""
         close_all(end for end in self._waiting if end is not None)
         self._waiting = []
 
     def close_given(self) -> None:
-        """The command has its own copies."""
+        """Close the command's ends, of which it has its own copies."""
         close_all(end for end in (self.stdin, self.stdout, self.stderr) if end >= 0)
         self.stdin = self.stdout = self.stderr = -1
 

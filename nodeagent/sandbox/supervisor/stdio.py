@@ -1,4 +1,4 @@
-"""The standard streams of a container's process: the ends that it gets, and those that its supervisor keeps."""
+"""Standard streams of a container's process: the ends that it gets, and those that its supervisor keeps."""
 
 import os
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from nodeagent.sandbox.spec import ContainerPlan
 
 
 class Stdio(NamedTuple):
-    """-1 stands for the container's /dev/null. A terminal has no pipes: its master comes when it is made.
+    """The ends of the streams; -1 is the container's /dev/null. A terminal has no pipes: its master comes later.
 
     kept: by the name of the stream.
     """
@@ -19,7 +19,7 @@ class Stdio(NamedTuple):
     kept: dict[str, int]
 
     def close_given(self) -> None:
-        """The process has its own copies."""
+        """Close the process's ends, of which it has its own copies."""
         protocol.close_all(end for end in self[:3] if end >= 0)
 
     def close_kept(self) -> None:

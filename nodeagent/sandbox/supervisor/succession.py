@@ -1,6 +1,6 @@
-"""The containers of a supervisor that has died, as its successor takes them over.
+"""Succession: the containers of a supervisor that has died are taken over by another one.
 
-What they are is in the pod's directory, what was open of them the launcher has kept.
+Their plans and states are in the pod's directory; their descriptors were kept by the launcher.
 """
 
 from nodeagent.linux import processes
@@ -33,7 +33,7 @@ def restore(pod: Pod, family: Family, kept: dict[str, dict[str, int]]) -> None:
 
 
 def _restore_cut_off(pod: Pod, family: Family, container_id: str) -> None:
-    """Nothing is left of it, but hooks that are owed to those which have been run."""
+    """Undo a creation; what is left of it are poststop hooks, where earlier hooks may have been run."""
     try:
         plan = facts.load_plan(pod.directory, container_id)
     except (FileNotFoundError, ValueError):
@@ -73,7 +73,7 @@ def _take_over(container: Container) -> None:
 
 
 def _find_again(container: Container) -> None:
-    """Without a launcher that kept anything, the process and its pipes may still be there."""
+    """Find the process and its pipes through /proc, where the launcher has died and kept nothing."""
     known = container.facts
     pidfd = processes.open_pidfd(known["pid"], known["ticks"])
     if pidfd is not None:

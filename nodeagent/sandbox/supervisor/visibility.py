@@ -1,6 +1,6 @@
-"""Which processes of a pod can see one another, and who of them must be hidden until it is no more than its program.
+"""Visibility of a pod's processes to one another, and which must be hidden until they have only the program's rights.
 
-A process with CAP_SYS_PTRACE takes over whatever it sees in its PID namespace (ptrace(2), "Ptrace access mode
+A process with CAP_SYS_PTRACE can take over whatever it sees in its PID namespace (ptrace(2), "Ptrace access mode
 checking"): its memory, its descriptors and its rights. So what is prepared with the node's rights for a PID namespace
 in which there is such a process, or may be one before the preparation is over, is prepared outside of it.
 
@@ -35,10 +35,10 @@ def namespace_of(member: Member) -> str:
 
 
 def must_hide_exec(family: Mapping[str, Member], container: Member) -> bool:
-    """Whether a further process of a container is prepared out of sight.
+    """Whether a further process of a container is prepared outside of its PID namespace.
 
-    Nobody can do anything to a process that is not dumpable in a namespace that was never shared, without
-    CAP_SYS_PTRACE. One that others have joined stays so: what they have left may trace.
+    In a namespace that was never shared, and without CAP_SYS_PTRACE, a process that is not dumpable cannot be traced.
+    A namespace that others have joined counts as shared for good: processes that they have left may trace.
     """
     namespace = namespace_of(container)
     if namespace in (POD, NODE):
@@ -52,7 +52,7 @@ def _may_trace(member: Member) -> bool:
 
 
 def require_successor(what: str, process: ProcessPlan, *, tty: bool) -> None:
-    """Raises FailedPrecondition where the filter forbids what a hidden process has to call once it is in force."""
+    """Raise FailedPrecondition where the filter forbids what a hidden process has to call once it is in force."""
     spared = set() if tty else {"ioctl"}
     if process["no_new_privs"]:
         spared.add("capset")
