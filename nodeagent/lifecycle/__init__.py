@@ -1,4 +1,4 @@
-"""What the verbs of the CRI mean, without the wire.
+"""The meaning of the CRI's calls, without the wire.
 
 ::
 
@@ -9,7 +9,7 @@
     usage/                     statistics and disk usage
     supervisors/               the launcher and the supervisors: started, watched, succeeded
     plan/                      a request and an image into the plan that a container's first process executes
-    inventory, events          pods and containers as they are known, and who is told when they change
+    inventory, events          pods and containers as they are known, and the events of their changes
 
-A room imports those below it, never one above.
+A package imports those below it, never one above.
 """

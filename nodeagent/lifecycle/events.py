@@ -22,7 +22,7 @@ Kind = Literal["created", "started", "stopped", "deleted"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """What happened to the pod or container `object_id`, with its pod as it was right after (None: deleted)."""
+    """An event of the pod or container `object_id`, with its pod as it was right after (None: deleted)."""
 
     object_id: str
     kind: Kind
@@ -55,7 +55,10 @@ class Events:
 
     @asynccontextmanager
     async def subscribe(self) -> AsyncIterator[AsyncIterator[Event]]:
-        """Raises `ResourceExhausted`, here for one reader too many, from the iterator when the reader fell behind."""
+        """Read all events from now on.
+
+        Raises `ResourceExhausted`, here for one reader too many, and from the iterator when the reader fell behind.
+        """
         if len(self._readers) >= MAX_READERS:
             raise ResourceExhausted(f"events: {MAX_READERS} clients read them, which is the limit")
         reader = _Reader()

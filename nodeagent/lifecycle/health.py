@@ -1,6 +1,6 @@
-"""What keeps the runtime from working, for its condition RuntimeReady: the first of what is found.
+"""Checks of what keeps the runtime from working, for its condition RuntimeReady: the first problem that is found.
 
-A full disk is not among it: a node that is not ready frees nothing.
+A full disk is not among them: a node that is not ready frees nothing.
 """
 
 import asyncio
@@ -18,12 +18,14 @@ from nodeagent.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0  # that who asks is kept waiting
-HUNG_SECONDS = 10.0  # a busy machine may take longer than that, and pods are not evicted for it
+LOOK_SECONDS = 1.0  # the longest that a caller waits
+HUNG_SECONDS = (
+    10.0  # a busy machine may take longer than LOOK_SECONDS, and pods are not evicted for it
+)
 
 
 class Trouble(NamedTuple):
-    """reason: for programs, one word. Both are empty where there is none."""
+    """A problem of the runtime. reason: one word, for programs. Both are empty where there is none."""
 
     reason: str
     message: str
@@ -33,7 +35,7 @@ NONE = Trouble("", "")
 
 
 class Health:
-    """Looks when it is asked, which is every few seconds, and says in the log what has changed."""
+    """Checks when it is asked, which is every few seconds, and logs what has changed."""
 
     def __init__(
         self, places: Places, cgroups: Cgroups, launchers: Launchers, store: Store, tasks: Tasks
@@ -50,7 +52,7 @@ class Health:
         self._said = NONE
 
     async def trouble(self) -> Trouble:
-        """Within LOOK_SECONDS, whatever the file systems do."""
+        """The first problem; answers within LOOK_SECONDS, whatever the file systems do."""
         found = await self._find()
         if found != self._said:
             self._said = found
@@ -68,9 +70,9 @@ class Health:
         return await self._look_at_paths()
 
     async def _look_at_paths(self) -> Trouble:
-        """In a thread: a path may be covered by a file system that never answers. There is one look at a time.
+        """Check the paths in a thread, as one may be covered by a file system that never answers; one check at a time.
 
-        Until it is taken for hung, and after one that failed, what the last one has found holds.
+        Until it counts as hung, and after one that failed, the result of the last one holds.
         """
         now = asyncio.get_running_loop().time
         if self._looking is None or self._looking.done():

@@ -1,4 +1,4 @@
-"""The pods and containers of this node, in memory, each change written before it is seen.
+"""The pods and containers of this node, in memory; each change is written before it is visible.
 
 Lists and statuses are answered from here, never from a kernel file or a process.
 """
@@ -20,10 +20,10 @@ log = logging.getLogger(__name__)
 
 
 class Pod:
-    """What belongs to a sandbox while the agent runs, besides its record.
+    """The state of a sandbox while the agent runs, besides its record.
 
     supervisor is None once the pod is stopped. `closing` refuses new containers; `creating` are the creations under
-    way, which a stop cancels: none of them may hold a lock, for they can hang on somebody's network file system.
+    way, which a stop cancels: none of them may hold a lock, because they can hang on a network file system.
     """
 
     def __init__(self, supervisor: Supervisor | None = None) -> None:
@@ -81,36 +81,39 @@ class Inventory:
         return [self.containers[key] for key in self._members.get(sandbox_id, ())]
 
     def sandbox(self, name: str) -> Sandbox:
-        """By id or unique prefix of it. Raises NotFound."""
+        """The pod with this id or unique prefix of one. Raises NotFound."""
         record = self.sandboxes[_resolve("pod sandbox", name, self.sandboxes)]
         if not record.ready_at:
             raise NotFound(f'pod sandbox "{name}": not found')
         return record
 
     def container(self, name: str) -> Container:
-        """By id or unique prefix of it. Raises NotFound."""
+        """The container with this id or unique prefix of one. Raises NotFound."""
         record = self.containers[_resolve("container", name, self.containers)]
         if not record.created_at:
             raise NotFound(f'container "{name}": not found')
         return record
 
     def lock(self, container_id: str) -> asyncio.Lock:
-        """Serialises start, stop, update and removal of one container."""
+        """The lock that serialises start, update and removal of one container."""
         return self._locks.setdefault(container_id, asyncio.Lock())
 
     # --- writing ---
 
     def save(self, record: Sandbox | Container, *events: Kind) -> None:
-        """Write, publish, then tell; the record is unchanged everywhere when the write fails."""
+        """Write the record, publish it, then send events; nothing is changed anywhere when the write fails."""
         self.store.put(record)
         self._publish(record, events)
 
     def note(self, record: Sandbox | Container, event: Kind) -> None:
-        """As `save`, of what has happened whether it can be written or not; another agent is told by supervisors."""
+        """Like save, for events that have already happened: publish even if the write fails.
+
+        The next agent learns of them from supervisors.
+        """
         try:
             self.store.put(record)
         except (NodeAgentError, OSError) as error:
-            log.error('"%s" is %s: not written: %s', record.id, event, error)
+            log.error('"%s" is %s, but its record cannot be written: %s', record.id, event, error)
         self._publish(record, (event,))
 
     def _publish(self, record: Sandbox | Container, events: Sequence[Kind]) -> None:

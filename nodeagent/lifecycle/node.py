@@ -306,7 +306,7 @@ def _recovery(node: Node, places: Places) -> Recovery:
 
 
 async def _launcher(cgroups: Cgroups, places: Places) -> Launcher:
-    """The one that runs, or a new one in the agent's own cgroup."""
+    """The launcher that runs, or a new one in the agent's own cgroup."""
     with joining_files(cgroups.instance_group()) as files:
         return await Launcher.connect_or_start(places.home, join_fds=files)
 
@@ -328,14 +328,14 @@ async def _step(node: Node, close: Callable[[], Coroutine[Any, Any, None]]) -> N
 
 
 async def _leave(node: Node) -> None:
-    """With a pod READY its launcher, supervisor, link and cgroup stay for the next agent; else none does."""
+    """Leave launcher, supervisors, links and cgroups to the next agent, or remove them if no pod is READY."""
     busy = node.busy
     await node.network.close(remove=not busy)
     if busy:
         return
     launcher = await node.launchers.get()
     for stray in await launcher.pods():
-        log.error('pod "%s": is nobody\'s, its supervisor is killed', stray)
+        log.error('pod "%s": no sandbox record refers to it; killing its supervisor', stray)
         await launcher.abandon(stray)
     await launcher.stop()
     node.cgroups.remove_instance()

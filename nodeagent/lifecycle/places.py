@@ -1,4 +1,4 @@
-"""Where an agent keeps what it has, and what tells it from other agents on the machine."""
+"""The directories of an agent, and the name that distinguishes it from other agents on the machine."""
 
 import fcntl
 import hashlib
@@ -17,7 +17,7 @@ from nodeagent.lifecycle import private_mount
 PRIVATE = 0o700
 LOCK = "lock"
 
-# Whoever was given the CRI's socket, which is there by default, must be able to get to it.
+# Whoever was given access to the CRI's socket, which is there by default, must be able to reach it.
 STATE = 0o711
 
 # The default of the first versions. Pods of theirs may run, whose supervisors know no other place.
@@ -29,7 +29,7 @@ _ITSELF = os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """instance: eight hex digits of the root directory, in the names of links, nft tables and cgroups.
+    """The directories. instance: eight hex digits of the root directory, in the names of links, nft tables and cgroups.
 
     home: where the launcher and the pods are: the state directory, or the one of an earlier version while that has any.
     """
@@ -92,8 +92,8 @@ class Places:
 def _is_used(state: Path) -> bool:
     """Whether an agent has left pods there, or its launcher, and none runs.
 
-    The mount tells, which stays as long as they do, and until an agent has ended without any; nobody makes one who has
-    only got the directory as a volume.
+    The mount shows it, which stays as long as they do, and until an agent has ended without any; a container that has
+    the directory as a volume cannot make one on the node.
     """
     return private_mount.is_there(state / "pods") and not _is_held(state / LOCK)
 

@@ -1,4 +1,4 @@
-"""The mount that pinned namespaces and shared memory of pods are in, private: no other mount namespace sees them.
+"""The private mount of the pods' directory: no other mount namespace sees pinned namespaces and shared memory.
 
 Copies of them elsewhere would keep a pod's network alive after the pod. The mount stays while a pod does.
 """

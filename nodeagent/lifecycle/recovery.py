@@ -1,7 +1,7 @@
-"""What an agent does before it serves: take over what runs, finish or undo what was cut off.
+"""Recovery before an agent serves: it takes over what runs, and finishes or undoes what was cut off.
 
 The truth comes from supervisors, exit records and the kernel; the store says what there should be. After a reboot
-nothing can run: pods are stopped, containers ended unseen, leases and directories go.
+nothing can run: pods are stopped, containers have ended unobserved, leases and directories are removed.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Recovery:
-    """Run once, before the first request."""
+    """The recovery, run once before the first request."""
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class Recovery:
         self._images.release_others(self._inventory.containers.keys())
         ready = [s for s in self._inventory.sandboxes.values() if s.ready]
         await asyncio.gather(*(self._adopt(sandbox) for sandbox in ready))
+        # After the adoption: what belongs to no adopted pod now is left over.
         await self._dismantle_strangers()
         await self._undo_intentions()
         await self._network.recover(self._inventory.pods.keys())
@@ -79,7 +80,7 @@ class Recovery:
             self._rebooted(sandbox)
 
     def _rebooted(self, sandbox: Sandbox) -> None:
-        """Nothing of this pod can run any more: write that down."""
+        """Record that nothing of this pod can run any more."""
         now = time.time_ns()
         for container in self._inventory.members(sandbox.id):
             if container.created_at:
@@ -106,11 +107,11 @@ class Recovery:
                 self._inventory.forget(sandbox)
 
     async def _remove_group(self, sandbox: Sandbox) -> bool:
-        """False where it is left, to the removal of the pod or to the next start."""
+        """Remove the pod's cgroup; False if it cannot be, which the pod's removal or the next start tries again."""
         try:
             await asyncio.to_thread(cgroup.remove, self._cgroups, sandbox)
         except (NodeAgentError, OSError) as error:
-            log.error('pod sandbox "%s": its cgroup is left: %s', sandbox.id, error)
+            log.error('pod sandbox "%s": its cgroup cannot be removed yet: %s', sandbox.id, error)
             return False
         return True
 
@@ -132,14 +133,14 @@ class Recovery:
                 await self._clear_stranger(directory.name)
 
     async def _clear_stranger(self, container_id: str) -> None:
-        """A process that waits for a file system can keep the cgroup: what is left is left to the next start."""
+        """Remove what there is of an unknown container; what a blocked process keeps is left to the next start."""
         try:
             await self._containers.clear_stranger(container_id)
         except (NodeAgentError, OSError) as error:
             log.error('container "%s": not removed: %s', container_id, error)
 
     async def _dismantle(self, directory: Path) -> None:
-        """What cannot be removed now is left to the next start, and keeps nobody from serving."""
+        """Remove an unknown pod. What cannot be removed is left to the next start, and does not stop this one."""
         try:
             supervisor = await self._reach(directory)
             await dismantle(directory.name, directory, supervisor, self._network)
@@ -150,11 +151,11 @@ class Recovery:
             log.error('pod "%s": not removed: %s', directory.name, error)
 
     async def _reach(self, directory: Path) -> Supervisor | None:
-        """The supervisor of a pod that goes; None where there can be none, and nothing is left of one."""
+        """The supervisor of a pod that is removed; None where there can be none, and nothing is left of one."""
         try:
             return await self._supervision.reach(directory.name)
         except (NodeAgentError, OSError) as error:
-            log.error('pod "%s": is removed without a supervisor: %s', directory.name, error)
+            log.error('pod "%s": removed without a supervisor: %s', directory.name, error)
         launcher = await self._launchers.get()
         await launcher.abandon(directory.name)
         paths.unpin(str(directory))

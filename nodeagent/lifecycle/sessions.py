@@ -1,4 +1,4 @@
-"""What streaming clients talk to: commands in containers, containers themselves, and ports of pods.
+"""Sessions of streaming clients: commands in containers, containers themselves, and ports of pods.
 
 Descriptors go to the session, which closes them. A command outlives its session unless the loss of its streams ends it;
 its cgroup is removed when it has ended.
@@ -61,7 +61,7 @@ class Sessions:
         return command
 
     async def attach(self, request: AttachRequest) -> Process:
-        """The first process of a container, as it goes on from now."""
+        """Attach to the first process of a container, from now on."""
         container, supervisor = self._containers.running(request.container_id)
         streams = await supervisor.attach(container.id)
         last = container.config.stdin_once and not request.tty
@@ -93,7 +93,7 @@ class Sessions:
 
 
 class Command:
-    """A new process. What its terminal shows, if it has one, is our `stdout`."""
+    """A new process. The output of its terminal, if it has one, is `stdout`."""
 
     def __init__(
         self,
@@ -113,13 +113,13 @@ class Command:
         self._sessions.do_behind("resize", _resize(partial(self.handle.resize, width, height)))
 
     def end_stdin(self) -> None:
-        """The end of the pipe is all that a command needs."""
+        """Do nothing: a command only needs the end of the pipe."""
 
     async def wait(self) -> int:
         return (await self.handle.wait()).code
 
     async def close(self) -> None:
-        """The command goes on without its streams; who has a terminal gets SIGHUP, from its supervisor."""
+        """Do nothing: the command goes on without its streams; with a terminal its supervisor sends SIGHUP."""
 
 
 async def _resize(resize: Callable[[], Awaitable[None]]) -> None:
@@ -135,9 +135,9 @@ async def _run(
     fds: CgroupFds,
     size: Size | None,
 ) -> Command:
-    """Start the command with pipes of ours for its streams.
+    """Start the command with pipes of the agent for its streams.
 
-    What a terminal shows is read in any case: its programs would wait when nobody did.
+    A terminal's output is read in any case: its programs would block otherwise.
     """
     wanted = request.stdin, request.stdout or request.tty, request.stderr
     (their_stdin, stdin), (stdout, their_stdout), (stderr, their_stderr) = _pipes(wanted)
@@ -157,7 +157,7 @@ async def _run(
 
 
 def _pipes(wanted: Iterable[bool]) -> list[tuple[int | None, int | None]]:
-    """The reading and the writing end of a pipe for each that is wanted. When one cannot be had, none is left open."""
+    """The reading and the writing end of a pipe for each that is wanted; if one cannot be made, none is left open."""
     pipes: list[tuple[int | None, int | None]] = []
     try:
         pipes.extend(os.pipe2(os.O_CLOEXEC) if one else (None, None) for one in wanted)
@@ -181,8 +181,8 @@ async def _remove_after(handle: ExecHandle, whole: Cgroup, group: Cgroup) -> Non
 class Attached:
     """A container's first process, shared with its log and with other clients.
 
-    The end of a client's input is the container's if it has but one. Otherwise the client leaves by it: it is all that
-    crictl sends when somebody types the keys to detach.
+    The end of a client's input is the container's if that reads one input only. Otherwise it detaches the client: it is
+    all that crictl sends when a user types the keys to detach.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class Attached:
             self._left.set()
 
     async def wait(self) -> int:
-        """Until the container has ended, or this client is not attached any more."""
+        """Wait until the container has ended, or this client is not attached any more."""
         async with Tasks() as tasks:
             end = tasks.start("end", self._sessions.end_of(self._container_id))
             left = tasks.start("leaving", self._left.wait())

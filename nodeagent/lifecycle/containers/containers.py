@@ -1,4 +1,4 @@
-"""The verbs of a container that exists: StartContainer, RemoveContainer, UpdateContainerResources and their kin.
+"""The operations on existing containers: StartContainer, RemoveContainer, UpdateContainerResources, ExecSync and more.
 
 CreateContainer is in `creation`, StopContainer in `stopping`.
 """
@@ -65,7 +65,7 @@ class Containers:
         return self._inventory.visible_containers()
 
     def verbose(self, name: str) -> dict[str, Any]:
-        """The plan that its supervisor executed; empty when that is gone.
+        """The plan that its supervisor executed; empty when it has been removed.
 
         The seccomp program is described by what it does: the names of system calls by action.
         """
@@ -117,7 +117,8 @@ class Containers:
                 await self.clear(self._inventory.containers[container.id])
 
     async def clear(self, container: Container) -> None:
-        """Remove what a container that does not run has made, finished or not, then its record."""
+        """Remove what there is of a container that does not run, finished or not, then its record."""
+        # The record last: as long as anything is left, the next start finds it by its record.
         pod = self._inventory.pods.get(container.sandbox_id)
         if pod is not None and pod.supervisor is not None:
             await pod.supervisor.remove(container.id)
@@ -136,7 +137,11 @@ class Containers:
             try:
                 await self.clear(container)
             except (NodeAgentError, OSError) as error:
-                log.error('container "%s": what was made of it is left: %s', container.id, error)
+                log.error(
+                    'container "%s": its unfinished creation cannot be undone yet: %s',
+                    container.id,
+                    error,
+                )
                 await asyncio.sleep(next(between))
 
     async def clear_stranger(self, container_id: str) -> None:
@@ -164,18 +169,18 @@ class Containers:
     async def exec_sync(
         self, name: str, argv: tuple[str, ...], timeout_s: float
     ) -> exec_sync.ExecResult:
-        """Run a command in a running container to its end; see `execs.exec_sync`."""
+        """Run a command in a running container to its end; see the module `exec_sync`."""
         container, supervisor = self.running(name)
         group = self._groups.of(container)
         return await exec_sync.exec_sync(supervisor, group, container, argv, timeout_s)
 
     async def reopen_log(self, name: str) -> None:
-        """After this the log file exists anew, and no byte goes to the old one."""
+        """Have the log written to a new file; afterwards no byte goes to the old one."""
         container, supervisor = self.running(name)
         await supervisor.reopen_log(container.id)
 
     def running(self, name: str) -> tuple[Container, Supervisor]:
-        """A container that runs, and who supervises it. Raises FailedPrecondition for one that does not."""
+        """A running container and its supervisor. Raises FailedPrecondition for one that does not run."""
         container = self._inventory.container(name)
         if container.state != "running":
             raise FailedPrecondition(f'container "{name}": is {container.state}, not running')

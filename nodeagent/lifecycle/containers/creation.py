@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 class Creation:
-    """Makes containers; what is under way is undone by `close`."""
+    """Creates containers; creations under way are undone by `close`."""
 
     def __init__(
         self,
@@ -101,14 +101,14 @@ class Creation:
         return container.id
 
     async def _with_devices(self, sandbox: Sandbox, config: ContainerConfig) -> ContainerConfig:
-        """The config with what its CDI devices add. A hung directory of specifications holds up no other requests."""
+        """The config with what its CDI devices add. A hung directory of specifications blocks no other requests."""
         if not self._cdi.is_asked_for(config):
             return config
         in_userns = sandbox.config.namespaces.user_mapping is not None
         directories = self._cdi.directories
         what = f'container "{config.name}": CDI directories {", ".join(map(str, directories))}'
         inject = partial(self._cdi.inject, config, userns=in_userns)
-        # All are read at once, behind one lock: the first one's name stands for them in the count of looks.
+        # All are read at once, behind one lock: the first one's name stands for them in the count of lookups.
         place = str(directories[0]) if directories else "/"
         return await self._host_paths.look(what, place, inject)
 
@@ -122,6 +122,7 @@ class Creation:
     ) -> None:
         seen = await self._planner.look(container.config)
         plan = self._planner.plan(sandbox, container, image, seen, self._directory / container.id)
+        # Registered before what it undoes, which may be cut off halfway.
         undo.callback(self._images.release, container.id)
         for needed in self._planner.images(container.config, image):
             self._images.hold(needed.id, container.id)
@@ -137,7 +138,7 @@ class Creation:
         undo.push_async_callback(self._groups.remove, container)
         if not sandbox.config.cgroup_parent:
             self._groups.limit_pod(sandbox)
-        group.set_devices(seen.devices.rules)
+        group.set_devices(seen.devices.rules)  # before any process is in it
         undo.push_async_callback(supervisor.remove, container.id)
         with handover(group) as fds, oom_kill.named(container, group):
             made = await supervisor.create(plan, fds)
@@ -162,7 +163,7 @@ class Creation:
         )
 
     def _warn(self, container: Container, warnings: Sequence[str]) -> None:
-        """Log what an init warns of for the first container alone: the agent itself lacks it, and so do all others."""
+        """Log an init's warnings for the first container only: the agent lacks a right, and so do all others."""
         for warning in warnings:
             if warning not in self._said_of_all:
                 self._said_of_all.add(warning)

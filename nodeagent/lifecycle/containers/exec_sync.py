@@ -1,7 +1,7 @@
-"""ExecSync: a command in a running container, its output caught up to a bound.
+"""ExecSync: a command in a running container, its output captured up to a bound.
 
-The command has a cgroup of its own, so that its whole tree is killed when its time is over, and a child that keeps
-the pipe open after it ended keeps nobody waiting.
+The command has a cgroup of its own, so that its whole tree is killed when its time is over. A child that keeps the
+pipe open after the command has ended does not delay the reply.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ KILL_PATIENCE_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecResult:
-    """What the command wrote, at most MAX_OUTPUT_BYTES of each, and its exit code (128 + n for signal n)."""
+    """The output of the command, at most MAX_OUTPUT_BYTES of each stream, and its exit code (128 + n for signal n)."""
 
     stdout: bytes
     stderr: bytes
@@ -39,9 +39,9 @@ async def exec_sync(
     argv: tuple[str, ...],
     timeout_s: float,
 ) -> ExecResult:
-    """Run to the end. timeout_s 0 is no limit; raises TimeoutError when it is over, with the tree dead.
+    """Run a command to its end. timeout_s 0 is no limit; raises TimeoutError when it is over, with the tree killed.
 
-    The supervisor ends it in time; who cannot be killed, in a frozen container, is not waited for.
+    The supervisor kills it in time; a process that cannot be killed, in a frozen container, is not waited for.
     """
     plan = execs.plan(container, argv, timeout_s=timeout_s)
     try:
@@ -64,7 +64,7 @@ async def _run(supervisor: Supervisor, group: Cgroup, plan: ExecPlan) -> ExecRes
                 stderr.start()
                 end = await command.wait()
             except asyncio.CancelledError:
-                # Not by the supervisor: it may be who waits for the command, in a pipe that this holds.
+                # Not through the supervisor: it may itself be blocked by the command, in a pipe that this one holds.
                 with suppress(NodeAgentError, OSError):  # a group that went with its container
                     await asyncio.to_thread(child.kill)
                 raise
@@ -78,9 +78,9 @@ async def _run(supervisor: Supervisor, group: Cgroup, plan: ExecPlan) -> ExecRes
 
 
 class Capture:
-    """The reading end of a pipe. What comes beyond the bound is read and thrown away, so the command goes on.
+    """The reading end of a pipe. Output beyond the bound is read and discarded, so that the command goes on.
 
-    The other end is the supervisor's, not the command's: a pipe of the command could make the agent wait for it.
+    The other end is the supervisor's, not the command's: with a pipe of its own a command could block the agent.
     """
 
     def __init__(self, reader: int, writer: int) -> None:
@@ -105,7 +105,7 @@ class Capture:
         return b"".join(self._chunks)
 
     def start(self) -> None:
-        """Give our copy of the writing end up (the supervisor has its own) and read as data comes."""
+        """Close our copy of the writing end (the supervisor has its own) and read as data comes."""
         os.close(self.writer)
         self.writer = -1
         asyncio.get_running_loop().add_reader(self._reader, self._read)

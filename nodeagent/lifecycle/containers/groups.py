@@ -1,4 +1,4 @@
-"""The cgroups of containers, open from their creation to their end, and what a pod's own has of them."""
+"""The cgroups of containers, open from their creation to their end, and the limits and usage of a pod's own."""
 
 import asyncio
 from contextlib import suppress
@@ -32,13 +32,13 @@ class Groups:
         return group
 
     def create(self, container: Container, resources: Resources) -> Cgroup:
-        """A new one; `remove` undoes it, finished or not."""
+        """Create the container's cgroup; `remove` undoes it, finished or not."""
         group = self._cgroups.create(container.cgroup_path, resources)
         self._open[container.id] = group
         return group
 
     def pod_stats(self, sandbox: Sandbox) -> CgroupStats:
-        """Of the cgroup above a pod's containers. Raises NotFound: it is made with the first of them."""
+        """The usage of the cgroup above a pod's containers. Raises NotFound: it is made with the first of them."""
         group = self._cgroups.open_existing(sandbox.cgroup_parent)
         try:
             return group.stats()
@@ -61,7 +61,8 @@ class Groups:
         group.apply(total(sandbox.config.resources, sandbox.config.overhead or Resources()))
 
     async def remove(self, container: Container) -> None:
-        """The group stays known until it is gone, or who asks for its usage meanwhile would open it again for good."""
+        """Remove the container's cgroup and kill what is in it. Idempotent."""
+        # It stays in the table until it is removed: otherwise `of` would open it again meanwhile, for good.
         try:
             group = self.of(container)
         except NotFound:
@@ -71,21 +72,21 @@ class Groups:
         self._open.pop(container.id, None)
 
     async def remove_at(self, parent: str, container_id: str) -> None:
-        """That of a container without a record, if it is there."""
+        """Remove the cgroup of a container without a record, if it is there."""
         path = self._cgroups.container_path(parent, container_id)
         with suppress(NotFound):
             await asyncio.to_thread(_end, self._cgroups.open_existing(path))
 
 
 def _end(group: Cgroup) -> None:
-    """Also of processes that no supervisor knew of."""
+    """Kill what is in a cgroup, even processes that no supervisor knew of, and remove it."""
     if group.populated():
         group.kill()
     group.remove()
 
 
 def total(resources: Resources, overhead: Resources) -> Resources:
-    """What a pod may use: its containers' sum and the overhead, where the containers have a limit."""
+    """The limits of a pod: the sum of its containers' and the overhead, where the containers have a limit."""
     period = resources.cpu_period_usec or USUAL_PERIOD_USEC
     quota = overhead.cpu_quota_usec * period // (overhead.cpu_period_usec or USUAL_PERIOD_USEC)
     more = {

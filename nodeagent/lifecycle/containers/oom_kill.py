@@ -1,4 +1,4 @@
-"""What a container's creation and start say when the OOM killer ended its first process before the program ran.
+"""The error of a creation or start whose first process was OOM-killed before the program ran.
 
 The process prepares itself in the container's cgroup already, so that a very low limit ends it there. The counters of
 the cgroup decide whether that was so; nothing is concluded from the signal alone.
@@ -26,7 +26,7 @@ def named(container: Container, group: Cgroup) -> Iterator[None]:
     try:
         yield
     except Unavailable:
-        # The supervisor is: the program may have been executed, and a child of it killed.
+        # The supervisor is unavailable: the program may have been executed, and a child of it killed.
         raise
     except (NodeAgentError, OSError) as error:
         memory = _memory(group)
@@ -39,7 +39,7 @@ def named(container: Container, group: Cgroup) -> Iterator[None]:
 
 
 def _why(container: Container, memory: MemoryStats) -> str:
-    """The kernel counts a limit that was hit in the group that has it: without that, a group above was the reason."""
+    """The reason and the remedy: the kernel counts failures in the group whose limit was hit, here or above."""
     if memory.failures:
         return (
             f"the memory limit of {container.resources.memory_limit_bytes} bytes is too low; raise it, to "
@@ -51,5 +51,5 @@ def _why(container: Container, memory: MemoryStats) -> str:
 def _memory(group: Cgroup) -> MemoryStats | None:
     try:
         return group.stats().memory
-    except NotFound:  # somebody removed it, and the error at hand says more
+    except NotFound:  # it has been removed, and the error at hand says more
         return None

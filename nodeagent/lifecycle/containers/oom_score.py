@@ -1,4 +1,4 @@
-"""oom_score_adj of containers that run: how willingly the OOM killer ends each of their processes (proc(5))."""
+"""The oom_score_adj of running containers: the OOM killer's preference for each of their processes (proc(5))."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -13,9 +13,9 @@ Processes = Callable[[], list[int]]
 
 @contextmanager
 def changed(processes: Processes, old: int, new: int) -> Iterator[None]:
-    """All processes have the new one, and the old one again where what follows fails. 0 changes nothing, as in the CRI.
+    """Set the score of all processes, and the old one again if what follows fails. 0 changes nothing, as in the CRI.
 
-    Raises PermissionDenied: to go below what they were started with takes CAP_SYS_RESOURCE.
+    Raises PermissionDenied: a lower score than they were started with takes CAP_SYS_RESOURCE.
     """
     if new in (0, old):
         yield
@@ -30,7 +30,7 @@ def changed(processes: Processes, old: int, new: int) -> Iterator[None]:
 
 
 def _set(processes: Processes, score: int) -> None:
-    """Those too that are forked meanwhile; a child inherits the score."""
+    """Set the score of all processes, those that are forked meanwhile included; a child inherits the score."""
     done: set[int] = set()
     while new := set(processes()) - done:
         with ExitStack() as opened:
@@ -41,7 +41,7 @@ def _set(processes: Processes, score: int) -> None:
 
 
 def _open(opened: ExitStack, pid: int) -> int:
-    """The directory of this very process, whoever has its number later; -1 for one that has ended."""
+    """The directory of this very process, whichever has its pid later; -1 for one that has ended."""
     try:
         directory = os.open(f"/proc/{pid}", _FLAGS)
     except FileNotFoundError:

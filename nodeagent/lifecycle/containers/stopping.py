@@ -1,4 +1,4 @@
-"""StopContainer, and how a container ends that does not want to, or whose supervisor does not answer."""
+"""StopContainer, also for a container that does not end by itself, or whose supervisor does not answer."""
 
 import asyncio
 import logging
@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 
 KILL_PATIENCE_SECONDS = 10.0
 THAW_AFTER_SECONDS = 1.0
-START_SECONDS = 1.0  # of a program that nobody holds up, it takes some milliseconds
+START_SECONDS = (
+    1.0  # for a start that is under way; it takes milliseconds unless something blocks it
+)
 ANSWER_SECONDS = 2.0
 
 
@@ -31,12 +33,12 @@ class Stopping:
         self._inventory = inventory
         self._supervision = supervision
         self._groups = groups
-        # Containers whose program is about to be executed, or is held up before that.
+        # Containers whose program is about to be executed, or is blocked before that.
         self._starting: set[str] = set()
 
     @contextmanager
     def start_of(self, container_id: str) -> Iterator[None]:
-        """While a container is started it is not RUNNING yet, and has to be stopped nevertheless."""
+        """Note that a container is being started: it is not RUNNING yet, and has to be stopped nevertheless."""
         self._starting.add(container_id)
         try:
             yield
@@ -46,7 +48,7 @@ class Stopping:
     async def stop(self, name: str, timeout_s: float) -> None:
         """Signal the container, and kill it after `timeout_s`. Success when it is gone or not running.
 
-        The supervisor keeps the earliest deadline that anybody asked for, and keeps it without us.
+        The supervisor keeps the earliest deadline of all requests, even if the agent ends.
         """
         try:
             container = self._inventory.container(name)
@@ -59,6 +61,7 @@ class Stopping:
         await self._ask_to_stop(container, timeout_s)
         if await self._ends_within(container, timeout_s + THAW_AFTER_SECONDS):
             return
+        # A process that cgroup v1 has frozen does not die of SIGKILL before it is thawed; one of v2 does.
         self._groups.of(container).thaw()
         # The first process of its PID namespace may wait, uninterruptibly, for another one of the container.
         await asyncio.to_thread(self._groups.of(container).kill)
@@ -66,7 +69,7 @@ class Stopping:
             raise TimeoutError(unkillable.explained(container, self._groups.of(container)))
 
     async def _end_start(self, container: Container, timeout_s: float) -> Container:
-        """Its record once its start is over. Another container may hold it up (SIGSTOP, ptrace): it is killed then.
+        """The container's record once its start is over, which is forced if another container blocks it (ptrace).
 
         While poststart hooks run its program is running already, and has the caller's timeout to end.
         """
@@ -81,11 +84,11 @@ class Stopping:
         return self._inventory.containers.get(container.id, container)
 
     async def _ask_to_stop(self, container: Container, timeout_s: float) -> None:
-        """Have the supervisor do it; kill the container ourselves, when its time is over, if that does not answer.
+        """Have the supervisor stop it; if that does not answer in time, kill the container's cgroup.
 
-        Who is in the middle of splice(2) to or from a pipe holds its lock, for as long as the other side takes, and
-        whoever reads the pipe waits for that without hearing signals: a container can hold its supervisor up so. It
-        lets go when it is killed.
+        A process in the middle of splice(2) to or from a pipe holds its lock for as long as the other side takes, and
+        whoever reads the pipe waits for that uninterruptibly: so a container can block its supervisor until it is
+        killed.
         """
         supervisor = self._inventory.supervisor(container)
         try:
@@ -104,9 +107,9 @@ class Stopping:
         return True
 
     async def stop_all(self, sandbox_id: str) -> None:
-        """Kill every container of a pod, all at once; raises when one of them would not end.
+        """Kill every container of a pod, all at once; raises when one of them does not end.
 
-        What cannot be asked of a supervisor that has died is left to the end of the pod.
+        Containers of a supervisor that has died are left to the end of the pod.
         """
         members = self._inventory.members(sandbox_id)
         running = [c for c in members if c.state == "running" or c.id in self._starting]
@@ -124,7 +127,7 @@ class Stopping:
             raise failures[0]
 
     async def kill_all(self, sandbox_id: str) -> None:
-        """Kill what runs of a pod that has no supervisor and gets none."""
+        """Kill the containers of a pod that has no supervisor and gets none."""
         for container in self._inventory.members(sandbox_id):
             try:
                 await asyncio.to_thread(self._groups.of(container).kill)

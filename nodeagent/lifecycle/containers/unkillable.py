@@ -1,4 +1,4 @@
-"""StopContainer's error for a container that has not ended after SIGKILL: what keeps it."""
+"""StopContainer's error for a container that has not ended after SIGKILL, with what blocks it."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from nodeagent.records import Container
 
 
 def explained(container: Container, group: Cgroup) -> str:
-    """The error's text, with what holds the container as far as /proc shows it. group: the container's."""
+    """The error's text, with what blocks the container as far as /proc shows it. group: the container's."""
     if tracer := _tracer_of_zombie(container.pid):
         return (
             f'container "{container.id}": process {container.pid} is dead, but its tracer has not waited for it, '

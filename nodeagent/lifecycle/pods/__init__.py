@@ -1,1 +1,1 @@
-"""The verbs of a pod, its warm slot and its cgroup."""
+"""The operations on pods, their warm slots and their cgroups."""

@@ -1,7 +1,7 @@
 """The cgroup of the process that holds the PID namespace which the containers of a pod share.
 
-It is below the pod's, beside those of the containers. A container may be able to take that process over; so no device
-may be used in it, and it has room for one process that waits.
+It is below the pod's, beside those of the containers. A container may be able to take that process over; so the cgroup
+allows no devices and only one process.
 """
 
 from nodeagent.cgroups.group import Cgroup
@@ -15,20 +15,20 @@ LIMITS = Resources(cpu_shares=2, memory_limit_bytes=16 << 20, pids_limit=1)
 
 
 def make(cgroups: Cgroups, sandbox: Sandbox) -> Cgroup:
-    """Raises as `Cgroups.create`."""
+    """Create the cgroup. Raises what `Cgroups.create` raises."""
     group = cgroups.create(cgroups.container_path(sandbox.cgroup_parent, sandbox.id), LIMITS)
     group.set_devices(())
     return group
 
 
 def remove(cgroups: Cgroups, sandbox: Sandbox) -> None:
-    """End what is in it, and remove it. Idempotent, and nothing for a pod that shares no PID namespace."""
+    """Kill what is in it, and remove it. Idempotent, and nothing for a pod that shares no PID namespace."""
     if sandbox.config.namespaces.pid == "pod":
         remove_below(cgroups, sandbox.cgroup_parent, sandbox.id)
 
 
 def remove_below(cgroups: Cgroups, parent: str, pod_id: str) -> None:
-    """As `remove`, for a pod without a record, which may have had this parent."""
+    """Remove the cgroup of a pod without a record, which may have had this parent."""
     try:
         group = cgroups.open_existing(cgroups.container_path(parent, pod_id))
     except NotFound:

@@ -1,6 +1,6 @@
-"""RunPodSandbox, StopPodSandbox, RemovePodSandbox: what they mean, without the wire.
+"""RunPodSandbox, StopPodSandbox and RemovePodSandbox, without the wire.
 
-Everything that a pod makes outside the store hangs on its id: supervisor, directory, lease, cgroup. A sandbox record
+Everything that a pod makes outside the store is named by its id: supervisor, directory, lease, cgroup. A sandbox record
 without `ready_at` is the intention to make them; the record goes when all of them are gone.
 """
 
@@ -35,7 +35,7 @@ from nodeagent.tasks import Tasks
 
 
 class Sandboxes:
-    """The verbs of a pod sandbox. All take an id or a unique prefix of it."""
+    """The operations on pod sandboxes. All take an id or a unique prefix of one."""
 
     def __init__(
         self,
@@ -110,6 +110,7 @@ class Sandboxes:
             addresses=tuple(address.partition("/")[0] for address in slot.addresses),
         )
         async with AsyncExitStack() as undo:
+            # Undone from the last to the first: without its record the pod is a slot, which any later start removes.
             undo.push_async_callback(self._slots.discard, slot)
             self._inventory.save(sandbox)
             undo.callback(self._inventory.forget, sandbox)
@@ -168,7 +169,7 @@ class Sandboxes:
             await self._stopping.stop_all(sandbox.id)
         finally:
             await self._network.detach(sandbox.id)
-        # Only now: the supervisor that undoes them may wait for one that ran, in a pipe that this held.
+        # Only now: the supervisor that undoes them may be blocked by a container that ran, in a pipe that it held.
         if pod.creating:
             await asyncio.wait(pod.creating)
         await self._supervision.shut_down(sandbox.id)

@@ -29,7 +29,7 @@ NAME = "warm slots"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """A pod to be: nothing in it runs but its supervisor. addresses: empty on the node's network."""
+    """A future pod, in which only its supervisor runs. addresses: empty on the node's network."""
 
     id: str
     directory: Path
@@ -63,7 +63,7 @@ class Slots:
         return len(self._ready)
 
     async def take(self, namespaces: Namespaces) -> Slot:
-        """A slot of one's own with these namespaces; `discard` gives it back."""
+        """Take a slot with these namespaces, ready or new; `discard` undoes it."""
         if namespaces.owned == USUAL.owned:
             while self._ready:
                 slot = self._ready.popleft()
@@ -74,7 +74,7 @@ class Slots:
         return await self._make(namespaces)
 
     def _is_good(self, slot: Slot) -> bool:
-        """The pod CIDR may be another one than when the slot was made."""
+        """Whether the slot can be used: the pod CIDR may be another one than when it was made."""
         return not slot.supervisor.is_lost and self._network.hands_out(slot.addresses)
 
     async def discard(self, slot: Slot) -> None:

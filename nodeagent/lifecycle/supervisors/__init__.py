@@ -1,1 +1,1 @@
-"""The processes below the agent: the launcher, a supervisor for each pod, and what is handed to them."""
+"""The processes below the agent: the launcher, a supervisor for each pod, and the files that they get."""

@@ -1,4 +1,4 @@
-"""The open files of a cgroup that a supervisor needs: how to join it, watch it and kill it."""
+"""The open files of a cgroup that a supervisor needs: to join it, to watch it and to kill it."""
 
 import os
 import stat
@@ -11,7 +11,7 @@ from nodeagent.sandbox.agent.client import CgroupFds
 
 @contextmanager
 def handover(group: Cgroup) -> Iterator[CgroupFds]:
-    """Opened for one message, which carries copies of them; closed on return."""
+    """Open the files for one message, which carries copies of them, and close them afterwards."""
     join = group.join_fds()
     try:
         watch = group.watch_fds()
@@ -25,7 +25,7 @@ def handover(group: Cgroup) -> Iterator[CgroupFds]:
 
 @contextmanager
 def joining_files(group: Cgroup) -> Iterator[list[int]]:
-    """The files that a process writes "0" to, to be in the group from then on."""
+    """The files to which a process writes "0" to join the group."""
     fds = group.join_fds()
     files: list[int] = []
     try:

@@ -1,6 +1,6 @@
-"""The launcher, whichever it is now. One that died is replaced at once.
+"""The launcher, kept alive: one that died is replaced at once.
 
-Supervisors live without it, but nobody keeps then what their successors would need.
+Supervisors live without it, but then nothing keeps what their successors would need.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ RETRY_SECONDS = 1.0
 
 
 class Launchers:
-    """start: connects to the one that runs, or starts one."""
+    """The present launcher. start: connects to the one that runs, or starts one."""
 
     def __init__(self, start: Callable[[], Awaitable[Launcher]], tasks: Tasks) -> None:
         self._start = start
@@ -41,7 +41,7 @@ class Launchers:
             await launcher.lost.wait()
 
     async def get(self) -> Launcher:
-        """A launcher that lives, as far as anybody knows. One that is being started comes up, whoever is cancelled."""
+        """A launcher that is alive as far as is known. Cancelling a caller does not cancel the start of one."""
         return await asyncio.shield(self._tasks.start("launcher", self._get()))
 
     async def _get(self) -> Launcher:

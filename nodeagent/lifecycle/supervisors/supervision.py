@@ -1,7 +1,7 @@
-"""Keeps every pod connected to a living supervisor, and its records in step with what the supervisor saw.
+"""Supervision: every pod stays connected to a living supervisor, and its records agree with what that observed.
 
-A supervisor that died is replaced by a successor, which the launcher hands the log pipes and the pids it kept; the
-containers notice nothing. What ended in between is read from exit records; only what nobody saw is unknown.
+A supervisor that died is replaced by a successor, which gets the log pipes and pids that the launcher kept; the
+containers notice nothing. What ended in between is read from exit records; only what has no record is unknown.
 """
 
 import asyncio
@@ -55,16 +55,16 @@ class Supervision:
         )
 
     def unwatch(self, sandbox_id: str) -> None:
-        """The supervisor is about to end on purpose."""
+        """Stop watching a supervisor that is about to end on purpose."""
         task = self._watches.pop(sandbox_id, None)
         if task is not None:
             task.cancel()
 
     async def adopt(self, sandbox_id: str) -> None:
-        """Take a pod over from the agent before us.
+        """Take a pod over from an earlier agent.
 
-        Raises TimeoutError where its supervisor has died and a successor does not come up: a container can hold that
-        up, as it takes what is left in the pipe of another one.
+        Raises TimeoutError where its supervisor has died and a successor does not come up: a container can block that
+        with its pipe, which the successor drains.
         """
         async with asyncio.timeout(REACH_SECONDS):
             supervisor = await self.reach(sandbox_id)
@@ -135,7 +135,7 @@ class Supervision:
             self._exited(container.id, end)
 
     def ended_as(self, container: Container) -> None:
-        """Publish that a container has ended, and wake who waits for it."""
+        """Publish that a container has ended, and wake those who wait for it."""
         self._inventory.note(container, "stopped")
         event = self._ends.pop(container.id, None)
         if event is not None:
@@ -165,7 +165,7 @@ class Supervision:
         self._ending.discard(sandbox_id)
 
     def _ended_unheard(self, container: Container) -> None:
-        """Of what nobody told us, there is the exit record."""
+        """Record an end of which no event arrived: take the exit from its record."""
         end = exits.read(str(self._directory / container.sandbox_id), container.id)
         if end is None:
             self.ended_as(records.lost(container, time.time_ns()))

@@ -1,1 +1,1 @@
-"""What pods and containers use: from cgroups, from the network, from the disk."""
+"""Resource usage of pods and containers: of cgroups, network and disk."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from nodeagent.tasks import Tasks
 
 DISK_SECONDS = 10.0
-FIRST_SECONDS = 1.0  # that a request waits for the first walk of a layer
+FIRST_SECONDS = 1.0  # the longest that a request waits for the first walk of a layer
 WALKS = 2
 # Files with several names that a walk remembers, in 4 to 6 MB of memory.
 REMEMBERED = 65_536
@@ -45,7 +45,7 @@ class _Layer:
 
 
 class Disks:
-    """directory: has the layers, as ``<container id>/upper``, and beside them the volumes of the containers' images."""
+    """The layers' sizes. directory: has them, as ``<container id>/upper``, and the image volumes beside each."""
 
     def __init__(self, directory: Path, tasks: Tasks) -> None:
         self._directory = directory
@@ -54,7 +54,7 @@ class Disks:
         self._turns = asyncio.Semaphore(WALKS)
 
     async def usage(self, container_id: str) -> DiskUsage:
-        """As the last walk found it."""
+        """The usage that the last walk found."""
         layer = self._layers.setdefault(container_id, _Layer())
         if layer.walk is None and layer.due <= time.monotonic():
             walk = self._walk(container_id, layer)
@@ -78,7 +78,7 @@ class Disks:
             layer.due = time.monotonic() + DISK_SECONDS
 
     def keep(self, container_ids: Collection[str]) -> None:
-        """Forget all others."""
+        """Forget the layers of all other containers."""
         for container_id in [key for key in self._layers if key not in container_ids]:
             del self._layers[container_id]
 
@@ -96,7 +96,7 @@ def measure(directory: Path, *more: Path) -> DiskUsage:
     linked: set[int] = set()
     for status in chain.from_iterable(map(_Walk, (directory, *more))):
         share = _share(status, linked)
-        used_bytes += status.st_blocks * 512 * share
+        used_bytes += status.st_blocks * 512 * share  # the unit of st_blocks (inode(7))
         inodes += share
     return DiskUsage(
         mountpoint=str(directory.parents[1]),
@@ -107,7 +107,7 @@ def measure(directory: Path, *more: Path) -> DiskUsage:
 
 
 def _share(status: os.stat_result, linked: set[int]) -> float:
-    """How much of a file counts at this name of it; `linked` has the inodes that were counted wholly."""
+    """The share of a file that counts at this name of it; `linked` has the inodes that were counted wholly."""
     if status.st_nlink == 1 or stat.S_ISDIR(status.st_mode):
         return 1.0
     if status.st_ino in linked:
@@ -168,7 +168,7 @@ class _Walk:
                 return False
 
     def _enter(self, name: str) -> bool:
-        """False for what has gone, or is no directory any more."""
+        """Enter a directory; False for one that has gone, or is none any more."""
         try:
             entered = os.open(name, _DIRECTORY, dir_fd=self._descriptor)
         except (FileNotFoundError, NotADirectoryError):

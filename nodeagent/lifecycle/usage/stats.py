@@ -1,4 +1,4 @@
-"""What containers and pods use now: cgroup accounting, writable layers, network.
+"""Present usage of containers and pods: cgroup accounting, writable layers, network.
 
 One container whose cgroup vanished is left out; it never fails a list.
 """
@@ -27,7 +27,10 @@ READ_AT_ONCE = 50  # of a cgroup costs 0.1 ms, and requests wait for the loop
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupUsage:
-    """usage_nano_cores: over the time since an earlier reading at least RATE_SECONDS ago; None before there is one."""
+    """The usage of a cgroup.
+
+    usage_nano_cores: over the time since an earlier reading at least RATE_SECONDS ago; None before there is one.
+    """
 
     cgroup: CgroupStats
     usage_nano_cores: int | None
@@ -42,10 +45,10 @@ class ContainerUsage(GroupUsage):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SandboxUsage:
-    """interfaces: empty on the node's network.
+    """The usage of a pod. interfaces: empty on the node's network.
 
-    group: the one above its containers, which counts what those used that have ended; None where there is none, or
-    where other pods are in it.
+    group: the cgroup above its containers, which still counts what ended ones have used; None where there is none, or
+    where it has other pods as well.
     """
 
     sandbox: Sandbox
@@ -57,7 +60,7 @@ class SandboxUsage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogUsage:
-    """What became of a container's output: lines that the disk had no room for, and how long it had to wait."""
+    """The state of a container's log: lines that the disk had no room for, and how long the container had to wait."""
 
     sandbox: Sandbox
     container: Container
@@ -75,7 +78,7 @@ class _Rate:
 
 
 class Stats:
-    """Readings on request; nothing is sampled while nobody asks."""
+    """Readings on request; nothing is sampled in between."""
 
     def __init__(
         self,
@@ -94,11 +97,11 @@ class Stats:
         self._disks = Disks(directory, tasks)
 
     async def container(self, name: str) -> ContainerUsage:
-        """Raises NotFound, also for a container that has ended: its cgroup is gone."""
+        """The usage of a container. Raises NotFound, also for one that has ended: its cgroup is gone."""
         return await self._read(self._inventory.container(name))
 
     async def containers(self) -> list[ContainerUsage]:
-        """Of every running container."""
+        """The usage of every running container."""
         return await self._read_all(self._inventory.visible_containers())
 
     async def sandbox(self, name: str) -> SandboxUsage:
@@ -106,7 +109,7 @@ class Stats:
         return await self._pod(sandbox, self._network.all_interface_stats(), self._tenants())
 
     async def sandboxes(self) -> list[SandboxUsage]:
-        """Of every READY pod."""
+        """The usage of every READY pod."""
         interfaces, tenants = self._network.all_interface_stats(), self._tenants()
         found = []
         for sandbox in self._ready():
@@ -115,7 +118,7 @@ class Stats:
         return found
 
     async def logs(self) -> list[LogUsage]:
-        """Of the containers of every READY pod; one whose supervisor does not answer is left out."""
+        """The logs of the containers of every READY pod; one whose supervisor does not answer is left out."""
         pods = await asyncio.gather(*map(self._logs, self._ready()))
         return [log for logs in pods for log in logs]
 
@@ -149,7 +152,7 @@ class Stats:
         return [s for s in self._inventory.visible_sandboxes() if s.ready]
 
     def _tenants(self) -> Counter[str]:
-        """How many READY pods have each cgroup for their containers."""
+        """The number of READY pods that have each cgroup for their containers."""
         return Counter(sandbox.cgroup_parent for sandbox in self._ready())
 
     async def _pod(

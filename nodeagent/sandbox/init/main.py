@@ -176,9 +176,7 @@ def _leave_supervisor() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     _forbid_imports()
     gc.disable()  # a collection writes to the header of every object, and so copies what a fork shares
-    os.umask(
-        0
-    )  # what is made has the modes of the plan; the program's own umask is set in `_finish`
+    os.umask(0)  # modes are the plan's; the program's own umask is set in `_finish`
 
 
 def _forbid_imports() -> None:
@@ -253,9 +251,8 @@ def _prepare_exec(plan: ExecPlan, settings: ProcessPlan, fds: ExecFds) -> _Start
         syscalls.setns(fds.target, syscalls.CLONE_NEWNS | syscalls.CLONE_NEWCGROUP | pid_namespace)
     except ProcessLookupError:
         raise FailedPrecondition(f'container "{plan["container"]}": has just ended') from None
-    root = os.open(
-        "/", _DIRECTORY
-    )  # the container's: to join a mount namespace is to enter its root
+    # The container's: to join a mount namespace is to enter its root.
+    root = os.open("/", _DIRECTORY)
     identity = users.resolve(root, own, settings["user"])
     with _working_directory(settings["cwd"]):
         cwd = confined.open_path(root, settings["cwd"], _DIRECTORY)

@@ -48,9 +48,8 @@ def prepare(plan: PodPlan) -> PodFacts:
     """Make the pod's own namespaces and files, and enter them."""
     known: PodFacts = {"plan": plan, "init_pid": 0, "init_ticks": 0}
     exits.make_directory(plan["directory"])
-    podfile.save(
-        known
-    )  # before anything is made: without the file a successor takes it that nothing was
+    # Before anything is made: without the file a successor takes it that nothing was.
+    podfile.save(known)
     try:
         namespaces.make(plan)
         if "net" in plan["namespaces"]:
