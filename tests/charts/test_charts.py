@@ -21,7 +21,8 @@ from tests.support.node import PATIENCE_SECONDS
 
 # What the agent says that it skips of the charts: labels, and what it may not do itself without CAP_SYS_RESOURCE.
 KNOWN = re.compile(
-    r"INFO nodeagent\.lifecycle\.plan\.selinux: this kernel has no SELinux: selinux_options of all containers are ignored|"
+    r"INFO nodeagent\.lifecycle\.plan\.selinux: this kernel has no SELinux: "
+    r"selinux_options of all containers are ignored|"
     r'WARNING nodeagent\.lifecycle\.containers\.\w+: container "[0-9a-f]{64}": '
     r"(capability SYS_RESOURCE: not available|oom_score_adj -997: not permitted|limit NOFILE: not raised above)"
 )
