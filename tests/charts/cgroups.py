@@ -12,7 +12,7 @@ TOP = Path("/sys/fs/cgroup")
 
 
 def make(path: str) -> None:
-    """With the groups above; each may have limits of all controllers."""
+    """Make a group, with the groups above; each may have limits of all controllers."""
     if slices.are_used():
         slices.start(path)
     for hierarchy in _hierarchies():
@@ -26,7 +26,7 @@ def make(path: str) -> None:
 
 
 def remove(path: str) -> None:
-    """With all that is below, where no process may be left."""
+    """Remove a group with all that is below, where no process may be left."""
     if slices.are_used():
         slices.stop(path)
     for hierarchy in _hierarchies():

@@ -62,7 +62,7 @@ class Chart:
 
     @property
     def host_name(self) -> str:
-        """Of a pod with a network of its own."""
+        """The host name of a pod with a network of its own."""
         return str(self.spec.get("hostname", self.pod_name)[:63])
 
     @property

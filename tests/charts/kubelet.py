@@ -50,7 +50,7 @@ _QUANTITY = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
 
 class Kubelet:
-    """Of one pod. cgroup_root: where its cgroups are. user_namespace: of its own, as with `hostUsers: false`."""
+    """A kubelet of one pod. cgroup_root: where its cgroups are. user_namespace: own, as with `hostUsers: false`."""
 
     def __init__(self, chart: Chart, cgroup_root: str, *, user_namespace: bool = False) -> None:
         self.chart = chart

@@ -107,7 +107,7 @@ class Node(RunningAgent):
 
     @property
     def pid(self) -> int:
-        """Of the agent, as the machine has it."""
+        """The agent's pid on the machine."""
         return _child(super().pid)
 
     def command(self, verb: str, *arguments: str) -> list[str]:

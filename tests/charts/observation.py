@@ -88,7 +88,7 @@ def _identity(chart: Chart, given: Json, spec: Json, report: Report) -> None:
 
 
 def _capabilities(node: Node, given: Json, report: Report) -> None:
-    """Of those that the agent has itself: without one, a container runs without it."""
+    """The capabilities of those that the agent has itself: without one, a container runs without it."""
     change = given.get("capabilities", {})
     held = node.capabilities
     bounding = set(CAPABILITIES) if given.get("privileged") else USUAL - set(change.get("drop", ()))

@@ -29,7 +29,7 @@ class Container(cri.Container):
 
     @property
     def output(self) -> str:
-        """As that of any container; a terminal's lines have carriage returns in them."""
+        """The output, as that of any container; a terminal's lines have carriage returns in them."""
         lines = self.log.read_bytes().decode().split("\n")[:-1]
         return "\n".join(line.split(" ", 3)[3] for line in lines)
 
@@ -49,7 +49,7 @@ class Container(cri.Container):
 
 @dataclass(slots=True)
 class ChartPod:
-    """Of one chart. The containers are those that were started last, by name."""
+    """The pod of one chart. The containers are those that were started last, by name."""
 
     chart: Chart
     node: Node

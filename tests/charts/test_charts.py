@@ -57,7 +57,7 @@ def test_chart(pod: ChartPod, node: Node) -> None:
     "chart", [c for c in charts() if c.takes_a_user_namespace], ids=lambda chart: chart.name
 )
 def test_chart_in_a_user_namespace(chart: Chart, node: Node, cgroup_root: str) -> None:
-    """With `hostUsers: false`: inside, all is as it is without."""
+    """A chart with `hostUsers: false`: inside, all is as it is without."""
     pod = ChartPod.of(chart, node, cgroup_root, user_namespace=True)
     try:
         pod.run()

@@ -64,7 +64,7 @@ def streams(request: pytest.FixtureRequest, crictl: Path, cri: Cri) -> Streams:
 
 
 def client(agent: RunningAgent, registry: Registry) -> Cri:
-    """With the busybox image pulled."""
+    """A client, with the busybox image pulled."""
     busybox = images.busybox()
     reference = f"{registry.host}/{busybox.repository}:{busybox.tags[0]}"
     request = pb.PullImageRequest(image=pb.ImageSpec(image=reference))

@@ -52,7 +52,7 @@ class Terminal:
             raise AssertionError(f"{text!r} is not on the screen:\n{self.screen}") from None
 
     def exit_code(self) -> int:
-        """Of the command, once it has ended."""
+        """The exit code of the command, once it has ended."""
         self.shows("[ended: ")
         ended = ENDED.search(self.screen)
         assert ended is not None, self.screen

@@ -64,7 +64,7 @@ def test_missing_user(pod: Pod) -> None:
 
 @pytest.fixture
 def missing(tmp_path: Path) -> pb.Mount:
-    """Of a host path that is a link to nothing: nothing is made where that leads."""
+    """The target of a host path that is a link to nothing: nothing is made where that leads."""
     (tmp_path / "link").symlink_to(tmp_path / "absent")
     return pb.Mount(container_path="/data", host_path=f"{tmp_path}/link")
 

@@ -381,7 +381,7 @@ def test_mounts_of_a_hook_are_in_the_container(node: Node) -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_start_container_runs_in_the_container(node: Node, shared: bool) -> None:
-    """With no more rights than the program has, and before it."""
+    """The hook has no more rights than the program, and runs before it."""
     script = (
         "#!/bin/sh\ncat > /tmp/state; (echo; id -u; grep CapEff /proc/self/status) >> /tmp/state"
     )
@@ -425,7 +425,7 @@ def shared_directory(node: Node) -> Path:
 
 
 def test_nobody_in_a_shared_pid_namespace_sees_a_hook(node: Node) -> None:
-    """Who may trace there would have the rights of the node's root."""
+    """Whoever may trace there would have the rights of the node's root."""
     mode = pb.NamespaceOption(pid=pb.POD)
     pod = node.cri.pod(linux=pod_options(pid=pb.POD))
     capabilities = pb.Capability(add_capabilities=["SYS_PTRACE"])

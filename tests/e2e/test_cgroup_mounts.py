@@ -19,7 +19,7 @@ needs_v2 = pytest.mark.skipif(not V2, reason="no machine with cgroup v2 alone")
 
 
 def node_options() -> str:
-    """Of the hierarchies of the node, which a mount in its own namespace could change."""
+    """The options of the node's hierarchies, which a mount in its own namespace could change."""
     with open("/proc/self/mountinfo") as file:
         return "".join(sorted({line.split(" - ")[1] for line in file if " - cgroup" in line}))
 

@@ -72,7 +72,7 @@ def test_a_record_that_cannot_be_read(own_agent: RunningAgent, own_cri: Cri, kin
 
 
 def test_a_group_that_others_removed(own_agent: RunningAgent, own_cri: Cri) -> None:
-    """As the kubelet does with all below a pod's group, once it wants the pod to be gone."""
+    """The kubelet does so with all below a pod's group, once it wants the pod to be gone."""
     container = own_cri.run()
     walk = os.walk("/sys/fs/cgroup", topdown=False)
     groups = [Path(path) for path, _, _ in walk if container.id in path]

@@ -33,7 +33,7 @@ class Apart(RunningAgent):
 
     @property
     def endpoint(self) -> str:
-        """As the test reaches it, which is not how the agent is told of it."""
+        """The endpoint by which the test reaches it, which is not the one that the agent is given."""
         return f"unix://{self.run}{EARLIER if self.earlier else NOW}/nodeagent.sock"
 
     def command(self, verb: str, *arguments: str) -> list[str]:

@@ -129,7 +129,7 @@ def test_one_path_twice(cri: Cri, tmp_path: Path) -> None:
 def test_a_directory_on_a_file_and_the_reverse(
     cri: Cri, tmp_path: Path, source: str, target: str
 ) -> None:
-    """As of a subPath that turns out to be a directory: the request's fault, without a traceback."""
+    """A subPath, for example, that turns out to be a directory: the request's fault, without a traceback."""
     (tmp_path / "d").mkdir()
     (tmp_path / "f").touch()
     pod = cri.pod()
@@ -142,7 +142,7 @@ def test_a_directory_on_a_file_and_the_reverse(
 
 @pytest.mark.parametrize("target", ["/sys/none", "/sys/fs/none/deep", "/dev/pts/99"])
 def test_a_mount_point_that_cannot_be_made(cri: Cri, target: str) -> None:
-    """As /sys/fs/bpf of a kernel without it."""
+    """The mount point is /sys/fs/bpf, for example, of a kernel without it."""
     pod = cri.pod()
     call = partial(pod.container, mounts=[at("/dev/null", target)])
     refused(FAILED_PRECONDITION, f"mount /dev/null on {target}: the path is not there", call)
@@ -189,7 +189,7 @@ def pulled(cri: Cri, registry: Registry, *members: tars.Member, **config: Any) -
 
 @pytest.fixture
 def database(cri: Cri, registry: Registry) -> pb.ImageSpec:
-    """With a volume as databases have it, and one that is in none of its layers."""
+    """An image with a volume as databases have it, and one that is in none of its layers."""
     return pulled(
         cri,
         registry,

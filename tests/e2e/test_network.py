@@ -77,7 +77,7 @@ def test_resolv_conf_hosts_and_hostname(cri: Cri) -> None:
 
 
 def test_a_full_name_with_a_dot_at_its_end(cri: Cri) -> None:
-    """As the kubelet sends it for setHostnameAsFQDN, and as long as sethostname(2) takes it."""
+    """The kubelet sends such a name for setHostnameAsFQDN; it is as long as sethostname(2) accepts."""
     name = "web-0." + "x" * 53 + ".svc."
     assert len(name) == 64
     pod = cri.pod(hostname=name)

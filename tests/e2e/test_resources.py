@@ -56,7 +56,7 @@ def test_a_small_quota_does_not_hold_up_the_creation(cri: Cri) -> None:
 
 
 def quota_file(container: Container) -> Path:
-    """Of the group of a container that has a quota: on cgroup v2, groups with its id may have others in them."""
+    """The quota file of a container's group: on cgroup v2, groups with its id may have others in them."""
     names = ("cpu.cfs_quota_us", "cpu.max")
     groups = list(CGROUPS.rglob(f"*{container.id}*"))
     found = {path for group in groups for name in names for path in group.rglob(name)}
@@ -106,7 +106,7 @@ def test_update_of_memory_alone_leaves_the_swap(cri: Cri) -> None:
 
 
 def test_update_of_the_oom_score(cri: Cri) -> None:
-    """Of processes that run, of those that are forked or executed later, and in the status."""
+    """The score changes for processes that run, for those that are forked or executed later, and in the status."""
     pod = cri.pod(linux=pod_options(pid=pb.CONTAINER))
     container = pod.run("sh", "-c", "sleep 1000 & echo up; wait")
     container.said("up")
@@ -158,7 +158,7 @@ def test_a_memory_limit_that_is_too_low_to_prepare_the_container_is_named(cri: C
 
 
 def pod_memory_limit(container: Container) -> int:
-    """Of the cgroup that the agent made for the pod: on v2, two levels above the container's.
+    """The limit of the cgroup that the agent made for the pod: on v2, two levels above the container's.
 
     The one between has the container's ID as its name, or in the name of a scope.
     """

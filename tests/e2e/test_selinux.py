@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def confined(level: str = LEVEL, **fields: Any) -> pb.LinuxContainerConfig:
-    """As the kubelet has it of a pod's seLinuxOptions: the level alone."""
+    """The options that the kubelet makes of a pod's seLinuxOptions: the level alone."""
     return options(selinux_options=pb.SELinuxOption(level=level), **fields)
 
 
@@ -82,7 +82,7 @@ def test_what_is_made_for_a_container_is_its_own(cri: Cri) -> None:
 
 
 def test_without_options_there_is_no_label(cri: Cri, volume: Path) -> None:
-    """As other runtimes have it where nobody enables their labels: the program has the agent's."""
+    """Other runtimes do so where nobody enables their labels: the program has the agent's."""
     container = cri.run(mounts=[relabelled(volume, "/data")])
     assert running_as(container) == Path("/proc/self/attr/current").read_text().rstrip("\0")
     assert container.shell("cat /data/deep/file") == "content"

@@ -57,7 +57,7 @@ def test_attach(streams: Streams, cri: Cri) -> None:
 
 
 def test_attach_to_what_goes_on(streams: Streams, cri: Cri) -> None:
-    """Who has no more to say leaves, with the answer; the container reads on."""
+    """A client whose input ends leaves, with the answer; the container reads on."""
     reader = cri.run("sh", "-c", "while read line; do echo got $line; done", stdin=True)
     arguments = streams.command("attach", "-i", reader.id)
     for word in ("one", "two"):
@@ -118,7 +118,7 @@ def test_urls_have_a_host(cri: Cri, container: Container) -> None:
 
 
 def digest(port: int) -> str:
-    """Of what the forwarded server has; empty while it cannot be reached."""
+    """The digest of what the forwarded server has; empty while it cannot be reached."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"http://127.0.0.1:{port}/file", timeout=60) as answer:

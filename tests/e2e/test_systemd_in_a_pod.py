@@ -62,7 +62,7 @@ def image(cri: Cri, registry: Registry) -> pb.ImageSpec:
 
 @pytest.fixture
 def container(cri: Cri, image: pb.ImageSpec, tmp_path: Path) -> Container:
-    """As the field runs systemd: what it would mount are volumes, and the variable `container` is set."""
+    """A container with systemd as it is usually run: what it would mount are volumes, and `container` is set."""
     mounts = []
     for path in ("run", "run/lock", "tmp"):
         directory = tmp_path / path.replace("/", "-")

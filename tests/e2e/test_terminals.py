@@ -118,5 +118,5 @@ def test_the_size_of_who_attaches(streams: Streams, cri: Cri, terminal: Open) ->
 
 
 def size(container: Container) -> str:
-    """Of the container's terminal."""
+    """The size of the container's terminal."""
     return container.shell("stty -F /dev/console size")

@@ -94,7 +94,7 @@ def test_a_file_system_that_cannot_be_mapped_is_named(cri: Cri) -> None:
 
 
 def test_namespaces_are_the_pod_s(cri: Cri) -> None:
-    """Who has rights in the namespaces of the pod has none on the node."""
+    """Whoever has rights in the namespaces of the pod has none on the node."""
     rights = options(capabilities=pb.Capability(add_capabilities=["SYS_ADMIN", "NET_ADMIN"]))
     made = mapped_pod(cri).run(linux=rights)
     assert made.exec("hostname", "changed").exit_code == 0
@@ -116,7 +116,7 @@ def test_groups_that_may_ping_are_the_pod_s(cri: Cri, asked: str | None, wanted:
 
 
 def test_sysctls(cri: Cri) -> None:
-    """Of each kind of namespace: who may write a file of procfs is asked in another way for each."""
+    """One of each kind of namespace can be set: who may write a file of procfs is asked in another way for each."""
     wanted = {
         "kernel.shm_rmid_forced": "1",
         "fs.mqueue.msg_max": "11",

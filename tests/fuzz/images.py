@@ -88,7 +88,7 @@ PROFILE_MANIFESTS = tuple(
 
 
 def seccomp_profile(data: bytes) -> None:
-    """As far as it is read in the agent; what is compiled of it is compiled elsewhere."""
+    """The part of a profile that is read in the agent; what is compiled of it is compiled elsewhere."""
     seccomp_oci.decode(data, {"SYS_ADMIN"})
 
 

@@ -31,7 +31,7 @@ def changed(data: bytes, random: Random) -> bytes:
 
 
 def rewritten(data: bytes, random: Random) -> bytes:
-    """Of data that begins with a JSON document, some of its values replaced or left out; other data is `changed`."""
+    """Data that begins with a JSON document, with some of its values replaced or left out; other data is `changed`."""
     try:
         document, end = json.JSONDecoder().raw_decode(data.decode("latin-1"))
     except (ValueError, RecursionError):

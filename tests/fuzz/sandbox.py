@@ -57,7 +57,7 @@ USERS = (
 
 
 def packet(data: bytes) -> None:
-    """As it comes, and through a memfd; the first byte decides how many descriptors come with it."""
+    """A packet as it comes, and through a memfd; the first byte decides how many descriptors come with it."""
     count, text = (data[0] % 4 if data else 0), data[1:]
     with _pair() as (ours, theirs):
         for sent in (text, b"\0"):

@@ -40,7 +40,7 @@ class Node:
 
 @pytest.fixture(scope="package")
 def node(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    """With every pod of `manifests` given to it."""
+    """A node, with every pod of `manifests` given to it."""
     kubelet_program, health_program = built("kubelet"), built("grpc-health")
     registry.push(manifests.health_image(health_program))
     root = tmp_path_factory.mktemp("node")

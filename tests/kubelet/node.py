@@ -132,7 +132,7 @@ class Kubelet:
             time.sleep(0.2)
 
     def url(self, verb: str, pod: str, container: str = "", **query: object) -> str:
-        """Of exec, attach, portForward or containerLogs; a list of values stands for one parameter each."""
+        """The URL of exec, attach, portForward or containerLogs; a list of values stands for one parameter each."""
         place = f"{verb}/default/{pod}-{NODE}" + (f"/{container}" if container else "")
         parameters = urllib.parse.urlencode(query, doseq=True)
         return f"https://127.0.0.1:{self._port}/{place}?{parameters}"

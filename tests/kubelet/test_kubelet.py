@@ -321,7 +321,7 @@ def running(node: Node) -> set[str]:
 
 
 def pod_cgroups(node: Node) -> list[Path]:
-    """Of the pods, by the names that the kubelet gives them with either driver."""
+    """The cgroups of the pods, by the names that the kubelet gives them with either driver."""
     return [group for group in cgroups(node.cgroup) if re.match(r"(\S+-)?pod[0-9a-f]", group.name)]
 
 

@@ -428,7 +428,7 @@ def test_too_many_directories_on_the_way(workshop: Workshop) -> None:
 
 
 def test_one_name_again_and_again(tmp_path: Path) -> None:
-    """Of the cheapest kind of entry: the blob is small, and so is what is left of it."""
+    """Entries of the cheapest kind: the blob is small, and so is what is left of it."""
     header = archive(file("a"))[:512]
     blob = gzip.compress(header * 200_000, 1)
     with pytest.raises(ResourceExhausted, match="20000 files"):

@@ -238,7 +238,7 @@ async def test_notations_of_the_node(
 async def test_open_and_closed_ports_look_the_same(
     images: Images, public: Server, serve: Callable[..., Any], lead: Lead
 ) -> None:
-    """Of the node, where nobody is asked, and of private networks, where somebody is."""
+    """Ports of the node, where nobody is asked, and of private networks, where somebody is."""
     texts = set()
     for address in ("127.0.0.1", PRIVATE):
         inner = await serve(address)
@@ -300,7 +300,7 @@ async def test_a_name_with_several_addresses(
 async def test_a_connection_of_another_pull(
     images: Images, public: Server, serve: Callable[..., Any], place: Place
 ) -> None:
-    """Who names a registry on loopback may ask it; its connection is not there for others."""
+    """Whoever names a registry on loopback may ask it; its connection is not there for others."""
     inner = await registry_at(serve, place, "127.0.0.1")
     await images.pull(f"{inner.host}/test/image:1")
     await images.remove(f"{inner.host}/test/image:1")
@@ -428,7 +428,7 @@ async def test_what_another_server_says_is_told_to_nobody(
 async def test_a_token_service_elsewhere_may_deny(
     images: Images, public: Server, serve: Callable[..., Any]
 ) -> None:
-    """Who has a wrong password is to know, but in our words."""
+    """A user with a wrong password must learn of it, but in our words."""
     other = await serve(ELSEWHERE)
     token_service(public, other.url)
     other.hooks[:] = [answering(401, SAID)]

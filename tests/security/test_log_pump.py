@@ -142,7 +142,7 @@ async def node(tmp_path: Path, layer: Path) -> AsyncIterator[Node]:
 
 @pytest.fixture
 async def pod(node: Node) -> AsyncIterator[Pod]:
-    """With a container beside the attacker's, whose log has to be whole in the end."""
+    """A pod with a container beside the attacker's, whose log has to be whole in the end."""
     pod = await node.pod()
     await pod.run(TICK, "other")
     yield pod
@@ -242,7 +242,7 @@ async def test_a_terminal_that_was_let_go_of_while_supervisors_change(pod: Pod) 
 
 
 async def test_a_log_that_has_become_something_else_is_lost_alone(pod: Pod) -> None:
-    """As by a container that shares the directory; a successor of the supervisor finds it so."""
+    """A container that shares the directory can do that; a successor of the supervisor finds it so."""
     await pod.run(TICK)
     await eventually(lambda: len(pod.log()) > 5)
     await pod.kill_supervisor()

@@ -46,7 +46,7 @@ def volume(tmp_path: Path) -> Path:
 
 
 def with_mounts(*added: Mount) -> list[Mount]:
-    """As the plan of a request has them: defaults that are not at or below what it mounts, then that, parents first."""
+    """The mounts in a request's plan: defaults that are not at or below what it mounts, then that, parents first."""
     asked = [mount["target"] for mount in added]
     return [
         *outside_of(DEFAULT, asked),
@@ -107,7 +107,7 @@ def test_shm_in_a_dev_of_the_request_is_not_reached_through_a_link(
 
 
 def test_what_is_mounted_in_dev(plan: Plan, volume: Path) -> None:
-    """As a kubelet and real manifests have it."""
+    """A kubelet and real manifests mount such things."""
     (volume / "pages").mkdir()
     added = [
         rootfs_defaults.bind(str(volume), "/dev/shm"),

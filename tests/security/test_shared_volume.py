@@ -59,7 +59,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def attacker(tmp_path: Path, layer: Path, shared: Path, outside: Path) -> Iterator[Process]:
-    """With the volume, which is on a shared mount, at /v."""
+    """The attacker, with the volume, which is on a shared mount, at /v."""
     (shared / "a" / "b").mkdir(parents=True)
     (shared / "file").touch()
     links = {

@@ -35,7 +35,7 @@ PATIENCE = 60.0  # of the tests, with pulls that nothing holds up
 
 @pytest.fixture(autouse=True)
 def patient_agent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With silent servers, but not with who is slower than others that wait."""
+    """An agent that is patient with silent servers, but not with one that is slower than others that wait."""
     monkeypatch.setattr(client, "SILENCE_SECONDS", 3600.0)
     monkeypatch.setattr(client, "FLOOR_WINDOW_SECONDS", 3600.0)
     monkeypatch.setattr(install, "PATIENCE_SECONDS", 0.1)
@@ -123,7 +123,7 @@ OTHER = image(layer(tars.file("lower")), layer(tars.file("honest", b"content")))
 async def test_stalled_layers_hold_up_no_other_image(
     place: Place, servers: tuple[Server, Server], count: int, per_image: int
 ) -> None:
-    """As many as one pull fetches at a time, more than that, and more than there are threads and connections."""
+    """There are as many as one pull fetches at a time, more, and more than there are threads and connections."""
     hostile, honest = servers
     stall, names = serve_stalled(hostile, count, per_image)
     honest.add(OTHER)
@@ -255,7 +255,7 @@ async def test_an_archive_does_not_wait_for_a_registry(
 async def test_wrong_content_is_nobody_elses(
     place: Place, servers: tuple[Server, Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who waits for a layer that turns out to be another one fetches it, and gets what its own digests say."""
+    """Whoever waits for a layer that turns out to be another one fetches it, and gets what its own digests say."""
     monkeypatch.setattr(install, "PATIENCE_SECONDS", 3600.0)
     hostile, honest = servers
     right = OTHER.layers[1]

@@ -102,7 +102,7 @@ class RunningAgent:
         return self._end(signal.SIGKILL)
 
     def restart(self) -> None:
-        """As if it crashed."""
+        """Restart the agent as if it had crashed."""
         self.kill()
         self.start()
 

@@ -51,7 +51,7 @@ def requested() -> dict[str, set[str]]:
 
 
 def rows() -> Iterator[tuple[list[str], set[str]]]:
-    """Of the tables of fields: which messages a row is about, and the names in code style in it."""
+    """The rows of the tables of fields: the messages that each is about, and the names in code style in it."""
     for line in (PROJECT / "docs/fields.md").read_text().splitlines():
         if line.startswith("|") and not line.startswith(("| Message |", "|---")):
             messages, text = line.removeprefix("| ").split(" | ", 1)

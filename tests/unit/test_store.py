@@ -178,7 +178,7 @@ def _memory() -> sqlite3.Connection:
 
 
 def test_a_copy_has_what_the_file_has(path: Path) -> None:
-    """With what is still in the log, and without writing to either."""
+    """It includes what is still in the log, and neither file is written to."""
     with closing(Store.copy_of(path)) as nothing:
         assert nothing.all(Lease) == []
     assert os.listdir(path.parent) == []

@@ -108,7 +108,7 @@ def nested(directory: str, levels: int, name: str) -> int:
 def test_groups_nested_deeper_than_paths_are_long(
     cgroups: Cgroups, group: Cgroup, layout: Layout, spawn: Spawn
 ) -> None:
-    """As a container can make them that mounts its cgroups: it is killed and removed as any other."""
+    """A container that mounts its cgroups can make them: it is killed and removed as any other."""
     process = spawn(group, "print('ready', flush=True); input()")
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
@@ -268,7 +268,7 @@ def test_removal_waits_for_the_killed(group: Cgroup, spawn: Spawn) -> None:
 
 
 def test_a_group_partly_removed_by_others(cgroups: Cgroups, layout: Layout) -> None:
-    """As a kubelet does at the end of a pod, which may know fewer hierarchies."""
+    """A kubelet does so at the end of a pod, and may know fewer hierarchies."""
     group = cgroups.create(f"{TOP}/pod/group")
     os.rmdir(layout.hierarchies[0].directory(group.path))
     group.remove()

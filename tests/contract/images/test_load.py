@@ -37,7 +37,7 @@ def oci(source: made.Image, **annotations: str) -> bytes:
 
 
 def docker(source: made.Image, *tags: str, **changes: Any) -> bytes:
-    """As `docker save` wrote for many years: layers are plain tars, equal ones are links."""
+    """The archive that `docker save` wrote for many years: layers are plain tars, equal ones are links."""
     config = source._config("amd64")
     name = f"{tars.digest(config)[7:]}.json"
     layers = [f"{number}/layer.tar" for number in range(len(source.layers))]

@@ -330,7 +330,7 @@ async def test_a_mirror_that_wants_a_pause_is_left(
 
 
 async def test_many_pulls_share_a_pause(images: Images, server: Server) -> None:
-    """Of 40 layers of 8 images none asks before the pause is over, and then one goes first."""
+    """None of 40 layers of 8 images asks before the pause is over, and then one goes first."""
     wanted = [
         image(
             *(layer(tars.file(f"{number}-{n}")) for n in range(5)),

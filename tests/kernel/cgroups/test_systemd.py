@@ -93,7 +93,7 @@ def test_limits_and_device_rules_survive(group: Cgroup, change: Callable[[], Non
 
 
 def test_a_slice_without_a_unit() -> None:
-    """As crictl asks for: nobody told systemd."""
+    """A slice that crictl asks for: nobody told systemd."""
     cgroups = Cgroups.open(driver="systemd", default_parent="/natest")
     group = cgroups.create(cgroups.container_path("/natest.slice", "x"), LIMITS)
     systemctl("daemon-reload")

@@ -94,7 +94,7 @@ def test_what_exists_is_kept(top: Path, root: int) -> None:
 
 
 def test_dangling_link_to_a_file(top: Path, root: int) -> None:
-    """As /etc/resolv.conf of many images."""
+    """/etc/resolv.conf of many images is such a link."""
     (top / "root" / "resolv.conf").symlink_to("../run/systemd/resolve/stub-resolv.conf")
     made = confined.make_path(root, "/resolv.conf", directory=False)
     assert where(made, top) == "root/run/systemd/resolve/stub-resolv.conf"

@@ -40,7 +40,7 @@ NEAREST_BRIDGE, LACP = bytes.fromhex("0180c200000e"), bytes.fromhex("0180c200000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Station:
-    """Who is on a bridge, by addresses."""
+    """A member of a bridge, by its addresses."""
 
     mac: bytes
     ip4: str
@@ -133,7 +133,7 @@ def fragment(following: int, payload: bytes, *, offset: int = 0, more: bool = Fa
 
 
 def igmp_query(*, longest_answer: int) -> bytes:
-    """Who is in which group? longest_answer: in tenths of a second."""
+    """A query for members of groups. longest_answer: in tenths of a second."""
     message = struct.pack(">BBHI", 0x11, longest_answer, 0, 0)
     return message[:2] + checksum(message) + message[4:]
 

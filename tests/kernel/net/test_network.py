@@ -334,7 +334,7 @@ async def test_check_tells_what_this_kernel_takes() -> None:
 
 @needs_nf_tables
 async def test_without_permission_it_says_so(world: World) -> None:
-    """As in a container whose kernel would have nf_tables."""
+    """An agent in a container may lack it, even where its kernel has nf_tables."""
     with world.node.entered():
         effective, permitted, inheritable = syscalls.capget()
         syscalls.capset(effective & ~(1 << CAP_NET_ADMIN), permitted, inheritable)

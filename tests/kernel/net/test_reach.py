@@ -1,4 +1,4 @@
-"""Who reaches whom, with real packets."""
+"""Reachability of pods, node and outside, with real packets."""
 
 from __future__ import annotations
 

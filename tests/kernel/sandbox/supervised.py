@@ -34,7 +34,7 @@ class Node:
         self.launcher: Launcher
 
     async def connect(self) -> None:
-        """As an agent does when it starts."""
+        """Connect like an agent that starts."""
         self.launcher = await Launcher.connect_or_start(self.state)
 
     async def pod(self, namespaces: Sequence[str] = ALL, **settings: Any) -> "Pod":
@@ -133,7 +133,7 @@ class Pod:
         self.supervisor = await self.node.launcher.successor(self.id, self.directory)
 
     async def reconnect(self) -> None:
-        """As an agent that was started again."""
+        """Connect like an agent that was started again."""
         self.supervisor.close()
         self.supervisor = await Supervisor.connect(self.directory, self.id)
 

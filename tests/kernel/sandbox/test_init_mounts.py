@@ -30,7 +30,7 @@ def image(target: str, lower: list[Path], sub_path: str = "") -> Mount:
 
 
 def mounted(output: str) -> dict[str, tuple[str, str]]:
-    """Of a mountinfo: the file system and the mount's options, by mount point; the topmost wins."""
+    """The mounts of a mountinfo: file system and options by mount point; the topmost wins."""
     found = {}
     for line in output.splitlines():
         fields, _, rest = line.partition(" - ")

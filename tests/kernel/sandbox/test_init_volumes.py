@@ -136,7 +136,7 @@ def test_a_volume_in_a_volume_and_what_is_asked_for_in_it(
 
 
 def test_an_overlay_is_made_of_a_volume(volumes: Volumes) -> None:
-    """As Docker-in-Docker and kind do, whose images have a VOLUME for that."""
+    """Docker-in-Docker and kind do so, whose images have a VOLUME for that."""
     script = """
         cd /data; mkdir lower upper work merged; echo below > lower/file
         mount -t overlay none -o lowerdir=lower,upperdir=upper,workdir=work merged
@@ -186,7 +186,7 @@ def test_a_volume_as_deep_as_paths_are_long(volumes: Volumes, image: Path, tmp_p
 
 
 def test_a_volume_at_a_link_to_the_root(volumes: Volumes, image: Path, tmp_path: Path) -> None:
-    """As one that is "/": it would be a copy of the whole image, over the root, where "/.." leads to."""
+    """It is treated as one that is "/": it would be a copy of the whole image, over the root, where "/.." leads to."""
     (image / "all").symlink_to("..")
     assert run(volumes("stat -c %d:%i / | grep -c $(stat -c %d:%i /..)", "/all"))[1] == "1\n"
     assert os.listdir(tmp_path / "container/volumes/0") == []

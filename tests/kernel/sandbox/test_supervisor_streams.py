@@ -71,7 +71,7 @@ async def test_an_exec_runs_in_the_container(pod: Pod) -> None:
 
 
 async def test_execs_leave_nothing_in_memory(pod: Pod, fds: CgroupFds) -> None:
-    """As probes run them, for weeks."""
+    """Probes run them for weeks."""
     await pod.run("sleep 1000", cgroup=fds)
 
     async def execute(times: int) -> int:

@@ -1,4 +1,4 @@
-"""Who waits in the middle of splice(2) holds the pipe's lock, and whoever uses the pipe waits as well, uninterruptibly.
+"""Pipes whose lock is held: by a process in the middle of splice(2), for which all users of the pipe wait.
 
 A container can have its supervisor wait so, and with that its pod; never the agent.
 """

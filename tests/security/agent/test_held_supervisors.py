@@ -139,7 +139,7 @@ def test_an_agent_starts_beside_a_successor_that_is_held_up(
 
 
 def pid_of(container: Container) -> int:
-    """Of its first process, as the node sees it."""
+    """The pid of its first process on the node."""
     request = pb.ContainerStatusRequest(container_id=container.id, verbose=True)
     answer = container.pod.cri.agent.runtime.ContainerStatus(request, timeout=60)
     return int(json.loads(answer.info["info"])["pid"])

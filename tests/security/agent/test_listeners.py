@@ -167,7 +167,7 @@ def test_idle_clients_of_the_streaming_server(
 
 @contextmanager
 def returning_clients(target: tuple[str, int], count: int) -> Iterator[None]:
-    """As many silent clients, each of which connects again as soon as it is closed."""
+    """Many silent clients, each of which connects again as soon as it is closed."""
     over = threading.Event()
 
     def come_back() -> None:
@@ -215,7 +215,7 @@ def test_clients_that_come_back(
 
 
 def test_idle_clients_of_the_cri(agent: RunningAgent, container: Container) -> None:
-    """Of a program with a bug, as who may connect is trusted. Other clients are served, new ones after a while."""
+    """The clients of a faulty program, since clients are trusted. Other clients are served, new ones after a while."""
     before = descriptors(agent)
     with idle_clients(str(agent.socket)) as clients:
         wait_for("the end of some", lambda: any(map(is_closed, clients)))

@@ -1,4 +1,4 @@
-"""Who shares a PID namespace and has CAP_SYS_PTRACE takes over what it sees: nothing there is more than its program.
+"""A shared PID namespace, in which CAP_SYS_PTRACE takes over what it sees: nothing there is more than its program.
 
 The watcher (`watcher.c`) looks at every process that appears, takes it over, and tries what only the node may do.
 """
@@ -235,7 +235,7 @@ def test_a_debug_container_and_what_comes_after_it(
 def test_execs_beside_a_tracer_that_came_by_way_of_a_container_that_has_gone(
     cri: Cri, image: pb.ImageSpec, secret: Path
 ) -> None:
-    """Who is in a PID namespace does not depend on the record of the container that led there."""
+    """The members of a PID namespace do not depend on the record of the container that led there."""
     pod = cri.pod(linux=pod_options(pid=pb.CONTAINER))
     runtime_default = profile("RuntimeDefault")
     target = pod.run(*SLEEP, linux=options(**runtime_default))

@@ -122,13 +122,13 @@ def simple_container(**fields: object) -> pb.ContainerConfig:
 
 
 def in_container(**fields: object) -> pb.ContainerConfig:
-    """With these fields of its security context."""
+    """A container with these fields of its security context."""
     context = pb.LinuxContainerSecurityContext(**fields)  # type: ignore[arg-type]
     return simple_container(linux=pb.LinuxContainerConfig(security_context=context))
 
 
 def in_sandbox(**fields: object) -> pb.PodSandboxConfig:
-    """With these fields of its security context."""
+    """A pod with these fields of its security context."""
     context = pb.LinuxSandboxSecurityContext(**fields)  # type: ignore[arg-type]
     return simple_sandbox(linux=pb.LinuxPodSandboxConfig(security_context=context))
 

@@ -39,7 +39,7 @@ def test_one_file_with_both(tmp_path: Path) -> None:
 
 
 def test_values_of_variables_are_text(tmp_path: Path) -> None:
-    """As crictl has them; the contract has bytes, which protobuf's JSON writes in base64."""
+    """crictl writes them so; the contract has bytes, which protobuf's JSON writes in base64."""
     values = ["B", "QkI=", "", "ü", "\ud800"]
     envs = [{"key": "A", "value": value} for value in values]
     both = {"sandbox": SANDBOX, "containers": [{**CONTAINER, "envs": [*envs, {"key": "A"}]}]}

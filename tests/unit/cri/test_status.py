@@ -60,7 +60,7 @@ def test_codes_and_texts(error: Exception, code: grpc.StatusCode, details: str) 
     ],
 )
 def test_codes_of_failed_pulls(error: Exception, code: grpc.StatusCode, method: str) -> None:
-    """As containerd's: the kubelet shows a text without its code where that is Unknown."""
+    """The codes are containerd's: the kubelet shows a text without its code where that is Unknown."""
     assert status.code_of(error, method) == code
 
 

@@ -224,7 +224,7 @@ class Turns:
 
 
 def zstd_frame(data: bytes, window_log: int) -> bytes:
-    """Of a size that its head does not tell: the decoder makes room for the whole window."""
+    """A frame of a size that its head does not tell: the decoder makes room for the whole window."""
     parameters = zstandard.ZstdCompressionParameters(window_log=window_log, enable_ldm=True)
     compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     return compressor.compress(data) + compressor.flush()
@@ -249,7 +249,7 @@ def test_one_large_window_at_a_time(window_log: int, large: bool) -> None:
 
 
 def test_a_turn_is_taken_when_the_blob_is_there(tmp_path: Path) -> None:
-    """Who has it must not wait for a server."""
+    """Whoever has it must not wait for a server."""
     turn, blob = threading.Lock(), Blob(tmp_path / "blob", digest(b"ab"), 2)
     blob.append(b"a")
     reader = BlobReader(blob)

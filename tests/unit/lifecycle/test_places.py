@@ -43,7 +43,7 @@ def test_pods_of_an_earlier_version_stay_where_they_are(earlier: Path) -> None:
 
 
 def test_a_place_of_others_is_left_alone(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Calico makes it, or another agent that runs; and who names a directory gets that."""
+    """Calico or another running agent makes it; and whoever names a directory gets that."""
     assert found(state="/run/other") == Path("/run/other")
     with (earlier / "lock").open("w") as agent:
         fcntl.flock(agent, fcntl.LOCK_EX)

@@ -39,7 +39,7 @@ def modules(*rooms: str) -> list[Path]:
 
 
 def calls(tree: ast.AST, function: str = "") -> Iterator[tuple[str, str, str]]:
-    """Of each call: the function that it is in, its name, its arguments."""
+    """The calls, each with the function that it is in, its name, its arguments."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef):
             yield from calls(node, node.name)

@@ -107,7 +107,7 @@ async def test_others_have_their_turns_while_a_start_is_passed_over() -> None:
 
 
 async def test_others_have_their_turns_while_small_members_are_read() -> None:
-    """Of 21 bytes each, of which what is left after every one was copied."""
+    """Members have 21 bytes each, of which what is left after every one was copied."""
     answer = compressed(gzip.compress(b"x") * 20_000)
     data, turns = await turns_during(read_bounded(answer, 1 << 20))
     assert len(data) == 20_000

@@ -80,7 +80,7 @@ class Starting:
         self.stopping._starting.add("c")
 
     async def stop(self, _id: str, _number: int, timeout_ms: int) -> None:
-        """As it ends, its start is over."""
+        """Stop it: as it ends, its start is over."""
         self.asked.append(timeout_ms)
         self.start.release()
 

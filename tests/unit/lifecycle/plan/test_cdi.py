@@ -205,7 +205,7 @@ def test_a_version_that_is_not_known(tmp_path: Path, version: object) -> None:
 
 
 def test_what_is_null_is_absent(tmp_path: Path) -> None:
-    """As Go writes an empty list."""
+    """Go writes an empty list so."""
     spec = SPEC | {
         "devices": [{"name": "0", "containerEdits": {"env": None, "mounts": None}}],
         "containerEdits": None,

@@ -40,7 +40,7 @@ class Recording:
 
 
 def planner() -> Planner:
-    """Of a node without images, profiles and hierarchies."""
+    """The planner of a node without images, profiles and hierarchies."""
     none: Any = SimpleNamespace(
         lower_dirs=lambda _image: (),
         mounts=lambda: (),

@@ -22,7 +22,7 @@ def run(loop: Loop) -> None:
 
 @pytest.mark.parametrize("answers", [True, False], ids=["answers", "goes"])
 def test_the_launcher_closes_first(tmp_path: Path, answers: bool) -> None:
-    """Who is last may have to wait for a container that holds the pipe's lock; the launcher serves all pods."""
+    """Whoever closes last may have to wait for a container that holds the pipe's lock; the launcher serves all pods."""
     loop = Loop()
     launcher, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     keeper = Keeper(loop, "pod", str(tmp_path / "pods" / "pod"), ours)

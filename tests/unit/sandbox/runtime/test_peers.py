@@ -1,4 +1,4 @@
-"""Who connects to a launcher or a supervisor."""
+"""Connections to a launcher or a supervisor."""
 
 import os
 import resource
@@ -36,7 +36,7 @@ def test_without_descriptors_the_loop_rests(
         loop.stop()
 
     def attempt_again() -> None:
-        """As often as this, the loop came to its timers; after that there are descriptors again."""
+        """Count a round in which the loop came to its timers; after 20 of them there are descriptors again."""
         nonlocal attempts
         attempts += 1
         if attempts == 20:

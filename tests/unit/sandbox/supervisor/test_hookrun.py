@@ -15,7 +15,7 @@ from nodeagent.sandbox.supervisor.pod import Pod
 
 
 def test_a_creation_hears_of_hooks_that_cannot_begin(tmp_path: Path) -> None:
-    """As on a full disk: it waits for them, until its caller gives up."""
+    """A full disk prevents it: the creation waits for them, until its caller gives up."""
     hooks = {"bundle": str(tmp_path / "absent/bundle"), "annotations": {}, "stages": {}}
     plan = cast(ContainerPlan, {"id": "c", "hooks": hooks})
     told: list[str] = []
