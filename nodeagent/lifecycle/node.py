@@ -156,7 +156,7 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
     profiles = Profiles(config.seccomp.default_profile)
     profiles.check_default()
     async with AsyncExitStack() as stack:
-        stack.enter_context(places.owned())
+        stack.enter_context(places.owned())  # before anything is made: a second agent ends here
         places.make()
         if places.is_earlier:
             log.warning(

@@ -17,6 +17,7 @@ def mounted(directory: Path) -> Iterator[None]:
     path = str(directory)
     if not is_there(directory):
         syscalls.mount(path, path, "", syscalls.MS_BIND)
+    # A call of its own: a change of propagation takes no other flags (mount(2)).
     syscalls.mount("", path, "", syscalls.MS_PRIVATE)
     try:
         yield

@@ -111,6 +111,7 @@ class Containers:
             container = self._inventory.container(name)
         except NotFound:
             return
+        # Not under the lock, which a start that is under way holds until it is stopped.
         await self._stopping.stop(container.id, 0)
         async with self._inventory.lock(container.id):
             if container.id in self._inventory.containers:

@@ -88,6 +88,7 @@ class Creation:
         pod = self._inventory.pods.get(sandbox.id)
         if pod is None:
             raise FailedPrecondition(f'pod sandbox "{sandbox.id}": is stopped')
+        # No other creation of this name comes between the check and the record: there is one per key.
         self._refuse_twin(sandbox, config)
         with pod.creation(sandbox.id) as supervisor:
             config = await self._with_devices(sandbox, config)

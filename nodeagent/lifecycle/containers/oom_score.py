@@ -35,6 +35,7 @@ def _set(processes: Processes, score: int) -> None:
     while new := set(processes()) - done:
         with ExitStack() as opened:
             directories = {pid: _open(opened, pid) for pid in new}
+            # Listed before and after its directory was opened: the pid was not another process's in between.
             for pid in new.intersection(processes()):
                 _write(directories[pid], score)
         done |= new

@@ -253,7 +253,7 @@ def _place_of_others(path: Path) -> str:
             status = each.stat()
             writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
             if each.is_dir() and status.st_mode & stat.S_ISVTX:
-                writable = 0  # as /tmp: nobody there replaces what is another's
+                writable = 0  # as /tmp: no user can replace another's files there (inode(7))
             if status.st_uid not in (0, os.geteuid()) or writable:
                 mode = f"owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o}"
                 what = "the file" if each == path else str(each)

@@ -20,7 +20,7 @@ T = TypeVar("T")
 class HostPaths:
     """Lookups with a limit on those under way on one file system; one that never returns counts until the agent ends.
 
-    The file system is told by the name of the path alone, because resolving a link can hang as well.
+    The file system is found by the name of the path alone, because resolving a link can hang as well.
     """
 
     def __init__(self, limit: int = 64) -> None:

@@ -56,7 +56,7 @@ class Profiles:
         return seccomp_profile.runtime_default(capabilities)
 
     async def apparmor(self, config: ContainerConfig) -> str:
-        """The profile's name, or "" for none. Loads the default one where somebody has unloaded it."""
+        """The profile's name, or "" for none. Loads the default one where it has been unloaded."""
         asked = config.apparmor
         if asked is not None and asked.kind == "localhost":
             return _loaded_apparmor(asked.ref)

@@ -47,6 +47,7 @@ class Channel:
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Message]] = {}
+        # A descriptor has one writer callback: a second request that waited for room would replace the first's.
         self._sending = asyncio.Lock()
         self._is_open = True
         self._pidfd = os.pidfd_open(self.pid)
@@ -160,7 +161,7 @@ class Channel:
             future.set_result(message)
 
     def _died(self) -> None:
-        self._receive_all()
+        self._receive_all()  # what it sent before its death
         self._loop.remove_reader(self._pidfd)
         _reap(self._pidfd)
         os.close(self._pidfd)

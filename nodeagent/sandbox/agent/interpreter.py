@@ -19,6 +19,7 @@ def sealed_copy(path: str) -> int:
     try:
         with open(path, "rb") as source, open(copy, "wb", closefd=False) as target:
             shutil.copyfileobj(source, target)
+        # After the file object has been flushed: a sealed file takes no more writes (fcntl(2), F_SEAL_WRITE).
         fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
     except BaseException:
         os.close(copy)

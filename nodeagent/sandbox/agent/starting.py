@@ -76,6 +76,7 @@ def _spawn(executable: str, state: str, python: str, ready: int, join: Sequence[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
             (os.POSIX_SPAWN_DUP2, 0, 1),
             (os.POSIX_SPAWN_OPEN, 2, f"{state}/{_LOG}", log_flags, 0o600),
+            # To itself: a spawn clears close-on-exec by that (posix_spawn_file_actions_adddup2(3p), glibc 2.29).
             *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in (ready, *join)),
         ],
         setsid=True,

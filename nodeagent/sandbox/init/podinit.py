@@ -25,7 +25,7 @@ _OOM_SCORE_ADJ = -998
 def main(status: int, tasks: Sequence[int], directory: str) -> NoReturn:
     """Report with ``{}`` and a detached procfs of the new PID namespace, and wait for ever.
 
-    Nobody shares the namespace before that. tasks: of cgroups of v1, to be joined; on v2 it is born in its cgroup.
+    No other process is in the namespace before that. tasks: of cgroups of v1, to be joined; on v2 it is born in one.
     directory: any one; what is mounted there is seen by nobody else.
     """
     os.setsid()  # kill(2) of 0 would reach the supervisors of all pods

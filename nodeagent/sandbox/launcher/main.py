@@ -141,7 +141,7 @@ class Launcher:
             except OSError:
                 peer.close()
                 raise
-        os.close(child.pidfd)
+        os.close(child.pidfd)  # SIGCHLD and the connection tell of its end
         pod.peer, pod.pid, pod.request = peer, child.pid, request
         self._pods[pod.id] = pod
 
@@ -225,9 +225,9 @@ class Launcher:
         self._pods.pop(pod.id, None)
 
     def _close(self, pod: KeptPod, descriptors: Sequence[int]) -> None:
-        """Close our copies while somebody else has some. The last close of a pipe waits, uninterruptibly, for its lock,
-        which a container may hold.
+        """Close descriptors of which other processes have copies.
 
+        The last close of a pipe waits, uninterruptibly, for its lock, which a container may hold.
         A supervisor has copies until we have answered (`keeping.Keeper.drop`). Where it is dead a child of ours has
         them, which may wait.
         """
@@ -239,7 +239,7 @@ class Launcher:
             child = self._children.spawn(
                 lambda: _end_after(reader), lambda _code: None, keep=[*descriptors, reader]
             )
-        except OSError as error:  # what stays open is lost, and holds up nobody
+        except OSError as error:  # what stays open is leaked, and blocks nothing
             report(f"pod {pod.id}: {len(descriptors)} descriptors are not closed: {error}")
         else:
             protocol.close_all([*descriptors, child.pidfd])
@@ -341,13 +341,14 @@ def _prepare(state: str, ready: int, join: Sequence[int]) -> Loop:
     process.ignore_terminal()
     process.set_title("na-launcher", f"nodeagent.sandbox.launcher {state}")
     os.umask(files.UMASK)
-    os.chdir("/")
+    os.chdir("/")  # or the file system that it was started in could not be unmounted (EBUSY)
     for file in join:
         os.write(file, b"0")
         os.close(file)
     refusal = process.protect_from_oom()
     if refusal:
         report(f"launcher: {refusal}")
+    # It keeps several descriptors of every container on the node.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     lock = _lock(state)

@@ -114,7 +114,7 @@ def guarded(action: Callable[..., None], *arguments: object) -> None:
 
 
 def report(text: str) -> None:
-    """Write to the log of the launcher and its children; nobody's work stops because that is full or gone."""
+    """Write to the log of the launcher and its children; if that is full or gone, the text is lost."""
     try:
         sys.stderr.write(text.rstrip() + "\n")
         sys.stderr.flush()

@@ -135,7 +135,7 @@ class Birth:
         elif not self._over:
             self._finish(lambda: self._parent.failed(_died()))
 
-    # ---- what is heard ----
+    # ---- messages ----
 
     def _heard(self, _events: int) -> None:
         self._receive()
@@ -234,7 +234,7 @@ class Birth:
             self._succession = None
 
     def _look_at_program(self) -> None:
-        """Whether the program has been executed though somebody holds the pipe open."""
+        """Find out whether the program has been executed although a process holds the pipe open."""
         if self._over:
             return
         if process.is_of_ours(self._successor):
@@ -242,7 +242,7 @@ class Birth:
         else:
             self._finish(self._parent.executed)
 
-    # ---- what is told, and what is open ----
+    # ---- reports, and descriptors ----
 
     def _say_go(self) -> None:
         try:
@@ -250,7 +250,7 @@ class Birth:
         except (BrokenPipeError, ConnectionResetError):
             pass  # it has died, and the end of file says so
         except BlockingIOError:
-            pass  # somebody has filled its pipe: there is something to read
+            pass  # a process has filled its pipe: there is something to read
         if self._successor:
             self._loop.call_after(_LOOK_MS, self._look_at_program)
 

@@ -199,7 +199,7 @@ def _be_runner(
     claim: str,
     status: int,
 ) -> None:
-    if not claim:
+    if not claim:  # poststop has to be run whatever becomes of the supervisor
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
     process.set_title("na-hooks", f"nodeagent.sandbox.hookrun {bundle}")

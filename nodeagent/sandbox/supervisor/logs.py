@@ -19,6 +19,7 @@ from nodeagent.linux import confined
 MAX_LINE_BYTES = 16384
 
 _MODE = 0o640
+# O_NONBLOCK: opening a FIFO without a reader fails with ENXIO instead of waiting for one (fifo(7)).
 _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 # Errors that are the fault of a log's path: EEXIST where a link leads to nothing, ENOENT and EPERM in /proc and /sys.

@@ -142,6 +142,7 @@ class Supervisor:
     # --- the pod ---
 
     def _namespaces(self, request: Request) -> None:
+        # The socket stays in the network namespace in which it was made, whoever uses it (network_namespaces(7)).
         netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as route:
             request.reply({"fds": ["net", "route"]}, [netns, route.fileno()])
@@ -316,6 +317,7 @@ class Supervisor:
             patience_ms = min(2 * patience_ms, 100)
             self.pod.loop.call_after(patience_ms, lambda: self._end_if_empty(patience_ms))
             return
+        # Before the launcher is told: until then a successor would finish what is left.
         paths.unpin(self.pod.directory)
         self.pod.keeper.done()
         for request in self._closing:

@@ -64,6 +64,7 @@ def _enter_owned(plan: PodPlan, flags: int) -> None:
 
 def _make_pin(pod: str, kind: str, source: str) -> None:
     path = pin(pod, kind)
+    # The mount keeps the namespace alive without a process in it (namespaces(7)).
     os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
     syscalls.mount(source, path, "", syscalls.MS_BIND)
 
@@ -106,7 +107,7 @@ def _mount_shared(pod: str) -> None:
 def _make_shm(path: str, uid: int, gid: int) -> None:
     os.mkdir(path)
     os.chown(path, uid, gid)
-    os.chmod(path, 0o1777)
+    os.chmod(path, 0o1777)  # not by mkdir(2), whose mode the umask reduces
 
 
 def resize_shm(pod: str, size_bytes: int) -> None:

@@ -55,6 +55,7 @@ class Pod:
             yield
             return
         try:
+            # It moves children only, never the caller (pid_namespaces(7)).
             syscalls.setns(target, syscalls.CLONE_NEWPID)
         except ProcessLookupError:
             raise FailedPrecondition("the container whose processes are joined has ended") from None

@@ -127,7 +127,9 @@ class Relay:
         try:
             return os.read(self._source, CHUNK_BYTES)
         except OSError as error:
-            if error.errno == errno.EIO:  # of a terminal that nobody has open any more
+            if (
+                error.errno == errno.EIO
+            ):  # the master of a terminal of which no slave is open any more
                 return b""
             raise
 
