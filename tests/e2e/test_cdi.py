@@ -525,7 +525,7 @@ def test_a_hook_of_the_start_that_the_filter_of_the_container_forbids(
     )
     pod = node.cri.pod()
     container = pod.container(CDI_devices=[device], linux=options(seccomp=seccomp))
-    text = "cannot be run: Operation not permitted; do a limit or a filter of the container"
+    text = "cannot be run: Operation not permitted; does a limit or a filter of the container"
     refused(FAILED_PRECONDITION, text, container.start)
     assert container.ended().exit_code == 128
     pod.remove()

@@ -145,7 +145,7 @@ def test_a_mount_point_that_cannot_be_made(cri: Cri, target: str) -> None:
     """The mount point is /sys/fs/bpf, for example, of a kernel without it."""
     pod = cri.pod()
     call = partial(pod.container, mounts=[at("/dev/null", target)])
-    refused(FAILED_PRECONDITION, f"mount /dev/null on {target}: the path is not there", call)
+    refused(FAILED_PRECONDITION, f"mount /dev/null on {target}: the path does not exist", call)
     pod.remove()
 
 

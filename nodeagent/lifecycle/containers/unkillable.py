@@ -12,7 +12,7 @@ def explained(container: Container, group: Cgroup) -> str:
     if tracer := _tracer_of_zombie(container.pid):
         return (
             f'container "{container.id}": process {container.pid} is dead, but its tracer has not waited for it, '
-            f"so that nobody else learns of its end: end process {tracer} first"
+            f"so that its parent cannot reap it; end process {tracer} first"
         )
     text = f'container "{container.id}": still running after SIGKILL'
     stuck = [f"{pid} in {where}" for pid in group.processes() if (where := _uninterruptible(pid))]

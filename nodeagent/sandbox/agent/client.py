@@ -234,7 +234,7 @@ class Supervisor:
             self._channel.post("exec_kill", exec=number)
             raise Unsupported(
                 f'container "{plan["container"]}": a command with a terminal needs a supervisor of this version, and '
-                "its pod has an earlier one; make the pod anew, or leave the terminal out"
+                "its pod has an earlier one; recreate the pod, or run the command without a terminal"
             )
         return ExecHandle(self._channel, number, reply, end)
 

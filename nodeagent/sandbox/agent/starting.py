@@ -29,7 +29,7 @@ async def start_launcher(state: str, python: str, join: Sequence[int]) -> None:
     except (
         OSError
     ) as error:  # a policy of the node may forbid to execute what is not in a file system
-        log.warning("a sealed copy of the interpreter: %s", error.strerror)
+        log.warning("cannot execute a sealed copy of the interpreter: %s", error.strerror)
         answer = b""
     finally:
         os.close(copy)

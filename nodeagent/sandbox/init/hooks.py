@@ -122,7 +122,9 @@ def _run(
     try:
         _run_to_its_end(what, hook, program, told, main, flags)
     except OSError as error:
-        reason = f"{error.strerror}; do a limit or a filter of the container forbid what it takes?"
+        reason = (
+            f"{error.strerror}; does a limit or a filter of the container forbid what it needs?"
+        )
         raise FailedPrecondition(f"{what}: cannot be run: {reason}") from error
 
 

@@ -256,12 +256,12 @@ def _open_target(assembly: Assembly, mount: Mount, directory: bool) -> int:
         return confined.make_path(root, below, directory=directory, follow=follow)
     except FileNotFoundError as error:  # "self" of a procfs, too, whose PID namespace is not ours
         raise InvalidArgument(
-            f"mount {describe(mount)}: the path is not there, and leads into a file system in which none can"
-            " be made, as procfs is"
+            f"mount {describe(mount)}: the path does not exist, and leads into a file system in which none can"
+            " be made, such as procfs"
         ) from error
     except PermissionError as error:  # sysfs and devpts take nothing new
         raise FailedPrecondition(
-            f"mount {describe(mount)}: the path is not there, and cannot be made or reached where it leads:"
+            f"mount {describe(mount)}: the path does not exist, and cannot be made or reached where it leads:"
             f" {os.strerror(error.errno or 0)}"
         ) from error
     except OSError as error:

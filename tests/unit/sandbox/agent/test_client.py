@@ -47,7 +47,7 @@ class Earlier:
 async def test_a_terminal_that_the_agent_would_hold_is_refused(tmp_path: Path) -> None:
     earlier = Earlier(tmp_path)
     client = await Supervisor.connect(tmp_path, "pod")
-    with pytest.raises(Unsupported, match=r'container "c": .* make the pod anew'):
+    with pytest.raises(Unsupported, match=r'container "c": .* recreate the pod'):
         await client.exec(cast(ExecPlan, {"container": "c"}), ExecIO(), NO_CGROUP)
     await asyncio.to_thread(earlier.thread.join)
     assert earlier.next["op"] == "exec_kill"
