@@ -1,8 +1,8 @@
 """Creations that outlive their callers.
 
-A create whose caller gave up goes on; the retry, which comes with the same key, joins it or gets its result. Nothing
-is made twice, and nothing is left that nobody asks for again (the "name is reserved" loops of a busy node).
-`images.concurrency.SharedWork` has the opposite rule: a pull ends with the last who waits for it.
+A creation whose caller gave up goes on; the retry, which comes with the same key, joins it or gets its result. Nothing
+is made twice, and nothing is left over that no caller asks for again (the "name is reserved" loops of a busy node).
+`images.concurrency.SharedWork` has the opposite rule: a pull ends with its last caller.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from nodeagent.tasks import Tasks
 class Creations:
     """At most one creation per key, which goes on without its callers; each makes an object and returns its id.
 
-    name: of the tasks that create. exists: tells whether an id that reached no caller is still there for a retry.
+    name: of the tasks. exists: whether an object whose id reached no caller is still there for a retry.
     """
 
     def __init__(self, tasks: Tasks, name: str, exists: Callable[[str], bool]) -> None:
@@ -28,7 +28,7 @@ class Creations:
     async def join(
         self, key: Hashable, what: str, make: Callable[[], Coroutine[Any, Any, str]]
     ) -> str:
-        """The id that the creation under `key` makes; a cancelled caller leaves it running."""
+        """Start or join the creation under `key`, and return its id; a cancelled caller leaves it running."""
         self._drop_unclaimed()
         task = self._tasks.get(key)
         if task is None:
@@ -38,6 +38,7 @@ class Creations:
         try:
             result = await asyncio.shield(task)
         except asyncio.CancelledError:
+            # Either the caller was cancelled, or the creation itself, by a stop of its pod.
             if task.cancelled():
                 raise Unavailable(f"{what}: cut off, its pod is being stopped") from None
             raise

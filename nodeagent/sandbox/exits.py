@@ -1,4 +1,4 @@
-"""How a process ended, and the record of it that outlives whoever saw it.
+"""Ends of processes, and their records, which outlive whoever observed them.
 
 The record is written while the process is still a zombie. The first one that is written stays: a launcher and a
 successor may both see the same end. Its file is there before the process is: blanks, until there is an end to record.
@@ -34,7 +34,7 @@ def make_directory(pod: str) -> None:
 
 
 def reserve(pod: str, container: str) -> None:
-    """Make room for the record, so that it is written also where the file system is full by then."""
+    """Make room for the record, so that it can be written even if the file system is full by then."""
     file = os.open(_path(pod, container), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, _MODE)
     try:
         os.write(file, b" " * _ROOM_BYTES)
@@ -91,17 +91,17 @@ def _path(pod: str, container: str) -> str:
 
 
 def judge(code: int, *, killed: bool, oom_before: int, counter: int | None) -> Exit:
-    """How a process has just ended whose exit code is `code`: the one place that says whether it was OOM-killed.
+    """The end of a process that has just ended with `code`: the one place that decides whether it was OOM-killed.
 
-    It was where SIGKILL ended it, no supervisor had sent that (`killed`, as `facts.was_killed` tells it to others),
-    and `oom_kills` of its counter is more than when it was made (`oom_before`).
+    It was if SIGKILL ended it, no supervisor had sent that (`killed`, which `facts.was_killed` reads for others), and
+    its counter of `oom_kills` is higher than when the process was made (`oom_before`).
     """
     struck = code == SIGKILLED and not killed and oom_kills(counter) > oom_before
     return {"code": code, "at": time.time_ns(), "oom": struck}
 
 
 def oom_kills(counter: int | None) -> int:
-    """How often the OOM killer struck, from an open memory.events (v2) or memory.oom_control (v1)."""
+    """The number of OOM kills, from an open memory.events (v2) or memory.oom_control (v1)."""
     if counter is None:
         return 0
     try:
@@ -111,9 +111,9 @@ def oom_kills(counter: int | None) -> int:
 
 
 def code_of_stranger(pid: int, pidfd: int) -> int | None:
-    """The exit code of a process that is not our child, once it has ended; None if nobody tells.
+    """The exit code of a process that is not our child, once it has ended; None if it is not known.
 
-    From its zombie (proc(5), field 52 of stat), or from the pidfd after somebody has reaped it.
+    It is read from the zombie (proc(5), field 52 of stat), or from the pidfd after the process has been reaped.
     """
     status = _status_of_zombie(pid, pidfd)
     if status is None:
@@ -142,6 +142,6 @@ def _status_of_zombie(pid: int, pidfd: int) -> int | None:
 
 
 def _code(status: int) -> int:
-    """From a wait status, as `os.waitstatus_to_exitcode` reads it."""
+    """The exit code of a wait status; 128 + n for signal n."""
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code

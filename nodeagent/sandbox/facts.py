@@ -1,4 +1,4 @@
-"""What is known of a container, in the pod's directory: so that a successor of its supervisor knows it, too.
+"""The state of a container in the pod's directory, for a successor of its supervisor.
 
 ``containers/<id>/plan.json`` is written once, as the bundle of a container with hooks is; ``state.json`` is replaced
 with every change. The directory is on tmpfs: what happened is not lost with the process, and is void after a reboot
@@ -61,7 +61,7 @@ def load(pod: str, container: str) -> tuple[ContainerPlan, Facts]:
 
 
 def was_killed(pod: str, container: str) -> bool:
-    """Whether a supervisor has sent SIGKILL, which it wrote down before; False where nothing can be read."""
+    """Whether a supervisor has sent SIGKILL, which it records before; False where nothing can be read."""
     try:
         with open(f"{directory(pod, container)}/state.json", "rb") as state:
             return bool(json.loads(state.read())["killed"])
@@ -81,7 +81,7 @@ def open_journal(pod: str, container: str) -> int:
 
 
 def listed(pod: str) -> list[str]:
-    """The containers of which something is known."""
+    """The ids of the containers that have a directory."""
     try:
         return os.listdir(f"{pod}/containers")
     except FileNotFoundError:
@@ -89,7 +89,7 @@ def listed(pod: str) -> list[str]:
 
 
 def remove(pod: str, container: str) -> None:
-    """The record of its end goes as well."""
+    """Remove the files of a container, the record of its end included."""
     files.remove_tree(directory(pod, container))
     exits.remove(pod, container)
 

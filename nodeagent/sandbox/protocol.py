@@ -140,7 +140,7 @@ def address(path: str) -> Iterator[str]:
 
 
 class Credentials(NamedTuple):
-    """Of a peer (unix(7), SO_PEERCRED): who listens, or has connected."""
+    """The ids of a peer (unix(7), SO_PEERCRED): of the process that listens, or that has connected."""
 
     pid: int
     uid: int

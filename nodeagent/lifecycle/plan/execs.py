@@ -1,4 +1,4 @@
-"""What every exec is made of, ExecSync's and a stream's: its plan, and a cgroup of its own."""
+"""Plans and cgroups of execs, for ExecSync and for streams."""
 
 import secrets
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def plan(
         argv=list(argv),
         tty=tty,
         timeout_ms=round(timeout_s * 1000),
-        # The container's of now: UpdateContainerResources may have changed it since its plan was written.
+        # Not the plan's: UpdateContainerResources may have changed it since that was written.
         oom_score_adj=container.resources.oom_score_adj,
     )
 
@@ -25,6 +25,6 @@ def plan(
 def new_group(container: Cgroup) -> Cgroup:
     """A cgroup for one exec, below its container's; `Cgroup.discard` of the container's removes it.
 
-    It is its own so that the whole tree can be killed, what the command has left in the background included.
+    With a group of its own the whole tree can be killed, including what the command has left in the background.
     """
     return container.child(f"exec-{secrets.token_hex(4)}")

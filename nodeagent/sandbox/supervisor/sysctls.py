@@ -34,9 +34,9 @@ _RESOLVE = (
 def write(sysctls: Mapping[str, str], owner: int = 0, groups: Collection[Extent] = ()) -> None:
     """Write what `linux.sysctls.check` has let pass. Raises Unsupported for a name that this kernel does not have.
 
-    owner: the root of the namespaces. Of IPC the kernel wants the writer to be that, of UTS the node's root, and of
-    networks it asks what capabilities they have.
-    groups: of the pod's user namespace: who writes is in the node's, so that groups are to be told as the node's.
+    owner: the root of the namespaces. For IPC the kernel requires the writer to be that, for UTS the node's root, and
+    for networks it checks capabilities.
+    groups: of the pod's user namespace; the writer is in the node's, so that ids of groups are translated.
     """
     if not sysctls:
         return
@@ -51,10 +51,11 @@ def write(sysctls: Mapping[str, str], owner: int = 0, groups: Collection[Extent]
 
 @contextmanager
 def _acting_as(user: int) -> Iterator[None]:
-    """Be somebody else, with the capabilities that we have."""
+    """Act as another user, with the capabilities that the process has."""
     if user == os.geteuid():
         yield
         return
+    # Without it the effective set is cleared when the effective user is not 0 any more (capabilities(7)).
     syscalls.prctl(syscalls.PR_SET_SECUREBITS, syscalls.SECBIT_NO_SETUID_FIXUP)
     os.seteuid(user)
     try:
@@ -62,7 +63,7 @@ def _acting_as(user: int) -> Iterator[None]:
     finally:
         os.seteuid(0)
         syscalls.prctl(syscalls.PR_SET_SECUREBITS, 0)
-        syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)  # not what fs.suid_dumpable says
+        syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)  # a change of user sets it to fs.suid_dumpable
 
 
 def _write(root: int, name: str, value: str) -> None:
@@ -79,9 +80,9 @@ def _write(root: int, name: str, value: str) -> None:
 
 
 def _outside(name: str, value: str, groups: Collection[Extent]) -> str:
-    """The value as the node's user namespace says it. Of all parameters of a pod, one is ids: the groups that may ping.
+    """The value with the node's ids. One parameter of a pod consists of ids: the groups that may ping.
 
-    A range is cut to the groups that there are: who says "0 2147483647" means all of them.
+    A range is cut to the groups that are mapped: "0 2147483647" means all of them.
     """
     if not groups or path_of(name) != _PING_GROUPS:
         return value
@@ -89,7 +90,7 @@ def _outside(name: str, value: str, groups: Collection[Extent]) -> str:
         low, high = (int(number) for number in value.split())
     except ValueError:
         return value  # which the kernel refuses
-    if high < low:  # nobody
+    if high < low:  # no group
         return value
     last = max(extent.inside + extent.length - 1 for extent in groups)
     try:
@@ -106,6 +107,6 @@ def _explained(error: OSError, name: str, value: str) -> NodeAgentError:
         return InvalidArgument(f'sysctl "{name}": the kernel refuses the value "{value}"')
     if error.errno in (errno.EACCES, errno.EPERM):  # such as net.core.rmem_max
         return Unsupported(
-            f'sysctl "{name}": the kernel lets no pod write it; if it is of all networks, set it on the node'
+            f'sysctl "{name}": the kernel lets no pod write it; if it holds for all networks, set it on the node'
         )
     return Unsupported(f'sysctl "{name}": {error.strerror}')
