@@ -66,7 +66,7 @@ class NodeStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """What the API serves. The verbs are in the parts."""
+    """The parts of the node that the API serves, by what they do."""
 
     config: Config
     places: Places

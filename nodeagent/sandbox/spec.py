@@ -25,7 +25,7 @@ class IdMap(TypedDict):
 
 
 class PodPlan(TypedDict):
-    """What a supervisor needs to know when it is forked: enough for a warm slot that has no pod yet.
+    """The plan with which a supervisor is forked: enough for a warm slot that has no pod yet.
 
     directory: `pods/<id>` of the state directory, which exists; namespaces that are not listed are the node's.
     """

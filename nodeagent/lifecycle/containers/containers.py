@@ -58,7 +58,7 @@ class Containers:
         self._directory = directory
 
     def get(self, name: str) -> Container:
-        """Raises NotFound."""
+        """The container with this id or prefix. Raises NotFound."""
         return self._inventory.container(name)
 
     def list(self) -> list[Container]:

@@ -22,7 +22,7 @@ def is_delegated(config: ContainerConfig) -> bool:
 
 
 def check(config: ContainerConfig, *, delegates: bool) -> None:
-    """Raises Unsupported for what this node cannot provide; delegates: whether it has cgroup v2 with nsdelegate.
+    """Raise Unsupported for what this node cannot provide; delegates: whether it has cgroup v2 with nsdelegate.
 
     Without nsdelegate a container's root could raise its own limits: only with it are the files of the namespace's root
     group read-only for the container (cgroup-v2.rst, "Model of Delegation").

@@ -67,7 +67,7 @@ class Sandboxes:
         supervision.end_pod = self.stop
 
     def get(self, name: str) -> Sandbox:
-        """Raises NotFound."""
+        """The pod with this id or prefix. Raises NotFound."""
         return self._inventory.sandbox(name)
 
     def list(self) -> list[Sandbox]:

@@ -203,7 +203,7 @@ class Supervisor:
     async def exec(
         self, plan: ExecPlan, streams: ExecIO, cgroup: CgroupFds, size: Size | None = None
     ) -> ExecHandle:
-        """Returns when the program is executed; raises StartError when it cannot be.
+        """Start a command; returns when the program is executed, raises StartError when it cannot be.
 
         size: of the terminal, width and height, before the program sees it. One whose caller is cancelled is killed.
         """
@@ -372,7 +372,7 @@ class Launcher:
         await self._channel.request("abandon", pod=pod_id)
 
     async def stop(self) -> None:
-        """Raises FailedPrecondition while pods are left."""
+        """End the launcher. Raises FailedPrecondition while pods are left."""
         await self._channel.request("stop")
         await self.lost.wait()
         self.close()

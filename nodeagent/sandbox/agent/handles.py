@@ -55,7 +55,7 @@ class Created:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerState:
-    """What a supervisor knows of a container. Times are ns since the epoch, 0 for not yet.
+    """The state of a container in its supervisor. Times are ns since the epoch, 0 for not yet.
 
     dropped_log_lines: what the log's disk had no room for. held_back_ms: how long it was not read from because of the
     limit of its log. Both since this supervisor is there.
@@ -150,7 +150,7 @@ class ExecHandle:
         self._end = end
 
     async def wait(self) -> ExecExit:
-        """Raises Unavailable when the supervisor dies first."""
+        """Wait for the end of the process. Raises Unavailable when the supervisor dies first."""
         end = await asyncio.shield(self._end)
         if end is None:
             raise self._channel.unavailable()

@@ -1,4 +1,4 @@
-"""What the calling process is allowed: labels, limits, ids and capabilities, as a `ProcessPlan` describes them.
+"""Labels, limits, ids and capabilities of the calling process, as a `ProcessPlan` describes them.
 
 The functions stand in the order in which they have to be called.
 """

@@ -1,4 +1,4 @@
-"""What hooks see of a container that is being made: its bundle and its root file system, at the paths of its state.
+"""The view that hooks have of a container in creation: its bundle and its root file system, at the paths of its state.
 
 Both are in a small file system that is mounted over the agent's state directory, in the container's mount namespace
 only and until its root is entered. So nothing of other pods is seen there, and the root of a user namespace, which

@@ -1,4 +1,4 @@
-"""What runs between clone3(2) and execve(2), in the child that becomes a container's process.
+"""The code between clone3(2) and execve(2), in the child that becomes a container's process.
 
 `run` makes a container's first process: born in new mount and PID namespaces, it builds the root file system, enters
 it, and takes on its identity. `run_exec` makes a further process of a running container. Both report over the

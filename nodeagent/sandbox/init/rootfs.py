@@ -44,7 +44,7 @@ _PROC_ROOT_INO = 1  # of every procfs (PROC_ROOT_INO of linux/proc_ns.h)
 
 
 class Source(NamedTuple):
-    """What a step of the plan mounts, as far as it is on the node: a detached tree, or layers."""
+    """The source of a mount on the node: a detached tree, or layers."""
 
     tree: int = -1
     layers: Layers = Layers((), {})

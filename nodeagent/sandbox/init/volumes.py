@@ -50,7 +50,7 @@ def fill(volume: int, source: int) -> None:
 
 
 class _Copy:
-    """names: where a file with several names has been copied to, by device and inode."""
+    """A copy of a directory. `_names`: the path of the first copy of a file with several names, by device and inode."""
 
     def __init__(self, source: int, target: int) -> None:
         self._source = source

@@ -29,7 +29,7 @@ class Children:
     """The children of this process; there is one object of this class."""
 
     def __init__(self, loop: Loop, stranger: Callable[[], None] = lambda: None) -> None:
-        """stranger: called when an unknown child has ended, and last chance to `adopt` it."""
+        """Become a child subreaper. stranger: called when an unknown child has ended, the last chance to `adopt` it."""
         self._owners: dict[int, Ended] = {}
         self._stranger = stranger
         syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)

@@ -43,7 +43,7 @@ class _Encoded(TypedDict):
 
 
 class _Order(TypedDict):
-    """text: base64."""
+    """The input of the program. text: base64."""
 
     text: str
     held: int
