@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 class NodeStatus:
     """The two conditions of the CRI. An empty reason belongs to a condition that holds.
 
-    network_problems: what is amiss or missing besides, in either case.
+    network_problems: further problems of the network, in either case.
     """
 
     runtime_ready: bool
@@ -91,7 +91,7 @@ class Node:
     tasks: Tasks
 
     async def status(self) -> NodeStatus:
-        """Asked of the kernel where that is cheap, never remembered; within a second or two, whatever hangs."""
+        """The conditions, checked now and not cached; answers within a second or two, whatever hangs."""
         network = self.network.status()
         trouble = await self.health.trouble()
         return NodeStatus(
@@ -312,13 +312,13 @@ async def _launcher(cgroups: Cgroups, places: Places) -> Launcher:
 
 
 async def _end(node: Node) -> None:
-    """Take the parts down, each whatever the ones before have failed of.
+    """Take the parts down, each of them even if an earlier one has failed.
 
-    Each step is a task, by which the log tells what an end waits for that does not come.
+    Each step is a task, so that the log can name the one that does not end.
     """
     async with AsyncExitStack() as steps:
         steps.push_async_callback(_step, node, partial(_leave, node))
-        # The other way round: streams end first, and there is a launcher for what is undone.
+        # In reverse order: streams end first, and a launcher is there for what is undone.
         for part in (node.launchers, node.slots, node.creation, node.sandboxes, node.sessions):
             steps.push_async_callback(_step, node, part.close)
 

@@ -137,7 +137,9 @@ class Recovery:
         try:
             await self._containers.clear_stranger(container_id)
         except (NodeAgentError, OSError) as error:
-            log.error('container "%s": not removed: %s', container_id, error)
+            log.error(
+                'container "%s": cannot be removed until the next start: %s', container_id, error
+            )
 
     async def _dismantle(self, directory: Path) -> None:
         """Remove an unknown pod. What cannot be removed is left to the next start, and does not stop this one."""
@@ -148,7 +150,7 @@ class Recovery:
             for parent in known | {self._cgroups.pod_path(directory.name)}:
                 await asyncio.to_thread(cgroup.remove_below, self._cgroups, parent, directory.name)
         except (NodeAgentError, OSError) as error:
-            log.error('pod "%s": not removed: %s', directory.name, error)
+            log.error('pod "%s": cannot be removed until the next start: %s', directory.name, error)
 
     async def _reach(self, directory: Path) -> Supervisor | None:
         """The supervisor of a pod that is removed; None where there can be none, and nothing is left of one."""

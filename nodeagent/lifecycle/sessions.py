@@ -81,7 +81,7 @@ class Sessions:
         return container.exit_code if container else 0
 
     def do_behind(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        """Do work that nobody waits for, in a task of this name."""
+        """Do work in the background, in a task of this name."""
         self._tasks.run(name, work)
 
     async def close(self) -> None:

@@ -38,7 +38,7 @@ class Slot:
 
 
 class Slots:
-    """Gives slots, ready ones where it can, and keeps `count` of the usual kind ready."""
+    """The warm slots of a node: `count` of the usual kind are kept ready."""
 
     def __init__(
         self, launchers: Launchers, network: Network, directory: Path, count: int, tasks: Tasks
@@ -53,7 +53,7 @@ class Slots:
         self._filling = self._tasks.part()
 
     def start(self) -> None:
-        """Begin to fill, behind the requests."""
+        """Begin to fill, in the background."""
         for _ in range(self._count):
             self._missing.release()
         self._filling.keep(NAME, self._fill, longest_pause_seconds=RETRY_SECONDS)

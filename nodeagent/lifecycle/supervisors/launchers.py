@@ -28,11 +28,11 @@ class Launchers:
         self.trouble = ""
 
     def start(self) -> None:
-        """See that there always is one."""
+        """Keep a launcher running from now on."""
         self._keeping.keep("launcher", self._keep, longest_pause_seconds=RETRY_SECONDS)
 
     async def close(self) -> None:
-        """Let the one that there is go on, or end. `get` works on."""
+        """Stop keeping one; the present launcher may go on or end, and `get` still works."""
         await self._keeping.close()
 
     async def _keep(self) -> None:

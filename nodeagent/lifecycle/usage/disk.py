@@ -1,7 +1,7 @@
-"""The size of writable layers, measured behind the requests.
+"""The size of writable layers, measured in the background.
 
-A layer is walked at most every `DISK_SECONDS` while somebody asks, and `WALKS` of them at once. What is in it is the
-container's choice: neither the number of its files nor their depth holds up a request or takes the node's descriptors.
+A layer is walked at most every `DISK_SECONDS` while it is asked for, and `WALKS` of them at once. Its content is the
+container's choice: neither the number of its files nor their depth delays a request or takes the node's descriptors.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ class DiskUsage:
 
 @dataclass(slots=True)
 class _Layer:
-    """due: of time.monotonic, when the next walk may begin."""
+    """The state of a layer. due: of time.monotonic, when the next walk may begin."""
 
     usage: DiskUsage | None = None
     due: float = 0.0

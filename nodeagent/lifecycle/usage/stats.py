@@ -123,7 +123,7 @@ class Stats:
         return [log for logs in pods for log in logs]
 
     async def log(self, container: Container) -> LogUsage | None:
-        """What became of one container's output; None where its supervisor is gone, or does not answer."""
+        """The log of one container; None where its supervisor is gone, or does not answer."""
         sandbox = self._inventory.sandboxes.get(container.sandbox_id)
         logs = await self._logs(sandbox) if sandbox else []
         return next((log for log in logs if log.container.id == container.id), None)
