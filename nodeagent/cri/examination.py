@@ -337,9 +337,9 @@ class _Examination:
             resources=config.resources,
             stop_signal=process.stop_signal(config, image.config),
         )
-        seen = await self._planner.look(config)
+        inputs = await self._planner.resolve(config)
         directory = self._places.containers / _ID
-        plan = self._planner.plan(sandbox, container, image, seen, directory)
+        plan = self._planner.plan(sandbox, container, image, inputs, directory)
         for name in dict.fromkeys(self._images.missing):
             text = f'image "{name}" is not on this node: its user, command, environment, volumes'
             self._found("not seen", what, text)

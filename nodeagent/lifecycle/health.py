@@ -89,7 +89,7 @@ class Health:
 
     async def _look(self) -> None:
         path = str(next(iter(self._directories)))
-        self._seen = await self._paths.look("status", path, self._paths_trouble)
+        self._seen = await self._paths.look_up("status", path, self._paths_trouble)
 
     def _paths_trouble(self) -> Trouble:
         try:

@@ -133,7 +133,7 @@ class CommandSession(Session[Event]):
             for channel, fd in ((Channel.STDOUT, process.stdout), (Channel.STDERR, process.stderr)):
                 if fd is not None:
                     held.callback(os.close, fd)
-                    sources.append(Source(fd, self.gate, partial(self._output, channel)))
+                    sources.append(Source(fd, self.flow, partial(self._output, channel)))
                     held.callback(sources[-1].close)
             code = await process.wait()
             await self._last_output(sources)

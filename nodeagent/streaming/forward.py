@@ -107,7 +107,7 @@ class ForwardSession(Session[Event]):
     async def _pump(self, number: int, target: socket.socket, sink: Sink) -> None:
         """Carry bytes until both directions have ended; a reset ends both."""
         sink.open(target.fileno(), partial(_end_input, target))
-        source = Source(target.fileno(), self.gate, partial(self._output, number))
+        source = Source(target.fileno(), self.flow, partial(self._output, number))
         try:
             await source.ended.wait()
             if self._wire.half_close and not source.failed:

@@ -13,7 +13,7 @@ READ_BYTES = 64 << 10  # the capacity of a pipe
 MAX_LEFT_BYTES = 1 << 20
 
 
-class Gate:
+class FlowControl:
     """The state of a client's connection: closed while it cannot take more, and its sources must not read."""
 
     def __init__(self) -> None:
@@ -37,11 +37,11 @@ class Gate:
 class Source:
     """A reader of a descriptor to its end. `ended` is set then; `failed` tells that an error ended it."""
 
-    def __init__(self, fd: int, gate: Gate, on_data: Callable[[bytes], None]) -> None:
+    def __init__(self, fd: int, flow: FlowControl, on_data: Callable[[bytes], None]) -> None:
         self.ended = asyncio.Event()
         self.failed = False
         self._fd = fd
-        self._gate = gate
+        self._flow = flow
         self._on_data = on_data
         self._left: int | None = None  # None: until the end
         self._loop = asyncio.get_running_loop()
@@ -71,9 +71,9 @@ class Source:
     def _read(self) -> None:
         if self.ended.is_set():
             return
-        if not self._gate.opened.is_set():
+        if not self._flow.opened.is_set():
             self._loop.remove_reader(self._fd)
-            self._gate.wait(self)
+            self._flow.wait(self)
             return
         data = self._next()
         if data:

@@ -1,7 +1,7 @@
 """A connection after its upgrade: its wire, flow control in both directions, and its end.
 
-When a client does not read, the output of processes is not read any more (`Gate`). What a process does not read is
-kept up to a bound, then the connection is not read any more. So a session holds a bounded number of bytes.
+When a client does not read, the output of processes is not read any more (`FlowControl`). What a process does not read
+is kept up to a bound, then the connection is not read any more. So a session holds a bounded number of bytes.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from nodeagent.streaming.pump import Backlog, Gate
+from nodeagent.streaming.pump import Backlog, FlowControl
 
 MAX_OUTPUT_BYTES = 256 << 10  # with more unsent bytes, no process is read from
 MAX_REPLY_BYTES = 512 << 10  # with more unsent bytes, the client is not read from
@@ -56,7 +56,7 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
     """The session of one client. `run` serves it to its end, and is cancelled when the client leaves earlier."""
 
     def __init__(self, wire: Wire[E], timeouts: Timeouts) -> None:
-        self.gate = Gate()
+        self.flow = FlowControl()
         self.backlog = Backlog(self.balance)
         self.timeouts = timeouts
         self.loop = asyncio.get_running_loop()
@@ -131,7 +131,7 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
         self.flush()
         self._transport.set_write_buffer_limits(high=1)  # TLS takes 0 for always full
         self._transport.resume_reading()
-        await self.gate.opened.wait()
+        await self.flow.opened.wait()
         if self._transport.can_write_eof():
             self._transport.write_eof()
             with suppress(TimeoutError):
@@ -185,10 +185,10 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
         self.balance()
 
     def pause_writing(self) -> None:
-        self.gate.close()
+        self.flow.close()
 
     def resume_writing(self) -> None:
-        self.gate.open()
+        self.flow.open()
         self.balance()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -196,6 +196,6 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
         self._idle.cancel()
         if self._hangup is not None:
             self._hangup.cancel()
-        self.gate.open()
+        self.flow.open()
         if self._task is not None and not self._over:
             self._task.cancel()

@@ -255,7 +255,7 @@ async def looking_at_health(world: World) -> Work:
     well = SimpleNamespace(trouble=str, covered=str)
     looked: Any = (places, well, SimpleNamespace(trouble=""), well, world.tasks)
     health = Health(*looked)
-    world.patch.setattr(health._paths, "look", world.fault.before_async(health._paths.look))
+    world.patch.setattr(health._paths, "look_up", world.fault.before_async(health._paths.look_up))
     before = len(looks)
 
     async def ask() -> None:

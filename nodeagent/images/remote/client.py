@@ -37,7 +37,7 @@ from nodeagent.images.remote.destinations import Connector, Scope, Visit, scope_
 from nodeagent.images.remote.failures import MAX_TEXT, network_errors, place
 from nodeagent.images.remote.hosts import Host, http_url
 from nodeagent.images.remote.proxies import Proxies, Proxy
-from nodeagent.images.remote.throttling import Gates, Throttled
+from nodeagent.images.remote.throttling import Throttled, Throttles
 from nodeagent.text import one_line
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Session:
 
     def __init__(self) -> None:
         self.proxies = Proxies(os.environ)
-        self.gates = Gates()
+        self.throttles = Throttles()
         self.http = aiohttp.ClientSession(
             connector=Connector(),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -214,7 +214,7 @@ class Client:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Make one request. led: how the host led to another server, for the text of an error."""
         try:
-            async with self._session.gates.turn(url) as turn:
+            async with self._session.throttles.turn(url) as turn:
                 with network_errors(url):
                     async with self._visit(method, url, led, options) as response:
                         turn.answered(response.status, response.headers)

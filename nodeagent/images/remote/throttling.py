@@ -41,11 +41,11 @@ class Throttled(RegistryUnavailable):
         return Throttled(text, self.until, sent=self.sent)
 
 
-class Gates:
+class Throttles:
     """The state of each server that has asked for a pause, or has a request under way."""
 
     def __init__(self) -> None:
-        self._gates: dict[URL, _Gate] = {}
+        self._throttles: dict[URL, _Throttle] = {}
 
     @asynccontextmanager
     async def turn(self, url: URL) -> AsyncIterator["Turn"]:
@@ -53,9 +53,9 @@ class Gates:
 
         An error in the block after the server has asked for a pause becomes `Throttled` as well.
         """
-        gate = self._of(url.origin())
-        await gate.enter()
-        turn = Turn(gate)
+        throttle = self._of(url.origin())
+        await throttle.enter()
+        turn = Turn(throttle)
         try:
             yield turn
         except RegistryUnavailable as error:
@@ -67,54 +67,56 @@ class Gates:
             raise
         finally:
             turn.end()
-            if gate.is_open:
-                self._gates.pop(gate.origin, None)
+            if throttle.is_open:
+                self._throttles.pop(throttle.origin, None)
 
-    def _of(self, origin: URL) -> "_Gate":
-        if origin not in self._gates and len(self._gates) >= _MANY:
-            self._gates = {url: gate for url, gate in self._gates.items() if not gate.is_over}
-        return self._gates.setdefault(origin, _Gate(origin))
+    def _of(self, origin: URL) -> "_Throttle":
+        if origin not in self._throttles and len(self._throttles) >= _MANY:
+            self._throttles = {
+                url: throttle for url, throttle in self._throttles.items() if not throttle.is_over
+            }
+        return self._throttles.setdefault(origin, _Throttle(origin))
 
 
 class Turn:
     """A request, until the head of its answer is there. until: the end of the pause that the answer asks for."""
 
-    def __init__(self, gate: "_Gate") -> None:
+    def __init__(self, throttle: "_Throttle") -> None:
         self.until: float | None = None
         self.note = ""
-        self._gate: _Gate | None = gate
+        self._throttle: _Throttle | None = throttle
 
     def answered(self, status: int, headers: Mapping[str, str]) -> None:
-        if self._gate is None:
+        if self._throttle is None:
             return
         asked = pause_asked_for(headers)
         if status == HTTPStatus.TOO_MANY_REQUESTS or (
             status == HTTPStatus.SERVICE_UNAVAILABLE and asked is not None
         ):
-            self.until = self._gate.hold(asked)
+            self.until = self._throttle.hold(asked)
             self.note = f": asks for a pause of {asked:.0f} s" if asked else ""
         else:
-            self._gate.widen()
+            self._throttle.widen()
         self._leave()
 
     def end(self) -> None:
         """End a request. A server that did not answer at all is not throttling."""
-        if self._gate is not None:
-            self._gate.open()
+        if self._throttle is not None:
+            self._throttle.open()
             self._leave()
 
     def abandon(self) -> None:
         """End a request that was cancelled, which says nothing about the server."""
-        if self._gate is not None:
+        if self._throttle is not None:
             self._leave()
 
     def _leave(self) -> None:
-        assert self._gate is not None
-        self._gate.leave()
-        self._gate = None
+        assert self._throttle is not None
+        self._throttle.leave()
+        self._throttle = None
 
 
-class _Gate:
+class _Throttle:
     def __init__(self, origin: URL) -> None:
         self.origin = origin
         self._held_until = 0.0

@@ -89,7 +89,7 @@ class Creation:
         if pod is None:
             raise FailedPrecondition(f'pod sandbox "{sandbox.id}": is stopped')
         # No other creation of this name comes between the check and the record: there is one per key.
-        self._refuse_twin(sandbox, config)
+        self._refuse_duplicate(sandbox, config)
         with pod.creation(sandbox.id) as supervisor:
             config = await self._with_devices(sandbox, config)
             image = self._image(config)
@@ -111,7 +111,7 @@ class Creation:
         inject = partial(self._cdi.inject, config, userns=in_userns)
         # All are read at once, behind one lock: the first one's name stands for them in the count of lookups.
         place = str(directories[0]) if directories else "/"
-        return await self._host_paths.look(what, place, inject)
+        return await self._host_paths.look_up(what, place, inject)
 
     async def _make(
         self,
@@ -121,8 +121,8 @@ class Creation:
         supervisor: Supervisor,
         undo: AsyncExitStack,
     ) -> None:
-        seen = await self._planner.look(container.config)
-        plan = self._planner.plan(sandbox, container, image, seen, self._directory / container.id)
+        inputs = await self._planner.resolve(container.config)
+        plan = self._planner.plan(sandbox, container, image, inputs, self._directory / container.id)
         # Registered before what it undoes, which may be cut off halfway.
         undo.callback(self._images.release, container.id)
         for needed in self._planner.images(container.config, image):
@@ -139,7 +139,7 @@ class Creation:
         undo.push_async_callback(self._groups.remove, container)
         if not sandbox.config.cgroup_parent:
             self._groups.limit_pod(sandbox)
-        group.set_devices(seen.devices.rules)  # before any process is in it
+        group.set_devices(inputs.devices.rules)  # before any process is in it
         undo.push_async_callback(supervisor.remove, container.id)
         with handover(group) as fds, oom_kill.named(container, group):
             made = await supervisor.create(plan, fds)
@@ -197,7 +197,7 @@ class Creation:
             raise NotFound(f'image "{config.image}": not on this node; pull it first')
         return image
 
-    def _refuse_twin(self, sandbox: Sandbox, config: ContainerConfig) -> None:
+    def _refuse_duplicate(self, sandbox: Sandbox, config: ContainerConfig) -> None:
         for other in self._inventory.members(sandbox.id):
             if (other.config.name, other.config.attempt) == (config.name, config.attempt):
                 raise AlreadyExists(

@@ -27,7 +27,7 @@ class HostPaths:
         self._limit = limit
         self.under_way: dict[Future[Any], str] = {}
 
-    async def look(self, what: str, path: str, function: Callable[[], T]) -> T:
+    async def look_up(self, what: str, path: str, function: Callable[[], T]) -> T:
         """Run `function`, which accesses `path`, and return or raise what it does.
 
         Raises ResourceExhausted, with `what`, at the limit of the file system that the path is on.

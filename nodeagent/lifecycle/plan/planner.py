@@ -42,7 +42,7 @@ from nodeagent.sandbox.spec import (
 UMASK = 0o022
 
 
-class Seen(NamedTuple):
+class HostInputs(NamedTuple):
     """What a container's config names on the node, as it was when the container was planned."""
 
     devices: ContainerDevices
@@ -98,7 +98,7 @@ class Planner:
             for mount in cgroups.mounts()
         }
 
-    async def look(self, config: ContainerConfig) -> Seen:
+    async def resolve(self, config: ContainerConfig) -> HostInputs:
         """Look up what the config names on the node.
 
         A path of the requester's is looked up in a thread; all else is memory, and the node's own /dev and /sys.
@@ -106,10 +106,10 @@ class Planner:
         """
         what = f'container "{config.name}"'
         asked = [
-            await self._host_paths.look(what, wanted.host_path, partial(devices.named, wanted))
+            await self._host_paths.look_up(what, wanted.host_path, partial(devices.named, wanted))
             for wanted in config.devices
         ]
-        return Seen(
+        return HostInputs(
             devices=devices.container_devices(config, asked),
             seccomp=await self._seccomp(config, what),
             apparmor=await self._profiles.apparmor(config),
@@ -130,10 +130,15 @@ class Planner:
 
     async def _local(self, path: str, bounding: int, what: str) -> Filter:
         local = partial(self._profiles.local, path, bounding)
-        return await self._host_paths.look(what, path, local) if path else local()
+        return await self._host_paths.look_up(what, path, local) if path else local()
 
     def plan(
-        self, sandbox: Sandbox, container: Container, image: Image, seen: Seen, directory: Path
+        self,
+        sandbox: Sandbox,
+        container: Container,
+        image: Image,
+        inputs: HostInputs,
+        directory: Path,
     ) -> ContainerPlan:
         """Make the plan. directory: the container's own, with `upper` and `work`.
 
@@ -149,7 +154,7 @@ class Planner:
         plan = ContainerPlan(
             id=container.id,
             argv=process.arguments(config, image.config),
-            process=self._process(sandbox, config, image, seen, labels.process),
+            process=self._process(sandbox, config, image, inputs, labels.process),
             rootfs=Rootfs(
                 lower=[str(layer) for layer in self._images.lower_dirs(image)],
                 upper=str(directory / "upper"),
@@ -167,7 +172,7 @@ class Planner:
                 ),
                 config,
             ),
-            devices=seen.devices.nodes,
+            devices=inputs.devices.nodes,
             masked_paths=[] if open_paths else list(masked),
             readonly_paths=[] if open_paths else list(readonly),
             pid=config.namespaces.pid,
@@ -196,7 +201,12 @@ class Planner:
         return plan
 
     def _process(
-        self, sandbox: Sandbox, config: ContainerConfig, image: Image, seen: Seen, selinux: str
+        self,
+        sandbox: Sandbox,
+        config: ContainerConfig,
+        image: Image,
+        inputs: HostInputs,
+        selinux: str,
     ) -> ProcessPlan:
         plan = ProcessPlan(
             env=process.environment(config, image.config, etc_files.hostname(sandbox.config)),
@@ -204,14 +214,14 @@ class Planner:
             user=process.user(config, image.config),
             capabilities=self._capabilities(config),
             no_new_privs=config.no_new_privs,
-            seccomp=base64.b64encode(seen.seccomp.program).decode(),
-            seccomp_flags=seen.seccomp.flags,
-            apparmor=seen.apparmor,
+            seccomp=base64.b64encode(inputs.seccomp.program).decode(),
+            seccomp_flags=inputs.seccomp.flags,
+            apparmor=inputs.apparmor,
             selinux=selinux,
             rlimits=self._rlimits,
             oom_score_adj=config.resources.oom_score_adj,
             umask=UMASK,
-            forbidden_calls=list(seccomp_successor.forbidden(seen.seccomp.program)),
+            forbidden_calls=list(seccomp_successor.forbidden(inputs.seccomp.program)),
         )
         mapping = sandbox.config.namespaces.user_mapping
         if mapping is not None:

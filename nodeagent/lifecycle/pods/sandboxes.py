@@ -98,7 +98,7 @@ class Sandboxes:
         )
 
     async def _run(self, config: SandboxConfig, runtime_handler: str, cgroup_parent: str) -> str:
-        self._refuse_twin(config)
+        self._refuse_duplicate(config)
         slot = await self._slots.take(config.namespaces)
         sandbox = Sandbox(
             id=slot.id,
@@ -139,7 +139,7 @@ class Sandboxes:
         with handover(cgroup.make(self._cgroups, sandbox)) as fds:
             await supervisor.configure(settings, fds)
 
-    def _refuse_twin(self, config: SandboxConfig) -> None:
+    def _refuse_duplicate(self, config: SandboxConfig) -> None:
         for other in self._inventory.sandboxes.values():
             if _identity(other.config) == _identity(config):
                 raise AlreadyExists(

@@ -6,7 +6,7 @@ from nodeagent.errors import AlreadyExists, FailedPrecondition
 from nodeagent.sandbox import protocol
 from nodeagent.sandbox.runtime.peers import Peer, Request
 from nodeagent.sandbox.supervisor.containers import Container
-from nodeagent.sandbox.supervisor.pump import Tap
+from nodeagent.sandbox.supervisor.pump import AttachedOutput
 from nodeagent.sandbox.supervisor.relay import Relay
 
 Key = tuple[Peer, int]
@@ -29,13 +29,13 @@ class Attachments:
             raise FailedPrecondition(
                 f'container "{container.id}": is {container.state}, not running'
             )
-        tap = Tap(lambda: self._cut_off(key))
-        given = [(name, tap.add(name)) for name in container.pump.streams]
+        output = AttachedOutput(lambda: self._cut_off(key))
+        given = [(name, output.add(name)) for name in container.pump.streams]
         end = container.fds.get("stdin", container.fds.get("master"))
         if end is not None:
             given.append(("stdin", input_to(container, end)))
         names, fds = protocol.named(given)
-        container.pump.taps[key] = tap
+        container.pump.attached[key] = output
         self._containers[key] = container
         request.reply({"fds": names}, fds)
         for _, end in given:
@@ -68,9 +68,9 @@ class Attachments:
         if container is None:
             return
         if container.pump is not None:
-            tap = container.pump.taps.pop(key, None)
-            if tap is not None:
-                tap.close()
+            output = container.pump.attached.pop(key, None)
+            if output is not None:
+                output.close()
         if container.plan["stdin_once"]:
             container.close_stdin()
 

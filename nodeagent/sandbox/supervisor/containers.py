@@ -42,19 +42,19 @@ class Container:
 
     pidfd; stdin, stdout, stderr, or master with a terminal; status, and go, until the program is executed; oom, procs,
     kill.
-    family: all containers of the pod by id, where this one is until nothing is left of it.
+    members: all containers of the pod by id, where this one is until nothing is left of it.
     """
 
     def __init__(
         self,
         pod: Pod,
-        family: "dict[str, Container]",
+        members: "dict[str, Container]",
         plan: ContainerPlan,
         known: Facts,
         fds: dict[str, int],
     ) -> None:
         self.pod = pod
-        self._family = family
+        self._members = members
         self.plan = plan
         self.id = plan["id"]
         self.facts = known
@@ -152,7 +152,7 @@ class Container:
         """Undo a creation whose process ended before it was ready."""
         protocol.close_all(self._release())
         facts.remove(self.pod.directory, self.id)
-        del self._family[self.id]
+        del self._members[self.id]
         if self._creation is not None and self._removals:
             self._creation.fail(FailedPrecondition(f'container "{self.id}": removed while created'))
         elif self._creation is not None and self._failure is not None:
@@ -342,7 +342,7 @@ class Container:
             self.kill()
             return
         facts.remove(self.pod.directory, self.id)
-        self._family.pop(self.id, None)
+        self._members.pop(self.id, None)
         request.reply()
 
     # --- the rest ---

@@ -23,7 +23,7 @@ from nodeagent.sandbox.supervisor.groups import split_join_fds
 from nodeagent.sandbox.supervisor.pod import Pod
 from nodeagent.sandbox.supervisor.stdio import Stdio, open_stdio
 
-Family = dict[str, Container]
+Members = dict[str, Container]
 
 # The time for killed execs to end: they may have to wait for processor time of their container.
 _PATIENCE_SECONDS = 10.0
@@ -45,7 +45,7 @@ class _Creation(NamedTuple):
     """A request to create a container, with the descriptors that came with it."""
 
     pod: Pod
-    family: Family
+    members: Members
     request: Request
     plan: ContainerPlan
     fds: dict[str, int]
@@ -55,17 +55,17 @@ class _Creation(NamedTuple):
         protocol.close_all((*self.fds.values(), *self.join))
 
 
-def create(pod: Pod, family: Family, request: Request) -> None:
+def create(pod: Pod, members: Members, request: Request) -> None:
     """Reply when the container is ready to be started; nothing is left of one that is not."""
     plan = protocol.checked(ContainerPlan, request.body["plan"])
-    if protocol.checked_id(plan["id"]) in family:
+    if protocol.checked_id(plan["id"]) in members:
         raise AlreadyExists(f'container "{plan["id"]}": exists already')
-    shared = _shared_namespace(pod, family, plan)
+    shared = _shared_namespace(pod, members, plan)
     if shared is not None:
         visibility.require_successor(f'container "{plan["id"]}"', plan["process"], tty=plan["tty"])
     join = request.take_all("join")
     fds = {name: fd for name in ("oom", "procs", "kill") if (fd := request.take(name)) is not None}
-    creation = _Creation(pod, family, request, plan, fds, join)
+    creation = _Creation(pod, members, request, plan, fds, join)
     try:
         if shared is not None and shared.owner and not shared.owner.facts.get("shared"):
             _share(creation, shared.owner, time.monotonic() + _PATIENCE_SECONDS)
@@ -98,32 +98,32 @@ def _share(creation: _Creation, owner: Container, deadline: float) -> None:
         return
     owner.share_pid_namespace()
     creation.pod.about_to_share.discard(owner.id)
-    _make(creation, _shared_namespace(creation.pod, creation.family, creation.plan))
+    _make(creation, _shared_namespace(creation.pod, creation.members, creation.plan))
 
 
 def _share_later(creation: _Creation, owner: Container, deadline: float) -> None:
     """Call `_share` again for a request that has waited; all that was checked then is checked again."""
     try:
-        if creation.plan["id"] in creation.family:
+        if creation.plan["id"] in creation.members:
             raise AlreadyExists(f'container "{creation.plan["id"]}": exists already')
         if creation.request.peer is not creation.pod.agent:
             raise FailedPrecondition(
                 f'container "{creation.plan["id"]}": the agent that asked for it has disconnected'
             )
-        _shared_namespace(creation.pod, creation.family, creation.plan)
+        _shared_namespace(creation.pod, creation.members, creation.plan)
         _share(creation, owner, deadline)
     except (NodeAgentError, OSError) as error:
         creation.close()
         creation.request.fail(error)
 
 
-def _shared_namespace(pod: Pod, family: Family, plan: ContainerPlan) -> PidNamespace | None:
+def _shared_namespace(pod: Pod, members: Members, plan: ContainerPlan) -> PidNamespace | None:
     """The PID namespace that the container shares; None if it is in the supervisor's, or in a new one below it."""
     if plan["pid"] in ("container", "node"):
         return None
     namespace = visibility.POD
     if plan["pid"] == "target":
-        target = family.get(plan["pid_target"])
+        target = members.get(plan["pid_target"])
         if target is None:
             raise NotFound(f'container "{plan["pid_target"]}": not in this pod')
         if target.state != "running":
@@ -135,20 +135,20 @@ def _shared_namespace(pod: Pod, family: Family, plan: ContainerPlan) -> PidNames
         if pod.init_pidfd is None:
             raise FailedPrecondition(f'container "{plan["id"]}": the pod shares no PID namespace')
         return PidNamespace(pod.init_pidfd, paths.procfs_pin(pod.directory), None)
-    owner = family.get(namespace)
+    owner = members.get(namespace)
     if owner is None or owner.state != "running":
         raise FailedPrecondition(
             f'container "{namespace}": has ended, and its PID namespace with it'
         )
-    return PidNamespace(family[plan["pid_target"]].fds["pidfd"], "", owner)
+    return PidNamespace(members[plan["pid_target"]].fds["pidfd"], "", owner)
 
 
 def _make(creation: _Creation, shared: PidNamespace | None) -> None:
     """Fork the process. Closes `join`; the other descriptors belong to the container from here on."""
-    pod, family, request, plan, fds, join = creation
+    pod, members, request, plan, fds, join = creation
     stdio = open_stdio(plan)
     try:
-        container = Container(pod, family, plan, nothing_known(fds), fds)
+        container = Container(pod, members, plan, nothing_known(fds), fds)
         child, ours = _spawn(pod, container, stdio, join, shared)
     except BaseException:
         stdio.close_kept()
@@ -161,7 +161,7 @@ def _make(creation: _Creation, shared: PidNamespace | None) -> None:
     container.facts["pid"], container.facts["ticks"] = child.pid, processes.start_ticks(child.pid)
     container.facts["pipes"] = {name: os.fstat(fd).st_ino for name, fd in stdio.kept.items()}
     container.facts["namespace"] = _name_of(plan, shared)
-    family[plan["id"]] = container
+    members[plan["id"]] = container
     hidden = child.pid if shared is not None else None
     birth = Birth(pod.loop, ours.detach(), container, hidden)
     container.await_birth(birth, request, hidden=shared is not None)

@@ -160,11 +160,11 @@ class Exec:
 
 
 class Execs:
-    """The execs of a pod. Numbers are an agent's own: the next agent's begin anew. family: the pod's containers."""
+    """The execs of a pod. Numbers are an agent's own: the next agent's begin anew. members: the pod's containers."""
 
-    def __init__(self, pod: Pod, family: dict[str, Container]) -> None:
+    def __init__(self, pod: Pod, members: dict[str, Container]) -> None:
         self.pod = pod
-        self._family = family
+        self._members = members
         self._execs: dict[tuple[Peer, int], Exec] = {}
 
     def begin(self, container: Container, request: Request) -> None:
@@ -173,7 +173,7 @@ class Execs:
             raise FailedPrecondition(
                 f'container "{container.id}": is {container.state}, not running'
             )
-        hidden = visibility.must_hide_exec(self._family, container) or (
+        hidden = visibility.must_hide_exec(self._members, container) or (
             visibility.namespace_of(container) in self.pod.about_to_share
         )
         if (request.peer, request.body["exec"]) in self._execs:

@@ -172,7 +172,7 @@ class Allowance:
         return 0 if self._left > 0 else int(-self._left * 1000 / self._rate) + 1
 
 
-class Tap:
+class AttachedOutput:
     """An attached client: for each stream, the writing end of a pipe whose reading end it has."""
 
     def __init__(self, cut_off: Callable[[], None]) -> None:
@@ -231,7 +231,7 @@ class Pump:
         self._paused_at = 0
         self._held_back_ns = 0
         self._dropped_lines = 0
-        self.taps: dict[object, Tap] = {}
+        self.attached: dict[object, AttachedOutput] = {}
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -307,8 +307,8 @@ class Pump:
             stream.source.release()
         else:
             written = stream.transfer(self._log, data, self._clock)
-        for tap in tuple(self.taps.values()):
-            tap.write(stream.name, data)
+        for output in tuple(self.attached.values()):
+            output.write(stream.name, data)
         return written
 
     def _wait_for(self, written: int) -> bool:
@@ -353,9 +353,9 @@ class Pump:
             self._loop.forget(stream.source.descriptor)
             stream.source.close()
         self._streams.clear()
-        for tap in self.taps.values():
-            tap.close()
-        self.taps.clear()
+        for output in self.attached.values():
+            output.close()
+        self.attached.clear()
         if self._log is not None:
             self._dropped_lines = self._log.dropped_lines
             self._log.close()

@@ -9,44 +9,44 @@ from nodeagent.sandbox.runtime import process
 from nodeagent.sandbox.supervisor import visibility
 from nodeagent.sandbox.supervisor.birth import Birth
 from nodeagent.sandbox.supervisor.containers import Container
-from nodeagent.sandbox.supervisor.creation import Family, nothing_known
+from nodeagent.sandbox.supervisor.creation import Members, nothing_known
 from nodeagent.sandbox.supervisor.pod import Pod
 
 
-def restore(pod: Pod, family: Family, kept: dict[str, dict[str, int]]) -> None:
+def restore(pod: Pod, members: Members, kept: dict[str, dict[str, int]]) -> None:
     """Take over what is in the pod's directory, with the descriptors that the launcher has kept."""
     for container_id in facts.listed(pod.directory):
         try:
             plan, known = facts.load(pod.directory, container_id)
         except (FileNotFoundError, ValueError):
             # Its process has ended, for lack of a supervisor to tell that it is ready.
-            _restore_cut_off(pod, family, container_id)
+            _restore_cut_off(pod, members, container_id)
             continue
         fds = kept.pop(container_id, {})
-        container = Container(pod, family, plan, known, fds)
-        family[container_id] = container
+        container = Container(pod, members, plan, known, fds)
+        members[container_id] = container
         _take_over(container)
     for fds in kept.values():
         protocol.close_all(fds.values())
-    for container in family.values():
-        _note_namespace(family, container)
+    for container in members.values():
+        _note_namespace(members, container)
 
 
-def _restore_cut_off(pod: Pod, family: Family, container_id: str) -> None:
+def _restore_cut_off(pod: Pod, members: Members, container_id: str) -> None:
     """Undo a creation; what is left of it are poststop hooks, where earlier hooks may have been run."""
     try:
         plan = facts.load_plan(pod.directory, container_id)
     except (FileNotFoundError, ValueError):
         facts.remove(pod.directory, container_id)
         return
-    container = family[container_id] = Container(pod, family, plan, nothing_known({}), {})
+    container = members[container_id] = Container(pod, members, plan, nothing_known({}), {})
     container.cut_off()
 
 
-def _note_namespace(family: Family, container: Container) -> None:
+def _note_namespace(members: Members, container: Container) -> None:
     """Facts of an earlier version do not tell whose PID namespace a container is in, nor who shares one."""
     namespace = visibility.namespace_of(container)
-    while (owner := family.get(namespace)) is not None and owner is not container:
+    while (owner := members.get(namespace)) is not None and owner is not container:
         further = visibility.namespace_of(owner)
         if further == namespace:
             owner.facts["shared"] = True

@@ -34,7 +34,7 @@ def namespace_of(member: Member) -> str:
     return member.facts.get("namespace", mode)
 
 
-def must_hide_exec(family: Mapping[str, Member], container: Member) -> bool:
+def must_hide_exec(members: Mapping[str, Member], container: Member) -> bool:
     """Whether a further process of a container is prepared outside of its PID namespace.
 
     In a namespace that was never shared, and without CAP_SYS_PTRACE, a process that is not dumpable cannot be traced.
@@ -43,7 +43,7 @@ def must_hide_exec(family: Mapping[str, Member], container: Member) -> bool:
     namespace = namespace_of(container)
     if namespace in (POD, NODE):
         return namespace == POD
-    owner = family.get(namespace)
+    owner = members.get(namespace)
     return owner is None or owner.facts.get("shared", False) or _may_trace(owner)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nodeagent.streaming.pump import MAX_LEFT_BYTES, READ_BYTES, Backlog, Gate, Sink, Source
+from nodeagent.streaming.pump import MAX_LEFT_BYTES, READ_BYTES, Backlog, FlowControl, Sink, Source
 
 PIPE_BYTES = 1 << 20
 
@@ -42,8 +42,8 @@ class Reading:
 
     def __init__(self, fd: int) -> None:
         self.chunks: list[bytes] = []
-        self.gate = Gate()
-        self.source = Source(fd, self.gate, self.chunks.append)
+        self.flow = FlowControl()
+        self.source = Source(fd, self.flow, self.chunks.append)
 
     @property
     def data(self) -> bytes:
@@ -69,10 +69,10 @@ async def test_a_source_reads_to_the_end(pipe: Pipe) -> None:
 async def test_a_closed_gate_stops_a_source_after_one_read(pipe: Pipe) -> None:
     reading = Reading(pipe.reader)
     os.write(pipe.writer, b"x" * 200_000)
-    reading.gate.close()
+    reading.flow.close()
     await some_turns()
     assert reading.chunks == []
-    reading.gate.open()
+    reading.flow.open()
     pipe.close(pipe.writer)
     await reading.ended()
     assert len(reading.data) == 200_000
@@ -82,11 +82,11 @@ async def test_a_finished_source_takes_what_is_there(pipe: Pipe) -> None:
     """Though somebody still holds the other end, and the client is slow."""
     os.write(pipe.writer, b"x" * 200_000)
     reading = Reading(pipe.reader)
-    reading.gate.close()
+    reading.flow.close()
     reading.source.finish()
     await some_turns()
     assert reading.chunks == []
-    reading.gate.open()
+    reading.flow.open()
     await reading.ended()
     assert len(reading.data) == 200_000
 
@@ -105,7 +105,7 @@ async def test_a_finished_source_is_not_kept_by_an_endless_writer(pipe: Pipe) ->
         chunks.append(len(data))
         os.write(pipe.writer, bytes(READ_BYTES))
 
-    source = Source(pipe.reader, Gate(), refill)
+    source = Source(pipe.reader, FlowControl(), refill)
     os.write(pipe.writer, bytes(READ_BYTES))
     source.finish()
     await asyncio.wait_for(source.ended.wait(), 5)
@@ -128,7 +128,7 @@ async def test_a_closed_source_reads_nothing_more(pipe: Pipe) -> None:
     os.write(pipe.writer, b"x")
     reading.source.close()
     reading.source.finish()
-    reading.gate.open()
+    reading.flow.open()
     await some_turns()
     assert reading.chunks == []
 

@@ -8,7 +8,7 @@ from yarl import URL
 
 from nodeagent.errors import RegistryUnavailable
 from nodeagent.images.remote import throttling
-from nodeagent.images.remote.throttling import Gates, Throttled, pause_asked_for
+from nodeagent.images.remote.throttling import Throttled, Throttles, pause_asked_for
 
 PLACE = URL("https://registry.example/v2/a/manifests/1")
 DATE = "Sun, 29 Nov 2026 00:00:00 GMT"
@@ -40,31 +40,31 @@ def test_without_retry_after_or_a_clock(headers: dict[str, str]) -> None:
     assert pause_asked_for(headers) is None
 
 
-async def refused(gates: Gates, url: URL = PLACE, **headers: str) -> Throttled:
+async def refused(throttles: Throttles, url: URL = PLACE, **headers: str) -> Throttled:
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
     try:
-        async with gates.turn(url) as turn:
+        async with throttles.turn(url) as turn:
             turn.answered(429, sent)
             raise RegistryUnavailable("429")
     except Throttled as error:
         return error
 
 
-async def answered(gates: Gates, status: int = 200) -> None:
-    async with gates.turn(PLACE) as turn:
+async def answered(throttles: Throttles, status: int = 200) -> None:
+    async with throttles.turn(PLACE) as turn:
         turn.answered(status, {})
 
 
 async def test_one_refusal_holds_all_requests_to_the_server() -> None:
-    gates = Gates()
-    error = await refused(gates, Retry_After="30")
+    throttles = Throttles()
+    error = await refused(throttles, Retry_After="30")
     assert error.sent
     assert str(error) == "429: asks for a pause of 30 s"
     with pytest.raises(Throttled, match=r"registry\.example: has asked for a pause") as caught:
-        await answered(gates)
+        await answered(throttles)
     assert not caught.value.sent
     assert caught.value.until == error.until
-    async with gates.turn(URL("https://other.example/")):
+    async with throttles.turn(URL("https://other.example/")):
         pass
 
 
@@ -72,30 +72,30 @@ def test_several_refusals_at_once_are_one(monkeypatch: pytest.MonkeyPatch) -> No
     """Where the server does not say how long, the pause grows with each one that did not help."""
     now = 100.0
     monkeypatch.setattr(throttling, "_now", lambda: now)
-    gate = throttling._Gate(PLACE.origin())
+    throttle = throttling._Throttle(PLACE.origin())
     pauses = []
     for _ in range(8):
-        assert gate.hold(None) == gate.hold(0) == gate.hold(None)
-        pauses.append(gate.hold(None) - now)
+        assert throttle.hold(None) == throttle.hold(0) == throttle.hold(None)
+        pauses.append(throttle.hold(None) - now)
         now += pauses[-1]
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
-    gate.widen()
-    assert gate.hold(None) == now + 1
-    assert gate.hold(7) == now + 7
-    assert gate.hold(3) == now + 7
+    throttle.widen()
+    assert throttle.hold(None) == now + 1
+    assert throttle.hold(7) == now + 7
+    assert throttle.hold(3) == now + 7
 
 
 async def test_after_a_pause_one_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throttling, "FIRST_SECONDS", 0.02)
-    gates = Gates()
-    error = await refused(gates)
+    throttles = Throttles()
+    error = await refused(throttles)
     await asyncio.sleep(error.until - asyncio.get_running_loop().time() + 0.001)
     under_way = 0
     widths = []
 
     async def ask() -> None:
         nonlocal under_way
-        async with gates.turn(PLACE) as turn:
+        async with throttles.turn(PLACE) as turn:
             under_way += 1
             widths.append(under_way)
             await asyncio.sleep(0.01)
@@ -112,22 +112,22 @@ async def test_after_a_pause_one_goes_first(monkeypatch: pytest.MonkeyPatch) -> 
 
 async def test_a_server_that_does_not_answer_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throttling, "FIRST_SECONDS", 0.01)
-    gates = Gates()
-    error = await refused(gates)
+    throttles = Throttles()
+    error = await refused(throttles)
     await asyncio.sleep(error.until - asyncio.get_running_loop().time() + 0.001)
     with pytest.raises(RegistryUnavailable):
-        async with gates.turn(PLACE):
+        async with throttles.turn(PLACE):
             raise RegistryUnavailable("connection refused")
-    assert gates._gates == {}
+    assert throttles._throttles == {}
 
 
 async def test_one_who_gives_up_waiting_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throttling, "FIRST_SECONDS", 0.01)
-    gates = Gates()
-    error = await refused(gates)
+    throttles = Throttles()
+    error = await refused(throttles)
     await asyncio.sleep(error.until - asyncio.get_running_loop().time() + 0.001)
-    async with gates.turn(PLACE) as first:
-        waiting = [asyncio.create_task(answered(gates)) for _ in range(2)]
+    async with throttles.turn(PLACE) as first:
+        waiting = [asyncio.create_task(answered(throttles)) for _ in range(2)]
         await asyncio.sleep(0)
         waiting[0].cancel()
         await asyncio.sleep(0)
@@ -139,14 +139,14 @@ async def test_one_who_does_not_wait_for_an_answer_lets_one_other_go(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(throttling, "FIRST_SECONDS", 0.01)
-    gates = Gates()
-    error = await refused(gates)
+    throttles = Throttles()
+    error = await refused(throttles)
     await asyncio.sleep(error.until - asyncio.get_running_loop().time() + 0.001)
     under_way = 0
 
     async def ask() -> None:
         nonlocal under_way
-        async with gates.turn(PLACE):
+        async with throttles.turn(PLACE):
             under_way += 1
             await asyncio.sleep(10)
 
@@ -164,28 +164,28 @@ async def test_one_who_does_not_wait_for_an_answer_lets_one_other_go(
 def test_a_later_pause_may_be_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(throttling, "_now", lambda: now)
-    gate = throttling._Gate(PLACE.origin())
-    assert gate.hold(3600) == now + 3600
+    throttle = throttling._Throttle(PLACE.origin())
+    assert throttle.hold(3600) == now + 3600
     now += throttling.LONGEST_SECONDS
-    assert gate.hold(5) == now + 5
+    assert throttle.hold(5) == now + 5
 
 
 async def test_a_long_pause_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throttling, "LONGEST_SECONDS", 0.01)
-    gates = Gates()
-    error = await refused(gates, Retry_After="999999999")
+    throttles = Throttles()
+    error = await refused(throttles, Retry_After="999999999")
     assert throttling.is_too_long(error.until)
     await asyncio.sleep(0.012)
-    await answered(gates)
+    await answered(throttles)
 
 
 async def test_only_servers_that_may_be_asked_for_are_remembered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(throttling, "LONGEST_SECONDS", 0.001)
-    gates = Gates()
+    throttles = Throttles()
     for number in range(3 * throttling._MANY):
         if number == throttling._MANY - 1:
             await asyncio.sleep(0.01)
-        await refused(gates, URL(f"https://{number}.example/"))
-    assert len(gates._gates) <= 2 * throttling._MANY + 1
+        await refused(throttles, URL(f"https://{number}.example/"))
+    assert len(throttles._throttles) <= 2 * throttling._MANY + 1

@@ -26,9 +26,9 @@ MOUNTS = r"""
 
 async def test_a_look_returns_or_raises_what_its_function_does() -> None:
     paths = HostPaths()
-    assert await paths.look("it", "/dev/it", lambda: 7) == 7
+    assert await paths.look_up("it", "/dev/it", lambda: 7) == 7
     with pytest.raises(NotFound, match="not on this node"):
-        await paths.look("it", "/dev/it", absent)
+        await paths.look_up("it", "/dev/it", absent)
     assert not paths.under_way
 
 
@@ -38,20 +38,20 @@ async def test_looks_that_hang_hold_up_only_those_at_their_file_system(
     monkeypatch.setattr(mountinfo, "table", lambda: MOUNTS)
     answered = threading.Event()
     paths = HostPaths(limit=2)
-    hanging = asyncio.create_task(paths.look("first", "/mnt/hung/a", answered.wait))
+    hanging = asyncio.create_task(paths.look_up("first", "/mnt/hung/a", answered.wait))
     await asyncio.sleep(0)
-    assert await paths.look("second", "/mnt/hung/b", lambda: 7) == 7
-    given_up = asyncio.create_task(paths.look("third", "/mnt/hung/deep/../c", answered.wait))
+    assert await paths.look_up("second", "/mnt/hung/b", lambda: 7) == 7
+    given_up = asyncio.create_task(paths.look_up("third", "/mnt/hung/deep/../c", answered.wait))
     await asyncio.sleep(0)
     given_up.cancel()
     for path in ("/dev/a", "/mnt/a", "/mnt/hung-not", "/mnt/with blank/a"):
-        assert await paths.look("other", path, lambda: 7) == 7
+        assert await paths.look_up("other", path, lambda: 7) == 7
     with pytest.raises(ResourceExhausted, match=r'fourth: "/mnt/hung/a": 2 lookups .* /mnt/hung '):
-        await paths.look("fourth", "/mnt/hung/a", lambda: 7)
+        await paths.look_up("fourth", "/mnt/hung/a", lambda: 7)
     answered.set()
     assert await hanging
     await asyncio.to_thread(wait_for, "end of the third", lambda: not paths.under_way)
-    assert await paths.look("fifth", "/mnt/hung/a", lambda: 7) == 7
+    assert await paths.look_up("fifth", "/mnt/hung/a", lambda: 7) == 7
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from nodeagent.cri import messages, verbose
 from nodeagent.images import manifest
 from nodeagent.lifecycle.plan import process
 from nodeagent.lifecycle.plan.devices import ContainerDevices
-from nodeagent.lifecycle.plan.planner import Planner, Seen
+from nodeagent.lifecycle.plan.planner import HostInputs, Planner
 from nodeagent.lifecycle.plan.selinux import NO_LABELS
 from nodeagent.records import Container, Image, ImageConfig, Sandbox
 from nodeagent.requests import ContainerConfig, Resources, SandboxConfig
@@ -70,8 +70,8 @@ def plan_of(image: Image) -> None:
         boot_id="b",
         created_at=1,
     )
-    seen = Seen(ContainerDevices([], []), Filter(b"", 0), "")
-    planner().plan(sandbox, container, image, seen, Path("/container"))
+    inputs = HostInputs(ContainerDevices([], []), Filter(b"", 0), "")
+    planner().plan(sandbox, container, image, inputs, Path("/container"))
 
 
 def image_with(config: object) -> Image:
