@@ -56,7 +56,7 @@ def test_a_process_that_was_reaped_unheard_has_ended(tmp_path: Path) -> None:
 
 
 def test_a_kill_is_written_down_before_it_is_sent(tmp_path: Path) -> None:
-    """Who sees the end in the place of this supervisor would take it for an OOM kill."""
+    """Whoever sees the end in place of this supervisor would take it for an OOM kill."""
     process = subprocess.Popen(["/bin/sleep", "1000"])
     container = running(tmp_path, process.pid)
     facts.make_directory(str(tmp_path), container.plan)
