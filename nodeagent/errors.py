@@ -8,7 +8,8 @@
     ├── NotFound               the named object does not exist
     ├── AlreadyExists          another object holds the name
     ├── FailedPrecondition     the object is in a state that forbids the request
-    │   └── StartError         the program of a container could not be executed
+    │   ├── StartError         the program of a container could not be executed
+    │   └── IncompatibleVersion   what another release runs, or has written, is not understood
     ├── PermissionDenied       policy or credentials forbid the request
     ├── ResourceExhausted      a bound of ours, or a disk, is full
     ├── Unavailable            a peer cannot be reached now; try again
@@ -47,6 +48,10 @@ class FailedPrecondition(NodeAgentError):
 
 class StartError(FailedPrecondition):
     """The program of a container could not be executed; the text names it and tells why."""
+
+
+class IncompatibleVersion(FailedPrecondition):
+    """A process of another release, or a file of one, is not understood; the text has both versions and the remedy."""
 
 
 class PermissionDenied(NodeAgentError):

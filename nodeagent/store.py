@@ -5,6 +5,9 @@ runs; the next agent reads the file. It is used from the event loop's thread onl
 50 µs (WAL, no fsync), and one that a crash of the *machine* loses belonged to a pod that is gone with it. Callers that
 need more (a pulled image) call `sync`.
 
+The file has a version (PRAGMA user_version). What a record of it may lack, or a reader pass over, leaves the version as
+it is; anything else raises it, and comes with a migration. A newer one is refused, and nothing of it is touched.
+
 The writes of stopping and removing must find room on a full disk, or nothing would ever be freed again: the database
 and its log have free pages from the start, and a file beside them is removed where an agent starts on a full disk.
 """
@@ -21,7 +24,7 @@ from typing import Self, TypeVar
 import msgspec
 
 from nodeagent import files
-from nodeagent.errors import DataLoss, NodeAgentError, ResourceExhausted
+from nodeagent.errors import DataLoss, IncompatibleVersion, NodeAgentError, ResourceExhausted
 from nodeagent.records import KINDS, Record
 
 log = logging.getLogger(__name__)
@@ -47,7 +50,10 @@ class Store:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open or make the file. Raises `DataLoss` for a damaged or foreign file, or a newer agent's."""
+        """Open or make the file.
+
+        Raises `DataLoss` for a damaged or foreign file, `IncompatibleVersion` for that of a newer release.
+        """
         reserve = path.with_name(f"{path.name}.reserve")
         try:
             db = _open(path)
@@ -65,7 +71,7 @@ class Store:
     def copy_of(cls, path: Path) -> Self:
         """A copy in memory of an agent's file, which is not written, nor are the files beside it.
 
-        The copy of a missing file is empty. Raises `DataLoss` as `open`.
+        The copy of a missing file is empty. Raises as `open`.
         """
         db = sqlite3.connect(":memory:", isolation_level=None)
         try:
@@ -223,11 +229,14 @@ def _keep_reserve(path: Path) -> None:
 
 
 def _prepare(db: sqlite3.Connection, path: Path) -> None:
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = NORMAL")
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version > SCHEMA_VERSION:
-        raise DataLoss(f"{path}: schema {version} is newer than this agent's {SCHEMA_VERSION}")
+        raise IncompatibleVersion(
+            f"{path}: schema {version} is newer than {SCHEMA_VERSION}, the newest that this release understands; "
+            "install the release of the agent that wrote it"
+        )
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = NORMAL")
     for kind in KINDS:
         db.execute(
             f"CREATE TABLE IF NOT EXISTS {_table(kind)} (key TEXT PRIMARY KEY, body BLOB NOT NULL)"

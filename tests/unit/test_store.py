@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodeagent.errors import DataLoss, ResourceExhausted
+from nodeagent.errors import DataLoss, IncompatibleVersion, ResourceExhausted
 from nodeagent.records import HostPort, Lease
 from nodeagent.requests import ContainerConfig
 from nodeagent.store import SCHEMA_VERSION, Store
@@ -137,11 +137,28 @@ def test_another_process_sees_only_whole_transactions(path: Path) -> None:
 def test_the_file_of_a_newer_agent_is_refused(path: Path) -> None:
     Store.open(path).close()
     db = sqlite3.connect(path)
+    db.execute("PRAGMA journal_mode = DELETE")
     db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     db.close()
-    with pytest.raises(DataLoss, match="newer than this agent's"):
+    before = path.read_bytes()
+    with pytest.raises(
+        IncompatibleVersion, match=r"state.db: schema 2 is newer than 1.*; install the release"
+    ):
         Store.open(path)
+    assert path.read_bytes() == before
     assert not [name for name in os.listdir(path.parent) if "-wal" in name], "it is closed"
+
+
+def test_the_file_of_the_first_releases_is_read(path: Path) -> None:
+    """It had no version."""
+    with closing(Store.open(path)) as store:
+        store.put(lease())
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 0")
+    with closing(Store.open(path)) as store:
+        assert store.all(Lease) == [lease()]
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
 
 
 def test_a_file_of_something_else_is_refused(path: Path) -> None:
@@ -205,5 +222,5 @@ def test_a_copy_of_what_is_no_store_of_ours_is_refused(path: Path, content: byte
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     else:
         path.write_bytes(content)
-    with pytest.raises(DataLoss):
+    with pytest.raises(DataLoss if content else IncompatibleVersion):
         Store.copy_of(path)
