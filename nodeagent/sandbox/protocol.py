@@ -4,6 +4,21 @@ A request is ``{"id": n, "op": name, …}``, its reply ``{"id": n, "result": {�
 "text": …}``, in any order. What comes unasked has no id: ``{"event": name, …}``. Descriptors travel in the same packet;
 ``"fds"`` names the purpose of each. A text that is longer than a packet should be travels in a memfd, which is then the
 first descriptor of an otherwise empty packet. Everything is bounded; what is not in this grammar raises `ValueError`.
+
+Versions. Launcher and supervisors survive an upgrade and a downgrade of the agent, so any two releases may meet, and
+one reads what another has written.
+
+* Both sides of a connection say in its first message which versions of the protocol they speak, from `oldest` to
+  `version`: the agent by ``{"op": "hello", "version": …, "oldest": …}``, whose answer has the same members and is
+  waited for before anything else is asked; a supervisor that goes to another launcher in ``attend``. The newest version
+  that both speak is spoken. Without one each refuses the other with `IncompatibleVersion`: the pod goes on as it is,
+  and can be stopped and removed; a launcher is replaced.
+* A file of the state directory has the version of its own form (`nodeagent.sandbox.statefile`), and so has the
+  database. A newer one is refused by name; neither it nor what it describes is touched. An older one is read.
+* Whoever says no version, and a file that has none, is of a release before there were versions, which counts as 0.
+* What others may pass over, or need not send, leaves a version as it is; anything else raises it. `OLDEST` is raised
+  when code for an earlier version goes.
+* The record of an end, the journal of a log and ``hello`` itself have no version: their forms stay.
 """
 
 import array
@@ -17,6 +32,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
 
 from nodeagent import errors
+from nodeagent.errors import IncompatibleVersion
+
+VERSION = 1
+OLDEST = 0
 
 MAX_MESSAGE_BYTES = 4 << 20  # twice the arguments and environment that execve(2) takes
 MAX_DESCRIPTORS = 64
@@ -40,6 +59,46 @@ class Message(NamedTuple):
 
     body: Body
     fds: list[int]
+
+
+class Spoken(NamedTuple):
+    """The versions of the protocol that a process speaks."""
+
+    version: int
+    oldest: int
+
+    def __str__(self) -> str:
+        return (
+            str(self.version) if self.version == self.oldest else f"{self.oldest} to {self.version}"
+        )
+
+
+UNVERSIONED = Spoken(0, 0)
+
+
+def spoken() -> Body:
+    """What this process says of itself in ``hello``, its answer, and ``attend``."""
+    return {"version": VERSION, "oldest": OLDEST}
+
+
+def spoken_by(body: Body) -> Spoken:
+    """What another process said of itself; raises ValueError for what cannot be."""
+    version, oldest = body.get("version", 0), body.get("oldest", 0)
+    if not (isinstance(version, int) and isinstance(oldest, int) and 0 <= oldest <= version):
+        raise ValueError(f"versions {oldest!r:.20} to {version!r:.20} of the protocol")
+    return Spoken(version, oldest)
+
+
+def require_common_version(they: str, theirs: Spoken, we: str) -> None:
+    """Raises IncompatibleVersion where two processes speak no version in common.
+
+    they, we: the names of both, of which one says whose pod it is.
+    """
+    if theirs.version < OLDEST or theirs.oldest > VERSION:
+        raise IncompatibleVersion(
+            f"{they} speaks version {theirs} of the protocol, {we} {Spoken(VERSION, OLDEST)}; install a "
+            "release of the agent that speaks both, or stop and remove the pod"
+        )
 
 
 def send(connection: socket.socket, packet: bytes, fds: Sequence[int] = ()) -> None:
@@ -87,7 +146,7 @@ def receive(connection: socket.socket) -> Message | None:
             raise ValueError("a packet is too long or has too many descriptors")
         if packet == _IN_MEMFD and fds:
             packet = _take_memfd(fds.pop(0))
-        return Message(_decode(packet), fds)
+        return Message(decode(packet), fds)
     except BaseException:
         close_all(fds)
         raise
@@ -112,7 +171,8 @@ def _take_memfd(memfd: int) -> bytes:
     return packet
 
 
-def _decode(packet: bytes) -> Body:
+def decode(packet: bytes) -> Body:
+    """Raises ValueError for what is not a JSON object."""
     try:
         body = json.loads(packet.decode())
     except RecursionError:

@@ -84,7 +84,10 @@ def operation(data: bytes) -> None:
 
     with _pair() as (ours, theirs), _memfd(data[1:]) as memfd:
         peer = peers.Peer(
-            loop, theirs, lambda peer, message: peers.perform({"take": take}, peer, message), _ended
+            loop,
+            theirs,
+            lambda peer, message: peers.perform("x", {"take": take}, peer, message),
+            _ended,
         )
         many = data[:1] > b"\x7f"
         protocol.send(ours, data[1:] or b"{}", [memfd] if many else [])
@@ -113,9 +116,13 @@ async def _ask(data: bytes) -> None:
     try:
         with theirs, _memfd(b"") as memfd:
             fds = [memfd] * (data[0] % 3 if data else 0)
+            protocol.send(theirs, protocol.encode({"id": 0, "result": protocol.spoken()}))
+            await channel.agree()
+            asking = asyncio.create_task(channel.request("ask"))
+            await asyncio.sleep(0)
             protocol.send(theirs, data[1:] or b"{}", fds)
             theirs.shutdown(socket.SHUT_WR)
-            answer = await channel.request("ask")
+            answer = await asking
             protocol.close_all(answer.fds.values())
     finally:
         await ended.wait()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nodeagent.errors import (
+    IncompatibleVersion,
     NodeAgentError,
     NotFound,
     Unavailable,
@@ -109,13 +110,17 @@ class Stopping:
     async def stop_all(self, sandbox_id: str) -> None:
         """Kill every container of a pod, all at once; raises when one of them does not end.
 
-        Containers of a supervisor that has died are left to the end of the pod.
+        What cannot be asked of a supervisor that has died is left to the end of the pod. Where one does not understand
+        us, the agent kills.
         """
         members = self._inventory.members(sandbox_id)
         running = [c for c in members if c.state == "running" or c.id in self._starting]
         results = await asyncio.gather(
             *(self.stop(container.id, 0) for container in running), return_exceptions=True
         )
+        if any(isinstance(result, IncompatibleVersion) for result in results):
+            await self.kill_all(sandbox_id)
+            return
         failures = [
             result
             for result in results

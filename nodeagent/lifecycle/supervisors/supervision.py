@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nodeagent import records
-from nodeagent.errors import NodeAgentError, Unavailable
+from nodeagent.errors import IncompatibleVersion, NodeAgentError, Unavailable
 from nodeagent.lifecycle.inventory import Inventory, Pod
 from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.records import Container
@@ -61,7 +61,7 @@ class Supervision:
             task.cancel()
 
     async def adopt(self, sandbox_id: str) -> None:
-        """Take a pod over from an earlier agent.
+        """Take a pod over from the agent before us. One that this release does not understand is left as it is.
 
         Raises TimeoutError where its supervisor has died and a successor does not come up: a container can block that
         with its pipe, which the successor drains.
@@ -71,7 +71,9 @@ class Supervision:
         self._inventory.pods[sandbox_id] = Pod(supervisor)
         self.watch(sandbox_id, supervisor)
         try:
-            await self.within_bounds(_pod(sandbox_id), self._reconcile(sandbox_id, supervisor))
+            await self.within_bounds(
+                _pod(sandbox_id), self._reconcile_or_leave(sandbox_id, supervisor)
+            )
         except Unavailable:
             pass  # it has just died, and its successor will be asked
 
@@ -187,7 +189,7 @@ class Supervision:
         successor = pod.supervisor
         if successor is None or successor.is_lost:
             return  # the pod has ended, or the successor died as well, and is watched
-        await self._reconcile(sandbox_id, successor)
+        await self._reconcile_or_leave(sandbox_id, successor)
 
     async def _reach(self, sandbox_id: str) -> Supervisor:
         directory = self._directory / sandbox_id
@@ -195,7 +197,17 @@ class Supervision:
             return await Supervisor.connect(directory, sandbox_id)
         except OSError:
             launcher = await self._launchers.get()
+        try:
             return await launcher.successor(sandbox_id, directory)
+        except IncompatibleVersion as error:
+            return Supervisor.refused(directory, sandbox_id, error)
+
+    async def _reconcile_or_leave(self, sandbox_id: str, supervisor: Supervisor) -> None:
+        """Like `_reconcile`; a pod that this release does not understand is left as it is."""
+        try:
+            await self._reconcile(sandbox_id, supervisor)
+        except IncompatibleVersion as error:
+            log.error("%s: is left as it is: %s", _pod(sandbox_id), error)
 
     async def _reconcile(self, sandbox_id: str, supervisor: Supervisor) -> None:
         """Bring the records to what the supervisor knows; a container that it does not know has ended unseen."""

@@ -1,21 +1,25 @@
 """The agent's side of the protocol: requests and their replies on one connection, with asyncio.
 
-A cancelled caller loses only the reply: the operation is finished, and descriptors that come with the reply are closed.
+A caller that is cancelled loses nothing but the reply: what was asked for is finished, and descriptors that come with
+the reply are closed. Nothing is asked before the other side has said which versions of the protocol it speaks.
 """
 
 import asyncio
 import itertools
 import logging
 import os
+import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from nodeagent.errors import Unavailable
+from nodeagent.errors import IncompatibleVersion, Unavailable
 from nodeagent.sandbox import protocol
 from nodeagent.sandbox.protocol import Body, Message
 
 log = logging.getLogger(__name__)
+
+_HELLO = 0  # the number of the first request
 
 
 class Reply(NamedTuple):
@@ -50,10 +54,13 @@ class Channel:
         # A descriptor has one writer callback: a second request that waited for room would replace the first's.
         self._sending = asyncio.Lock()
         self._is_open = True
+        self._answered = asyncio.Event()
+        self._refusal = ""
         self._pidfd = os.pidfd_open(self.pid)
         connection.setblocking(False)
         self._loop.add_reader(connection.fileno(), self._receive_all)
         self._loop.add_reader(self._pidfd, self._died)
+        self._post({"id": _HELLO, "op": "hello", **protocol.spoken()})
 
     @classmethod
     async def connect(
@@ -78,8 +85,10 @@ class Channel:
     ) -> Reply:
         """Raises the error that the other side names, or Unavailable when it goes before it replies.
 
+        Raises IncompatibleVersion where it speaks no version of the protocol that we do.
         fds: named; they stay the caller's.
         """
+        await self.agree()
         number = next(self._numbers)
         names, descriptors = protocol.named(fds)
         packet = protocol.encode({"id": number, "op": operation, "fds": names, **members})
@@ -102,12 +111,34 @@ class Channel:
         return self._is_open
 
     def post(self, operation: str, **members: object) -> None:
-        """Send a request whose outcome does not matter."""
-        packet = protocol.encode({"id": next(self._numbers), "op": operation, **members})
+        """Ask for something whose outcome is of no interest, and which a request before has begun."""
+        if self._answered.is_set() and not self._refusal:
+            self._post({"id": next(self._numbers), "op": operation, **members})
+
+    def _post(self, body: Body) -> None:
         try:
-            protocol.send(self._connection, packet)
+            protocol.send(self._connection, protocol.encode(body))
         except OSError as error:
-            log.warning("%s: %s: %s", self.name, operation, error)
+            log.warning("%s: %s: %s", self.name, body["op"], error)
+
+    async def agree(self) -> None:
+        """Return when it is known that both sides speak some version of the protocol, or nothing comes any more.
+
+        Raises IncompatibleVersion where they do not.
+        """
+        await self._answered.wait()
+        if self._refusal:
+            raise IncompatibleVersion(self._refusal)
+
+    def _hear(self, message: Message) -> None:
+        """The answer to our ``hello``: an error is that of a release which does not know it."""
+        protocol.close_all(message.fds)
+        try:
+            spoken = protocol.spoken_by(message.body.get("result", {}))
+            protocol.require_common_version(self.name, spoken, "this agent")
+        except IncompatibleVersion as error:
+            self._refusal = str(error)
+        self._answered.set()
 
     async def _send(self, packet: bytes, fds: Sequence[int]) -> None:
         async with self._sending:
@@ -147,13 +178,18 @@ class Channel:
     def _dispatch(self, message: Message) -> None:
         if "event" in message.body:
             protocol.close_all(message.fds)
-            self._on_event(message.body)
+            # What comes before is in the state that is asked for next.
+            if self._answered.is_set() and not self._refusal:
+                self._on_event(message.body)
             return
         try:
             number = protocol.checked_reply(message).body["id"]
         except ValueError:
             protocol.close_all(message.fds)
             raise
+        if number == _HELLO:
+            self._hear(message)
+            return
         future = self._pending.get(number)
         if future is None or future.done():
             protocol.close_all(message.fds)
@@ -174,12 +210,19 @@ class Channel:
         if not self._is_open:
             return
         self._is_open = False
+        self._answered.set()
         self._loop.remove_reader(self._connection.fileno())
         self._connection.close()
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(self.unavailable())
         self._on_end()
+
+    async def kill(self) -> None:
+        """Kill the process, and return when it is dead."""
+        if self._pidfd >= 0:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            await self.lost.wait()
 
     def forget(self) -> None:
         """Disconnect, and stop watching the process."""
@@ -191,6 +234,19 @@ class Channel:
 
     def unavailable(self) -> Unavailable:
         return Unavailable(f"{self.name}: {'died' if self.lost.is_set() else 'is disconnected'}")
+
+
+class Refusal(Channel):
+    """The channel to a process that cannot be had: each request raises IncompatibleVersion with `text`."""
+
+    def __init__(self, text: str) -> None:
+        self.pid = 0
+        self.lost = asyncio.Event()
+        self._is_open = False
+        self._answered = asyncio.Event()
+        self._answered.set()
+        self._refusal = text
+        self._pidfd = -1
 
 
 def _reap(pidfd: int) -> None:

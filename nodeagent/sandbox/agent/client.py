@@ -2,15 +2,22 @@
 
 import asyncio
 import itertools
+import logging
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from nodeagent.errors import AlreadyExists, NodeAgentError, Unavailable, Unsupported
-from nodeagent.sandbox import protocol
-from nodeagent.sandbox.agent.channel import Channel
+from nodeagent.errors import (
+    AlreadyExists,
+    IncompatibleVersion,
+    NodeAgentError,
+    Unavailable,
+    Unsupported,
+)
+from nodeagent.sandbox import paths, protocol
+from nodeagent.sandbox.agent.channel import Channel, Refusal
 from nodeagent.sandbox.agent.handles import (
     AttachIO,
     CgroupFds,
@@ -26,6 +33,8 @@ from nodeagent.sandbox.paths import LAUNCHER_SOCKET, SUPERVISOR_SOCKET
 from nodeagent.sandbox.protocol import Body
 from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, Exit, PodPlan, PodSettings
 from nodeagent.tasks import Tasks
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "AttachIO",
@@ -75,6 +84,13 @@ class Supervisor:
         self._channel = await Channel.connect(path, name, self._event, self._end)
         return self
 
+    @classmethod
+    def refused(cls, directory: Path, pod_id: str, error: IncompatibleVersion) -> "Supervisor":
+        """Stand for one that cannot be had, as it would not understand the pod: all but `shutdown` raises `error`."""
+        self = cls(pod_id, directory)
+        self._channel = Refusal(f'pod "{pod_id}": has no supervisor: {error}')
+        return self
+
     @property
     def pid(self) -> int:
         return self._channel.pid
@@ -121,13 +137,16 @@ class Supervisor:
     async def shutdown(self) -> None:
         """Kill all that runs in the pod, wait for its end, remove the pins, and end the supervisor. Idempotent.
 
-        For a supervisor that has died without a successor, one is started to do this.
+        For a supervisor that has died without a successor, one is started to do this. One that cannot be asked is
+        killed: whoever ends its pod kills what runs in it.
         """
         if self._is_shut_down:
             return
         try:
             await self._channel.request("shutdown")
             await self.lost.wait()
+        except IncompatibleVersion:
+            await self._end_unasked()
         except Unavailable:
             await self._shut_down_by_successor()
         self._is_shut_down = True
@@ -149,8 +168,23 @@ class Supervisor:
             ) from None
         await successor.shutdown()
 
+    async def _end_unasked(self) -> None:
+        launcher = await self._launcher()
+        try:
+            await launcher.abandon(self.pod_id)
+        finally:
+            launcher.close()
+        await self._channel.kill()
+        paths.unpin(str(self._directory))
+
+    async def _launcher(self) -> "Launcher":
+        try:
+            return await Launcher.connect(self._directory.parents[1])
+        except OSError as error:
+            raise Unavailable(f'pod "{self.pod_id}": there is no launcher: {error}') from None
+
     async def _successor(self) -> "Supervisor":
-        launcher = await Launcher.connect(self._directory.parents[1])
+        launcher = await self._launcher()
         try:
             return await launcher.successor(self.pod_id, self._directory)
         except AlreadyExists:
@@ -301,11 +335,17 @@ class Launcher:
     async def connect_or_start(
         cls, state: Path, python: str = sys.executable, join_fds: Sequence[int] = ()
     ) -> "Launcher":
-        """join_fds: files of the cgroup that a new launcher moves to, opened for writing."""
+        """One that speaks no version of the protocol that we do is replaced.
+
+        join_fds: files of the cgroup that a new launcher moves to, opened for writing.
+        """
         try:
-            return await cls.connect(state)
+            launcher = await cls.connect(state)
         except OSError:
             pass
+        else:
+            if not await launcher.end_if_incompatible():
+                return launcher
         try:
             await start_launcher(str(state), python, join_fds)
         except AlreadyExists:
@@ -329,6 +369,17 @@ class Launcher:
     @property
     def lost(self) -> asyncio.Event:
         return self._channel.lost
+
+    async def end_if_incompatible(self) -> bool:
+        """Kill it, and return True, if it speaks no version of the protocol that we do."""
+        try:
+            await self._channel.agree()
+        except IncompatibleVersion as error:
+            log.warning("%s; it is replaced, which pods do not notice", error)
+            await self._channel.kill()
+            self.close()
+            return True
+        return False
 
     def close(self) -> None:
         """Disconnect; the launcher goes on."""

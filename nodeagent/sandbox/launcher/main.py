@@ -18,7 +18,7 @@ from functools import partial
 from typing import NoReturn
 
 from nodeagent import files
-from nodeagent.errors import AlreadyExists, FailedPrecondition, Unavailable
+from nodeagent.errors import AlreadyExists, FailedPrecondition, IncompatibleVersion, Unavailable
 from nodeagent.linux import immortal, processes
 from nodeagent.sandbox import exits, facts, protocol
 from nodeagent.sandbox.launcher import rehearsal
@@ -77,6 +77,7 @@ class Launcher:
         self._loop = loop
         self._children = Children(loop, self._hear_supervisors)
         self._pods: dict[str, KeptPod] = {}
+        self._refused: set[str] = set()  # pods of which it has been said
         self._operations = {
             "fork": self._fork,
             "successor": self._succeed,
@@ -100,7 +101,7 @@ class Launcher:
         if message.body.get("op") == "attend":
             guarded(self._attend, peer, message)
         else:
-            peers.perform(self._operations, peer, message)
+            peers.perform("launcher", self._operations, peer, message)
 
     # --- what agents ask for ---
 
@@ -184,6 +185,15 @@ class Launcher:
         """Take on a supervisor of an earlier launcher."""
         protocol.close_all(message.fds)
         pod_id, directory = message.body["pod"], message.body["directory"]
+        try:
+            they = f'supervisor of pod "{pod_id}"'
+            protocol.require_common_version(they, protocol.spoken_by(message.body), "launcher")
+        except IncompatibleVersion as error:
+            if pod_id not in self._refused:  # it tries again every second
+                self._refused.add(pod_id)
+                report(f"{error}; until then it has no launcher")
+            peer.close()
+            return
         pod = self._pods.get(pod_id) or KeptPod(pod_id, directory)
         if pod.peer is not None:
             pod.peer.close()

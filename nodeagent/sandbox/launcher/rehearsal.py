@@ -81,6 +81,7 @@ def _acknowledge(launcher: Peer, message: protocol.Message) -> None:
 def _requests(directory: str) -> list[Body]:
     settings = PodSettings(hostname=None, sysctls={}, shm_bytes=None, pid="container")
     return [
+        {"op": "hello", **protocol.spoken()},
         {"op": "namespaces"},
         {"op": "configure", "settings": settings},
         {"op": "create", "plan": _container(directory)},

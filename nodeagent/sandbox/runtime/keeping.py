@@ -101,7 +101,8 @@ class Keeper:
             self._loop.call_after(_RETRY_MS, self._reconnect)
             return
         self._peer = Peer(self._loop, connection, self._received, self._lost)
-        self._send({"op": "attend", "pod": self._pod_id, "directory": self._directory})
+        attended = {"pod": self._pod_id, "directory": self._directory}
+        self._send({"op": "attend", **protocol.spoken(), **attended})
         for container, deposit in self._deposits().items():
             self.keep(container, deposit)
 

@@ -22,7 +22,10 @@ _PAUSE_MS = 200
 
 
 class Peer:
-    """One connection. Messages for which the socket has no room wait, in order; `closed` is called once, at its end."""
+    """One connection. Messages that find no room wait, in order; `closed` is called once, when it has ended.
+
+    spoken: the versions of the protocol that the peer has said it speaks.
+    """
 
     def __init__(
         self,
@@ -36,6 +39,7 @@ class Peer:
         self.pid = protocol.peer_of(connection).pid
         self.received = received
         self.closed = closed
+        self.spoken = protocol.UNVERSIONED
         self._waiting: deque[tuple[bytes, list[int]]] = deque()
         self._open = True
         connection.setblocking(False)
@@ -156,11 +160,21 @@ class Request:
 Operation = Callable[[Request], None]
 
 
-def perform(operations: Mapping[str, Operation], peer: Peer, message: protocol.Message) -> None:
-    """Carry out a request; whatever is wrong with it becomes its reply."""
+def perform(
+    who: str, operations: Mapping[str, Operation], peer: Peer, message: protocol.Message
+) -> None:
+    """Do what a request asks; whatever is wrong with it becomes its reply.
+
+    who: the name of this process, for an agent that speaks no version in common.
+    """
     request = Request(peer, message)
     name = request.body.get("op")
     try:
+        if name == "hello":
+            peer.spoken = protocol.spoken_by(request.body)
+            request.reply(protocol.spoken())
+            return
+        protocol.require_common_version("the agent", peer.spoken, who)
         operation = operations.get(name) if isinstance(name, str) else None
         if operation is None:
             raise InvalidArgument(f"operation {name!r}: unknown")

@@ -131,7 +131,7 @@ class Supervisor:
             previous.close()
 
     def _received(self, peer: Peer, message: Message) -> None:
-        peers.perform(self._operations, peer, message)
+        peers.perform(f'supervisor of pod "{self.pod.id}"', self._operations, peer, message)
 
     def _agent_gone(self, peer: Peer) -> None:
         if self.pod.agent is peer:

@@ -181,7 +181,10 @@ def test_the_text_of_an_error_is_bounded(pair: Pair) -> None:
     """Or the reply that says what was wrong with the longest request would be too long itself."""
     answers: list[Message] = []
     peer = peers.Peer(
-        Loop(), pair[1], lambda peer, message: peers.perform({}, peer, message), lambda _peer: None
+        Loop(),
+        pair[1],
+        lambda peer, message: peers.perform("x", {}, peer, message),
+        lambda _peer: None,
     )
     name = "\x01" * (protocol.MAX_MESSAGE_BYTES // 6 - 100)
     protocol.send(pair[0], protocol.encode({"id": 1, "op": name}))

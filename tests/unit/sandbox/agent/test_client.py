@@ -1,4 +1,4 @@
-"""The agent's side of a supervisor that answers as an earlier version did."""
+"""The agent's side of supervisors of other releases."""
 
 import asyncio
 import os
@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from nodeagent.errors import Unsupported
+from nodeagent.errors import IncompatibleVersion, Unavailable, Unsupported
 from nodeagent.sandbox import protocol
 from nodeagent.sandbox.agent.client import ExecIO, Supervisor
 from nodeagent.sandbox.agent.handles import CgroupFds
@@ -34,6 +34,10 @@ class Earlier:
         connection, _ = self._listener.accept()
         master, self.other_end = os.pipe()
         with self._listener, connection, open(master, "rb"):
+            hello = protocol.receive(connection)
+            assert hello is not None
+            unknown = {"error": "InvalidArgument", "text": "operation 'hello': unknown"}
+            protocol.send(connection, protocol.encode({"id": hello.body["id"], **unknown}))
             asked = protocol.receive(connection)
             assert asked is not None
             result = {"pid": 1, "fds": ["master"]}
@@ -55,3 +59,62 @@ async def test_a_terminal_that_the_agent_would_hold_is_refused(tmp_path: Path) -
         os.write(earlier.other_end, b"x")
     os.close(earlier.other_end)
     client.close()
+
+
+class Other:
+    """Answers hello with what another release says of itself, after an event; keeps what it hears."""
+
+    def __init__(self, directory: Path, says: dict[str, Any]) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(str(directory / supervisor.SOCKET))
+        self._listener.listen()
+        self._says = says
+        self.heard: list[dict[str, Any]] = []
+        self.thread = threading.Thread(target=self._serve)
+        self.thread.start()
+
+    def _serve(self) -> None:
+        connection, _ = self._listener.accept()
+        with self._listener, connection:
+            event = {"event": "exit", "container": "c", "exit": "in a form of its own"}
+            protocol.send(connection, protocol.encode(event))
+            while message := protocol.receive(connection):
+                self.heard.append(dict(message.body))
+                protocol.send(
+                    connection, protocol.encode({"id": message.body["id"], "result": self._says})
+                )
+
+
+async def test_a_supervisor_of_a_release_too_new_is_asked_nothing(tmp_path: Path) -> None:
+    other = Other(tmp_path, {"version": 9, "oldest": 8})
+    client = await Supervisor.connect(tmp_path, "abc")
+    told: list[str] = []
+    client.on_exit = lambda container, _exit: told.append(container)
+    for _ in range(2):
+        with pytest.raises(
+            IncompatibleVersion,
+            match=r'pod "abc" speaks version 8 to 9 of the protocol, this agent 0 to 1; install .* remove the pod',
+        ):
+            await client.state()
+    client.close()
+    await asyncio.to_thread(other.thread.join)
+    assert other.heard == [{"id": 0, "op": "hello", "version": 1, "oldest": 0}]
+    assert told == []
+
+
+async def test_a_newer_supervisor_that_speaks_our_version_is_served(tmp_path: Path) -> None:
+    other = Other(tmp_path, {"version": 9, "oldest": 1, "containers": []})
+    client = await Supervisor.connect(tmp_path, "abc")
+    assert await client.state() == []
+    client.close()
+    await asyncio.to_thread(other.thread.join)
+    assert [asked["op"] for asked in other.heard] == ["hello", "state"]
+
+
+async def test_what_says_an_impossible_version_is_disconnected(tmp_path: Path) -> None:
+    other = Other(tmp_path, {"version": 1, "oldest": 2})
+    client = await Supervisor.connect(tmp_path, "abc")
+    with pytest.raises(Unavailable, match="disconnected"):
+        await client.state()
+    client.close()
+    await asyncio.to_thread(other.thread.join)

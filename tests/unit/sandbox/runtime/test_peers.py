@@ -78,3 +78,49 @@ def test_what_was_said_before_the_end_is_received(unread: bool) -> None:
     theirs.close()
     peer.drain()
     assert said == [0, 1, 2, "end"]
+
+
+@pytest.mark.parametrize(
+    ("hello", "refused"),
+    [
+        (None, "version 0 "),
+        ({"version": 4, "oldest": 4}, "version 4 "),
+        ({"version": 9, "oldest": 9}, "version 9 "),
+        ({"version": 9, "oldest": 5}, None),
+        ({"version": 7, "oldest": 0}, None),
+    ],
+)
+def test_an_agent_that_speaks_no_version_in_common_is_refused(
+    monkeypatch: pytest.MonkeyPatch, hello: protocol.Body | None, refused: str | None
+) -> None:
+    """Whatever it asks. One that says none is of a release before there were versions."""
+    monkeypatch.setattr(protocol, "VERSION", 8)
+    monkeypatch.setattr(protocol, "OLDEST", 5)
+    done: list[object] = []
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def ask(request: peers.Request) -> None:
+        done.append(request.body["id"])
+        request.reply()
+
+    def received(peer: Peer, message: protocol.Message) -> None:
+        peers.perform('supervisor of pod "abc"', {"ask": ask}, peer, message)
+
+    peer = Peer(Loop(), ours, received, lambda _peer: None)
+    if hello is not None:
+        protocol.send(theirs, protocol.encode({"id": 0, "op": "hello", **hello}))
+    protocol.send(theirs, protocol.encode({"id": 1, "op": "ask"}))
+    theirs.shutdown(socket.SHUT_WR)
+    peer.drain()
+    if hello is not None:
+        answer = protocol.receive(theirs)
+        assert answer is not None
+        assert answer.body == {"id": 0, "result": {"version": 8, "oldest": 5}}
+    answer = protocol.receive(theirs)
+    assert answer is not None
+    theirs.close()
+    assert bool(done) == (refused is None)
+    if refused is not None:
+        assert answer.body["error"] == "IncompatibleVersion"
+        assert f"the agent speaks {refused}" in answer.body["text"]
+        assert 'supervisor of pod "abc" 5 to 8; install' in answer.body["text"]
