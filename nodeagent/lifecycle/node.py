@@ -251,6 +251,7 @@ def _assemble(
         stopping=stopping,
         trash=trash,
         directory=places.containers,
+        pods=places.pods,
     )
     slots = Slots(launchers, network, places.pods, config.slots, tasks)
     sandboxes = Sandboxes(

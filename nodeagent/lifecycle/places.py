@@ -76,7 +76,7 @@ class Places:
             files.narrow(str(directory), STATE)
         for inner in (self.root / "blobs", *self.containers.iterdir(), *self.pods.iterdir()):
             files.narrow(str(inner), PRIVATE)
-        for plan in self.containers.glob("*/plan.json"):
+        for plan in self.containers.glob("*/plan.json"):  # which earlier versions have written
             files.narrow(str(plan), 0o600)
 
     @contextmanager

@@ -1,17 +1,19 @@
 """The state of a container in the pod's directory, for a successor of its supervisor.
 
-``containers/<id>/plan.json`` is written once, as the bundle of a container with hooks is; ``state.json`` is replaced
-with every change. The directory is on tmpfs: what happened is not lost with the process, and is void after a reboot
-anyway.
+In ``containers/<id>``, its plan (`planfile`) is written once, as the bundle of a container with hooks is, and
+``state.json`` is replaced with every change. The directory is on tmpfs: what happened is not lost with the process, and
+is void after a reboot anyway.
 """
 
-import json
 import os
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 from nodeagent import files
-from nodeagent.sandbox import bundle, exits, protocol
+from nodeagent.errors import IncompatibleVersion
+from nodeagent.sandbox import bundle, exits, planfile, statefile
 from nodeagent.sandbox.spec import ContainerPlan, Identity
+
+VERSION = 1  # of state.json
 
 _MODE = 0o600
 
@@ -43,36 +45,27 @@ class Facts(TypedDict):
 def make_directory(pod: str, plan: ContainerPlan) -> None:
     path = directory(pod, plan["id"])
     os.makedirs(path, mode=0o700)
-    files.write_atomic(f"{path}/plan.json", protocol.to_json(plan), _MODE, sync=False)
+    planfile.save(pod, plan)
     if "hooks" in plan:
         bundle.write_bundle(plan)
     exits.reserve(pod, plan["id"])
 
 
 def save(pod: str, container: str, facts: Facts) -> None:
-    path = f"{directory(pod, container)}/state.json"
-    files.write_atomic(path, protocol.to_json(facts), _MODE, sync=False)
+    statefile.save(_path(pod, container), VERSION, cast(dict[str, Any], facts))
 
 
-def load(pod: str, container: str) -> tuple[ContainerPlan, Facts]:
-    """Raises FileNotFoundError for a container whose creation was cut off."""
-    with open(f"{directory(pod, container)}/state.json", "rb") as state:
-        return load_plan(pod, container), json.loads(state.read())
+def load(pod: str, container: str) -> Facts:
+    """Raises FileNotFoundError for a container whose creation was cut off, else as `statefile.load`."""
+    return cast(Facts, statefile.load(_path(pod, container), VERSION))
 
 
 def was_killed(pod: str, container: str) -> bool:
     """Whether a supervisor has sent SIGKILL, which it records before; False where nothing can be read."""
     try:
-        with open(f"{directory(pod, container)}/state.json", "rb") as state:
-            return bool(json.loads(state.read())["killed"])
-    except (OSError, ValueError, KeyError):
+        return load(pod, container)["killed"]
+    except (IncompatibleVersion, OSError, ValueError, KeyError):
         return False
-
-
-def load_plan(pod: str, container: str) -> ContainerPlan:
-    with open(f"{directory(pod, container)}/plan.json", "rb") as file:
-        plan: ContainerPlan = json.loads(file.read())
-        return plan
 
 
 def open_journal(pod: str, container: str) -> int:
@@ -96,3 +89,7 @@ def remove(pod: str, container: str) -> None:
 
 def directory(pod: str, container: str) -> str:
     return f"{pod}/containers/{container}"
+
+
+def _path(pod: str, container: str) -> str:
+    return f"{directory(pod, container)}/state.json"

@@ -5,6 +5,7 @@ CreateContainer is in `creation`, StopContainer in `stopping`.
 
 import asyncio
 import base64
+import json
 import logging
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import msgspec
 from nodeagent import records, requests
 from nodeagent.errors import (
     FailedPrecondition,
+    IncompatibleVersion,
     NodeAgentError,
     NotFound,
     StartError,
@@ -27,6 +29,7 @@ from nodeagent.lifecycle.inventory import Inventory
 from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.records import Container
 from nodeagent.requests import Resources
+from nodeagent.sandbox import planfile
 from nodeagent.sandbox.agent.client import Supervisor
 from nodeagent.sandbox.seccomp import effective as seccomp_effective
 from nodeagent.tasks import pauses
@@ -48,7 +51,9 @@ class Containers:
         stopping: Stopping,
         trash: Trash,
         directory: Path,
+        pods: Path,
     ) -> None:
+        """directory: what containers have on disk; pods: what those that run have in the state directory."""
         self._inventory = inventory
         self._supervision = supervision
         self._images = images
@@ -56,6 +61,7 @@ class Containers:
         self._stopping = stopping
         self._trash = trash
         self._directory = directory
+        self._pods = pods
 
     def get(self, name: str) -> Container:
         """The container with this id or prefix. Raises NotFound."""
@@ -65,16 +71,20 @@ class Containers:
         return self._inventory.visible_containers()
 
     def verbose(self, name: str) -> dict[str, Any]:
-        """The plan that its supervisor executed; empty when it has been removed.
+        """The plan that its supervisor executed; empty after a reboot. "error" says why it cannot be read.
 
         The seccomp program is described by what it does: the names of system calls by action.
         """
         container = self._inventory.container(name)
         try:
-            data = (self._directory / container.id / "plan.json").read_bytes()
+            made = planfile.load(str(self._pods / container.sandbox_id), container.id)
         except FileNotFoundError:
             return {}
-        plan: dict[str, Any] = msgspec.json.decode(data)
+        except (IncompatibleVersion, ValueError) as error:
+            return {"error": str(error)}
+        # Bytes that are no text are escaped there, which the answer cannot have.
+        readable = json.dumps(made, ensure_ascii=False).encode(errors="replace")
+        plan: dict[str, Any] = msgspec.json.decode(readable)
         program = base64.b64decode(plan["process"]["seccomp"])
         plan["process"]["seccomp"] = seccomp_effective.describe(program)
         plan.get("hooks", {}).pop("config", None)  # the same again, in other words

@@ -4,9 +4,7 @@ A container record without `created_at` is an intention: it is written before th
 exists, and goes after they are gone.
 """
 
-import json
 import logging
-import os
 import secrets
 import time
 from collections.abc import Sequence
@@ -36,7 +34,6 @@ from nodeagent.lifecycle.supervisors.handover import handover
 from nodeagent.records import Container, Image, Sandbox
 from nodeagent.requests import ContainerConfig, Resources
 from nodeagent.sandbox.agent.client import Supervisor
-from nodeagent.sandbox.spec import ContainerPlan
 from nodeagent.tasks import Tasks
 from nodeagent.trash import Trash
 
@@ -128,7 +125,7 @@ class Creation:
         for needed in self._planner.images(container.config, image):
             self._images.hold(needed.id, container.id)
         undo.callback(self._trash.take, self._directory / container.id)
-        _make_directory(self._directory / container.id, plan)
+        _make_directory(self._directory / container.id)
         # Its first process works for some milliseconds until it is ready, which takes seconds of a quota like "10m".
         quota = Resources(
             cpu_period_usec=container.resources.cpu_period_usec,
@@ -210,7 +207,7 @@ class Creation:
         await self._creations.close()
 
 
-def _make_directory(directory: Path, plan: ContainerPlan) -> None:
+def _make_directory(directory: Path) -> None:
     """The container's own directory, for root alone: in `upper` there may be set-user-ID programs and devices.
 
     `upper` itself is the root directory of the container, for all users in it.
@@ -218,7 +215,3 @@ def _make_directory(directory: Path, plan: ContainerPlan) -> None:
     directory.mkdir(mode=0o700)
     for name, mode in (("upper", 0o755), ("work", 0o700)):
         files.ensure_directory(str(directory / name), mode)
-    readable = json.dumps(plan, ensure_ascii=False).encode(errors="replace")
-    with open(directory / "plan.json", "xb") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(readable)

@@ -1,11 +1,11 @@
 """What a successor must know of a pod itself, in ``pod.json`` of its directory."""
 
-import json
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
-from nodeagent import files
-from nodeagent.sandbox import protocol
+from nodeagent.sandbox import statefile
 from nodeagent.sandbox.spec import PodPlan
+
+VERSION = 1
 
 
 class PodFacts(TypedDict):
@@ -17,19 +17,16 @@ class PodFacts(TypedDict):
 
 
 def save(known: PodFacts) -> None:
-    text = protocol.to_json(known)
-    files.write_atomic(_path(known["plan"]["directory"]), text, 0o600, sync=False)
+    statefile.save(_path(known["plan"]["directory"]), VERSION, cast(dict[str, Any], known))
 
 
 def load(pod_id: str, directory: str) -> PodFacts:
-    """The record of a pod; one without namespaces if its supervisor died before it wrote any, and so made nothing."""
+    """A pod whose supervisor died before it wrote anything has nothing. Raises as `statefile.load` otherwise."""
     try:
-        with open(_path(directory), "rb") as file:
-            known: PodFacts = json.loads(file.read())
+        return cast(PodFacts, statefile.load(_path(directory), VERSION))
     except FileNotFoundError:
         plan: PodPlan = {"id": pod_id, "directory": directory, "namespaces": []}
         return {"plan": plan, "init_pid": 0, "init_ticks": 0}
-    return known
 
 
 def _path(directory: str) -> str:

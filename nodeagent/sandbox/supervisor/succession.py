@@ -3,24 +3,32 @@
 Their plans and states are in the pod's directory; their descriptors were kept by the launcher.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from nodeagent.linux import processes
-from nodeagent.sandbox import exits, facts, protocol
+from nodeagent.sandbox import exits, facts, planfile, protocol
+from nodeagent.sandbox.facts import Facts
 from nodeagent.sandbox.runtime import process
+from nodeagent.sandbox.spec import ContainerPlan
 from nodeagent.sandbox.supervisor import visibility
 from nodeagent.sandbox.supervisor.birth import Birth
 from nodeagent.sandbox.supervisor.containers import Container
 from nodeagent.sandbox.supervisor.creation import Members, nothing_known
 from nodeagent.sandbox.supervisor.pod import Pod
 
+T = TypeVar("T")
+
 
 def restore(pod: Pod, members: Members, kept: dict[str, dict[str, int]]) -> None:
-    """Take over what is in the pod's directory, with the descriptors that the launcher has kept."""
-    for container_id in facts.listed(pod.directory):
-        try:
-            plan, known = facts.load(pod.directory, container_id)
-        except (FileNotFoundError, ValueError):
+    """Take over what is in the pod's directory, with the descriptors that the launcher has kept.
+
+    Raises IncompatibleVersion before anything is touched.
+    """
+    for container_id, (plan, known) in _all_found(pod.directory).items():
+        if plan is None or known is None:
             # Its process has ended, for lack of a supervisor to tell that it is ready.
-            _restore_cut_off(pod, members, container_id)
+            _restore_cut_off(pod, members, container_id, plan)
             continue
         fds = kept.pop(container_id, {})
         container = Container(pod, members, plan, known, fds)
@@ -32,11 +40,29 @@ def restore(pod: Pod, members: Members, kept: dict[str, dict[str, int]]) -> None
         _note_namespace(members, container)
 
 
-def _restore_cut_off(pod: Pod, members: Members, container_id: str) -> None:
-    """Undo a creation; what is left of it are poststop hooks, where earlier hooks may have been run."""
+def _all_found(pod: str) -> dict[str, tuple[ContainerPlan | None, Facts | None]]:
+    """Plan and facts of each container, None for what is not there or is damaged."""
+    return {
+        container_id: (
+            _loaded(planfile.load, pod, container_id),
+            _loaded(facts.load, pod, container_id),
+        )
+        for container_id in facts.listed(pod)
+    }
+
+
+def _loaded(load: Callable[[str, str], T], pod: str, container_id: str) -> T | None:
     try:
-        plan = facts.load_plan(pod.directory, container_id)
+        return load(pod, container_id)
     except (FileNotFoundError, ValueError):
+        return None
+
+
+def _restore_cut_off(
+    pod: Pod, members: Members, container_id: str, plan: ContainerPlan | None
+) -> None:
+    """Nothing is left of it, but hooks that are owed to those which have been run."""
+    if plan is None:
         facts.remove(pod.directory, container_id)
         return
     container = members[container_id] = Container(pod, members, plan, nothing_known({}), {})

@@ -187,6 +187,7 @@ def test_an_earlier_version_s_modes_are_taken_back(open_cri: Cri) -> None:
     agent = open_cri.agent
     container = running_container(open_cri.pod())
     root, state = agent.root / "lib", agent.root / "run"
+    (root / "containers" / container.id / "plan.json").touch()  # which earlier versions have made
     wide = {
         root: 0o711,
         root / "containers": 0o711,

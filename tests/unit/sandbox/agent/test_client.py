@@ -66,7 +66,7 @@ class Other:
 
     def __init__(self, directory: Path, says: dict[str, Any]) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(str(directory / supervisor.SOCKET))
+        self._listener.bind(str(directory / SUPERVISOR_SOCKET))
         self._listener.listen()
         self._says = says
         self.heard: list[dict[str, Any]] = []

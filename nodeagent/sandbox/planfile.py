@@ -1,0 +1,26 @@
+"""The plan of a container on disk: ``containers/<id>/plan.json`` in the directory of its pod.
+
+It is written once, by the supervisor that makes the container. A successor reads it, and so does the agent, to show it.
+It is on tmpfs: after a reboot, nothing runs that it could describe.
+"""
+
+from typing import Any, cast
+
+from nodeagent.sandbox import statefile
+from nodeagent.sandbox.spec import ContainerPlan
+
+VERSION = 1
+
+
+def save(pod: str, plan: ContainerPlan) -> None:
+    """pod: the directory of the pod, in which that of the container exists."""
+    statefile.save(_path(pod, plan["id"]), VERSION, cast(dict[str, Any], plan))
+
+
+def load(pod: str, container: str) -> ContainerPlan:
+    """Raises as `statefile.load`."""
+    return cast(ContainerPlan, statefile.load(_path(pod, container), VERSION))
+
+
+def _path(pod: str, container: str) -> str:
+    return f"{pod}/containers/{container}/plan.json"
