@@ -1,7 +1,4 @@
-"""An agent finds the pods of an earlier version, whose default state directory was another one.
-
-Everything is in a mount namespace of the test's own, where /run is empty.
-"""
+"""An agent finds the pods of an earlier version, whose default state directory was another one."""
 
 import os
 import subprocess
@@ -11,71 +8,17 @@ from pathlib import Path
 import grpc
 import pytest
 
-from nodeagent.api import runtime_pb2 as pb
-from nodeagent.api import runtime_pb2_grpc as rpc
+from tests.apart import EARLIER, NOW, Apart, agent_apart
 from tests.e2e.conftest import client
 from tests.support.cri import RUNNING, Container
-from tests.support.node import RunningAgent, wait_for
+from tests.support.node import wait_for
 from tests.support.registry import Registry
-
-EARLIER = "/run/nodeagent"
-NOW = "/run/nodeagent-cri"
-
-
-class Apart(RunningAgent):
-    """In the mount namespace of `holder`. earlier: it has the places of the first versions."""
-
-    def __init__(self, root: Path, holder: int) -> None:
-        super().__init__(root)
-        self.run = Path(f"/proc/{holder}/root")
-        self.holder = holder
-        self.earlier = True
-
-    @property
-    def endpoint(self) -> str:
-        """The endpoint by which the test reaches it, which is not the one that the agent is given."""
-        return f"unix://{self.run}{EARLIER if self.earlier else NOW}/nodeagent.sock"
-
-    def command(self, verb: str, *arguments: str) -> list[str]:
-        apart = ["nsenter", f"--mount=/proc/{self.holder}/ns/mnt"]
-        command = super().command(verb, *arguments)
-        at = command.index("--state")
-        del command[at : at + 2]
-        if "--listen" in command:
-            at = command.index("--listen")
-            del command[at : at + 2]
-        if self.earlier:
-            command += ["--state", EARLIER]
-            if verb == "serve":
-                command += ["--listen", f"unix://{EARLIER}/nodeagent.sock"]
-        return [*apart, *command]
-
-    def answers(self, place: str) -> bool:
-        with grpc.insecure_channel(f"unix://{self.run}{place}/nodeagent.sock") as channel:
-            try:
-                rpc.RuntimeServiceStub(channel).Version(pb.VersionRequest(), timeout=10)
-            except grpc.RpcError:
-                return False
-        return True
-
-    def places(self) -> set[str]:
-        return {place for place in (EARLIER, NOW) if self.answers(place)}
 
 
 @pytest.fixture
 def agent(tmp_path: Path, registry: Registry) -> Iterator[Apart]:
-    script = "mount -t tmpfs run /run && echo held && exec sleep 3600"
-    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as holding:
-        assert holding.stdout is not None
-        assert holding.stdout.readline() == b"held\n"
-        agent = Apart(tmp_path / "agent", holding.pid)
-        agent.trust(registry.host)
-        try:
-            yield agent
-        finally:
-            agent.stop()
-            holding.kill()
+    with agent_apart(tmp_path / "agent", registry) as agent:
+        yield agent
 
 
 def test_an_upgrade_with_running_pods(agent: Apart, registry: Registry) -> None:

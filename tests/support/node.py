@@ -21,7 +21,10 @@ MAX_MESSAGE_BYTES = 16 << 20  # as the kubelet and crictl have it
 
 
 class RunningAgent:
-    """`nodeagent serve` as a child process. `kill` and `start` again is a crash and a recovery."""
+    """`nodeagent serve` as a child process. `kill` and `start` again is a crash and a recovery.
+
+    code: the directory that has the package, None for the one under test.
+    """
 
     def __init__(self, root: Path, *, config: str = "", options: Sequence[str] = ()) -> None:
         self.root = root
@@ -31,6 +34,7 @@ class RunningAgent:
         self.log = root / "agent.log"
         self._config = root / "config.toml"
         self._options = options
+        self.code: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: grpc.Channel | None = None
         root.mkdir(parents=True, exist_ok=True)
@@ -74,7 +78,10 @@ class RunningAgent:
             "--state",
             self.root / "run",
         ]
-        return [sys.executable, "-m", "nodeagent", *verb.split(), *map(str, places), *arguments]
+        python = [sys.executable]
+        if self.code is not None:
+            python = ["env", f"PYTHONPATH={self.code}", sys.executable, "-P"]
+        return [*python, "-m", "nodeagent", *verb.split(), *map(str, places), *arguments]
 
     def start(self) -> None:
         """Return once it answers."""
