@@ -8,8 +8,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.apart import EARLIER, NOW, Apart, agent_apart
 from tests.e2e.conftest import client
+from tests.support.apart import EARLIER, NOW, Apart, agent_apart
 from tests.support.cri import RUNNING, Container
 from tests.support.node import wait_for
 from tests.support.registry import Registry

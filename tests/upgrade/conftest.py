@@ -1,0 +1,97 @@
+"""An agent whose code is replaced, with pods that go on."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tests.e2e.test_recovery import processes_titled
+from tests.support.apart import EARLIER, Apart, agent_apart
+from tests.support.node import RunningAgent
+from tests.support.registry import Registry
+from tests.upgrade.releases import Earlier
+
+
+class Replaced:
+    """agent: the one of now, not started yet. code: where that of the other release is put."""
+
+    def __init__(self, agent: RunningAgent, code: Path) -> None:
+        self.agent = agent
+        self._code = code
+
+    def be(self, code: Path | None) -> None:
+        """Start as this release; None is the present one. The code of the release before is gone by then."""
+        if code is not self._code:
+            shutil.rmtree(self._code, ignore_errors=True)
+        self.agent.code = code
+        if isinstance(self.agent, Apart):
+            self.agent.earlier = code is not None
+        self.agent.start()
+
+    def be_earlier(self, release: Earlier) -> None:
+        self.be(release.unpack(self._code))
+
+    @property
+    def endpoint(self) -> str:
+        """Where every release is served."""
+        if isinstance(self.agent, Apart):
+            return f"unix://{self.agent.run}{EARLIER}/nodeagent.sock"
+        return self.agent.endpoint
+
+    def launchers(self) -> list[int]:
+        """Those of this agent; there may be others with the default places."""
+        holder = self.agent.holder if isinstance(self.agent, Apart) else "self"
+        where = os.readlink(f"/proc/{holder}/ns/mnt")
+        title = f"nodeagent.sandbox.launcher {self._state}"
+        return [
+            pid for pid in processes_titled(title) if os.readlink(f"/proc/{pid}/ns/mnt") == where
+        ]
+
+    def is_kept(self, pod: str, container: str) -> bool:
+        """Whether the launcher has copies of a container's pipes; a supervisor goes to a new one within a second."""
+        [launcher] = self.launchers()
+        state = self.pods / pod / "containers" / container / "state.json"
+        pipes = {f"pipe:[{inode}]" for inode in json.loads(state.read_text())["pipes"].values()}
+        return pipes <= set(_open_in(launcher))
+
+    @property
+    def _state(self) -> str:
+        return EARLIER if isinstance(self.agent, Apart) else f"{self.agent.root}/run"
+
+    @property
+    def pods(self) -> Path:
+        """Where the directories of pods are."""
+        root = self.agent.run if isinstance(self.agent, Apart) else Path("/")
+        return root / self._state[1:] / "pods"
+
+
+@contextmanager
+def replaced_agent(
+    root: Path, registry: Registry, *, default_places: bool = False
+) -> Iterator[Replaced]:
+    """Whatever happens, the present release removes what is left."""
+    if default_places:
+        with agent_apart(root / "agent", registry) as agent:
+            yield from _cleared(Replaced(agent, root / "code"))
+    else:
+        usual = RunningAgent(root / "agent")
+        usual.trust(registry.host)
+        yield from _cleared(Replaced(usual, root / "code"))
+
+
+def _cleared(replaced: Replaced) -> Iterator[Replaced]:
+    try:
+        yield replaced
+    finally:
+        replaced.agent.kill()
+        replaced.be(None)
+        replaced.agent.remove_pods()
+        assert replaced.agent.stop() == 0
+
+
+def _open_in(pid: int) -> Iterator[str]:
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it is busy
+            yield os.readlink(file)
