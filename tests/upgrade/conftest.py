@@ -2,16 +2,18 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tests.e2e.conftest import own_agent, own_cri
 from tests.e2e.test_recovery import processes_titled
 from tests.support.apart import EARLIER, Apart, agent_apart
 from tests.support.node import RunningAgent
 from tests.support.registry import Registry
 from tests.upgrade.releases import Earlier
+
+__all__ = ["Replaced", "own_agent", "own_cri", "replaced_agent"]
 
 
 class Replaced:
@@ -20,18 +22,26 @@ class Replaced:
     def __init__(self, agent: RunningAgent, code: Path) -> None:
         self.agent = agent
         self._code = code
+        self._aside = code.with_name("aside")
 
     def be(self, code: Path | None) -> None:
-        """Start as this release; None is the present one. The code of the release before is gone by then."""
-        if code is not self._code:
-            shutil.rmtree(self._code, ignore_errors=True)
+        """Start as this release; None is the present one."""
         self.agent.code = code
         if isinstance(self.agent, Apart):
             self.agent.earlier = code is not None
         self.agent.start()
 
     def be_earlier(self, release: Earlier) -> None:
-        self.be(release.unpack(self._code))
+        """Its code is there only while its agent runs: launchers and supervisors have to do without."""
+        if self._aside.exists():
+            self._aside.rename(self._code)
+        else:
+            release.unpack(self._code)
+        self.be(self._code)
+
+    def be_present(self) -> None:
+        self._code.rename(self._aside)
+        self.be(None)
 
     @property
     def endpoint(self) -> str:
@@ -86,9 +96,10 @@ def _cleared(replaced: Replaced) -> Iterator[Replaced]:
         yield replaced
     finally:
         replaced.agent.kill()
-        replaced.be(None)
-        replaced.agent.remove_pods()
-        assert replaced.agent.stop() == 0
+        if replaced.launchers():
+            replaced.be(None)
+            replaced.agent.remove_pods()
+            assert replaced.agent.stop() == 0
 
 
 def _open_in(pid: int) -> Iterator[str]:
