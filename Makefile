@@ -17,7 +17,7 @@ DEBIAN := .cache/debian
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test-setup tools peer guest demo test fuzz conformance conformance-v2 kubelet charts lint docs proto lock bench bench-peer clean
+.PHONY: help setup test-setup tools peer guest demo test fuzz conformance conformance-v2 kubelet charts upgrade-test lint docs proto lock bench bench-peer clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -145,6 +145,9 @@ charts: test-setup ## Run the pods of public charts, here and on cgroup v2 with 
 	@$(MAKE) --no-print-directory guest
 	$(IN_GUEST) . -- $(abspath $(PYTHON)) -m pytest -p no:cacheprovider tests/charts
 	$(WITH_SYSTEMD) tests/charts
+
+upgrade-test: test-setup ## Replace earlier releases under load, and go back to them
+	$(PYTHON) -m pytest tests/upgrade
 
 lint: setup ## Check style, types, layers and generated code
 	$(VENV)/bin/ruff check
