@@ -110,21 +110,20 @@ class Stopping:
     async def stop_all(self, sandbox_id: str) -> None:
         """Kill every container of a pod, all at once; raises when one of them does not end.
 
-        What cannot be asked of a supervisor that has died is left to the end of the pod. Where one does not understand
-        us, the agent kills.
+        Where a supervisor has died, or does not understand us, the agent kills.
         """
         members = self._inventory.members(sandbox_id)
         running = [c for c in members if c.state == "running" or c.id in self._starting]
         results = await asyncio.gather(
             *(self.stop(container.id, 0) for container in running), return_exceptions=True
         )
-        if any(isinstance(result, IncompatibleVersion) for result in results):
+        unasked = (IncompatibleVersion, Unavailable)
+        if any(isinstance(result, unasked) for result in results):
             await self.kill_all(sandbox_id)
-            return
         failures = [
             result
             for result in results
-            if isinstance(result, BaseException) and not isinstance(result, Unavailable)
+            if isinstance(result, BaseException) and not isinstance(result, unasked)
         ]
         for failure in failures[1:]:
             log.error('pod sandbox "%s": %s', sandbox_id, failure)

@@ -162,11 +162,14 @@ class Supervisor:
             return
         try:
             successor = await self._successor()
+        except IncompatibleVersion:
+            await self._end_unasked()
         except OSError as error:
             raise Unavailable(
                 f'pod "{self.pod_id}": no successor of its supervisor: {error}'
             ) from None
-        await successor.shutdown()
+        else:
+            await successor.shutdown()
 
     async def _end_unasked(self) -> None:
         launcher = await self._launcher()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent.errors import AlreadyExists, Unavailable
+from nodeagent.errors import AlreadyExists, IncompatibleVersion, Unavailable
 from nodeagent.linux import processes
 from nodeagent.sandbox import exits, facts, protocol
 from nodeagent.sandbox.agent.client import CgroupFds, ContainerState, ExecIO, Launcher
@@ -207,6 +207,25 @@ async def test_a_creation_that_was_cut_off_is_forgotten(node: Node) -> None:
         os.kill(found[0], signal.SIGCONT)
     await eventually(lambda: not exists(found[0]))
     await pod.run("exit 0")
+
+
+async def test_a_pod_that_no_successor_understands_goes_on_until_it_is_ended(node: Node) -> None:
+    """What a later release has written is left alone; whoever ends the pod kills what runs in it."""
+    pod = await node.pod()
+    pid = await pod.run(TICK)
+    file = pod.directory / "containers" / "main" / "state.json"
+    newer = json.dumps({**json.loads(file.read_text()), "version": 99})
+    file.write_text(newer)
+    await pod.kill_supervisor()
+    with pytest.raises(IncompatibleVersion, match=f"{file}: version 99 is newer than 1"):
+        await pod.succeed()
+    assert exists(pid)
+    assert file.read_text() == newer
+    await pod.supervisor.shutdown()
+    assert await node.launcher.pods() == []
+    assert mounts_below(pod.directory) == []
+    assert exists(pid)
+    os.kill(pid, signal.SIGKILL)
 
 
 async def test_a_deadline_is_kept_by_the_successor(node: Node) -> None:
