@@ -134,7 +134,13 @@ def _shared_namespace(pod: Pod, members: Members, plan: ContainerPlan) -> PidNam
     if namespace == visibility.POD:
         if pod.init_pidfd is None:
             raise FailedPrecondition(f'container "{plan["id"]}": the pod shares no PID namespace')
-        return PidNamespace(pod.init_pidfd, paths.procfs_pin(pod.directory), None)
+        procfs = paths.procfs_pin(pod.directory)
+        if not os.path.exists(procfs):
+            raise FailedPrecondition(
+                f'pod "{pod.id}": an earlier release made its shared PID namespace, without the procfs that a further '
+                "container needs; stop and remove the pod, and make it again"
+            )
+        return PidNamespace(pod.init_pidfd, procfs, None)
     owner = members.get(namespace)
     if owner is None or owner.state != "running":
         raise FailedPrecondition(
