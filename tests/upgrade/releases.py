@@ -14,11 +14,13 @@ from tests.conftest import IN_CI, PROJECT
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """default_places: its files are in the directories that were its defaults."""
+    """A table of ``earlier.toml``, which explains them."""
 
     name: str
     commit: str
     default_places: bool
+    back: bool
+    refused: str = ""
 
     def unpack(self, directory: Path) -> Path:
         """Its package, in a new directory. A clone without the commit skips the test; in CI it fails it."""

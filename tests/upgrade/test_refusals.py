@@ -8,8 +8,6 @@ import subprocess
 from contextlib import closing
 from pathlib import Path
 
-import grpc
-
 from nodeagent.api import runtime_pb2 as pb
 from tests.e2e.conftest import client
 from tests.support.cri import EXITED, RUNNING, Container, Cri, refused
@@ -17,9 +15,7 @@ from tests.support.node import RunningAgent, wait_for
 from tests.support.registry import Registry
 from tests.upgrade import releases
 from tests.upgrade.conftest import replaced_agent
-from tests.upgrade.workload import COUNT, inspected
-
-PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
+from tests.upgrade.workload import COUNT, PRECONDITION, inspected
 
 
 def test_a_database_of_a_newer_schema(own_agent: RunningAgent, own_cri: Cri) -> None:

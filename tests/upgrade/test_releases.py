@@ -15,4 +15,4 @@ def test_a_commit_that_is_not_there(
     monkeypatch.setattr(releases, "IN_CI", in_ci)
     outcome = pytest.fail.Exception if in_ci else pytest.skip.Exception
     with pytest.raises(outcome, match=f"commit {'0' * 40} is not in this clone"):
-        Earlier("absent", "0" * 40, default_places=False).unpack(tmp_path / "code")
+        Earlier("absent", "0" * 40, default_places=False, back=False).unpack(tmp_path / "code")

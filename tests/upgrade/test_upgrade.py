@@ -9,7 +9,7 @@ import pytest
 from nodeagent.api import runtime_pb2 as pb
 from tests.e2e.conftest import client
 from tests.e2e.test_recovery import processes_below, succeeds
-from tests.support.cri import Container
+from tests.support.cri import Container, Cri
 from tests.support.node import wait_for
 from tests.support.registry import Registry
 from tests.upgrade import releases
@@ -35,26 +35,30 @@ def test_an_upgrade_and_back(tmp_path: Path, registry: Registry, earlier: Earlie
         replace_supervisor(replaced, old.counting)
         replace_supervisor(replaced, old.sharing[0])
         old.check()
-        new = Workload(cri, tmp_path / "gate-new")
-
-        with churning(cri, replaced.endpoint):
-            agent.kill()
-            new.leave()
-            replaced.be_earlier(earlier)
-            old.check()
-            new.check(shows_plans=False)
-        replace_launcher(replaced)
-        replace_supervisor(replaced, new.counting)
-        replace_supervisor(replaced, new.sharing[0])
-        new.check(shows_plans=False)
-
-        agent.kill()
-        replaced.be_present()
-        old.check()
-        new.check()
-        old.finish()
-        new.finish()
+        if earlier.back:
+            go_back(replaced, earlier, cri, old)
+        old.finish(earlier.refused)
         nothing_is_left(replaced)
+
+
+def go_back(replaced: Replaced, earlier: Earlier, cri: Cri, old: Workload) -> None:
+    """To the earlier release, which takes over pods of this one, and to this one again."""
+    new = Workload(cri, old.gate.with_name("gate-new"))
+    with churning(cri, replaced.endpoint):
+        replaced.agent.kill()
+        new.leave()
+        replaced.be_earlier(earlier)
+        old.check()
+        new.check(shows_plans=False)
+    replace_launcher(replaced)
+    replace_supervisor(replaced, new.counting)
+    replace_supervisor(replaced, new.sharing[0])
+    new.check(shows_plans=False)
+    replaced.agent.kill()
+    replaced.be_present()
+    old.check()
+    new.check()
+    new.finish()
 
 
 def replace_launcher(replaced: Replaced) -> None:

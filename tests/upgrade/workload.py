@@ -12,9 +12,10 @@ import grpc
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.api import runtime_pb2_grpc as rpc
-from tests.support.cri import CREATED, EXITED, RUNNING, Container, Cri, pod_options
+from tests.support.cri import CREATED, EXITED, RUNNING, Container, Cri, pod_options, refused
 from tests.support.node import PATIENCE_SECONDS, RunningAgent, wait_for
 
+PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
 COUNT = "i=0; while :; do echo $i; i=$((i+1)); sleep 0.01; done"
 CHURNING = "churn"
 _CLIENTS = 2
@@ -27,7 +28,7 @@ class Workload:
     """Pods of one release. gate: a directory in which a file lets a container end."""
 
     def __init__(self, cri: Cri, gate: Path) -> None:
-        self._gate = gate
+        self.gate = gate
         gate.mkdir(parents=True)
         self.counting = cri.run("sh", "-c", COUNT)
         self.ended = cri.run("sh", "-c", "echo over; exit 3")
@@ -56,18 +57,18 @@ class Workload:
     def leave(self) -> None:
         """Have the container end that waits for it, and return when it has; no agent has to be there."""
         pid = self._pid_of_leaving()
-        (self._gate / "go").touch()
+        (self.gate / "go").touch()
         wait_for("the end of a container", lambda: not Path(f"/proc/{pid}").exists())
 
     def _pid_of_leaving(self) -> int:
         for entry in os.listdir("/proc"):
             try:
                 mounts = Path(f"/proc/{entry}/mountinfo").read_text() if entry.isdigit() else ""
-                if f" {self._gate} /gate " in mounts or f"{self._gate} /gate " in mounts:
+                if f" {self.gate} /gate " in mounts or f"{self.gate} /gate " in mounts:
                     return int(entry)
             except OSError:
                 continue
-        raise LookupError(self._gate)
+        raise LookupError(self.gate)
 
     def check(self, *, shows_plans: bool = True) -> None:
         """All is as it was, and can be used. shows_plans: the agent has the plans of these containers."""
@@ -114,15 +115,22 @@ class Workload:
         lines = [line for path in (*rotated, log) if path.exists() for line in _whole(path)]
         return [int(line.split(" ", 3)[3]) for line in lines]
 
-    def finish(self) -> None:
-        """Start what was not started, stop what was not stopped; the numbers are those of the programs."""
+    def finish(self, another: str = "") -> None:
+        """Start what was not started, stop what was not stopped; the numbers are those of the programs.
+
+        another: how one more container in a shared PID namespace is refused; "" if it is not.
+        """
         assert self.waiting.status.state == CREATED
         self.waiting.start()
         assert (self.waiting.ended().exit_code, self.waiting.output) == (4, "late")
         self.stopping.stop(timeout=60)
         assert (self.stopping.status.state, self.stopping.status.exit_code) == (EXITED, 5)
         self.sharing[1].remove()
-        assert self.sharing[0].pod.run(name="three").shell("echo works") == "works"
+        sharing = self.sharing[0].pod
+        if another:
+            refused(PRECONDITION, another, lambda: sharing.container(name="three"))
+        else:
+            assert sharing.run(name="three").shell("echo works") == "works"
         self.counting.stop()
         assert self.counting.status.exit_code == 137
         self._has_no_gap()
