@@ -14,7 +14,8 @@ from nodeagent import control, probes
 from nodeagent.config import Config, Streaming, split_address
 from nodeagent.cri.features import Features
 from nodeagent.cri.server import Server
-from nodeagent.lifecycle.node import Node, open_node
+from nodeagent.lifecycle.composition import open_node
+from nodeagent.lifecycle.node import Node
 from nodeagent.metrics.server import MetricsServer
 from nodeagent.serving import descriptors
 from nodeagent.streaming.server import StreamingServer

@@ -26,7 +26,7 @@ from nodeagent.errors import (
     Unsupported,
 )
 from nodeagent.images.catalog import Images
-from nodeagent.lifecycle.node import open_images
+from nodeagent.lifecycle.composition import open_images
 from nodeagent.lifecycle.places import Places
 from nodeagent.records import Image
 from nodeagent.serving import listener

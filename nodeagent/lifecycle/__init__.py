@@ -2,7 +2,8 @@
 
 ::
 
-    node, recovery, health     the node as a whole: put together, found again after a crash, fit to serve
+    composition, recovery      the node put together, and found again after a crash or an upgrade
+    node, health               its parts as the API sees them, and whether it is fit to serve
     pods/                      RunPodSandbox to RemovePodSandbox; warm slots; the pod's cgroup
     containers/                CreateContainer to RemoveContainer, ExecSync; OOM kills and scores
     sessions                   Exec, Attach and PortForward, for the streaming server

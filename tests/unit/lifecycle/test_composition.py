@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nodeagent.errors import Unavailable
-from nodeagent.lifecycle import node as module
+from nodeagent.lifecycle import composition
 from nodeagent.tasks import Tasks
 
 PARTS = ("sessions", "sandboxes", "creation", "slots", "launchers", "network")
@@ -30,7 +30,7 @@ async def test_each_part_ends_whatever_another_has_failed_of(failing: str) -> No
         setattr(node, name, SimpleNamespace(close=closing(name)))
     if failing:
         with pytest.raises(Unavailable, match=failing):
-            await module._end(node)
+            await composition._end(node, node.launchers)
     else:
-        await module._end(node)
+        await composition._end(node, node.launchers)
     assert ended == list(PARTS)
