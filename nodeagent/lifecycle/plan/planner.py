@@ -34,6 +34,7 @@ from nodeagent.sandbox.spec import (
     Capabilities,
     ContainerPlan,
     LogLimit,
+    Mount,
     ProcessPlan,
     Rlimit,
     Rootfs,
@@ -148,9 +149,7 @@ class Planner:
         cgroup_mounts.check(config, delegates=self._delegates)
         labels = self._profiles.selinux(config)
         shared = etc_files.directory(self._pods / sandbox.id)
-        open_paths = config.privileged
-        masked = mounts.masked_paths() if config.masked_paths is None else config.masked_paths
-        readonly = mounts.READONLY_PATHS if config.readonly_paths is None else config.readonly_paths
+        masked, readonly = _restricted_paths(config)
         plan = ContainerPlan(
             id=container.id,
             argv=process.arguments(config, image.config),
@@ -161,20 +160,10 @@ class Planner:
                 work=str(directory / "work"),
                 readonly=config.readonly_rootfs,
             ),
-            mounts=cgroup_mounts.requested(
-                mounts.container_mounts(
-                    sandbox,
-                    config,
-                    shared,
-                    self._hierarchies,
-                    self._volume_layers,
-                    rejected=self._rejected,
-                ),
-                config,
-            ),
+            mounts=self._mounts(sandbox, config, shared),
             devices=inputs.devices.nodes,
-            masked_paths=[] if open_paths else list(masked),
-            readonly_paths=[] if open_paths else list(readonly),
+            masked_paths=masked,
+            readonly_paths=readonly,
             pid=config.namespaces.pid,
             pid_target=self._pid_target(sandbox, config),
             cgroup_namespace=config.namespaces.cgroup == "container",
@@ -199,6 +188,17 @@ class Planner:
                 bytes_per_second=self._logs.max_bytes_per_second, burst_bytes=self._logs.burst_bytes
             )
         return plan
+
+    def _mounts(self, sandbox: Sandbox, config: ContainerConfig, shared: Path) -> list[Mount]:
+        planned = mounts.container_mounts(
+            sandbox,
+            config,
+            shared,
+            self._hierarchies,
+            self._volume_layers,
+            rejected=self._rejected,
+        )
+        return cgroup_mounts.requested(planned, config)
 
     def _process(
         self,
@@ -266,3 +266,12 @@ class Planner:
 def reference(image: Image) -> str:
     """The repo digest of an image, or the id of one that has none."""
     return image.repo_digests[0] if image.repo_digests else image.id
+
+
+def _restricted_paths(config: ContainerConfig) -> tuple[list[str], list[str]]:
+    """The paths that are masked, and those that are read-only: the request's, else the defaults; none if privileged."""
+    if config.privileged:
+        return [], []
+    masked = mounts.masked_paths() if config.masked_paths is None else config.masked_paths
+    readonly = mounts.READONLY_PATHS if config.readonly_paths is None else config.readonly_paths
+    return list(masked), list(readonly)
