@@ -1,6 +1,7 @@
 """Rules of `nodeagent.sandbox` by room that no import contract can state: what launcher and supervisors never call."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,13 +30,21 @@ WAITING = {
 }
 # Where one of them is right: the module and the function, with the reason.
 RIGHT = {
+    (
+        "exits.py",
+        "record",
+        "fcntl.flock",
+    ),  # held for one write to tmpfs, by a launcher or a supervisor
     ("runtime/children.py", "_bury", "os.waitid"),  # the process is a zombie already
     ("supervisor/hookrun.py", "_claimed", "fcntl.flock"),  # in the runner, a child that may wait
 }
 
 
 def modules(*rooms: str) -> list[Path]:
-    return sorted(path for room in rooms for path in (PACKAGE / "sandbox" / room).rglob("*.py"))
+    """The modules of these rooms, and those beside the rooms, which all of them use."""
+    sandbox = PACKAGE / "sandbox"
+    inside = (path for room in rooms for path in (sandbox / room).rglob("*.py"))
+    return sorted([*sandbox.glob("*.py"), *inside])
 
 
 def calls(tree: ast.AST, function: str = "") -> Iterator[tuple[str, str, str]]:
@@ -93,3 +102,27 @@ def test_modules_are_imported_at_the_head(path: Path) -> None:
         )
     }
     assert not inner
+
+
+SHARED = [
+    *(PACKAGE / "linux").glob("*.py"),
+    *(
+        PACKAGE / name
+        for name in ("files.py", "disk_reserve.py", "errors.py", "text.py", "words.py")
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "path", [*modules(*INTERPRETER), *SHARED], ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_only_the_standard_library_is_imported(path: Path) -> None:
+    """An import contract can forbid libraries by name only; this also refuses one that nobody has thought of."""
+    imported = set[str]()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module or "")
+    roots = {name.partition(".")[0] for name in imported}
+    assert roots - sys.stdlib_module_names <= {"nodeagent"}
