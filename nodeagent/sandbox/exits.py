@@ -110,7 +110,7 @@ def oom_kills(counter: int | None) -> int:
         return 0
 
 
-def code_of_stranger(pid: int, pidfd: int) -> int | None:
+def code_of_watched(pid: int, pidfd: int) -> int | None:
     """The exit code of a process that is not our child, once it has ended; None if it is not known.
 
     It is read from the zombie (proc(5), field 52 of stat), or from the pidfd after the process has been reaped.

@@ -158,11 +158,11 @@ class Source:
         """
         led_by = min((endpoint.scope for endpoint in self._endpoints), default=Scope.PUBLIC)
         return [
-            partial(elsewhere, self._stranger(url, led_by), url, descriptor)
+            partial(elsewhere, self._client_outside(url, led_by), url, descriptor)
             for url in islice(filter(_is_url, descriptor.urls or ()), _MAX_URLS)
         ]
 
-    def _stranger(self, url: str, led_by: Scope) -> Client:
+    def _client_outside(self, url: str, led_by: Scope) -> Client:
         return Client(self._session, Host(root=url), Tls(), floor=self._floor, led_by=led_by)
 
     async def _first(

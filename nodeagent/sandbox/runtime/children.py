@@ -28,10 +28,10 @@ class Child(NamedTuple):
 class Children:
     """The children of this process; there is one object of this class."""
 
-    def __init__(self, loop: Loop, stranger: Callable[[], None] = lambda: None) -> None:
-        """Become a child subreaper. stranger: called when an unknown child has ended, the last chance to `adopt` it."""
+    def __init__(self, loop: Loop, unowned: Callable[[], None] = lambda: None) -> None:
+        """Become a child subreaper. unowned: called when a child without owner has ended, to `adopt` it at last."""
         self._owners: dict[int, Ended] = {}
-        self._stranger = stranger
+        self._unowned = unowned
         syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
         self._pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         # A handler that does nothing: without one Python installs none, and nothing is written to the pipe.
@@ -145,7 +145,7 @@ class Children:
         # The owner is asked for after the call, which may `adopt` the process. Reaped last: until then nobody else gets
         # its pid, and its end can still be read (proc(5)).
         if end.si_pid not in self._owners:
-            guarded(self._stranger)
+            guarded(self._unowned)
         owner = self._owners.pop(end.si_pid, None)
         if owner is not None:
             guarded(owner, exit_code(end))

@@ -241,7 +241,9 @@ class Container:
             return
         if not self.facts["killed"]:
             self.facts["killed"] = True
-            self._note("kill")  # before the signal: who else sees the end has to know whose it was
+            self._note(
+                "kill"
+            )  # before the signal: whoever else sees the end must know whose it was
         self._signal(signal.SIGKILL)
         if self.plan["pid"] != "container":
             self.group.kill()
@@ -294,16 +296,16 @@ class Container:
 
     def watch(self) -> None:
         """Watch for the end of a process that is not our child."""
-        self.pod.loop.watch(self.fds["pidfd"], self._stranger_ended)
+        self.pod.loop.watch(self.fds["pidfd"], self._watched_ended)
 
-    def _stranger_ended(self, _events: int) -> None:
+    def _watched_ended(self, _events: int) -> None:
         self.pod.loop.forget(self.fds["pidfd"])
-        code = exits.code_of_stranger(self.facts["pid"], self.fds["pidfd"])
+        code = exits.code_of_watched(self.facts["pid"], self.fds["pidfd"])
         self.ended(exits.UNKNOWN if code is None else code)
 
     def _reaped(self) -> None:
         if self.exit is None and "pidfd" in self.fds:
-            self._stranger_ended(0)
+            self._watched_ended(0)
 
     def _release(self) -> list[int]:
         """Release all resources of the container; returns the descriptors that are still to be closed."""
