@@ -145,7 +145,7 @@ def _optional(config: Config) -> list[Feature]:
 
 
 async def _subnets(config: Config) -> Feature:
-    """By the routes of now, and what the agent has chosen before."""
+    """The check of the subnets of pods, by the present routes and what the agent has chosen before."""
     places = Places.of(config)
     try:
         with closing(Store.copy_of(places.database)) as store:

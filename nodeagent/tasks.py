@@ -85,7 +85,7 @@ class Failures:
 
 @dataclass(slots=True)
 class _Running:
-    """is_heard: its failure is logged and counted, because nobody waits for it."""
+    """A task that runs. is_heard: its failure is logged and counted, because nobody waits for it."""
 
     name: str
     about: str

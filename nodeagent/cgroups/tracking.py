@@ -1,6 +1,6 @@
-"""The processes of a group: listing, killing and freezing them.
+"""The processes of a group: listing, killing and thawing them.
 
-cgroup2 does each of these by one write that covers the groups below as well, also in a hybrid, where it has no
+cgroup2 kills and thaws by one write that covers the groups below as well, also in a hybrid, where it has no
 controllers. Plain v1 has the freezer, and signals.
 """
 
@@ -10,8 +10,6 @@ import signal
 from typing import Protocol
 
 from nodeagent.cgroups import tree
-
-_POLL_S = 0.001
 
 
 class Tracker(Protocol):

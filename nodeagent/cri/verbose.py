@@ -17,7 +17,10 @@ from nodeagent.tasks import Failure
 def container_info(
     container: Container, plan: dict[str, Any], log: LogUsage | None
 ) -> dict[str, str]:
-    """plan: what its supervisor executed. log: None where no supervisor answers any more."""
+    """The `info` of a container.
+
+    plan: what its supervisor executed. log: None where no supervisor answers any more.
+    """
     lost = log and {"droppedLines": log.dropped_lines, "heldBackMs": log.held_back_ms}
     return {
         "info": _json(
@@ -55,8 +58,9 @@ def image_info(image: Image) -> dict[str, str]:
 def node_info(
     config: Config, version: str, status: NodeStatus, failures: Mapping[str, Failure]
 ) -> dict[str, str]:
-    """stateDir: critest looks for its file system, to know whether it can be idmapped.
+    """The verbose Status: configuration, version, problems of the network, failures of background tasks.
 
+    stateDir: critest looks for its file system, to know whether it can be idmapped.
     failures: of background tasks; those that have none are left out.
     """
     settings = {"stateDir": f"{config.root}/containers", **msgspec.to_builtins(config)}

@@ -80,7 +80,7 @@ class SharedWork(Generic[T]):
 
     @asynccontextmanager
     async def awaited(self, attempt: Attempt[T]) -> AsyncIterator[None]:
-        """Keep an attempt going while the block runs. The last who leaves cancels it and waits for its end."""
+        """Keep an attempt going while the block runs. The last caller that leaves cancels it and waits for its end."""
         attempt.waiters += 1
         try:
             yield

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-PRESS_SECONDS = 1.0  # between two looks of one who waits
+PRESS_SECONDS = 1.0  # between two checks of work that waits
 PACE_SECONDS = 2.0  # over at least so long a time is pace measured
 FLOOR_BYTES_PER_SECOND = 64 << 10  # for each second that somebody waits
 

@@ -11,7 +11,8 @@
 
 The agent's packages and the others never import each other. A launcher imports supervisors, because it forks them; they
 import init, for the same reason; nobody imports the other way. What crosses the border is in the modules beside this
-one: the plans (`spec`), the messages (`protocol`), records on disk (`exits`, `facts`, `bundle`), where things are
+one: the plans (`spec`), the messages (`protocol`), files on disk (`exits`,
+`facts`, `planfile`, `bundle`, in the form of `statefile`), where things are
 (`paths`), and what both sides compute alike (`idmaps`, `rootfs_defaults`, `host_path`).
 
 `runtime`, `launcher`, `supervisor`, `init` and the modules beside this one use the standard library only, and only the

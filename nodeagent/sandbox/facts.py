@@ -56,7 +56,7 @@ def save(pod: str, container: str, facts: Facts) -> None:
 
 
 def load(pod: str, container: str) -> Facts:
-    """Raises FileNotFoundError for a container whose creation was cut off, else as `statefile.load`."""
+    """Read the facts. Raises FileNotFoundError for a container whose creation was cut off, else as `statefile.load`."""
     return cast(Facts, statefile.load(_path(pod, container), VERSION))
 
 

@@ -13,12 +13,12 @@ VERSION = 1
 
 
 def save(pod: str, plan: ContainerPlan) -> None:
-    """pod: the directory of the pod, in which that of the container exists."""
+    """Write the plan. pod: the directory of the pod, in which that of the container exists."""
     statefile.save(_path(pod, plan["id"]), VERSION, cast(dict[str, Any], plan))
 
 
 def load(pod: str, container: str) -> ContainerPlan:
-    """Raises as `statefile.load`."""
+    """Read the plan. Raises as `statefile.load`."""
     return cast(ContainerPlan, statefile.load(_path(pod, container), VERSION))
 
 

@@ -90,7 +90,7 @@ def spoken_by(body: Body) -> Spoken:
 
 
 def require_common_version(they: str, theirs: Spoken, we: str) -> None:
-    """Raises IncompatibleVersion where two processes speak no version in common.
+    """Raise IncompatibleVersion where two processes speak no version in common.
 
     they, we: the names of both, of which one says whose pod it is.
     """
@@ -120,7 +120,7 @@ def _send(connection: socket.socket, packet: bytes, fds: Sequence[int]) -> None:
 
 
 def encode(body: Body) -> bytes:
-    """Raises ResourceExhausted for a message that is too long."""
+    """A message as a packet. Raises ResourceExhausted for one that is too long."""
     packet = to_json(body)
     if len(packet) > MAX_MESSAGE_BYTES:
         raise errors.ResourceExhausted(
@@ -172,7 +172,7 @@ def _take_memfd(memfd: int) -> bytes:
 
 
 def decode(packet: bytes) -> Body:
-    """Raises ValueError for what is not a JSON object."""
+    """The JSON object in a packet. Raises ValueError for anything else."""
     try:
         body = json.loads(packet.decode())
     except RecursionError:

@@ -53,7 +53,10 @@ class Containers:
         directory: Path,
         pods: Path,
     ) -> None:
-        """directory: what containers have on disk; pods: what those that run have in the state directory."""
+        """Take the parts.
+
+        directory: what containers have on disk; pods: what those that run have in the state directory.
+        """
         self._inventory = inventory
         self._supervision = supervision
         self._images = images

@@ -52,7 +52,7 @@ class Sandboxes:
         handlers: Collection[str],
         tasks: Tasks,
     ) -> None:
-        """handlers: the names of those that are configured."""
+        """Take the parts. handlers: the names of those that are configured."""
         self._inventory = inventory
         self._slots = slots
         self._network = network

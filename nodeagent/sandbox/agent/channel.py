@@ -83,7 +83,7 @@ class Channel:
     async def request(
         self, operation: str, fds: Sequence[tuple[str, int | None]] = (), **members: object
     ) -> Reply:
-        """Raises the error that the other side names, or Unavailable when it goes before it replies.
+        """Make a request. Raises the error that the other side names, or Unavailable when it goes before it replies.
 
         Raises IncompatibleVersion where it speaks no version of the protocol that we do.
         fds: named; they stay the caller's.

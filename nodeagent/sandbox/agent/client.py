@@ -114,8 +114,9 @@ class Supervisor:
         return Namespaces(net=reply.fds["net"], route=socket.socket(fileno=reply.fds["route"]))
 
     async def configure(self, settings: PodSettings, init: CgroupFds | None = None) -> None:
-        """Raises InvalidArgument, or Unsupported, for a sysctl that cannot be set.
+        """Make a warm slot the pod of these settings.
 
+        Raises InvalidArgument, or Unsupported, for a sysctl that cannot be set.
         init: the cgroup of the process that holds a shared PID namespace.
         """
         await self._channel.request("configure", init.named() if init else (), settings=settings)
@@ -331,14 +332,14 @@ class Launcher:
 
     @classmethod
     async def connect(cls, state: Path) -> "Launcher":
-        """Raises OSError where there is none."""
+        """Connect to the launcher that runs. Raises OSError where there is none."""
         return cls(state, await Channel.connect(str(state / LAUNCHER_SOCKET), "launcher"))
 
     @classmethod
     async def connect_or_start(
         cls, state: Path, python: str = sys.executable, join_fds: Sequence[int] = ()
     ) -> "Launcher":
-        """One that speaks no version of the protocol that we do is replaced.
+        """Connect, or start a launcher. One that speaks no version of the protocol that we do is replaced.
 
         join_fds: files of the cgroup that a new launcher moves to, opened for writing.
         """
