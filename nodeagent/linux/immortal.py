@@ -15,7 +15,7 @@ from collections.abc import Container
 from types import CodeType
 
 _IMMORTAL = 0xFFFFFFFF  # in the lower half of ob_refcnt: the value of Python 3.12 and 3.13, which 3.14 accepts
-_CountedHalf = ctypes.c_uint32  # on a little-endian machine, see `_is_supported`
+_CountedHalf = ctypes.c_uint32  # on a little-endian machine, see `is_supported`
 
 # CPython's allocator takes objects of up to 512 bytes from pools of 16 KiB, each for one size, a multiple of 16.
 _POOL_BITS = 14

@@ -80,7 +80,7 @@ class Supervision:
     async def within_bounds(self, what: str, work: Coroutine[Any, Any, None]) -> None:
         """Do work that needs a supervisor, and wait for it ANSWER_SECONDS at most: a container may hold that up.
 
-        The work then goes on in the background. It ends with `close`, or when the caller is cancelled.
+        The work then goes on in the background. It ends with `close` at the latest, also if the caller is cancelled.
         what: the object that the work is about, in the log.
         """
         task = self._tasks.start("recovery", work, about=what)

@@ -15,7 +15,7 @@ _BATCH = 128
 def split_join_fds(fds: Sequence[int]) -> tuple[int, list[int]]:
     """The directory of cgroup v2, -1 without one, and the `tasks` files of v1."""
     directories = [fd for fd in fds if stat.S_ISDIR(os.fstat(fd).st_mode)]
-    # A list: tuple() of a generator puts tuples on a free list of CPython and takes none from it, up to 2000 times.
+    # A list: see the rules of this package.
     return directories[0] if directories else -1, [fd for fd in fds if fd not in directories]
 
 
