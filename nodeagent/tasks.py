@@ -8,7 +8,7 @@ the log and the counts. Work that somebody waits for (`start`) fails into whoeve
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -239,6 +239,19 @@ def pauses(longest_seconds: float = LONGEST_PAUSE_SECONDS) -> Iterator[float]:
         pause = min(pause, longest_seconds)
         yield pause
         pause *= 2
+
+
+async def all_of(work: Iterable[Work[T]]) -> list[T]:
+    """Do work side by side, and return the results in order.
+
+    When one fails, the others are cancelled and waited for, and its error is raised as it is, not in a group.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each) for each in work]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 async def cancel(*tasks: asyncio.Task[Any]) -> None:

@@ -7,6 +7,7 @@ nothing can run: pods are stopped, containers have ended unobserved, leases and 
 import asyncio
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -27,6 +28,7 @@ from nodeagent.net.network import Network
 from nodeagent.records import Sandbox
 from nodeagent.sandbox import paths
 from nodeagent.sandbox.agent.client import Supervisor
+from nodeagent.tasks import all_of
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class Recovery:
                 self._rebooted(sandbox)
         self._images.release_others(self._inventory.containers.keys())
         ready = [s for s in self._inventory.sandboxes.values() if s.ready]
-        await asyncio.gather(*(self._adopt(sandbox) for sandbox in ready))
+        await all_of(self._adopt(sandbox) for sandbox in ready)
         # After the adoption: what belongs to no adopted pod now is left over.
         await self._dismantle_strangers()
         await self._undo_intentions()
@@ -94,13 +96,11 @@ class Recovery:
             for container in self._inventory.containers.values()
             if not container.created_at or container.sandbox_id not in self._inventory.sandboxes
         ]
-        await asyncio.gather(
-            *(
-                self._supervision.within_bounds(
-                    f'container "{container.id}"', self._containers.undo(container)
-                )
-                for container in unfinished
+        await all_of(
+            self._supervision.recover(
+                f'container "{container.id}"', partial(self._containers.undo, container)
             )
+            for container in unfinished
         )
         for sandbox in list(self._inventory.sandboxes.values()):
             if not sandbox.ready_at and await self._remove_group(sandbox):
@@ -120,13 +120,11 @@ class Recovery:
         launcher = await self._launchers.get()
         known = {directory.name for directory in self._places.pods.iterdir()}
         strangers = known.union(await launcher.pods()) - self._inventory.pods.keys()
-        await asyncio.gather(
-            *(
-                self._supervision.within_bounds(
-                    f'pod "{pod_id}"', self._dismantle(self._places.pods / pod_id)
-                )
-                for pod_id in strangers
+        await all_of(
+            self._supervision.recover(
+                f'pod "{pod_id}"', partial(self._dismantle, self._places.pods / pod_id)
             )
+            for pod_id in strangers
         )
         for directory in self._places.containers.iterdir():
             if directory.name not in self._inventory.containers:
@@ -142,15 +140,12 @@ class Recovery:
             )
 
     async def _dismantle(self, directory: Path) -> None:
-        """Remove an unknown pod. What cannot be removed is left to the next start, and does not stop this one."""
-        try:
-            supervisor = await self._reach(directory)
-            await dismantle(directory.name, directory, supervisor, self._network)
-            known = {sandbox.cgroup_parent for sandbox in self._inventory.sandboxes.values()}
-            for parent in known | {self._cgroups.pod_path(directory.name)}:
-                await asyncio.to_thread(cgroup.remove_below, self._cgroups, parent, directory.name)
-        except (NodeAgentError, OSError) as error:
-            log.error('pod "%s": cannot be removed until the next start: %s', directory.name, error)
+        """Remove an unknown pod."""
+        supervisor = await self._reach(directory)
+        await dismantle(directory.name, directory, supervisor, self._network)
+        known = {sandbox.cgroup_parent for sandbox in self._inventory.sandboxes.values()}
+        for parent in known | {self._cgroups.pod_path(directory.name)}:
+            await asyncio.to_thread(cgroup.remove_below, self._cgroups, parent, directory.name)
 
     async def _reach(self, directory: Path) -> Supervisor | None:
         """The supervisor of a pod that is removed; None where there can be none, and nothing is left of one."""

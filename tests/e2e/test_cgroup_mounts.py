@@ -84,7 +84,7 @@ def test_without_a_boundary_nothing_is_writable(cri: Cri) -> None:
     pod = cri.pod()
     refused(
         grpc.StatusCode.UNIMPLEMENTED,
-        "cgroup_mount_mode: read-write needs cgroup v2 that is mounted with the option nsdelegate",
+        "cgroup_mount_mode: read-write needs cgroup v2 mounted with the option nsdelegate",
         lambda: pod.container(linux=options(cgroup_mount_mode=READ_WRITE)),
     )
     pod.remove()

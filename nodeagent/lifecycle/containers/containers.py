@@ -3,7 +3,6 @@
 CreateContainer is in `creation`, StopContainer in `stopping`.
 """
 
-import asyncio
 import base64
 import json
 import logging
@@ -17,7 +16,6 @@ from nodeagent import records, requests
 from nodeagent.errors import (
     FailedPrecondition,
     IncompatibleVersion,
-    NodeAgentError,
     NotFound,
     StartError,
 )
@@ -32,7 +30,6 @@ from nodeagent.requests import Resources
 from nodeagent.sandbox import planfile
 from nodeagent.sandbox.agent.client import Supervisor
 from nodeagent.sandbox.seccomp import effective as seccomp_effective
-from nodeagent.tasks import pauses
 from nodeagent.trash import Trash
 
 log = logging.getLogger(__name__)
@@ -142,21 +139,12 @@ class Containers:
         self._inventory.forget(container)
 
     async def undo(self, container: Container) -> None:
-        """Remove what a creation has made that an earlier agent did not finish, trying again until that succeeds.
+        """Remove what a creation has made that an earlier agent did not finish.
 
-        Until then the container keeps its record, and with it its name.
+        Until that succeeds, the container keeps its record, and with it its name.
         """
-        between = pauses()
-        while container.id in self._inventory.containers:
-            try:
-                await self.clear(container)
-            except (NodeAgentError, OSError) as error:
-                log.error(
-                    'container "%s": its unfinished creation cannot be undone yet: %s',
-                    container.id,
-                    error,
-                )
-                await asyncio.sleep(next(between))
+        if container.id in self._inventory.containers:
+            await self.clear(container)
 
     async def clear_stranger(self, container_id: str) -> None:
         """Remove what there is of a container without a record, of whichever pod it was."""

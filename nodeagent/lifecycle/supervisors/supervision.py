@@ -70,28 +70,19 @@ class Supervision:
             supervisor = await self.reach(sandbox_id)
         self._inventory.pods[sandbox_id] = Pod(supervisor)
         self.watch(sandbox_id, supervisor)
-        try:
-            await self.within_bounds(
-                _pod(sandbox_id), self._reconcile_or_leave(sandbox_id, supervisor)
-            )
-        except Unavailable:
-            pass  # it has just died, and its successor will be asked
+        await self.recover(
+            _pod(sandbox_id), partial(self._reconcile_adopted, sandbox_id, supervisor)
+        )
 
-    async def within_bounds(self, what: str, work: Coroutine[Any, Any, None]) -> None:
-        """Do work that needs a supervisor, and wait for it ANSWER_SECONDS at most: a container may hold that up.
+    async def recover(self, what: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do what recovery asks of a supervisor until it succeeds, and wait for it ANSWER_SECONDS at most.
 
-        The work then goes on in the background. It ends with `close` at the latest, also if the caller is cancelled.
-        what: the object that the work is about, in the log.
+        A container may hold a supervisor up, and one pod's failure must not keep the node from starting: the work goes
+        on in the background, until `close` at the latest. what: the object that the work is about, in the log.
         """
-        task = self._tasks.start("recovery", work, about=what)
-        try:
-            await asyncio.wait((task,), timeout=ANSWER_SECONDS)
-        finally:
-            if not task.done():
-                self._tasks.let_go(task)
-        if task.done():
-            task.result()
-        else:
+        task = self._tasks.keep("recovery", work, about=what)
+        await asyncio.wait((task,), timeout=ANSWER_SECONDS)
+        if not task.done():
             log.warning("%s: the supervisor does not answer yet", what)
 
     async def reach(self, sandbox_id: str) -> Supervisor:
@@ -208,6 +199,14 @@ class Supervision:
             await self._reconcile(sandbox_id, supervisor)
         except IncompatibleVersion as error:
             log.error("%s: is left as it is: %s", _pod(sandbox_id), error)
+
+    async def _reconcile_adopted(self, sandbox_id: str, supervisor: Supervisor) -> None:
+        """Like `_reconcile_or_leave`; if the supervisor has died, its successor is asked instead (`_succeed`)."""
+        try:
+            await self._reconcile_or_leave(sandbox_id, supervisor)
+        except Unavailable:
+            if not supervisor.is_lost:
+                raise
 
     async def _reconcile(self, sandbox_id: str, supervisor: Supervisor) -> None:
         """Bring the records to what the supervisor knows; a container that it does not know has ended unseen."""

@@ -18,7 +18,7 @@ from nodeagent.lifecycle.inventory import Inventory
 from nodeagent.lifecycle.usage.disk import Disks, DiskUsage
 from nodeagent.net.network import InterfaceStats, Network
 from nodeagent.records import Container, Sandbox
-from nodeagent.tasks import Tasks
+from nodeagent.tasks import Tasks, all_of
 
 RATE_SECONDS = 1.0
 LOG_PATIENCE_SECONDS = 1.0
@@ -119,7 +119,7 @@ class Stats:
 
     async def logs(self) -> list[LogUsage]:
         """The logs of the containers of every READY pod; one whose supervisor does not answer is left out."""
-        pods = await asyncio.gather(*map(self._logs, self._ready()))
+        pods = await all_of(map(self._logs, self._ready()))
         return [log for logs in pods for log in logs]
 
     async def log(self, container: Container) -> LogUsage | None:

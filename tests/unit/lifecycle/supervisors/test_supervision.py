@@ -110,7 +110,7 @@ async def test_work_whose_waiter_is_cancelled_ends_with_the_node(node: Node) -> 
         finally:
             ended.set()
 
-    start = asyncio.create_task(node.supervision.within_bounds("a pod", wait()))
+    start = asyncio.create_task(node.supervision.recover("a pod", wait))
     await settle()
     start.cancel()
     await settle()
@@ -118,25 +118,36 @@ async def test_work_whose_waiter_is_cancelled_ends_with_the_node(node: Node) -> 
     assert ended.is_set()
 
 
-async def test_what_fails_in_the_background_is_logged_with_its_object(
+async def test_what_fails_is_logged_with_its_object_and_done_again(
     node: Node, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also what nobody has foreseen, when the agent ends meanwhile or when who waited was cancelled."""
-    answer = asyncio.Event()
+    """Within the time that a start waits for it, and behind it; whether it was foreseen or not."""
+    monkeypatch.setattr("nodeagent.tasks.FIRST_PAUSE_SECONDS", 0)
+    done = asyncio.Event()
+    errors: list[Exception] = [Unavailable("has gone"), KeyError("id")]
 
-    async def fail(error: Exception) -> None:
+    async def work() -> None:
+        if errors:
+            raise errors.pop(0)
+        done.set()
+
+    await node.supervision.recover('container "late"', work)
+    assert done.is_set()
+    assert 'container "late": recovery: has gone; started again in 0 s' in caplog.messages
+    assert "container \"late\": recovery: KeyError: 'id'; started again in 0 s" in caplog.messages
+
+
+async def test_a_start_does_not_wait_for_it_for_ever(
+    node: Node, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervision, "ANSWER_SECONDS", 0)
+    answer, done = asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
         await answer.wait()
-        raise error
+        done.set()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(supervision, "ANSWER_SECONDS", 0)
-        await node.supervision.within_bounds('container "late"', fail(Unavailable("has gone")))
-    start = asyncio.create_task(node.supervision.within_bounds("a start", fail(KeyError("id"))))
-    await settle()
-    start.cancel()
-    await settle()
+    await node.supervision.recover("a pod", work)
+    assert caplog.messages == ["a pod: the supervisor does not answer yet"]
     answer.set()
-    await settle()
-    assert 'container "late": recovery: has gone' in caplog.messages
-    assert "a start: recovery: KeyError: 'id'" in caplog.messages
-    await node.supervision.close()
+    await done.wait()
