@@ -16,8 +16,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from nodeagent.metrics import collectors
-from nodeagent.metrics.cri import BASE_LABELS, DESCRIPTORS
 from nodeagent.metrics.families import ACCOUNTED, NETWORK
+from nodeagent.metrics.pod_metrics import BASE_LABELS, DESCRIPTORS
 
 SUFFIXES = {"counter": "_total", "info": "_info"}
 """What the exposition appends to a name; a counter's own has lost it."""

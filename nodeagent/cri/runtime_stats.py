@@ -8,7 +8,7 @@ from nodeagent.cri import listing, stats
 from nodeagent.cri.runtime_containers import container_id
 from nodeagent.lifecycle.node import Node
 from nodeagent.lifecycle.usage.stats import ContainerUsage, SandboxUsage
-from nodeagent.metrics import cri as metrics
+from nodeagent.metrics import pod_metrics as metrics
 
 _TYPES: dict[str, pb.MetricType] = {"counter": pb.COUNTER, "gauge": pb.GAUGE}
 

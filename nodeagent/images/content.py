@@ -15,7 +15,7 @@ from nodeagent import disk_reserve, files
 from nodeagent.errors import DataLoss, Unavailable
 from nodeagent.images import manifest
 from nodeagent.images.budget import Disk
-from nodeagent.images.slots import Permits
+from nodeagent.images.turns import Permits
 from nodeagent.linux import syscalls
 
 _LOOK_SECONDS = 0.2

@@ -22,7 +22,7 @@ from nodeagent.images.content import Blob, BlobReader, Starved
 from nodeagent.images.layer_store import LayerStore
 from nodeagent.images.manifest import Descriptor
 from nodeagent.images.plan import Plan
-from nodeagent.images.slots import Permits, Slots
+from nodeagent.images.turns import Permits, Turns
 from nodeagent.images.unpack import inheritance, layers
 from nodeagent.images.unpack.layers import Unpacked
 from nodeagent.images.usage import Counters
@@ -122,7 +122,7 @@ class Installer:
         self._limits = limits
         self._counters = counters
         self._making: SharedWork[None] = SharedWork(tasks, "layer")
-        self._slots = Slots(_UNPACKERS)
+        self._turns = Turns(_UNPACKERS)
         self._threads = ThreadPoolExecutor(_UNPACKERS, "unpack")
         self._permits = Permits(limits.layers_at_once)
 
@@ -220,7 +220,7 @@ class Installer:
                 await self._ensure(job, number - 1)
             below = [self._store.path(chain) for chain in reversed(job.chain_ids[:number])]
             complete = partial(inheritance.complete, directory, unpacked, below, job.budget)
-            async with self._slots.taken(job):
+            async with self._turns.taken(job):
                 await to_the_end(self._threads, complete)
             if chain_id in self._store:  # another pull was faster
                 self._staging.discard(directory)
@@ -272,7 +272,7 @@ class Installer:
                 return layers.unpack(reader, directory, diff_id, budget)
 
         try:
-            async with self._slots.taken(job, lambda: reader.position, reader.give_way):
+            async with self._turns.taken(job, lambda: reader.position, reader.give_way):
                 unpacked = await to_the_end(self._threads, unpack, on_cancel=reader.stop)
         except (InvalidArgument, Unsupported):
             await arriving.complete()  # with wrong content that is the error to report

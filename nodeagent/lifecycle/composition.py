@@ -35,7 +35,7 @@ from nodeagent.lifecycle.pods.sandboxes import Sandboxes
 from nodeagent.lifecycle.pods.slots import Slots
 from nodeagent.lifecycle.recovery import Recovery
 from nodeagent.lifecycle.sessions import Sessions
-from nodeagent.lifecycle.supervisors.handover import joining_files
+from nodeagent.lifecycle.supervisors.cgroup_files import joining_files
 from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.lifecycle.usage.stats import Stats

@@ -18,7 +18,7 @@ from nodeagent.lifecycle.containers.containers import Containers
 from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.inventory import Inventory
 from nodeagent.lifecycle.plan import execs
-from nodeagent.lifecycle.supervisors.handover import close_all, handover
+from nodeagent.lifecycle.supervisors.cgroup_files import close_all, supervisor_files
 from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.sandbox.agent.client import AttachIO, CgroupFds, ExecHandle, ExecIO, Supervisor
 from nodeagent.sandbox.spec import ExecPlan
@@ -51,7 +51,7 @@ class Sessions:
         whole = self._groups.of(container)
         group = execs.new_group(whole)
         try:
-            with handover(group) as fds:
+            with supervisor_files(group) as fds:
                 plan = execs.plan(container, request.command, tty=request.tty)
                 command = await _run(self, supervisor, request, plan, fds, size)
         except BaseException:

@@ -21,7 +21,7 @@ import pytest
 from aiohttp import web
 
 from nodeagent.errors import DataLoss, InvalidArgument, RegistryUnavailable, ResourceExhausted
-from nodeagent.images import install, slots
+from nodeagent.images import install, turns
 from nodeagent.images.catalog import Images, Limits
 from nodeagent.images.remote import client, download
 from nodeagent.linux import syscalls
@@ -39,8 +39,8 @@ def patient_agent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "SILENCE_SECONDS", 3600.0)
     monkeypatch.setattr(client, "FLOOR_WINDOW_SECONDS", 3600.0)
     monkeypatch.setattr(install, "PATIENCE_SECONDS", 0.1)
-    monkeypatch.setattr(slots, "PRESS_SECONDS", 0.05)
-    monkeypatch.setattr(slots, "PACE_SECONDS", 0.1)
+    monkeypatch.setattr(turns, "PRESS_SECONDS", 0.05)
+    monkeypatch.setattr(turns, "PACE_SECONDS", 0.1)
     monkeypatch.setattr(download, "_GRACE_SECONDS", 0.1)
 
 

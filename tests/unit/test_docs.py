@@ -22,7 +22,7 @@ from nodeagent.cri.runtime_sandboxes import SandboxCalls
 from nodeagent.cri.runtime_stats import StatsCalls
 from nodeagent.cri.runtime_streams import StreamCalls
 from nodeagent.images.remote.hosts import hosts_of
-from nodeagent.metrics.cri import DESCRIPTORS
+from nodeagent.metrics.pod_metrics import DESCRIPTORS
 
 PROJECT = Path(__file__).parents[2]
 PACKAGE = PROJECT / "nodeagent"

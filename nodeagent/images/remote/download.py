@@ -15,7 +15,7 @@ from nodeagent.images.budget import is_full
 from nodeagent.images.content import Blob
 from nodeagent.images.manifest import Descriptor
 from nodeagent.images.remote.source import Source
-from nodeagent.images.slots import Slots
+from nodeagent.images.turns import Turns
 from nodeagent.images.usage import Counters
 from nodeagent.tasks import Tasks, cancel, to_the_end
 from nodeagent.trash import Trash
@@ -70,7 +70,7 @@ class Downloads:
         self._writers = writers
         self._counters = counters
         self._tasks = tasks
-        self._slots = Slots(_CONNECTIONS, _GRACE_SECONDS)
+        self._turns = Turns(_CONNECTIONS, _GRACE_SECONDS)
         self._arrivals: dict[Key, Arrival] = {}
 
     def of(self, source: Source) -> "Fetched":
@@ -136,7 +136,7 @@ class Downloads:
         blob = arrival.blob
         going = asyncio.timeout(None)
         give_way = partial(going.reschedule, 0)
-        async with self._slots.taken(source, lambda: blob.received, give_way):
+        async with self._turns.taken(source, lambda: blob.received, give_way):
             try:
                 async with going:
                     await self._take_in(arrival, source.blob(descriptor, attempt, blob.received))

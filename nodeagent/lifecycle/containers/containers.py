@@ -20,7 +20,7 @@ from nodeagent.errors import (
     StartError,
 )
 from nodeagent.images.catalog import Images
-from nodeagent.lifecycle.containers import exec_sync, oom_kill, oom_score
+from nodeagent.lifecycle.containers import exec_sync, oom_at_start, oom_score
 from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.containers.stopping import Stopping
 from nodeagent.lifecycle.inventory import Inventory
@@ -104,7 +104,7 @@ class Containers:
             if container.state != "created":
                 raise FailedPrecondition(f'container "{name}": is {container.state}, not created')
             group = self._groups.of(container)
-            with self._stopping.start_of(container_id), oom_kill.named(container, group):
+            with self._stopping.start_of(container_id), oom_at_start.named(container, group):
                 try:
                     at = await self._inventory.supervisor(container).start(container_id)
                 except StartError as error:

@@ -22,7 +22,7 @@ from nodeagent.errors import (
     NotFound,
 )
 from nodeagent.images.catalog import Images
-from nodeagent.lifecycle.containers import oom_kill
+from nodeagent.lifecycle.containers import oom_at_start
 from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.creations import Creations
 from nodeagent.lifecycle.inventory import Inventory
@@ -30,7 +30,7 @@ from nodeagent.lifecycle.plan import bundle, cgroup_mounts, process
 from nodeagent.lifecycle.plan.cdi import Cdi
 from nodeagent.lifecycle.plan.host_paths import HostPaths
 from nodeagent.lifecycle.plan.planner import Planner, reference
-from nodeagent.lifecycle.supervisors.handover import handover
+from nodeagent.lifecycle.supervisors.cgroup_files import supervisor_files
 from nodeagent.records import Container, Image, Sandbox
 from nodeagent.requests import ContainerConfig, Resources
 from nodeagent.sandbox.agent.client import Supervisor
@@ -138,7 +138,7 @@ class Creation:
             self._groups.limit_pod(sandbox)
         group.set_devices(inputs.devices.rules)  # before any process is in it
         undo.push_async_callback(supervisor.remove, container.id)
-        with handover(group) as fds, oom_kill.named(container, group):
+        with supervisor_files(group) as fds, oom_at_start.named(container, group):
             made = await supervisor.create(plan, fds)
         bundle.require(plan)
         if quota.cpu_quota_usec:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.errors import NodeAgentError
 from nodeagent.lifecycle.plan import execs
-from nodeagent.lifecycle.supervisors.handover import handover
+from nodeagent.lifecycle.supervisors.cgroup_files import supervisor_files
 from nodeagent.records import Container
 from nodeagent.sandbox.agent.client import ExecIO, Supervisor
 from nodeagent.sandbox.spec import ExecPlan
@@ -56,7 +56,7 @@ async def exec_sync(
 async def _run(supervisor: Supervisor, group: Cgroup, plan: ExecPlan) -> ExecResult:
     child = execs.new_group(group)
     try:
-        with Capture.open() as stdout, Capture.open() as stderr, handover(child) as fds:
+        with Capture.open() as stdout, Capture.open() as stderr, supervisor_files(child) as fds:
             streams = ExecIO(stdin=None, stdout=stdout.writer, stderr=stderr.writer)
             try:
                 command = await supervisor.exec(plan, streams, fds)

@@ -24,7 +24,7 @@ from nodeagent.lifecycle.inventory import Inventory, Pod, boot_id
 from nodeagent.lifecycle.plan import etc_files
 from nodeagent.lifecycle.pods import cgroup
 from nodeagent.lifecycle.pods.slots import Slot, Slots, dismantle
-from nodeagent.lifecycle.supervisors.handover import handover
+from nodeagent.lifecycle.supervisors.cgroup_files import supervisor_files
 from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.net.network import Network
 from nodeagent.records import Sandbox
@@ -136,7 +136,7 @@ class Sandboxes:
         if settings["pid"] != "pod":
             await supervisor.configure(settings)
             return
-        with handover(cgroup.make(self._cgroups, sandbox)) as fds:
+        with supervisor_files(cgroup.make(self._cgroups, sandbox)) as fds:
             await supervisor.configure(settings, fds)
 
     def _refuse_duplicate(self, config: SandboxConfig) -> None:

@@ -26,7 +26,7 @@ from nodeagent.sandbox.paths import LAUNCHER_READY, LAUNCHER_SOCKET, SUPERVISOR_
 from nodeagent.sandbox.protocol import Message
 from nodeagent.sandbox.runtime import peers, process
 from nodeagent.sandbox.runtime.children import Children, close_others
-from nodeagent.sandbox.runtime.keeping import Deposit
+from nodeagent.sandbox.runtime.launcher_link import Deposit
 from nodeagent.sandbox.runtime.loop import Loop, guarded, report
 from nodeagent.sandbox.runtime.peers import Listener, Peer, Request
 from nodeagent.sandbox.spec import PodPlan
@@ -111,7 +111,7 @@ class Launcher:
         if protocol.checked_id(plan["id"]) in self._pods:
             raise AlreadyExists(f'pod "{plan["id"]}": has a supervisor, or had one')
         pod = KeptPod(plan["id"], plan["directory"])
-        self._launch(pod, request, lambda keeper: supervisor.main(plan, keeper))
+        self._launch(pod, request, lambda launcher: supervisor.main(plan, launcher))
 
     def _succeed(self, request: Request) -> None:
         """Reply when another supervisor serves the pod of one that has died."""
@@ -124,7 +124,7 @@ class Launcher:
             raise AlreadyExists(f'pod "{pod.id}": has a supervisor')
         kept = {name: deposit.fds for name, deposit in pod.deposits.items()}
         self._launch(
-            pod, request, lambda keeper: supervisor.succeed(pod.id, pod.directory, keeper, kept)
+            pod, request, lambda launcher: supervisor.succeed(pod.id, pod.directory, launcher, kept)
         )
 
     def _launch(self, pod: KeptPod, request: Request, main: Callable[[int], NoReturn]) -> None:
@@ -238,7 +238,7 @@ class Launcher:
         """Close descriptors of which other processes have copies.
 
         The last close of a pipe waits, uninterruptibly, for its lock, which a container may hold.
-        A supervisor has copies until we have answered (`keeping.Keeper.drop`). Where it is dead a child of ours has
+        A supervisor has copies until we have answered (`LauncherLink.drop`). Where it is dead a child of ours has
         them, which may wait.
         """
         if pod.has_supervisor or not descriptors:

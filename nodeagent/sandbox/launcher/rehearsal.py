@@ -15,7 +15,7 @@ from nodeagent.errors import StartError
 from nodeagent.sandbox import paths, protocol, rootfs_defaults
 from nodeagent.sandbox.paths import SUPERVISOR_SOCKET
 from nodeagent.sandbox.protocol import Body
-from nodeagent.sandbox.runtime.keeping import Keeper
+from nodeagent.sandbox.runtime.launcher_link import LauncherLink
 from nodeagent.sandbox.runtime.loop import Loop
 from nodeagent.sandbox.runtime.peers import Peer
 from nodeagent.sandbox.spec import ContainerPlan, PodPlan, PodSettings
@@ -53,9 +53,9 @@ def _play(directory: str) -> None:
     loop = Loop()
     launcher, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     plan = PodPlan(id=_POD, directory=directory, namespaces=[])
-    keeper = Keeper(loop, _POD, directory, ours)
+    link = LauncherLink(loop, _POD, directory, ours)
     kept = Peer(loop, launcher, _acknowledge, lambda _peer: None)
-    pod = supervisor.Supervisor(supervisor.prepare(plan), loop, keeper, {}).pod
+    pod = supervisor.Supervisor(supervisor.prepare(plan), loop, link, {}).pod
     agent = _Agent(loop, f"{directory}/{SUPERVISOR_SOCKET}", _requests(directory))
 
     def give_up() -> None:

@@ -22,7 +22,7 @@ from nodeagent.linux import processes
 from nodeagent.sandbox import exits, facts, protocol
 from nodeagent.sandbox.facts import Facts
 from nodeagent.sandbox.protocol import Body
-from nodeagent.sandbox.runtime.keeping import Deposit
+from nodeagent.sandbox.runtime.launcher_link import Deposit
 from nodeagent.sandbox.runtime.loop import Timer, guarded, report
 from nodeagent.sandbox.runtime.peers import Request
 from nodeagent.sandbox.spec import ContainerPlan, Exit, Identity
@@ -123,7 +123,7 @@ class Container:
             if self.birth is not None:
                 self.birth.abandon(error)
             return
-        self.pod.keeper.keep(self.id, self.deposit())
+        self.pod.launcher.keep(self.id, self.deposit())
         if self.birth is not None:
             self.birth.give_up = self._give_up_birth
         if self._creation is not None:
@@ -197,7 +197,7 @@ class Container:
         self.kill()
 
     def _give_up_birth(self, descriptors: Collection[int]) -> None:
-        self.pod.keeper.drop(self.id, _OF_BIRTH, descriptors)
+        self.pod.launcher.drop(self.id, _OF_BIRTH, descriptors)
 
     def _forget_birth(self) -> None:
         self.birth = None
@@ -284,7 +284,7 @@ class Container:
             self.exit = exits.record(self.pod.directory, self.id, self.exit)
         except OSError as error:  # a full disk: it has ended all the same
             report(f"container {self.id}: exit code {code} is not recorded: {error}")
-        self.pod.keeper.drop(self.id, None, self._release())
+        self.pod.launcher.drop(self.id, None, self._release())
         self.pod.loop.call_after(0, self._tell_end)
         if self.hooks.are_left:
             self.hooks.after_end(self.remove_as_asked)
@@ -363,7 +363,7 @@ class Container:
         """Let the container read the end of its input, as soon as nobody else holds it."""
         descriptor = self.fds.pop("stdin", None)
         if descriptor is not None:
-            self.pod.keeper.drop(self.id, ["stdin"], [descriptor])
+            self.pod.launcher.drop(self.id, ["stdin"], [descriptor])
 
     @property
     def state(self) -> str:

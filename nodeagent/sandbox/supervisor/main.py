@@ -21,7 +21,7 @@ from nodeagent.sandbox.init import podinit
 from nodeagent.sandbox.paths import SUPERVISOR_SOCKET
 from nodeagent.sandbox.protocol import Message
 from nodeagent.sandbox.runtime import peers, process
-from nodeagent.sandbox.runtime.keeping import Deposit, Keeper
+from nodeagent.sandbox.runtime.launcher_link import Deposit, LauncherLink
 from nodeagent.sandbox.runtime.loop import Loop
 from nodeagent.sandbox.runtime.peers import Listener, Peer, Request
 from nodeagent.sandbox.spec import DEFAULT_SHM_BYTES, PodPlan, PodSettings
@@ -39,9 +39,9 @@ _LAUNCHER_SECONDS = 1.0  # for a launcher that is asked to close what it keeps
 Kept = dict[str, dict[str, int]]
 
 
-def main(plan: PodPlan, keeper: int) -> NoReturn:
+def main(plan: PodPlan, launcher: int) -> NoReturn:
     """Make the pod's namespaces and serve it."""
-    _run(plan["id"], plan["directory"], keeper, lambda: prepare(plan), {})
+    _run(plan["id"], plan["directory"], launcher, lambda: prepare(plan), {})
 
 
 def prepare(plan: PodPlan) -> PodFacts:
@@ -60,7 +60,7 @@ def prepare(plan: PodPlan) -> PodFacts:
     return known
 
 
-def succeed(pod_id: str, directory: str, keeper: int, kept: Kept) -> NoReturn:
+def succeed(pod_id: str, directory: str, launcher: int, kept: Kept) -> NoReturn:
     """Take a pod over from a supervisor that has died. kept: descriptors by container and name."""
 
     def find() -> PodFacts:
@@ -68,16 +68,16 @@ def succeed(pod_id: str, directory: str, keeper: int, kept: Kept) -> NoReturn:
         namespaces.enter(directory, known["plan"]["namespaces"])
         return known
 
-    _run(pod_id, directory, keeper, find, kept)
+    _run(pod_id, directory, launcher, find, kept)
 
 
 def _run(
-    pod_id: str, directory: str, keeper: int, known: Callable[[], PodFacts], kept: Kept
+    pod_id: str, directory: str, launcher: int, known: Callable[[], PodFacts], kept: Kept
 ) -> NoReturn:
     os.setsid()  # or a signal to the launcher's process group would reach the supervisors of all pods
     process.set_title(f"na-pod-{pod_id[:8]}", f"{process.SUPERVISOR}{pod_id}")
     loop = Loop()
-    connection = Keeper(loop, pod_id, directory, socket.socket(fileno=keeper))
+    connection = LauncherLink(loop, pod_id, directory, socket.socket(fileno=launcher))
     try:
         Supervisor(known(), loop, connection, kept)
     except Exception as error:  # noqa: BLE001 whatever it is, the launcher tells who asked for the pod
@@ -90,9 +90,9 @@ def _run(
 class Supervisor:
     """Serves the pod's socket: one method for each operation."""
 
-    def __init__(self, known: PodFacts, loop: Loop, keeper: Keeper, kept: Kept) -> None:
+    def __init__(self, known: PodFacts, loop: Loop, launcher: LauncherLink, kept: Kept) -> None:
         self._known = known
-        self.pod = Pod(known["plan"], loop, keeper)
+        self.pod = Pod(known["plan"], loop, launcher)
         self.containers: dict[str, Container] = {}
         self.execs = Execs(self.pod, self.containers)
         self.attachments = Attachments()
@@ -120,7 +120,7 @@ class Supervisor:
         succession.restore(self.pod, self.containers, kept)
         self._find_init()
         self._listener = Listener(loop, f"{self.pod.directory}/{SUPERVISOR_SOCKET}", self._accept)
-        keeper.serve(self._deposits)
+        launcher.serve(self._deposits)
 
     # --- agents ---
 
@@ -313,13 +313,17 @@ class Supervisor:
     def _end_if_empty(self, patience_ms: int) -> None:
         alive = [c for c in self.containers.values() if c.exit is None or c.hooks.are_running]
         busy = self.execs.running() or self.pod.init_pidfd is not None
-        if alive or busy or (self.pod.keeper.is_closing and time.monotonic() < self._patience_ends):
+        if (
+            alive
+            or busy
+            or (self.pod.launcher.is_closing and time.monotonic() < self._patience_ends)
+        ):
             patience_ms = min(2 * patience_ms, 100)
             self.pod.loop.call_after(patience_ms, lambda: self._end_if_empty(patience_ms))
             return
         # Before the launcher is told: until then a successor would finish what is left.
         paths.unpin(self.pod.directory)
-        self.pod.keeper.done()
+        self.pod.launcher.done()
         for request in self._closing:
             request.reply()
         self.pod.loop.stop()

@@ -9,7 +9,7 @@ from nodeagent.linux import syscalls
 from nodeagent.sandbox import idmaps
 from nodeagent.sandbox.protocol import Body
 from nodeagent.sandbox.runtime.children import Children
-from nodeagent.sandbox.runtime.keeping import Keeper
+from nodeagent.sandbox.runtime.launcher_link import LauncherLink
 from nodeagent.sandbox.runtime.loop import Loop
 from nodeagent.sandbox.runtime.peers import Peer
 from nodeagent.sandbox.spec import PodPlan
@@ -24,7 +24,7 @@ class Pod:
     userns: the pod's user namespace, -1 without one; root: its root's id on the node; groups: its map of groups.
     """
 
-    def __init__(self, plan: PodPlan, loop: Loop, keeper: Keeper) -> None:
+    def __init__(self, plan: PodPlan, loop: Loop, launcher: LauncherLink) -> None:
         self.id = plan["id"]
         self.directory = plan["directory"]
         self.namespaces = plan["namespaces"]
@@ -32,7 +32,7 @@ class Pod:
         self.root, _ = idmaps.root_of(plan)
         self.groups = idmaps.groups_of(plan)
         self.loop = loop
-        self.keeper = keeper
+        self.launcher = launcher
         self.children = Children(loop)
         self.clock = Clock()
         self.agent: Peer | None = None

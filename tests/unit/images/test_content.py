@@ -21,7 +21,7 @@ from nodeagent.errors import (
     Unavailable,
 )
 from nodeagent.images.content import Blob, BlobReader, Documents, Starved
-from nodeagent.images.slots import Permits
+from nodeagent.images.turns import Permits
 from nodeagent.images.unpack.compression import decompressed
 from tests.support.tars import digest
 

@@ -12,7 +12,7 @@ from nodeagent.metrics import server as server_module
 from nodeagent.metrics.server import MetricsServer
 from nodeagent.requests import ContainerConfig, SandboxConfig
 from tests.unit.cri.node import FakeNode
-from tests.unit.metrics.test_cri_metrics import running_pod
+from tests.unit.metrics.test_pod_metrics import running_pod
 
 
 async def scraped(server: MetricsServer) -> dict[str, Metric]:

@@ -25,7 +25,7 @@ def running(tmp_path: Path, pid: int) -> Container:
     pod = SimpleNamespace(
         loop=Loop(),
         directory=str(tmp_path),
-        keeper=SimpleNamespace(drop=lambda *_: None),
+        launcher=SimpleNamespace(drop=lambda *_: None),
         tell=told.append,
         told=told,
     )

@@ -1,6 +1,6 @@
 """Bounds on what the pulls of a node do at once, which slow servers cannot occupy.
 
-Registries decide how fast a layer comes, so a bound must not count layers, but those that make progress. `Slots` bounds
+Registries decide how fast a layer comes, so a bound must not count layers, but those that make progress. `Turns` bounds
 what waiting takes (connections, threads, buffers): the slowest gives way to those that wait. `Permits` bounds threads
 that work: one that waits for bytes has none.
 """
@@ -18,7 +18,7 @@ FLOOR_BYTES_PER_SECOND = 64 << 10  # for each second that somebody waits
 
 
 class _Holder:
-    """Work in a slot. position: the number of bytes that it has done; give_way: asks it to leave."""
+    """Work that has a turn. position: the number of bytes that it has done; give_way: asks it to leave."""
 
     def __init__(self, position: Callable[[], int], give_way: Callable[[], None]) -> None:
         self.give_way = give_way
@@ -42,8 +42,8 @@ class _Waiter:
     turn: "asyncio.Future[None]"
 
 
-class Slots:
-    """A number of slots for work; owners that have the fewest come first.
+class Turns:
+    """A number of turns for work; owners that have the fewest come first.
 
     Work that waits asks the slowest to give way, if its pace is below a floor that rises with the time of waiting.
     grace: the number of seconds for which work is not asked to.
@@ -63,7 +63,7 @@ class Slots:
         position: Callable[[], int] | None = None,
         give_way: Callable[[], None] | None = None,
     ) -> AsyncIterator[None]:
-        """Have a slot while the block runs. Work without `position` and `give_way` is never asked to leave."""
+        """Have a turn while the block runs. Work without `position` and `give_way` is never asked to leave."""
         await self._turn(owner)
         holder = None
         if position and give_way:

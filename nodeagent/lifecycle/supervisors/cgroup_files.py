@@ -10,7 +10,7 @@ from nodeagent.sandbox.agent.client import CgroupFds
 
 
 @contextmanager
-def handover(group: Cgroup) -> Iterator[CgroupFds]:
+def supervisor_files(group: Cgroup) -> Iterator[CgroupFds]:
     """Open the files for one message, which carries copies of them, and close them afterwards."""
     join = group.join_fds()
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent.sandbox import protocol
-from nodeagent.sandbox.runtime.keeping import Keeper
+from nodeagent.sandbox.runtime.launcher_link import LauncherLink
 from nodeagent.sandbox.runtime.loop import Loop
 
 
@@ -25,20 +25,20 @@ def test_the_launcher_closes_first(tmp_path: Path, answers: bool) -> None:
     """Whoever closes last may have to wait for a container that holds the pipe's lock; the launcher serves all pods."""
     loop = Loop()
     launcher, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    keeper = Keeper(loop, "pod", str(tmp_path / "pods" / "pod"), ours)
+    link = LauncherLink(loop, "pod", str(tmp_path / "pods" / "pod"), ours)
     reader, writer = os.pipe()
-    keeper.drop("main", None, [reader])
+    link.drop("main", None, [reader])
     message = protocol.receive(launcher)
     assert message is not None
     run(loop)
-    before = (is_open(reader), keeper.is_closing)
+    before = (is_open(reader), link.is_closing)
     if answers:
         protocol.send(launcher, protocol.encode({"dropped": message.body["number"]}))
     else:
         launcher.close()
     run(loop)
-    assert (before, (is_open(reader), keeper.is_closing)) == ((True, True), (False, False))
-    if keeper._peer is not None:
-        keeper._peer.close()
+    assert (before, (is_open(reader), link.is_closing)) == ((True, True), (False, False))
+    if link._peer is not None:
+        link._peer.close()
     os.close(writer)
     launcher.close()

@@ -26,7 +26,7 @@ class Deposit(NamedTuple):
     fds: dict[str, int]
 
 
-class Keeper:
+class LauncherLink:
     """A supervisor's connection to its launcher. The descriptors of deposits stay the supervisor's."""
 
     def __init__(self, loop: Loop, pod_id: str, directory: str, connection: socket.socket) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from nodeagent.cgroups.stats import CgroupStats, PressureStats
-from nodeagent.metrics import cri
+from nodeagent.metrics import pod_metrics
 from nodeagent.metrics.families import device_name
 from nodeagent.metrics.inspection import filesystem
 from nodeagent.requests import ContainerConfig, Namespaces, SandboxConfig
@@ -40,23 +40,23 @@ async def running_pod() -> FakeNode:
     return node
 
 
-async def values(node: FakeNode) -> dict[str, cri.Metric]:
+async def values(node: FakeNode) -> dict[str, pod_metrics.Metric]:
     """One metric of each name."""
-    (pod,) = await cri.read_pods(node.node)
+    (pod,) = await pod_metrics.read_pods(node.node)
     (of_container,) = pod.containers.values()
     return {metric.name: metric for metric in (*pod.metrics, *of_container)}
 
 
 def test_the_names_are_those_that_are_wanted() -> None:
     assert len(WANTED) == 56
-    named = sorted(descriptor.name for descriptor in cri.DESCRIPTORS)
+    named = sorted(descriptor.name for descriptor in pod_metrics.DESCRIPTORS)
     assert named == sorted(f"container_{name}" for name in WANTED + MORE)
-    assert all(descriptor.help and descriptor.label_keys for descriptor in cri.DESCRIPTORS)
+    assert all(descriptor.help and descriptor.label_keys for descriptor in pod_metrics.DESCRIPTORS)
 
 
 async def test_every_descriptor_has_a_value_with_its_labels() -> None:
     found = await values(await running_pod())
-    for descriptor in cri.DESCRIPTORS:
+    for descriptor in pod_metrics.DESCRIPTORS:
         metric = found[descriptor.name]
         assert len(metric.label_values) == len(descriptor.label_keys), descriptor.name
         assert metric.label_values[:2] == ("web", "prod")
@@ -109,7 +109,7 @@ async def test_a_pod_on_the_nodes_network_has_no_network_metrics() -> None:
     node = FakeNode()
     config = SandboxConfig(name="p", uid="u", namespace="n", namespaces=Namespaces(network="node"))
     await node.sandboxes.run(config, "")
-    (pod,) = await cri.read_pods(node.node)
+    (pod,) = await pod_metrics.read_pods(node.node)
     assert (pod.metrics, pod.containers) == ([], {})
 
 
@@ -117,8 +117,8 @@ async def test_a_container_whose_file_system_is_gone_keeps_its_accounts() -> Non
     node = await running_pod()
     (usage,) = await node.stats.containers()
     gone = dataclasses.replace(usage, disk=dataclasses.replace(usage.disk, mountpoint="/no/such"))
-    assert cri._inspect_all([(gone, [1]), (usage, [1])]).keys() == {usage.container.id}
-    metrics = cri._container(records.sandbox(), gone, None)
+    assert pod_metrics._inspect_all([(gone, [1]), (usage, [1])]).keys() == {usage.container.id}
+    metrics = pod_metrics._container(records.sandbox(), gone, None)
     assert "container_cpu_usage_seconds_total" in {metric.name for metric in metrics}
 
 

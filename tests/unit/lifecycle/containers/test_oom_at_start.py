@@ -12,7 +12,7 @@ from nodeagent.errors import (
     StartError,
     Unavailable,
 )
-from nodeagent.lifecycle.containers import oom_kill
+from nodeagent.lifecycle.containers import oom_at_start
 from nodeagent.records import Container
 from nodeagent.requests import ContainerConfig, Resources
 
@@ -37,7 +37,7 @@ def group(memory: Any) -> Any:
 def told(error: Exception, counted: Any) -> Exception:
     """What becomes of an error of a supervisor."""
     try:
-        with oom_kill.named(CONTAINER, counted):
+        with oom_at_start.named(CONTAINER, counted):
             raise error
     except Exception as result:  # noqa: BLE001 it is what the test asks for
         return result

@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from nodeagent.images import slots
-from nodeagent.images.slots import Permits, Slots
+from nodeagent.images import turns
+from nodeagent.images.turns import Permits, Turns
 
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "PRESS_SECONDS", 0.01)
-    monkeypatch.setattr(slots, "PACE_SECONDS", 0.02)
+    monkeypatch.setattr(turns, "PRESS_SECONDS", 0.01)
+    monkeypatch.setattr(turns, "PACE_SECONDS", 0.02)
 
 
 class Work:
@@ -37,7 +37,7 @@ class Work:
         self.asked += 1
         self.leave.set()
 
-    async def run(self, bound: Slots) -> None:
+    async def run(self, bound: Turns) -> None:
         async with bound.taken(self.owner, self.position, self.give_way):
             self.begun.set()
             await self.leave.wait()
@@ -49,7 +49,7 @@ async def settled() -> None:
 
 
 async def test_no_more_than_so_many() -> None:
-    bound = Slots(2)
+    bound = Turns(2)
     async with bound.taken("a"), bound.taken("a"):
         third = asyncio.create_task(Work("b").run(bound))
         await asyncio.sleep(0.05)
@@ -60,7 +60,7 @@ async def test_no_more_than_so_many() -> None:
 
 
 async def test_who_has_least_comes_first() -> None:
-    bound = Slots(2)
+    bound = Turns(2)
     many, few = [Work("many") for _ in range(3)], Work("few")
     async with asyncio.TaskGroup() as group, bound.taken("many"):
         async with bound.taken("other"):
@@ -74,7 +74,7 @@ async def test_who_has_least_comes_first() -> None:
 
 
 async def test_the_slowest_makes_room() -> None:
-    bound = Slots(2)
+    bound = Turns(2)
     slow, fast, waiting = Work("a"), Work("a", 1 << 30), Work("b")
     async with asyncio.TaskGroup() as group:
         for work in (slow, fast, waiting):
@@ -88,12 +88,12 @@ async def test_the_slowest_makes_room() -> None:
 
 async def test_a_floor_rises_with_the_time_that_somebody_waits() -> None:
     """At first the pace is fast enough, by and by it is not."""
-    bound = Slots(1)
+    bound = Turns(1)
     waiting = Work("b")
 
     class Steady(Work):
         def position(self) -> int:
-            return int(asyncio.get_running_loop().time() * (slots.FLOOR_BYTES_PER_SECOND / 4))
+            return int(asyncio.get_running_loop().time() * (turns.FLOOR_BYTES_PER_SECOND / 4))
 
     steady = Steady("a")
     async with asyncio.TaskGroup() as group:
@@ -109,7 +109,7 @@ async def test_a_floor_rises_with_the_time_that_somebody_waits() -> None:
 
 
 async def test_grace() -> None:
-    bound = Slots(1, grace_seconds=3600)
+    bound = Turns(1, grace_seconds=3600)
     holder, waiting = Work("a"), Work("b")
     async with asyncio.TaskGroup() as group:
         for work in (holder, waiting):
@@ -121,7 +121,7 @@ async def test_grace() -> None:
 
 
 async def test_who_stops_waiting_leaves_nothing() -> None:
-    bound = Slots(1)
+    bound = Turns(1)
     async with bound.taken("a"):
         waiting = [asyncio.create_task(Work("b").run(bound)) for _ in range(3)]
         await settled()
