@@ -83,7 +83,7 @@ class Health:
             names = ", ".join(map(str, self._directories))
             self._seen = Trouble(
                 "NotAnswering",
-                f"a look at {names} and the cgroup hierarchies is still blocked; is one of their filesystems hung?",
+                f"a lookup of {names} and the cgroup hierarchies is still blocked; is one of their filesystems hung?",
             )
         return self._seen
 

@@ -10,7 +10,7 @@ from typing import Any, NotRequired, TypedDict, cast
 
 from nodeagent import files
 from nodeagent.errors import IncompatibleVersion
-from nodeagent.sandbox import bundle, exits, planfile, statefile
+from nodeagent.sandbox import bundle, exits, paths, planfile, statefile
 from nodeagent.sandbox.spec import ContainerPlan, Identity
 
 VERSION = 1  # of state.json
@@ -43,7 +43,7 @@ class Facts(TypedDict):
 
 
 def make_directory(pod: str, plan: ContainerPlan) -> None:
-    path = directory(pod, plan["id"])
+    path = paths.container(pod, plan["id"])
     os.makedirs(path, mode=0o700)
     planfile.save(pod, plan)
     if "hooks" in plan:
@@ -69,7 +69,7 @@ def was_killed(pod: str, container: str) -> bool:
 
 
 def open_journal(pod: str, container: str) -> int:
-    path = f"{directory(pod, container)}/journal"
+    path = f"{paths.container(pod, container)}/journal"
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
 
 
@@ -83,13 +83,9 @@ def listed(pod: str) -> list[str]:
 
 def remove(pod: str, container: str) -> None:
     """Remove the files of a container, the record of its end included."""
-    files.remove_tree(directory(pod, container))
+    files.remove_tree(paths.container(pod, container))
     exits.remove(pod, container)
 
 
-def directory(pod: str, container: str) -> str:
-    return f"{pod}/containers/{container}"
-
-
 def _path(pod: str, container: str) -> str:
-    return f"{directory(pod, container)}/state.json"
+    return f"{paths.container(pod, container)}/state.json"

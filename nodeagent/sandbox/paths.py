@@ -10,12 +10,16 @@ from nodeagent.linux import syscalls
 
 SUPERVISOR_SOCKET = "supervisor.sock"  # in the pod's directory
 LAUNCHER_SOCKET = "launcher.sock"  # in the state directory
-LAUNCHER_READY = (
-    b"ready"  # what a launcher writes to the descriptor that it was given, once it listens
-)
+# What a launcher writes to the descriptor that it was given, once it listens.
+LAUNCHER_READY = b"ready"
 
 _PINNED = ("net", "ipc", "uts", "user")
 SHARED = "shared"
+
+
+def container(pod: str, container_id: str) -> str:
+    """The directory of a container in that of its pod: its plan, its state, the journal of its log, its bundle."""
+    return f"{pod}/containers/{container_id}"
 
 
 def shared(pod: str) -> str:

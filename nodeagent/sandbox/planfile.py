@@ -6,7 +6,7 @@ It is on tmpfs: after a reboot, nothing runs that it could describe.
 
 from typing import Any, cast
 
-from nodeagent.sandbox import statefile
+from nodeagent.sandbox import paths, statefile
 from nodeagent.sandbox.spec import ContainerPlan
 
 VERSION = 1
@@ -23,4 +23,4 @@ def load(pod: str, container: str) -> ContainerPlan:
 
 
 def _path(pod: str, container: str) -> str:
-    return f"{pod}/containers/{container}/plan.json"
+    return f"{paths.container(pod, container)}/plan.json"

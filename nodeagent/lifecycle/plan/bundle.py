@@ -12,6 +12,7 @@ from typing import Any
 from nodeagent.errors import Unsupported
 from nodeagent.linux import capabilities
 from nodeagent.requests import ContainerConfig, HookConfig
+from nodeagent.sandbox import paths
 from nodeagent.sandbox.bundle import OCI_VERSION, ROOTFS
 from nodeagent.sandbox.spec import ContainerPlan, Hook, Hooks, Mount
 
@@ -26,14 +27,14 @@ def hooks(config: ContainerConfig, plan: ContainerPlan, pod: Path, limit_seconds
     stages: dict[Any, list[Hook]] = {}
     for hook in config.hooks:
         stages.setdefault(hook.stage, []).append(_hook(hook, limit_seconds))
-    directory = pod / "containers" / plan["id"]
+    directory = paths.container(str(pod), plan["id"])
     made = Hooks(
-        bundle=str(directory / "bundle"),
+        bundle=f"{directory}/bundle",
         config="",
         annotations=dict(config.annotations),
         stages=stages,
     )
-    made["config"] = json.dumps(_oci_config(plan, made, str(directory / ROOTFS)))
+    made["config"] = json.dumps(_oci_config(plan, made, f"{directory}/{ROOTFS}"))
     return made
 
 

@@ -21,7 +21,7 @@ from nodeagent.sandbox.runtime.peers import Peer
 from nodeagent.sandbox.spec import ContainerPlan, PodPlan, PodSettings
 from nodeagent.sandbox.supervisor import main as supervisor
 
-_POD, _CONTAINER, _PROGRAM = "rehearsal", "actor", "/absent"
+_POD, _CONTAINER, _PROGRAM = "rehearsal", "main", "/absent"
 
 # An instruction is specialised when it runs for the second time.
 _ROUNDS = 2

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 
 from nodeagent.errors import FailedPrecondition
 from nodeagent.linux import processes, syscalls
-from nodeagent.sandbox import facts
+from nodeagent.sandbox import paths
 from nodeagent.sandbox.init import hookroot, hooks
 from nodeagent.sandbox.runtime import process
 from nodeagent.sandbox.runtime.children import Child
@@ -129,7 +129,7 @@ class _Runner:
         self._text: str | None = None
         found = hooks.of(plan, *stages)
         bundle = plan["hooks"]["bundle"]
-        claim = f"{facts.directory(pod.directory, plan['id'])}/{_CLAIM}"
+        claim = f"{paths.container(pod.directory, plan['id'])}/{_CLAIM}"
         claim = claim if "poststop" in stages else ""
         self._child, self._ours = _spawn(pod, found, told, bundle, claim, self._ended)
         pod.loop.watch(self._ours.fileno(), self._heard)
