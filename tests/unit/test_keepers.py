@@ -5,6 +5,7 @@ nobody's end. The tasks of the network, which need one, are in tests/kernel/net/
 """
 
 import asyncio
+import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack, closing
@@ -37,6 +38,7 @@ from nodeagent.streaming.tls import TLSFiles
 from nodeagent.tasks import Tasks
 from nodeagent.trash import Trash
 from tests.support.faults import Fault, any_error, impatient_tasks, until
+from tests.unit.test_operations_doc import tasks
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -194,6 +196,23 @@ async def asking_successors(world: World) -> Work:
     return succession(world, FakeSupervisor(world.fault), None)
 
 
+async def recovering_pods(world: World) -> Work:
+    """What an earlier agent has left: the supervisor of a pod that is taken over cannot be asked at first."""
+    _, watching = supervision(world, None)
+    found = FakeSupervisor(world.fault)
+
+    async def connect(*_: object) -> Any:
+        return found
+
+    world.patch.setattr(Supervisor, "connect", connect)
+    world.patch.setattr("nodeagent.lifecycle.supervisors.supervision.ANSWER_SECONDS", 0)
+
+    async def ask() -> None:
+        await watching.adopt("pod")
+
+    return Work("recovery", ask, lambda: found.states, watching.close)
+
+
 async def ending_pods(world: World) -> Work:
     inventory, watching = supervision(world, None)
     supervisor = cast(Supervisor, FakeSupervisor())
@@ -318,6 +337,7 @@ TASKS = [
     replacing_launchers,
     replacing_supervisors,
     asking_successors,
+    recovering_pods,
     ending_pods,
     clearing_up_execs,
     measuring_disks,
@@ -328,6 +348,18 @@ TASKS = [
 each_task = pytest.mark.parametrize("make", TASKS, ids=lambda make: make.__name__)
 # These are done when somebody asks for them, and once each time.
 ON_REQUEST = (clearing_up_execs, measuring_disks, looking_at_health, accepting_connections)
+
+
+# Those of tests/kernel/net/test_keepers.py, and work that is done once, for a client that hears of its failure.
+ELSEWHERE = {"network leases", "network bridge", "host ports"}
+ONCE = {"resize", "streaming session"}
+# Of a class that is here under another name.
+ALIKE = {"staging", "streaming server", "metrics server", "control socket"}
+
+
+def test_no_task_is_left_out() -> None:
+    here = set(re.findall(r'Work\("([^"]+)"', Path(__file__).read_text()))
+    assert set(tasks()) - here == ELSEWHERE | ONCE | ALIKE
 
 
 # --- what holds for each ---
