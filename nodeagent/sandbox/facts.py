@@ -57,14 +57,14 @@ def save(pod: str, container: str, facts: Facts) -> None:
 
 def load(pod: str, container: str) -> Facts:
     """Read the facts. Raises FileNotFoundError for a container whose creation was cut off, else as `statefile.load`."""
-    return cast(Facts, statefile.load(_path(pod, container), VERSION))
+    return statefile.load(_path(pod, container), VERSION, Facts)
 
 
 def was_killed(pod: str, container: str) -> bool:
     """Whether a supervisor has sent SIGKILL, which it records before; False where nothing can be read."""
     try:
         return load(pod, container)["killed"]
-    except (IncompatibleVersion, OSError, ValueError, KeyError):
+    except (IncompatibleVersion, OSError, ValueError):
         return False
 
 

@@ -19,7 +19,7 @@ def save(pod: str, plan: ContainerPlan) -> None:
 
 def load(pod: str, container: str) -> ContainerPlan:
     """Read the plan. Raises as `statefile.load`."""
-    return cast(ContainerPlan, statefile.load(_path(pod, container), VERSION))
+    return statefile.load(_path(pod, container), VERSION, ContainerPlan)
 
 
 def _path(pod: str, container: str) -> str:

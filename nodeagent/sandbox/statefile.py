@@ -4,12 +4,16 @@ What the version means, and when it changes, is said in `nodeagent.sandbox.proto
 import this.
 """
 
+from typing import TypeVar
+
 from nodeagent import files
 from nodeagent.errors import IncompatibleVersion
 from nodeagent.sandbox import protocol
 from nodeagent.sandbox.protocol import Body
 
 _MODE = 0o600
+
+T = TypeVar("T")
 
 
 def save(path: str, version: int, body: Body) -> None:
@@ -18,8 +22,8 @@ def save(path: str, version: int, body: Body) -> None:
     files.write_atomic(path, text, _MODE, sync=False)
 
 
-def load(path: str, version: int) -> Body:
-    """The members of the object, without its version. version: the newest that the caller understands.
+def load(path: str, version: int, kind: type[T]) -> T:
+    """The object without its version, if it has all members of `kind`. version: the newest that the caller understands.
 
     Raises FileNotFoundError, ValueError for what is damaged, IncompatibleVersion for a newer one.
     """
@@ -28,13 +32,13 @@ def load(path: str, version: int) -> Body:
     try:
         body = protocol.decode(text)
         found = body.pop("version", 0)
-        if not isinstance(found, int):
+        if not isinstance(found, int) or found < 0:
             raise ValueError(f"version {found!r:.20}")
+        if found <= version:
+            return protocol.checked(kind, body)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if found > version:
-        raise IncompatibleVersion(
-            f"{path}: version {found} is newer than {version}, the newest that this release understands; "
-            "install the release of the agent that wrote it, or stop and remove the pod"
-        )
-    return body
+    raise IncompatibleVersion(
+        f"{path}: version {found} is newer than {version}, the newest that this release understands; "
+        "install the release of the agent that wrote it, or stop and remove the pod"
+    )

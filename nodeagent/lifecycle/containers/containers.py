@@ -30,6 +30,7 @@ from nodeagent.requests import Resources
 from nodeagent.sandbox import planfile
 from nodeagent.sandbox.agent.client import Supervisor
 from nodeagent.sandbox.seccomp import effective as seccomp_effective
+from nodeagent.sandbox.spec import ContainerPlan
 from nodeagent.trash import Trash
 
 log = logging.getLogger(__name__)
@@ -77,18 +78,11 @@ class Containers:
         """
         container = self._inventory.container(name)
         try:
-            made = planfile.load(str(self._pods / container.sandbox_id), container.id)
+            return _readable(planfile.load(str(self._pods / container.sandbox_id), container.id))
         except FileNotFoundError:
             return {}
-        except (IncompatibleVersion, ValueError) as error:
+        except (IncompatibleVersion, OSError, ValueError) as error:
             return {"error": str(error)}
-        # Bytes that are no text are escaped there, which the answer cannot have.
-        readable = json.dumps(made, ensure_ascii=False).encode(errors="replace")
-        plan: dict[str, Any] = msgspec.json.decode(readable)
-        program = base64.b64decode(plan["process"]["seccomp"])
-        plan["process"]["seccomp"] = seccomp_effective.describe(program)
-        plan.get("hooks", {}).pop("config", None)  # the same again, in other words
-        return plan
 
     def of(self, sandbox_id: str) -> tuple[Container, ...]:
         """The containers of a pod, oldest first."""
@@ -187,3 +181,14 @@ class Containers:
         if container.state != "running":
             raise FailedPrecondition(f'container "{name}": is {container.state}, not running')
         return container, self._inventory.supervisor(container)
+
+
+def _readable(made: ContainerPlan) -> dict[str, Any]:
+    """A plan as JSON of text, its seccomp program in words."""
+    # Bytes that are no text are escaped there, which the answer cannot have.
+    readable = json.dumps(made, ensure_ascii=False).encode(errors="replace")
+    plan: dict[str, Any] = msgspec.json.decode(readable)
+    program = base64.b64decode(plan["process"]["seccomp"])
+    plan["process"]["seccomp"] = seccomp_effective.describe(program)
+    plan.get("hooks", {}).pop("config", None)  # the same again, in other words
+    return plan

@@ -14,6 +14,7 @@ from nodeagent.sandbox.runtime.loop import Loop
 from nodeagent.sandbox.runtime.peers import Request
 from nodeagent.sandbox.supervisor.birth import Birth
 from nodeagent.sandbox.supervisor.containers import Container
+from nodeagent.sandbox.supervisor.creation import nothing_known
 from nodeagent.sandbox.supervisor.hookrun import ContainerHooks
 from nodeagent.sandbox.supervisor.pod import Pod
 from tests.kernel.sandbox.containers import container_plan
@@ -30,8 +31,8 @@ def running(tmp_path: Path, pid: int) -> Container:
         told=told,
     )
     exits.make_directory(str(tmp_path))
-    known = cast(facts.Facts, {"pid": pid, "ticks": 0, "oom_kills": 0, "deadline": 0})
-    known |= {"created_at": 1, "started_at": 2, "signalled": False, "killed": False}
+    known = nothing_known({})
+    known |= {"pid": pid, "created_at": 1, "started_at": 2}
     plan = container_plan(tmp_path / "files", tmp_path, ["/bin/true"])
     fds = {"pidfd": os.pidfd_open(pid)}
     return Container(cast(Pod, pod), {}, plan, known, fds)
