@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from nodeagent.errors import (
     IncompatibleVersion,
@@ -34,6 +34,7 @@ class Stopping:
         self._inventory = inventory
         self._supervision = supervision
         self._groups = groups
+        supervision.kill = self.kill
         # Containers whose program is about to be executed, or is blocked before that.
         self._starting: set[str] = set()
 
@@ -134,6 +135,11 @@ class Stopping:
         """Kill the containers of a pod that has no supervisor and gets none."""
         for container in self._inventory.members(sandbox_id):
             try:
-                await asyncio.to_thread(self._groups.of(container).kill)
+                await self.kill(container)
             except (NodeAgentError, OSError) as error:
                 log.error('container "%s": not killed: %s', container.id, error)
+
+    async def kill(self, container: Container) -> None:
+        """Kill what runs of a container without its supervisor; nothing does where its cgroup has gone."""
+        with suppress(NotFound):
+            await asyncio.to_thread(self._groups.of(container).kill)

@@ -45,6 +45,8 @@ class Supervision:
         self._ending: set[str] = set()
         # How a pod is ended that can do nothing any more: `Sandboxes.stop`, which is above us.
         self.end_pod: Callable[[str], Coroutine[Any, Any, None]]
+        # How a container is killed without its supervisor: `Stopping.kill`, above us as well.
+        self.kill: Callable[[Container], Coroutine[Any, Any, None]]
 
     def watch(self, sandbox_id: str, supervisor: Supervisor) -> None:
         """Note the ends of the pod's containers from now on, and replace its supervisor if it dies."""
@@ -213,17 +215,31 @@ class Supervision:
         known = {state.id: state for state in await supervisor.state()}
         for stranger in known.keys() - self._inventory.containers.keys():
             await supervisor.remove(stranger)  # made for a caller that was never told
+        unknown: list[Container] = []
         for container in self._inventory.members(sandbox_id):
             if not container.created_at or container.state == "exited":
                 continue
             state = known.get(container.id)
             if state is None:
-                self.ended_as(records.lost(container, time.time_ns()))
+                unknown.append(container)
                 continue
             if state.started_at and container.state == "created":
                 self.started(container, state.started_at)
             if state.exit is not None:
                 self._exited(container.id, state.exit)
+        for container in unknown:
+            await self._lose(container)
+
+    async def _lose(self, container: Container) -> None:
+        """Record the end of a container that its supervisor does not know, and kill what may still run of it.
+
+        A supervisor that has found the container's files damaged, or gone, does not know whether it runs.
+        """
+        log.warning('container "%s": unknown to its supervisor; killed, if it runs', container.id)
+        await self.kill(container)
+        current = self._inventory.containers.get(container.id)
+        if current is not None and current.state != "exited":
+            self.ended_as(records.lost(current, time.time_ns()))
 
 
 def _pod(sandbox_id: str) -> str:

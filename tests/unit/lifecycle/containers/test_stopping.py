@@ -75,7 +75,7 @@ class Starting:
             supervisor=lambda _: self,
             lock=lambda _: self.start,
         )
-        nothing = cast(Any, None)
+        nothing = cast(Any, SimpleNamespace())
         self.stopping = Stopping(cast(Any, inventory), nothing, nothing)
         self.stopping._starting.add("c")
 
