@@ -1,5 +1,6 @@
 """What others do to an agent's files, groups and tables: one pod may be lost by it, the node never."""
 
+import json
 import os
 import shutil
 import signal
@@ -46,15 +47,61 @@ def test_a_supervisor_that_nobody_can_reach_ends(own_agent: RunningAgent, own_cr
     container.pod.remove()
 
 
-def test_one_container_that_nothing_is_known_of(own_agent: RunningAgent, own_cri: Cri) -> None:
+@pytest.mark.parametrize("name", ["state.json", "plan.json"])
+@pytest.mark.parametrize("text", [None, "{", "{}"])
+def test_one_container_that_nothing_is_known_of(
+    own_agent: RunningAgent, own_cri: Cri, name: str, text: str | None
+) -> None:
+    """What is EXITED does not run, or its successor would run beside it."""
     container = own_cri.run()
     other = container.pod.run(name="other")
     directory = crash(own_agent, container) / "containers" / container.id
-    (directory / "state.json").write_text("{")
+    damage(directory / name, text)
     own_agent.start()
-    assert container.status.reason == "Unknown"
+    assert container.ended().reason == "Unknown"
+    wait_for("no process", lambda: not processes_of(container))
     assert other.shell("echo works") == "works"
     container.remove()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}"])
+def test_a_plan_that_cannot_be_read_is_named_to_who_asks(own_cri: Cri, text: str) -> None:
+    container = own_cri.run()
+    pod = own_cri.agent.root / "run/pods" / container.pod.id
+    file = pod / "containers" / container.id / "plan.json"
+    damage(file, text)
+    request = pb.ContainerStatusRequest(container_id=container.id, verbose=True)
+    plan = json.loads(own_cri.agent.runtime.ContainerStatus(request).info["info"])["plan"]
+    assert plan["error"].startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize("text", [None, "{", "{}", '{"version": 1, "plan": {}}'])
+def test_a_pod_without_a_successor_ends_with_its_stop(
+    own_agent: RunningAgent, own_cri: Cri, text: str | None
+) -> None:
+    container, other = own_cri.run(), own_cri.run()
+    damage(own_agent.root / "run/pods" / container.pod.id / "pod.json", text)
+    os.kill(container.pod.supervisor, signal.SIGKILL)
+    container.pod.stop()
+    assert container.status.state == EXITED
+    assert not processes_of(container)
+    container.pod.remove()
+    assert not (own_agent.root / "run/pods" / container.pod.id).exists()
+    assert other.shell("echo works") == "works"
+
+
+def damage(file: Path, text: str | None) -> None:
+    """text: what the file has from now on, None for no file."""
+    if text is None:
+        file.unlink()
+    else:
+        file.write_text(text)
+
+
+def processes_of(container: Container) -> str:
+    """The pids in its cgroup, which there may be in several hierarchies."""
+    groups = [Path(path) for path, _, _ in os.walk("/sys/fs/cgroup") if container.id in path]
+    return "".join((group / "cgroup.procs").read_text() for group in groups)
 
 
 @pytest.mark.parametrize("kind", ["container", "sandbox", "lease"])

@@ -158,17 +158,22 @@ class Supervisor:
             async with asyncio.timeout(_DEATH_SECONDS):
                 await self.lost.wait()
         except TimeoutError:
-            raise self._channel.unavailable() from None
+            log.error("%s; it is killed, as its pod ends", self._channel.unavailable())
+            await self._end_unasked()
+            return
         if not self._directory.exists():
             return
         try:
             successor = await self._successor()
-        except IncompatibleVersion:
+        except Unavailable:
+            raise  # a launcher may be there at the next attempt
+        except (NodeAgentError, OSError) as error:
+            log.error(
+                'pod "%s": ends without a supervisor, there is no successor of its own: %s',
+                self.pod_id,
+                error,
+            )
             await self._end_unasked()
-        except OSError as error:
-            raise Unavailable(
-                f'pod "{self.pod_id}": no successor of its supervisor: {error}'
-            ) from None
         else:
             await successor.shutdown()
 

@@ -3,15 +3,20 @@
 import asyncio
 import os
 import socket
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from nodeagent.errors import IncompatibleVersion, Unavailable, Unsupported
 from nodeagent.sandbox import protocol
-from nodeagent.sandbox.agent.client import ExecIO, Supervisor
+from nodeagent.sandbox.agent import client as client_module
+from nodeagent.sandbox.agent.client import ExecIO, Launcher, Supervisor
 from nodeagent.sandbox.agent.handles import CgroupFds
 from nodeagent.sandbox.paths import SUPERVISOR_SOCKET
 from nodeagent.sandbox.spec import ExecPlan
@@ -109,6 +114,50 @@ async def test_a_newer_supervisor_that_speaks_our_version_is_served(tmp_path: Pa
     client.close()
     await asyncio.to_thread(other.thread.join)
     assert [asked["op"] for asked in other.heard] == ["hello", "state"]
+
+
+@pytest.mark.usefixtures("nonsense")
+async def test_what_is_disconnected_and_lives_ends_with_its_pod(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It serves nobody; until the agent's next start, its pod could be neither stopped nor removed."""
+    monkeypatch.setattr(client_module, "_DEATH_SECONDS", 0.01)
+    abandoned: list[str] = []
+
+    async def abandon(pod_id: str) -> None:
+        abandoned.append(pod_id)
+
+    async def launcher(_state: Path) -> Any:
+        return SimpleNamespace(abandon=abandon, close=lambda: None)
+
+    monkeypatch.setattr(Launcher, "connect", launcher)
+    client = await Supervisor.connect(tmp_path, "abc")
+    await client.shutdown()
+    assert client.is_lost
+    assert abandoned == ["abc"]
+
+
+NONSENSE = """
+import signal, socket, sys
+with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+    listener.bind(sys.argv[1])
+    listener.listen()
+    print(flush=True)
+    connection, _ = listener.accept()
+    connection.send(b"nonsense")
+    signal.pause()
+"""
+
+
+@pytest.fixture
+def nonsense(tmp_path: Path) -> Iterator[None]:
+    """A supervisor of its own process, which says what nobody understands."""
+    command = [sys.executable, "-c", NONSENSE, str(tmp_path / SUPERVISOR_SOCKET)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield
+        process.kill()
 
 
 async def test_what_says_an_impossible_version_is_disconnected(tmp_path: Path) -> None:
