@@ -126,25 +126,36 @@ class Inventory:
             self._tell(event, record)
 
     def forget(self, record: Sandbox | Container) -> None:
-        """Remove the record for good; one that is gone already stays gone."""
-        self.store.delete(type(record), record.id)
+        """Remove the record for good; one that is gone already stays gone.
+
+        An intention goes even if the write fails: nobody can name it to remove it, and it would keep its name from the
+        next attempt. Its row is left to the next agent, which undoes it.
+        """
+        try:
+            self.store.delete(type(record), record.id)
+        except (NodeAgentError, OSError) as error:
+            if not _is_intention(record):
+                raise
+            log.error('"%s" is undone, but its record cannot be removed: %s', record.id, error)
         if isinstance(record, Sandbox):
             self.sandboxes.pop(record.id, None)
             self.pods.pop(record.id, None)
             self._members.pop(record.id, None)
-            visible = record.ready_at
         else:
             self.containers.pop(record.id, None)
             self._members.get(record.sandbox_id, {}).pop(record.id, None)
             self._locks.pop(record.id, None)
-            visible = record.created_at
-        if visible:
+        if not _is_intention(record):
             self._tell("deleted", record)
 
     def _tell(self, kind: Kind, record: Record) -> None:
         sandbox_id = record.sandbox_id if isinstance(record, Container) else record.key
         members = tuple(c for c in self.members(sandbox_id) if c.created_at)
         self.events.publish(kind, record.key, self.sandboxes.get(sandbox_id), members)
+
+
+def _is_intention(record: Sandbox | Container) -> bool:
+    return not (record.ready_at if isinstance(record, Sandbox) else record.created_at)
 
 
 @functools.cache

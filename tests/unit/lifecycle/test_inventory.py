@@ -1,0 +1,75 @@
+"""Records whose removal cannot be written."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from nodeagent.lifecycle.events import Events
+from nodeagent.lifecycle.inventory import Inventory
+from nodeagent.records import Container, Sandbox
+from nodeagent.requests import ContainerConfig, Resources, SandboxConfig
+from nodeagent.store import Store
+
+SANDBOX = Sandbox(
+    id="pod",
+    config=SandboxConfig(name="pod", uid="u", namespace="n"),
+    runtime_handler="",
+    cgroup_parent="/pod",
+    boot_id="b",
+    created_at=1,
+    addresses=(),
+)
+CONTAINER = Container(
+    id="container",
+    sandbox_id="pod",
+    config=ContainerConfig(name="c", image="i"),
+    image_id="i",
+    image_ref="i",
+    image_name="i",
+    mounts=(),
+    cgroup_path="/pod/c",
+    log_path="",
+    resources=Resources(),
+    stop_signal=15,
+)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Another process writes, and does not end."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+
+
+@pytest.mark.parametrize("record", [SANDBOX, CONTAINER])
+def test_an_intention_is_forgotten_though_that_cannot_be_written(
+    tmp_path: Path, record: Sandbox | Container
+) -> None:
+    """Or the next attempt of its name would fail until the agent starts again."""
+    path = tmp_path / "state.db"
+    with closing(Store.open(path)) as store:
+        store._db.execute("PRAGMA busy_timeout = 0")
+        inventory = Inventory(store, Events())
+        inventory.save(record)
+        with locked(path):
+            inventory.forget(record)
+        assert not inventory.sandboxes
+        assert not inventory.members("pod")
+        assert store.get(type(record), record.id) == record  # for the next agent to undo
+
+
+def test_what_others_can_name_stays_until_its_removal_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    made = msgspec.structs.replace(CONTAINER, created_at=1)
+    with closing(Store.open(path)) as store:
+        store._db.execute("PRAGMA busy_timeout = 0")
+        inventory = Inventory(store, Events())
+        inventory.save(made)
+        with locked(path), pytest.raises(OSError, match="locked"):
+            inventory.forget(made)
+        assert inventory.members("pod") == [made]
