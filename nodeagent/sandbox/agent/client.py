@@ -54,6 +54,9 @@ Size = tuple[int, int]
 # A process that dies closes its connections some time before its pidfd becomes readable.
 _DEATH_SECONDS = 5.0
 
+# A launcher waits for nothing, and answers within milliseconds, unless it is stopped or hangs in the kernel.
+_HELLO_SECONDS = 10.0
+
 # The time within which a process that others have started begins to serve, if it does.
 _POLLS, _POLL_SECONDS = 20, 0.1
 
@@ -344,7 +347,7 @@ class Launcher:
     async def connect_or_start(
         cls, state: Path, python: str = sys.executable, join_fds: Sequence[int] = ()
     ) -> "Launcher":
-        """Connect, or start a launcher. One that speaks no version of the protocol that we do is replaced.
+        """Connect, or start a launcher. One that does not answer, or speaks no version of ours, is replaced.
 
         join_fds: files of the cgroup that a new launcher moves to, opened for writing.
         """
@@ -353,7 +356,7 @@ class Launcher:
         except OSError:
             pass
         else:
-            if not await launcher.end_if_incompatible():
+            if not await launcher.end_if_unusable():
                 return launcher
         try:
             await start_launcher(str(state), python, join_fds)
@@ -379,12 +382,14 @@ class Launcher:
     def lost(self) -> asyncio.Event:
         return self._channel.lost
 
-    async def end_if_incompatible(self) -> bool:
-        """Kill it, and return True, if it speaks no version of the protocol that we do."""
+    async def end_if_unusable(self) -> bool:
+        """Kill it, and return True, if it speaks no version of the protocol that we do, or does not answer."""
         try:
-            await self._channel.agree()
-        except IncompatibleVersion as error:
-            log.warning("%s; it is replaced, which pods do not notice", error)
+            async with asyncio.timeout(_HELLO_SECONDS):
+                await self._channel.agree()
+        except (IncompatibleVersion, TimeoutError) as error:
+            reason = str(error) or f"the launcher has not answered for {_HELLO_SECONDS:g} s"
+            log.warning("%s; it is replaced, which pods do not notice", reason)
             await self._channel.kill()
             self.close()
             return True

@@ -22,7 +22,7 @@ from nodeagent.errors import (
     Unsupported,
 )
 from nodeagent.sandbox import protocol
-from nodeagent.sandbox.agent import starting
+from nodeagent.sandbox.agent import client, starting
 from nodeagent.sandbox.agent.client import Launcher, Supervisor
 from nodeagent.sandbox.spec import PodPlan
 from nodeagent.sandbox.supervisor import namespaces
@@ -75,6 +75,22 @@ async def test_who_starts_one_at_the_same_moment_gets_the_same(tmp_path: Path) -
     for launcher in launchers[1:]:
         launcher.close()
     await launchers[0].stop()
+
+
+async def test_a_launcher_that_does_not_answer_is_replaced(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No agent would start any more: what it asks first would wait for ever."""
+    monkeypatch.setattr(client, "_HELLO_SECONDS", 0.2)
+    stopped = await Launcher.connect(node.state)
+    os.kill(stopped.pid, signal.SIGSTOP)
+    replacing = await Launcher.connect_or_start(node.state)
+    assert stopped.lost.is_set()
+    assert replacing.pid != stopped.pid
+    assert await replacing.pods() == []
+    stopped.close()
+    node.launcher.close()
+    node.launcher = replacing
 
 
 async def test_the_launcher_stays_while_there_are_pods(node: Node) -> None:
