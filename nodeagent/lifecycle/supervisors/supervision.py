@@ -212,6 +212,8 @@ class Supervision:
 
     async def _reconcile(self, sandbox_id: str, supervisor: Supervisor) -> None:
         """Bring the records to what the supervisor knows; a container that it does not know has ended unseen."""
+        # Before the question: what is created while it is answered is not in the answer.
+        asked_for = {c.id for c in self._inventory.members(sandbox_id) if c.created_at}
         known = {state.id: state for state in await supervisor.state()}
         for stranger in known.keys() - self._inventory.containers.keys():
             await supervisor.remove(stranger)  # made for a caller that was never told
@@ -221,7 +223,8 @@ class Supervision:
                 continue
             state = known.get(container.id)
             if state is None:
-                unknown.append(container)
+                if container.id in asked_for:
+                    unknown.append(container)
                 continue
             if state.started_at and container.state == "created":
                 self.started(container, state.started_at)

@@ -14,9 +14,11 @@ from nodeagent.lifecycle.inventory import Inventory, Pod
 from nodeagent.lifecycle.supervisors import supervision
 from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.lifecycle.supervisors.supervision import Supervision
-from nodeagent.sandbox.agent.client import Supervisor
+from nodeagent.records import Container
+from nodeagent.sandbox.agent.client import ContainerState, Supervisor
 from nodeagent.store import Store
 from nodeagent.tasks import Tasks
+from tests.unit.cri import records
 
 
 class FakeSupervisor:
@@ -151,3 +153,25 @@ async def test_a_start_does_not_wait_for_it_for_ever(
     assert caplog.messages == ["a pod: the supervisor does not answer yet"]
     answer.set()
     await done.wait()
+
+
+async def test_what_is_created_while_a_supervisor_answers_is_not_lost(node: Node) -> None:
+    """Its answer lacks it; a container that was there before and that it does not know has ended."""
+    killed: list[str] = []
+    before = records.container("before", sandbox_id="pod")
+    meanwhile = records.container("meanwhile", sandbox_id="pod")
+
+    async def kill(container: Container) -> None:
+        killed.append(container.id)
+
+    class Answering(FakeSupervisor):
+        async def state(self) -> list[ContainerState]:
+            node.inventory.save(meanwhile)
+            return []
+
+    node.supervision.kill = kill
+    node.inventory.save(before)
+    await node.supervision._reconcile("pod", cast(Supervisor, Answering()))
+    assert killed == ["before"]
+    assert node.inventory.containers["before"].state == "exited"
+    assert node.inventory.containers["meanwhile"].state != "exited"
