@@ -1,7 +1,6 @@
 """The cgroups of containers, open from their creation to their end, and the limits and usage of a pod's own."""
 
 import asyncio
-from contextlib import suppress
 
 import msgspec
 
@@ -74,8 +73,7 @@ class Groups:
     async def remove_at(self, parent: str, container_id: str) -> None:
         """Remove the cgroup of a container without a record, if it is there."""
         path = self._cgroups.container_path(parent, container_id)
-        with suppress(NotFound):
-            await asyncio.to_thread(_end, self._cgroups.open_existing(path))
+        await asyncio.to_thread(self._cgroups.end, path)
 
 
 def _end(group: Cgroup) -> None:

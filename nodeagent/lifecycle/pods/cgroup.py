@@ -6,7 +6,6 @@ allows no devices and only one process.
 
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.manager import Cgroups
-from nodeagent.errors import NotFound
 from nodeagent.records import Sandbox
 from nodeagent.requests import Resources
 
@@ -29,9 +28,4 @@ def remove(cgroups: Cgroups, sandbox: Sandbox) -> None:
 
 def remove_below(cgroups: Cgroups, parent: str, pod_id: str) -> None:
     """Remove the cgroup of a pod without a record, which may have had this parent."""
-    try:
-        group = cgroups.open_existing(cgroups.container_path(parent, pod_id))
-    except NotFound:
-        return
-    group.kill()
-    group.remove()
+    cgroups.end(cgroups.container_path(parent, pod_id))

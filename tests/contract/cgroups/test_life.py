@@ -1,6 +1,7 @@
 """Making, finding and removing groups."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -303,3 +304,25 @@ def test_marks_survive_in_the_kernel(cgroups: Cgroups, layout: Layout) -> None:
         assert tree.kind(hierarchy.directory(TOP)) == tree.PARENT
     assert tree.kind(ROOT) is None
     group.remove()
+
+
+def test_a_group_that_was_made_in_part_ends(cgroups: Cgroups, layout: Layout) -> None:
+    """An agent was killed while it made it: it has no mark yet, and is in one of the hierarchies."""
+    path = cgroups.container_path(f"{TOP}/pod", "abc")
+    for hierarchy in layout.hierarchies:
+        tree.make(hierarchy.mount, path)
+        os.removexattr(hierarchy.directory(path), tree.MARK)
+        os.chmod(hierarchy.directory(path), 0o1700)
+        cgroups.end(path)
+        assert directories(layout, TOP) == []
+
+
+def test_what_runs_in_a_group_ends_with_it(cgroups: Cgroups, spawn: Spawn) -> None:
+    group = cgroups.create(cgroups.container_path(f"{TOP}/pod", "abc"))
+    process = spawn(group, "print('ready', flush=True); input()")
+    assert process.stdout
+    process.stdout.readline()
+    cgroups.end(group.path)
+    assert process.wait(60) == -signal.SIGKILL
+    assert not group.exists()
+    cgroups.end(group.path)
