@@ -1,11 +1,13 @@
 """An agent whose code is replaced, with pods that go on."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from nodeagent.cgroups import tree
 from tests.e2e.conftest import own_agent, own_cri
 from tests.e2e.test_recovery import processes_titled
 from tests.support.apart import EARLIER, Apart, agent_apart
@@ -42,6 +44,19 @@ class Replaced:
     def be_present(self) -> None:
         self._code.rename(self._aside)
         self.be(None)
+
+    def remove_unmarked_groups(self) -> None:
+        """Remove what an agent that marks its cgroups late has left when it was killed, and the empty ones above.
+
+        A group with processes stays, and so do empty ones that an agent could have known as its own.
+        """
+        root = str(self.agent.root / "lib")
+        name = f"nodeagent-{hashlib.sha256(root.encode()).hexdigest()[:8]}"
+        hierarchies = Path("/sys/fs/cgroup")
+        for top in (*hierarchies.glob(name), *hierarchies.glob(f"*/{name}")):
+            for directory, _, _ in os.walk(top, topdown=False):
+                if tree.kind(directory) is None:
+                    _remove_upwards(Path(directory), top)
 
     @property
     def endpoint(self) -> str:
@@ -89,6 +104,16 @@ def replaced_agent(
         usual = RunningAgent(root / "agent")
         usual.trust(registry.host)
         yield from _cleared(Replaced(usual, root / "code"))
+
+
+def _remove_upwards(group: Path, top: Path) -> None:
+    for each in (group, *group.parents):
+        if not each.is_relative_to(top):
+            return
+        try:
+            each.rmdir()
+        except OSError:  # it has processes, or groups
+            return
 
 
 def _cleared(replaced: Replaced) -> Iterator[Replaced]:

@@ -20,6 +20,7 @@ class Earlier:
     commit: str
     default_places: bool
     back: bool
+    marks_late: bool = False
     refused: str = ""
 
     def unpack(self, directory: Path) -> Path:

@@ -39,6 +39,8 @@ def test_an_upgrade_and_back(tmp_path: Path, registry: Registry, earlier: Earlie
             go_back(replaced, earlier, cri, old)
         old.finish(earlier.refused)
         nothing_is_left(replaced)
+        if earlier.marks_late:
+            replaced.remove_unmarked_groups()
 
 
 def go_back(replaced: Replaced, earlier: Earlier, cri: Cri, old: Workload) -> None:
