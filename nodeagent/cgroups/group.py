@@ -232,6 +232,16 @@ class Cgroup:
         finally:
             self.close()
 
+    def end(self) -> None:
+        """Kill what is in the group, also what no supervisor knew of, and remove it. Raises as `remove`.
+
+        An agent that is killed while it makes a group leaves one that is in some hierarchies only, maybe not in the
+        one which tells whether a group exists. That goes as well.
+        """
+        if self.exists() and self.populated():
+            self.kill()
+        self.remove()
+
     def _require_own(self) -> None:
         tree.require_group(self._tracking.mount, self.path, self._fence)
 

@@ -116,15 +116,8 @@ class Cgroups:
         self._group(path).remove()
 
     def end(self, path: str) -> None:
-        """Kill what is in a group, and remove it.
-
-        An agent that is killed while it makes a group leaves one that is in some hierarchies only, maybe not in the
-        one which tells whether a group exists. That goes as well.
-        """
-        group = self._group(path)
-        if group.exists():
-            group.kill()
-        group.remove()
+        """Kill what is in a group, and remove it: see `Cgroup.end`."""
+        self._group(path).end()
 
     def instance_group(self) -> Cgroup:
         """Make or find again the group for processes of the agent itself, in the default parent.

@@ -7,9 +7,7 @@ import msgspec
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.cgroups.stats import CgroupStats
-from nodeagent.errors import (
-    NotFound,
-)
+from nodeagent.errors import NotFound
 from nodeagent.records import Container, Sandbox
 from nodeagent.requests import Resources
 
@@ -65,22 +63,15 @@ class Groups:
         try:
             group = self.of(container)
         except NotFound:
-            await asyncio.to_thread(self._cgroups.remove, container.cgroup_path)
+            await asyncio.to_thread(self._cgroups.end, container.cgroup_path)
             return
-        await asyncio.to_thread(_end, group)
+        await asyncio.to_thread(group.end)
         self._open.pop(container.id, None)
 
     async def remove_at(self, parent: str, container_id: str) -> None:
         """Remove the cgroup of a container without a record, if it is there."""
         path = self._cgroups.container_path(parent, container_id)
         await asyncio.to_thread(self._cgroups.end, path)
-
-
-def _end(group: Cgroup) -> None:
-    """Kill what is in a cgroup, even processes that no supervisor knew of, and remove it."""
-    if group.populated():
-        group.kill()
-    group.remove()
 
 
 def total(resources: Resources, overhead: Resources) -> Resources:
