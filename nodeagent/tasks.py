@@ -1,8 +1,8 @@
 """Background tasks and their owner: none runs without one, and none fails unheard.
 
 `Tasks` makes every task of the agent that is not in an `asyncio.TaskGroup`; a lint and a test hold it. There are three
-kinds. A keeper (`keep`) is restarted after a failure, until it returns. Work that nobody waits for (`run`) fails into
-the log and the counts. Work that somebody waits for (`start`) fails into whoever awaits it.
+kinds. A keeper (`keep`) is restarted after a failure, until it returns. The failure of work that nobody waits for
+(`run`) is logged and counted. That of work that somebody waits for (`start`) is raised to whoever awaits it.
 """
 
 import asyncio

@@ -111,10 +111,6 @@ class Cgroups:
             raise NotFound(f'cgroup "{path}": does not exist')
         return group
 
-    def remove(self, path: str) -> None:
-        """Remove what is left of a group, and the empty parents that were made for it."""
-        self._group(path).remove()
-
     def end(self, path: str) -> None:
         """Kill what is in a group, and remove it: see `Cgroup.end`."""
         self._group(path).end()

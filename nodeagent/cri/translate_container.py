@@ -1,4 +1,4 @@
-"""Translation of ContainerConfig to `ContainerConfig` of the records: each field is mapped, or refused by its name."""
+"""Translation of ContainerConfig to that of `nodeagent.requests`: each field is mapped, or refused by its name."""
 
 import re
 from collections.abc import Sequence

@@ -293,7 +293,7 @@ tree.make(sys.argv[1], sys.argv[2])
         child = subprocess.run([sys.executable, "-c", code, hierarchy.mount, path], check=False)
         assert child.returncode == 9
         assert tree.kind(hierarchy.directory((TOP, f"{TOP}/pod", path)[marked])) == tree.UNFINISHED
-    cgroups.remove(path)
+    cgroups.end(path)
     assert directories(layout, TOP) == []
 
 
