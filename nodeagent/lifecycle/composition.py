@@ -41,11 +41,29 @@ from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.lifecycle.usage.stats import Stats
 from nodeagent.net.network import Network
 from nodeagent.sandbox.agent.client import Launcher
+from nodeagent.sandbox.agent.connector import SOCKETS, Connector
 from nodeagent.store import Store
 from nodeagent.tasks import Tasks
 from nodeagent.trash import Trash
 
 log = logging.getLogger(__name__)
+
+
+class Base(NamedTuple):
+    """What the parts of a node stand on, in the order in which it is opened; it is closed the other way round."""
+
+    config: Config
+    places: Places
+    profiles: Profiles
+    tasks: Tasks
+    store: Store
+    images: Images
+    artifacts: SecurityProfiles
+    cgroups: Cgroups
+    network: Network
+    trash: Trash
+    launchers: Launchers
+    connector: Connector
 
 
 @asynccontextmanager
@@ -95,8 +113,17 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
     profiles.check_default()
     async with AsyncExitStack() as stack:
         base = await _open_base(stack, config, places, profiles)
-        inventory = Inventory(base.store, Events())
-        supervision = Supervision(inventory, base.launchers, places.pods, base.tasks)
+        yield await stack.enter_async_context(recovered(base))
+
+
+@asynccontextmanager
+async def recovered(base: Base) -> AsyncIterator[Node]:
+    """The node on these parts, which are the caller's to close: put together, recovered, and at work until the end."""
+    inventory = Inventory(base.store, Events())
+    supervision = Supervision(
+        inventory, base.launchers, base.places.pods, base.tasks, base.connector
+    )
+    async with AsyncExitStack() as stack:
         stack.push_async_callback(supervision.close)
         node = _assemble(base, inventory, supervision)
         recovery = Recovery(
@@ -108,7 +135,7 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
             images=base.images,
             launchers=base.launchers,
             cgroups=base.cgroups,
-            places=places,
+            places=base.places,
         )
         await recovery.run()
         base.launchers.start()
@@ -119,25 +146,9 @@ async def open_node(config: Config) -> AsyncIterator[Node]:
             await _end(node, base.launchers)
 
 
-class _Base(NamedTuple):
-    """What the parts of a node stand on, in the order in which it is opened; it is closed the other way round."""
-
-    config: Config
-    places: Places
-    profiles: Profiles
-    tasks: Tasks
-    store: Store
-    images: Images
-    artifacts: SecurityProfiles
-    cgroups: Cgroups
-    network: Network
-    trash: Trash
-    launchers: Launchers
-
-
 async def _open_base(
     stack: AsyncExitStack, config: Config, places: Places, profiles: Profiles
-) -> _Base:
+) -> Base:
     stack.enter_context(places.owned())  # before anything is made: a second agent ends here
     places.make()
     if places.is_earlier:
@@ -170,8 +181,8 @@ async def _open_base(
     )
     trash = Trash(places.trash, "trash", tasks)
     stack.push_async_callback(trash.close)
-    launchers = Launchers(partial(_launcher, cgroups, places), tasks)
-    return _Base(
+    launchers = Launchers(partial(reach_launcher, cgroups, places, SOCKETS), tasks)
+    return Base(
         config,
         places,
         profiles,
@@ -183,10 +194,11 @@ async def _open_base(
         network,
         trash,
         launchers,
+        SOCKETS,
     )
 
 
-def _assemble(base: _Base, inventory: Inventory, supervision: Supervision) -> Node:
+def _assemble(base: Base, inventory: Inventory, supervision: Supervision) -> Node:
     places, network, tasks = base.places, base.network, base.tasks
     groups = Groups(base.cgroups)
     stopping = Stopping(inventory, supervision, groups)
@@ -223,7 +235,7 @@ def _assemble(base: _Base, inventory: Inventory, supervision: Supervision) -> No
     )
 
 
-def _creation(base: _Base, inventory: Inventory, groups: Groups) -> Creation:
+def _creation(base: Base, inventory: Inventory, groups: Groups) -> Creation:
     directories = [Path(each) for each in base.config.cdi.directories]
     planner = Planner(
         inventory,
@@ -248,7 +260,7 @@ def _creation(base: _Base, inventory: Inventory, groups: Groups) -> Creation:
 
 
 def _sandboxes(
-    base: _Base,
+    base: Base,
     inventory: Inventory,
     supervision: Supervision,
     containers: Containers,
@@ -271,10 +283,10 @@ def _sandboxes(
     )
 
 
-async def _launcher(cgroups: Cgroups, places: Places) -> Launcher:
+async def reach_launcher(cgroups: Cgroups, places: Places, connector: Connector) -> Launcher:
     """The launcher that runs, or a new one in the agent's own cgroup."""
     with joining_files(cgroups.instance_group()) as files:
-        return await Launcher.connect_or_start(places.home, join_fds=files)
+        return await Launcher.connect_or_start(places.home, join_fds=files, connector=connector)
 
 
 async def _end(node: Node, launchers: Launchers) -> None:

@@ -19,6 +19,7 @@ from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.records import Container
 from nodeagent.sandbox import exits
 from nodeagent.sandbox.agent.client import Supervisor
+from nodeagent.sandbox.agent.connector import SOCKETS, Connector
 from nodeagent.sandbox.spec import Exit
 from nodeagent.tasks import Tasks
 
@@ -33,11 +34,17 @@ class Supervision:
     """Watches supervisors, replaces dead ones, and writes the ends of containers into their records."""
 
     def __init__(
-        self, inventory: Inventory, launchers: Launchers, directory: Path, tasks: Tasks
+        self,
+        inventory: Inventory,
+        launchers: Launchers,
+        directory: Path,
+        tasks: Tasks,
+        connector: Connector = SOCKETS,
     ) -> None:
         self._inventory = inventory
         self._launchers = launchers
         self._directory = directory
+        self._connector = connector
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Event] = {}
         self._early: dict[str, Exit] = {}
@@ -187,13 +194,13 @@ class Supervision:
     async def _reach(self, sandbox_id: str) -> Supervisor:
         directory = self._directory / sandbox_id
         try:
-            return await Supervisor.connect(directory, sandbox_id)
+            return await Supervisor.connect(directory, sandbox_id, self._connector)
         except OSError:
             launcher = await self._launchers.get()
         try:
             return await launcher.successor(sandbox_id, directory)
         except IncompatibleVersion as error:
-            return Supervisor.refused(directory, sandbox_id, error)
+            return Supervisor.refused(directory, sandbox_id, error, self._connector)
 
     async def _reconcile_or_leave(self, sandbox_id: str, supervisor: Supervisor) -> None:
         """Like `_reconcile`; a pod that this release does not understand is left as it is."""

@@ -67,8 +67,8 @@ class Channel:
         cls,
         path: str,
         name: str,
-        on_event: Callable[[Body], None] = lambda _event: None,
-        on_end: Callable[[], None] = lambda: None,
+        on_event: Callable[[Body], None],
+        on_end: Callable[[], None],
     ) -> "Channel":
         """Connect to a socket. Raises OSError where nobody listens."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)

@@ -18,6 +18,7 @@ from nodeagent.errors import (
 )
 from nodeagent.sandbox import paths, protocol
 from nodeagent.sandbox.agent.channel import Channel, Refusal
+from nodeagent.sandbox.agent.connector import SOCKETS, Connector, ignore_end, ignore_event
 from nodeagent.sandbox.agent.handles import (
     AttachIO,
     CgroupFds,
@@ -28,7 +29,6 @@ from nodeagent.sandbox.agent.handles import (
     ExecIO,
     Namespaces,
 )
-from nodeagent.sandbox.agent.starting import start_launcher
 from nodeagent.sandbox.paths import LAUNCHER_SOCKET, SUPERVISOR_SOCKET
 from nodeagent.sandbox.protocol import Body
 from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, Exit, PodPlan, PodSettings
@@ -67,8 +67,9 @@ class Supervisor:
     on_init_exit: told the end of the process that holds a shared PID namespace, and so of all that was in it.
     """
 
-    def __init__(self, pod_id: str, directory: Path) -> None:
+    def __init__(self, pod_id: str, directory: Path, connector: Connector) -> None:
         self.pod_id = pod_id
+        self._connector = connector
         self.on_exit: Callable[[str, Exit], None] = lambda _container, _exit: None
         self.on_init_exit: Callable[[], None] = lambda: None
         self._directory = directory
@@ -79,18 +80,26 @@ class Supervisor:
         self._attached: dict[int, AttachIO] = {}
 
     @classmethod
-    async def connect(cls, directory: Path, pod_id: str) -> "Supervisor":
+    async def connect(
+        cls, directory: Path, pod_id: str, connector: Connector = SOCKETS
+    ) -> "Supervisor":
         """Connect to a pod's supervisor. Raises OSError where there is none."""
-        self = cls(pod_id, directory)
+        self = cls(pod_id, directory, connector)
         path = str(directory / SUPERVISOR_SOCKET)
         name = f'supervisor of pod "{pod_id}"'
-        self._channel = await Channel.connect(path, name, self._event, self._end)
+        self._channel = await connector.connect(path, name, self._event, self._end)
         return self
 
     @classmethod
-    def refused(cls, directory: Path, pod_id: str, error: IncompatibleVersion) -> "Supervisor":
+    def refused(
+        cls,
+        directory: Path,
+        pod_id: str,
+        error: IncompatibleVersion,
+        connector: Connector = SOCKETS,
+    ) -> "Supervisor":
         """Stand for one that cannot be had, as it would not understand the pod: all but `shutdown` raises `error`."""
-        self = cls(pod_id, directory)
+        self = cls(pod_id, directory, connector)
         self._channel = Refusal(f'pod "{pod_id}": has no supervisor: {error}')
         return self
 
@@ -191,7 +200,7 @@ class Supervisor:
 
     async def _launcher(self) -> "Launcher":
         try:
-            return await Launcher.connect(self._directory.parents[1])
+            return await Launcher.connect(self._directory.parents[1], self._connector)
         except OSError as error:
             raise Unavailable(f'pod "{self.pod_id}": there is no launcher: {error}') from None
 
@@ -200,7 +209,7 @@ class Supervisor:
         try:
             return await launcher.successor(self.pod_id, self._directory)
         except AlreadyExists:
-            return await Supervisor.connect(self._directory, self.pod_id)
+            return await Supervisor.connect(self._directory, self.pod_id, self._connector)
         finally:
             launcher.close()
 
@@ -334,45 +343,50 @@ class Supervisor:
 class Launcher:
     """Forks supervisors. `lost` is set when it has died; supervisors live on, and go to the next one."""
 
-    def __init__(self, state: Path, channel: Channel) -> None:
-        self._state = state
+    def __init__(self, channel: Channel, connector: Connector) -> None:
         self._channel = channel
+        self._connector = connector
 
     @classmethod
-    async def connect(cls, state: Path) -> "Launcher":
+    async def connect(cls, state: Path, connector: Connector = SOCKETS) -> "Launcher":
         """Connect to the launcher that runs. Raises OSError where there is none."""
-        return cls(state, await Channel.connect(str(state / LAUNCHER_SOCKET), "launcher"))
+        path = str(state / LAUNCHER_SOCKET)
+        return cls(await connector.connect(path, "launcher", ignore_event, ignore_end), connector)
 
     @classmethod
     async def connect_or_start(
-        cls, state: Path, python: str = sys.executable, join_fds: Sequence[int] = ()
+        cls,
+        state: Path,
+        python: str = sys.executable,
+        join_fds: Sequence[int] = (),
+        connector: Connector = SOCKETS,
     ) -> "Launcher":
         """Connect, or start a launcher. One that does not answer, or speaks no version of ours, is replaced.
 
         join_fds: files of the cgroup that a new launcher moves to, opened for writing.
         """
         try:
-            launcher = await cls.connect(state)
+            launcher = await cls.connect(state, connector)
         except OSError:
             pass
         else:
             if not await launcher.end_if_unusable():
                 return launcher
         try:
-            await start_launcher(str(state), python, join_fds)
+            await connector.start_launcher(str(state), python, join_fds)
         except AlreadyExists:
-            return await cls._connect_to_another(state)
-        return await cls.connect(state)
+            return await cls._connect_to_another(state, connector)
+        return await cls.connect(state, connector)
 
     @classmethod
-    async def _connect_to_another(cls, state: Path) -> "Launcher":
+    async def _connect_to_another(cls, state: Path, connector: Connector) -> "Launcher":
         """Connect to a launcher that another agent has just started, and that may not listen yet."""
         for _ in range(_POLLS):
             try:
-                return await cls.connect(state)
+                return await cls.connect(state, connector)
             except OSError:
                 await asyncio.sleep(_POLL_SECONDS)
-        return await cls.connect(state)
+        return await cls.connect(state, connector)
 
     @property
     def pid(self) -> int:
@@ -417,14 +431,25 @@ class Launcher:
             await self._channel.request("fork", plan=plan)
         except Unavailable:
             if not self._channel.is_open:
-                await _end_orphan(pod_id, directory)
+                await self._end_orphan(pod_id, directory)
             raise
-        return await Supervisor.connect(directory, pod_id)
+        return await Supervisor.connect(directory, pod_id, self._connector)
+
+    async def _end_orphan(self, pod_id: str, directory: Path) -> None:
+        """Shut down a supervisor that the launcher may have forked before it died: its pod was never made."""
+        for _ in range(_POLLS):
+            try:
+                supervisor = await Supervisor.connect(directory, pod_id, self._connector)
+            except OSError:
+                await asyncio.sleep(_POLL_SECONDS)
+            else:
+                await supervisor.shutdown()
+                return
 
     async def successor(self, pod_id: str, directory: Path) -> Supervisor:
         """Another supervisor for a pod whose own has died; raises AlreadyExists where it has not."""
         await self._channel.request("successor", pod=pod_id, directory=str(directory))
-        return await Supervisor.connect(directory, pod_id)
+        return await Supervisor.connect(directory, pod_id, self._connector)
 
     async def pods(self) -> list[str]:
         """The pods that have a supervisor, or had one that left containers behind."""
@@ -441,15 +466,3 @@ class Launcher:
         await self._channel.request("stop")
         await self.lost.wait()
         self.close()
-
-
-async def _end_orphan(pod_id: str, directory: Path) -> None:
-    """Shut down a supervisor that a launcher may have forked before it died: its pod was never made."""
-    for _ in range(_POLLS):
-        try:
-            supervisor = await Supervisor.connect(directory, pod_id)
-        except OSError:
-            await asyncio.sleep(_POLL_SECONDS)
-        else:
-            await supervisor.shutdown()
-            return

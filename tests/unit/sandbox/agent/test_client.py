@@ -127,7 +127,7 @@ async def test_what_is_disconnected_and_lives_ends_with_its_pod(
     async def abandon(pod_id: str) -> None:
         abandoned.append(pod_id)
 
-    async def launcher(_state: Path) -> Any:
+    async def launcher(*_: object) -> Any:
         return SimpleNamespace(abandon=abandon, close=lambda: None)
 
     monkeypatch.setattr(Launcher, "connect", launcher)
