@@ -35,7 +35,7 @@ class Events:
     """The bus: `publish` never waits, `subscribe` gives every event from now on."""
 
     def __init__(self) -> None:
-        self._readers: set[_Reader] = set()
+        self._readers: dict[_Reader, None] = {}  # in the order in which they came
 
     def publish(
         self, kind: Kind, object_id: str, sandbox: Sandbox | None, containers: tuple[Container, ...]
@@ -51,7 +51,7 @@ class Events:
         )
         for reader in tuple(self._readers):
             if not reader.offer(event):
-                self._readers.discard(reader)
+                self._readers.pop(reader, None)
 
     @asynccontextmanager
     async def subscribe(self) -> AsyncIterator[AsyncIterator[Event]]:
@@ -62,11 +62,11 @@ class Events:
         if len(self._readers) >= MAX_READERS:
             raise ResourceExhausted(f"events: {MAX_READERS} clients read them, which is the limit")
         reader = _Reader()
-        self._readers.add(reader)
+        self._readers[reader] = None
         try:
             yield reader.events()
         finally:
-            self._readers.discard(reader)
+            self._readers.pop(reader, None)
 
 
 class _Reader:
