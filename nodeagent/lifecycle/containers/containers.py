@@ -21,6 +21,7 @@ from nodeagent.errors import (
 )
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle.containers import exec_sync, oom_at_start, oom_score
+from nodeagent.lifecycle.containers.captures import Captures
 from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.containers.stopping import Stopping
 from nodeagent.lifecycle.inventory import Inventory
@@ -63,6 +64,7 @@ class Containers:
         self._trash = trash
         self._directory = directory
         self._pods = pods
+        self._captures = Captures()
 
     def get(self, name: str) -> Container:
         """The container with this id or prefix. Raises NotFound."""
@@ -168,7 +170,9 @@ class Containers:
         """Run a command in a running container to its end; see the module `exec_sync`."""
         container, supervisor = self.running(name)
         group = self._groups.of(container)
-        return await exec_sync.exec_sync(supervisor, group, container, argv, timeout_s)
+        return await exec_sync.exec_sync(
+            supervisor, group, self._captures, container, argv, timeout_s
+        )
 
     async def reopen_log(self, name: str) -> None:
         """Have the log written to a new file; afterwards no byte goes to the old one."""
