@@ -45,30 +45,30 @@ class Machine:
         return set(self._things()) - self._before
 
     def _things(self) -> Iterator[str]:
-        processes = _processes()
-        ours = {pid for pid in processes if self._is_ours(pid, processes)}
-        yield from (f"process {pid}: {_command(pid)}" for pid in ours - {os.getpid()})
-        yield from (f"mount {line}" for line in _mounts() if self._folder in line)
+        parents = processes()
+        ours = {pid for pid in parents if self._is_ours(pid, parents)}
+        yield from (f"process {pid}: {command(pid)}" for pid in ours - {os.getpid()})
+        yield from (f"mount {line}" for line in mounts() if self._folder in line)
         yield from _held_namespaces()
-        if not any(_is_agent_or_run(pid) for pid in processes.keys() - ours):
+        if not any(_is_agent_or_run(pid) for pid in parents.keys() - ours):
             yield from _named_things()
 
     def _is_ours(self, pid: int, parents: dict[int, int]) -> bool:
-        environment = b"\0" + _read(f"/proc/{pid}/environ") + b"\0"
+        environment = b"\0" + read(f"/proc/{pid}/environ") + b"\0"
         if f"\0{VARIABLE}=".encode() in environment:  # another run may have copied our mounts
             return f"\0{VARIABLE}={self._run}\0".encode() in environment
-        if self._folder.encode() in _read(f"/proc/{pid}/mountinfo") and not _in_our_mounts(pid):
+        if self._folder.encode() in read(f"/proc/{pid}/mountinfo") and not _in_our_mounts(pid):
             return True
         while pid > 1 and pid != os.getpid():
             pid = parents.get(pid, 0)
         return pid == os.getpid()
 
 
-def _processes() -> dict[int, int]:
+def processes() -> dict[int, int]:
     """The parent of each process."""
     parents = {}
     for name in os.listdir("/proc"):
-        stat = _read(f"/proc/{name}/stat") if name.isdigit() else b""
+        stat = read(f"/proc/{name}/stat") if name.isdigit() else b""
         if stat:
             parents[int(name)] = int(stat.rpartition(b")")[2].split()[1])
     return parents
@@ -81,17 +81,17 @@ def _in_our_mounts(pid: int) -> bool:
 
 
 def _is_agent_or_run(pid: int) -> bool:
-    command, environment = _read(f"/proc/{pid}/cmdline"), _read(f"/proc/{pid}/environ")
+    command, environment = read(f"/proc/{pid}/cmdline"), read(f"/proc/{pid}/environ")
     return bool(_STRANGER.search(command)) or f"{VARIABLE}=".encode() in environment
 
 
-def _command(pid: int) -> str:
-    command = _read(f"/proc/{pid}/cmdline") or _read(f"/proc/{pid}/comm")
+def command(pid: int) -> str:
+    command = read(f"/proc/{pid}/cmdline") or read(f"/proc/{pid}/comm")
     return command.replace(b"\0", b" ").decode(errors="replace").strip()[:200]
 
 
-def _mounts() -> list[str]:
-    return _read("/proc/self/mountinfo").decode(errors="replace").splitlines()
+def mounts() -> list[str]:
+    return read("/proc/self/mountinfo").decode(errors="replace").splitlines()
 
 
 def _held_namespaces() -> Iterator[str]:
@@ -122,7 +122,7 @@ def _nft_tables() -> Iterator[str]:
             yield f"{entry['table']['family']} {entry['table']['name']}"
 
 
-def _read(path: str) -> bytes:
+def read(path: str) -> bytes:
     """The content of a file of a process that may be gone, or may not be ours to read."""
     try:
         with open(path, "rb") as file:

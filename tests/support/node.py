@@ -85,12 +85,20 @@ class RunningAgent:
 
     def start(self) -> None:
         """Return once it answers."""
+        self.launch()
+        self.await_start()
+
+    def launch(self) -> None:
+        """Start the process, and do not wait for it."""
         arguments = ["--listen", self.endpoint, "--metrics", self.metrics]
         arguments += ["--certs-dir", str(self.certs), *self._options]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self.command("serve", *arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
+
+    def await_start(self) -> None:
+        """Return once it answers; kills one that does not."""
         self._channel = grpc.insecure_channel(
             self.endpoint, options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
         )

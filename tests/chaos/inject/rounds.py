@@ -1,0 +1,238 @@
+"""A round: one call of one step, while the n-th call to the kernel of one of our processes fails, kills or stops it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import grpc
+
+from tests.chaos.inject.calls import named
+from tests.chaos.inject.scene import DEADLINE_SECONDS, Scene, Wrong
+from tests.chaos.inject.steps import AGENT, INIT, LAUNCHER, STEPS, Step
+from tests.chaos.inject.strace import Fault, Injection
+from tests.chaos.inject.world import World
+from tests.chaos.oracles import descriptors, unclear
+
+WORKERS = "workers"
+FOREIGN = "foreign"  # the answer of a round in which the fault has hit what is not ours
+
+# How long a shortage lasts, and how long a process is stopped. The latter shows what does not go on by itself after
+# a delay; `--stop-seconds` of more than the deadlines of ours shows what those do.
+SHORTAGE_SECONDS = 2.0
+STOP_SECONDS = 1.0
+_LOOK_SECONDS = 0.05
+_CLOSING_SECONDS = 20.0  # for descriptors: pods' are closed when their supervisors have ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """What is tried. who: the processes that are hit; calls: of each, the call or the set of calls; when: its number.
+
+    fault None: the calls are only counted.
+    """
+
+    step: str
+    who: tuple[str, ...]
+    calls: tuple[str, ...]
+    fault: Fault | None
+    when: tuple[int, ...]
+    stop_seconds: float = STOP_SECONDS
+
+    def __str__(self) -> str:
+        when = "+".join(map(str, self.when))
+        text = f"--step '{self.step}' --who {'+'.join(self.who)} --calls {'+'.join(self.calls)} "
+        return f"{text}--fault {self.fault} --when {when}" + (
+            f" --stop-seconds {self.stop_seconds:g}" if self.stop_seconds != STOP_SECONDS else ""
+        )
+
+
+@dataclass(slots=True)
+class Verdict:
+    """The outcome. answer: of the call under the fault; struck: the calls that were hit; counts: how often each call
+    was made.
+    """
+
+    round: Round
+    answer: str
+    problems: list[str]
+    struck: list[str]
+    counts: Counter[str]
+    seconds: float
+
+
+class Player:
+    """Plays rounds in a world. `before` is taken in a world that has seen a pod already."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._numbers = 0
+        self._open: dict[int, Counter[str]] = {}
+        for _ in range(2):
+            scene = self._scene()
+            for act in STEPS["RemovePodSandbox"].before:
+                act(scene)
+            scene.read()
+            scene.pull()
+            scene.remove_image()
+            scene.finish(killed=False)
+        time.sleep(1)  # what a removal leaves to the background
+        world.note()
+        self._compare_descriptors()
+
+    def _scene(self) -> Scene:
+        self._numbers += 1
+        return Scene(self.world, f"r{self._numbers}")
+
+    def play(self, round_: Round) -> Verdict:
+        """Play it. What was not as it must be is in the verdict, and then the world is of no use any more."""
+        began = time.monotonic()
+        step = STEPS[round_.step]
+        scene = self._scene()
+        injections: list[Injection] = []
+        problems: list[str] = []
+        answer = ""
+        try:
+            for act in step.before:
+                act(scene)
+            try:
+                answer = self._call(step, scene, round_, injections, problems)
+            finally:
+                for injection in injections:
+                    injection.stop()
+            struck = [call for injection in injections for call in injection.struck]
+            problems += self._aftermath(step, scene, round_, succeeded=answer == "ok")
+        except (Wrong, RuntimeError, AssertionError, OSError) as error:
+            problems.append(f"{type(error).__name__}: {error}")
+        except grpc.RpcError as error:
+            problems.append(f"without a fault: {error.code().name}: {error.details()}")
+        struck = [call for injection in injections for call in injection.struck]
+        counts: Counter[str] = Counter()
+        for injection in injections:
+            counts += injection.counts
+        if any(i.is_foreign for i in injections) and {AGENT, WORKERS} & set(round_.who):
+            answer = FOREIGN if problems else answer
+        return Verdict(round_, answer, problems, struck, counts, time.monotonic() - began)
+
+    # --- the call ---
+
+    def _call(
+        self,
+        step: Step,
+        scene: Scene,
+        round_: Round,
+        injections: list[Injection],
+        problems: list[str],
+    ) -> str:
+        agent = self.world.agent
+        if step.is_start:
+            agent.kill()
+            agent.hold()
+        hits = zip(round_.who, round_.calls, round_.when, strict=True)
+        for number, (role, calls, when) in enumerate(hits):
+            injections.append(
+                Injection(
+                    self._pid(role, scene),
+                    named(calls),
+                    round_.fault,
+                    when,
+                    output=self.world.folder / f"strace.{number}",
+                    follow=role in (INIT, WORKERS) or (role == LAUNCHER and not scene.pod_id),
+                )
+            )
+        with self._passing(round_, injections):
+            try:
+                if step.is_start:
+                    return self._start(step, scene)
+                step.call(scene)
+            except grpc.RpcError as error:
+                reason = unclear(error)
+                if reason:
+                    problems.append(reason)
+                return str(error.code().name)
+            return "ok"
+
+    def _pid(self, role: str, scene: Scene) -> int:
+        if role in (AGENT, WORKERS):
+            return self.world.agent.pid
+        return self.world.launcher if role == LAUNCHER else self.world.supervisor(scene.pod_id)
+
+    def _start(self, step: Step, scene: Scene) -> str:
+        """Start the agent; one that cannot serve must end, and say why."""
+        agent = self.world.agent
+        at = agent.log.stat().st_size
+        agent.let_go()
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while not agent.serves():
+            if agent.exit_code is not None:
+                said = agent.log.read_bytes()[at:].decode(errors="replace")
+                if agent.exit_code > 0 and ("Traceback" in said or "nodeagent: " not in said):
+                    raise Wrong(f"the start fails without a clear reason: {said[-1500:]}")
+                return f"exit {agent.exit_code}"
+            if time.monotonic() > deadline:
+                raise Wrong("the agent neither serves nor ends")
+            time.sleep(0.05)
+        step.call(scene)
+        return "ok"
+
+    @contextmanager
+    def _passing(self, round_: Round, injections: list[Injection]) -> Iterator[None]:
+        """Let the fault pass after its time, whether the call has returned or not."""
+        fault = round_.fault
+        over = threading.Event()
+
+        def await_and_end() -> None:
+            while fault is not None and not over.wait(_LOOK_SECONDS):
+                if any(injection.struck for injection in injections):
+                    break
+            if fault is None or (not fault.lasts and fault.what != "STOP"):
+                return
+            over.wait(SHORTAGE_SECONDS if fault.lasts else round_.stop_seconds)
+            for injection in injections:
+                injection.stop()
+            self.world.go_on()
+
+        waiting = threading.Thread(target=await_and_end, daemon=True)
+        waiting.start()
+        try:
+            yield
+        finally:
+            over.set()
+            waiting.join()
+
+    # --- afterwards ---
+
+    def _aftermath(self, step: Step, scene: Scene, round_: Round, *, succeeded: bool) -> list[str]:
+        """Retry, bring all to its end, and see what is left."""
+        world = self.world
+        world.heal()
+        if not succeeded:
+            scene.until_it_succeeds(step.name, lambda: step.call(scene))
+        killed = round_.fault is not None and round_.fault.what == "KILL"
+        hits_program = killed and (
+            INIT in round_.who or len(round_.who) > 1 or round_.who == (LAUNCHER,)
+        )
+        scene.finish(killed=hits_program)
+        if "Image" in step.name:
+            with suppress(grpc.RpcError):
+                scene.remove_image()
+        problems = [f"left: {thing}" for thing in world.footprint.new_since(world.before)]
+        gone = world.before - world.footprint.now()
+        problems += [f"missing: {thing}" for thing in sorted(gone)]
+        return problems + self._compare_descriptors()
+
+    def _compare_descriptors(self) -> list[str]:
+        """What agent and launcher have open beyond what they had when they were first looked at."""
+        problems = []
+        for name, pid in (("agent", self.world.agent.pid), ("launcher", self.world.launcher)):
+            before = self._open.setdefault(pid, descriptors(pid))
+            deadline = time.monotonic() + _CLOSING_SECONDS
+            while (new := descriptors(pid) - before) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            if new:
+                problems.append(f"left: descriptors of the {name}: {dict(new)}")
+        return problems

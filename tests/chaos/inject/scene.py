@@ -1,0 +1,300 @@
+"""What a round works with: a pod and a container, with calls that have a deadline and may be repeated."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from nodeagent.api import runtime_pb2 as pb
+from tests.chaos.inject.world import World
+from tests.chaos.oracles import unclear
+from tests.support.cri import pod_options
+
+# Longer than every deadline of ours, so that a call that takes longer is one that hangs.
+DEADLINE_SECONDS = 60.0
+# Within this time a client that repeats a call, as the kubelet does, gets what it asks for.
+RETRY_SECONDS = 40.0
+_RETRY_PAUSE_SECONDS = 0.2
+
+CODE = 7
+_PROGRAM = (
+    "trap 'echo bye; echo 7 > /gate/{token}.code; exit 7' TERM; echo up; "
+    "echo > /gate/{token}.up; sleep 1000 & wait $!"
+)
+
+
+class Wrong(Exception):
+    """What was seen is not what must be."""
+
+
+class Scene:
+    """A pod and a container of a round. token: names them, and the files that the program writes."""
+
+    def __init__(self, world: World, token: str) -> None:
+        self.world = world
+        self.token = token
+        self.pod_id = ""
+        self.container_id = ""
+        self.pod_config = self._config_of_pod()
+
+    # --- calls ---
+
+    def runtime(self, name: str, request: Any) -> Any:
+        return getattr(self.world.agent.runtime, name)(request, timeout=DEADLINE_SECONDS)
+
+    def images(self, name: str, request: Any) -> Any:
+        return getattr(self.world.agent.images, name)(request, timeout=DEADLINE_SECONDS)
+
+    def _config_of_pod(self) -> pb.PodSandboxConfig:
+        name = f"pod-{self.token}"
+        return pb.PodSandboxConfig(
+            metadata=pb.PodSandboxMetadata(name=name, uid=f"uid-{name}", namespace="chaos"),
+            hostname=name,
+            log_directory=str(self.world.folder / "logs" / name),
+        )
+
+    def make_rich(self) -> None:
+        """Ask for a pod that has a bit of everything."""
+        self.pod_config.linux.CopyFrom(pod_options(pid=pb.POD))
+        self.pod_config.linux.sysctls["net.ipv4.ip_local_port_range"] = "20000 30000"
+        self.pod_config.dns_config.servers.append("10.0.0.53")
+        mapping = pb.PortMapping(protocol=pb.TCP, container_port=80, host_port=free_host_port())
+        self.pod_config.port_mappings.append(mapping)
+
+    def run_pod(self) -> None:
+        request = pb.RunPodSandboxRequest(config=self.pod_config)
+        with self._found_by_name(self._find_pod):
+            self.pod_id = self.runtime("RunPodSandbox", request).pod_sandbox_id
+
+    def create(self) -> None:
+        config = pb.ContainerConfig(
+            metadata=pb.ContainerMetadata(name=self.token),
+            image=pb.ImageSpec(image=self.world.image),
+            command=["sh", "-c", _PROGRAM.format(token=self.token)],
+            log_path="main.log",
+            mounts=[pb.Mount(container_path="/gate", host_path=str(self.world.gate))],
+            linux=pb.LinuxContainerConfig(
+                resources=pb.LinuxContainerResources(
+                    cpu_period=100_000, cpu_quota=200_000, memory_limit_in_bytes=256 << 20
+                )
+            ),
+        )
+        request = pb.CreateContainerRequest(
+            pod_sandbox_id=self.pod_id, config=config, sandbox_config=self.pod_config
+        )
+        with self._found_by_name(self._find_container):
+            self.container_id = self.runtime("CreateContainer", request).container_id
+
+    def start(self) -> None:
+        try:
+            self.runtime("StartContainer", pb.StartContainerRequest(container_id=self.container_id))
+        except grpc.RpcError as error:
+            # A call before this one may have started it: its answer did not come through.
+            done = error.code() == grpc.StatusCode.FAILED_PRECONDITION
+            if not done or self.status().state == pb.CONTAINER_CREATED:
+                raise
+
+    def stop(self) -> None:
+        request = pb.StopContainerRequest(container_id=self.container_id, timeout=10)
+        self.runtime("StopContainer", request)
+
+    def remove(self) -> None:
+        self.runtime("RemoveContainer", pb.RemoveContainerRequest(container_id=self.container_id))
+
+    def stop_pod(self) -> None:
+        self.runtime("StopPodSandbox", pb.StopPodSandboxRequest(pod_sandbox_id=self.pod_id))
+
+    def remove_pod(self) -> None:
+        self.runtime("RemovePodSandbox", pb.RemovePodSandboxRequest(pod_sandbox_id=self.pod_id))
+
+    def exec(self) -> None:
+        request = pb.ExecSyncRequest(
+            container_id=self.container_id,
+            cmd=["sh", "-c", "echo out; echo err >&2; exit 3"],
+            timeout=30,
+        )
+        answer = self.runtime("ExecSync", request)
+        said = (answer.stdout, answer.stderr, answer.exit_code)
+        if said != (b"out\n", b"err\n", 3):
+            raise Wrong(f"exec: {said}")
+
+    def update(self) -> None:
+        request = pb.UpdateContainerResourcesRequest(
+            container_id=self.container_id,
+            linux=pb.LinuxContainerResources(
+                cpu_period=100_000, cpu_quota=150_000, memory_limit_in_bytes=512 << 20
+            ),
+        )
+        self.runtime("UpdateContainerResources", request)
+
+    def reopen_log(self) -> None:
+        log = Path(self.pod_config.log_directory) / "main.log"
+        if log.exists():
+            log.rename(log.with_suffix(".1"))
+        self.runtime(
+            "ReopenContainerLog", pb.ReopenContainerLogRequest(container_id=self.container_id)
+        )
+
+    def read(self) -> None:
+        """All calls that change nothing."""
+        self.runtime("Version", pb.VersionRequest())
+        self.runtime("Status", pb.StatusRequest(verbose=True))
+        self.runtime("RuntimeConfig", pb.RuntimeConfigRequest())
+        self.runtime("ListPodSandbox", pb.ListPodSandboxRequest())
+        self.runtime("ListContainers", pb.ListContainersRequest())
+        ids, pod = {"container_id": self.container_id}, {"pod_sandbox_id": self.pod_id}
+        self.runtime("PodSandboxStatus", pb.PodSandboxStatusRequest(**pod, verbose=True))
+        self.runtime("ContainerStatus", pb.ContainerStatusRequest(**ids, verbose=True))
+        self.runtime("ContainerStats", pb.ContainerStatsRequest(**ids))
+        self.runtime("ListContainerStats", pb.ListContainerStatsRequest())
+        self.runtime("PodSandboxStats", pb.PodSandboxStatsRequest(**pod))
+        self.runtime("ListPodSandboxStats", pb.ListPodSandboxStatsRequest())
+        self.runtime("ListMetricDescriptors", pb.ListMetricDescriptorsRequest())
+        self.runtime("ListPodSandboxMetrics", pb.ListPodSandboxMetricsRequest())
+        self.images("ListImages", pb.ListImagesRequest())
+        self.images("ImageFsInfo", pb.ImageFsInfoRequest())
+        self.images("ImageStatus", pb.ImageStatusRequest(image=self._other_image, verbose=True))
+
+    def configure(self) -> None:
+        network = pb.NetworkConfig(pod_cidr="10.88.0.0/16")
+        config = pb.RuntimeConfig(network_config=network)
+        self.runtime("UpdateRuntimeConfig", pb.UpdateRuntimeConfigRequest(runtime_config=config))
+
+    def pull(self) -> None:
+        self.images("PullImage", pb.PullImageRequest(image=self._other_image))
+
+    def remove_image(self) -> None:
+        self.images("RemoveImage", pb.RemoveImageRequest(image=self._other_image))
+
+    @property
+    def _other_image(self) -> pb.ImageSpec:
+        return pb.ImageSpec(image=self.world.other_image)
+
+    def end(self) -> None:
+        """The program ends by itself, and the runtime learns of it."""
+        self.await_up()
+        os.kill(self._pid_of_program(), 15)
+        self.await_exited()
+
+    def status(self) -> pb.ContainerStatus:
+        request = pb.ContainerStatusRequest(container_id=self.container_id)
+        answer: pb.ContainerStatusResponse = self.runtime("ContainerStatus", request)
+        return answer.status
+
+    def _pid_of_program(self) -> int:
+        command = f"sh -c {_PROGRAM.format(token=self.token)}"[:60]
+        from tests.support import leaks  # noqa: PLC0415
+
+        found = [pid for pid in self.world.members() if leaks.command(pid).startswith(command)]
+        if not found:
+            raise Wrong("the program does not run")
+        return min(found)
+
+    # --- waiting ---
+
+    def await_up(self) -> None:
+        self._await("the program is not up", (self.world.gate / f"{self.token}.up").exists)
+
+    def await_exited(self) -> None:
+        self._await("not EXITED", lambda: self.status().state == pb.CONTAINER_EXITED)
+
+    def _await(self, what: str, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + RETRY_SECONDS
+        while not condition():
+            if time.monotonic() > deadline:
+                raise Wrong(what)
+            time.sleep(0.02)
+
+    def until_it_succeeds(self, what: str, call: Callable[[], None]) -> int:
+        """Repeat a call as the kubelet does; returns the number of failures."""
+        deadline = time.monotonic() + RETRY_SECONDS
+        failures = 0
+        while True:
+            try:
+                call()
+            except grpc.RpcError as error:
+                if (reason := unclear(error)) or time.monotonic() > deadline:
+                    reason = reason or f"{error.code().name}: {error.details()}"
+                    raise Wrong(f"retry of {what}: {reason}") from None
+                failures += 1
+                time.sleep(_RETRY_PAUSE_SECONDS)
+            else:
+                return failures
+
+    @contextmanager
+    def _found_by_name(self, find: Callable[[], bool]) -> Iterator[None]:
+        """Take what a call has made whose answer did not come through, as the kubelet finds it by List."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.ALREADY_EXISTS or not find():
+                raise
+
+    def _find_pod(self) -> bool:
+        for item in self.runtime("ListPodSandbox", pb.ListPodSandboxRequest()).items:
+            if item.metadata.name == self.pod_config.metadata.name:
+                self.pod_id = item.id
+                return True
+        return False
+
+    def _find_container(self) -> bool:
+        for item in self.runtime("ListContainers", pb.ListContainersRequest()).containers:
+            if item.metadata.name == self.token:
+                self.container_id = item.id
+                return True
+        return False
+
+    # --- the end ---
+
+    def finish(self, *, killed: bool) -> None:
+        """Bring the container to its end, compare its exit code with what it wrote, and remove all. Raises Wrong.
+
+        killed: a signal of the fault may have hit the program, or all who knew of its end.
+        """
+        if self.container_id:
+            self._finish_container(killed=killed)
+        for pod in self._pods():
+            self.pod_id = pod
+            self.until_it_succeeds("StopPodSandbox", self.stop_pod)
+            self.until_it_succeeds("RemovePodSandbox", self.remove_pod)
+        left = self.runtime("ListContainers", pb.ListContainersRequest()).containers
+        if left:
+            raise Wrong(f"{len(left)} containers are listed")
+
+    def _pods(self) -> list[str]:
+        """All that are there: also one whose id nobody was told."""
+        return [p.id for p in self.runtime("ListPodSandbox", pb.ListPodSandboxRequest()).items]
+
+    def _finish_container(self, *, killed: bool) -> None:
+        try:
+            state = self.status().state
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.NOT_FOUND:
+                return  # removed
+            raise
+        if state == pb.CONTAINER_CREATED:
+            self.until_it_succeeds("StartContainer", self.start)
+            state = self.status().state
+        if state == pb.CONTAINER_RUNNING and not killed:
+            self.await_up()
+            self.until_it_succeeds("ExecSync", self.exec)
+        self.until_it_succeeds("StopContainer", self.stop)
+        self.await_exited()
+        status = self.status()
+        wrote = (self.world.gate / f"{self.token}.code").exists()
+        if wrote and status.exit_code != CODE and not killed:
+            raise Wrong(f"exit code {status.exit_code} ({status.reason}), the program wrote {CODE}")
+        if status.exit_code == CODE and not wrote:
+            raise Wrong("exit code 7, and the program has not written it")
+
+
+def free_host_port() -> int:
+    from tests.support.node import free_port  # noqa: PLC0415
+
+    return free_port()

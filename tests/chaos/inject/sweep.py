@@ -1,0 +1,183 @@
+"""The sweep: which rounds there are, in a random order of a seed, and the matrix of their outcomes."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from tests.chaos.inject.calls import SETS
+from tests.chaos.inject.rounds import FOREIGN, WORKERS, Player, Round, Verdict
+from tests.chaos.inject.steps import AGENT, INIT, LAUNCHER, STEPS, SUPERVISOR
+from tests.chaos.inject.strace import Fault
+from tests.chaos.inject.world import World
+from tests.support.registry import Registry
+
+_PAIRS = ((AGENT, SUPERVISOR), (LAUNCHER, SUPERVISOR), (AGENT, LAUNCHER))
+
+Key = tuple[str, tuple[str, ...], str]
+
+
+def combinations() -> list[Key]:
+    """Step, process and set of calls, as far as they go together."""
+    found: list[Key] = []
+    for step in STEPS.values():
+        for who in (*step.who, *((WORKERS,) if AGENT in step.who and not step.is_start else ())):
+            names = ("init",) if who == INIT else tuple(SETS.keys() - {"init"})
+            if who == WORKERS:
+                names = tuple(SETS.keys() - {"init", "all"})
+            found += [(step.name, (who,), name) for name in sorted(names)]
+        pairs = [pair for pair in _PAIRS if set(pair) <= set(step.who)]
+        found += [(step.name, pair, "all") for pair in pairs]
+    return found
+
+
+class Sweep:
+    """Plays rounds, in a new world after each that went wrong."""
+
+    def __init__(
+        self, folder: Path, registry: Registry, say: Callable[[str], None] = print
+    ) -> None:
+        self._folder = folder
+        self._registry = registry
+        self._say = say
+        self._worlds = 0
+        self._world: World | None = None
+        self._player: Player | None = None
+        self._counts: dict[tuple[str, str, str], Counter[str]] = {}
+        self.verdicts: list[Verdict] = []
+
+    def play(self, round_: Round) -> Verdict:
+        if self._player is None:
+            self._worlds += 1
+            self._world = World(self._folder / f"world-{self._worlds}")
+            self._world.open(self._registry)
+            self._player = Player(self._world)
+        verdict = self._player.play(round_)
+        if verdict.problems:
+            self.renew()
+        if verdict.answer == FOREIGN:
+            verdict.problems.clear()
+        return verdict
+
+    def renew(self) -> None:
+        """End the world; the next round has another one."""
+        if self._world is not None:
+            with suppress(Exception):
+                self._world.close()
+        self._world = self._player = None
+
+    def count(self, step: str, role: str, name: str) -> Counter[str]:
+        """How often a process makes each call of a set in a step."""
+        key = (step, role, name)
+        if key not in self._counts:
+            counting = Round(step=step, who=(role,), calls=(name,), fault=None, when=(1,))
+            verdict = self.play(counting)
+            if verdict.problems:
+                raise RuntimeError(f"{step}, without any fault: {verdict.problems}")
+            self._counts[key] = verdict.counts
+        return self._counts[key]
+
+    def rounds(
+        self, chooser: random.Random, *, only: Callable[[Key, Fault], bool]
+    ) -> Iterator[Round]:
+        """All rounds, in a random order; those of a combination are numbered until no call is left to hit."""
+        pending = [
+            (key, fault)
+            for key in combinations()
+            for fault in map(Fault.parse, SETS[key[2]][1])
+            if only(key, fault)
+        ]
+        numbers: dict[tuple[Key, Fault], list[Round]] = {}
+        while pending:
+            place = chooser.randrange(len(pending))
+            key, fault = pending[place]
+            if (key, fault) not in numbers:
+                numbers[key, fault] = self._numbered(chooser, key, fault)
+            left = numbers[key, fault]
+            if left:
+                yield left.pop()
+            else:
+                pending[place] = pending[-1]
+                pending.pop()
+
+    def _numbered(self, chooser: random.Random, key: Key, fault: Fault) -> list[Round]:
+        step, who, name = key
+        counts = [self.count(step, role, name) for role in who]
+        if not all(counts):
+            return []
+        hits: list[tuple[tuple[str, ...], tuple[int, ...]]] = []
+        if len(who) > 1:  # of two counters, about as many as one of them has
+            places = [list(count.elements()) for count in counts]
+            for _ in range(max(map(len, places))):
+                calls = tuple(chooser.choice(place) for place in places)
+                pairs = zip(counts, calls, strict=True)
+                hits.append((calls, tuple(chooser.randint(1, n[call]) for n, call in pairs)))
+        elif fault.lasts:
+            hits += [((name,), (n,)) for n in range(1, max(counts[0].values()) + 2)]
+        else:
+            hits += [
+                ((call,), (n,)) for call, count in counts[0].items() for n in range(1, count + 2)
+            ]
+        chooser.shuffle(hits)
+        return [Round(step=step, who=who, calls=c, fault=fault, when=n) for c, n in hits]
+
+    def run(
+        self, rounds: Iterable[Round], *, seconds: float = float("inf"), limit: int = sys.maxsize
+    ) -> None:
+        """Play them until the time is over."""
+        end = time.monotonic() + seconds
+        for number, round_ in enumerate(rounds):
+            if number >= limit or time.monotonic() > end:
+                break
+            self.note(self.play(round_))
+        self.renew()
+
+    def note(self, verdict: Verdict) -> None:
+        self.verdicts.append(verdict)
+        if verdict.problems:
+            self._say(describe(verdict))
+
+    @property
+    def red(self) -> list[Verdict]:
+        return [verdict for verdict in self.verdicts if verdict.problems]
+
+    def matrix(self) -> str:
+        """Step × process × fault: how many rounds, what the answers were, how many were not as they must be."""
+        table: dict[tuple[str, str, str, str], list[Verdict]] = defaultdict(list)
+        for verdict in self.verdicts:
+            tried = verdict.round
+            table[tried.step, "+".join(tried.who), "+".join(tried.calls), str(tried.fault)].append(
+                verdict
+            )
+        lines = [f"{'step':26} {'process':20} {'calls':12} {'fault':8} rounds  hit  red  answers"]
+        for (step, who, calls, fault), verdicts in sorted(table.items()):
+            answers = Counter(verdict.answer or "-" for verdict in verdicts)
+            said = ", ".join(f"{answer} {count}" for answer, count in answers.most_common())
+            hit = sum(bool(verdict.struck) for verdict in verdicts)
+            red = sum(bool(verdict.problems) for verdict in verdicts)
+            lines.append(
+                f"{step:26} {who:20} {calls:12} {fault:8} {len(verdicts):6} {hit:4} {red or '.':>4}  {said}"
+            )
+        hits = sum(bool(verdict.struck) for verdict in self.verdicts)
+        lines.append(
+            f"{len(self.verdicts)} rounds, {hits} with a fault that struck, {len(self.red)} red"
+        )
+        return "\n".join(lines)
+
+
+def describe(verdict: Verdict) -> str:
+    lines = [f"RED after {verdict.seconds:.1f} s, answer {verdict.answer or '-'}:"]
+    lines += [f"  python -m tests.chaos.inject {verdict.round}"]
+    lines += [f"  hit: {call[:160]}" for call in verdict.struck[:3]]
+    lines += [f"  {problem}" for problem in verdict.problems[:12]]
+    return "\n".join(lines)
+
+
+def clear(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

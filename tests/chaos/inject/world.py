@@ -1,0 +1,159 @@
+"""The world of a round: an agent of its own with a registry beside it, and its processes by their roles."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import grpc
+
+from nodeagent.api import runtime_pb2 as pb
+from tests.chaos.oracles import Footprint
+from tests.support import images, leaks
+from tests.support.node import PATIENCE_SECONDS, RunningAgent, wait_for
+from tests.support.registry import Registry
+
+# No pod is prepared in advance, or the calls that a request makes would not be its own.
+CONFIG = "slots = 0\n"
+
+
+class GatedAgent(RunningAgent):
+    """An agent that waits, with all its modules, until `let_go`: so that its start can be traced."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, config=CONFIG)
+        self._gate = root / "gate"
+        os.mkfifo(self._gate)
+        self.is_held = False
+
+    def command(self, verb: str, *arguments: str) -> list[str]:
+        python, _, _, *rest = super().command(verb, *arguments)
+        return [python, "-m", "tests.chaos.inject.serve", str(self._gate), *rest]
+
+    def hold(self) -> None:
+        """Start the process, and return when it waits."""
+        self.launch()
+        self.is_held = True
+        self._writer = os.open(self._gate, os.O_WRONLY)
+
+    def let_go(self) -> None:
+        os.write(self._writer, b".")
+        os.close(self._writer)
+        self.is_held = False
+
+    def start(self) -> None:
+        if not self.is_held:
+            self.hold()
+        self.let_go()
+        self.await_start()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the process is, and has not been killed."""
+        return self._process is not None and self._process.poll() is None
+
+    def serves(self) -> bool:
+        """Whether it answers now."""
+        if self._channel is None:
+            self._channel = grpc.insecure_channel(self.endpoint)
+        try:
+            self.runtime.Version(pb.VersionRequest(), timeout=5)
+        except grpc.RpcError:
+            return False
+        return True
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.poll() if self._process is not None else None
+
+
+class World:
+    """The agent, and what it had before the first round."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        self.agent = GatedAgent(folder / "agent")
+        self.footprint = Footprint(self.agent)
+        self.gate = folder / "gate"
+        self.gate.mkdir(mode=0o777)
+        self.before: Counter[str] = Counter()
+        self.image = self.other_image = ""
+
+    def open(self, registry: Registry) -> None:
+        """Start the agent, with its images."""
+        self.agent.trust(registry.host)
+        self.agent.start()
+        base = images.busybox()
+        self.image = f"{registry.host}/{base.repository}:{base.tags[0]}"
+        other = images.pause()
+        self.other_image = f"{registry.host}/{other.repository}:{other.tags[0]}"
+        self.pull(self.image)
+
+    def pull(self, image: str) -> None:
+        request = pb.PullImageRequest(image=pb.ImageSpec(image=image))
+        self.agent.images.PullImage(request, timeout=PATIENCE_SECONDS)
+
+    def note(self) -> None:
+        """Remember what is there now, as what may stay."""
+        self.before = self.footprint.now()
+
+    # --- processes ---
+
+    @property
+    def launcher(self) -> int:
+        return self._find(f"nodeagent.sandbox.launcher {self.folder}/agent/run")
+
+    def supervisor(self, pod_id: str) -> int:
+        return self._find(f"nodeagent.sandbox.supervisor {pod_id}")
+
+    def _find(self, command: str) -> int:
+        found = [pid for pid in leaks.processes() if leaks.command(pid).startswith(command)]
+        return found[0] if found else 0
+
+    def members(self) -> list[int]:
+        """The launcher, and all that it made."""
+        name = f"{self.footprint.cgroup}/"
+        everybody = leaks.processes()
+        return [pid for pid in everybody if name in leaks.read(f"/proc/{pid}/cgroup").decode()]
+
+    def go_on(self) -> None:
+        """Let all go on that have been stopped."""
+        for pid in (*self.members(), *([self.agent.pid] if self.agent.is_there else [])):
+            try:
+                os.kill(pid, signal.SIGCONT)
+            except ProcessLookupError:
+                pass
+
+    def heal(self) -> None:
+        """Let all go on, and start the agent if it has died, or was killed."""
+        self.go_on()
+        if not self.agent.is_there:
+            self.agent.kill()
+            self.agent.start()
+        wait_for("a launcher", lambda: bool(self.launcher))
+
+    def close(self) -> None:
+        """Take everything down, as far as that is possible. After a fault that was found, it may not be."""
+        self.go_on()
+        try:
+            if not self.agent.is_there:
+                self.agent.kill()
+                self.agent.start()
+            self.agent.remove_pods()
+            self.agent.stop()
+        finally:
+            self._tear_down()
+
+    def _tear_down(self) -> None:
+        if self.agent.is_there:
+            self.agent.kill()
+        for pid in self.members():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        wait_for("the end of what was killed", lambda: not self.members())
+        self.footprint.tear_down()
