@@ -433,10 +433,14 @@ class Launcher:
             if not self._channel.is_open:
                 await self._end_orphan(pod_id, directory)
             raise
-        return await Supervisor.connect(directory, pod_id, self._connector)
+        try:
+            return await Supervisor.connect(directory, pod_id, self._connector)
+        except OSError:  # no descriptor, or no memory: nobody would know of it
+            await self._end_orphan(pod_id, directory)
+            raise
 
     async def _end_orphan(self, pod_id: str, directory: Path) -> None:
-        """Shut down a supervisor that the launcher may have forked before it died: its pod was never made."""
+        """Shut down a supervisor of a fork that has failed, which may be there: its pod was never made."""
         for _ in range(_POLLS):
             try:
                 supervisor = await Supervisor.connect(directory, pod_id, self._connector)
