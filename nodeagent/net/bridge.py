@@ -113,7 +113,12 @@ def _address(index: int, address: Interface) -> dict[str, Any]:
 
 
 def is_up(name: str) -> bool:
-    """Whether a link of this name is set up.
+    """Whether a link of this name is set up. Raises OSError where that cannot be found out."""
+    return bool((flags(name) or 0) & _IFF_UP)
+
+
+def flags(name: str) -> int | None:
+    """The flags of a link (IFF_…), None where there is no link of this name; raises OSError for any other error.
 
     Unlike rtnetlink this waits for no lock: SIOCGIFFLAGS is served under RCU (net/core/dev_ioctl.c).
     """
@@ -122,10 +127,10 @@ def is_up(name: str) -> bool:
             answer = fcntl.ioctl(any_socket, _SIOCGIFFLAGS, _IFREQ.pack(name.encode(), 0))
         except OSError as error:
             if error.errno == errno.ENODEV:
-                return False
+                return None
             raise
-    flags: int = _IFREQ.unpack(answer)[1]
-    return bool(flags & _IFF_UP)
+    found: int = _IFREQ.unpack(answer)[1]
+    return found
 
 
 async def _link(ipr: IPRoute, name: str) -> Any:

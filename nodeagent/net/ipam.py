@@ -98,8 +98,10 @@ class Ipam:
         lease = self.leases.get(pod_id)
         if lease is not None and not lease.released_at:
             lease = msgspec.structs.replace(lease, released_at=time.time_ns())
-            self._store.put(lease)
+            # Before the store, which may fail: nobody calls this again for a pod that could not be made. The next
+            # agent releases what belongs to no pod.
             self.leases[pod_id] = lease
+            self._store.put(lease)
         return lease
 
     def forget(self, lease: Lease) -> None:

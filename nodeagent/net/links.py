@@ -6,7 +6,7 @@ import errno
 import socket
 from collections.abc import Iterable
 
-from nodeagent.net import ipam, sysctls, veth
+from nodeagent.net import bridge, ipam, sysctls, veth
 from nodeagent.net.addresses import gateway
 from nodeagent.net.netlink import NETLINK_ROUTE, Connection
 from nodeagent.net.setup import NodeSide
@@ -53,11 +53,12 @@ def delete(name: str) -> None:
 
 
 def exists(name: str) -> bool:
-    try:
-        socket.if_nametoindex(name)
-    except OSError:
-        return False
-    return True
+    """Whether the node has a link of this name. Raises OSError where that cannot be found out.
+
+    Not by if_nametoindex(3), whose error is the same for a name that is free and for a lack of descriptors: the
+    addresses of a link that stands would be leased again.
+    """
+    return bridge.flags(name) is not None
 
 
 def names(prefix: str) -> set[str]:

@@ -18,6 +18,7 @@ import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_interface
@@ -129,13 +130,17 @@ class Network:
         return await setup.overlapping(network._plan(choices))
 
     async def close(self, *, remove: bool) -> None:
-        """Stop. With `remove` delete all that the kernel has of this network; else it stays for the next agent."""
-        await self._tasks.close()
-        if remove:
-            await self._remove()
-        self._workers.shutdown()
-        for table in self._tables():
-            table.close()
+        """Stop. With `remove` delete all that the kernel has of this network; else it stays for the next agent.
+
+        Everything that can be is deleted and closed; then the first error is raised.
+        """
+        async with AsyncExitStack() as stack:
+            for table in self._tables():
+                stack.callback(table.close)
+            stack.callback(self._workers.shutdown)
+            if remove:
+                self._push_removal(stack)
+            await self._tasks.close()
 
     # --- pods ---
 
@@ -380,15 +385,26 @@ class Network:
             host_ports=self._config.host_ports,
         )
 
-    async def _remove(self) -> None:
-        for table in self._tables():
-            table.delete()
+    def _push_removal(self, stack: AsyncExitStack) -> None:
+        """Have the stack remove everything, the last step that is pushed first; none depends on the success of another.
+
+        The records go last, and with a store that fails the next agent frees what belongs to no pod.
+        """
+        stack.callback(self._forget_all)
+        stack.push_async_callback(setup.tear_down, self._plan(self._choices))
         # Links before the bridge: without it they would be links of the node, which hears what pods send.
-        for name in links.names(self._link_prefix):
-            await self._run(partial(links.delete, name))
+        stack.push_async_callback(self._delete_links)
+        for table in self._tables():
+            stack.callback(table.delete)
+
+    async def _delete_links(self) -> None:
+        async with AsyncExitStack() as stack:
+            for name in links.names(self._link_prefix):
+                stack.push_async_callback(self._run, partial(links.delete, name))
+
+    def _forget_all(self) -> None:
         for lease in list(self._ipam.leases.values()):
             self._ipam.forget(lease)
-        await setup.tear_down(self._plan(self._choices))
 
     # --- host ports ---
 
@@ -427,7 +443,9 @@ class Network:
     # --- leases whose pod is gone ---
 
     def _release(self, pod_id: str) -> None:
-        if self._ipam.release(pod_id) is not None:
+        try:
+            self._ipam.release(pod_id)
+        finally:
             self._released.set()
 
     async def _reap(self) -> None:
