@@ -35,6 +35,7 @@ from nodeagent.sandbox.supervisor import main as supervisor
 LOCK = "launcher.lock"
 
 _STOP_PAUSE_MS = 2
+_PAUSE_MS = 1000  # after a failure that may pass
 
 
 class KeptPod:
@@ -78,6 +79,7 @@ class Launcher:
         self._children = Children(loop, self._hear_supervisors)
         self._pods: dict[str, KeptPod] = {}
         self._refused: set[str] = set()  # pods of which it has been said
+        self._failing = False  # to close descriptors, which has been said
         self._operations = {
             "fork": self._fork,
             "successor": self._succeed,
@@ -136,7 +138,7 @@ class Launcher:
             try:
                 child = self._children.spawn(
                     lambda: main(theirs.fileno()),
-                    partial(_supervisor_ended, peer),
+                    partial(self._supervisor_ended, pod, peer),
                     keep=[theirs.fileno(), *kept],
                 )
             except OSError:
@@ -244,17 +246,22 @@ class Launcher:
         if pod.has_supervisor or not descriptors:
             protocol.close_all(descriptors)
             return
-        reader, writer = os.pipe2(os.O_CLOEXEC)
+        pipe: tuple[int, ...] = ()
         try:
+            pipe = reader, _ = os.pipe2(os.O_CLOEXEC)
             child = self._children.spawn(
                 lambda: _end_after(reader), lambda _code: None, keep=[*descriptors, reader]
             )
-        except OSError as error:  # what stays open is leaked, and blocks nothing
-            report(f"pod {pod.id}: {len(descriptors)} descriptors are not closed: {error}")
+        except OSError as error:  # nothing is leaked by a shortage that passes
+            if not self._failing:
+                self._failing = True
+                report(f"pod {pod.id}: cannot close {len(descriptors)} descriptors yet: {error}")
+            self._loop.call_after(_PAUSE_MS, lambda: self._close(pod, descriptors))
         else:
+            self._failing = False
             protocol.close_all([*descriptors, child.pidfd])
         finally:
-            protocol.close_all([reader, writer])
+            protocol.close_all(pipe)
 
     def _supervisor_gone(self, pod: KeptPod, peer: Peer) -> None:
         """Adopt the processes of containers: they are our children now, if the supervisor was one."""
@@ -276,6 +283,16 @@ class Launcher:
         for pod in tuple(self._pods.values()):
             if pod.peer is not None:
                 pod.peer.drain()
+
+    def _supervisor_ended(self, pod: KeptPod, peer: Peer, code: int) -> None:
+        """Close the connection: a child that the supervisor was just making may hold its end for another moment.
+
+        A supervisor ends by itself only when its pod has ended, which it may not have been able to say.
+        """
+        peer.drain()
+        peer.close()
+        if code == 0:
+            self._is_done(pod, None)
 
     def _container_ended(self, pod: KeptPod, container: str, code: int) -> None:
         deposit = pod.deposits.get(container)
@@ -304,12 +321,6 @@ def _has_ended(pidfd: int) -> bool:
     except ChildProcessError:
         return False
     return end is not None
-
-
-def _supervisor_ended(peer: Peer, _code: int) -> None:
-    """Close the connection: a child that the supervisor was just making may hold its end for another moment."""
-    peer.drain()
-    peer.close()
 
 
 def _is_served(directory: str) -> bool:

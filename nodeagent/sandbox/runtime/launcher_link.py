@@ -97,10 +97,14 @@ class LauncherLink:
 
     def _reconnect(self) -> None:
         connection = connect_launcher(os.path.dirname(os.path.dirname(self._directory)))
-        if connection is None:
+        try:
+            if connection is not None:
+                self._peer = Peer(self._loop, connection, self._received, self._lost)
+        except OSError:
+            pass  # no memory or no room in epoll: as if nobody listened
+        if self._peer is None:
             self._loop.call_after(_RETRY_MS, self._reconnect)
             return
-        self._peer = Peer(self._loop, connection, self._received, self._lost)
         attended = {"pod": self._pod_id, "directory": self._directory}
         self._send({"op": "attend", **protocol.spoken(), **attended})
         for container, deposit in self._deposits().items():
@@ -108,8 +112,11 @@ class LauncherLink:
 
 
 def connect_launcher(state: str) -> socket.socket | None:
-    """A connection to the launcher of a state directory, None without one."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    """A connection to the launcher of a state directory, None where none can be had now."""
+    try:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError:
+        return None
     try:
         with protocol.address(f"{state}/{LAUNCHER_SOCKET}") as address:
             connection.connect(address)

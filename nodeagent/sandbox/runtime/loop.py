@@ -18,6 +18,8 @@ Handler = Callable[[int], None]
 # Cancelled timers are swept when there are so many in all, and then twice as many as were left.
 _SWEEP_AT = 64
 
+_PERSIST_MS = 1000
+
 
 class Timer:
     """An action that is due at `at`, in ns of the monotonic clock."""
@@ -46,7 +48,10 @@ class Loop:
         self._running = False
 
     def watch(self, descriptor: int, handler: Handler, events: int = READABLE) -> None:
-        """Call `handler` with the events whenever the descriptor is ready; errors and hang-ups always count."""
+        """Call `handler` with the events whenever the descriptor is ready; errors and hang-ups always count.
+
+        Raises OSError: ENOMEM, or ENOSPC at the limit of /proc/sys/fs/epoll.
+        """
         self._epoll.register(descriptor, events)
         self._handlers[descriptor] = handler
 
@@ -74,6 +79,17 @@ class Loop:
 
     def call_after(self, delay_ms: int, action: Callable[[], None]) -> Timer:
         return self.call_at(time.monotonic_ns() + delay_ms * 1_000_000, action)
+
+    def persist(self, action: Callable[[], None], what: str) -> None:
+        """Call it, and again every second for as long as it raises OSError: for what a shortage must not end.
+
+        what: what cannot be done yet, for the log.
+        """
+        try:
+            action()
+        except OSError as error:
+            report(f"{what} yet: {error}")
+            self.call_after(_PERSIST_MS, lambda: self.persist(action, what))
 
     def stop(self) -> None:
         """Return from `run` when the current round is over."""

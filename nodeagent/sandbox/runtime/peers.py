@@ -46,7 +46,11 @@ class Peer:
         loop.watch(connection.fileno(), self._ready)
 
     def send(self, body: Body, fds: Sequence[int] = ()) -> None:
-        """Send a message, or nothing if the connection has ended. The descriptors stay the caller's."""
+        """Send a message, or nothing if the connection has ended. The descriptors stay the caller's.
+
+        A message that cannot be sent ends the connection: it may be the only news of an end, and the other side, which
+        would wait for it for ever, connects again and asks for the state.
+        """
         if not self._open:
             return
         packet = protocol.encode(body)
@@ -55,8 +59,23 @@ class Peer:
         if len(self._waiting) >= MAX_WAITING_MESSAGES:
             self.close()
         elif self._open:
-            self._waiting.append((packet, [os.dup(descriptor) for descriptor in fds]))
+            self._wait_for_room(packet, fds)
+
+    def _wait_for_room(self, packet: bytes, fds: Sequence[int]) -> None:
+        copies: list[int] = []
+        try:
+            for descriptor in fds:
+                copies.append(os.dup(descriptor))  # noqa: PERF401 those that were made are to be closed
             self._loop.change(self._connection.fileno(), READABLE | WRITABLE)
+        except OSError as error:
+            protocol.close_all(copies)
+            self._give_up(error)
+        else:
+            self._waiting.append((packet, copies))
+
+    def _give_up(self, error: OSError) -> None:
+        report(f"a connection of process {self.pid} is ended: a message cannot be sent: {error}")
+        self.close()
 
     def _try_send(self, packet: bytes, fds: Sequence[int]) -> bool:
         try:
@@ -65,6 +84,8 @@ class Peer:
             return False
         except (BrokenPipeError, ConnectionResetError):
             pass  # what it sent before it closed is still to be received, and then the end
+        except OSError as error:  # ENOMEM, ENOBUFS, ETOOMANYREFS, EMFILE
+            self._give_up(error)
         return True
 
     def _ready(self, events: int) -> None:
@@ -199,8 +220,12 @@ class Listener:
         self._watch()
 
     def _watch(self) -> None:
-        if self._socket.fileno() >= 0:
+        if self._socket.fileno() < 0:
+            return
+        try:
             self._loop.watch(self._socket.fileno(), self._accept)
+        except OSError as error:
+            self._pause(error)
 
     def _accept(self, _events: int) -> None:
         try:

@@ -66,26 +66,33 @@ class Container:
         self.pump: Pump | None = None
         self._failure: Exception | None = None
         self._deadline: Timer | None = None
-        self._creation: Request | None = None
+        self.creation: Request | None = None
         self._start: Request | None = None
         self._removals: list[Request] = []
         self.hooks = ContainerHooks(pod, plan)
-        self._is_over = False
+        self.is_over = False
 
     # --- creation ---
 
-    def await_birth(self, birth: Birth, creation: Request, *, hidden: bool) -> None:
-        """Wait for the process, which prepares itself, and meanwhile make the files of what is known of it."""
+    def await_birth(self, birth: Birth, *, hidden: bool) -> None:
+        """Wait for the process, which prepares itself, and meanwhile make the files of what is known of it.
+
+        Raises OSError, or ResourceExhausted for a plan that is too long.
+        """
         self.birth = birth
         birth.await_hooks = self._run_hooks_of_creation
         self._is_hidden = hidden
-        self._creation = creation
-        try:
-            facts.make_directory(self.pod.directory, self.plan)
-            if not self.plan["tty"]:
-                self.open_pump()
-        except OSError as error:
-            birth.abandon(error)
+        facts.make_directory(self.pod.directory, self.plan)
+        if not self.plan["tty"]:
+            self.open_pump()
+
+    def abort(self, error: Exception) -> None:
+        """Fail a creation whose process has been made: it is killed, and the request answered at its end."""
+        if self.birth is not None:
+            self.birth.abandon(error)
+        else:
+            self._failure = error
+            self.kill()
 
     def resume_birth(self, birth: Birth) -> None:
         """Resume the birth of a process that reported "ready" to an earlier supervisor."""
@@ -126,16 +133,17 @@ class Container:
         self.pod.launcher.keep(self.id, self.deposit())
         if self.birth is not None:
             self.birth.give_up = self._give_up_birth
-        if self._creation is not None:
-            self._creation.reply(self.describe())
-            self._creation = None
+        if self.creation is not None:
+            self.creation.reply(self.describe())
+            self.creation = None
 
-    def open_pump(self) -> None:
+    def open_pump(self) -> Pump:
         names = ("stdout", "stderr", "master")
         outputs = {name: self.fds[name] for name in names if name in self.fds}
         journal = facts.open_journal(self.pod.directory, self.id)
         limit = self.plan.get("log_limit")
         self.pump = Pump(self.pod.loop, outputs, journal, self.pod.clock, limit)
+        return self.pump
 
     def _run_hooks_of_creation(self) -> None:
         """Run the hooks of a creation while the process waits, with a complete root file system."""
@@ -149,15 +157,19 @@ class Container:
         self.hooks.create(self.facts["pid"], done)
 
     def _undo(self) -> None:
-        """Undo a creation whose process ended before it was ready."""
-        protocol.close_all(self._release())
-        facts.remove(self.pod.directory, self.id)
-        del self._members[self.id]
-        if self._creation is not None and self._removals:
-            self._creation.fail(FailedPrecondition(f'container "{self.id}": removed while created'))
-        elif self._creation is not None and self._failure is not None:
-            self._creation.fail(self._failure)
-        for request in self._removals:
+        """Undo a creation whose process ended before it was ready; whoever waits for that hears of it in any case."""
+        guarded(lambda: protocol.close_all(self._release()))
+        self._members.pop(self.id, None)
+        self.pod.loop.persist(
+            lambda: facts.remove(self.pod.directory, self.id),
+            f"container {self.id}: its files cannot be removed",
+        )
+        removals, self._removals = self._removals, []
+        if self.creation is not None and removals:
+            self.creation.fail(FailedPrecondition(f'container "{self.id}": removed while created'))
+        elif self.creation is not None:
+            self.creation.fail(self._failure or FailedPrecondition("init: was killed"))
+        for request in removals:
             request.reply()
 
     # --- start ---
@@ -182,7 +194,7 @@ class Container:
         Hooks are run only while the process is there.
         """
         self._forget_birth()
-        if not self._is_over:
+        if not self.is_over:
             self.hooks.after_start(self.facts["pid"], self._reply_start)
 
     def _reply_start(self) -> None:
@@ -237,7 +249,7 @@ class Container:
 
     def kill(self) -> None:
         """Kill all processes. The end of a PID namespace's first one ends the others; else the cgroup is killed."""
-        if self.exit is not None or self._is_over:
+        if self.exit is not None or self.is_over:
             return
         if not self.facts["killed"]:
             self.facts["killed"] = True
@@ -250,6 +262,8 @@ class Container:
 
     def _signal(self, number: int) -> None:
         """Send a signal. ESRCH of a pidfd means that the process was reaped: no other news of its end will come."""
+        if "pidfd" not in self.fds:
+            return
         try:
             signal.pidfd_send_signal(self.fds["pidfd"], number)
         except ProcessLookupError:
@@ -259,17 +273,20 @@ class Container:
 
     def ended(self, code: int) -> None:
         """Record the end of the process while it is a zombie: afterwards the kernel has forgotten it."""
-        if self._is_over:
+        if self.is_over:
             return
-        self._is_over = True
+        self.is_over = True
+        # No step keeps the others from being done: this is called once.
         if self.birth is not None:
-            self.birth.conclude()
-        self.hooks.end_creation()  # before the pid that they were told can be another process's
+            guarded(self.birth.conclude)
+        guarded(
+            self.hooks.end_creation
+        )  # before the pid that they were told can be another process's
         if not self.facts["created_at"]:
             self.hooks.after_end(self._undo)
             return
         if self.plan["pid"] != "container":
-            self.group.kill()
+            guarded(self.group.kill)
         if self.pump is not None:
             guarded(self.pump.finish)
         if self._failure is not None and self.facts["started_at"]:
@@ -284,14 +301,14 @@ class Container:
             self.exit = exits.record(self.pod.directory, self.id, self.exit)
         except OSError as error:  # a full disk: it has ended all the same
             report(f"container {self.id}: exit code {code} is not recorded: {error}")
-        self.pod.launcher.drop(self.id, None, self._release())
         self.pod.loop.call_after(0, self._tell_end)
+        guarded(lambda: self.pod.launcher.drop(self.id, None, self._release()))
         if self.hooks.are_left:
             self.hooks.after_end(self.remove_as_asked)
 
     def cut_off(self) -> None:
         """Undo a creation that ended with an earlier supervisor, as its process did."""
-        self._is_over = True
+        self.is_over = True
         self.hooks.after_end(self._undo)
 
     def watch(self) -> None:
@@ -343,7 +360,11 @@ class Container:
             self._removals.append(request)
             self.kill()
             return
-        facts.remove(self.pod.directory, self.id)
+        try:
+            facts.remove(self.pod.directory, self.id)
+        except OSError as error:
+            request.fail(error)
+            return
         self._members.pop(self.id, None)
         request.reply()
 

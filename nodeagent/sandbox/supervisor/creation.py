@@ -163,14 +163,20 @@ def _make(creation: _Creation, shared: PidNamespace | None) -> None:
         stdio.close_given()
     protocol.close_all(join)
     join.clear()  # or `create` would close them again, should anything below fail
-    fds.update(stdio.kept, pidfd=child.pidfd, status=ours.fileno())
-    container.facts["pid"], container.facts["ticks"] = child.pid, processes.start_ticks(child.pid)
-    container.facts["pipes"] = {name: os.fstat(fd).st_ino for name, fd in stdio.kept.items()}
-    container.facts["namespace"] = _name_of(plan, shared)
+    fds.update(stdio.kept, pidfd=child.pidfd, status=ours.detach())
+    container.creation = request
     members[plan["id"]] = container
     hidden = child.pid if shared is not None else None
-    birth = Birth(pod.loop, ours.detach(), container, hidden)
-    container.await_birth(birth, request, hidden=shared is not None)
+    try:
+        known = container.facts
+        known["pid"], known["ticks"] = child.pid, processes.start_ticks(child.pid)
+        known["pipes"] = {name: os.fstat(fd).st_ino for name, fd in stdio.kept.items()}
+        known["namespace"] = _name_of(plan, shared)
+        birth = Birth(pod.loop, fds["status"], container, hidden)
+        container.await_birth(birth, hidden=shared is not None)
+    except (NodeAgentError, OSError) as error:
+        # The process is there, so its end is what the request waits for, and what gives the descriptors back.
+        container.abort(error)
 
 
 def _name_of(plan: ContainerPlan, shared: PidNamespace | None) -> str:

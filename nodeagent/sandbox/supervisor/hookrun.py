@@ -176,11 +176,10 @@ def _spawn(
 ) -> tuple[Child, socket.socket]:
     """Fork a runner, with the namespaces of our parent, the launcher or what inherited us: those of the node."""
     kinds: list[str] = [kind for kind in pod.namespaces if kind in namespaces.FLAGS]
-    nodes = {
-        kind: os.open(f"/proc/{os.getppid()}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
-        for kind in kinds
-    }
+    nodes: dict[str, int] = {}
     try:
+        for kind in kinds:
+            nodes[kind] = os.open(f"/proc/{os.getppid()}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
         return pod.children.spawn_connected(
             lambda status: _be_runner(nodes, found, told, bundle, claim, status),
             ended,

@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
 from nodeagent import files
@@ -22,7 +23,7 @@ from nodeagent.sandbox.paths import SUPERVISOR_SOCKET
 from nodeagent.sandbox.protocol import Message
 from nodeagent.sandbox.runtime import peers, process
 from nodeagent.sandbox.runtime.launcher_link import Deposit, LauncherLink
-from nodeagent.sandbox.runtime.loop import Loop
+from nodeagent.sandbox.runtime.loop import Loop, guarded
 from nodeagent.sandbox.runtime.peers import Listener, Peer, Request
 from nodeagent.sandbox.spec import DEFAULT_SHM_BYTES, PodPlan, PodSettings
 from nodeagent.sandbox.supervisor import creation, namespaces, podfile, succession, sysctls
@@ -40,23 +41,20 @@ Kept = dict[str, dict[str, int]]
 
 
 def main(plan: PodPlan, launcher: int) -> NoReturn:
-    """Make the pod's namespaces and serve it."""
-    _run(plan["id"], plan["directory"], launcher, lambda: prepare(plan), {})
+    """Make the pod's namespaces and serve it, or leave nothing behind."""
+    undo = partial(paths.unpin, plan["directory"])
+    _run(plan["id"], plan["directory"], launcher, lambda: prepare(plan), {}, undo)
 
 
 def prepare(plan: PodPlan) -> PodFacts:
-    """Make the pod's own namespaces and files, and enter them."""
+    """Make the pod's own namespaces and files, and enter them. After a failure `paths.unpin` undoes it."""
     known: PodFacts = {"plan": plan, "init_pid": 0, "init_ticks": 0}
     exits.make_directory(plan["directory"])
     # Before anything is made: without the file a successor takes it that nothing was.
     podfile.save(known)
-    try:
-        namespaces.make(plan)
-        if "net" in plan["namespaces"]:
-            sysctls.write(sysctls.DEFAULTS, groups=idmaps.groups_of(plan))
-    except BaseException:
-        paths.unpin(plan["directory"])
-        raise
+    namespaces.make(plan)
+    if "net" in plan["namespaces"]:
+        sysctls.write(sysctls.DEFAULTS, groups=idmaps.groups_of(plan))
     return known
 
 
@@ -68,11 +66,16 @@ def succeed(pod_id: str, directory: str, launcher: int, kept: Kept) -> NoReturn:
         namespaces.enter(directory, known["plan"]["namespaces"])
         return known
 
-    _run(pod_id, directory, launcher, find, kept)
+    _run(pod_id, directory, launcher, find, kept, lambda: None)
 
 
 def _run(
-    pod_id: str, directory: str, launcher: int, known: Callable[[], PodFacts], kept: Kept
+    pod_id: str,
+    directory: str,
+    launcher: int,
+    known: Callable[[], PodFacts],
+    kept: Kept,
+    undo: Callable[[], None],
 ) -> NoReturn:
     os.setsid()  # or a signal to the launcher's process group would reach the supervisors of all pods
     process.set_title(f"na-pod-{pod_id[:8]}", f"{process.SUPERVISOR}{pod_id}")
@@ -81,6 +84,7 @@ def _run(
     try:
         Supervisor(known(), loop, connection, kept)
     except Exception as error:  # noqa: BLE001 whatever it is, the launcher tells who asked for the pod
+        undo()
         connection.fail(error)
         os._exit(1)
     loop.run()
@@ -300,10 +304,11 @@ class Supervisor:
         self._end_if_empty(1)
 
     def _kill_all(self) -> None:
+        """Kill everything; what cannot be killed now, which is reported, protects nothing else."""
         for exec_ in self.execs.running():
-            exec_.kill()
+            guarded(exec_.kill)
         for container in self.containers.values():
-            container.kill()
+            guarded(container.kill)
         if self.pod.init_pidfd is not None:
             try:
                 signal.pidfd_send_signal(self.pod.init_pidfd, signal.SIGKILL)

@@ -26,6 +26,7 @@ _CHUNKS_PER_TURN = 16
 _DRAIN_CHUNKS = 64
 # The least that a limit counts for one read: waking up costs as much as writing so much.
 _LEAST_COST_BYTES = 4096
+_RETRY_MS = 1000
 _TIOCGPTPEER = 0x5441
 
 
@@ -228,6 +229,8 @@ class Pump:
             self._streams[stream.name] = stream
         self._allowance = Allowance(limit) if limit else None
         self._pause: Timer | None = None
+        self._retry: Timer | None = None
+        self._wanted: tuple[str, str] | None = None  # the log that cannot be opened yet
         self._paused_at = 0
         self._held_back_ns = 0
         self._dropped_lines = 0
@@ -259,12 +262,24 @@ class Pump:
         self._watch()
 
     def go_on(self, log_path: str, log_root: str = "") -> None:
-        """Like start, for a running container: if its log cannot be opened any more, it goes on without one."""
+        """Like start, for a running container: if there is no place for its log any more, it goes on without one.
+
+        A shortage is waited for: until then the output stays where it is.
+        """
         try:
             self.start(log_path, log_root)
-        except (FailedPrecondition, OSError) as error:
+        except FailedPrecondition as error:
             report(f"output is not logged any more: {error}")
             self.start("")
+        except OSError as error:
+            report(f"output is not logged yet: {error}")
+            self._close_log()
+            for stream in self._streams.values():
+                self._loop.forget(stream.source.descriptor)
+            self._wanted = log_path, log_root
+            self._retry = self._loop.call_after(_RETRY_MS, lambda: self.go_on(log_path, log_root))
+        else:
+            self._wanted = None
 
     def _end_pause(self) -> None:
         if self._pause is not None:
@@ -273,9 +288,15 @@ class Pump:
             self._held_back_ns += time.monotonic_ns() - self._paused_at
 
     def _watch(self) -> None:
+        """Read from all streams; where that cannot be, for a shortage, a moment later."""
         self._end_pause()
-        for stream in self._streams.values():
-            self._loop.watch(stream.source.descriptor, self._handler(stream))
+        try:
+            for stream in self._streams.values():
+                self._loop.forget(stream.source.descriptor)
+                self._loop.watch(stream.source.descriptor, self._handler(stream))
+        except OSError as error:
+            report(f"output is not read yet: {error}")
+            self._retry = self._loop.call_after(_RETRY_MS, self._watch)
 
     def _handler(self, stream: Stream) -> Callable[[int], None]:
         def ready(_events: int) -> None:
@@ -341,6 +362,8 @@ class Pump:
     def finish(self) -> None:
         """Take what an ended container has left. Other processes may still hold the pipes; they are not waited for."""
         self._allowance = None
+        if self._wanted is not None:
+            self.go_on(*self._wanted)
         for stream in tuple(self._streams.values()):
             self._transfer(stream, _DRAIN_CHUNKS)
             self._end(stream)
@@ -349,6 +372,8 @@ class Pump:
     def close(self) -> None:
         """Close everything that is still open."""
         self._end_pause()
+        if self._retry is not None:
+            self._retry.cancel()
         for stream in self._streams.values():
             self._loop.forget(stream.source.descriptor)
             stream.source.close()
@@ -356,13 +381,16 @@ class Pump:
         for output in self.attached.values():
             output.close()
         self.attached.clear()
+        self._close_log()
+        if self._journal >= 0:
+            os.close(self._journal)
+            self._journal = -1
+
+    def _close_log(self) -> None:
         if self._log is not None:
             self._dropped_lines = self._log.dropped_lines
             self._log.close()
             self._log = None
-        if self._journal >= 0:
-            os.close(self._journal)
-            self._journal = -1
 
 
 def _stream(name: str, descriptor: int, journal: int) -> Stream:

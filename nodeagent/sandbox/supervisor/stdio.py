@@ -29,17 +29,19 @@ class Stdio(NamedTuple):
 def open_stdio(plan: ContainerPlan) -> Stdio:
     if plan["tty"]:
         return Stdio(-1, -1, -1, {})
-    kept: dict[str, int] = {}
-    stdin = -1
-    if plan["stdin"]:
-        stdin, kept["stdin"] = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(kept["stdin"], False)
-    kept["stdout"], stdout = _output()
-    kept["stderr"], stderr = _output()
-    return Stdio(stdin, stdout, stderr, kept)
-
-
-def _output() -> tuple[int, int]:
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    os.set_blocking(reader, False)
-    return reader, writer
+    names = (*(("stdin",) if plan["stdin"] else ()), "stdout", "stderr")
+    pipes: dict[str, tuple[int, int]] = {}
+    try:
+        for name in names:
+            pipes[name] = os.pipe2(os.O_CLOEXEC)
+    except OSError:
+        for pipe in pipes.values():
+            protocol.close_all(pipe)
+        raise
+    stdin, writer = pipes.pop("stdin", (-1, -1))
+    kept = {name: reader for name, (reader, _) in pipes.items()}
+    if writer >= 0:
+        kept["stdin"] = writer
+    for ours in kept.values():
+        os.set_blocking(ours, False)
+    return Stdio(stdin, pipes["stdout"][1], pipes["stderr"][1], kept)

@@ -10,6 +10,7 @@ from nodeagent.linux import processes
 from nodeagent.sandbox import exits, facts, planfile, protocol
 from nodeagent.sandbox.facts import Facts
 from nodeagent.sandbox.runtime import process
+from nodeagent.sandbox.runtime.loop import report
 from nodeagent.sandbox.spec import ContainerPlan
 from nodeagent.sandbox.supervisor import visibility
 from nodeagent.sandbox.supervisor.birth import Birth
@@ -82,20 +83,31 @@ def _note_namespace(members: Members, container: Container) -> None:
 
 
 def _take_over(container: Container) -> None:
-    container.exit = exits.read(container.pod.directory, container.id)
+    """Take over one container. What cannot be had for a shortage is asked for again, and hurts no other container."""
+    try:
+        container.exit = exits.read(container.pod.directory, container.id)
+    except OSError as error:  # whoever records an end finds the earlier record
+        report(f"container {container.id}: no record of its end can be read: {error}")
     if container.exit is not None and not container.fds:
         if container.hooks.are_left:
             container.hooks.after_end(container.remove_as_asked)
         return
     if "pidfd" not in container.fds:
         _find_again(container)
-    container.open_pump()
-    if container.facts["started_at"] and container.pump is not None:
-        container.pump.go_on(container.plan["log_path"], container.plan.get("log_root", ""))
+    loop = container.pod.loop
+    loop.persist(lambda: _resume_output(container), f"container {container.id}: no output")
     if container.exit is not None or "pidfd" not in container.fds:
         container.ended(exits.UNKNOWN)
     else:
-        _watch(container)
+        loop.persist(lambda: _watch(container), f"container {container.id}: not watched")
+
+
+def _resume_output(container: Container) -> None:
+    if container.is_over or container.pump is not None:
+        return
+    pump = container.open_pump()
+    if container.facts["started_at"]:
+        pump.go_on(container.plan["log_path"], container.plan.get("log_root", ""))
 
 
 def _find_again(container: Container) -> None:
@@ -108,10 +120,13 @@ def _find_again(container: Container) -> None:
 
 
 def _watch(container: Container) -> None:
-    if "status" in container.fds:
+    if container.is_over:
+        return
+    if "status" in container.fds and container.birth is None:
         pid = container.facts["pid"]
-        container.resume_birth(Birth.resume(container.pod.loop, container.fds, container, pid))
-        if container.facts["started_at"] and container.birth is not None:
-            container.birth.go_on()
+        birth = Birth.resume(container.pod.loop, container.fds, container, pid)
+        container.resume_birth(birth)
+        if container.facts["started_at"]:
+            birth.go_on()
     container.watch()
     container.keep_deadline()
