@@ -26,8 +26,8 @@ from nodeagent.lifecycle.places import Places
 from tests.support import leaks
 from tests.support.node import RunningAgent
 
-# What the kernel, and the agent's own passes over what is left, may take to remove the last of a pod.
-PATIENCE_SECONDS = 40.0
+# What the kernel, and passes of the agent over what is left (of the trash after 30 s), may take to remove it all.
+PATIENCE_SECONDS = 50.0
 
 # Directories whose content is data, not a sign that something was left.
 _OPAQUE = re.compile(r"lib/layers/[^/]+/|lib/staging/reserve|/profiles/sha256/")

@@ -132,7 +132,7 @@ class RunningAgent:
             self._channel = None
         if self._process is None:
             return 0
-        os.kill(self.pid, number)
+        self._process.send_signal(number)  # none to one that has ended already
         code = self._process.wait(timeout=PATIENCE_SECONDS)
         self._process = None
         return code

@@ -11,6 +11,7 @@ import argparse
 import fnmatch
 import os
 import random
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -37,6 +38,9 @@ def main() -> int:
     if reason := unavailable():
         print(reason, file=sys.stderr)
         return 2
+    signal.signal(
+        signal.SIGTERM, lambda _number, _frame: sys.exit(143)
+    )  # so that all is taken down
     os.environ[leaks.VARIABLE] = f"na-chaos-{os.getpid()}"
     with tempfile.TemporaryDirectory(prefix="na-chaos-", ignore_cleanup_errors=True) as name:
         folder = Path(name)

@@ -14,7 +14,7 @@ import grpc
 from tests.chaos.inject.calls import named
 from tests.chaos.inject.scene import DEADLINE_SECONDS, Scene, Wrong
 from tests.chaos.inject.steps import AGENT, INIT, LAUNCHER, STEPS, Step
-from tests.chaos.inject.strace import Fault, Injection
+from tests.chaos.inject.strace import Fault, Injection, Place
 from tests.chaos.inject.world import World
 from tests.chaos.oracles import descriptors, unclear
 
@@ -53,15 +53,13 @@ class Round:
 
 @dataclass(slots=True)
 class Verdict:
-    """The outcome. answer: of the call under the fault; struck: the calls that were hit; counts: how often each call
-    was made.
-    """
+    """The outcome. answer: of the call under the fault; struck: the calls that were hit; places: all that were made."""
 
     round: Round
     answer: str
     problems: list[str]
     struck: list[str]
-    counts: Counter[str]
+    places: set[Place]
     seconds: float
 
 
@@ -111,12 +109,10 @@ class Player:
         except grpc.RpcError as error:
             problems.append(f"without a fault: {error.code().name}: {error.details()}")
         struck = [call for injection in injections for call in injection.struck]
-        counts: Counter[str] = Counter()
-        for injection in injections:
-            counts += injection.counts
+        places = {place for injection in injections for place in injection.places}
         if any(i.is_foreign for i in injections) and {AGENT, WORKERS} & set(round_.who):
             answer = FOREIGN if problems else answer
-        return Verdict(round_, answer, problems, struck, counts, time.monotonic() - began)
+        return Verdict(round_, answer, problems, struck, places, time.monotonic() - began)
 
     # --- the call ---
 

@@ -16,6 +16,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+Place = tuple[str, int]  # a call, and its number among those of that name
+
 SIGNALS = ("KILL", "STOP")
 _WAKE_UP = re.compile(r"(write|read)\(\d+<(socket|anon_inode|UNIX|pipe)")
 _ATTACH_SECONDS = 20.0
@@ -99,14 +101,15 @@ class Injection:
             self._process.communicate()
 
     @property
-    def counts(self) -> Counter[str]:
-        """How often each call was made; of several threads, by that which made it most."""
-        most: Counter[str] = Counter()
-        for (_, name), count in Counter(
-            (thread, name) for thread, name, _ in self._calls()
-        ).items():
-            most[name] = max(most[name], count)
-        return most
+    def places(self) -> set[Place]:
+        """Every call that was made, of several threads by any, but for wake-ups of gRPC's threads."""
+        seen: Counter[tuple[str, str]] = Counter()
+        found = set()
+        for thread, name, text in self._calls():
+            seen[thread, name] += 1
+            if not _WAKE_UP.match(text):
+                found.add((name, seen[thread, name]))
+        return found
 
     @property
     def struck(self) -> list[str]:
@@ -125,7 +128,7 @@ class Injection:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether it has hit a wake-up of gRPC's threads, which cannot fail so, and after which they may wait for ever."""
+        """Whether it has hit a wake-up of gRPC's threads, which cannot fail so; they may wait for ever then."""
         return any(_WAKE_UP.match(call) for call in self.struck)
 
     def _calls(self) -> list[tuple[str, str, str]]:

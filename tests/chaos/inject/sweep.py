@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import sys
 import time
@@ -14,11 +15,13 @@ from pathlib import Path
 from tests.chaos.inject.calls import SETS
 from tests.chaos.inject.rounds import FOREIGN, WORKERS, Player, Round, Verdict
 from tests.chaos.inject.steps import AGENT, INIT, LAUNCHER, STEPS, SUPERVISOR
-from tests.chaos.inject.strace import Fault
+from tests.chaos.inject.strace import Fault, Place
 from tests.chaos.inject.world import World
 from tests.support.registry import Registry
 
 _PAIRS = ((AGENT, SUPERVISOR), (LAUNCHER, SUPERVISOR), (AGENT, LAUNCHER))
+
+_ID = re.compile(r"[0-9a-f]{64}|/tmp/na-chaos-\w+/world-\d+|/sys/fs/cgroup/[^/ ]+|(?<=nv)[0-9a-f]+")
 
 Key = tuple[str, tuple[str, ...], str]
 
@@ -49,7 +52,7 @@ class Sweep:
         self._worlds = 0
         self._world: World | None = None
         self._player: Player | None = None
-        self._counts: dict[tuple[str, str, str], Counter[str]] = {}
+        self._places: dict[tuple[str, str, str], list[Place]] = {}
         self.verdicts: list[Verdict] = []
 
     def play(self, round_: Round) -> Verdict:
@@ -72,16 +75,16 @@ class Sweep:
                 self._world.close()
         self._world = self._player = None
 
-    def count(self, step: str, role: str, name: str) -> Counter[str]:
-        """How often a process makes each call of a set in a step."""
+    def places(self, step: str, role: str, name: str) -> list[Place]:
+        """The calls of a set that a process makes in a step."""
         key = (step, role, name)
-        if key not in self._counts:
+        if key not in self._places:
             counting = Round(step=step, who=(role,), calls=(name,), fault=None, when=(1,))
             verdict = self.play(counting)
             if verdict.problems:
                 raise RuntimeError(f"{step}, without any fault: {verdict.problems}")
-            self._counts[key] = verdict.counts
-        return self._counts[key]
+            self._places[key] = sorted(verdict.places)
+        return self._places[key]
 
     def rounds(
         self, chooser: random.Random, *, only: Callable[[Key, Fault], bool]
@@ -108,24 +111,28 @@ class Sweep:
 
     def _numbered(self, chooser: random.Random, key: Key, fault: Fault) -> list[Round]:
         step, who, name = key
-        counts = [self.count(step, role, name) for role in who]
-        if not all(counts):
+        places = [self.places(step, role, name) for role in who]
+        if not all(places):
             return []
-        hits: list[tuple[tuple[str, ...], tuple[int, ...]]] = []
-        if len(who) > 1:  # of two counters, about as many as one of them has
-            places = [list(count.elements()) for count in counts]
-            for _ in range(max(map(len, places))):
-                calls = tuple(chooser.choice(place) for place in places)
-                pairs = zip(counts, calls, strict=True)
-                hits.append((calls, tuple(chooser.randint(1, n[call]) for n, call in pairs)))
+        if len(who) > 1:  # of two numbers, as many pairs as one of them has places
+            hits = [tuple(map(chooser.choice, places)) for _ in range(max(map(len, places)))]
         elif fault.lasts:
-            hits += [((name,), (n,)) for n in range(1, max(counts[0].values()) + 2)]
-        else:
-            hits += [
-                ((call,), (n,)) for call, count in counts[0].items() for n in range(1, count + 2)
-            ]
+            last = max(number for _, number in places[0])
+            hits = [((name, number),) for number in range(1, last + 2)]
+        else:  # and one beyond the last of each, which finds nothing to hit
+            last_of = dict(places[0])
+            hits = [(place,) for place in (*places[0], *((c, n + 1) for c, n in last_of.items()))]
         chooser.shuffle(hits)
-        return [Round(step=step, who=who, calls=c, fault=fault, when=n) for c, n in hits]
+        return [
+            Round(
+                step=step,
+                who=who,
+                calls=tuple(call for call, _ in hit),
+                fault=fault,
+                when=tuple(number for _, number in hit),
+            )
+            for hit in hits
+        ]
 
     def run(
         self, rounds: Iterable[Round], *, seconds: float = float("inf"), limit: int = sys.maxsize
@@ -175,7 +182,9 @@ def describe(verdict: Verdict) -> str:
     lines = [f"RED after {verdict.seconds:.1f} s, answer {verdict.answer or '-'}:"]
     lines += [f"  python -m tests.chaos.inject {verdict.round}"]
     lines += [f"  hit: {call[:160]}" for call in verdict.struck[:3]]
-    lines += [f"  {problem}" for problem in verdict.problems[:12]]
+    # Ids are of no interest, and twenty directories of one cgroup are one.
+    kinds = Counter(_ID.sub("<id>", problem) for problem in verdict.problems)
+    lines += [f"  {problem}" + f" × {n}" * (n > 1) for problem, n in kinds.most_common(12)]
     return "\n".join(lines)
 
 
