@@ -43,7 +43,7 @@ from nodeagent.net.network import Network
 from nodeagent.sandbox.agent.client import Launcher
 from nodeagent.sandbox.agent.connector import SOCKETS, Connector
 from nodeagent.store import Store
-from nodeagent.tasks import Tasks
+from nodeagent.tasks import Tasks, cancel
 from nodeagent.trash import Trash
 
 log = logging.getLogger(__name__)
@@ -97,10 +97,12 @@ async def _opened(
                 private_redirects=config.images.private_redirects,
             ),
         )
+        copying = tasks.keep("database log", store.checkpoints)
         try:
             yield store, images
         finally:
             await images.close()
+            await cancel(copying)
     finally:
         store.close()
 

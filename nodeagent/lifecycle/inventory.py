@@ -10,7 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from nodeagent.errors import FailedPrecondition, InvalidArgument, NodeAgentError, NotFound
+from nodeagent.database import REMEDY
+from nodeagent.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NodeAgentError,
+    NotFound,
+)
 from nodeagent.lifecycle.events import Events, Kind
 from nodeagent.records import Container, Record, Sandbox
 from nodeagent.sandbox.agent.client import Supervisor
@@ -59,6 +66,11 @@ class Inventory:
         for container in self.containers.values():
             self._members.setdefault(container.sandbox_id, {})[container.id] = None
 
+    @property
+    def unreadable(self) -> frozenset[str]:
+        """The ids of pods and containers whose records cannot be read: what runs under them is left as it is."""
+        return self.store.unreadable(Sandbox) | self.store.unreadable(Container)
+
     # --- reading ---
 
     def visible_sandboxes(self) -> list[Sandbox]:
@@ -82,6 +94,7 @@ class Inventory:
 
     def sandbox(self, name: str) -> Sandbox:
         """The pod with this id or unique prefix of one. Raises NotFound."""
+        self._refuse_unreadable("pod sandbox", name)
         record = self.sandboxes[_resolve("pod sandbox", name, self.sandboxes)]
         if not record.ready_at:
             raise NotFound(f'pod sandbox "{name}": not found')
@@ -89,10 +102,16 @@ class Inventory:
 
     def container(self, name: str) -> Container:
         """The container with this id or unique prefix of one. Raises NotFound."""
+        self._refuse_unreadable("container", name)
         record = self.containers[_resolve("container", name, self.containers)]
         if not record.created_at:
             raise NotFound(f'container "{name}": not found')
         return record
+
+    def _refuse_unreadable(self, what: str, name: str) -> None:
+        """Raise DataLoss: "not found" would tell whoever removes it that it is gone."""
+        if name in self.unreadable:
+            raise DataLoss(f'{what} "{name}": its record cannot be read; {REMEDY}')
 
     def lock(self, container_id: str) -> asyncio.Lock:
         """The lock that serialises start, update and removal of one container."""

@@ -76,5 +76,5 @@ class Node:
 
     @property
     def busy(self) -> bool:
-        """Whether a pod is READY, which is what an ending agent leaves behind."""
-        return any(sandbox.ready for sandbox in self.sandboxes.list())
+        """Whether a pod is READY, or may be: which is what an ending agent leaves behind."""
+        return self.sandboxes.any_ready

@@ -2,6 +2,9 @@
 
 The truth comes from supervisors, exit records and the kernel; the store says what there should be. After a reboot
 nothing can run: pods are stopped, containers have ended unobserved, leases and directories are removed.
+
+What a record names that cannot be read is left as it is, whether it runs or not: a later release, or `nodeagent check
+--repair`, may know more of it.
 """
 
 import asyncio
@@ -14,6 +17,7 @@ import msgspec
 
 from nodeagent import records
 from nodeagent.cgroups.manager import Cgroups
+from nodeagent.database import REMEDY
 from nodeagent.errors import NodeAgentError
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle.containers.containers import Containers
@@ -64,13 +68,19 @@ class Recovery:
         for sandbox in list(self._inventory.sandboxes.values()):
             if sandbox.boot_id != boot:
                 self._rebooted(sandbox)
-        self._images.release_others(self._inventory.containers.keys())
+        unreadable = self._inventory.unreadable
+        for name in sorted(unreadable):
+            log.error(
+                '"%s": its record cannot be read; what runs is left as it is: %s', name, REMEDY
+            )
+        self._images.release_others(self._inventory.containers.keys() | unreadable)
+        self._end_what_cannot_run()
         ready = [s for s in self._inventory.sandboxes.values() if s.ready]
         await all_of(self._adopt(sandbox) for sandbox in ready)
         # After the adoption: what belongs to no adopted pod now is left over.
         await self._dismantle_strangers()
         await self._undo_intentions()
-        await self._network.recover(self._inventory.pods.keys())
+        await self._network.recover(self._inventory.pods.keys() | unreadable)
 
     async def _adopt(self, sandbox: Sandbox) -> None:
         try:
@@ -90,11 +100,21 @@ class Recovery:
         if sandbox.ready:
             self._inventory.save(msgspec.structs.replace(sandbox, stopped_at=now))
 
+    def _end_what_cannot_run(self) -> None:
+        """Record the end of containers whose pod's record cannot be read, where a reboot has taken its directory."""
+        for container in list(self._inventory.containers.values()):
+            pod = container.sandbox_id
+            if pod in self._inventory.unreadable and not (self._places.pods / pod).exists():
+                if container.created_at:
+                    self._inventory.save(records.lost(container, time.time_ns()))
+
     async def _undo_intentions(self) -> None:
+        unreadable = self._inventory.unreadable
         unfinished = [
             container
             for container in self._inventory.containers.values()
-            if not container.created_at or container.sandbox_id not in self._inventory.sandboxes
+            if not container.created_at
+            or container.sandbox_id not in self._inventory.sandboxes.keys() | unreadable
         ]
         await all_of(
             self._supervision.recover(
@@ -119,7 +139,8 @@ class Recovery:
         """Remove pods without a record, which were slots or cut off, and containers without one."""
         launcher = await self._launchers.get()
         known = {directory.name for directory in self._places.pods.iterdir()}
-        strangers = known.union(await launcher.pods()) - self._inventory.pods.keys()
+        records = self._inventory.pods.keys() | self._inventory.unreadable
+        strangers = known.union(await launcher.pods()) - records
         await all_of(
             self._supervision.recover(
                 f'pod "{pod_id}"', partial(self._dismantle, self._places.pods / pod_id)
@@ -127,7 +148,7 @@ class Recovery:
             for pod_id in strangers
         )
         for directory in self._places.containers.iterdir():
-            if directory.name not in self._inventory.containers:
+            if directory.name not in self._inventory.containers.keys() | self._inventory.unreadable:
                 await self._clear_stranger(directory.name)
 
     async def _clear_stranger(self, container_id: str) -> None:

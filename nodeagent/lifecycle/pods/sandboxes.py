@@ -73,6 +73,12 @@ class Sandboxes:
     def list(self) -> list[Sandbox]:
         return self._inventory.visible_sandboxes()
 
+    @property
+    def any_ready(self) -> bool:
+        """Whether a pod is READY, or may be, as its record cannot be read."""
+        sandboxes = self._inventory.sandboxes.values()
+        return bool(self._inventory.unreadable) or any(sandbox.ready for sandbox in sandboxes)
+
     def verbose(self, name: str) -> dict[str, Any]:
         """The pod's supervisor and directory."""
         sandbox = self._inventory.sandbox(name)

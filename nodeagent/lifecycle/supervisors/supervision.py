@@ -222,7 +222,8 @@ class Supervision:
         # Before the question: what is created while it is answered is not in the answer.
         asked_for = {c.id for c in self._inventory.members(sandbox_id) if c.created_at}
         known = {state.id: state for state in await supervisor.state()}
-        for stranger in known.keys() - self._inventory.containers.keys():
+        recorded = self._inventory.containers.keys() | self._inventory.unreadable
+        for stranger in known.keys() - recorded:
             await supervisor.remove(stranger)  # made for a caller that was never told
         unknown: list[Container] = []
         for container in self._inventory.members(sandbox_id):

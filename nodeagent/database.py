@@ -1,0 +1,197 @@
+"""The file of the store: SQLite with a write-ahead log, its version, its room on a full disk, and what its errors mean.
+
+The file has a version (PRAGMA user_version). What a record of it may lack, or a reader pass over, leaves the version as
+it is; anything else raises it, and comes with a migration. A newer one is refused, and nothing of it is touched.
+
+The writes of stopping and removing must find room on a full disk, or nothing would ever be freed again: the database
+and its log have free pages from the start, and a file beside them is removed where an agent starts on a full disk.
+
+A damaged file is refused when it is opened, with the command that repairs it: an agent does not half serve.
+"""
+
+import errno
+import logging
+import os
+import sqlite3
+from contextlib import closing, suppress
+from pathlib import Path
+
+from nodeagent import files
+from nodeagent.errors import DataLoss, IncompatibleVersion, ResourceExhausted, Unavailable
+from nodeagent.linux import locks
+from nodeagent.records import KINDS, Record
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+PATIENCE_MS = 5  # of a write, with the lock of another program
+START_PATIENCE_MS = 5000  # nothing is served yet
+REMEDY = "stop the agent and run `nodeagent check --repair`"
+
+# The database is locked by another program for a moment, such as a backup.
+PASSING = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+_MODE = 0o600
+_ROOM_BYTES = 512 << 10
+_RESERVE_BYTES = 4 * _ROOM_BYTES
+
+
+def opened(path: Path) -> sqlite3.Connection:
+    """A connection to the file, which is made if need be.
+
+    Raises `DataLoss` for a damaged or foreign file, `IncompatibleVersion` for that of a newer release, and
+    `Unavailable` where another program keeps it locked for `START_PATIENCE_MS`.
+    """
+    reserve = path.with_name(f"{path.name}.reserve")
+    try:
+        db = _open(path)
+    except sqlite3.Error as error:
+        if code(error) in (*PASSING, *DAMAGED):
+            raise translated(error, path) from error
+        # On a full disk the log and its index cannot be made: the reserve gives them room for a second attempt.
+        reserve.unlink(missing_ok=True)
+        try:
+            db = _open(path)
+        except sqlite3.Error as again:
+            raise translated(again, path) from again
+    _keep_reserve(reserve)
+    return db
+
+
+def copied(path: Path) -> sqlite3.Connection:
+    """A copy of the file in memory; see `Store.copy_of`."""
+    db = sqlite3.connect(":memory:", isolation_level=None)
+    try:
+        if path.exists():
+            _read(path, db)
+        _prepare(db, path)
+    except sqlite3.Error as error:
+        db.close()
+        raise translated(error, path) from error
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def checkpoint(path: Path) -> None:
+    """Copy the log into the database and sync both, while others may write. For a thread."""
+    uri = f"{path.absolute().as_uri()}?mode=rw"
+    with closing(sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0)) as db:
+        db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+
+def table(kind: type[Record]) -> str:
+    return f"record_{kind.__name__.lower()}"
+
+
+# --- errors ---
+
+
+def code(error: sqlite3.Error) -> int:
+    """The primary result code, 0 of an error that is not SQLite's (sqlite.org/rescode.html)."""
+    number: int = getattr(error, "sqlite_errorcode", 0)
+    return number & 0xFF
+
+
+def translated(error: sqlite3.Error, path: Path | None) -> Exception:
+    """The error of ours for one of SQLite's. path: of the file, None in memory."""
+    name, number = path or "state.db", code(error)
+    if number in PASSING:
+        return Unavailable(f"{name}: {error}{_by_whom(path)}; end that program")
+    if number == sqlite3.SQLITE_FULL:
+        return ResourceExhausted(f"{name}: {error}")
+    if number in DAMAGED:
+        return DataLoss(f"{name}: {error}; {REMEDY}")
+    return OSError(errno.EIO, f"{name}: {error}")
+
+
+def _by_whom(path: Path | None) -> str:
+    """Who has the lock, for a message. In WAL mode it is one of the log's index (sqlite.org/walformat.html)."""
+    if path is None:
+        return ""
+    pids = [pid for suffix in ("-shm", "") for pid in locks.holders(f"{path}{suffix}")]
+    return f" by {locks.described(pids[0])}" if pids else " by another program"
+
+
+# --- the file ---
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    _make_private(path)
+    db = sqlite3.connect(path, isolation_level=None, timeout=START_PATIENCE_MS / 1000)
+    try:
+        _prepare(db, path)
+        _verify(db, path)
+        db.execute("PRAGMA wal_autocheckpoint = 0")  # see `Store.checkpoints`
+        db.execute(f"PRAGMA busy_timeout = {PATIENCE_MS}")
+        _make_room(db)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _read(path: Path, target: sqlite3.Connection) -> None:
+    """Copy the database at `path` into `target` without writing beside it."""
+    # Without a log no process writes; opening it otherwise would make one (sqlite.org/wal.html, "Read-Only Databases").
+    alone = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
+    uri = f"{path.absolute().as_uri()}?mode=ro{alone}"
+    with closing(sqlite3.connect(uri, uri=True)) as source:
+        source.backup(target)
+
+
+def _make_private(path: Path) -> None:
+    """Make the file with a private mode, which SQLite then gives to its log and index as well.
+
+    An existing database is not opened for this: closing it would drop the POSIX locks of all its connections
+    (fcntl(2)).
+    """
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE))
+    for suffix in ("", "-wal", "-shm"):
+        files.narrow(f"{path}{suffix}", _MODE)
+
+
+def _make_room(db: sqlite3.Connection) -> None:
+    """Write pages and free them: they stay in both files, and are used again."""
+    with suppress(sqlite3.Error):
+        db.execute("CREATE TABLE IF NOT EXISTS room (body BLOB)")
+        db.execute("INSERT INTO room VALUES (zeroblob(?))", (_ROOM_BYTES,))
+        db.execute("PRAGMA wal_checkpoint(RESTART)")
+        db.execute("DELETE FROM room")
+        db.execute("PRAGMA wal_checkpoint(RESTART)")
+
+
+def _keep_reserve(path: Path) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, _MODE)
+    try:
+        os.posix_fallocate(file, 0, _RESERVE_BYTES)
+    except OSError as error:
+        log.warning("%s: %s", path, error.strerror)
+    finally:
+        os.close(file)
+
+
+def _verify(db: sqlite3.Connection, path: Path) -> None:
+    """Read every page: it is better not to start than to stop in the middle."""
+    (answer,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if answer != "ok":
+        raise DataLoss(f"{path}: {' '.join(answer.split())}; {REMEDY}")
+
+
+def _prepare(db: sqlite3.Connection, path: Path) -> None:
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if version > SCHEMA_VERSION:
+        raise IncompatibleVersion(
+            f"{path}: schema {version} is newer than {SCHEMA_VERSION}, the newest that this release understands; "
+            "install the release of the agent that wrote it"
+        )
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = NORMAL")
+    for kind in KINDS:
+        db.execute(
+            f"CREATE TABLE IF NOT EXISTS {table(kind)} (key TEXT PRIMARY KEY, body BLOB NOT NULL)"
+        )
+    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
