@@ -34,7 +34,7 @@ from nodeagent.tasks import to_the_end
 log = logging.getLogger(__name__)
 
 LOG_BYTES = 8 << 20  # from this size on, the log is copied into the database
-_LOOK_SECONDS = 5.0
+LOOK_SECONDS = 5.0  # between looks at its size
 _PAGES_BYTES = (
     8 << 10
 )  # of the log, that a small write takes: a page of the table and one of its index
@@ -54,6 +54,7 @@ class Store:
         self._path = path
         self._depth = 0
         self._trouble = ""
+        self._is_damaged = False
         self._is_patient = True
         self._logged_bytes = 0
         self._unreadable: dict[type[Record], set[str]] = {}
@@ -130,15 +131,21 @@ class Store:
                 self._reuse_log()
                 self._db.execute(statement, parameters)
         except sqlite3.Error as error:
-            code = database.code(error)
-            if code in database.PASSING:
-                self._wait_for_others(False)
-            elif code != sqlite3.SQLITE_FULL:
-                self._trouble = f"state.db: {error}"
-            raise database.translated(error, self._path) from error
-        self._trouble = ""
+            raise self._noted(error) from error
+        if not self._is_damaged:
+            self._trouble = ""
         self._wait_for_others(True)
         self._logged_bytes += _PAGES_BYTES + sum(len(p) for p in parameters if isinstance(p, bytes))
+
+    def _noted(self, error: sqlite3.Error) -> Exception:
+        """The error to raise for one of SQLite's."""
+        code, translated = database.code(error), database.translated(error, self._path)
+        if code in database.PASSING:
+            self._wait_for_others(False)
+        elif code != sqlite3.SQLITE_FULL:
+            self._trouble = str(translated)
+            self._is_damaged |= code in database.DAMAGED
+        return translated
 
     def _wait_for_others(self, patient: bool) -> None:
         """Whether the next write waits for a lock: not after one that has waited in vain."""
@@ -150,9 +157,9 @@ class Store:
     def trouble(self) -> str:
         """The reason why nothing can be written, or "". Tries a write only if the last one failed.
 
-        A full disk is no reason: freeing it needs a node that works.
+        A full disk is no reason: freeing it needs a node that works. Damage is one that does not pass.
         """
-        if self._trouble and not self._depth:
+        if self._trouble and not self._depth and not self._is_damaged:
             with suppress(NodeAgentError, OSError), self.transaction():
                 self._write(f"PRAGMA user_version = {SCHEMA_VERSION}")
         return self._trouble
@@ -162,10 +169,11 @@ class Store:
     async def checkpoints(self) -> None:
         """Keep the log short, without an end: a thread copies it into the database, while the loop may write."""
         while True:
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(LOOK_SECONDS)
             if self._path is not None and self._logged_bytes >= LOG_BYTES:
-                self._logged_bytes = 0
+                logged_bytes = self._logged_bytes
                 await to_the_end(None, partial(database.checkpoint, self._path))
+                self._logged_bytes -= logged_bytes
 
     def _reuse_log(self) -> None:
         """Begin the log again, whose pages are on the disk already."""
@@ -191,7 +199,7 @@ class Store:
         try:
             return self._db.execute(query, parameters).fetchall()
         except sqlite3.Error as error:
-            raise database.translated(error, self._path) from error
+            raise self._noted(error) from error
 
     def _decoded(self, kind: type[R], rows: list[tuple[str, bytes]]) -> list[R]:
         decoder = msgspec.json.Decoder(kind)

@@ -1,4 +1,7 @@
-"""Files on their way out: moved aside at once, removed behind the requests, also after a crash."""
+"""Files on their way out: moved aside at once, removed behind the requests, also after a crash.
+
+What is damaged is set aside for good: something that runs may use it, and somebody may want to look at it.
+"""
 
 import asyncio
 import secrets
@@ -8,9 +11,18 @@ from pathlib import Path
 from nodeagent import files
 from nodeagent.tasks import Tasks, cancel, ended, to_the_end
 
+QUARANTINE = "quarantine"  # directory of the root for what is set aside; nobody removes it
 RETRY_SECONDS = 30.0  # until a tree that could not be removed is tried again
 # Between failures: the trees behind one that cannot be removed do not wait long for it.
 LONGEST_PAUSE_SECONDS = 1.0
+
+
+def set_aside(path: Path, quarantine: Path) -> Path:
+    """Move a file or a tree into a directory of the same file system, under a name of its own, and return that."""
+    files.ensure_directory(str(quarantine), mode=0o700)
+    target = quarantine / f"{path.name}-{secrets.token_hex(4)}"
+    path.rename(target)
+    return target
 
 
 class Trash:

@@ -250,19 +250,21 @@ class Images:
 
     def release(self, holder: str) -> None:
         """Drop all holds of `holder`."""
+        were_known = self._holds.are_known
         released = self._holds.remove(holder)
-        if any(hold.image_id not in self._images for hold in released):
+        if not were_known or any(hold.image_id not in self._images for hold in released):
             self._collect()
 
     def release_others(self, holders: Collection[str]) -> None:
         """Drop the holds of all but these holders, which a crash may have left."""
-        for holder in {hold.holder for hold in self._holds} - set(holders):
+        for holder in self._holds.holders - set(holders):
             self.release(holder)
 
     def _collect(self) -> None:
         """Remove layers and documents that nothing refers to."""
         owners: list[Image | ImageHold] = [*self._images, *self._holds]
-        self._layers.collect({chain for owner in owners for chain in owner.layers})
+        if self._holds.are_known:
+            self._layers.collect({chain for owner in owners for chain in owner.layers})
         self._documents.keep({digest for image in self._images for digest in documents(image)})
 
     def _recover(self) -> None:

@@ -4,20 +4,21 @@
 
     unpacked in staging ── add ──► ready (in layers/, no record) ── recorded ──► recorded ── collect ──► gone
 
-A layer is recorded after everything in it has been synced. What has no record when an agent starts never was.
+A layer is recorded after everything in it has been synced. What has no record when an agent starts never was. One
+whose record cannot be read is of no use, but a container may run on it: it stays, until another one takes its place.
 """
 
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nodeagent import files
 from nodeagent.images.reference import is_digest
 from nodeagent.records import Layer
 from nodeagent.store import Store
-from nodeagent.trash import Trash
+from nodeagent.trash import QUARANTINE, Trash, set_aside
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class LayerStore:
         files.ensure_directory(str(_empty(directory)), mode=0o755)
         self._layers = {layer.chain_id: layer for layer in store.all(Layer)}
         self._recorded = set(self._layers)
+        self._unreadable = set(store.unreadable(Layer))
         self._recover()
 
     @property
@@ -55,7 +57,12 @@ class LayerStore:
 
     def add(self, layer: Layer, unpacked: Path) -> None:
         """Move a complete layer in; it is not recorded yet."""
-        unpacked.rename(self.path(layer.chain_id))
+        path = self.path(layer.chain_id)
+        if layer.chain_id in self._unreadable:
+            self._unreadable.discard(layer.chain_id)
+            with suppress(FileNotFoundError):
+                set_aside(path, self._directory.with_name(QUARANTINE))
+        unpacked.rename(path)
         self._layers[layer.chain_id] = layer
 
     def unrecorded(self, chain_ids: Iterable[str]) -> list[Layer]:
@@ -95,7 +102,7 @@ class LayerStore:
             self._store.delete(Layer, chain_id)
             del self._layers[chain_id]
             self._recorded.discard(chain_id)
-        for chain_id in present - self._layers.keys():
+        for chain_id in present - self._layers.keys() - self._unreadable:
             self._staging.take(self.path(chain_id))
 
 

@@ -104,9 +104,9 @@ class Recovery:
         """Record the end of containers whose pod's record cannot be read, where a reboot has taken its directory."""
         for container in list(self._inventory.containers.values()):
             pod = container.sandbox_id
-            if pod in self._inventory.unreadable and not (self._places.pods / pod).exists():
-                if container.created_at:
-                    self._inventory.save(records.lost(container, time.time_ns()))
+            is_gone = pod in self._inventory.unreadable and not (self._places.pods / pod).exists()
+            if is_gone and container.created_at:
+                self._inventory.save(records.lost(container, time.time_ns()))
 
     async def _undo_intentions(self) -> None:
         unreadable = self._inventory.unreadable

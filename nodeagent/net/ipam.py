@@ -9,13 +9,13 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Collection, Sequence
-from ipaddress import ip_interface
+from ipaddress import ip_address, ip_interface
 
 import msgspec
 
 from nodeagent.errors import ResourceExhausted
 from nodeagent.net.addresses import Address, Interface, Subnet, gateway, link_local, mac_of
-from nodeagent.records import Lease
+from nodeagent.records import Lease, Sandbox
 from nodeagent.store import Store
 
 _LINK_NUMBERS = 1 << 20
@@ -65,6 +65,10 @@ class Ipam:
             for interface in interfaces(lease):
                 self._pool(interface.network).skip(interface)
                 self._taken.add(interface.ip)
+        # Of a lease that cannot be read, the pod's record has the addresses.
+        self.unreadable = set(store.unreadable(Lease))
+        for sandbox in filter(None, (store.get(Sandbox, pod_id) for pod_id in self.unreadable)):
+            self._taken.update(map(ip_address, sandbox.addresses))
         self.use(subnets)
 
     def use(self, subnets: Sequence[Subnet]) -> None:
@@ -96,6 +100,9 @@ class Ipam:
     def release(self, pod_id: str) -> Lease | None:
         """Note that the pod is gone. Its link may still be there, so its addresses rest until `forget`."""
         lease = self.leases.get(pod_id)
+        if pod_id in self.unreadable:
+            self._store.delete(Lease, pod_id)
+            self.unreadable.discard(pod_id)
         if lease is not None and not lease.released_at:
             lease = msgspec.structs.replace(lease, released_at=time.time_ns())
             # Before the store, which may fail: nobody calls this again for a pod that could not be made. The next

@@ -214,11 +214,13 @@ class Network:
         """Release everything of pods that are not among `pods`, and declare the tables as the store has them."""
         for pod_id in {port.pod_id for port in self._host_ports.all()}.difference(pods):
             self._withdraw(pod_id)
-        for pod_id in self._ipam.leases.keys() - set(pods):
+        for pod_id in (self._ipam.leases.keys() | self._ipam.unreadable) - set(pods):
             self._release(pod_id)
         for table in self._tables():
             table.declare()
         present = await self._plug_in()
+        if self._ipam.unreadable:
+            return  # one of the links is of a pod whose lease cannot be read
         for stray in present.difference(lease.link for lease in self._ipam.leases.values()):
             await self._run(partial(links.delete, stray))
 

@@ -10,13 +10,14 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from nodeagent import files, trash
+from nodeagent import database, files, trash
 from nodeagent.lifecycle import health as health_module
 from nodeagent.lifecycle import sessions as sessions_module
 from nodeagent.lifecycle.events import Events
@@ -28,6 +29,7 @@ from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.lifecycle.usage import disk
 from nodeagent.lifecycle.usage.disk import Disks
+from nodeagent.records import NodeNetwork
 from nodeagent.sandbox.agent.client import Launcher, Supervisor
 from nodeagent.serving import listener
 from nodeagent.serving.listener import Listener, Place
@@ -35,7 +37,7 @@ from nodeagent.store import Store
 from nodeagent.streaming.server import StreamingServer
 from nodeagent.streaming.session import Timeouts
 from nodeagent.streaming.tls import TLSFiles
-from nodeagent.tasks import Tasks
+from nodeagent.tasks import Tasks, cancel
 from nodeagent.trash import Trash
 from tests.support.faults import Fault, any_error, impatient_tasks, until
 from tests.unit.test_operations_doc import tasks
@@ -331,7 +333,23 @@ async def following_tls_files(world: World) -> Work:
     return Work("streaming TLS files", ask, lambda: tls.loaded > 1, server.__aexit__)
 
 
+async def copying_the_log(world: World) -> Work:
+    store = world.stack.enter_context(closing(Store.open(world.folder / "state.db")))
+    copied: list[Path] = []
+    world.patch.setattr("nodeagent.store.LOG_BYTES", 1)
+    world.patch.setattr("nodeagent.store.LOOK_SECONDS", 0.001)
+    world.patch.setattr(database, "checkpoint", world.fault.before(copied.append))
+    copying = world.tasks.keep("database log", store.checkpoints)
+
+    async def ask() -> None:
+        copied.clear()
+        store.put(NodeNetwork())
+
+    return Work("database log", ask, lambda: copied, partial(cancel, copying))
+
+
 TASKS = [
+    copying_the_log,
     removing_files,
     filling_slots,
     replacing_launchers,

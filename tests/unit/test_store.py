@@ -3,13 +3,18 @@
 import os
 import sqlite3
 import stat
-from contextlib import closing
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nodeagent import database
 from nodeagent.database import SCHEMA_VERSION
 from nodeagent.errors import DataLoss, IncompatibleVersion, ResourceExhausted, Unavailable
 from nodeagent.records import HostPort, Lease
@@ -79,6 +84,164 @@ def test_neither_a_full_disk_nor_another_user_is_trouble(path: Path) -> None:
             with pytest.raises(Unavailable, match="locked"):
                 store.put(lease())
         assert store.trouble() == ""
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """The pid of a process that has a write lock of the database, and does nothing more."""
+    script = (
+        "import sqlite3, sys; db = sqlite3.connect(sys.argv[1], isolation_level=None);"
+        "db.execute('BEGIN IMMEDIATE'); print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        yield other.pid
+        assert other.stdin is not None
+        other.stdin.close()
+
+
+def test_a_lock_of_another_program_is_waited_for_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits in SQLite is the event loop. The error names who holds the lock."""
+    with closing(Store.open(path)) as store, locked(path) as pid:
+        waits: list[str] = []
+        monkeypatch.setattr(store, "_db", Watched(store._db, waits))
+        for _ in range(3):
+            with pytest.raises(Unavailable, match=rf"locked by process {pid} \(.*\); end that"):
+                store.put(lease())
+        assert waits == ["PRAGMA busy_timeout = 0"]
+    with closing(Store.open(path)) as store:
+        store.put(lease())
+
+
+class Watched:
+    """A connection, and what was set on it."""
+
+    def __init__(self, db: sqlite3.Connection, pragmas: list[str]) -> None:
+        self._db, self._pragmas = db, pragmas
+
+    def execute(self, statement: str, parameters: tuple[object, ...] = ()) -> sqlite3.Cursor:
+        if statement.startswith("PRAGMA busy_timeout"):
+            self._pragmas.append(statement)
+        return self._db.execute(statement, parameters)
+
+    def close(self) -> None:
+        self._db.close()
+
+
+def test_it_is_waited_for_again_once_a_write_has_succeeded(path: Path) -> None:
+    with closing(Store.open(path)) as store:
+        with locked(path), pytest.raises(Unavailable):
+            store.put(lease())
+        assert store._db.execute("PRAGMA busy_timeout").fetchone() == (0,)
+        store.put(lease())
+        assert store._db.execute("PRAGMA busy_timeout").fetchone() == (database.PATIENCE_MS,)
+
+
+def test_an_agent_that_starts_waits_a_bounded_time_and_names_who_has_the_lock(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "START_PATIENCE_MS", 50)
+    Store.open(path).close()
+    with locked(path) as pid, pytest.raises(Unavailable, match=f"locked by process {pid} "):
+        Store.open(path)
+    Store.open(path).close()
+
+
+def test_the_log_is_copied_while_records_are_written(path: Path) -> None:
+    with closing(Store.open(path)) as store:
+        size = path.stat().st_size
+        for number in range(300):
+            store.put(lease(str(number), "x" * 8192))
+        assert path.stat().st_size == size, "the loop has not waited for it"
+        with store.transaction():
+            store.put(lease("b"))
+            database.checkpoint(path)
+        assert path.stat().st_size > 300 * 8192
+        assert len(store.all(Lease)) == 301
+
+
+# --- damage ---
+
+
+@pytest.mark.parametrize("length", [0.25, 0.5, 0.99])
+def test_a_truncated_database_is_refused_with_the_remedy(path: Path, length: float) -> None:
+    fill(path)
+    os.truncate(path, int(path.stat().st_size * length) & ~1)
+    with pytest.raises(DataLoss, match=r"state\.db: .*nodeagent check --repair"):
+        Store.open(path)
+    with pytest.raises(DataLoss, match=r"state\.db: .*nodeagent check --repair"):
+        Store.copy_of(path).close()
+
+
+@given(at=st.floats(0, 1), size=st.sampled_from([1, 512, 4096]))
+def test_whatever_is_overwritten_there_is_an_error_of_ours_at_most(at: float, size: int) -> None:
+    """Never one of SQLite's. What can be read afterwards is what was written."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "state.db")
+        written = {record.pod_id: record for record in fill(path)}
+        with path.open("r+b") as file:
+            file.seek(int(at * (path.stat().st_size - size)))
+            file.write(b"\xa5" * size)
+        try:
+            with closing(Store.open(path)) as store:
+                for record in store.all(Lease):
+                    assert store.get(Lease, record.pod_id) == record
+                    assert record.pod_id not in written or len(record.addresses) == 1
+                store.put(lease("new"))
+                with store.transaction():
+                    store.delete(Lease, "3")
+        except (DataLoss, IncompatibleVersion):
+            pass
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+@pytest.mark.parametrize("content", [b"", b"x" * 100, b"\xa5" * (64 << 10), None])
+def test_a_damaged_log_or_index_loses_the_latest_writes_at_most(
+    path: Path, suffix: str, content: bytes | None
+) -> None:
+    fill(path)
+    with closing(Store.open(path)) as store:
+        store.put(lease("latest"))
+        copies = {s: path.with_name(path.name + s).read_bytes() for s in ("", "-wal", "-shm")}
+    for name, data in copies.items():
+        path.with_name(path.name + name).write_bytes(data)
+    damaged = path.with_name(path.name + suffix)
+    if content is None:  # the second half
+        content = copies[suffix][: len(copies[suffix]) // 2] + b"\xa5" * 10_000
+    damaged.write_bytes(content)
+    with closing(Store.open(path)) as store:
+        assert len(store.all(Lease)) >= 60
+
+
+def fill(path: Path) -> list[Lease]:
+    """Some pages of records, all of them in the database."""
+    written = [lease(str(number), "x" * 2000) for number in range(60)]
+    with closing(Store.open(path)) as store:
+        for record in written:
+            store.put(record)
+    return written
+
+
+def test_a_page_that_is_damaged_while_the_agent_runs(path: Path) -> None:
+    fill(path)
+    with closing(Store.open(path)) as store:
+        with path.open("r+b") as file:
+            file.seek(4096)
+            file.write(b"\xa5" * (path.stat().st_size - 4096))
+        store._db.execute("PRAGMA cache_size = 0")
+        with pytest.raises(DataLoss, match="nodeagent check --repair"):
+            store.all(Lease)
+        with pytest.raises(DataLoss, match="nodeagent check --repair"):
+            store.get(Lease, "3")
+        with pytest.raises(DataLoss, match="nodeagent check --repair"):
+            store.put(lease("3", "y" * 9000))
+        assert "malformed" in store.trouble()
+        with pytest.raises(DataLoss, match="malformed"), store.transaction():
+            store.delete(Lease, "3")
 
 
 def test_put_replaces_and_delete_forgets(path: Path) -> None:
@@ -175,6 +338,10 @@ def test_a_record_that_cannot_be_read_is_passed_over(path: Path) -> None:
         db.execute("UPDATE record_lease SET body = substr(body, 1, 9) WHERE key = 'a'")
     with closing(Store.open(path)) as store:
         assert store.all(Lease) == [lease("b")]
+        assert store.get(Lease, "a") is None
+        assert store.unreadable(Lease) == {"a"}
+        store.put(lease("a"))
+        assert store.unreadable(Lease) == set()
 
 
 @given(st.dictionaries(st.text(), st.text()), st.lists(st.tuples(st.text(), st.binary())))
