@@ -1,0 +1,157 @@
+"""One run: an agent, clients that execute programs on it, readers of its events, and faults; then the verdict."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import grpc
+
+from nodeagent.api import runtime_pb2 as pb
+from tests.chaos.history import faults, program
+from tests.chaos.history.clearing import Clearing, left
+from tests.chaos.history.client import Client, Places
+from tests.chaos.history.events import READERS, Reader
+from tests.chaos.history.faults import Faults, Plan
+from tests.chaos.history.model import PATIENCE_SECONDS, Model, Violation
+from tests.chaos.history.program import Step
+from tests.chaos.history.record import Call, Event, Fault, History, Line
+from tests.support import images
+from tests.support.node import RunningAgent
+from tests.support.registry import Registry
+
+CLIENTS = 8
+FIRST_PORT = 20_000  # below those that the kernel gives away
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Script:
+    """What a run does: the steps of each client by its number, and the faults."""
+
+    programs: dict[int, list[Step]]
+    plans: list[Plan]
+
+    @property
+    def calls(self) -> int:
+        return sum(map(len, self.programs.values()))
+
+
+def script(seed: int, calls: int, every: int, clients: int = CLIENTS) -> Script:
+    """What a seed stands for. calls: steps of all clients; every: so many there are for one fault."""
+    each = calls // clients
+    programs = {
+        client: list(islice(program.steps(seed, client), each)) for client in range(clients)
+    }
+    return Script(programs=programs, plans=faults.plans(seed, calls, every))
+
+
+@dataclass(slots=True)
+class Outcome:
+    violations: list[Violation] = field(default_factory=list)
+    history: History = field(default_factory=History)
+    seconds: float = 0.0
+
+    @property
+    def counts(self) -> Counter[str]:
+        lines = self.history.lines
+        return Counter(
+            calls=self.history.calls,
+            faults=sum(isinstance(line, Fault) for line in lines),
+            pods=sum(line.rpc == "RunPodSandbox" and bool(line.told) for line in _calls(lines)),
+            containers=sum(
+                line.rpc == "CreateContainer" and bool(line.told) for line in _calls(lines)
+            ),
+            events=sum(isinstance(line, Event) for line in lines),
+            violations=len(self.violations),
+        )
+
+
+def run(
+    wanted: Script, root: Path, registry: Registry, patience: float = PATIENCE_SECONDS
+) -> Outcome:
+    """Execute it on an agent of its own below `root`, which is gone afterwards."""
+    begin = time.monotonic()
+    outcome = Outcome()
+    agent = RunningAgent(root)
+    agent.trust(registry.host)
+    try:
+        agent.start()
+        outcome.violations += _execute(wanted, agent, registry, outcome.history, patience)
+    except (OSError, RuntimeError, AssertionError, grpc.RpcError) as error:
+        outcome.violations.append(Violation("serves", "", f"{type(error).__name__}: {error}"))
+        _give_up(agent)
+    outcome.violations += Model(outcome.history.lines, patience).violations()
+    outcome.violations += left(agent)
+    outcome.seconds = time.monotonic() - begin
+    return outcome
+
+
+def _execute(
+    wanted: Script, agent: RunningAgent, registry: Registry, history: History, patience: float
+) -> list[Violation]:
+    places = _places(agent, registry)
+    readers = [Reader(number, agent.endpoint, history) for number in range(READERS)]
+    try:
+        _drive(wanted, agent, history, places)
+        found = list(Clearing(agent, history, places, patience).run(readers))
+    finally:
+        for reader in readers:
+            reader.close()
+    if agent.stop() != 0:
+        found.append(Violation("left", "", "the agent did not end in order"))
+    return found
+
+
+def _give_up(agent: RunningAgent) -> None:
+    """Remove what is left as well as another agent can."""
+    with suppress(OSError, RuntimeError, grpc.RpcError):
+        agent.restart()
+        agent.remove_pods()
+    with suppress(OSError):
+        agent.stop()
+
+
+def _places(agent: RunningAgent, registry: Registry) -> Places:
+    busybox = images.busybox()
+    reference = f"{registry.host}/{busybox.repository}:{busybox.tags[0]}"
+    request = pb.PullImageRequest(image=pb.ImageSpec(image=reference))
+    agent.images.PullImage(request, timeout=PATIENCE_SECONDS)
+    places = Places(reference, agent.root / "codes", agent.root / "logs", FIRST_PORT)
+    places.codes.mkdir()
+    places.logs.mkdir()
+    return places
+
+
+def _drive(wanted: Script, agent: RunningAgent, history: History, places: Places) -> None:
+    """Return when all programs have ended, and the last fault is over."""
+    over = threading.Event()
+    clients = {
+        number: Client(number, agent.endpoint, history, places) for number in wanted.programs
+    }
+    with ThreadPoolExecutor(len(clients) + 1) as pool:
+        striking = pool.submit(
+            faults.run, Faults(agent, history), wanted.plans, lambda: history.calls, over.is_set
+        )
+        executing = [
+            pool.submit(client.execute, wanted.programs[number], over.is_set)
+            for number, client in clients.items()
+        ]
+        try:
+            for each in executing:
+                each.result()
+        finally:
+            over.set()
+        striking.result()
+    for client in clients.values():
+        client.close()
+
+
+def _calls(lines: Sequence[Line]) -> Iterator[Call]:
+    return (line for line in lines if isinstance(line, Call))
