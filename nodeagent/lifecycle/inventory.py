@@ -156,6 +156,7 @@ class Inventory:
             if not _is_intention(record):
                 raise
             log.error('"%s" is undone, but its record cannot be removed: %s', record.id, error)
+        is_first = record.id in self.sandboxes or record.id in self.containers
         if isinstance(record, Sandbox):
             self.sandboxes.pop(record.id, None)
             self.pods.pop(record.id, None)
@@ -164,7 +165,7 @@ class Inventory:
             self.containers.pop(record.id, None)
             self._members.get(record.sandbox_id, {}).pop(record.id, None)
             self._locks.pop(record.id, None)
-        if not _is_intention(record):
+        if is_first and not _is_intention(record):
             self._tell("deleted", record)
 
     def _tell(self, kind: Kind, record: Record) -> None:

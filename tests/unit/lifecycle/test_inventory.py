@@ -1,4 +1,4 @@
-"""Records whose removal cannot be written."""
+"""Removals: those that cannot be written, and those that come second."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -72,3 +72,21 @@ def test_what_others_can_name_stays_until_its_removal_is_written(tmp_path: Path)
         with locked(path), pytest.raises(Unavailable, match="locked"):
             inventory.forget(made)
         assert inventory.members("pod") == [made]
+
+
+@pytest.mark.parametrize("record", [SANDBOX, CONTAINER])
+async def test_of_two_removals_at_once_one_is_told(
+    tmp_path: Path, record: Sandbox | Container
+) -> None:
+    changed = {"ready_at": 1} if isinstance(record, Sandbox) else {"created_at": 1}
+    made = msgspec.structs.replace(record, **changed)
+    with closing(Store.open(tmp_path / "state.db")) as store:
+        events = Events()
+        inventory = Inventory(store, events)
+        inventory.save(made)
+        async with events.subscribe() as told:
+            inventory.forget(made)
+            inventory.forget(made)
+            inventory.save(made, "created")
+            kinds = [(await anext(told)).kind for _ in range(2)]
+        assert kinds == ["deleted", "created"]
