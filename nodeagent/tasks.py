@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import AsyncExitStack
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -25,6 +26,17 @@ NOT_ITS_OWN = "something that the task waited for was cancelled, not the task"
 
 T = TypeVar("T")
 Work = Coroutine[Any, Any, T]
+
+
+@dataclass(slots=True)
+class Caller:
+    """Whoever waits for the result of a task that goes on without him."""
+
+    has_gone: bool = False
+
+
+caller: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039 nobody changes the default
+"""The one for whom a task works; tasks that it starts work for him as well."""
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ import grpc
 from google.protobuf.message import Message
 
 from nodeagent.cri import status
-from nodeagent.tasks import Tasks
+from nodeagent.tasks import Caller, Tasks, caller
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +66,12 @@ class Calls:
                 if not changing:
                     return await behaviour(request)
                 self._drop_unknown(method, request)
+                waiting = Caller()
+                caller.set(waiting)
                 change = self._changes.start(
                     "rpc", behaviour(request), about=f"rpc={method}{_about(request)}"
                 )
-                return await _finish(method, change)
+                return await _finish(method, change, waiting)
 
         return handle
 
@@ -121,10 +123,11 @@ class Calls:
         await self._changes.close()
 
 
-async def _finish(method: str, task: "asyncio.Task[Reply]") -> Reply:
+async def _finish(method: str, task: "asyncio.Task[Reply]", waiting: Caller) -> Reply:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
+        waiting.has_gone = True
         task.add_done_callback(partial(_log_failure, method))
         raise
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Hashable
 from typing import Any
 
 from nodeagent.errors import Unavailable
-from nodeagent.tasks import Tasks
+from nodeagent.tasks import Tasks, caller
 
 
 class Creations:
@@ -28,7 +28,10 @@ class Creations:
     async def join(
         self, key: Hashable, what: str, make: Callable[[], Coroutine[Any, Any, str]]
     ) -> str:
-        """Start or join the creation under `key`, and return its id; a cancelled caller leaves it running."""
+        """Start or join the creation under `key`, and return its id; a cancelled caller leaves it running.
+
+        The id is kept for a retry where the caller has gone, though whoever calls this waits until the end.
+        """
         self._drop_unclaimed()
         task = self._tasks.get(key)
         if task is None:
@@ -42,7 +45,8 @@ class Creations:
             if task.cancelled():
                 raise Unavailable(f"{what}: cut off, its pod is being stopped") from None
             raise
-        self._tasks.pop(key, None)
+        if not caller.get().has_gone:
+            self._tasks.pop(key, None)
         return result
 
     def _settle(self, key: Hashable, task: asyncio.Task[str]) -> None:

@@ -17,6 +17,9 @@ from nodeagent.cri import server
 from nodeagent.cri.interceptors import CHANGING
 from nodeagent.cri.server import Server, remove_stale_socket
 from nodeagent.errors import AlreadyExists, RegistryUnavailable
+from nodeagent.lifecycle.creations import Creations
+from nodeagent.requests import SandboxConfig
+from nodeagent.tasks import Tasks
 from tests.unit.cri import samples
 from tests.unit.cri.node import FakeNode, serving, until
 
@@ -172,6 +175,28 @@ async def test_a_change_is_finished_when_its_client_is_gone(tmp_path: Path) -> N
         assert not client.node.sandboxes.records
         client.node.sandboxes.hold.set()
         await until(lambda: client.node.sandboxes.records)
+
+
+async def test_a_creation_that_no_client_heard_of_is_the_answer_to_the_retry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path / "s") as client:
+        sandboxes = client.node.sandboxes
+        creations = Creations(Tasks(), "creation", sandboxes.records.__contains__)
+        make = sandboxes.run
+
+        async def run(config: SandboxConfig, runtime_handler: str) -> str:
+            return await creations.join("key", "pod", lambda: make(config, runtime_handler))
+
+        monkeypatch.setattr(sandboxes, "run", run)
+        sandboxes.hold = asyncio.Event()
+        await refused(client.runtime.RunPodSandbox(RUN, timeout=0.1))
+        await until(lambda: client.observed)
+        sandboxes.hold.set()
+        await until(lambda: sandboxes.records)
+        await asyncio.sleep(0.01)
+        answer = await client.runtime.RunPodSandbox(RUN)
+    assert [answer.pod_sandbox_id] == [*sandboxes.records]
 
 
 async def test_a_failure_that_no_client_hears_is_logged(

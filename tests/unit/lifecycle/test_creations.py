@@ -6,7 +6,7 @@ import pytest
 
 from nodeagent.errors import Unavailable
 from nodeagent.lifecycle.creations import Creations
-from nodeagent.tasks import Tasks
+from nodeagent.tasks import Caller, Tasks, caller
 
 
 class Maker:
@@ -44,6 +44,21 @@ async def test_a_result_that_reached_nobody_waits_for_the_retry() -> None:
             await creations.join("key", "pod", maker)
     maker.go.set()
     await asyncio.sleep(0.01)
+    assert await creations.join("key", "pod", maker) == "id-1"
+    assert await creations.join("key", "pod", maker) == "id-2"
+
+
+async def test_a_result_whose_caller_has_gone_waits_for_the_retry() -> None:
+    """The call goes on to its end, as calls that change something do; nobody hears its answer."""
+    maker, gone = Maker(), Caller()
+    creations = Creations(Tasks(), "creation", maker.made.__contains__)
+    caller.set(gone)
+    call = asyncio.create_task(creations.join("key", "pod", maker))
+    await asyncio.sleep(0)
+    gone.has_gone = True
+    maker.go.set()
+    assert await call == "id-1"
+    caller.set(Caller())
     assert await creations.join("key", "pod", maker) == "id-1"
     assert await creations.join("key", "pod", maker) == "id-2"
 
