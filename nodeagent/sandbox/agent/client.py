@@ -429,18 +429,24 @@ class Launcher:
         pod_id, directory = plan["id"], Path(plan["directory"])
         try:
             await self._channel.request("fork", plan=plan)
-        except Unavailable:
-            if not self._channel.is_open:
-                await self._end_orphan(pod_id, directory)
-            raise
-        try:
             return await Supervisor.connect(directory, pod_id, self._connector)
-        except OSError:  # no descriptor, or no memory: nobody would know of it
-            await self._end_orphan(pod_id, directory)
+        except AlreadyExists:
+            raise
+        except (NodeAgentError, OSError):
+            await self._undo_fork(pod_id, directory)
             raise
 
+    async def _undo_fork(self, pod_id: str, directory: Path) -> None:
+        """Leave nothing of a supervisor that died while it made its pod, or that cannot be reached."""
+        if self._channel.is_open:
+            with suppress(NodeAgentError, OSError):
+                await self.abandon(pod_id)
+        else:
+            await self._end_orphan(pod_id, directory)
+        paths.unpin(str(directory))
+
     async def _end_orphan(self, pod_id: str, directory: Path) -> None:
-        """Shut down a supervisor of a fork that has failed, which may be there: its pod was never made."""
+        """Shut down a supervisor that a launcher may have forked before it died."""
         for _ in range(_POLLS):
             try:
                 supervisor = await Supervisor.connect(directory, pod_id, self._connector)
