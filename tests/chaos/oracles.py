@@ -119,7 +119,11 @@ class Footprint:
         for pid in leaks.processes():
             grouped = f"{self.cgroup}/" in leaks.read(f"/proc/{pid}/cgroup").decode()
             command = leaks.command(pid)
-            if grouped or (self._root in command and "launcher" in command):
+            # A launcher that is traced when it is killed is not its parent's to reap until the tracer has let go.
+            is_traced_zombie = command == "na-launcher"
+            if (grouped and not is_traced_zombie) or (
+                self._root in command and "launcher" in command
+            ):
                 yield f"process {command}"
 
     def _elements(self) -> Iterator[str]:

@@ -33,6 +33,7 @@ class Children:
         self._owners: dict[int, Ended] = {}
         self._unowned = unowned
         syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
+        self._loop = loop
         self._pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         # A handler that does nothing: without one Python installs none, and nothing is written to the pipe.
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
@@ -128,7 +129,7 @@ class Children:
             os.read(self._pipe[0], 4096)
         except BlockingIOError:
             pass
-        self.reap()
+        self._loop.persist(self.reap, "children cannot be reaped")
 
     def reap(self) -> None:
         """Deal with every child that has ended."""

@@ -178,13 +178,10 @@ class Container:
         """Reply when the program is executed, with the time at which it was let go."""
         if self.birth is None or self.pump is None or self.facts["started_at"] or self.exit:
             raise FailedPrecondition(f'container "{self.id}": is {self.state}, not created')
+        # Of these two, the first may be repeated after a failure of the second.
+        self.pump.start(self.plan["log_path"], self.plan.get("log_root", ""))
         # Recorded before the process is let go: a successor that found the old state would never start it.
         self._save(started_at=time.time_ns())
-        try:
-            self.pump.start(self.plan["log_path"], self.plan.get("log_root", ""))
-        except BaseException:
-            self._save(started_at=0)
-            raise
         self._start = request
         self.birth.go()
 

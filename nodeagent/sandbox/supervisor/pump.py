@@ -251,9 +251,9 @@ class Pump:
         return (self._held_back_ns + passed) // 1_000_000
 
     def start(self, log_path: str, log_root: str = "") -> None:
-        """Begin, or go on where another supervisor was killed."""
+        """Begin, or go on where another supervisor was killed. May be repeated."""
         if log_path:
-            self._log = LogFile(log_path, log_root)
+            self._log = self._log or LogFile(log_path, log_root)
             for stream in self._streams.values():
                 stream.recover(self._log)
         for stream in self._streams.values():

@@ -13,7 +13,7 @@ import grpc
 
 from tests.chaos.inject.calls import named
 from tests.chaos.inject.scene import DEADLINE_SECONDS, Scene, Wrong
-from tests.chaos.inject.steps import AGENT, INIT, LAUNCHER, STEPS, Step
+from tests.chaos.inject.steps import AGENT, INIT, LAUNCHER, STEPS, SUPERVISOR, Step
 from tests.chaos.inject.strace import Fault, Injection, Place
 from tests.chaos.inject.world import World
 from tests.chaos.oracles import descriptors, unclear
@@ -26,6 +26,7 @@ FOREIGN = "foreign"  # the answer of a round in which the fault has hit what is 
 SHORTAGE_SECONDS = 2.0
 STOP_SECONDS = 1.0
 _LOOK_SECONDS = 0.05
+_OF_REGISTRIES = Counter({"socket": 1})  # a connection to a registry that is kept for the next pull
 _CLOSING_SECONDS = 20.0  # for descriptors: pods' are closed when their supervisors have ended
 
 
@@ -42,6 +43,12 @@ class Round:
     fault: Fault | None
     when: tuple[int, ...]
     stop_seconds: float = STOP_SECONDS
+
+    @property
+    def hits_program(self) -> bool:
+        """Whether it may kill the program, or all who learn of its end."""
+        alone = len(self.who) == 1 and self.who[0] in (AGENT, WORKERS, SUPERVISOR)
+        return self.fault is not None and self.fault.what == "KILL" and not alone
 
     def __str__(self) -> str:
         when = "+".join(map(str, self.when))
@@ -77,7 +84,7 @@ class Player:
             scene.read()
             scene.pull()
             scene.remove_image()
-            scene.finish(killed=False)
+            scene.finish()
         time.sleep(1)  # what a removal leaves to the background
         world.note()
         self._compare_descriptors()
@@ -91,6 +98,7 @@ class Player:
         began = time.monotonic()
         step = STEPS[round_.step]
         scene = self._scene()
+        scene.is_program_hit = round_.hits_program
         injections: list[Injection] = []
         problems: list[str] = []
         answer = ""
@@ -208,11 +216,7 @@ class Player:
         world.heal()
         if not succeeded:
             scene.until_it_succeeds(step.name, lambda: step.call(scene))
-        killed = round_.fault is not None and round_.fault.what == "KILL"
-        hits_program = killed and (
-            INIT in round_.who or len(round_.who) > 1 or round_.who == (LAUNCHER,)
-        )
-        scene.finish(killed=hits_program)
+        scene.finish()
         if "Image" in step.name:
             with suppress(grpc.RpcError):
                 scene.remove_image()
@@ -227,7 +231,9 @@ class Player:
         for name, pid in (("agent", self.world.agent.pid), ("launcher", self.world.launcher)):
             before = self._open.setdefault(pid, descriptors(pid))
             deadline = time.monotonic() + _CLOSING_SECONDS
-            while (new := descriptors(pid) - before) and time.monotonic() < deadline:
+            while (
+                new := descriptors(pid) - before - _OF_REGISTRIES
+            ) and time.monotonic() < deadline:
                 time.sleep(0.1)
             if new:
                 problems.append(f"left: descriptors of the {name}: {dict(new)}")

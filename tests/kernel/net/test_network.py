@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
+import resource
 import socket
 import subprocess
 from pathlib import Path
@@ -22,6 +25,7 @@ from nodeagent.errors import (
     Unsupported,
 )
 from nodeagent.linux import syscalls
+from nodeagent.net import links
 from nodeagent.net.declared import DeclaredTable
 from nodeagent.net.network import Network, NetworkConfig, PortMapping
 from nodeagent.net.nftables import Table
@@ -112,6 +116,53 @@ async def test_nothing_is_left_when_it_is_removed(world: World, store: Store) ->
     assert state_of(world.node) == before
     assert store.all(Lease) == []
     assert store.all(HostPort) == []
+
+
+@pytest.mark.parametrize("failing", ["store", "table", "link"])
+async def test_an_end_that_fails_in_a_step_removes_all_else(
+    world: World,
+    store: Store,
+    new_pod: PodMaker,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: str,
+) -> None:
+    network = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE, tasks=Tasks())
+    await new_pod(network)
+    pod, _, _ = await new_pod(network)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        if failing == "store":
+            patch.setattr(store, "delete", fail)
+        elif failing == "table":
+            patch.setattr(DeclaredTable, "delete", fail)
+        else:
+            link, delete = network._ipam.leases[pod.id].link, links.delete
+            patch.setattr(links, "delete", lambda name: fail() if name == link else delete(name))
+        with pytest.raises(OSError, match="Input/output"):
+            await network.close(remove=True)
+    left = {name for name in links.names("n") if INSTANCE in name}
+    assert left == ({link} if failing == "link" else set())
+    assert (f"table inet {TABLE}" in nft_text("list", "tables")) == (failing == "table")
+    again = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE, tasks=Tasks())
+    await again.close(remove=True)
+
+
+async def test_a_link_is_not_gone_for_want_of_a_descriptor(world: World) -> None:
+    """Its address would be leased again while it stands."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    last = os.open("/dev/null", os.O_RDONLY)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (last, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            links.exists("lo")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        os.close(last)
+    assert links.exists("lo")
+    assert not links.exists("absent")
 
 
 async def test_a_default_route_by_advertisement_survives_forwarding(

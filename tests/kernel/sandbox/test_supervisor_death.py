@@ -1,6 +1,7 @@
 """What survives whom: containers the agent, the supervisor and the launcher; what happened is known afterwards."""
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -15,7 +16,13 @@ import pytest
 from nodeagent.errors import AlreadyExists, IncompatibleVersion, Unavailable
 from nodeagent.linux import processes
 from nodeagent.sandbox import exits, facts, protocol
-from nodeagent.sandbox.agent.client import CgroupFds, ContainerState, ExecIO, Launcher
+from nodeagent.sandbox.agent.client import (
+    CgroupFds,
+    ContainerState,
+    ExecIO,
+    Launcher,
+    Supervisor,
+)
 from nodeagent.sandbox.paths import SUPERVISOR_SOCKET
 from nodeagent.sandbox.spec import PodPlan
 from tests.kernel.sandbox.supervised import (
@@ -303,6 +310,35 @@ async def test_nothing_is_left_open(node: Node) -> None:
         await pod.wait(f"c{number}")
         await pod.supervisor.remove(f"c{number}")
     await eventually(lambda: [len(os.listdir(f"/proc/{pid}/fd")) for pid in processes] == before)
+
+
+async def test_a_pod_whose_supervisor_cannot_serve_leaves_no_mount(node: Node) -> None:
+    """It has made the namespaces, and pinned them, by then."""
+    directory = node.state / "pods" / "f0"
+    (directory / "supervisor.sock").mkdir(parents=True)
+    plan = PodPlan(id="f0", directory=str(directory), namespaces=["net", "ipc", "uts"])
+    with pytest.raises(OSError, match="directory"):
+        await node.launcher._channel.request("fork", plan=plan)
+    assert (directory / "ns" / "net").exists()
+    assert mounts_below(directory) == []
+
+
+async def test_a_pod_whose_supervisor_cannot_be_reached_is_undone(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent may have no descriptor left for the connection: nobody would know of that supervisor."""
+
+    async def connect(*_: object) -> Supervisor:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    directory = node.state / "pods" / "f0"
+    directory.mkdir()
+    monkeypatch.setattr(Supervisor, "connect", connect)
+    with pytest.raises(OSError, match="Too many"):
+        await node.launcher.fork(PodPlan(id="f0", directory=str(directory), namespaces=["net"]))
+    await eventually(lambda: not children(node.launcher.pid))
+    assert mounts_below(directory) == []
+    assert await node.launcher.pods() == []
 
 
 # ---- the launcher ----

@@ -34,6 +34,22 @@ def store(tmp_path: Path) -> Iterator[Store]:
     opened.close()
 
 
+def test_a_lease_is_given_up_although_the_store_fails(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody gives it up again: its pod could not be made."""
+    ipam = Ipam(store, PREFIX, (V4,))
+    ipam.acquire("pod")
+
+    def put(_record: Lease) -> None:
+        raise ResourceExhausted("no space left on the disk")
+
+    monkeypatch.setattr(store, "put", put)
+    with pytest.raises(ResourceExhausted):
+        ipam.release("pod")
+    assert [lease.pod_id for lease in ipam.released()] == ["pod"]
+
+
 def test_pool_hands_out_in_turn_and_leaves_out_what_is_not_a_hosts() -> None:
     pool = Pool(ip_network("10.1.0.0/29"))
     given = [str(pool.take(set())) for _ in range(6)]

@@ -1,5 +1,6 @@
 """What a supervisor leaves with its launcher: who closes the last copy."""
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent.sandbox import protocol
+from nodeagent.sandbox.runtime import launcher_link
 from nodeagent.sandbox.runtime.launcher_link import LauncherLink
 from nodeagent.sandbox.runtime.loop import Loop
 
@@ -42,3 +44,24 @@ def test_the_launcher_closes_first(tmp_path: Path, answers: bool) -> None:
         link._peer.close()
     os.close(writer)
     launcher.close()
+
+
+def test_a_shortage_does_not_end_the_search_for_a_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without one, what a successor needs is kept by nobody."""
+    monkeypatch.setattr(launcher_link, "_RETRY_MS", 1)
+    loop = Loop()
+    launcher, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    attempts: list[None] = []
+
+    class Short(socket.socket):
+        def __init__(self, *_: object) -> None:
+            attempts.append(None)
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    LauncherLink(loop, "pod", str(tmp_path / "pods" / "pod"), ours)
+    monkeypatch.setattr(socket, "socket", Short)
+    launcher.close()
+    run(loop)
+    assert len(attempts) > 1

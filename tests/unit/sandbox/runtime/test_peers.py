@@ -1,5 +1,6 @@
 """Connections to a launcher or a supervisor."""
 
+import errno
 import os
 import resource
 import socket
@@ -124,3 +125,47 @@ def test_an_agent_that_speaks_no_version_in_common_is_refused(
         assert answer.body["error"] == "IncompatibleVersion"
         assert f"the agent speaks {refused}" in answer.body["text"]
         assert 'supervisor of pod "abc" 5 to 8; install' in answer.body["text"]
+
+
+class Failing(socket.socket):
+    """A connection whose messages cannot be sent, for an error that has nothing to do with the other side."""
+
+    error = 0
+
+    def sendmsg(self, *_: object) -> int:
+        raise OSError(self.error, os.strerror(self.error))
+
+
+@pytest.mark.parametrize(
+    "error", [errno.ENOMEM, errno.ENOBUFS, errno.ETOOMANYREFS, errno.EMFILE], ids=os.strerror
+)
+def test_a_message_that_cannot_be_sent_ends_the_connection(error: int) -> None:
+    """It may be the only news of a container's end: whoever would wait for it connects again, and asks."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection = Failing(fileno=ours.detach())
+    connection.error = error
+    ended: list[Peer] = []
+    peer = Peer(Loop(), connection, lambda *_: None, ended.append)
+    peer.send({"event": "exit"})
+    assert ended == [peer]
+    assert protocol.receive(theirs) is None
+    theirs.close()
+
+
+def test_a_message_that_cannot_be_kept_ends_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is no room for it, and no descriptor for copies of those that go with it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ended: list[Peer] = []
+    peer = Peer(Loop(), ours, lambda *_: None, ended.append)
+    while not peer._waiting:
+        peer.send({"event": "exit"})
+
+    def dup(_descriptor: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "dup", dup)
+    peer.send({"event": "exit"}, [0])
+    assert ended == [peer]
+    theirs.close()

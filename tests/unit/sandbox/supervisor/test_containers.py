@@ -1,5 +1,6 @@
 """The end of a container's process, where nobody is told of it."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,12 +11,14 @@ from typing import Any, cast
 import pytest
 
 from nodeagent.sandbox import exits, facts
+from nodeagent.sandbox.runtime import loop as loop_module
 from nodeagent.sandbox.runtime.loop import Loop
 from nodeagent.sandbox.runtime.peers import Request
 from nodeagent.sandbox.supervisor.birth import Birth
 from nodeagent.sandbox.supervisor.containers import Container
 from nodeagent.sandbox.supervisor.creation import nothing_known
 from nodeagent.sandbox.supervisor.hookrun import ContainerHooks
+from nodeagent.sandbox.supervisor.logs import Clock
 from nodeagent.sandbox.supervisor.pod import Pod
 from tests.kernel.sandbox.containers import container_plan
 
@@ -28,6 +31,7 @@ def running(tmp_path: Path, pid: int) -> Container:
         directory=str(tmp_path),
         launcher=SimpleNamespace(drop=lambda *_: None),
         tell=told.append,
+        clock=Clock(),
         told=told,
     )
     exits.make_directory(str(tmp_path))
@@ -117,3 +121,101 @@ def test_hooks_of_a_program_that_a_supervisor_before_let_go_are_run(
     container = running(tmp_path, os.getpid())
     container.executed()
     assert told_of == [os.getpid()]
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class Answers:
+    """A request: what it is answered."""
+
+    def __init__(self) -> None:
+        self.replies: list[Any] = []
+        self.errors: list[BaseException] = []
+
+    def reply(self, result: Any = None) -> None:
+        self.replies.append(result)
+
+    def fail(self, error: BaseException) -> None:
+        self.errors.append(error)
+
+
+def one_round(container: Container) -> None:
+    container.pod.loop.call_after(0, container.pod.loop.stop)
+    container.pod.loop.run()
+
+
+def test_a_creation_whose_undo_fails_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it stay in the pod, which could not be stopped then; what is left is removed when that can be."""
+    monkeypatch.setattr(loop_module, "_PERSIST_MS", 1)
+    process = subprocess.Popen(["/bin/true"])
+    container = running(tmp_path, process.pid)
+    process.wait()
+    members = container._members
+    members[container.id] = container
+    container.facts["created_at"] = 0
+    answers = Answers()
+    container.creation = cast(Request, answers)
+    removed: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(facts, "remove", full)
+        container.ended(0)
+    monkeypatch.setattr(facts, "remove", lambda _pod, name: removed.append(name))
+    assert (len(answers.errors), members) == (1, {})
+    container.kill()  # of a pod that is shut down meanwhile
+    container.pod.loop.call_after(20, container.pod.loop.stop)
+    container.pod.loop.run()
+    assert removed == [container.id]
+
+
+@pytest.mark.parametrize("step", ["conclude", "end_creation", "kill", "_release"])
+def test_an_end_is_told_whatever_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    process = subprocess.Popen(["/bin/true"])
+    container = running(tmp_path, process.pid)
+    process.wait()
+    container.plan["pid"] = "node"
+    container.birth = cast(Birth, SimpleNamespace(conclude=lambda: None))
+    for part in (container.birth, container.hooks, container.group, container):
+        if hasattr(part, step):
+            monkeypatch.setattr(part, step, full)
+    container.ended(0)
+    one_round(container)
+    assert [event["event"] for event in cast(Any, container.pod).told] == ["exit"]
+
+
+def test_a_removal_that_fails_behind_an_end_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = subprocess.Popen(["/bin/sleep", "1000"])
+    container = running(tmp_path, process.pid)
+    answers = Answers()
+    container.remove(cast(Request, answers))
+    process.wait()
+    monkeypatch.setattr(facts, "remove", full)
+    container.ended(137)
+    one_round(container)
+    assert [cast(OSError, error).errno for error in answers.errors] == [errno.ENOSPC]
+
+
+def test_a_start_that_cannot_be_recorded_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk, where its undo could not be recorded either, it was "starting" for ever."""
+    container = running(tmp_path, os.getpid())
+    container.facts["started_at"] = 0
+    facts.make_directory(str(tmp_path), container.plan)
+    gone: list[str] = []
+    container.birth = cast(Birth, SimpleNamespace(go=lambda: gone.append("go")))
+    container.open_pump()
+    with monkeypatch.context() as patch:
+        patch.setattr(facts, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            container.start(cast(Request, Answers()))
+    assert (container.state, gone) == ("created", [])
+    container.start(cast(Request, Answers()))
+    assert (container.state, gone) == ("starting", ["go"])
