@@ -111,14 +111,15 @@ class Player:
                 for injection in injections:
                     injection.stop()
             struck = [call for injection in injections for call in injection.struck]
-            problems += self._aftermath(step, scene, round_, succeeded=answer == "ok")
+            if not problems:
+                problems += self._aftermath(step, scene, round_, succeeded=answer == "ok")
         except (Wrong, RuntimeError, AssertionError, OSError) as error:
             problems.append(f"{type(error).__name__}: {error}")
         except grpc.RpcError as error:
             problems.append(f"without a fault: {error.code().name}: {error.details()}")
         struck = [call for injection in injections for call in injection.struck]
         places = {place for injection in injections for place in injection.places}
-        if any(i.is_foreign for i in injections) and {AGENT, WORKERS} & set(round_.who):
+        if any(injection.is_foreign for injection in injections):
             answer = FOREIGN if problems else answer
         return Verdict(round_, answer, problems, struck, places, time.monotonic() - began)
 
@@ -141,7 +142,7 @@ class Player:
             injections.append(
                 Injection(
                     self._pid(role, scene),
-                    named(calls),
+                    named(calls, lasts=round_.fault is not None and round_.fault.lasts),
                     round_.fault,
                     when,
                     output=self.world.folder / f"strace.{number}",

@@ -102,7 +102,7 @@ class Injection:
 
     @property
     def places(self) -> set[Place]:
-        """Every call that was made, of several threads by any, but for wake-ups of gRPC's threads."""
+        """Every call that was made, of several threads by any, but for what `is_foreign`."""
         seen: Counter[tuple[str, str]] = Counter()
         found = set()
         for thread, name, text in self._calls():
@@ -128,7 +128,10 @@ class Injection:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether it has hit a wake-up of gRPC's threads, which cannot fail so; they may wait for ever then."""
+        """Whether it has hit a read or write of a pipe, socket or eventfd, which cannot fail so.
+
+        They wake threads of gRPC, and our loops at a signal, which may wait for ever then.
+        """
         return any(_WAKE_UP.match(call) for call in self.struck)
 
     def _calls(self) -> list[tuple[str, str, str]]:

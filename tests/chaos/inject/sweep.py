@@ -49,18 +49,18 @@ class Sweep:
         self._folder = folder
         self._registry = registry
         self._say = say
-        self._worlds = 0
-        self._world: World | None = None
+        self.worlds = 0
+        self.world: World | None = None
         self._player: Player | None = None
         self._places: dict[tuple[str, str, str], list[Place]] = {}
         self.verdicts: list[Verdict] = []
 
     def play(self, round_: Round) -> Verdict:
         if self._player is None:
-            self._worlds += 1
-            self._world = World(self._folder / f"world-{self._worlds}")
-            self._world.open(self._registry)
-            self._player = Player(self._world)
+            self.worlds += 1
+            self.world = World(self._folder / f"world-{self.worlds}")
+            self.world.open(self._registry)
+            self._player = Player(self.world)
         verdict = self._player.play(round_)
         if verdict.problems:
             self.renew()
@@ -70,10 +70,10 @@ class Sweep:
 
     def renew(self) -> None:
         """End the world; the next round has another one."""
-        if self._world is not None:
+        if self.world is not None:
             with suppress(Exception):
-                self._world.close()
-        self._world = self._player = None
+                self.world.close()
+        self.world = self._player = None
 
     def places(self, step: str, role: str, name: str) -> list[Place]:
         """The calls of a set that a process makes in a step."""

@@ -142,7 +142,11 @@ class World:
             if not self.agent.is_there:
                 self.agent.kill()
                 self.agent.start()
-            self.agent.remove_pods()
+            for pod in self.agent.runtime.ListPodSandbox(
+                pb.ListPodSandboxRequest(), timeout=10
+            ).items:
+                request = pb.RemovePodSandboxRequest(pod_sandbox_id=pod.id)
+                self.agent.runtime.RemovePodSandbox(request, timeout=20)
             self.agent.stop()
         finally:
             self._tear_down()
@@ -155,5 +159,5 @@ class World:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-        wait_for("the end of what was killed", lambda: not self.members())
+        wait_for("the end of what was killed", lambda: not self.members(), 20)
         self.footprint.tear_down()

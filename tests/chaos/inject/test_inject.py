@@ -1,0 +1,135 @@
+"""Rounds of the sweep: those that have found something once, and a part of all others, by a seed.
+
+CHAOS_SEED=… repeats the choice, CHAOS_SECONDS=… plays longer. `make chaos` plays them all.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import grpc
+import pytest
+
+from tests.chaos.inject.rounds import Round
+from tests.chaos.inject.strace import Fault, Injection, unavailable
+from tests.chaos.inject.sweep import Sweep, describe
+from tests.chaos.oracles import unclear
+from tests.conftest import IN_CI
+from tests.support import images
+from tests.support.registry import fill, running_registry
+
+SECONDS = float(os.environ.get("CHAOS_SECONDS", "120"))
+SEED = int(os.environ.get("CHAOS_SEED", random.randrange(1 << 32)))
+
+# Each was red once: step, process, calls, fault, number.
+FOUND = [
+    "RunPodSandbox-rich agent pidfd_open ENOMEM 1",
+    "RunPodSandbox agent openat EMFILE 20",
+    "RunPodSandbox agent+launcher openat+openat KILL 21+7",
+    "StopPodSandbox launcher recvmsg ENOMEM 1",
+    "StopPodSandbox-rich launcher processes ENOMEM+ 1",
+    "StartContainer supervisor files ENOSPC+ 3",
+    "CreateContainer supervisor files ENOSPC+ 3",
+    "end of the program supervisor sendmsg ENOBUFS 1",
+]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
+    if reason := unavailable():
+        pytest.fail(reason) if IN_CI else pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("chaos")
+    with running_registry(folder / "registry") as registry:
+        fill(registry, [images.busybox(), images.pause()])
+        sweep = Sweep(folder, registry)
+        yield sweep
+        sweep.renew()
+
+
+def parsed(text: str) -> Round:
+    step, who, calls, fault, when = text.rsplit(" ", 4)
+    return Round(
+        step=step,
+        who=tuple(who.split("+")),
+        calls=tuple(calls.split("+")),
+        fault=Fault.parse(fault),
+        when=tuple(map(int, when.split("+"))),
+    )
+
+
+@pytest.mark.parametrize("found", FOUND)
+def test_what_was_found_stays_mended(sweep: Sweep, found: str) -> None:
+    verdict = sweep.play(parsed(found))
+    assert not verdict.problems, describe(verdict)
+
+
+def test_what_is_left_is_found(sweep: Sweep) -> None:
+    """The harness can fail: a directory of no pod, and a process that no record explains."""
+    counted = sweep.play(
+        Round(step="UpdateRuntimeConfig", who=("agent",), calls=("files",), fault=None, when=(1,))
+    )
+    assert not counted.problems
+    assert sweep.world is not None
+    stray = sweep.world.agent.root / "run/pods/stray"
+    stray.mkdir()
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        group = Path(f"/sys/fs/cgroup/pids{sweep.world.footprint.cgroup}/agent/cgroup.procs")
+        if group.exists():
+            group.write_text(str(process.pid))
+        left = sweep.world.footprint.new_since(sweep.world.before, patience=0)
+        process.kill()
+    stray.rmdir()
+    assert "file run/pods/stray" in left
+    assert not group.exists() or "process sleep 1000" in left
+
+
+@pytest.mark.timeout(900)  # a round has bounds of its own
+def test_a_part_of_all_rounds(sweep: Sweep) -> None:
+    print(f"CHAOS_SEED={SEED}")
+    chooser = random.Random(SEED)
+    sweep.run(sweep.rounds(chooser, only=lambda _key, _fault: True), seconds=SECONDS)
+    print(sweep.matrix())
+    assert len(sweep.verdicts) > 3
+    assert not sweep.red, f"CHAOS_SEED={SEED}\n" + "\n".join(map(describe, sweep.red))
+
+
+# ---- the harness itself ----
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"), [("EIO", {"openat": 1}), ("KILL", {"openat": 1}), ("EIO+", {"openat": 3})]
+)
+def test_the_third_call_is_hit(sweep: Sweep, tmp_path: Path, what: str, expected: object) -> None:
+    script = "read go; for i in 1 2 3 4 5; do { : < /dev/null; } 2>&-; done"
+    with subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        injection = Injection(
+            process.pid, "openat,mkdir", Fault.parse(what), 3, output=tmp_path / "strace"
+        )
+        process.stdin.write(b"go\n")
+        process.stdin.close()
+        process.wait()
+        injection.stop()
+    assert Counter(call.partition("(")[0] for call in injection.struck) == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "details", "is_clear"),
+    [
+        ("INTERNAL", "[Errno 28] No space left on device: '/run/x'", True),
+        ("INTERNAL", "KeyError('pidfd')", False),
+        ("INTERNAL", "", False),
+        ("UNKNOWN", "Unexpected <class 'ValueError'>: x", False),
+        ("DEADLINE_EXCEEDED", "Deadline Exceeded", False),
+    ],
+)
+def test_what_is_a_clear_error(code: str, details: str, is_clear: bool) -> None:
+    error = SimpleNamespace(code=lambda: grpc.StatusCode[code], details=lambda: details)
+    assert (not unclear(cast(grpc.RpcError, error))) is is_clear
