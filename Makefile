@@ -11,13 +11,13 @@ HAVE_GO := $(shell test "$(GO_MINOR)" -ge 26 2>/dev/null && echo yes)
 
 # Debian packages: what the agent needs, and what the tests need besides.
 PACKAGES := libseccomp2
-TEST_PACKAGES := curl gcc libc6-dev iproute2 nftables procps tmux
+TEST_PACKAGES := curl gcc libc6-dev iproute2 nftables procps strace tmux
 # Those whose installation would start a service or replace another package are only unpacked.
 DEBIAN := .cache/debian
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test-setup tools peer guest demo test fuzz conformance conformance-v2 kubelet charts upgrade-test lint docs proto lock bench bench-peer clean
+.PHONY: help setup test-setup tools peer guest demo test fuzz conformance conformance-v2 kubelet charts upgrade-test chaos lint docs proto lock bench bench-peer clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -145,6 +145,12 @@ charts: test-setup ## Run the pods of public charts, here and on cgroup v2 with 
 	@$(MAKE) --no-print-directory guest
 	$(IN_GUEST) . -- $(abspath $(PYTHON)) -m pytest -p no:cacheprovider tests/charts
 	$(WITH_SYSTEMD) tests/charts
+
+# The whole sweep takes hours. FRACTION=0.1 plays a tenth of it, SEED=… repeats a choice.
+FRACTION := 1
+SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+chaos: test-setup ## Let calls to the kernel fail, kill and stop, at every step (FRACTION=1 SEED=…)
+	$(PYTHON) -m tests.chaos.inject --fraction $(FRACTION) --seed $(SEED)
 
 upgrade-test: test-setup ## Replace earlier releases under load, and go back to them
 	$(PYTHON) -m pytest tests/upgrade

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections import Counter
@@ -36,7 +37,17 @@ class GatedAgent(RunningAgent):
         """Start the process, and return when it waits."""
         self.launch()
         self.is_held = True
-        self._writer = os.open(self._gate, os.O_WRONLY)
+        wait_for("the agent at its gate", self._is_at_gate)
+
+    def _is_at_gate(self) -> bool:
+        try:
+            # Without a reader this fails (ENXIO), and does not wait for one that may never come.
+            self._writer = os.open(self._gate, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO or self.exit_code is not None:
+                raise
+            return False
+        return True
 
     def let_go(self) -> None:
         os.write(self._writer, b".")
