@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,7 +142,9 @@ class Client:
     def _container(self, step: Step) -> str:
         return self._places.ids.get(f"{self._pod_name(step)}/{step.container}", "")
 
-    def pod_config(self, name: str, attempt: int, choice: int = 0) -> pb.PodSandboxConfig:
+    def pod_config(self, name: str, attempt: int) -> pb.PodSandboxConfig:
+        """The same for each attempt, as retries of a kubelet are."""
+        choice = zlib.crc32(f"{name}/{attempt}".encode())
         config = pb.PodSandboxConfig(
             metadata=pb.PodSandboxMetadata(
                 name=name, uid=f"uid-{name}", namespace=NAMESPACE, attempt=attempt
@@ -159,10 +162,10 @@ class Client:
         return config
 
     def _run(self, step: Step) -> None:
-        self.run_pod(self._pod_name(step), step.attempt, step.choice, cancel=step.cancel)
+        self.run_pod(self._pod_name(step), step.attempt, step.cancel)
 
-    def run_pod(self, name: str, attempt: int, choice: int = 0, cancel: float = 0.0) -> None:
-        config = self.pod_config(name, attempt, choice)
+    def run_pod(self, name: str, attempt: int, cancel: float = 0.0) -> None:
+        config = self.pod_config(name, attempt)
         asked = {"owner": f"uid-{name}/{NAMESPACE}", "name": name, "attempt": str(attempt)}
         if config.port_mappings:
             asked["port"] = str(config.port_mappings[0].host_port)

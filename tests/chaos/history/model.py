@@ -28,6 +28,9 @@ from tests.chaos.history.record import Call, Ending, Event, Fault, Line, Sight
 
 PATIENCE_SECONDS = 30.0
 SECOND = 1_000_000_000
+CROSSING = (
+    SECOND  # for so long a client's cancellation and the agent's answer may cross on a busy machine
+)
 
 KINDS = {"created": CREATED, "started": RUNNING, "stopped": EXITED, "deleted": GONE}
 FACTS = ("created_at", "started_at", "finished_at", "exit_code", "reason", "ip", "token")
@@ -183,17 +186,22 @@ class Model:
                         yield Violation("alone", one, f"{' '.join(key)}: {other} has it too")
 
     def _joined(self) -> Iterator[Violation]:
-        """A retry of a creation whose id nobody was told gets that id, unless the agent died in between."""
+        """A retry of a creation that ended after its caller had gone gets its id, unless the agent died in between."""
         kills = sorted(fault.begin for fault in self._faults if "agent" in fault.kind)
-        first: dict[tuple[str, ...], int] = {}
-        creations = (call for call in self._calls if call.rpc in CREATES)
-        for call in sorted(creations, key=lambda call: call.begin):
-            begin = first.setdefault(key_of(call), call.begin)
+        tried: dict[tuple[str, ...], list[Call]] = defaultdict(list)
+        for call in self._calls:
+            if call.rpc not in CREATES:
+                continue
+            before = [other.end for other in tried[key_of(call)]]
+            tried[key_of(call)].append(call)
             held = HOLDER.search(call.text) if call.code == "ALREADY_EXISTS" else None
             if held is None or self._objects[held[1]].told:
                 continue
-            place = bisect_left(kills, begin)
-            if place == len(kills) or kills[place] > call.end:
+            item = self._objects[held[1]]
+            made = max((sight.created_at or 0 for _, sight in item.sights), default=0)
+            place = bisect_left(kills, made)
+            alive = place == len(kills) or kills[place] > call.end
+            if alive and before and made > before[-1] + CROSSING:
                 text = f"{' '.join(key_of(call))} is held, and nobody was told"
                 yield Violation("joined", held[1], text)
 

@@ -37,6 +37,7 @@ SAYS = {
     ("ReopenContainerLog", "OK"): ((RUNNING, RUNNING),),
     ("ContainerStats", "OK"): ((CREATED, EXITED),),
     ("UpdateContainerResources", "OK"): ((CREATED, EXITED),),
+    ("ContainerStats", "NOT_FOUND"): ((EXITED, GONE),),  # there is nothing to measure any more
     ("StopPodSandbox", "OK"): ((EXITED, GONE),),
     ("RemovePodSandbox", "OK"): ((GONE, GONE),),
     ("RemoveContainer", "OK"): ((GONE, GONE),),
@@ -160,7 +161,7 @@ class Objects(dict[str, Object]):
             for container in self._members[call.about]:
                 if container.told and container.told < call.begin:
                     container.note(call, GONE, GONE)
-        elif call.code == "NOT_FOUND" and call.about:
+        elif call.code == "NOT_FOUND" and call.about and call.rpc != "ContainerStats":
             self[call.about].note(call, GONE, GONE)
         elif call.code == "ALREADY_EXISTS" and (held := HOLDER.search(call.text)):
             self[held[1]].note(call, CREATED, EXITED)
