@@ -130,7 +130,9 @@ class Objects(dict[str, Object]):
             self._show(sight, call.begin, call.end, call.rpc)
         if call.rpc in STOPS:
             self[call.about].stops.append(call)
-        if call.rpc in IN_CONTAINER and call.code == "FAILED_PRECONDITION":
+        # Its supervisor has seen the end, of which it may tell later, when the log is complete.
+        known = call.code == "FAILED_PRECONDITION" and "just ended" not in call.text
+        if call.rpc in IN_CONTAINER and known:
             self[call.about].refused.append(call)
 
     def _show(self, sight: Sight, begin: int, end: int, by: str) -> None:

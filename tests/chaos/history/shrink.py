@@ -56,15 +56,16 @@ def _reduced_steps(script: Script, client: int, budget: Budget) -> list[Step]:
 def _reduced(items: Sequence[T], fails: Callable[[list[T]], bool]) -> list[T]:
     """Leave out pieces of what still fails, which become smaller (Zeller, "delta debugging")."""
     kept, pieces = list(items), FIRST_PIECES
-    while len(kept) > 1 and pieces <= len(kept):
+    while len(kept) > 1:
         size = -(-len(kept) // pieces)
-        for start in range(0, len(kept), size):
-            rest = kept[:start] + kept[start + size :]
-            if rest and fails(rest):
-                kept = rest
-                break
+        rests = (kept[:start] + kept[start + size :] for start in range(0, len(kept), size))
+        shorter = next((rest for rest in rests if rest and fails(rest)), None)
+        if shorter is not None:
+            kept, pieces = shorter, max(pieces - 1, FIRST_PIECES)
+        elif size == 1:
+            break
         else:
-            pieces *= 2
+            pieces = min(2 * pieces, len(kept))
     return kept
 
 
