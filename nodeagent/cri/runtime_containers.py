@@ -61,7 +61,7 @@ class ContainerCalls:
     async def ContainerStatus(
         self, request: pb.ContainerStatusRequest
     ) -> pb.ContainerStatusResponse:
-        container = self._containers.get(request.container_id)
+        container = self._containers.get(container_id(request.container_id))
         return pb.ContainerStatusResponse(
             status=messages.container_status(container),
             info=await self._info(container) if request.verbose else None,

@@ -39,7 +39,7 @@ class SandboxCalls:
         self, request: pb.PodSandboxStatusRequest
     ) -> pb.PodSandboxStatusResponse:
         """Reply with the pod and its containers as they are at the same moment."""
-        sandbox = self._sandboxes.get(request.pod_sandbox_id)
+        sandbox = self._sandboxes.get(sandbox_id(request.pod_sandbox_id))
         return pb.PodSandboxStatusResponse(
             status=messages.sandbox_status(sandbox),
             info=self._info(sandbox) if request.verbose else None,

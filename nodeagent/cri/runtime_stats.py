@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri import listing, stats
 from nodeagent.cri.runtime_containers import container_id
+from nodeagent.cri.runtime_sandboxes import sandbox_id
 from nodeagent.lifecycle.node import Node
 from nodeagent.lifecycle.usage.stats import ContainerUsage, SandboxUsage
 from nodeagent.metrics import pod_metrics as metrics
@@ -51,7 +52,7 @@ class StatsCalls:
     async def PodSandboxStats(
         self, request: pb.PodSandboxStatsRequest
     ) -> pb.PodSandboxStatsResponse:
-        usage = await self._stats.sandbox(request.pod_sandbox_id)
+        usage = await self._stats.sandbox(sandbox_id(request.pod_sandbox_id))
         return pb.PodSandboxStatsResponse(stats=stats.sandbox_stats(usage))
 
     async def ListPodSandboxStats(

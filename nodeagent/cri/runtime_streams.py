@@ -4,7 +4,8 @@
 from typing import Protocol
 
 from nodeagent.api import runtime_pb2 as pb
-from nodeagent.cri.runtime_containers import command
+from nodeagent.cri.runtime_containers import command, container_id
+from nodeagent.cri.runtime_sandboxes import sandbox_id
 from nodeagent.errors import FailedPrecondition, InvalidArgument, Unsupported
 from nodeagent.lifecycle.node import Node
 from nodeagent.records import Container
@@ -26,7 +27,7 @@ class StreamCalls:
         self._streaming = streaming
 
     async def Exec(self, request: pb.ExecRequest) -> pb.ExecResponse:
-        container = self._running(request.container_id)
+        container = self._running(container_id(request.container_id))
         url = self._url(
             ExecRequest(
                 container_id=container.id,
@@ -40,7 +41,7 @@ class StreamCalls:
         return pb.ExecResponse(url=url)
 
     async def Attach(self, request: pb.AttachRequest) -> pb.AttachResponse:
-        container = self._running(request.container_id)
+        container = self._running(container_id(request.container_id))
         if request.tty != container.config.tty:
             raise InvalidArgument(f"tty: is {container.config.tty} in the container's config")
         if request.stdin and not container.config.stdin:
@@ -57,14 +58,14 @@ class StreamCalls:
         return pb.AttachResponse(url=url)
 
     async def PortForward(self, request: pb.PortForwardRequest) -> pb.PortForwardResponse:
-        sandbox = self._node.sandboxes.get(request.pod_sandbox_id)
+        sandbox = self._node.sandboxes.get(sandbox_id(request.pod_sandbox_id))
         if not sandbox.ready:
             raise FailedPrecondition(f'pod sandbox "{sandbox.id}": is stopped')
         url = self._url(PortForwardRequest(sandbox_id=sandbox.id, ports=tuple(request.port)))
         return pb.PortForwardResponse(url=url)
 
-    def _running(self, container_id: str) -> Container:
-        container = self._node.containers.get(container_id)
+    def _running(self, name: str) -> Container:
+        container = self._node.containers.get(name)
         if container.state != "running":
             raise FailedPrecondition(
                 f'container "{container.id}": is {container.state}, not running'

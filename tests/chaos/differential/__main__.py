@@ -2,7 +2,8 @@
 
     python -m tests.chaos.differential [CASE | SEED]...
 
-A number is the seed of a random walk. Rows that docs/differences.md lacks are marked with +, rows of it that are not true any more with -.
+A number is the seed of a random walk. Rows that docs/differences.md lacks are marked with +, those of it that are not
+true any more with -.
 """
 
 from __future__ import annotations

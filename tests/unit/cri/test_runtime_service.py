@@ -8,6 +8,8 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message_factory import GetMessageClass
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.cri.features import Features
@@ -386,3 +388,18 @@ async def test_without_streaming_server_streams_are_unsupported(tmp_path: Path) 
         made = await running(client)
         run = pb.ExecRequest(container_id=made.id, cmd=["sh"], stdout=True)
         assert await code(client.runtime.Exec(run)) == grpc.StatusCode.UNIMPLEMENTED
+
+
+OF_ONE_OBJECT = [
+    method
+    for method in pb.DESCRIPTOR.services_by_name["RuntimeService"].methods
+    if {"container_id", "pod_sandbox_id"} & {*method.input_type.fields_by_name}
+    and not method.name.startswith(("Checkpoint", "Restore"))
+]
+
+
+@pytest.mark.parametrize("method", OF_ONE_OBJECT, ids=lambda method: str(method.name))
+async def test_an_id_is_required(client: Client, method: MethodDescriptor) -> None:
+    call = getattr(client.runtime, method.name)
+    request = GetMessageClass(method.input_type)()
+    assert await code(call(request)) == grpc.StatusCode.INVALID_ARGUMENT
