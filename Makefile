@@ -17,7 +17,8 @@ DEBIAN := .cache/debian
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test-setup tools peer guest demo test fuzz conformance conformance-v2 kubelet charts upgrade-test chaos lint docs proto lock bench bench-peer clean
+.PHONY: help setup test-setup tools peer guest demo test fuzz conformance conformance-v2 kubelet charts upgrade-test \
+  chaos history differential lint docs proto lock bench bench-peer clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -154,6 +155,15 @@ chaos: test-setup ## Let calls to the kernel fail, kill and stop, at every step 
 
 upgrade-test: test-setup ## Replace earlier releases under load, and go back to them
 	$(PYTHON) -m pytest tests/upgrade
+
+# SEED=… begins where an earlier run began.
+history: test-setup ## Judge histories of random programs under faults (SECONDS=60 SEED=…)
+	$(PYTHON) -m tests.chaos.history --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+
+history: SECONDS := 60
+
+differential: test-setup peer ## Compare the answers with containerd's (docs/differences.md)
+	$(PYTHON) -m pytest tests/chaos/differential
 
 lint: setup ## Check style, types, layers and generated code
 	$(VENV)/bin/ruff check

@@ -14,15 +14,15 @@ import tempfile
 from pathlib import Path
 
 from tests.chaos.differential.cases import CASES
-from tests.chaos.differential.compare import DOCUMENT, SEEDS, documented, pair, run
-from tests.chaos.differential.walk import walk
+from tests.chaos.differential.compare import DOCUMENT, documented, pair, run
+from tests.chaos.differential.walk import every_state, walk
 from tests.support.registry import running_registry
 
 
 def main(names: list[str]) -> int:
     seeds = [int(name) for name in names if name.isdecimal()]
     chosen = [case for case in CASES if case.__name__ in names] + [walk(seed) for seed in seeds]
-    chosen = chosen or [*CASES, *map(walk, SEEDS)]
+    chosen = chosen or [*CASES, every_state]
     known = documented(DOCUMENT.read_text()) if DOCUMENT.exists() else set()
     with tempfile.TemporaryDirectory(prefix="differential-") as folder:
         root = Path(folder)

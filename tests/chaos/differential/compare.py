@@ -17,7 +17,6 @@ from tests.support.node import RunningAgent
 from tests.support.registry import Registry
 
 DOCUMENT = images.PROJECT / "docs/differences.md"
-SEEDS = (1, 2, 3)  # of the walks that meet every difference which a walk can meet
 NOTHING = "–"
 _ROW = re.compile(r"(?m)^\| (`.+`.*?) \| (.+?) \| (.+?) \| (.*) \|$")
 

@@ -45,6 +45,28 @@ class Walk:
         elif place in self._containers:
             self._of_container(verb.removeprefix("container_"), place)
 
+    def visit(self, state: str, stops: bool) -> None:
+        """Make every call on a container of its own in this state."""
+        self._run(0)
+        pod = self._pods[0]
+        assert pod is not None
+        verbs = [verb for verb in OF_CONTAINER if verb != "create"]
+        for number in range(len(verbs)):
+            container = pod.create(name=f"v{number}")
+            if state != "created":
+                container.start()
+            if state == "exited":
+                container.stop()
+            self._containers[0, number] = (container, f"{state} sleeps")
+        if stops:
+            self._pod_stop(0, pod)
+        for verb in ("status", "list", "forward"):
+            getattr(self, f"_pod_{verb}")(0, pod)
+        self._run(0)
+        self._create((0, len(verbs)), pod)
+        for number, verb in enumerate(verbs):
+            self._of_container(verb, (0, number))
+
     # --- pods -------------------------------------------------------------------------------------------------------
 
     def _which(self, number: int) -> str:
@@ -150,6 +172,14 @@ class Walk:
             method, request = requests[verb]
             only = r"^containers$|state$|stdout|exit_code"
             self._caller.call(method, request, label, only=only)
+
+
+def every_state(caller: Caller) -> None:
+    """A case: each call on a container in each state, in a pod that is READY or stopped."""
+    for stops in (False, True):
+        for state in ("created", "exited") if stops else ("created", "running", "exited"):
+            walker = Walk(caller, 0)
+            walker.visit(state, stops)
 
 
 def walk(seed: int, steps: int = STEPS) -> Callable[[Caller], None]:

@@ -33,8 +33,8 @@ WEIGHTS = {
     "stop agent": 2,
     "stop supervisor": 6,
     "stop launcher": 3,
-    "stop supervisor, kill agent": 3,
-    "stop launcher, kill agent": 2,
+    "stop supervisor, kill agent": 1,
+    "stop launcher, kill agent": 1,
     "stop launcher, kill supervisor": 3,
 }
 STOPPED_SECONDS = (0.3, 1.0, 3.0)

@@ -261,6 +261,12 @@ FINE: dict[str, list[Line]] = {
         *(line for line in GOOD if isinstance(line, Event) and line.published < 3 * SECOND),
         base=[line for line in GOOD if not isinstance(line, Event)],
     ),
+    "a host port of a pod that is being stopped": [
+        ran(1, port="80"),
+        call("StopPodSandbox", 1.8, 4, about=POD),
+        ran(2, told=OTHER, name="q", port="80"),
+        status(3, pod()),
+    ],
     "a name again after a removal": but(
         ran(12, told=OTHER), call("RemovePodSandbox", 13, 14, about=OTHER)
     ),
