@@ -17,6 +17,7 @@ from nodeagent.net.network import Network
 from nodeagent.net.nftables import Table
 from nodeagent.net.spoofing import SpoofFilter
 from nodeagent.probes import HOST_PORTS, SYS_RESOURCE, has_seccomp, kernel_version, maps_ids, takes
+from nodeagent.records import KINDS
 from nodeagent.store import Store
 
 OLDEST_KERNEL = (5, 15)
@@ -44,7 +45,7 @@ class Feature:
 
 async def features(config: Config) -> list[Feature]:
     """All features, needed ones first."""
-    return [*_needed(), *_cgroups(), *_optional(config), await _subnets(config)]
+    return [*_needed(), *_cgroups(), *_optional(config), await _subnets(config), _records(config)]
 
 
 def _needed() -> list[Feature]:
@@ -159,6 +160,24 @@ async def _subnets(config: Config) -> Feature:
         present=not overlaps,
         needed=False,
         loss=f"{'; '.join(overlaps)}: pods or the node do not reach what is there",
+    )
+
+
+def _records(config: Config) -> Feature:
+    """The check of the database, by reading it; `nodeagent check --data` verifies files as well."""
+    try:
+        with closing(Store.copy_of(Places.of(config).database)) as store:
+            unreadable = []
+            for kind in KINDS:
+                store.all(kind)
+                unreadable += [f'{kind.__name__} "{key}"' for key in store.unreadable(kind)]
+    except (NodeAgentError, OSError) as error:
+        return Feature(name="records", present=False, needed=True, loss=str(error))
+    return Feature(
+        name="records",
+        present=not unreadable,
+        needed=False,
+        loss=f"{', '.join(sorted(unreadable))} cannot be read: what runs of them cannot be reached",
     )
 
 

@@ -113,6 +113,16 @@ def _add_check(verb: argparse.ArgumentParser) -> None:
         help="report instead what this node would refuse or skip of a pod, described in JSON: crictl's files of "
         'a sandbox and its containers, or one {"sandbox": …, "containers": […]}',
     )
+    verb.add_argument(
+        "--data",
+        action="store_true",
+        help="verify instead the database, blobs, layers and profiles, and name what is damaged; an agent may run",
+    )
+    verb.add_argument(
+        "--repair",
+        action="store_true",
+        help="the same, and set aside what is damaged, so that the next pull fetches it again; no agent may run",
+    )
     verb.set_defaults(run=_check)
 
 
@@ -148,6 +158,8 @@ def _serve(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     if options.pod:
         return _check_pod(options)
+    if options.data or options.repair:
+        return _check_data(options)
     import asyncio  # a tenth of a second, with what check imports, which the other verbs need not wait for
 
     from nodeagent import check
@@ -156,6 +168,18 @@ def _check(options: argparse.Namespace) -> int:
     for feature in features:
         print(feature)
     return 0 if all(feature.present for feature in features if feature.needed) else 1
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    """Exit status 1 where damage is left."""
+    from nodeagent import repair
+
+    config = _configuration(options)
+    report = repair.repair(config) if options.repair else repair.look(config)
+    for finding in report.findings:
+        print(finding)
+    print(report)
+    return 1 if report.left else 0
 
 
 def _check_pod(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import BinaryIO, TypedDict
 
@@ -173,14 +173,11 @@ def list_images(config: Config) -> list[str]:
     path = Places.of(config).database
     if not path.exists():
         return []
-    store = Store.open(path)
-    try:
+    with closing(Store.copy_of(path)) as store:
         return [
             f"{image.id[7:19]}  {image.size_bytes / 1e6:9.1f} MB  {_name(image)}"
             for image in store.all(Image)
         ]
-    finally:
-        store.close()
 
 
 def _name(image: Image) -> str:

@@ -30,6 +30,7 @@ REMEDY = "stop the agent and run `nodeagent check --repair`"
 
 # The database is locked by another program for a moment, such as a backup.
 PASSING = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+ERRORS = (sqlite3.Error, UnicodeDecodeError)
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 _MODE = 0o600
@@ -46,14 +47,14 @@ def opened(path: Path) -> sqlite3.Connection:
     reserve = path.with_name(f"{path.name}.reserve")
     try:
         db = _open(path)
-    except sqlite3.Error as error:
+    except ERRORS as error:
         if code(error) in (*PASSING, *DAMAGED):
             raise translated(error, path) from error
         # On a full disk the log and its index cannot be made: the reserve gives them room for a second attempt.
         reserve.unlink(missing_ok=True)
         try:
             db = _open(path)
-        except sqlite3.Error as again:
+        except ERRORS as again:
             raise translated(again, path) from again
     _keep_reserve(reserve)
     return db
@@ -66,7 +67,7 @@ def copied(path: Path) -> sqlite3.Connection:
         if path.exists():
             _read(path, db)
         _prepare(db, path)
-    except sqlite3.Error as error:
+    except ERRORS as error:
         db.close()
         raise translated(error, path) from error
     except BaseException:
@@ -82,6 +83,13 @@ def checkpoint(path: Path) -> None:
         db.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
 
+def reading_uri(path: Path) -> str:
+    """The URI by which SQLite reads a database without making files beside it."""
+    # Without a log no process writes; opening it otherwise would make one (sqlite.org/wal.html, "Read-Only Databases").
+    alone = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
+    return f"{path.absolute().as_uri()}?mode=ro{alone}"
+
+
 def table(kind: type[Record]) -> str:
     return f"record_{kind.__name__.lower()}"
 
@@ -89,13 +97,15 @@ def table(kind: type[Record]) -> str:
 # --- errors ---
 
 
-def code(error: sqlite3.Error) -> int:
+def code(error: Exception) -> int:
     """The primary result code, 0 of an error that is not SQLite's (sqlite.org/rescode.html)."""
+    if isinstance(error, UnicodeDecodeError):  # of a message that quotes the file
+        return sqlite3.SQLITE_CORRUPT
     number: int = getattr(error, "sqlite_errorcode", 0)
     return number & 0xFF
 
 
-def translated(error: sqlite3.Error, path: Path | None) -> Exception:
+def translated(error: Exception, path: Path | None) -> Exception:
     """The error of ours for one of SQLite's. path: of the file, None in memory."""
     name, number = path or "state.db", code(error)
     if number in PASSING:
@@ -108,7 +118,7 @@ def translated(error: sqlite3.Error, path: Path | None) -> Exception:
 
 
 def _by_whom(path: Path | None) -> str:
-    """Who has the lock, for a message. In WAL mode it is one of the log's index (sqlite.org/walformat.html)."""
+    """The holder of the lock, for a message. In WAL mode it is one of the log's index (sqlite.org/walformat.html)."""
     if path is None:
         return ""
     pids = [pid for suffix in ("-shm", "") for pid in locks.holders(f"{path}{suffix}")]
@@ -135,10 +145,7 @@ def _open(path: Path) -> sqlite3.Connection:
 
 def _read(path: Path, target: sqlite3.Connection) -> None:
     """Copy the database at `path` into `target` without writing beside it."""
-    # Without a log no process writes; opening it otherwise would make one (sqlite.org/wal.html, "Read-Only Databases").
-    alone = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
-    uri = f"{path.absolute().as_uri()}?mode=ro{alone}"
-    with closing(sqlite3.connect(uri, uri=True)) as source:
+    with closing(sqlite3.connect(reading_uri(path), uri=True)) as source:
         source.backup(target)
 
 
@@ -188,6 +195,7 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
             f"{path}: schema {version} is newer than {SCHEMA_VERSION}, the newest that this release understands; "
             "install the release of the agent that wrote it"
         )
+    db.text_factory = lambda data: data.decode(errors="replace")
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
     for kind in KINDS:

@@ -191,7 +191,7 @@ class Layer(Record, frozen=True, kw_only=True):
     """An unpacked layer: ``layers/<chain ID>/``, read-only and shared by every image that has it.
 
     blob: digest of what was transferred, of size_bytes; used_bytes and inodes: of what it was unpacked to.
-    opaque: it hides every layer below it.
+    opaque: it hides every layer below it. tree: digest of what it was unpacked to, "" of earlier versions.
     """
 
     chain_id: str
@@ -201,6 +201,7 @@ class Layer(Record, frozen=True, kw_only=True):
     used_bytes: int
     inodes: int
     opaque: bool = False
+    tree: str = ""
 
     @property
     def key(self) -> str:

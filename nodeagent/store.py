@@ -130,14 +130,14 @@ class Store:
                     raise
                 self._reuse_log()
                 self._db.execute(statement, parameters)
-        except sqlite3.Error as error:
+        except database.ERRORS as error:
             raise self._noted(error) from error
         if not self._is_damaged:
             self._trouble = ""
         self._wait_for_others(True)
         self._logged_bytes += _PAGES_BYTES + sum(len(p) for p in parameters if isinstance(p, bytes))
 
-    def _noted(self, error: sqlite3.Error) -> Exception:
+    def _noted(self, error: Exception) -> Exception:
         """The error to raise for one of SQLite's."""
         code, translated = database.code(error), database.translated(error, self._path)
         if code in database.PASSING:
@@ -198,7 +198,7 @@ class Store:
     def _rows(self, query: str, parameters: tuple[str, ...] = ()) -> list[tuple[str, bytes]]:
         try:
             return self._db.execute(query, parameters).fetchall()
-        except sqlite3.Error as error:
+        except database.ERRORS as error:
             raise self._noted(error) from error
 
     def _decoded(self, kind: type[R], rows: list[tuple[str, bytes]]) -> list[R]:
@@ -206,8 +206,17 @@ class Store:
         records = []
         for key, body in rows:
             try:
-                records.append(decoder.decode(body))
+                record = decoder.decode(body)
             except (msgspec.DecodeError, TypeError, UnicodeDecodeError) as error:
-                self._unreadable.setdefault(kind, set()).add(key)
-                log.error('%s "%s": the record cannot be read: %s', kind.__name__, key, error)
+                self._pass_over(kind, key, error)
+                continue
+            if record.key == key:
+                records.append(record)
+            else:
+                self._pass_over(kind, key, f"it is that of {record.key}")
+                self._unreadable[kind].add(record.key)
         return records
+
+    def _pass_over(self, kind: type[Record], key: str, why: object) -> None:
+        self._unreadable.setdefault(kind, set()).add(key)
+        log.error('%s "%s": the record cannot be read: %s', kind.__name__, key, why)

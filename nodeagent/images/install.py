@@ -6,7 +6,7 @@ for another one makes the layer itself, and whichever is ready first is used.
 """
 
 import asyncio
-from collections.abc import Awaitable, Hashable
+from collections.abc import Awaitable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from nodeagent.images.layer_store import LayerStore
 from nodeagent.images.manifest import Descriptor
 from nodeagent.images.plan import Plan
 from nodeagent.images.turns import Permits, Turns
-from nodeagent.images.unpack import inheritance, layers
+from nodeagent.images.unpack import inheritance, layers, tree
 from nodeagent.images.unpack.layers import Unpacked
 from nodeagent.images.usage import Counters
 from nodeagent.records import Layer
@@ -219,13 +219,13 @@ class Installer:
             if number:
                 await self._ensure(job, number - 1)
             below = [self._store.path(chain) for chain in reversed(job.chain_ids[:number])]
-            complete = partial(inheritance.complete, directory, unpacked, below, job.budget)
+            complete = partial(_complete, directory, unpacked, below, job.budget)
             async with self._turns.taken(job):
-                await to_the_end(self._threads, complete)
+                digest = await to_the_end(self._threads, complete)
             if chain_id in self._store:  # another pull was faster
                 self._staging.discard(directory)
                 return
-            self._store.add(_record(job, number, unpacked), directory)
+            self._store.add(_record(job, number, unpacked, digest), directory)
             self._counters.layers_fetched += 1
         except BaseException:
             self._staging.discard(directory)
@@ -296,7 +296,13 @@ def _is_promising(job: _Job, other: _Job, chain_id: str, before_bytes: int) -> b
     return complete or other.received_bytes(chain_id) > before_bytes
 
 
-def _record(job: _Job, number: int, unpacked: Unpacked) -> Layer:
+def _complete(directory: Path, unpacked: Unpacked, below: Sequence[Path], budget: Budget) -> str:
+    """Complete a layer from those below, and return the digest of its tree."""
+    inheritance.complete(directory, unpacked, below, budget)
+    return tree.digest(directory)
+
+
+def _record(job: _Job, number: int, unpacked: Unpacked, digest: str) -> Layer:
     blob = job.plan.manifest.layers[number]
     return Layer(
         chain_id=job.chain_ids[number],
@@ -306,4 +312,5 @@ def _record(job: _Job, number: int, unpacked: Unpacked) -> Layer:
         used_bytes=unpacked.used_bytes,
         inodes=unpacked.inodes,
         opaque=unpacked.opaque,
+        tree=digest,
     )

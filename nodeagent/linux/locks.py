@@ -1,4 +1,4 @@
-"""Who holds POSIX locks of a file, as /proc/locks shows it (proc_locks(5)).
+"""The holders of POSIX locks of a file, as /proc/locks shows it (proc_locks(5)).
 
 The file is not opened: closing it would drop the caller's own locks of it (fcntl(2)).
 """
