@@ -55,7 +55,7 @@ def opened(path: Path) -> sqlite3.Connection:
         try:
             db = _open(path)
         except ERRORS as again:
-            raise translated(again, path) from again
+            raise translated(again, path, opening=True) from again
     _keep_reserve(reserve)
     return db
 
@@ -69,7 +69,7 @@ def copied(path: Path) -> sqlite3.Connection:
         _prepare(db, path)
     except ERRORS as error:
         db.close()
-        raise translated(error, path) from error
+        raise translated(error, path, opening=True) from error
     except BaseException:
         db.close()
         raise
@@ -105,14 +105,17 @@ def code(error: Exception) -> int:
     return number & 0xFF
 
 
-def translated(error: Exception, path: Path | None) -> Exception:
-    """The error of ours for one of SQLite's. path: of the file, None in memory."""
+def translated(error: Exception, path: Path | None, *, opening: bool = False) -> Exception:
+    """The error of ours for one of SQLite's. path: of the file, None in memory.
+
+    opening: a statement that SQLite does not understand then is none of ours, but one of the schema in the file.
+    """
     name, number = path or "state.db", code(error)
     if number in PASSING:
         return Unavailable(f"{name}: {error}{_by_whom(path)}; end that program")
     if number == sqlite3.SQLITE_FULL:
         return ResourceExhausted(f"{name}: {error}")
-    if number in DAMAGED:
+    if number in DAMAGED or (opening and number == sqlite3.SQLITE_ERROR):
         return DataLoss(f"{name}: {error}; {REMEDY}")
     return OSError(errno.EIO, f"{name}: {error}")
 

@@ -15,6 +15,7 @@ from nodeagent import files, salvage
 from nodeagent.config import Config
 from nodeagent.errors import DataLoss, NodeAgentError
 from nodeagent.images import verification
+from nodeagent.images.reference import is_digest
 from nodeagent.images.verification import Damaged
 from nodeagent.lifecycle.places import Places
 from nodeagent.records import KINDS, Layer, Record
@@ -125,10 +126,16 @@ def _repair_database(places: Places, quarantine: Path, report: Report) -> None:
         report.findings.append(Finding(name=path.name, why=why, done=done))
         for name in found.lost:
             report.findings.append(Finding(name=name, why="its record is lost", done="forgotten"))
-        return
-    with closing(Store.open(path)) as store:
-        for kind, key in found.unreadable:
-            store.delete(kind, key)
+    else:
+        with closing(Store.open(path)) as store:
+            for kind, key in found.unreadable:
+                store.delete(kind, key)
+    # Without a record an agent removes them, under the containers that run on them.
+    known = found.rows[Layer].keys()
+    for directory in list((places.root / "layers").glob("*")):
+        chain_id = f"sha256:{directory.name}"
+        if is_digest(chain_id) and chain_id not in known:
+            set_aside(directory, quarantine)
 
 
 def _named(kind: type[Record], key: str) -> str:

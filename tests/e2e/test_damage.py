@@ -2,19 +2,22 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
 import subprocess
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 
+import grpc
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.linux import syscalls
 from tests.e2e.conftest import client
-from tests.support.cri import EXITED, Container, Cri
+from tests.support.cri import EXITED, RUNNING, Container, Cri
 from tests.support.node import RunningAgent, wait_for
 from tests.support.registry import Registry
 
@@ -104,18 +107,114 @@ def processes_of(container: Container) -> str:
     return "".join((group / "cgroup.procs").read_text() for group in groups)
 
 
-@pytest.mark.parametrize("kind", ["container", "sandbox", "lease"])
+KINDS = ["container", "sandbox", "lease", "imagehold", "image", "layer"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_record_that_cannot_be_read(own_agent: RunningAgent, own_cri: Cri, kind: str) -> None:
+    """What it names runs on, with its files and its network, until `nodeagent check --repair` has forgotten it."""
     container, other = own_cri.run(), own_cri.run()
+    container.shell("echo kept > /file")
+    process, address = pid_of(container), container.pod.ip
     own_agent.kill()
-    key = container.id if kind == "container" else container.pod.id
-    with closing(sqlite3.connect(own_agent.root / "lib/state.db", isolation_level=None)) as db:
-        db.execute(f"UPDATE record_{kind} SET body = substr(body, 1, 20) WHERE key = ?", (key,))
+    keys = cut_records(own_agent, kind, container)
+    for _ in "12":  # and it stays so
+        own_agent.start()
+        assert processes_of(container).split()
+        assert Path(f"/proc/{process}/root/file").read_text() == "kept\n"
+        assert other.shell("echo works") == "works"
+        if kind != "lease":  # nobody knows which link is the pod's
+            ping = f"ping -c 1 -w 9 {address} >/dev/null && echo there"
+            assert other.shell(ping) == "there"
+        assert own_cri.pod().ip != address
+        own_agent.kill()
+    named = data_check(own_agent, "--data")
+    assert all(key in named for key in keys)
     own_agent.start()
-    assert other.shell("echo works") == "works"
     listed = own_agent.runtime.ListContainers(pb.ListContainersRequest()).containers
-    kept = {container.id, other.id} if kind == "lease" else {other.id}
-    assert {item.id for item in listed} == kept
+    known = {item.id for item in listed}
+    assert known == ({other.id} if kind == "container" else {container.id, other.id})
+    if kind == "container":
+        with pytest.raises(grpc.RpcError, match=r"DATA_LOSS.*check --repair"):
+            container.remove()
+    if kind == "sandbox":
+        with pytest.raises(grpc.RpcError, match=r"DATA_LOSS.*check --repair"):
+            container.pod.remove()
+    own_agent.kill()
+    assert "1 damaged, 0 left" in data_check(own_agent, "--repair")
+    assert "0 damaged" in data_check(own_agent, "--data")
+    own_agent.start()
+    if kind in ("container", "sandbox"):
+        wait_for("no process", partial(has_ended, container))
+        assert not (own_agent.root / "lib/containers" / container.id).exists()
+    else:
+        assert container.shell("cat /file") == "kept"
+    assert other.shell("echo works") == "works"
+    if kind in ("image", "layer"):
+        request = pb.PullImageRequest(image=pb.ImageSpec(image=own_cri.image))
+        own_agent.images.PullImage(request, timeout=60)
+        assert own_cri.run().shell("echo works") == "works"
+
+
+def pid_of(container: Container) -> int:
+    [pid, *_] = processes_of(container).split()
+    return int(pid)
+
+
+def cut_records(agent: RunningAgent, kind: str, container: Container) -> list[str]:
+    """Cut the record of that kind that the container has, and return its key."""
+    with closing(sqlite3.connect(agent.root / "lib/state.db", isolation_level=None)) as db:
+        keys = [key for (key,) in db.execute(f"SELECT key FROM record_{kind}")]
+        own = [key for key in keys if container.id in key or container.pod.id in key] or keys[:1]
+        for key in own:
+            cut = f"UPDATE record_{kind} SET body = substr(body, 1, 20) WHERE key = ?"
+            db.execute(cut, (key,))
+    return own
+
+
+def data_check(agent: RunningAgent, option: str) -> str:
+    done = subprocess.run(
+        agent.command("check", option), check=False, capture_output=True, text=True, timeout=60
+    )
+    return done.stdout
+
+
+@pytest.mark.parametrize("kind", ["truncated", "overwritten"])
+def test_a_database_that_is_damaged(own_agent: RunningAgent, own_cri: Cri, kind: str) -> None:
+    """The agent says so in one line and ends; after the repair it takes over what it still knows."""
+    containers = [own_cri.run() for _ in "123"]
+    own_agent.kill()
+    database = own_agent.root / "lib/state.db"
+    with closing(sqlite3.connect(database)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    if kind == "truncated":
+        os.truncate(database, database.stat().st_size // 2)
+    else:
+        with closing(sqlite3.connect(database)) as db:
+            [(page,)] = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'record_lease'")
+        with database.open("r+b") as file:
+            file.seek((page - 1) * 4096)
+            file.write(b"\xa5" * 4096)
+    command = own_agent.command("serve", "--listen", own_agent.endpoint)
+    refused = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    said = refused.stderr
+    assert refused.returncode == 1
+    assert "Traceback" not in said
+    assert re.search(r"nodeagent: .*/state\.db: .*nodeagent check --repair", said)
+    assert data_check(own_agent, "--data").startswith("state.db: ")
+    assert "0 left" in data_check(own_agent, "--repair")
+    own_agent.start()
+    left = {c.id for c in own_agent.runtime.ListContainers(pb.ListContainersRequest()).containers}
+    for container in containers:
+        if container.id in left:
+            assert container.status.state == RUNNING
+        else:
+            wait_for("no process", partial(has_ended, container))
+    assert own_cri.pod().status.state == pb.SANDBOX_READY
+
+
+def has_ended(container: Container) -> bool:
+    return not processes_of(container).split()
 
 
 def test_a_group_that_others_removed(own_agent: RunningAgent, own_cri: Cri) -> None:
