@@ -61,6 +61,14 @@ class Message(NamedTuple):
     fds: list[int]
 
 
+class WithoutDescriptors(ValueError):
+    """A message whose descriptors the kernel dropped (MSG_CTRUNC): most often, the receiver can open no more files."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__("the receiver has no descriptors left, or a packet has too many")
+        self.body = body
+
+
 class Spoken(NamedTuple):
     """The versions of the protocol that a process speaks."""
 
@@ -134,7 +142,10 @@ def to_json(value: object) -> bytes:
 
 
 def receive(connection: socket.socket) -> Message | None:
-    """The next message, None at the end. Raises ValueError for one that is malformed, with nothing left open."""
+    """The next message, None at the end. Raises ValueError for one that is malformed, with nothing left open.
+
+    One that has only lost descriptors on its way raises WithoutDescriptors.
+    """
     packet, ancillary, flags, _ = connection.recvmsg(
         _MAX_PACKET_BYTES, _RIGHTS_BYTES, socket.MSG_CMSG_CLOEXEC
     )
@@ -142,6 +153,8 @@ def receive(connection: socket.socket) -> Message | None:
     if not packet and not fds:
         return None
     try:
+        if flags & socket.MSG_CTRUNC and not flags & socket.MSG_TRUNC and packet != _IN_MEMFD:
+            raise WithoutDescriptors(decode(packet))
         if flags & _CUT:
             raise ValueError("a packet is too long or has too many descriptors")
         if packet == _IN_MEMFD and fds:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from nodeagent.cgroups.group import Cgroup
+from nodeagent.linux import waiting
 from nodeagent.records import Container
 
 
@@ -15,7 +16,11 @@ def explained(container: Container, group: Cgroup) -> str:
             f"so that its parent cannot reap it; end process {tracer} first"
         )
     text = f'container "{container.id}": still running after SIGKILL'
-    stuck = [f"{pid} in {where}" for pid in group.processes() if (where := _uninterruptible(pid))]
+    stuck = [
+        f"{pid} in {where}"
+        for pid in group.processes()
+        if (where := waiting.uninterruptible_in(pid))
+    ]
     return f"{text}; uninterruptible: {', '.join(stuck)}" if stuck else text
 
 
@@ -27,12 +32,3 @@ def _tracer_of_zombie(pid: int) -> int:
         return 0
     tracer = re.search(r"^State:\tZ.*^TracerPid:\t(\d+)$", status, re.MULTILINE | re.DOTALL)
     return int(tracer[1]) if tracer else 0
-
-
-def _uninterruptible(pid: int) -> str:
-    """The kernel function a process in state D sleeps in, or ""."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
-        return Path(f"/proc/{pid}/wchan").read_text() if state == "D" else ""
-    except OSError:
-        return ""

@@ -2,6 +2,10 @@
 
 A caller that is cancelled loses nothing but the reply: what was asked for is finished, and descriptors that come with
 the reply are closed. Nothing is asked before the other side has said which versions of the protocol it speaks.
+
+No request waits without an end (`deadlines`). A process that owes an answer and says nothing at all is `silent` until
+it says something: it is stopped, or hangs in the kernel. A connection that ends while its process lives is not made
+again here: whoever has the channel hears of it by `ended`.
 """
 
 import asyncio
@@ -13,13 +17,19 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from nodeagent.errors import IncompatibleVersion, Unavailable
+from nodeagent.errors import IncompatibleVersion, ResourceExhausted, Unavailable
+from nodeagent.linux import waiting
 from nodeagent.sandbox import protocol
+from nodeagent.sandbox.agent import deadlines
+from nodeagent.sandbox.agent.silence import Silence
 from nodeagent.sandbox.protocol import Body, Message
 
 log = logging.getLogger(__name__)
 
 _HELLO = 0  # the number of the first request
+
+# A process that is killed ends within milliseconds, unless it hangs in the kernel.
+_KILL_SECONDS = 5.0
 
 
 class Reply(NamedTuple):
@@ -30,7 +40,7 @@ class Reply(NamedTuple):
 
 
 class Channel:
-    """One connection. `lost` is set when the process at the other end has died.
+    """One connection. `lost` is set when the process at the other end has died, `ended` when nothing comes any more.
 
     name: of that process, in errors. on_event: called with what comes unasked; on_end: when nothing comes any more.
     """
@@ -45,6 +55,7 @@ class Channel:
         self.name = name
         self.pid = protocol.peer_of(connection).pid
         self.lost = asyncio.Event()
+        self.ended = asyncio.Event()
         self._connection = connection
         self._on_event = on_event
         self._on_end = on_end
@@ -53,6 +64,10 @@ class Channel:
         self._pending: dict[int, asyncio.Future[Message]] = {}
         # A descriptor has one writer callback: a second request that waited for room would replace the first's.
         self._sending = asyncio.Lock()
+        self._room = asyncio.Event()
+        self._silence = Silence(
+            name, self.pid, lambda: self._is_open and bool(self._pending), self._ask_whether_there
+        )
         self._is_open = True
         self._answered = asyncio.Event()
         self._refusal = ""
@@ -85,35 +100,65 @@ class Channel:
     ) -> Reply:
         """Make a request. Raises the error that the other side names, or Unavailable when it goes before it replies.
 
-        Raises IncompatibleVersion where it speaks no version of the protocol that we do.
+        Raises IncompatibleVersion where it speaks no version of the protocol that we do, and TimeoutError when it has
+        not replied within the time that `deadlines` gives; what was asked for may happen nevertheless.
         fds: named; they stay the caller's.
         """
-        await self.agree()
-        number = next(self._numbers)
-        names, descriptors = protocol.named(fds)
-        packet = protocol.encode({"id": number, "op": operation, "fds": names, **members})
-        future: asyncio.Future[Message] = self._loop.create_future()
-        self._pending[number] = future
+        if not self._answered.is_set() or self._refusal:
+            await self.agree()
+        seconds, began = deadlines.SECONDS[operation], self._loop.time()
         try:
-            await self._send(packet, descriptors)
-            message = await future
-        finally:
-            # A reply that nobody waits for any more is recognised by its absence here.
-            self._pending.pop(number, None)
+            async with asyncio.timeout(seconds):
+                message = await self._ask(operation, fds, members)
+        except TimeoutError:
+            about = f' of container "{members["container"]}"' if "container" in members else ""
+            raise TimeoutError(self._overdue(f'"{operation}"{about}', seconds, began)) from None
         if "error" in message.body:
             protocol.close_all(message.fds)
             raise protocol.read_error(message.body)
         result = message.body["result"]
         return Reply(result, dict(zip(result.get("fds", ()), message.fds, strict=True)))
 
+    async def _ask(
+        self, operation: str, fds: Sequence[tuple[str, int | None]], members: Mapping[str, object]
+    ) -> Message:
+        number = next(self._numbers)
+        names, descriptors = protocol.named(fds)
+        packet = protocol.encode({"id": number, "op": operation, "fds": names, **members})
+        future: asyncio.Future[Message] = self._loop.create_future()
+        self._pending[number] = future
+        self._silence.watch()
+        try:
+            await self._send(packet, descriptors)
+            return await future
+        finally:
+            # A reply that nobody waits for any more is recognised by its absence here.
+            self._pending.pop(number, None)
+
+    def _overdue(self, what: str, seconds: float, began: float) -> str:
+        """The text for a request without an answer. began: the time at which it was made."""
+        self._silence.overdue(began)
+        if self.silent:
+            return f"{self.name}: {what}: {self.silent}"
+        return f"{self.name}: {what} has not been done within {seconds:g} s; it goes on"
+
     @property
     def is_open(self) -> bool:
         return self._is_open
+
+    @property
+    def silent(self) -> str:
+        """Why the process does not answer; "" while it does."""
+        return self._silence.text
 
     def post(self, operation: str, **members: object) -> None:
         """Ask for something whose outcome is of no interest, and which a request before has begun."""
         if self._answered.is_set() and not self._refusal:
             self._post({"id": next(self._numbers), "op": operation, **members})
+
+    def _ask_whether_there(self) -> None:
+        """Put a question that is answered at once, also by a release that does not know it."""
+        self._post({"id": next(self._numbers), "op": "hello", **protocol.spoken()})
 
     def _post(self, body: Body) -> None:
         try:
@@ -124,9 +169,14 @@ class Channel:
     async def agree(self) -> None:
         """Return when it is known that both sides speak some version of the protocol, or nothing comes any more.
 
-        Raises IncompatibleVersion where they do not.
+        Raises IncompatibleVersion where they do not, and TimeoutError when it is not known in time.
         """
-        await self._answered.wait()
+        seconds, began = deadlines.QUICK_SECONDS, self._loop.time()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._answered.wait()
+        except TimeoutError:
+            raise TimeoutError(self._overdue('"hello"', seconds, began)) from None
         if self._refusal:
             raise IncompatibleVersion(self._refusal)
 
@@ -154,26 +204,42 @@ class Channel:
         raise self.unavailable()
 
     async def _writable(self) -> None:
-        ready = asyncio.Event()
-        self._loop.add_writer(self._connection.fileno(), ready.set)
+        """Return when there is room, or the connection has ended."""
+        self._room.clear()
+        descriptor = self._connection.fileno()
+        self._loop.add_writer(descriptor, self._room.set)
         try:
-            await ready.wait()
+            await self._room.wait()
         finally:
-            self._loop.remove_writer(self._connection.fileno())
+            if self._is_open:  # `close` has done it, and the number may be another file's by now
+                self._loop.remove_writer(descriptor)
 
     def _receive_all(self) -> None:
         try:
             while self._is_open:
-                message = protocol.receive(self._connection)
+                try:
+                    message = protocol.receive(self._connection)
+                except protocol.WithoutDescriptors as error:
+                    self._silence.heard()
+                    self._fail(error)
+                    continue
                 if message is None:
                     self.close()
                 else:
+                    self._silence.heard()
                     self._dispatch(message)
         except BlockingIOError:
             pass
         except (OSError, ValueError) as error:
             log.warning("%s: %s", self.name, error)
             self.close()
+
+    def _fail(self, error: protocol.WithoutDescriptors) -> None:
+        """Fail the one request whose reply has come without its descriptors."""
+        log.warning("%s: a reply has lost its descriptors: %s", self.name, error)
+        future = self._pending.get(error.body.get("id", -1))
+        if future is not None and not future.done():
+            future.set_exception(ResourceExhausted(f"{self.name}: {error}"))
 
     def _dispatch(self, message: Message) -> None:
         if "event" in message.body:
@@ -211,18 +277,30 @@ class Channel:
             return
         self._is_open = False
         self._answered.set()
+        self._room.set()
+        self._silence.close()
         self._loop.remove_reader(self._connection.fileno())
+        self._loop.remove_writer(self._connection.fileno())
         self._connection.close()
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(self.unavailable())
         self._on_end()
+        self.ended.set()
 
     async def kill(self) -> None:
-        """Kill the process, and return when it is dead."""
-        if self._pidfd >= 0:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            await self.lost.wait()
+        """Kill the process, and return when it is dead. Raises TimeoutError when it does not die."""
+        if self._pidfd < 0:
+            return
+        signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        try:
+            async with asyncio.timeout(_KILL_SECONDS):
+                await self.lost.wait()
+        except TimeoutError:
+            why = waiting.explained(self.pid)
+            raise TimeoutError(
+                f"{self.name}: process {self.pid} does not die of SIGKILL: {why}"
+            ) from None
 
     def forget(self) -> None:
         """Disconnect, and stop watching the process."""
@@ -242,6 +320,8 @@ class Refusal(Channel):
     def __init__(self, text: str) -> None:
         self.pid = 0
         self.lost = asyncio.Event()
+        self.ended = asyncio.Event()
+        self._silence = Silence("", 0, lambda: False, lambda: None)
         self._is_open = False
         self._answered = asyncio.Event()
         self._answered.set()

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nodeagent.errors import InvalidArgument, NodeAgentError
+from nodeagent.errors import InvalidArgument, NodeAgentError, ResourceExhausted
 from nodeagent.sandbox import protocol
 from nodeagent.sandbox.protocol import Body
 from nodeagent.sandbox.runtime.loop import READABLE, WRITABLE, Loop, report
@@ -119,6 +119,10 @@ class Peer:
             return (
                 True  # it closed with messages of ours unread; this error comes before what it sent
             )
+        except protocol.WithoutDescriptors as error:
+            failure = protocol.describe_error(ResourceExhausted(f"a request: {error}"))
+            self.send({"id": error.body.get("id"), **failure})
+            return True
         except ValueError as error:
             self.send({"id": None, **protocol.describe_error(InvalidArgument(str(error)))})
             return True

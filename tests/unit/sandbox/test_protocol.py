@@ -171,7 +171,7 @@ async def test_a_malformed_reply_ends_the_connection(pair: Pair, body: Body) -> 
     channel = Channel(pair[0].dup(), "supervisor", lambda _event: None, ended.set)
     protocol.send(pair[1], protocol.encode(body), [pair[1].fileno()] * 2)
     with pytest.raises(errors.Unavailable, match="supervisor"):
-        await channel.request("op")
+        await channel.request("state")
     await ended.wait()
     channel.forget()
     assert open_descriptors() == before

@@ -169,3 +169,23 @@ def test_a_message_that_cannot_be_kept_ends_the_connection(
     peer.send({"event": "exit"}, [0])
     assert ended == [peer]
     theirs.close()
+
+
+def test_a_request_that_has_lost_its_descriptors_is_answered() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    peer = Peer(Loop(), ours, lambda _peer, _message: None, lambda _peer: None)
+    with open(os.devnull) as given:
+        protocol.send(theirs, protocol.encode({"id": 7, "op": "create"}), [given.fileno()])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    try:
+        peer.drain()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    answer = protocol.receive(theirs)
+    assert answer is not None
+    assert (answer.body["id"], answer.body["error"]) == (7, "ResourceExhausted")
+    peer.close()
+    theirs.close()
