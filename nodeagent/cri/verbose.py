@@ -58,7 +58,7 @@ def image_info(image: Image) -> dict[str, str]:
 def node_info(
     config: Config, version: str, status: NodeStatus, failures: Mapping[str, Failure]
 ) -> dict[str, str]:
-    """The verbose Status: configuration, version, problems of the network, failures of background tasks.
+    """The verbose Status: configuration, version, problems of the network, pods that do not answer, failed tasks.
 
     stateDir: critest looks for its file system, to know whether it can be idmapped.
     failures: of background tasks; those that have none are left out.
@@ -69,6 +69,7 @@ def node_info(
         "config": _json(settings),
         "version": version,
         "network": _json({"problems": status.network_problems}),
+        "podsNotAnswering": _json(status.not_answering),
         "backgroundTaskFailures": _json(failed),
     }
 

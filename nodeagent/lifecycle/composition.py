@@ -21,6 +21,7 @@ from nodeagent.lifecycle import private_mount
 from nodeagent.lifecycle.containers.containers import Containers
 from nodeagent.lifecycle.containers.creation import Creation
 from nodeagent.lifecycle.containers.groups import Groups
+from nodeagent.lifecycle.containers.removal import Removal
 from nodeagent.lifecycle.containers.stopping import Stopping
 from nodeagent.lifecycle.events import Events
 from nodeagent.lifecycle.health import Health
@@ -37,6 +38,7 @@ from nodeagent.lifecycle.recovery import Recovery
 from nodeagent.lifecycle.sessions import Sessions
 from nodeagent.lifecycle.supervisors.cgroup_files import joining_files
 from nodeagent.lifecycle.supervisors.launchers import Launchers
+from nodeagent.lifecycle.supervisors.polling import Polling
 from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.lifecycle.usage.stats import Stats
 from nodeagent.net.network import Network
@@ -141,6 +143,9 @@ async def recovered(base: Base) -> AsyncIterator[Node]:
         )
         await recovery.run()
         base.launchers.start()
+        polling = Polling(inventory, supervision, base.tasks)
+        polling.start()
+        stack.push_async_callback(polling.close)
         node.slots.start()
         try:
             yield node
@@ -204,12 +209,13 @@ def _assemble(base: Base, inventory: Inventory, supervision: Supervision) -> Nod
     places, network, tasks = base.places, base.network, base.tasks
     groups = Groups(base.cgroups)
     stopping = Stopping(inventory, supervision, groups)
+    removal = Removal(inventory, groups, base.images, base.trash, places.containers, base.tasks)
     containers = Containers(
         inventory=inventory,
         supervision=supervision,
-        images=base.images,
         groups=groups,
         stopping=stopping,
+        removal=removal,
         trash=base.trash,
         directory=places.containers,
         pods=places.pods,
@@ -221,7 +227,7 @@ def _assemble(base: Base, inventory: Inventory, supervision: Supervision) -> Nod
         version=version("nodeagent"),
         sandboxes=_sandboxes(base, inventory, supervision, containers, stopping, groups, slots),
         containers=containers,
-        creation=_creation(base, inventory, groups),
+        creation=_creation(base, inventory, groups, removal),
         stopping=stopping,
         groups=groups,
         images=base.images,
@@ -237,7 +243,7 @@ def _assemble(base: Base, inventory: Inventory, supervision: Supervision) -> Nod
     )
 
 
-def _creation(base: Base, inventory: Inventory, groups: Groups) -> Creation:
+def _creation(base: Base, inventory: Inventory, groups: Groups, removal: Removal) -> Creation:
     directories = [Path(each) for each in base.config.cdi.directories]
     planner = Planner(
         inventory,
@@ -255,7 +261,7 @@ def _creation(base: Base, inventory: Inventory, groups: Groups) -> Creation:
         groups=groups,
         planner=planner,
         cdi=Cdi(directories, base.config.cdi.hook_programs),
-        trash=base.trash,
+        removal=removal,
         directory=base.places.containers,
         tasks=base.tasks,
     )

@@ -45,6 +45,7 @@ class Pod:
         task = asyncio.current_task()
         if self.closing or self.supervisor is None or task is None:
             raise FailedPrecondition(f'pod sandbox "{sandbox_id}": is stopped')
+        self.supervisor.require()  # before anything is made that would have to be undone
         self.creating.add(task)
         try:
             yield self.supervisor

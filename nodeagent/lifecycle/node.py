@@ -1,6 +1,7 @@
 """The node as the API sees it: its parts by what they do, and its two conditions."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
@@ -25,7 +26,8 @@ from nodeagent.tasks import Tasks
 class NodeStatus:
     """The two conditions of the CRI. An empty reason belongs to a condition that holds.
 
-    network_problems: further problems of the network, in either case.
+    network_problems: further problems of the network, in either case. not_answering: why the supervisors of pods do not
+    answer, by the pod's id; none of it makes the runtime unready.
     """
 
     runtime_ready: bool
@@ -35,6 +37,7 @@ class NodeStatus:
     network_reason: str
     network_message: str
     network_problems: tuple[str, ...] = ()
+    not_answering: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +75,7 @@ class Node:
             network_reason=network.reason,
             network_message=network.message or "; ".join(network.problems),
             network_problems=network.problems,
+            not_answering=self.sandboxes.not_answering,
         )
 
     @property

@@ -1,7 +1,11 @@
-"""Recovery before an agent serves: it takes over what runs, and finishes or undoes what was cut off.
+"""Recovery when an agent starts: it takes over what runs, and finishes or undoes what was cut off.
 
 The truth comes from supervisors, exit records and the kernel; the store says what there should be. After a reboot
 nothing can run: pods are stopped, containers have ended unobserved, leases and directories are removed.
+
+Each pod is recovered by itself, and none can keep the node from starting: what has not succeeded within ANSWER_SECONDS
+goes on while the agent serves. Until then a pod is listed as its records have it; it can be stopped and removed. A pod
+is given up only for an error that the next attempt would find again, never for one that may pass.
 
 What a record names that cannot be read is left as it is, whether it runs or not: a later release, or `nodeagent check
 --repair`, may know more of it.
@@ -10,6 +14,7 @@ What a record names that cannot be read is left as it is, whether it runs or not
 import asyncio
 import logging
 import time
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +23,7 @@ import msgspec
 from nodeagent import records
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.database import REMEDY
-from nodeagent.errors import NodeAgentError
+from nodeagent.errors import NodeAgentError, ResourceExhausted, Unavailable
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle.containers.containers import Containers
 from nodeagent.lifecycle.containers.stopping import Stopping
@@ -32,13 +37,19 @@ from nodeagent.net.network import Network
 from nodeagent.records import Sandbox
 from nodeagent.sandbox import paths
 from nodeagent.sandbox.agent.client import Supervisor
-from nodeagent.tasks import all_of
 
 log = logging.getLogger(__name__)
 
 
+# For all that has to be asked before the agent serves. Processes that run answer within milliseconds.
+ANSWER_SECONDS = 5.0
+
+# Errors of a pod that may pass: what it needs is not there now, or does not answer.
+_MAY_PASS = (OSError, Unavailable, ResourceExhausted)
+
+
 class Recovery:
-    """The recovery, run once before the first request."""
+    """The recovery, begun once before the first request."""
 
     def __init__(
         self,
@@ -62,8 +73,10 @@ class Recovery:
         self._launchers = launchers
         self._cgroups = cgroups
         self._places = places
+        self._is_serving = False
 
     async def run(self) -> None:
+        """Return when the agent may serve, which ANSWER_SECONDS bound as far as other processes are concerned."""
         boot = boot_id()
         for sandbox in list(self._inventory.sandboxes.values()):
             if sandbox.boot_id != boot:
@@ -75,21 +88,50 @@ class Recovery:
             )
         self._images.release_others(self._inventory.containers.keys() | unreadable)
         self._end_what_cannot_run()
-        ready = [s for s in self._inventory.sandboxes.values() if s.ready]
-        await all_of(self._adopt(sandbox) for sandbox in ready)
-        # After the adoption: what belongs to no adopted pod now is left over.
-        await self._dismantle_strangers()
-        await self._undo_intentions()
+        work = [*self._adoptions(), *self._undoing(), *self._clearing()]
+        await self._answers(work)
+        self._is_serving = True
         await self._network.recover(self._inventory.pods.keys() | unreadable)
 
-    async def _adopt(self, sandbox: Sandbox) -> None:
+    async def _answers(self, work: Sequence[asyncio.Task[None]]) -> None:
+        """Wait for parts of the recovery; name those that go on in the background."""
+        if not work:
+            return
+        _, missing = await asyncio.wait(work, timeout=ANSWER_SECONDS)
+        for task in missing:
+            log.warning("%s: not finished within %g s, it goes on", task.get_name(), ANSWER_SECONDS)
+
+    # --- pods that ran ---
+
+    def _adoptions(self) -> Iterator[asyncio.Task[None]]:
+        for sandbox in self._inventory.sandboxes.values():
+            if sandbox.ready:
+                self._supervision.expect(sandbox.id)
+                yield self._supervision.recover(_pod(sandbox.id), partial(self._adopt, sandbox.id))
+
+    async def _adopt(self, sandbox_id: str) -> None:
         try:
-            await self._supervision.adopt(sandbox.id)
+            await self._supervision.adopt(sandbox_id)
         except (NodeAgentError, OSError) as error:
-            log.error('pod sandbox "%s": cannot be taken over, it ends: %s', sandbox.id, error)
-            await self._stopping.kill_all(sandbox.id)
-            await self._remove_group(sandbox)
-            self._rebooted(sandbox)
+            if isinstance(error, _MAY_PASS) and not isinstance(error, FileNotFoundError):
+                raise
+            log.error('pod sandbox "%s": cannot be taken over, it ends: %s', sandbox_id, error)
+            await self._end(sandbox_id)
+
+    async def _end(self, sandbox_id: str) -> None:
+        """End a pod that has no supervisor, and can have none."""
+        sandbox = self._inventory.sandboxes.get(sandbox_id)
+        if sandbox is None or not sandbox.ready:
+            return
+        await self._stopping.kill_all(sandbox_id)
+        await self._remove_group(sandbox)
+        for container in self._inventory.members(sandbox_id):
+            if container.created_at and container.state != "exited":
+                self._supervision.ended_as(records.lost(container, time.time_ns()))
+        stopped = msgspec.structs.replace(sandbox, stopped_at=time.time_ns())
+        self._inventory.note(stopped, "stopped")
+        self._inventory.pods.pop(sandbox_id, None)
+        await self._dismantle(self._places.pods / sandbox_id)
 
     def _rebooted(self, sandbox: Sandbox) -> None:
         """Record that nothing of this pod can run any more."""
@@ -108,23 +150,25 @@ class Recovery:
             if is_gone and container.created_at:
                 self._inventory.save(records.lost(container, time.time_ns()))
 
-    async def _undo_intentions(self) -> None:
-        unreadable = self._inventory.unreadable
-        unfinished = [
-            container
-            for container in self._inventory.containers.values()
-            if not container.created_at
-            or container.sandbox_id not in self._inventory.sandboxes.keys() | unreadable
-        ]
-        await all_of(
-            self._supervision.recover(
-                f'container "{container.id}"', partial(self._containers.undo, container)
-            )
-            for container in unfinished
-        )
+    # --- intentions ---
+
+    def _undoing(self) -> Iterator[asyncio.Task[None]]:
+        """Undo what an earlier agent has begun to make, and has not finished."""
+        pods = self._inventory.sandboxes.keys() | self._inventory.unreadable
+        for container in list(self._inventory.containers.values()):
+            if not container.created_at or container.sandbox_id not in pods:
+                yield self._supervision.recover(
+                    f'container "{container.id}"', partial(self._containers.undo, container)
+                )
         for sandbox in list(self._inventory.sandboxes.values()):
-            if not sandbox.ready_at and await self._remove_group(sandbox):
-                self._inventory.forget(sandbox)
+            if not sandbox.ready_at:
+                yield self._supervision.recover(
+                    _pod(sandbox.id), partial(self._undo_sandbox, sandbox)
+                )
+
+    async def _undo_sandbox(self, sandbox: Sandbox) -> None:
+        await asyncio.to_thread(cgroup.remove, self._cgroups, sandbox)
+        self._inventory.forget(sandbox)
 
     async def _remove_group(self, sandbox: Sandbox) -> bool:
         """Remove the pod's cgroup; False if it cannot be, which the pod's removal or the next start tries again."""
@@ -135,30 +179,32 @@ class Recovery:
             return False
         return True
 
-    async def _dismantle_strangers(self) -> None:
+    # --- what has no record ---
+
+    def _clearing(self) -> Iterator[asyncio.Task[None]]:
         """Remove pods without a record, which were slots or cut off, and containers without one."""
-        launcher = await self._launchers.get()
-        known = {directory.name for directory in self._places.pods.iterdir()}
-        records = self._inventory.pods.keys() | self._inventory.unreadable
-        strangers = known.union(await launcher.pods()) - records
-        await all_of(
-            self._supervision.recover(
+        found = {directory.name for directory in self._places.pods.iterdir()}
+        unreadable = self._inventory.unreadable
+        for pod_id in found.difference(self._inventory.pods, unreadable):
+            yield self._supervision.recover(
                 f'pod "{pod_id}"', partial(self._dismantle, self._places.pods / pod_id)
             )
-            for pod_id in strangers
-        )
         for directory in self._places.containers.iterdir():
-            if directory.name not in self._inventory.containers.keys() | self._inventory.unreadable:
-                await self._clear_stranger(directory.name)
+            if directory.name not in self._inventory.containers.keys() | unreadable:
+                yield self._supervision.recover(
+                    f'container "{directory.name}"',
+                    partial(self._containers.clear_stranger, directory.name),
+                )
+        yield self._supervision.recover("launcher", partial(self._clear_launcher, found))
 
-    async def _clear_stranger(self, container_id: str) -> None:
-        """Remove what there is of an unknown container; what a blocked process keeps is left to the next start."""
-        try:
-            await self._containers.clear_stranger(container_id)
-        except (NodeAgentError, OSError) as error:
-            log.error(
-                'container "%s": cannot be removed until the next start: %s', container_id, error
-            )
+    async def _clear_launcher(self, found: Collection[str]) -> None:
+        """Remove the pods that only the launcher knows. found: those that have a directory."""
+        launcher = await self._launchers.get()
+        kept = set(await launcher.pods())
+        if self._is_serving:
+            return  # it may have slots of ours by now; what else it has is found by the reconciliation
+        for pod_id in kept.difference(found, self._inventory.pods, self._inventory.unreadable):
+            await self._dismantle(self._places.pods / pod_id)
 
     async def _dismantle(self, directory: Path) -> None:
         """Remove an unknown pod."""
@@ -178,3 +224,7 @@ class Recovery:
         await launcher.abandon(directory.name)
         paths.unpin(str(directory))
         return None
+
+
+def _pod(sandbox_id: str) -> str:
+    return f'pod sandbox "{sandbox_id}"'

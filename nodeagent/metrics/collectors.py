@@ -63,6 +63,11 @@ class NodeCollector(Collector):
         self._families = (
             InfoMetricFamily("nodeagent_build", "The agent", {"version": node.version}),
             _gauge("nodeagent_pods", "Pods by state", pods, ("ready", "notready")),
+            GaugeMetricFamily(
+                "nodeagent_pods_not_answering",
+                "Pods whose supervisor does not answer; the log and verbose Status say why",
+                value=len(node.sandboxes.not_answering),
+            ),
             _gauge(
                 "nodeagent_containers",
                 "Containers by state",

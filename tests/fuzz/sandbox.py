@@ -118,7 +118,7 @@ async def _ask(data: bytes) -> None:
             fds = [memfd] * (data[0] % 3 if data else 0)
             protocol.send(theirs, protocol.encode({"id": 0, "result": protocol.spoken()}))
             await channel.agree()
-            asking = asyncio.create_task(channel.request("ask"))
+            asking = asyncio.create_task(channel.request("state"))
             await asyncio.sleep(0)
             protocol.send(theirs, data[1:] or b"{}", fds)
             theirs.shutdown(socket.SHUT_WR)

@@ -20,12 +20,15 @@ import pytest
 from nodeagent import database, files, trash
 from nodeagent.lifecycle import health as health_module
 from nodeagent.lifecycle import sessions as sessions_module
+from nodeagent.lifecycle.containers.removal import Removal
 from nodeagent.lifecycle.events import Events
 from nodeagent.lifecycle.health import Health
 from nodeagent.lifecycle.inventory import Inventory, Pod
 from nodeagent.lifecycle.pods.slots import Slots
 from nodeagent.lifecycle.sessions import Sessions
+from nodeagent.lifecycle.supervisors import polling
 from nodeagent.lifecycle.supervisors.launchers import Launchers
+from nodeagent.lifecycle.supervisors.polling import Polling
 from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.lifecycle.usage import disk
 from nodeagent.lifecycle.usage.disk import Disks
@@ -40,6 +43,7 @@ from nodeagent.streaming.tls import TLSFiles
 from nodeagent.tasks import Tasks, cancel
 from nodeagent.trash import Trash
 from tests.support.faults import Fault, any_error, impatient_tasks, until
+from tests.unit.cri import records
 from tests.unit.test_operations_doc import tasks
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -68,13 +72,20 @@ class Work:
 
 class FakeSupervisor:
     is_lost = False
+    silent = ""
     on_exit: Any = None
     on_init_exit: Any = None
 
     def __init__(self, fault: Fault | None = None) -> None:
-        self.lost = asyncio.Event()
+        self.lost, self.ended = asyncio.Event(), asyncio.Event()
         self.states = 0
         self._fault = fault
+
+    async def has_died(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """It has no connection."""
 
     async def shutdown(self) -> None:
         """Nothing runs in it."""
@@ -150,7 +161,7 @@ async def replacing_launchers(world: World) -> Work:
     made: list[Any] = []
 
     async def start() -> Launcher:
-        made.append(SimpleNamespace(lost=asyncio.Event(), close=lambda: None))
+        made.append(SimpleNamespace(ended=asyncio.Event(), close=lambda: None))
         return cast(Launcher, made[-1])
 
     launchers = Launchers(world.fault.before_async(start), world.tasks)
@@ -182,7 +193,7 @@ def succession(world: World, successor: FakeSupervisor, get_fault: Fault | None)
     watching.watch("pod", first)
 
     async def ask() -> None:
-        first.lost.set()
+        first.ended.set()
 
     def is_done() -> bool:
         return inventory.pods["pod"].supervisor is cast(Any, successor) and successor.states > 0
@@ -207,12 +218,59 @@ async def recovering_pods(world: World) -> Work:
         return found
 
     world.patch.setattr(Supervisor, "connect", connect)
-    world.patch.setattr("nodeagent.lifecycle.supervisors.supervision.ANSWER_SECONDS", 0)
 
     async def ask() -> None:
-        await watching.adopt("pod")
+        watching.expect("pod")
+        watching.recover("pod", partial(watching.adopt, "pod"))
 
     return Work("recovery", ask, lambda: found.states, watching.close)
+
+
+async def undoing_creations(world: World) -> Work:
+    inventory, _ = supervision(world, None)
+    container = records.container("c", sandbox_id="pod", created_at=0)
+    inventory.save(container)
+
+    async def remove(_: object) -> None:
+        world.fault.strike()
+
+    groups: Any = SimpleNamespace(remove=remove)
+    images: Any = SimpleNamespace(release=lambda _: None)
+    bin_: Any = SimpleNamespace(take=lambda _: None)
+    removal = Removal(inventory, groups, images, bin_, world.folder, world.tasks)
+    asking: list[asyncio.Task[None]] = []
+
+    async def ask() -> None:
+        asking.append(asyncio.create_task(removal.undo(container)))
+
+    async def close() -> None:
+        await removal.close()
+        await asyncio.wait(asking)
+
+    return Work("undo", ask, lambda: not inventory.containers, close)
+
+
+async def asking_for_states(world: World) -> Work:
+    inventory, watching = supervision(world, None)
+    inventory.save(records.container("c", sandbox_id="pod", started_at=1))
+    supervisor = FakeSupervisor(world.fault)
+    inventory.pods["pod"] = Pod(cast(Supervisor, supervisor))
+    watching.watch("pod", cast(Supervisor, supervisor))
+    world.patch.setattr(polling, "PERIOD_SECONDS", 0)
+    asking = Polling(inventory, watching, world.tasks)
+
+    async def kill(_: object) -> None:
+        """Nothing runs."""
+
+    async def ask() -> None:
+        watching.kill = kill
+        asking.start()
+
+    async def close() -> None:
+        await asking.close()
+        await watching.close()
+
+    return Work("supervisor state", ask, lambda: supervisor.states, close)
 
 
 async def ending_pods(world: World) -> Work:
@@ -356,6 +414,8 @@ TASKS = [
     replacing_supervisors,
     asking_successors,
     recovering_pods,
+    asking_for_states,
+    undoing_creations,
     ending_pods,
     clearing_up_execs,
     measuring_disks,

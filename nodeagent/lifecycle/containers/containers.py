@@ -19,10 +19,10 @@ from nodeagent.errors import (
     NotFound,
     StartError,
 )
-from nodeagent.images.catalog import Images
 from nodeagent.lifecycle.containers import exec_sync, oom_at_start, oom_score
 from nodeagent.lifecycle.containers.captures import Captures
 from nodeagent.lifecycle.containers.groups import Groups
+from nodeagent.lifecycle.containers.removal import Removal
 from nodeagent.lifecycle.containers.stopping import Stopping
 from nodeagent.lifecycle.inventory import Inventory
 from nodeagent.lifecycle.supervisors.supervision import Supervision
@@ -45,9 +45,9 @@ class Containers:
         *,
         inventory: Inventory,
         supervision: Supervision,
-        images: Images,
         groups: Groups,
         stopping: Stopping,
+        removal: Removal,
         trash: Trash,
         directory: Path,
         pods: Path,
@@ -58,9 +58,9 @@ class Containers:
         """
         self._inventory = inventory
         self._supervision = supervision
-        self._images = images
         self._groups = groups
         self._stopping = stopping
+        self._removal = removal
         self._trash = trash
         self._directory = directory
         self._pods = pods
@@ -125,14 +125,7 @@ class Containers:
 
     async def clear(self, container: Container) -> None:
         """Remove what there is of a container that does not run, finished or not, then its record."""
-        # The record last: as long as anything is left, the next start finds it by its record.
-        pod = self._inventory.pods.get(container.sandbox_id)
-        if pod is not None and pod.supervisor is not None:
-            await pod.supervisor.remove(container.id)
-        await self._groups.remove(container)
-        self._trash.take(self._directory / container.id)
-        self._images.release(container.id)
-        self._inventory.forget(container)
+        await self._removal.clear(container)
 
     async def undo(self, container: Container) -> None:
         """Remove what a creation has made that an earlier agent did not finish.

@@ -8,7 +8,6 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +19,12 @@ from nodeagent.errors import (
     AlreadyExists,
     FailedPrecondition,
     NotFound,
+    Unavailable,
 )
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle.containers import oom_at_start
 from nodeagent.lifecycle.containers.groups import Groups
+from nodeagent.lifecycle.containers.removal import Removal
 from nodeagent.lifecycle.creations import Creations
 from nodeagent.lifecycle.inventory import Inventory
 from nodeagent.lifecycle.plan import bundle, cgroup_mounts, process
@@ -35,7 +36,6 @@ from nodeagent.records import Container, Image, Sandbox
 from nodeagent.requests import ContainerConfig, Resources
 from nodeagent.sandbox.agent.client import Supervisor
 from nodeagent.tasks import Tasks
-from nodeagent.trash import Trash
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Creation:
         groups: Groups,
         planner: Planner,
         cdi: Cdi,
-        trash: Trash,
+        removal: Removal,
         directory: Path,
         tasks: Tasks,
     ) -> None:
@@ -63,7 +63,7 @@ class Creation:
         self._planner = planner
         self._cdi = cdi
         self._host_paths = HostPaths()
-        self._trash = trash
+        self._removal = removal
         self._directory = directory
         # Warnings that hold for every container: no more than there are limits, capabilities and scores.
         self._said_of_all: set[str] = set()
@@ -91,11 +91,12 @@ class Creation:
             config = await self._with_devices(sandbox, config)
             image = self._image(config)
             container = self._intention(sandbox, config, image)
-            async with AsyncExitStack() as undo:
-                self._inventory.save(container)
-                undo.callback(self._inventory.forget, container)
-                await self._make(sandbox, container, image, supervisor, undo)
-                undo.pop_all()
+            self._inventory.save(container)
+            try:
+                await self._make(sandbox, container, image, supervisor)
+            except BaseException:
+                await self._removal.undo(container)
+                raise
         return container.id
 
     async def _with_devices(self, sandbox: Sandbox, config: ContainerConfig) -> ContainerConfig:
@@ -116,15 +117,11 @@ class Creation:
         container: Container,
         image: Image,
         supervisor: Supervisor,
-        undo: AsyncExitStack,
     ) -> None:
         inputs = await self._planner.resolve(container.config)
         plan = self._planner.plan(sandbox, container, image, inputs, self._directory / container.id)
-        # Registered before what it undoes, which may be cut off halfway.
-        undo.callback(self._images.release, container.id)
         for needed in self._planner.images(container.config, image):
             self._images.hold(needed.id, container.id)
-        undo.callback(self._trash.take, self._directory / container.id)
         _make_directory(self._directory / container.id)
         # Its first process works for some milliseconds until it is ready, which takes seconds of a quota like "10m".
         quota = Resources(
@@ -133,11 +130,9 @@ class Creation:
         )
         unhurried = msgspec.structs.replace(container.resources, cpu_quota_usec=0)
         group = self._groups.create(container, unhurried)
-        undo.push_async_callback(self._groups.remove, container)
         if not sandbox.config.cgroup_parent:
             self._groups.limit_pod(sandbox)
         group.set_devices(inputs.devices.rules)  # before any process is in it
-        undo.push_async_callback(supervisor.remove, container.id)
         with supervisor_files(group) as fds, oom_at_start.named(container, group):
             made = await supervisor.create(plan, fds)
         bundle.require(plan)
@@ -197,6 +192,12 @@ class Creation:
     def _refuse_duplicate(self, sandbox: Sandbox, config: ContainerConfig) -> None:
         for other in self._inventory.members(sandbox.id):
             if (other.config.name, other.config.attempt) == (config.name, config.attempt):
+                if not other.created_at:
+                    why = self._removal.why_left(other.id) or "an earlier agent has left it"
+                    raise Unavailable(
+                        f'container "{config.name}": an earlier creation of attempt {config.attempt} in pod sandbox '
+                        f'"{sandbox.id}" is still being undone: {why}'
+                    )
                 raise AlreadyExists(
                     f'container "{config.name}": attempt {config.attempt} in pod sandbox '
                     f'"{sandbox.id}" is {other.id}; remove it first, or use another attempt'
@@ -205,6 +206,7 @@ class Creation:
     async def close(self) -> None:
         """Undo what is under way."""
         await self._creations.close()
+        await self._removal.close()
 
 
 def _make_directory(directory: Path) -> None:

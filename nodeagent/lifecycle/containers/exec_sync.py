@@ -45,7 +45,9 @@ async def exec_sync(
     try:
         async with asyncio.timeout(timeout_s + KILL_PATIENCE_SECONDS if timeout_s else None):
             return await _run(supervisor, group, captures, plan)
-    except TimeoutError:
+    except TimeoutError as error:
+        if str(error):
+            raise  # not of the command, but of its supervisor, which does not answer
         raise TimeoutError(
             f'container "{container.id}": {argv[0]!r} ran longer than {timeout_s:g} s'
         ) from None

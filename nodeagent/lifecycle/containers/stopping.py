@@ -68,7 +68,15 @@ class Stopping:
         # The first process of its PID namespace may wait, uninterruptibly, for another one of the container.
         await asyncio.to_thread(self._groups.of(container).kill)
         if not await self._ends_within(container, KILL_PATIENCE_SECONDS):
-            raise TimeoutError(unkillable.explained(container, self._groups.of(container)))
+            raise TimeoutError(self._why_not_ended(container))
+
+    def _why_not_ended(self, container: Container) -> str:
+        if silent := self._inventory.supervisor(container).silent:
+            return (
+                f'container "{container.id}": killed, but the supervisor of its pod, which is to tell its end, '
+                f"does not: {silent}"
+            )
+        return unkillable.explained(container, self._groups.of(container))
 
     async def _end_start(self, container: Container, timeout_s: float) -> Container:
         """The container's record once its start is over, which is forced if another container blocks it (ptrace).
@@ -111,14 +119,17 @@ class Stopping:
     async def stop_all(self, sandbox_id: str) -> None:
         """Kill every container of a pod, all at once; raises when one of them does not end.
 
-        Where a supervisor has died, or does not understand us, the agent kills.
+        Where a supervisor has died, does not answer, or does not understand us, the agent kills.
         """
         members = self._inventory.members(sandbox_id)
         running = [c for c in members if c.state == "running" or c.id in self._starting]
         results = await asyncio.gather(
             *(self.stop(container.id, 0) for container in running), return_exceptions=True
         )
-        unasked = (IncompatibleVersion, Unavailable)
+        pod = self._inventory.pods.get(sandbox_id)
+        is_silent = pod is not None and pod.supervisor is not None and bool(pod.supervisor.silent)
+        # A silent one does not tell the end of what was killed either; it is ended with its pod.
+        unasked = (IncompatibleVersion, Unavailable) + ((TimeoutError,) if is_silent else ())
         if any(isinstance(result, unasked) for result in results):
             await self.kill_all(sandbox_id)
         failures = [

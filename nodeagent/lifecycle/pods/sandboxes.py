@@ -5,9 +5,10 @@ without `ready_at` is the intention to make them; the record goes when all of th
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Collection
-from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import msgspec
 
 from nodeagent import requests
 from nodeagent.cgroups.manager import Cgroups
-from nodeagent.errors import AlreadyExists, InvalidArgument, NotFound
+from nodeagent.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
 from nodeagent.lifecycle.containers.containers import Containers
 from nodeagent.lifecycle.containers.groups import Groups
+from nodeagent.lifecycle.containers.removal import NAME as UNDO
+from nodeagent.lifecycle.containers.removal import UNDO_SECONDS
 from nodeagent.lifecycle.containers.stopping import Stopping
 from nodeagent.lifecycle.creations import Creations
 from nodeagent.lifecycle.inventory import Inventory, Pod, boot_id
@@ -32,6 +35,8 @@ from nodeagent.requests import Resources, SandboxConfig
 from nodeagent.sandbox.agent.client import Supervisor
 from nodeagent.sandbox.spec import DEFAULT_SHM_BYTES, PodSettings
 from nodeagent.tasks import Tasks
+
+log = logging.getLogger(__name__)
 
 
 class Sandboxes:
@@ -63,6 +68,7 @@ class Sandboxes:
         self._directory = directory
         self._cgroups = cgroups
         self._handlers = handlers
+        self._tasks = tasks.part()
         self._creations = Creations(tasks, "pod creation", inventory.sandboxes.__contains__)
         supervision.end_pod = self.stop
 
@@ -79,13 +85,23 @@ class Sandboxes:
         sandboxes = self._inventory.sandboxes.values()
         return bool(self._inventory.unreadable) or any(sandbox.ready for sandbox in sandboxes)
 
+    @property
+    def not_answering(self) -> dict[str, str]:
+        """Why the supervisors of pods do not answer, by the pod's id; empty when all do."""
+        return {
+            pod_id: pod.supervisor.silent
+            for pod_id, pod in self._inventory.pods.items()
+            if pod.supervisor is not None and pod.supervisor.silent
+        }
+
     def verbose(self, name: str) -> dict[str, Any]:
-        """The pod's supervisor and directory."""
+        """The pod's supervisor, why it does not answer ("" where it does), and the pod's directory."""
         sandbox = self._inventory.sandbox(name)
         pod = self._inventory.pods.get(sandbox.id)
         supervisor = pod.supervisor if pod else None
         return {
             "pid": supervisor.pid if supervisor else 0,
+            "notAnswering": supervisor.silent if supervisor else "",
             "directory": str(self._directory / sandbox.id),
         }
 
@@ -115,20 +131,33 @@ class Sandboxes:
             created_at=time.time_ns(),
             addresses=tuple(address.partition("/")[0] for address in slot.addresses),
         )
-        async with AsyncExitStack() as undo:
-            # Undone from the last to the first: without its record the pod is a slot, which any later start removes.
-            undo.push_async_callback(self._slots.discard, slot)
+        try:
             self._inventory.save(sandbox)
-            undo.callback(self._inventory.forget, sandbox)
-            undo.push_async_callback(asyncio.to_thread, cgroup.remove, self._cgroups, sandbox)
             await self._settle(slot, sandbox)
             self._inventory.pods[slot.id] = Pod(slot.supervisor)
             self._inventory.save(
                 msgspec.structs.replace(sandbox, ready_at=time.time_ns()), "created", "started"
             )
-            undo.pop_all()
+        except BaseException:
+            self._inventory.pods.pop(slot.id, None)
+            await self._undo(slot, sandbox)
+            raise
         self._supervision.watch(slot.id, slot.supervisor)
         return slot.id
+
+    async def _undo(self, slot: Slot, sandbox: Sandbox) -> None:
+        """Undo a pod that was not finished; what cannot be undone at once is tried again behind the caller."""
+        about = f'pod sandbox "{sandbox.id}"'
+        task = self._tasks.keep(UNDO, partial(self._clear, slot, sandbox), about=about)
+        _, missing = await asyncio.wait([task], timeout=UNDO_SECONDS)
+        if missing:
+            log.warning("%s: its creation cannot be undone yet, which goes on", about)
+
+    async def _clear(self, slot: Slot, sandbox: Sandbox) -> None:
+        """Undo everything of a pod, and only then its record, by which the next start would find it."""
+        await self._slots.discard(slot)
+        await asyncio.to_thread(cgroup.remove, self._cgroups, sandbox)
+        self._inventory.forget(sandbox)
 
     async def _settle(self, slot: Slot, sandbox: Sandbox) -> None:
         config = sandbox.config
@@ -148,6 +177,11 @@ class Sandboxes:
     def _refuse_duplicate(self, config: SandboxConfig) -> None:
         for other in self._inventory.sandboxes.values():
             if _identity(other.config) == _identity(config):
+                if not other.ready_at:
+                    raise Unavailable(
+                        f'pod sandbox "{config.namespace}/{config.name}": an earlier creation of attempt '
+                        f'{config.attempt} of uid "{config.uid}" ({other.id}) is still being undone'
+                    )
                 raise AlreadyExists(
                     f'pod sandbox "{config.namespace}/{config.name}": attempt {config.attempt} of '
                     f'uid "{config.uid}" is {other.id}; remove it first, or use another attempt'
@@ -175,9 +209,10 @@ class Sandboxes:
             await self._stopping.stop_all(sandbox.id)
         finally:
             await self._network.detach(sandbox.id)
-        # Only now: the supervisor that undoes them may be blocked by a container that ran, in a pipe that it held.
+        # Only now: the supervisor that undoes them may be blocked by a container that ran, in a pipe that it held. One
+        # that hangs is not waited for: what it has made so far is killed, and removed with the pod.
         if pod.creating:
-            await asyncio.wait(pod.creating)
+            await asyncio.wait(pod.creating, timeout=UNDO_SECONDS)
         await self._supervision.shut_down(sandbox.id)
         await asyncio.to_thread(cgroup.remove, self._cgroups, sandbox)
         current = self._inventory.sandboxes.get(sandbox.id)
@@ -222,6 +257,7 @@ class Sandboxes:
     async def close(self) -> None:
         """Undo what is under way."""
         await self._creations.close()
+        await self._tasks.close()
 
 
 def admit(

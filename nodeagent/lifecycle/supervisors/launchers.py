@@ -1,4 +1,4 @@
-"""The launcher, kept alive: one that died is replaced at once.
+"""The launcher, kept alive and connected: one that died, or does not answer, is replaced at once.
 
 Supervisors live without it, but then nothing keeps what their successors would need.
 """
@@ -38,16 +38,19 @@ class Launchers:
     async def _keep(self) -> None:
         while True:
             launcher = await self.get()
-            await launcher.lost.wait()
+            await launcher.ended.wait()
 
     async def get(self) -> Launcher:
-        """A launcher that is alive as far as is known. Cancelling a caller does not cancel the start of one."""
+        """A launcher that is connected as far as is known. Cancelling a caller does not cancel the start of one."""
         return await asyncio.shield(self._tasks.start("launcher", self._get()))
 
     async def _get(self) -> Launcher:
         async with self._lock:
-            if self._current is not None and self._current.lost.is_set():
-                log.warning("the launcher died, starting another")
+            if self._current is not None and self._current.ended.is_set():
+                if await self._current.has_died():
+                    log.warning("the launcher died, starting another")
+                else:
+                    log.warning("the connection to the launcher has ended, connecting again")
                 self._current.close()
                 self._current = None
             if self._current is None:

@@ -1,13 +1,16 @@
 """Supervision: every pod stays connected to a living supervisor, and its records agree with what that observed.
 
 A supervisor that died is replaced by a successor, which gets the log pipes and pids that the launcher kept; the
-containers notice nothing. What ended in between is read from exit records; only what has no record is unknown.
+containers notice nothing. What ended in between is read from exit records; only what has no record is unknown. One that
+lives, and whose connection has ended, is connected to again. What is heard through events, which are sent once, is
+asked for as well: after each connection, and by `Polling`.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from nodeagent.lifecycle.inventory import Inventory, Pod
 from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.records import Container
 from nodeagent.sandbox import exits
-from nodeagent.sandbox.agent.client import Supervisor
+from nodeagent.sandbox.agent.client import NOBODY_LISTENS, Supervisor
 from nodeagent.sandbox.agent.connector import SOCKETS, Connector
 from nodeagent.sandbox.spec import Exit
 from nodeagent.tasks import Tasks
@@ -26,8 +29,6 @@ from nodeagent.tasks import Tasks
 log = logging.getLogger(__name__)
 
 PAUSES_SECONDS = (0.1, 0.3, 1.0)
-ANSWER_SECONDS = 5.0
-REACH_SECONDS = 20.0  # of a successor, it takes some milliseconds
 
 
 class Supervision:
@@ -69,30 +70,47 @@ class Supervision:
         if task is not None:
             task.cancel()
 
-    async def adopt(self, sandbox_id: str) -> None:
-        """Take a pod over from the agent before us. One that this release does not understand is left as it is.
-
-        Raises TimeoutError where its supervisor has died and a successor does not come up: a container can block that
-        with its pipe, which the successor drains.
-        """
-        async with asyncio.timeout(REACH_SECONDS):
-            supervisor = await self.reach(sandbox_id)
-        self._inventory.pods[sandbox_id] = Pod(supervisor)
-        self.watch(sandbox_id, supervisor)
-        await self.recover(
-            _pod(sandbox_id), partial(self._reconcile_adopted, sandbox_id, supervisor)
+    def expect(self, sandbox_id: str) -> None:
+        """Have a pod of the agent before us, whose supervisor is not reached yet: it can be listed, and stopped."""
+        self._inventory.pods[sandbox_id] = Pod(
+            self._unreached(sandbox_id, "the agent has just started")
         )
 
-    async def recover(self, what: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Do what recovery asks of a supervisor until it succeeds, and wait for it ANSWER_SECONDS at most.
+    def _unreached(self, sandbox_id: str, why: str) -> Supervisor:
+        directory = self._directory / sandbox_id
+        return Supervisor.unreached(directory, sandbox_id, why, self._connector)
 
-        A container may hold a supervisor up, and one pod's failure must not keep the node from starting: the work goes
-        on in the background, until `close` at the latest. what: the object that the work is about, in the log.
+    async def adopt(self, sandbox_id: str) -> None:
+        """Take over a pod that is expected, or return if it has ended. It may be called again after each failure.
+
+        One that this release does not understand is left as it is.
         """
-        task = self._tasks.keep("recovery", work, about=what)
-        await asyncio.wait((task,), timeout=ANSWER_SECONDS)
-        if not task.done():
-            log.warning("%s: the supervisor does not answer yet", what)
+        pod = self._inventory.pods.get(sandbox_id)
+        if pod is None or pod.supervisor is None:
+            return
+        if sandbox_id not in self._watches:
+            expected = pod.supervisor
+            try:
+                supervisor = await self.reach(sandbox_id)
+            except (NodeAgentError, OSError) as error:
+                if pod.supervisor is expected:
+                    pod.supervisor = self._unreached(sandbox_id, str(error))
+                raise
+            if pod.supervisor is not expected:
+                supervisor.close()  # it has been stopped meanwhile
+                return
+            pod.supervisor = supervisor
+            self.watch(sandbox_id, supervisor)
+        await self._reconcile_adopted(sandbox_id, pod.supervisor)
+
+    def recover(
+        self, what: str, work: Callable[[], Coroutine[Any, Any, None]]
+    ) -> asyncio.Task[None]:
+        """Do a part of recovery until it succeeds, in the background until `close` at the latest.
+
+        what: the object that the work is about, in the log.
+        """
+        return self._tasks.keep("recovery", work, about=what)
 
     async def reach(self, sandbox_id: str) -> Supervisor:
         """The pod's supervisor, or a successor of one that has died. One may just be coming, or going."""
@@ -177,30 +195,54 @@ class Supervision:
     # --- succession ---
 
     async def _succeed(self, sandbox_id: str, supervisor: Supervisor) -> None:
-        """Replace a supervisor when it has died. Whatever fails, the next attempt goes on from there."""
-        await supervisor.lost.wait()
+        """Replace a supervisor that has died, or connect again. Whatever fails, the next attempt goes on from there."""
+        await supervisor.ended.wait()
         pod = self._inventory.pods.get(sandbox_id)
         if pod is None:
             return
         if pod.supervisor is supervisor:
-            log.warning('pod sandbox "%s": its supervisor died, starting a successor', sandbox_id)
-            pod.supervisor = await self._reach(sandbox_id)
-            self.watch(sandbox_id, pod.supervisor)
-        successor = pod.supervisor
-        if successor is None or successor.is_lost:
+            if await supervisor.has_died():
+                log.warning(
+                    'pod sandbox "%s": its supervisor died, starting a successor', sandbox_id
+                )
+            else:
+                log.warning(
+                    'pod sandbox "%s": the connection to its supervisor has ended', sandbox_id
+                )
+            successor = await self._reach(sandbox_id)
+            supervisor.close()
+            pod.supervisor = successor
+            self.watch(sandbox_id, successor)
+        current = pod.supervisor
+        if current is None or current.ended.is_set():
             return  # the pod has ended, or the successor died as well, and is watched
-        await self._reconcile_or_leave(sandbox_id, successor)
+        await self._reconcile_or_leave(sandbox_id, current)
 
     async def _reach(self, sandbox_id: str) -> Supervisor:
         directory = self._directory / sandbox_id
         try:
             return await Supervisor.connect(directory, sandbox_id, self._connector)
-        except OSError:
-            launcher = await self._launchers.get()
+        except OSError as error:
+            if error.errno not in NOBODY_LISTENS:
+                raise  # it may live: there is no descriptor left, say
+        launcher = await self._launchers.get()
         try:
             return await launcher.successor(sandbox_id, directory)
         except IncompatibleVersion as error:
             return Supervisor.refused(directory, sandbox_id, error, self._connector)
+
+    async def check(self, sandbox_id: str) -> None:
+        """Ask for the ends of containers that run, in case the news of one was lost.
+
+        What starts is left to whoever starts it. A supervisor whose connection has ended is about to be asked anyway.
+        """
+        pod = self._inventory.pods.get(sandbox_id)
+        supervisor = pod.supervisor if pod is not None else None
+        if supervisor is None or supervisor.ended.is_set() or sandbox_id not in self._watches:
+            return
+        # That it is silent, or of a release that does not understand us, has been said.
+        with suppress(Unavailable, IncompatibleVersion, TimeoutError):
+            await self._reconcile(sandbox_id, supervisor, starts=False)
 
     async def _reconcile_or_leave(self, sandbox_id: str, supervisor: Supervisor) -> None:
         """Like `_reconcile`; a pod that this release does not understand is left as it is."""
@@ -210,17 +252,26 @@ class Supervision:
             log.error("%s: is left as it is: %s", _pod(sandbox_id), error)
 
     async def _reconcile_adopted(self, sandbox_id: str, supervisor: Supervisor) -> None:
-        """Like `_reconcile_or_leave`; if the supervisor has died, its successor is asked instead (`_succeed`)."""
+        """Like `_reconcile_or_leave`; once its connection has ended, it or its successor is asked by `_succeed`."""
         try:
             await self._reconcile_or_leave(sandbox_id, supervisor)
         except Unavailable:
-            if not supervisor.is_lost:
+            if not supervisor.ended.is_set():
                 raise
 
-    async def _reconcile(self, sandbox_id: str, supervisor: Supervisor) -> None:
-        """Bring the records to what the supervisor knows; a container that it does not know has ended unseen."""
+    async def _reconcile(
+        self, sandbox_id: str, supervisor: Supervisor, *, starts: bool = True
+    ) -> None:
+        """Bring the records to what the supervisor knows; a container that it does not know has ended unseen.
+
+        starts: also of containers that were not RUNNING as far as we know.
+        """
         # Before the question: what is created while it is answered is not in the answer.
-        asked_for = {c.id for c in self._inventory.members(sandbox_id) if c.created_at}
+        asked_for = {
+            c.id
+            for c in self._inventory.members(sandbox_id)
+            if (c.created_at if starts else c.state == "running")
+        }
         known = {state.id: state for state in await supervisor.state()}
         recorded = self._inventory.containers.keys() | self._inventory.unreadable
         for stranger in known.keys() - recorded:
@@ -228,6 +279,8 @@ class Supervision:
         unknown: list[Container] = []
         for container in self._inventory.members(sandbox_id):
             if not container.created_at or container.state == "exited":
+                continue
+            if not starts and container.id not in asked_for:
                 continue
             state = known.get(container.id)
             if state is None:

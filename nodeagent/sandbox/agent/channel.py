@@ -17,7 +17,12 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from nodeagent.errors import IncompatibleVersion, ResourceExhausted, Unavailable
+from nodeagent.errors import (
+    IncompatibleVersion,
+    NodeAgentError,
+    ResourceExhausted,
+    Unavailable,
+)
 from nodeagent.linux import waiting
 from nodeagent.sandbox import protocol
 from nodeagent.sandbox.agent import deadlines
@@ -101,12 +106,14 @@ class Channel:
         """Make a request. Raises the error that the other side names, or Unavailable when it goes before it replies.
 
         Raises IncompatibleVersion where it speaks no version of the protocol that we do, and TimeoutError when it has
-        not replied within the time that `deadlines` gives; what was asked for may happen nevertheless.
+        not replied within the time that `deadlines` gives, which is short for one that is silent already. What was
+        asked for may happen nevertheless.
         fds: named; they stay the caller's.
         """
-        if not self._answered.is_set() or self._refusal:
-            await self.agree()
+        await self.agree()
         seconds, began = deadlines.SECONDS[operation], self._loop.time()
+        if self.silent:
+            seconds = min(seconds, deadlines.QUICK_SECONDS)
         try:
             async with asyncio.timeout(seconds):
                 message = await self._ask(operation, fds, members)
@@ -171,12 +178,13 @@ class Channel:
 
         Raises IncompatibleVersion where they do not, and TimeoutError when it is not known in time.
         """
-        seconds, began = deadlines.QUICK_SECONDS, self._loop.time()
-        try:
-            async with asyncio.timeout(seconds):
-                await self._answered.wait()
-        except TimeoutError:
-            raise TimeoutError(self._overdue('"hello"', seconds, began)) from None
+        if not self._answered.is_set():
+            seconds, began = deadlines.QUICK_SECONDS, self._loop.time()
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._answered.wait()
+            except TimeoutError:
+                raise TimeoutError(self._overdue('"hello"', seconds, began)) from None
         if self._refusal:
             raise IncompatibleVersion(self._refusal)
 
@@ -314,19 +322,28 @@ class Channel:
         return Unavailable(f"{self.name}: {'died' if self.lost.is_set() else 'is disconnected'}")
 
 
-class Refusal(Channel):
-    """The channel to a process that cannot be had: each request raises IncompatibleVersion with `text`."""
+class Absence(Channel):
+    """Stands for the channel to a process that cannot be had, for good or until now: each request raises `error`."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, error: NodeAgentError) -> None:
+        self.error = error
         self.pid = 0
         self.lost = asyncio.Event()
         self.ended = asyncio.Event()
-        self._silence = Silence("", 0, lambda: False, lambda: None)
         self._is_open = False
-        self._answered = asyncio.Event()
-        self._answered.set()
-        self._refusal = text
         self._pidfd = -1
+
+    async def request(
+        self, operation: str, fds: Sequence[tuple[str, int | None]] = (), **members: object
+    ) -> Reply:
+        raise type(self.error)(str(self.error))
+
+    @property
+    def silent(self) -> str:
+        return str(self.error) if isinstance(self.error, Unavailable) else ""
+
+    def post(self, operation: str, **members: object) -> None:
+        """Nobody hears it."""
 
 
 def _reap(pidfd: int) -> None:

@@ -1,6 +1,7 @@
 """The launcher and the supervisors, as the agent uses them."""
 
 import asyncio
+import errno
 import itertools
 import logging
 import socket
@@ -17,7 +18,7 @@ from nodeagent.errors import (
     Unsupported,
 )
 from nodeagent.sandbox import paths, protocol
-from nodeagent.sandbox.agent.channel import Channel, Refusal
+from nodeagent.sandbox.agent.channel import Absence, Channel, Reply
 from nodeagent.sandbox.agent.connector import SOCKETS, Connector, ignore_end, ignore_event
 from nodeagent.sandbox.agent.handles import (
     AttachIO,
@@ -53,9 +54,13 @@ Size = tuple[int, int]
 
 # A process that dies closes its connections some time before its pidfd becomes readable.
 _DEATH_SECONDS = 5.0
+# The same where it only decides what is said of it.
+_MOMENT_SECONDS = 0.5
 
-# A launcher waits for nothing, and answers within milliseconds, unless it is stopped or hangs in the kernel.
-_HELLO_SECONDS = 10.0
+# Errors of connect(2) where no process listens at the socket; others are of this process, or pass.
+NOBODY_LISTENS = frozenset(
+    (errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOENT, errno.ENOTDIR, errno.ENOTCONN)
+)
 
 # The time within which a process that others have started begins to serve, if it does.
 _POLLS, _POLL_SECONDS = 20, 0.1
@@ -85,10 +90,13 @@ class Supervisor:
     ) -> "Supervisor":
         """Connect to a pod's supervisor. Raises OSError where there is none."""
         self = cls(pod_id, directory, connector)
-        path = str(directory / SUPERVISOR_SOCKET)
-        name = f'supervisor of pod "{pod_id}"'
-        self._channel = await connector.connect(path, name, self._event, self._end)
+        self._channel = await self._connect()
         return self
+
+    async def _connect(self) -> Channel:
+        path = str(self._directory / SUPERVISOR_SOCKET)
+        name = f'supervisor of pod "{self.pod_id}"'
+        return await self._connector.connect(path, name, self._event, self._end)
 
     @classmethod
     def refused(
@@ -100,8 +108,24 @@ class Supervisor:
     ) -> "Supervisor":
         """Stand for one that cannot be had, as it would not understand the pod: all but `shutdown` raises `error`."""
         self = cls(pod_id, directory, connector)
-        self._channel = Refusal(f'pod "{pod_id}": has no supervisor: {error}')
+        self._channel = Absence(IncompatibleVersion(f'pod "{pod_id}": has no supervisor: {error}'))
         return self
+
+    @classmethod
+    def unreached(
+        cls, directory: Path, pod_id: str, why: str, connector: Connector = SOCKETS
+    ) -> "Supervisor":
+        """Stand for one that is not reached yet: all but `shutdown` raises Unavailable."""
+        self = cls(pod_id, directory, connector)
+        self._channel = Absence(
+            Unavailable(f'pod "{pod_id}": its supervisor is not reached yet: {why}')
+        )
+        return self
+
+    def require(self) -> None:
+        """Raise the error that each request would raise, where this stands for a supervisor that cannot be had."""
+        if isinstance(self._channel, Absence):
+            raise self._channel.error
 
     @property
     def pid(self) -> int:
@@ -114,6 +138,28 @@ class Supervisor:
     @property
     def is_lost(self) -> bool:
         return self._channel.lost.is_set()
+
+    @property
+    def ended(self) -> asyncio.Event:
+        """Set when the connection has ended; the supervisor may live."""
+        return self._channel.ended
+
+    @property
+    def silent(self) -> str:
+        """Why the supervisor does not answer; "" while it does."""
+        return self._channel.silent
+
+    async def has_died(self) -> bool:
+        """Whether a supervisor whose connection has ended is dead; news of a death may come a moment later."""
+        return await self._dies_within(_MOMENT_SECONDS)
+
+    async def _dies_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self.lost.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def close(self) -> None:
         """Disconnect. The supervisor goes on; none of its events arrives any more."""
@@ -151,28 +197,52 @@ class Supervisor:
         """Kill all that runs in the pod, wait for its end, remove the pins, and end the supervisor. Idempotent.
 
         For a supervisor that has died without a successor, one is started to do this. One that cannot be asked is
-        killed: whoever ends its pod kills what runs in it.
+        killed: whoever ends its pod kills what runs in it. Raises TimeoutError where something does not end.
         """
         if self._is_shut_down:
             return
         try:
-            await self._channel.request("shutdown")
-            await self.lost.wait()
-        except IncompatibleVersion:
-            await self._end_unasked()
+            await self._ask_to_shut_down()
         except Unavailable:
-            await self._shut_down_by_successor()
+            if self._channel.pid and await self._dies_within(_DEATH_SECONDS):
+                await self._shut_down_by_successor()
+            else:
+                await self._shut_down_anew()
         self._is_shut_down = True
         self.close()
 
-    async def _shut_down_by_successor(self) -> None:
+    async def _ask_to_shut_down(self) -> None:
+        """Raises Unavailable where nobody has heard it."""
         try:
-            async with asyncio.timeout(_DEATH_SECONDS):
-                await self.lost.wait()
-        except TimeoutError:
-            log.error("%s; it is killed, as its pod ends", self._channel.unavailable())
+            await self._channel.request("shutdown")
+            if not await self._dies_within(_DEATH_SECONDS):
+                await self._channel.kill()
+        except IncompatibleVersion:
             await self._end_unasked()
+        except TimeoutError as error:
+            if not self.silent:
+                raise  # it waits for what SIGKILL has not ended yet
+            log.error("%s; it is killed, as its pod ends", error)
+            await self._end_unasked()
+
+    async def _shut_down_anew(self) -> None:
+        """Shut down by another connection, once; where nobody listens, by a successor."""
+        try:
+            channel = await self._connect()
+        except OSError as error:
+            if error.errno not in NOBODY_LISTENS:
+                raise
+            await self._shut_down_by_successor()
             return
+        self._channel.forget()
+        self._channel = channel
+        try:
+            await self._ask_to_shut_down()
+        except Unavailable as error:
+            log.error("%s; it is killed, as its pod ends", error)
+            await self._end_unasked()
+
+    async def _shut_down_by_successor(self) -> None:
         if not self._directory.exists():
             return
         try:
@@ -396,14 +466,38 @@ class Launcher:
     def lost(self) -> asyncio.Event:
         return self._channel.lost
 
-    async def end_if_unusable(self) -> bool:
-        """Kill it, and return True, if it speaks no version of the protocol that we do, or does not answer."""
+    @property
+    def ended(self) -> asyncio.Event:
+        """Set when the connection has ended; the launcher may live."""
+        return self._channel.ended
+
+    async def has_died(self) -> bool:
+        """Whether a launcher whose connection has ended is dead; news of a death may come a moment later."""
         try:
-            async with asyncio.timeout(_HELLO_SECONDS):
-                await self._channel.agree()
+            async with asyncio.timeout(_MOMENT_SECONDS):
+                await self.lost.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _request(self, operation: str, **members: object) -> Reply:
+        """Make a request. One that does not answer is disconnected: who connects again replaces it."""
+        try:
+            return await self._channel.request(operation, (), **members)
+        except TimeoutError:
+            if self._channel.silent:
+                self._channel.close()
+            raise
+
+    async def end_if_unusable(self) -> bool:
+        """Kill it, and return True, if it speaks no version of the protocol that we do, or does not answer.
+
+        Raises TimeoutError where it does not die.
+        """
+        try:
+            await self._channel.agree()
         except (IncompatibleVersion, TimeoutError) as error:
-            reason = str(error) or f"the launcher has not answered for {_HELLO_SECONDS:g} s"
-            log.warning("%s; it is replaced, which pods do not notice", reason)
+            log.warning("%s; it is replaced, which pods do not notice", error)
             await self._channel.kill()
             self.close()
             return True
@@ -428,7 +522,7 @@ class Launcher:
     async def _fork(self, plan: PodPlan) -> Supervisor:
         pod_id, directory = plan["id"], Path(plan["directory"])
         try:
-            await self._channel.request("fork", plan=plan)
+            await self._request("fork", plan=plan)
             return await Supervisor.connect(directory, pod_id, self._connector)
         except AlreadyExists:
             raise
@@ -458,21 +552,22 @@ class Launcher:
 
     async def successor(self, pod_id: str, directory: Path) -> Supervisor:
         """Another supervisor for a pod whose own has died; raises AlreadyExists where it has not."""
-        await self._channel.request("successor", pod=pod_id, directory=str(directory))
+        await self._request("successor", pod=pod_id, directory=str(directory))
         return await Supervisor.connect(directory, pod_id, self._connector)
 
     async def pods(self) -> list[str]:
         """The pods that have a supervisor, or had one that left containers behind."""
-        reply = await self._channel.request("list")
+        reply = await self._request("list")
         pods: list[str] = reply.result["pods"]
         return pods
 
     async def abandon(self, pod_id: str) -> None:
         """Kill the pod's supervisor, if it has one, and keep nothing for a successor. Idempotent."""
-        await self._channel.request("abandon", pod=pod_id)
+        await self._request("abandon", pod=pod_id)
 
     async def stop(self) -> None:
         """End the launcher. Raises FailedPrecondition while pods are left."""
-        await self._channel.request("stop")
-        await self.lost.wait()
+        await self._request("stop")
+        if not await self.has_died():
+            await self._channel.kill()
         self.close()

@@ -37,8 +37,8 @@ SECONDS: Mapping[str, float] = {
     "create": LONG_SECONDS,
     "start": LONG_SECONDS,
     "exec": 120.0,  # the program may be on a volume
-    # Both kill what runs first. What SIGKILL does not end waits for a filesystem, and the caller is to learn that
-    # before its own deadline, which is 2 minutes for the kubelet.
-    "remove": 20.0,
-    "shutdown": 30.0,
+    # Both kill what runs first, which ends within milliseconds or waits for a filesystem, perhaps for ever. The caller
+    # is to learn that long before its own deadline, and an agent that ends undoes creations within `STOP_SECONDS`.
+    "remove": QUICK_SECONDS,
+    "shutdown": 20.0,
 }

@@ -44,8 +44,9 @@ class Silence:
     def overdue(self, since: float) -> None:
         """Call this when an answer, asked for at this time of the loop, has not come within its deadline."""
         if self._heard_at < since and not self.text:
-            self.text = f"process {self._pid} does not answer: {waiting.explained(self._pid)}"
-            log.warning("%s: %s", self._name, self.text)
+            why = waiting.explained(self._pid)
+            self.text = f"process {self._pid} does not answer: {why}"
+            log.warning("%s: process %d does not answer: %s", self._name, self._pid, why)
 
     def close(self) -> None:
         """Notice nothing any more."""

@@ -22,7 +22,7 @@ from nodeagent.errors import (
     Unsupported,
 )
 from nodeagent.sandbox import protocol
-from nodeagent.sandbox.agent import client, starting
+from nodeagent.sandbox.agent import deadlines, starting
 from nodeagent.sandbox.agent.client import Launcher, Supervisor
 from nodeagent.sandbox.spec import PodPlan
 from nodeagent.sandbox.supervisor import namespaces
@@ -81,7 +81,7 @@ async def test_a_launcher_that_does_not_answer_is_replaced(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No agent would start any more: what it asks first would wait for ever."""
-    monkeypatch.setattr(client, "_HELLO_SECONDS", 0.2)
+    monkeypatch.setattr(deadlines, "QUICK_SECONDS", 0.2)
     stopped = await Launcher.connect(node.state)
     os.kill(stopped.pid, signal.SIGSTOP)
     replacing = await Launcher.connect_or_start(node.state)

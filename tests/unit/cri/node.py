@@ -48,6 +48,7 @@ class FakeSandboxes:
         self.hold: asyncio.Event | None = None
         self.error: Exception | None = None
         self.handlers: list[str] = []
+        self.not_answering: dict[str, str] = {}
 
     def get(self, name: str) -> Sandbox:
         found = [record for key, record in self.records.items() if name and key.startswith(name)]
@@ -314,6 +315,7 @@ class FakeNode:
             network_reason="BridgeMissing",
             network_message="na0: no such link",
             network_problems=("no masquerade: nf_tables",),
+            not_answering={"a": "process 7 does not answer"},
         )
 
     async def status(self) -> NodeStatus:

@@ -101,6 +101,7 @@ async def test_status(client: Client) -> None:
     assert json.loads(verbose.info["config"])["root"] == "/var/lib/nodeagent"
     assert json.loads(verbose.info["network"]) == {"problems": ["no masquerade: nf_tables"]}
     assert json.loads(verbose.info["backgroundTaskFailures"]) == {}
+    assert json.loads(verbose.info["podsNotAnswering"]) == {"a": "process 7 does not answer"}
     client.node.tasks.failures.expect("warm slots")
     client.node.tasks.failures.note("trash", KeyError("id"))
     verbose = await client.runtime.Status(pb.StatusRequest(verbose=True))

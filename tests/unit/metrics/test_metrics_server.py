@@ -99,6 +99,13 @@ async def test_images() -> None:
     assert value(found, "nodeagent_image_layers_total", how="skipped") == 5
 
 
+async def test_pods_that_do_not_answer() -> None:
+    node = FakeNode()
+    node.sandboxes.not_answering = {"a": "process 7 does not answer: it is stopped"}
+    async with MetricsServer.open(node.node, "") as server:
+        assert value(await scraped(server), "nodeagent_pods_not_answering") == 1
+
+
 async def test_failures_of_background_tasks_by_task() -> None:
     node = FakeNode()
     node.tasks.failures.expect("warm slots")

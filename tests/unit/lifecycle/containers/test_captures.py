@@ -16,7 +16,7 @@ async def put(capture: captures.Capture, size: int) -> None:
     capture.start()
     await asyncio.to_thread(os.write, writer, bytes(size))
     os.close(writer)
-    await until(lambda: capture._reader < 0)  # noqa: SLF001
+    await until(lambda: capture._reader < 0)
 
 
 async def test_output_is_kept_and_given_away() -> None:
@@ -55,9 +55,9 @@ async def test_nothing_is_kept_after_a_gap() -> None:
     with room.open("first") as first, room.open("second") as second:
         second.start()
         await put(first, START_BYTES + 100_000)
-        second._keep(bytes(START_BYTES) + b"cut")  # noqa: SLF001
+        second._keep(bytes(START_BYTES) + b"cut")
         first.close()
-        second._keep(b"later")  # noqa: SLF001
+        second._keep(b"later")
         assert second.take() == bytes(START_BYTES)
 
 

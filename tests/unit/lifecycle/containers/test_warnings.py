@@ -20,7 +20,7 @@ def test_what_holds_for_every_container_is_said_once(caplog: pytest.LogCaptureFi
         "groups",
         "planner",
         "cdi",
-        "trash",
+        "removal",
         "directory",
     )
     creation = Creation(**dict.fromkeys(parts, nothing), tasks=Tasks())

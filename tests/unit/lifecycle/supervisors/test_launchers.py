@@ -10,14 +10,24 @@ from nodeagent.lifecycle.supervisors import launchers as module
 from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.sandbox.agent.client import Launcher
 from nodeagent.tasks import Tasks
+from tests.support.faults import until
 
 
-class Alive:
+class Fake:
+    """A launcher whose connection may end."""
+
     def __init__(self) -> None:
-        self.lost = asyncio.Event()
+        self.lost, self.ended = asyncio.Event(), asyncio.Event()
+
+    async def has_died(self) -> bool:
+        return self.lost.is_set()
 
     def close(self) -> None:
         """It goes on."""
+
+    def die(self) -> None:
+        self.lost.set()
+        self.ended.set()
 
 
 async def test_why_there_is_none_is_known_and_said_once(
@@ -31,13 +41,13 @@ async def test_why_there_is_none_is_known_and_said_once(
         attempts += 1
         if 1 < attempts < 5:
             raise Unavailable("no memory")
-        return cast(Launcher, Alive())
+        return cast(Launcher, Fake())
 
     launchers = Launchers(start, Tasks())
     launchers.start()
     first = await launchers.get()
     assert launchers.trouble == ""
-    first.lost.set()
+    cast(Fake, first).die()
     while attempts < 3:  # noqa: ASYNC110 the keeper does it
         await asyncio.sleep(0.001)
     assert launchers.trouble == "no memory"
@@ -49,3 +59,22 @@ async def test_why_there_is_none_is_known_and_said_once(
     assert [m for m in caplog.messages if "no memory" in m] == [
         "launcher: no memory; started again in 0.001 s"
     ]
+
+
+async def test_one_that_lives_is_connected_to_again(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever has ended the connection, and whether somebody needs it or not."""
+    made: list[Fake] = []
+
+    async def start() -> Launcher:
+        made.append(Fake())
+        return cast(Launcher, made[-1])
+
+    launchers = Launchers(start, Tasks())
+    launchers.start()
+    await launchers.get()
+    made[0].ended.set()
+    await until(lambda: len(made) == 2)
+    await launchers.close()
+    made[1].ended.set()
+    assert await launchers.get() is cast(Launcher, made[2])
+    assert caplog.messages == ["the connection to the launcher has ended, connecting again"] * 2

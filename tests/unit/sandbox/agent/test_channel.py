@@ -16,6 +16,7 @@ from nodeagent.errors import ResourceExhausted, Unavailable
 from nodeagent.sandbox.agent import channel as channel_module
 from nodeagent.sandbox.agent import deadlines
 from nodeagent.sandbox.agent.channel import Channel
+from nodeagent.sandbox.agent.connector import SOCKETS, ignore_end, ignore_event
 from tests.support.faults import until
 
 # Answers "hello" and "state" at once, "namespaces" with a descriptor, "list" without a number, "create" never.
@@ -56,7 +57,9 @@ async def channel(
     """A channel to the process, which has a moment to answer what is answered at once."""
     monkeypatch.setattr(deadlines, "SILENCE_SECONDS", 0.2)
     monkeypatch.setattr(deadlines, "SECONDS", {**deadlines.SECONDS, "state": 0.4})
-    made = await Channel.connect(str(tmp_path / "socket"), 'supervisor of pod "a"')
+    made = await SOCKETS.connect(
+        str(tmp_path / "socket"), 'supervisor of pod "a"', ignore_event, ignore_end
+    )
     yield made
     made.forget()
 
@@ -123,7 +126,8 @@ async def test_a_process_that_does_not_even_say_hello(
 ) -> None:
     monkeypatch.setattr(deadlines, "QUICK_SECONDS", 0.1)
     with stopped(process):
-        channel = await Channel.connect(str(tmp_path / "socket"), "launcher")
+        path = str(tmp_path / "socket")
+        channel = await SOCKETS.connect(path, "launcher", ignore_event, ignore_end)
         with pytest.raises(TimeoutError, match=r'launcher: "hello": .* is stopped'):
             await channel.request("create")
         assert channel.silent

@@ -16,6 +16,7 @@ import pytest
 from nodeagent.errors import IncompatibleVersion, Unavailable, Unsupported
 from nodeagent.sandbox import protocol
 from nodeagent.sandbox.agent import client as client_module
+from nodeagent.sandbox.agent import deadlines
 from nodeagent.sandbox.agent.client import ExecIO, Launcher, Supervisor
 from nodeagent.sandbox.agent.handles import CgroupFds
 from nodeagent.sandbox.paths import SUPERVISOR_SOCKET
@@ -122,6 +123,7 @@ async def test_what_is_disconnected_and_lives_ends_with_its_pod(
 ) -> None:
     """It serves nobody; until the agent's next start, its pod could be neither stopped nor removed."""
     monkeypatch.setattr(client_module, "_DEATH_SECONDS", 0.01)
+    monkeypatch.setattr(deadlines, "QUICK_SECONDS", 0.1)
     abandoned: list[str] = []
 
     async def abandon(pod_id: str) -> None:

@@ -1,0 +1,107 @@
+"""What there is of a container is removed, then its record: whether it was removed, or its creation is undone.
+
+Each step is done whatever became of the others, and can be done again. The record goes last, and only if nothing is
+left, as it is found by the record. What cannot be undone at once is tried again in the background, then at the next
+start.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+
+from nodeagent.errors import NodeAgentError
+from nodeagent.images.catalog import Images
+from nodeagent.lifecycle.containers.groups import Groups
+from nodeagent.lifecycle.inventory import Inventory
+from nodeagent.records import Container
+from nodeagent.tasks import Tasks
+from nodeagent.trash import Trash
+
+log = logging.getLogger(__name__)
+
+# Longer than the deadlines of a supervisor and of a cgroup; whoever waits for an undo waits no longer.
+UNDO_SECONDS = 15.0
+NAME = "undo"
+
+
+class Removal:
+    """Removes containers that do not run, finished or not. directory: what they have on disk."""
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        groups: Groups,
+        images: Images,
+        trash: Trash,
+        directory: Path,
+        tasks: Tasks,
+    ) -> None:
+        self._inventory = inventory
+        self._groups = groups
+        self._images = images
+        self._trash = trash
+        self._directory = directory
+        self._tasks = tasks.part()
+        self._undoing: dict[str, str] = {}
+
+    async def clear(self, container: Container) -> None:
+        """Remove all there is, and the record. Raises the first error, with the record kept."""
+        errors: list[Exception] = []
+        for step in (
+            partial(self._leave_supervisor, container),
+            partial(self._groups.remove, container),
+            partial(self._take, container),
+            partial(self._release, container),
+        ):
+            await _guarded(step, errors)
+        for error in errors[1:]:
+            log.error('container "%s": cannot be removed yet: %s', container.id, error)
+        if errors:
+            raise errors[0]
+        self._inventory.forget(container)
+
+    async def undo(self, container: Container) -> None:
+        """Undo a creation; returns when that is done, or goes on behind the caller, who has waited long enough."""
+        about = f'container "{container.id}"'
+        self._undoing[container.id] = "it has just begun"
+        task = self._tasks.keep(NAME, partial(self._undo, container), about=about)
+        _, missing = await asyncio.wait([task], timeout=UNDO_SECONDS)
+        if missing:
+            log.warning("%s: its creation cannot be undone yet, which goes on", about)
+
+    def why_left(self, container_id: str) -> str | None:
+        """Why a creation is still being undone; None where it is not."""
+        return self._undoing.get(container_id)
+
+    async def _undo(self, container: Container) -> None:
+        if container.id in self._inventory.containers:
+            try:
+                await self.clear(container)
+            except Exception as error:
+                self._undoing[container.id] = str(error) or repr(error)
+                raise
+        self._undoing.pop(container.id, None)
+
+    async def close(self) -> None:
+        """Leave what cannot be undone yet to the next start."""
+        await self._tasks.close()
+
+    async def _leave_supervisor(self, container: Container) -> None:
+        pod = self._inventory.pods.get(container.sandbox_id)
+        if pod is not None and pod.supervisor is not None:
+            await pod.supervisor.remove(container.id)
+
+    async def _take(self, container: Container) -> None:
+        self._trash.take(self._directory / container.id)
+
+    async def _release(self, container: Container) -> None:
+        self._images.release(container.id)
+
+
+async def _guarded(step: Callable[[], Awaitable[None]], errors: list[Exception]) -> None:
+    try:
+        await step()
+    except (NodeAgentError, OSError) as error:
+        errors.append(error)

@@ -1,0 +1,114 @@
+"""What a creation has made is undone step by step; the record goes last."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from nodeagent.errors import FailedPrecondition, Unavailable
+from nodeagent.lifecycle.containers import removal as module
+from nodeagent.lifecycle.containers.creation import Creation
+from nodeagent.lifecycle.containers.removal import Removal
+from nodeagent.lifecycle.events import Events
+from nodeagent.lifecycle.inventory import Inventory, Pod
+from nodeagent.sandbox.agent.client import Supervisor
+from nodeagent.store import Store
+from tests.support.faults import impatient_tasks, until
+from tests.unit.cri import records
+
+STEPS = ("supervisor", "cgroup", "files", "images")
+
+
+class Node:
+    """The parts that a container is removed from; those in `failing` fail, and `done` has what was done."""
+
+    def __init__(self, inventory: Inventory) -> None:
+        self.inventory = inventory
+        self.failing: set[str] = set()
+        self.hanging = asyncio.Event()
+        self.hangs = False
+        self.done: set[str] = set()
+        supervisor = SimpleNamespace(remove=self._remove)
+        inventory.pods["pod"] = Pod(cast(Supervisor, supervisor))
+        self.container = records.container("c", sandbox_id="pod", created_at=0)
+        inventory.save(self.container)
+        groups: Any = SimpleNamespace(remove=self._remove_group)
+        images: Any = SimpleNamespace(release=lambda _: self._do("images"))
+        trash: Any = SimpleNamespace(take=lambda _: self._do("files"))
+        self.tasks = impatient_tasks()
+        self.removal = Removal(inventory, groups, images, trash, Path("/containers"), self.tasks)
+
+    def _do(self, step: str) -> None:
+        if step in self.failing:
+            raise FailedPrecondition(f"{step} hangs")
+        self.done.add(step)
+
+    async def _remove(self, _container: str) -> None:
+        if self.hangs:
+            await self.hanging.wait()
+        self._do("supervisor")
+
+    async def _remove_group(self, _container: object) -> None:
+        self._do("cgroup")
+
+
+@pytest.fixture
+async def node(tmp_path: Path) -> AsyncIterator[Node]:
+    with closing(Store.open(tmp_path / "state.db")) as store:
+        node = Node(Inventory(store, Events()))
+        yield node
+        await node.removal.close()
+
+
+@pytest.mark.parametrize("failing", STEPS)
+async def test_one_step_that_fails_keeps_no_other_from_being_done(node: Node, failing: str) -> None:
+    """The record is kept, and with it the name; when the step succeeds, both go."""
+    node.failing = {failing}
+    undoing = asyncio.create_task(node.removal.undo(node.container))
+    await until(lambda: node.done == {*STEPS} - {failing})
+    await until(lambda: node.removal.why_left("c") == f"{failing} hangs")
+    assert "c" in node.inventory.containers
+    node.failing.clear()
+    await undoing
+    assert "c" not in node.inventory.containers
+    assert node.removal.why_left("c") is None
+
+
+async def test_what_hangs_is_not_waited_for_and_named_to_a_retry(
+    node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "UNDO_SECONDS", 0.01)
+    node.hangs = True
+    await node.removal.undo(node.container)
+    assert caplog.messages == ['container "c": its creation cannot be undone yet, which goes on']
+    nothing = cast(Any, None)
+    creation = Creation(
+        inventory=node.inventory,
+        images=nothing,
+        cgroups=nothing,
+        groups=nothing,
+        planner=nothing,
+        cdi=nothing,
+        removal=node.removal,
+        directory=nothing,
+        tasks=node.tasks,
+    )
+    with pytest.raises(
+        Unavailable, match=r'container "main": an earlier creation .* being undone: it has'
+    ):
+        creation._refuse_duplicate(records.sandbox("pod"), node.container.config)
+    node.hanging.set()
+    await until(lambda: not node.inventory.containers)
+    creation._refuse_duplicate(records.sandbox("pod"), node.container.config)
+
+
+async def test_a_removal_that_fails_keeps_the_record(node: Node) -> None:
+    node.failing = {"cgroup"}
+    with pytest.raises(FailedPrecondition, match="cgroup hangs"):
+        await node.removal.clear(node.container)
+    assert "c" in node.inventory.containers
+    assert node.done == {*STEPS} - {"cgroup"}
