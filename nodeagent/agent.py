@@ -7,8 +7,12 @@ import os
 import signal
 import socket
 import threading
-from contextlib import AsyncExitStack
+import time
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from nodeagent import control, probes
 from nodeagent.config import Config, Streaming, split_address
@@ -17,10 +21,11 @@ from nodeagent.cri.server import Server
 from nodeagent.lifecycle.composition import open_node
 from nodeagent.lifecycle.node import Node
 from nodeagent.metrics.server import MetricsServer
-from nodeagent.serving import descriptors
+from nodeagent.serving import descriptors, service_manager
 from nodeagent.streaming.server import StreamingServer
 from nodeagent.streaming.session import Timeouts
 from nodeagent.streaming.tls import TLSFiles
+from nodeagent.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -37,28 +42,43 @@ def run(config: Config) -> None:
 
 async def _serve(config: Config) -> None:
     descriptors.raise_limit()
-    stop = asyncio.Event()
-    _end_on_signals(stop)
-    # The CRI's socket opens last, when all that serves a call is there, and closes first.
-    async with AsyncExitStack() as stack:
-        node = await stack.enter_async_context(open_node(config))
-        await stack.enter_async_context(control.serve(config, node.images, node.tasks))
-        metrics = await stack.enter_async_context(MetricsServer.open(node, config.metrics))
-        streaming = await stack.enter_async_context(_streaming(node, config.streaming))
-        await stack.enter_async_context(
-            Server.open(
-                node,
-                config.listen,
-                observe=metrics.observe,
-                streaming=streaming,
-                features=_features(config, node),
-                also=_earlier_socket(config, node),
-            )
+    ending = _Ending()
+    async with Tasks() as tasks:
+        if period_s := service_manager.watchdog_seconds():
+            tasks.keep(service_manager.WATCHDOG, partial(service_manager.feed_watchdog, period_s))
+        # The CRI's socket opens last, when all that serves a call is there, and closes first.
+        async with AsyncExitStack() as stack:
+            try:
+                with ending.cancels():
+                    await _open(config, stack)
+            except asyncio.CancelledError:
+                if not ending.has_begun:
+                    raise
+                log.info("stopping while it starts")
+                return
+            log.info("serving CRI v1 on %s", config.listen)
+            service_manager.notify(f"READY=1\nSTATUS=serving CRI v1 on {config.listen}")
+            await ending.begun()
+            service_manager.notify("STOPPING=1\nSTATUS=stopping")
+
+
+async def _open(config: Config, stack: AsyncExitStack) -> None:
+    """Open everything, which `stack` closes."""
+    service_manager.notify("STATUS=opening the database, images and network")
+    node = await stack.enter_async_context(open_node(config))
+    await stack.enter_async_context(control.serve(config, node.images, node.tasks))
+    metrics = await stack.enter_async_context(MetricsServer.open(node, config.metrics))
+    streaming = await stack.enter_async_context(_streaming(node, config.streaming))
+    await stack.enter_async_context(
+        Server.open(
+            node,
+            config.listen,
+            observe=metrics.observe,
+            streaming=streaming,
+            features=_features(config, node),
+            also=_earlier_socket(config, node),
         )
-        log.info("serving CRI v1 on %s", config.listen)
-        notify("READY=1")
-        await stop.wait()
-        notify("STOPPING=1")
+    )
 
 
 def _earlier_socket(config: Config, node: Node) -> str:
@@ -76,25 +96,69 @@ def _earlier_socket(config: Config, node: Node) -> str:
     return socket_path
 
 
-def _end_on_signals(stop: asyncio.Event) -> None:
-    """Have SIGTERM and SIGINT set `stop`, and end the process within STOP_SECONDS even if that does not end it."""
-    loop = asyncio.get_running_loop()
+class _Ending:
+    """The end that SIGTERM and SIGINT ask for, within STOP_SECONDS, also where it does not come to an end by itself.
 
-    def end(number: signal.Signals) -> None:
-        log.info("stopping: %s", number.name)
-        if stop.is_set():
-            return
-        stop.set()
-        # A thread, because the loop's own may be blocked, or have left the loop and wait for other threads.
-        timer = threading.Timer(STOP_SECONDS, _give_up, (loop,))
-        timer.daemon = True
-        timer.start()
+    A thread hears the signals: the event loop may be blocked, or have ended and wait for threads.
+    """
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end, number)
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._begun = asyncio.Event()
+        self._cancelled: asyncio.Task[object] | None = None
+        self._heard, told = socket.socketpair()
+        told.setblocking(False)
+        self._told = told
+        signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _leave_to_thread)
+        threading.Thread(target=self._hear, name="signals", daemon=True).start()
+
+    @property
+    def has_begun(self) -> bool:
+        return self._begun.is_set()
+
+    async def begun(self) -> None:
+        await self._begun.wait()
+
+    @contextmanager
+    def cancels(self) -> Iterator[None]:
+        """Have the end cancel what the caller does meanwhile."""
+        self._cancelled = asyncio.current_task()
+        try:
+            yield
+        finally:
+            self._cancelled = None
+
+    def _hear(self) -> None:
+        deadline: float | None = None
+        while True:
+            left = None if deadline is None else deadline - time.monotonic()
+            try:
+                if left is not None and left <= 0:
+                    raise TimeoutError
+                self._heard.settimeout(left)
+                numbers = self._heard.recv(64)
+            except TimeoutError:
+                _give_up(self._loop)
+            for number in set(numbers) & {signal.SIGTERM, signal.SIGINT}:
+                log.info("stopping: %s", signal.Signals(number).name)
+                if deadline is None:
+                    deadline = time.monotonic() + STOP_SECONDS
+                    with suppress(RuntimeError):  # the loop has ended by itself
+                        self._loop.call_soon_threadsafe(self._begin)
+
+    def _begin(self) -> None:
+        self._begun.set()
+        if self._cancelled is not None:
+            self._cancelled.cancel()
 
 
-def _give_up(loop: asyncio.AbstractEventLoop) -> None:
+def _leave_to_thread(_number: int, _frame: object) -> None:
+    """The number has been written to the descriptor that the thread reads (signal.set_wakeup_fd)."""
+
+
+def _give_up(loop: asyncio.AbstractEventLoop) -> NoReturn:
     """End as if killed, which the next start can repair: what runs goes on, what was interrupted is undone."""
     try:
         left = "; ".join(sorted({_what(task) for task in asyncio.all_tasks(loop)}))
@@ -140,14 +204,3 @@ def _streaming(node: Node, config: Streaming) -> StreamingServer:
     return StreamingServer(
         node.sessions, node.tasks, host=host, port=port, tls=tls, timeouts=timeouts
     )
-
-
-def notify(state: str) -> None:
-    """Tell the service manager (sd_notify(3)), if there is one."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        sock.sendto(state.encode(), address)

@@ -37,6 +37,7 @@ from nodeagent.net.network import Network
 from nodeagent.records import Sandbox
 from nodeagent.sandbox import paths
 from nodeagent.sandbox.agent.client import Supervisor
+from nodeagent.serving import service_manager
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class Recovery:
         self._images.release_others(self._inventory.containers.keys() | unreadable)
         self._end_what_cannot_run()
         work = [*self._adoptions(), *self._undoing(), *self._clearing()]
+        service_manager.notify(f"STATUS=taking over {len(self._inventory.pods)} pods")
         await self._answers(work)
         self._is_serving = True
         await self._network.recover(self._inventory.pods.keys() | unreadable)

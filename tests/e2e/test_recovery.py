@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -10,10 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import grpc
+import pytest
 
 from nodeagent.api import runtime_pb2 as pb
 from tests.support.cri import EXITED, RUNNING, Cri, Pod
-from tests.support.node import RunningAgent, wait_for
+from tests.support.node import PATIENCE_SECONDS, RunningAgent, wait_for
 
 
 def test_containers_never_notice(own_agent: RunningAgent, own_cri: Cri) -> None:
@@ -286,3 +288,19 @@ def stopped(*pids: int) -> Iterator[None]:
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
+
+
+def test_the_service_manager_hears_of_the_start_and_of_a_loop_that_turns(
+    own_agent: RunningAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_agent.stop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(PATIENCE_SECONDS)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "100000")
+        own_agent.start()
+        heard: list[str] = []
+        while "WATCHDOG=1" not in heard[heard.index("READY=1") :] if "READY=1" in heard else True:
+            heard += manager.recv(4096).decode().split("\n")
+        assert "STATUS=taking over 0 pods" in heard[: heard.index("READY=1")]

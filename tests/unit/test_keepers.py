@@ -34,7 +34,7 @@ from nodeagent.lifecycle.usage import disk
 from nodeagent.lifecycle.usage.disk import Disks
 from nodeagent.records import NodeNetwork
 from nodeagent.sandbox.agent.client import Launcher, Supervisor
-from nodeagent.serving import listener
+from nodeagent.serving import listener, service_manager
 from nodeagent.serving.listener import Listener, Place
 from nodeagent.store import Store
 from nodeagent.streaming.server import StreamingServer
@@ -250,6 +250,23 @@ async def undoing_creations(world: World) -> Work:
     return Work("undo", ask, lambda: not inventory.containers, close)
 
 
+async def feeding_the_watchdog(world: World) -> Work:
+    fed: list[str] = []
+    world.patch.setattr(service_manager, "notify", world.fault.before(fed.append))
+    asked = asyncio.Event()
+
+    async def feed() -> None:
+        await asked.wait()
+        await service_manager.feed_watchdog(0)
+
+    world.tasks.keep(service_manager.WATCHDOG, feed)
+
+    async def ask() -> None:
+        asked.set()
+
+    return Work("watchdog", ask, lambda: fed, world.tasks.close)
+
+
 async def asking_for_states(world: World) -> Work:
     inventory, watching = supervision(world, None)
     inventory.save(records.container("c", sandbox_id="pod", started_at=1))
@@ -416,6 +433,7 @@ TASKS = [
     recovering_pods,
     asking_for_states,
     undoing_creations,
+    feeding_the_watchdog,
     ending_pods,
     clearing_up_execs,
     measuring_disks,
