@@ -71,7 +71,7 @@ class Channel:
         self._sending = asyncio.Lock()
         self._room = asyncio.Event()
         self._silence = Silence(
-            name, self.pid, lambda: self._is_open and bool(self._pending), self._ask_whether_there
+            name, self.pid, lambda: bool(self._pending), self._ask_whether_there
         )
         self._is_open = True
         self._answered = asyncio.Event()

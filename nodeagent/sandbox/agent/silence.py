@@ -13,8 +13,9 @@ log = logging.getLogger(__name__)
 class Silence:
     """Notices it, and logs it once; the end of it as well.
 
-    name: of the process, in the log. owes: whether an answer is waited for. ask: puts a question that is answered by
-    the process itself, at once, whatever the answer is. text: why it does not answer, "" while it does.
+    name: of the process, in the log. owes: whether an answer is waited for; one that nobody waits for any more is owed
+    as well, until anything comes. ask: puts a question that is answered by the process itself, at once, whatever the
+    answer is. text: why it does not answer, "" while it does.
     """
 
     def __init__(
@@ -59,10 +60,9 @@ class Silence:
 
     def _look(self, since: float, was_asked: bool) -> None:
         self._timer = None
-        if not self._owes():
-            return
         if self._heard_at >= since:
-            self.watch()
+            if self._owes():
+                self.watch()
         elif was_asked:
             self.overdue(since)
         else:

@@ -109,6 +109,17 @@ async def test_silence_is_noticed_long_before_a_long_request_is_overdue(
     await asyncio.wait([creation])
 
 
+async def test_silence_is_noticed_though_the_caller_has_given_up(
+    channel: Channel, process: subprocess.Popen[bytes]
+) -> None:
+    await channel.agree()
+    with stopped(process):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await channel.request("create")
+        await until(lambda: channel.silent)
+
+
 async def test_what_takes_long_is_no_silence(
     channel: Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
