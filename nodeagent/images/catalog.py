@@ -255,6 +255,11 @@ class Images:
         if not were_known or any(hold.image_id not in self._images for hold in released):
             self._collect()
 
+    @property
+    def holders(self) -> set[str]:
+        """The containers that hold images."""
+        return self._holds.holders
+
     def release_others(self, holders: Collection[str]) -> None:
         """Drop the holds of all but these holders, which a crash may have left."""
         for holder in self._holds.holders - set(holders):

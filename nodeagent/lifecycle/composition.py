@@ -34,6 +34,7 @@ from nodeagent.lifecycle.plan.planner import Planner
 from nodeagent.lifecycle.plan.profiles import Profiles, check_artifact
 from nodeagent.lifecycle.pods.sandboxes import Sandboxes
 from nodeagent.lifecycle.pods.slots import Slots
+from nodeagent.lifecycle.reconcile import Reconciliation
 from nodeagent.lifecycle.recovery import Recovery
 from nodeagent.lifecycle.sessions import Sessions
 from nodeagent.lifecycle.supervisors.cgroup_files import joining_files
@@ -144,8 +145,12 @@ async def recovered(base: Base) -> AsyncIterator[Node]:
         await recovery.run()
         base.launchers.start()
         polling = Polling(inventory, supervision, base.tasks)
-        polling.start()
         stack.push_async_callback(polling.close)
+        polling.start()
+        node.reconciliation.dismantle = recovery.dismantle
+        node.reconciliation.is_recovering = recovery.is_under_way
+        stack.push_async_callback(node.reconciliation.close)
+        node.reconciliation.start()
         node.slots.start()
         try:
             yield node
@@ -221,13 +226,14 @@ def _assemble(base: Base, inventory: Inventory, supervision: Supervision) -> Nod
         pods=places.pods,
     )
     slots = Slots(base.launchers, network, places.pods, base.config.slots, tasks)
+    creation = _creation(base, inventory, groups, removal)
     return Node(
         config=base.config,
         places=places,
         version=version("nodeagent"),
         sandboxes=_sandboxes(base, inventory, supervision, containers, stopping, groups, slots),
         containers=containers,
-        creation=_creation(base, inventory, groups, removal),
+        creation=creation,
         stopping=stopping,
         groups=groups,
         images=base.images,
@@ -239,6 +245,17 @@ def _assemble(base: Base, inventory: Inventory, supervision: Supervision) -> Nod
         network=network,
         cgroups=base.cgroups,
         health=Health(places, base.cgroups, base.launchers, base.store, tasks),
+        reconciliation=Reconciliation(
+            inventory=inventory,
+            launchers=base.launchers,
+            slots=slots,
+            creation=creation,
+            containers=containers,
+            network=network,
+            images=base.images,
+            places=places,
+            tasks=tasks,
+        ),
         tasks=tasks,
     )
 

@@ -16,6 +16,7 @@ from nodeagent.lifecycle.health import Health
 from nodeagent.lifecycle.places import Places
 from nodeagent.lifecycle.pods.sandboxes import Sandboxes
 from nodeagent.lifecycle.pods.slots import Slots
+from nodeagent.lifecycle.reconcile import Reconciliation
 from nodeagent.lifecycle.sessions import Sessions
 from nodeagent.lifecycle.usage.stats import Stats
 from nodeagent.net.network import Network
@@ -61,6 +62,7 @@ class Node:
     network: Network
     cgroups: Cgroups
     health: Health
+    reconciliation: Reconciliation
     tasks: Tasks
 
     async def status(self) -> NodeStatus:

@@ -14,9 +14,10 @@ What a record names that cannot be read is left as it is, whether it runs or not
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -75,6 +76,7 @@ class Recovery:
         self._cgroups = cgroups
         self._places = places
         self._is_serving = False
+        self._under_way: set[str] = set()
 
     async def run(self) -> None:
         """Return when the agent may serve, which ANSWER_SECONDS bound as far as other processes are concerned."""
@@ -95,6 +97,18 @@ class Recovery:
         self._is_serving = True
         await self._network.recover(self._inventory.pods.keys() | unreadable)
 
+    def is_under_way(self, name: str) -> bool:
+        """Whether this pod or container is still being recovered."""
+        return name in self._under_way
+
+    def _begin(
+        self, kind: str, name: str, work: Callable[[], Coroutine[Any, Any, None]]
+    ) -> asyncio.Task[None]:
+        self._under_way.add(name)
+        task = self._supervision.recover(f'{kind} "{name}"', work)
+        task.add_done_callback(lambda _: self._under_way.discard(name))
+        return task
+
     async def _answers(self, work: Sequence[asyncio.Task[None]]) -> None:
         """Wait for parts of the recovery; name those that go on in the background."""
         if not work:
@@ -109,7 +123,7 @@ class Recovery:
         for sandbox in self._inventory.sandboxes.values():
             if sandbox.ready:
                 self._supervision.expect(sandbox.id)
-                yield self._supervision.recover(_pod(sandbox.id), partial(self._adopt, sandbox.id))
+                yield self._begin("pod sandbox", sandbox.id, partial(self._adopt, sandbox.id))
 
     async def _adopt(self, sandbox_id: str) -> None:
         try:
@@ -133,7 +147,7 @@ class Recovery:
         stopped = msgspec.structs.replace(sandbox, stopped_at=time.time_ns())
         self._inventory.note(stopped, "stopped")
         self._inventory.pods.pop(sandbox_id, None)
-        await self._dismantle(self._places.pods / sandbox_id)
+        await self.dismantle(self._places.pods / sandbox_id)
 
     def _rebooted(self, sandbox: Sandbox) -> None:
         """Record that nothing of this pod can run any more."""
@@ -159,14 +173,12 @@ class Recovery:
         pods = self._inventory.sandboxes.keys() | self._inventory.unreadable
         for container in list(self._inventory.containers.values()):
             if not container.created_at or container.sandbox_id not in pods:
-                yield self._supervision.recover(
-                    f'container "{container.id}"', partial(self._containers.undo, container)
+                yield self._begin(
+                    "container", container.id, partial(self._containers.undo, container)
                 )
         for sandbox in list(self._inventory.sandboxes.values()):
             if not sandbox.ready_at:
-                yield self._supervision.recover(
-                    _pod(sandbox.id), partial(self._undo_sandbox, sandbox)
-                )
+                yield self._begin("pod sandbox", sandbox.id, partial(self._undo_sandbox, sandbox))
 
     async def _undo_sandbox(self, sandbox: Sandbox) -> None:
         await asyncio.to_thread(cgroup.remove, self._cgroups, sandbox)
@@ -188,13 +200,12 @@ class Recovery:
         found = {directory.name for directory in self._places.pods.iterdir()}
         unreadable = self._inventory.unreadable
         for pod_id in found.difference(self._inventory.pods, unreadable):
-            yield self._supervision.recover(
-                f'pod "{pod_id}"', partial(self._dismantle, self._places.pods / pod_id)
-            )
+            yield self._begin("pod", pod_id, partial(self.dismantle, self._places.pods / pod_id))
         for directory in self._places.containers.iterdir():
             if directory.name not in self._inventory.containers.keys() | unreadable:
-                yield self._supervision.recover(
-                    f'container "{directory.name}"',
+                yield self._begin(
+                    "container",
+                    directory.name,
                     partial(self._containers.clear_stranger, directory.name),
                 )
         yield self._supervision.recover("launcher", partial(self._clear_launcher, found))
@@ -206,9 +217,9 @@ class Recovery:
         if self._is_serving:
             return  # it may have slots of ours by now; what else it has is found by the reconciliation
         for pod_id in kept.difference(found, self._inventory.pods, self._inventory.unreadable):
-            await self._dismantle(self._places.pods / pod_id)
+            await self.dismantle(self._places.pods / pod_id)
 
-    async def _dismantle(self, directory: Path) -> None:
+    async def dismantle(self, directory: Path) -> None:
         """Remove an unknown pod."""
         supervisor = await self._reach(directory)
         await dismantle(directory.name, directory, supervisor, self._network)
@@ -226,7 +237,3 @@ class Recovery:
         await launcher.abandon(directory.name)
         paths.unpin(str(directory))
         return None
-
-
-def _pod(sandbox_id: str) -> str:
-    return f'pod sandbox "{sandbox_id}"'

@@ -87,6 +87,12 @@ class NodeCollector(Collector):
             ),
             *_images(node.images.counters),
             _counter(
+                "nodeagent_leaks_total",
+                "Things that no record explained and that were removed; the log names each",
+                "kind",
+                node.reconciliation.leaks,
+            ),
+            _counter(
                 "nodeagent_background_task_failures_total",
                 "Failures of background tasks, by task; the log and verbose Status have the errors",
                 "task",

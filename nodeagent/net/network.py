@@ -200,6 +200,12 @@ class Network:
         if udp := [port.host_port for port in ports if port.protocol == "udp"]:
             self._run_behind(partial(conntrack.forget_unanswered, udp, versions))
 
+    @property
+    def holders(self) -> set[str]:
+        """The pods that have addresses or host ports."""
+        leased = {lease.pod_id for lease in self._ipam.leases.values() if not lease.released_at}
+        return leased | {port.pod_id for port in self._host_ports.all()}
+
     async def detach(self, pod_id: str) -> None:
         """Take a pod's ports and addresses back. Succeeds for an unknown pod.
 

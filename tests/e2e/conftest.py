@@ -29,6 +29,7 @@ def running_agent(
     finally:
         code = running.stop()
     assert code == 0, running.log.read_text()
+    assert "no record explains it" not in running.log.read_text()  # nodeagent_leaks_total
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from typing import Any, cast
 import pytest
 
 from nodeagent import database, files, trash
+from nodeagent.errors import Unavailable
 from nodeagent.lifecycle import health as health_module
 from nodeagent.lifecycle import sessions as sessions_module
 from nodeagent.lifecycle.containers.removal import Removal
@@ -25,6 +26,7 @@ from nodeagent.lifecycle.events import Events
 from nodeagent.lifecycle.health import Health
 from nodeagent.lifecycle.inventory import Inventory, Pod
 from nodeagent.lifecycle.pods.slots import Slots
+from nodeagent.lifecycle.reconcile import Reconciliation
 from nodeagent.lifecycle.sessions import Sessions
 from nodeagent.lifecycle.supervisors import polling
 from nodeagent.lifecycle.supervisors.launchers import Launchers
@@ -267,6 +269,39 @@ async def feeding_the_watchdog(world: World) -> Work:
     return Work("watchdog", ask, lambda: fed, world.tasks.close)
 
 
+async def reconciling(world: World) -> Work:
+    inventory, _ = supervision(world, None)
+    looks: list[Any] = []
+
+    async def get() -> Any:
+        raise Unavailable("there is no launcher")
+
+    def is_recovering(_: str) -> bool:
+        return False
+
+    class Network:
+        @property
+        def holders(self) -> set[str]:
+            world.fault.strike()
+            looks.append(self)
+            return set()
+
+    places = SimpleNamespace(pods=world.folder, containers=world.folder)
+    nothing: Any = None
+    images: Any = SimpleNamespace(holders=set())
+    parts: Any = {"launchers": SimpleNamespace(get=get), "slots": SimpleNamespace(ids=set())}
+    parts |= {"network": Network(), "images": images, "places": places}
+    made = Reconciliation(
+        inventory=inventory, creation=nothing, containers=nothing, tasks=world.tasks, **parts
+    )
+    made.is_recovering = is_recovering
+
+    async def ask() -> None:
+        made.start()
+
+    return Work("reconciliation", ask, lambda: looks, made.close)
+
+
 async def asking_for_states(world: World) -> Work:
     inventory, watching = supervision(world, None)
     inventory.save(records.container("c", sandbox_id="pod", started_at=1))
@@ -433,6 +468,7 @@ TASKS = [
     recovering_pods,
     asking_for_states,
     undoing_creations,
+    reconciling,
     feeding_the_watchdog,
     ending_pods,
     clearing_up_execs,

@@ -65,6 +65,7 @@ class Creation:
         self._host_paths = HostPaths()
         self._removal = removal
         self._directory = directory
+        self._under_way: set[str] = set()
         # Warnings that hold for every container: no more than there are limits, capabilities and scores.
         self._said_of_all: set[str] = set()
         self._creations = Creations(
@@ -91,13 +92,21 @@ class Creation:
             config = await self._with_devices(sandbox, config)
             image = self._image(config)
             container = self._intention(sandbox, config, image)
-            self._inventory.save(container)
+            self._under_way.add(container.id)
             try:
-                await self._make(sandbox, container, image, supervisor)
-            except BaseException:
-                await self._removal.undo(container)
-                raise
+                self._inventory.save(container)
+                try:
+                    await self._make(sandbox, container, image, supervisor)
+                except BaseException:
+                    await self._removal.undo(container)
+                    raise
+            finally:
+                self._under_way.discard(container.id)
         return container.id
+
+    def is_under_way(self, container_id: str) -> bool:
+        """Whether a container is being made, or what was made of it is being undone."""
+        return container_id in self._under_way or self._removal.why_left(container_id) is not None
 
     async def _with_devices(self, sandbox: Sandbox, config: ContainerConfig) -> ContainerConfig:
         """The config with what its CDI devices add. A hung directory of specifications blocks no other requests."""

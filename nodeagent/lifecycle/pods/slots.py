@@ -7,6 +7,7 @@ a supervisor or a lease, but no sandbox, was a slot (or a pod that a crash cut o
 import asyncio
 import secrets
 from collections import deque
+from collections.abc import Set as AbstractSet
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ class Slots:
         self._count = count
         self._ready: deque[Slot] = deque()
         self._missing = asyncio.Semaphore(0)
+        self._ids: set[str] = set()
         self._tasks = tasks.part()
         self._filling = self._tasks.part()
 
@@ -62,6 +64,11 @@ class Slots:
     def ready(self) -> int:
         return len(self._ready)
 
+    @property
+    def ids(self) -> AbstractSet[str]:
+        """The ids of slots that are there or just being made, or discarded; one that was taken is its taker's."""
+        return self._ids
+
     async def take(self, namespaces: Namespaces) -> Slot:
         """Take a slot with these namespaces, ready or new; `discard` undoes it."""
         if namespaces.owned == USUAL.owned:
@@ -69,9 +76,13 @@ class Slots:
                 slot = self._ready.popleft()
                 asyncio.get_running_loop().call_later(REFILL_DELAY_SECONDS, self._missing.release)
                 if self._is_good(slot):
-                    return slot
+                    return self._taken(slot)
                 await self.discard(slot)
-        return await self._make(namespaces)
+        return self._taken(await self._make(namespaces))
+
+    def _taken(self, slot: Slot) -> Slot:
+        self._ids.discard(slot.id)
+        return slot
 
     def _is_good(self, slot: Slot) -> bool:
         """Whether the slot can be used: the pod CIDR may be another one than when it was made."""
@@ -82,6 +93,7 @@ class Slots:
         if slot.supervisor.is_lost:
             await self._launchers.get()  # which makes its successor
         await dismantle(slot.id, slot.directory, slot.supervisor, self._network)
+        self._ids.discard(slot.id)
 
     async def close(self) -> None:
         """Stop filling and discard what is ready."""
@@ -107,6 +119,8 @@ class Slots:
         directory = self._directory / pod_id
         owned = namespaces.owned
         async with AsyncExitStack() as undo:
+            self._ids.add(pod_id)
+            undo.callback(self._ids.discard, pod_id)
             directory.mkdir(mode=0o700)
             undo.callback(files.remove_tree, str(directory))
             launcher = await self._launchers.get()

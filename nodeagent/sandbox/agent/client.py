@@ -279,9 +279,20 @@ class Supervisor:
         try:
             return await launcher.successor(self.pod_id, self._directory)
         except AlreadyExists:
-            return await Supervisor.connect(self._directory, self.pod_id, self._connector)
+            return await self._connect_to_other()
         finally:
             launcher.close()
+
+    async def _connect_to_other(self) -> "Supervisor":
+        """Connect to a successor that somebody else has asked for, and that may not listen yet."""
+        for _ in range(_POLLS):
+            try:
+                return await Supervisor.connect(self._directory, self.pod_id, self._connector)
+            except OSError as error:
+                if error.errno not in NOBODY_LISTENS:
+                    raise
+            await asyncio.sleep(_POLL_SECONDS)
+        return await Supervisor.connect(self._directory, self.pod_id, self._connector)
 
     # --- containers ---
 

@@ -307,6 +307,7 @@ class FakeNode:
         self.cgroups = SimpleNamespace(driver="cgroupfs")
         self.pod_cidrs: list[str] = []
         self.network = SimpleNamespace(set_pod_cidr=self._set_pod_cidr)
+        self.reconciliation = SimpleNamespace(leaks={"pod": 0, "hold": 2})
         self.condition = NodeStatus(
             runtime_ready=True,
             runtime_reason="",

@@ -106,6 +106,12 @@ async def test_pods_that_do_not_answer() -> None:
         assert value(await scraped(server), "nodeagent_pods_not_answering") == 1
 
 
+async def test_leaks_by_kind() -> None:
+    async with MetricsServer.open(FakeNode().node, "") as server:
+        found = await scraped(server)
+    assert [value(found, "nodeagent_leaks_total", kind=kind) for kind in ("pod", "hold")] == [0, 2]
+
+
 async def test_failures_of_background_tasks_by_task() -> None:
     node = FakeNode()
     node.tasks.failures.expect("warm slots")
