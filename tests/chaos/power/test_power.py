@@ -1,0 +1,186 @@
+"""The state of a node after a power loss: rung (a), a sample of what `make power` does at length.
+
+What was answered for is there and whole; the agent starts, whatever of the rest is on the disk.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import nodeagent
+from tests.chaos.power import disk, trace
+from tests.chaos.power.disk import Disk, Name, Write, apply
+from tests.chaos.power.losses import try_losses
+from tests.chaos.power.walk import Recording, walked
+from tests.support.node import RunningAgent
+from tests.support.registry import Registry
+
+STEPS, STATES, SECONDS = 16, 4, 25.0
+
+needs_strace = pytest.mark.skipif(trace.strace() is None, reason="strace is not installed")
+
+
+@contextmanager
+def agent_of(folder: Path, registry: Registry, code: Path | None = None) -> Iterator[RunningAgent]:
+    agent = RunningAgent(folder / "agent")
+    agent.code = code
+    agent.trust(registry.host)
+    agent.start()
+    try:
+        yield agent
+        agent.remove_pods()
+    finally:
+        agent.stop()
+
+
+@needs_strace
+async def test_power_losses_during_a_walk(tmp_path: Path, registry: Registry) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    with agent_of(tmp_path, registry) as agent:
+        recording = walked(agent, registry, tmp_path, STEPS, chance)
+        assert differences(recording, agent) == [], "the model has not seen all"
+    found = await try_losses(recording, chance=chance, states=STATES, seconds=SECONDS)
+    print(f"{found.states} states at {found.points} of {len(recording.calls)} points")
+    assert found.violations == [], f"seed {seed}"
+    assert found.states > 20
+
+
+def differences(recording: Recording, agent: RunningAgent) -> list[str]:
+    """The paths of which the model, at the end of the calls, does not agree with the real files.
+
+    What containers write, and what is moved out of the way or removed just now, nobody but the agent has to know.
+    """
+    model = copy.deepcopy(recording.disk)
+    for call in recording.calls:
+        model.take(call)
+    real, known = disk.tree_of(agent.root / "lib"), disk.tree(model.now)
+    others = ("staging/", "trash/", "state.db-shm", "containers/")
+    return [
+        path
+        for path in sorted(real.keys() | known.keys())
+        if real.get(path, 0) != known.get(path, 0) and not path.startswith(others)
+    ]
+
+
+# What a product would be like that forgets to sync, and at which steps that is found.
+DEFECTS = {
+    "layers are recorded before they are synced": (
+        "images/catalog.py",
+        "if self._layers.unrecorded(plan.chain_ids):\n            await self._sync()",
+        "",
+    ),
+    "a pull is answered before its record is synced": (
+        "images/catalog.py",
+        "if changed or missing:\n            await self._sync()",
+        "",
+    ),
+    "the database is copied without a sync": (
+        "database.py",
+        'db.execute("PRAGMA synchronous = NORMAL")',
+        'db.execute("PRAGMA synchronous = OFF"); db.execute("PRAGMA wal_autocheckpoint = 2")',
+    ),
+}
+
+
+@needs_strace
+@pytest.mark.parametrize("defect", DEFECTS)
+async def test_a_product_that_forgets_to_sync_is_found(
+    tmp_path: Path, registry: Registry, defect: str
+) -> None:
+    file, text, instead = DEFECTS[defect]
+    code = tmp_path / "code"
+    shutil.copytree(Path(nodeagent.__file__).parent, code / "nodeagent")
+    source = (code / "nodeagent" / file).read_text()
+    assert source.count(text) == 1
+    changed = source.replace(text, instead).replace(
+        'db.execute("PRAGMA wal_autocheckpoint = 0")', "" if "autocheckpoint" in instead else "0"
+    )
+    (code / "nodeagent" / file).write_text(changed)
+    with agent_of(tmp_path, registry, code) as agent:
+        recording = walked(agent, registry, tmp_path, 8, random.Random(0))
+    found = await try_losses(recording, chance=random.Random(0), states=6, seconds=60)
+    assert found.violations
+
+
+# --- the model ---
+
+
+def model_of(folder: Path) -> Disk:
+    (folder / "d").mkdir()
+    (folder / "d/f").write_bytes(b"old")
+    return Disk(folder)
+
+
+def outcomes(model: Disk, path: str) -> set[object]:
+    states = (model.after_power_loss(random.Random(number)) for number in range(300))
+    return {disk.tree(nodes).get(path, "absent") for nodes in states}
+
+
+def call(began: float, name: str, *arguments: str) -> trace.Call:
+    return trace.Call(began, began + 0.5, name, list(arguments), 0, "")
+
+
+def hexadecimal(text: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in text.encode())
+
+
+def test_a_file_that_is_replaced_without_a_sync_may_be_empty(tmp_path: Path) -> None:
+    model = model_of(tmp_path)
+    new = model._enter(call(1, "openat"), f"{tmp_path}/d/new", disk.Node("file"))
+    model._do(call(2, "write"), Write(new, 0, b"new"))
+    model._move(call(3, "rename"), f"{tmp_path}/d/new", f"{tmp_path}/d/f")
+    assert outcomes(model, "d/f") == {b"old", b"new", b""}
+    file = f"3<{hexadecimal(f'{tmp_path}/d/f')}>"
+    model.take(call(4, "fsync", file))
+    assert outcomes(model, "d/f") == {b"old", b"new"}
+    model.take(call(5, "fsync", f"3<{hexadecimal(f'{tmp_path}/d')}>"))
+    assert outcomes(model, "d/f") == {b"new"}
+
+
+def test_sectors_of_one_write_are_independent_until_all_is_synced(tmp_path: Path) -> None:
+    model = model_of(tmp_path)
+    inode = model.find(f"{tmp_path}/d/f")
+    model._do(call(1, "write"), Write(inode, 0, b"a" * 512 + b"b" * 512))
+    found = outcomes(model, "d/f")
+    assert found >= {b"old", b"a" * 512 + b"b" * 512, b"a" * 512}
+    assert b"old" + bytes(509) + b"b" * 512 in found
+    model.take(call(2, "syncfs", f"3<{hexadecimal(str(tmp_path))}>"))
+    assert outcomes(model, "d/f") == {b"a" * 512 + b"b" * 512}
+
+
+def test_what_comes_while_a_sync_runs_is_not_covered_by_it(tmp_path: Path) -> None:
+    model = model_of(tmp_path)
+    inode = model.find(f"{tmp_path}/d/f")
+    model._do(call(1, "write"), Write(inode, 0, b"new"))
+    model.take(call(1.2, "syncfs", f"3<{hexadecimal(str(tmp_path))}>"))
+    assert outcomes(model, "d/f") == {b"old", b"new"}
+
+
+def test_names_go_to_the_disk_in_their_order(tmp_path: Path) -> None:
+    model = model_of(tmp_path)
+    for number, name in enumerate("abc"):
+        model._enter(call(number, "mkdir"), f"{tmp_path}/{name}", disk.Node("directory"))
+    states = {
+        tuple(disk.tree(model.after_power_loss(random.Random(number)))) for number in range(300)
+    }
+    assert {len(state) for state in states} == {2, 3, 4, 5}
+    assert all(state[2:] == tuple("abc")[: len(state) - 2] for state in states)
+
+
+def test_a_lost_disk_leaves_the_model_as_it_is(tmp_path: Path) -> None:
+    model = model_of(tmp_path)
+    inode = model.find(f"{tmp_path}/d/f")
+    model._do(call(1, "write"), Write(inode, 0, b"new"))
+    outcomes(model, "d/f")
+    assert model.safe[inode].data == b"old"
+    apply(model.safe, Name(disk.ROOT, "d", 0))
+    assert disk.tree(model.safe) == {}
