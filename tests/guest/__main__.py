@@ -39,6 +39,7 @@ def main() -> int:
         memory_mib=options.memory,
         cpus=options.cpus,
         timeout_seconds=options.timeout,
+        disk=options.disk,
         verbose=options.verbose,
     )
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, default=600, help="seconds")
     parser.add_argument("--memory", type=int, default=2048, help="MiB")
     parser.add_argument("--cpus", type=int, default=1, help="of qemu")
+    parser.add_argument("--disk", type=Path, metavar="FILE", help="an ext4 to use and to keep")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("-v", "--verbose", action="store_true", help="show the console")
     parser.add_argument("directory", nargs="?")

@@ -39,6 +39,7 @@ class Guest:
     memory_mib: int = 2048
     disk_mib: int = 8192  # sparse
     cpus: int = 1
+    disk: Path | None = None  # an ext4 to use and to keep, instead of a new one
     timeout_seconds: float = 600
     verbose: bool = False
 
@@ -50,7 +51,10 @@ def run(guest: Guest, command: list[str], directory: Path, environment: dict[str
             stack.enter_context(tempfile.TemporaryDirectory(prefix="guest-", dir="/var/tmp"))
         )
         control = _control(scratch, guest, command, directory, environment)
-        _make_disk(scratch / "disk", guest.disk_mib)
+        if guest.disk is None:
+            make_disk(scratch / "disk", guest.disk_mib, "-O ^has_journal")
+        else:
+            (scratch / "disk").symlink_to(guest.disk.resolve())
         console = stack.enter_context((scratch / "console").open("wb"))
         start = _start_qemu if guest.kernel == "qemu" else _start_uml
         machine = start(
@@ -78,10 +82,10 @@ def _control(
     return control
 
 
-def _make_disk(path: Path, size_mib: int) -> None:
+def make_disk(path: Path, size_mib: int, features: str = "") -> None:
     with path.open("wb") as file:
         file.truncate(size_mib << 20)
-    options = "-q -F -t ext4 -O ^has_journal -E lazy_itable_init=1,nodiscard"
+    options = f"-q -F -t ext4 {features} -E lazy_itable_init=1,nodiscard"
     subprocess.run(["/sbin/mke2fs", *options.split(), path], stdin=subprocess.DEVNULL, check=True)
 
 

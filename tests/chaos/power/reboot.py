@@ -127,8 +127,8 @@ def _recovery(
 async def faults(root: Path, state: Path, certs: Path, expected: Expected) -> list[str]:
     """What is wrong with a root directory after the recovery, in words.
 
-    Where an image turns out to be incomplete, its other layers and its documents are kept for the pull that follows: what
-    is left without an owner goes with the next start.
+    Where an image turns out to be incomplete, its other layers and its documents are kept for the pull that follows:
+    what is left without an owner goes with the next start.
     """
     try:
         async with rebooted(root, state, certs) as (store, images):

@@ -7,37 +7,20 @@ from __future__ import annotations
 
 import copy
 import random
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-import nodeagent
-from tests.chaos.power import disk, trace
+from tests.chaos.power import damage, disk, trace
 from tests.chaos.power.disk import Disk, Name, Write, apply
 from tests.chaos.power.losses import try_losses
-from tests.chaos.power.walk import Recording, walked
+from tests.chaos.power.walk import Recording, agent_of, walked
 from tests.support.node import RunningAgent
 from tests.support.registry import Registry
 
-STEPS, STATES, SECONDS = 16, 4, 25.0
+STEPS, STATES, SECONDS = 12, 4, 15.0
 
 needs_strace = pytest.mark.skipif(trace.strace() is None, reason="strace is not installed")
-
-
-@contextmanager
-def agent_of(folder: Path, registry: Registry, code: Path | None = None) -> Iterator[RunningAgent]:
-    agent = RunningAgent(folder / "agent")
-    agent.code = code
-    agent.trust(registry.host)
-    agent.start()
-    try:
-        yield agent
-        agent.remove_pods()
-    finally:
-        agent.stop()
 
 
 @needs_strace
@@ -71,44 +54,12 @@ def differences(recording: Recording, agent: RunningAgent) -> list[str]:
     ]
 
 
-# What a product would be like that forgets to sync, and at which steps that is found.
-DEFECTS = {
-    "layers are recorded before they are synced": (
-        "images/catalog.py",
-        "if self._layers.unrecorded(plan.chain_ids):\n            await self._sync()",
-        "",
-    ),
-    "a pull is answered before its record is synced": (
-        "images/catalog.py",
-        "if changed or missing:\n            await self._sync()",
-        "",
-    ),
-    "the database is copied without a sync": (
-        "database.py",
-        'db.execute("PRAGMA synchronous = NORMAL")',
-        'db.execute("PRAGMA synchronous = OFF"); db.execute("PRAGMA wal_autocheckpoint = 2")',
-    ),
-}
-
-
-@needs_strace
-@pytest.mark.parametrize("defect", DEFECTS)
-async def test_a_product_that_forgets_to_sync_is_found(
-    tmp_path: Path, registry: Registry, defect: str
-) -> None:
-    file, text, instead = DEFECTS[defect]
-    code = tmp_path / "code"
-    shutil.copytree(Path(nodeagent.__file__).parent, code / "nodeagent")
-    source = (code / "nodeagent" / file).read_text()
-    assert source.count(text) == 1
-    changed = source.replace(text, instead).replace(
-        'db.execute("PRAGMA wal_autocheckpoint = 0")', "" if "autocheckpoint" in instead else "0"
-    )
-    (code / "nodeagent" / file).write_text(changed)
-    with agent_of(tmp_path, registry, code) as agent:
-        recording = walked(agent, registry, tmp_path, 8, random.Random(0))
-    found = await try_losses(recording, chance=random.Random(0), states=6, seconds=60)
-    assert found.violations
+async def test_a_damaged_database_sample() -> None:
+    """Rung (c): whatever is overwritten in a database, it is opened, or refused and repaired."""
+    seed = random.randrange(1 << 32)
+    tried = damage.try_damages(seed, count=40, seconds=15)
+    print(f"seed {seed}: {tried}")
+    assert tried.violations == [], f"seed {seed}"
 
 
 # --- the model ---

@@ -8,7 +8,8 @@ from __future__ import annotations
 import random
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -68,9 +69,12 @@ class Recording:
 class Walk:
     """The state of the node as the client knows it, and the verbs that it allows."""
 
-    def __init__(self, agent: RunningAgent, registry: Registry, folder: Path) -> None:
-        self.names = {name: f"{registry.host}/power/{name}:1" for name in PULLED}
-        self.names[LOADED] = f"{registry.host}/power/{LOADED}:1"
+    def __init__(
+        self, agent: RunningAgent, registry: Registry, folder: Path, host: str = ""
+    ) -> None:
+        """Take an agent. host: the name by which it knows the registry."""
+        host = host or registry.host
+        self.names = {name: f"{host}/power/{name}:1" for name in (*PULLED, LOADED)}
         self.agent = agent
         self.cri = Cri(agent, self.names[PULLED[0]], folder / "logs")
         self.here: set[str] = set()
@@ -80,7 +84,7 @@ class Walk:
         for name in PULLED:
             registry.push(_image(name))
         self.archive = folder / "archive.tar"
-        images.write_archive(_image(LOADED, f"{registry.host}/"), self.archive)
+        images.write_archive(_image(LOADED, f"{host}/"), self.archive)
 
     def verbs(self) -> dict[str, tuple[str, Callable[[], object]]]:
         """What can be asked for now: by verb, the image that it is about, and the call."""
@@ -148,6 +152,19 @@ class Walk:
         elif self.pod is not None:
             self.pod.remove()
             self.pod = None
+
+
+@contextmanager
+def agent_of(folder: Path, registry: Registry, code: Path | None = None) -> Iterator[RunningAgent]:
+    agent = RunningAgent(folder / "agent")
+    agent.code = code
+    agent.trust(registry.host)
+    agent.start()
+    try:
+        yield agent
+        agent.remove_pods()
+    finally:
+        agent.stop()
 
 
 def walked(
