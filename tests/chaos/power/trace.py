@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-DEBIAN = Path(__file__).parents[3] / ".cache/debian/strace/usr/bin/strace"
 CALLS = (
     "openat,openat2,open,creat,close,lseek,write,pwrite64,writev,ftruncate,truncate,rename,renameat,renameat2,"
     "unlink,unlinkat,rmdir,mkdir,mkdirat,link,linkat,symlink,symlinkat,mknod,mknodat,fsync,fdatasync,syncfs,sync,"
@@ -38,7 +37,7 @@ class Call:
 
 
 def strace() -> str | None:
-    return shutil.which("strace") or (str(DEBIAN) if DEBIAN.exists() else None)
+    return shutil.which("strace")
 
 
 @contextmanager
