@@ -274,6 +274,7 @@ class Images:
 
     def _recover(self) -> None:
         """Drop images that lack a layer; their other layers are kept for the pull that will follow."""
+        self._documents.drop_damaged()
         complete = True
         for image in self._images:
             missing = [chain for chain in image.layers if chain not in self._layers]

@@ -6,6 +6,7 @@ unpacked layer. Indexes, manifests and configs are kept in ``blobs/sha256/``.
 
 import hashlib
 import io
+import logging
 import os
 import threading
 from collections.abc import Collection
@@ -17,6 +18,8 @@ from nodeagent.images import manifest
 from nodeagent.images.budget import Disk
 from nodeagent.images.turns import Permits
 from nodeagent.linux import syscalls
+
+log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.2
 
@@ -206,6 +209,19 @@ class Documents:
         disk_reserve.require_space(self._directory, len(data))
         files.write_atomic(str(path), data, mode=0o600, sync=False)
         self._sizes[path.name] = len(data)
+
+    def drop_damaged(self) -> None:
+        """Remove what is not what its name says, as a power loss may leave it; the next pull fetches it again."""
+        for name in list(self._sizes):
+            path = self._directory / name
+            try:
+                is_whole = path.is_dir() or manifest.digest(path.read_bytes()) == f"sha256:{name}"
+            except OSError:
+                is_whole = False
+            if not is_whole:
+                log.warning("%s: damaged, or incomplete; removed", path)
+                path.unlink(missing_ok=True)
+                del self._sizes[name]
 
     def keep(self, digests: Collection[str]) -> None:
         """Remove all documents but these."""

@@ -187,14 +187,12 @@ class SecurityProfiles:
         self._documents.keep({d for owner in owners for d in (owner.digest, owner.content)})
 
     def _recover(self) -> None:
+        self._documents.drop_damaged()
         for profile in self.list():
             if self._documents.get(profile.content) is None:
                 log.warning("security profile %s: damaged, dropped; pull it again", profile.digest)
                 self._store.delete(StoredProfile, profile.digest)
                 del self._profiles[profile.digest]
-        self._documents = Documents(
-            self._directory
-        )  # anew: the old one does not list damaged files any more
         self._collect()
 
 

@@ -67,3 +67,22 @@ async def test_a_damaged_document_is_fetched_again(place: Place, server: Server)
         assert len(server.asked(pulled.id)) == 2
         assert (await images.pull(name)).id == pulled.id
         assert len(server.asked(pulled.id)) == 2
+
+
+async def test_a_document_that_a_power_loss_has_left_incomplete_goes(
+    place: Place, server: Server
+) -> None:
+    """Also one that its image has, and what was to become one."""
+    server.add(TWO)
+    name = f"{server.host}/test/image:1"
+    async with place.open() as images:
+        pulled = await images.pull(name)
+    documents = place.root / "blobs/sha256"
+    config = documents / pulled.id.removeprefix("sha256:")
+    config.write_bytes(b"")
+    (documents / f".{config.name}.0123456789ab").write_bytes(b"")
+    async with place.open() as images:
+        assert [image.id for image in images.list()] == [pulled.id]
+        assert len(place.left("blobs/sha256")) == 1
+        await images.pull(name)
+    assert config.read_bytes()
