@@ -5,7 +5,6 @@ successor may both see the same end. Its file is there before the process is: bl
 """
 
 import fcntl
-import json
 import os
 import signal
 import struct
@@ -73,8 +72,11 @@ def read(pod: str, container: str) -> Exit | None:
 
 def _read(file: int) -> Exit | None:
     try:
-        end: Exit = json.loads(os.pread(file, 4096, 0))
-    except ValueError:  # blank: it has not ended
+        end = protocol.checked(Exit, protocol.decode(os.pread(file, 4096, 0)))
+        numbers: tuple[object, ...] = (end["code"], end["at"])
+        if not all(isinstance(number, int) for number in numbers):
+            return None
+    except ValueError:  # blank: it has not ended; a damaged one is no end either
         return None
     return end
 
