@@ -116,7 +116,8 @@ class Footprint:
         yield from (f"row {row}" for row in rows(self._agent.root / "lib/state.db"))
 
     def _processes(self) -> Iterator[str]:
-        for pid in leaks.processes():
+        parents = leaks.processes()
+        for pid, parent in parents.items():
             grouped = f"{self.cgroup}/" in leaks.read(f"/proc/{pid}/cgroup").decode()
             command = leaks.command(pid)
             # A launcher that is traced when it is killed is not its parent's to reap until the tracer has let go.
@@ -124,7 +125,8 @@ class Footprint:
             if (grouped and not is_traced_zombie) or (
                 self._root in command and "launcher" in command
             ):
-                yield f"process {command}"
+                is_dead = not leaks.read(f"/proc/{pid}/cmdline")
+                yield f"process {command}" + (f", dead, of {leaks.command(parent)}" * is_dead)
 
     def _elements(self) -> Iterator[str]:
         if shutil.which("nft") is None:

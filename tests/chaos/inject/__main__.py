@@ -81,8 +81,10 @@ def _sweep(sweep: Sweep, options: argparse.Namespace) -> int:
         return all(fnmatch.fnmatch(*pair) for pair in (*pairs, (str(fault), options.fault)))
 
     rounds = (r for r in sweep.rounds(chooser, only=only) if chooser.random() < options.fraction)
-    sweep.run(rounds, seconds=options.seconds)
-    print(sweep.matrix())
+    try:
+        sweep.run(rounds, seconds=options.seconds)
+    finally:
+        print(sweep.matrix(), flush=True)
     return 1 if sweep.red else 0
 
 

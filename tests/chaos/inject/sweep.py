@@ -62,7 +62,10 @@ class Sweep:
             self.world.open(self._registry)
             self._player = Player(self.world)
         verdict = self._player.play(round_)
-        if verdict.problems:
+        if verdict.problems and self.world is not None:
+            log = self.world.agent.root / "run/launcher.log"
+            said = log.read_text(errors="replace").splitlines() if log.exists() else []
+            verdict.problems += [f"launcher.log: {line}" for line in said[-8:]]
             self.renew()
         if verdict.answer == FOREIGN:
             verdict.problems.clear()
