@@ -80,7 +80,8 @@ def _sweep(sweep: Sweep, options: argparse.Namespace) -> int:
         pairs = ((step, options.step), ("+".join(who), options.who), (calls, options.calls))
         return all(fnmatch.fnmatch(*pair) for pair in (*pairs, (str(fault), options.fault)))
 
-    rounds = (r for r in sweep.rounds(chooser, only=only) if chooser.random() < options.fraction)
+    everything = sweep.rounds(chooser, only=only, exhaustive=options.fraction == 1)
+    rounds = (round_ for round_ in everything if chooser.random() < options.fraction)
     try:
         sweep.run(rounds, seconds=options.seconds)
     finally:

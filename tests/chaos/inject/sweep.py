@@ -90,9 +90,12 @@ class Sweep:
         return self._places[key]
 
     def rounds(
-        self, chooser: random.Random, *, only: Callable[[Key, Fault], bool]
+        self, chooser: random.Random, *, only: Callable[[Key, Fault], bool], exhaustive: bool
     ) -> Iterator[Round]:
-        """All rounds, in a random order; those of a combination are numbered until no call is left to hit."""
+        """All rounds, in a random order.
+
+        exhaustive: with one of each call that finds nothing left to hit, which proves that there were no more.
+        """
         pending = [
             (key, fault)
             for key in combinations()
@@ -104,7 +107,7 @@ class Sweep:
             place = chooser.randrange(len(pending))
             key, fault = pending[place]
             if (key, fault) not in numbers:
-                numbers[key, fault] = self._numbered(chooser, key, fault)
+                numbers[key, fault] = self._numbered(chooser, key, fault, beyond=int(exhaustive))
             left = numbers[key, fault]
             if left:
                 yield left.pop()
@@ -112,7 +115,9 @@ class Sweep:
                 pending[place] = pending[-1]
                 pending.pop()
 
-    def _numbered(self, chooser: random.Random, key: Key, fault: Fault) -> list[Round]:
+    def _numbered(
+        self, chooser: random.Random, key: Key, fault: Fault, *, beyond: int
+    ) -> list[Round]:
         step, who, name = key
         places = [self.places(step, role, name) for role in who]
         if not all(places):
@@ -121,10 +126,11 @@ class Sweep:
             hits = [tuple(map(chooser.choice, places)) for _ in range(max(map(len, places)))]
         elif fault.lasts:
             last = max(number for _, number in places[0])
-            hits = [((name, number),) for number in range(1, last + 2)]
+            hits = [((name, number),) for number in range(1, last + beyond + 1)]
         else:  # and one beyond the last of each, which finds nothing to hit
             last_of = dict(places[0])
-            hits = [(place,) for place in (*places[0], *((c, n + 1) for c, n in last_of.items()))]
+            further = [(call, last + 1) for call, last in last_of.items()] if beyond else []
+            hits = [(place,) for place in (*places[0], *further)]
         chooser.shuffle(hits)
         return [
             Round(
