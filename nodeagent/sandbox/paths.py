@@ -4,6 +4,7 @@ The files of a pod are in ``<state>/pods/<id>``: the socket of its supervisor, `
 its namespaces, and ``shared``, the tmpfs of what its containers share.
 """
 
+import errno
 import os
 
 from nodeagent.linux import syscalls
@@ -12,6 +13,9 @@ SUPERVISOR_SOCKET = "supervisor.sock"  # in the pod's directory
 LAUNCHER_SOCKET = "launcher.sock"  # in the state directory
 # What a launcher writes to the descriptor that it was given, once it listens.
 LAUNCHER_READY = b"ready"
+
+# Errors of umount2(2) for a path that is not there, or is no mount point.
+_NOTHING_MOUNTED = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EINVAL))
 
 _PINNED = ("net", "ipc", "uts", "user")
 SHARED = "shared"
@@ -32,14 +36,19 @@ def procfs_pin(pod: str) -> str:
     return pin(pod, "proc")
 
 
-def unpin(pod: str) -> None:
-    """Remove all mounts that were made here, or by an earlier version. Idempotent; what still uses them goes on."""
+def unpin(pod: str) -> bool:
+    """Remove all mounts that were made here, or by an earlier version. Idempotent; what still uses them goes on.
+
+    False where the kernel could not do it now: nobody can remove the pod's directory then.
+    """
+    is_done = True
     pins = (procfs_pin(pod), *(pin(pod, kind) for kind in _PINNED))
     for path in (f"{pod}/{SHARED}", f"{pod}/shm", *pins):
         try:
             syscalls.umount2(path, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
-        except OSError:
-            pass
+        except OSError as error:
+            is_done = is_done and error.errno in _NOTHING_MOUNTED
+    return is_done
 
 
 def pin(pod: str, kind: str) -> str:

@@ -42,8 +42,9 @@ Kept = dict[str, dict[str, int]]
 
 def main(plan: PodPlan, launcher: int) -> NoReturn:
     """Make the pod's namespaces and serve it, or leave nothing behind."""
-    undo = partial(paths.unpin, plan["directory"])
-    _run(plan["id"], plan["directory"], launcher, lambda: prepare(plan), {}, undo)
+    directory = plan["directory"]
+    undo = partial(paths.unpin, directory)
+    _run(plan["id"], directory, launcher, lambda: prepare(plan), {}, undo)
 
 
 def prepare(plan: PodPlan) -> PodFacts:
@@ -75,7 +76,7 @@ def _run(
     launcher: int,
     known: Callable[[], PodFacts],
     kept: Kept,
-    undo: Callable[[], None],
+    undo: Callable[[], object],
 ) -> NoReturn:
     os.setsid()  # or a signal to the launcher's process group would reach the supervisors of all pods
     process.set_title(f"na-pod-{pod_id[:8]}", f"{process.SUPERVISOR}{pod_id}")
@@ -318,16 +319,12 @@ class Supervisor:
     def _end_if_empty(self, patience_ms: int) -> None:
         alive = [c for c in self.containers.values() if c.exit is None or c.hooks.are_running]
         busy = self.execs.running() or self.pod.init_pidfd is not None
-        if (
-            alive
-            or busy
-            or (self.pod.launcher.is_closing and time.monotonic() < self._patience_ends)
-        ):
+        closing = self.pod.launcher.is_closing and time.monotonic() < self._patience_ends
+        # Unpinned before the launcher is told: until then a successor would finish what is left.
+        if alive or busy or closing or not paths.unpin(self.pod.directory):
             patience_ms = min(2 * patience_ms, 100)
             self.pod.loop.call_after(patience_ms, lambda: self._end_if_empty(patience_ms))
             return
-        # Before the launcher is told: until then a successor would finish what is left.
-        paths.unpin(self.pod.directory)
         self.pod.launcher.done()
         for request in self._closing:
             request.reply()

@@ -11,9 +11,8 @@ _DESCRIPTORS = (
     "openat,open,socket,accept4,pipe2,dup,pidfd_open,epoll_create1,eventfd2,memfd_create,socketpair"
 )
 _MESSAGES = "sendmsg,recvmsg,sendto,recvfrom,connect,accept4,socket"
-_PROCESSES = (
-    "clone,clone3,fork,vfork,pidfd_open,pidfd_send_signal,kill,waitid,wait4,setns,unshare,prctl"
-)
+_PROCESSES = "clone,clone3,fork,vfork,pidfd_open,pidfd_send_signal,kill,setns,unshare,prctl"
+_WAITS = "waitid,wait4"  # which fail for want of children only
 _MOUNTS = "mount,umount2,fsopen,fsconfig,fsmount,open_tree,move_mount,mount_setattr,pivot_root"
 _OF_INIT = (
     "mount,umount2,fsopen,fsconfig,fsmount,open_tree,move_mount,mount_setattr,pivot_root,setresuid,setresgid,"
@@ -28,7 +27,7 @@ SETS = {
     "messages": (_MESSAGES, ("ENOMEM", "ENOBUFS", "EINTR", "ENOMEM+")),
     "processes": (_PROCESSES, ("EPERM", "ENOMEM", "ENOMEM+")),
     "mounts": (_MOUNTS, ("EBUSY", "ENOMEM", "EPERM")),
-    "all": (f"{_FILES},{_MESSAGES},{_PROCESSES},{_MOUNTS}", ("KILL", "STOP")),
+    "all": (f"{_FILES},{_MESSAGES},{_PROCESSES},{_WAITS},{_MOUNTS}", ("KILL", "STOP")),
     "init": (_OF_INIT, ("EPERM", "ENOMEM", "EIO", "KILL", "STOP")),
 }
 

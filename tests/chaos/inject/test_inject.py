@@ -47,9 +47,9 @@ FOUND = [
     "RunPodSandbox agent openat EMFILE 20",
     "RunPodSandbox agent+launcher openat+openat KILL 21+7",
     "StopPodSandbox launcher recvmsg ENOMEM 1",
-    "StopPodSandbox-rich launcher processes ENOMEM+ 1",
     "StartContainer supervisor files ENOSPC+ 3",
     "CreateContainer supervisor files ENOSPC+ 3",
+    "RunPodSandbox-rich launcher umount2 ENOMEM 1",
     "end of the program supervisor sendmsg ENOBUFS 1",
 ]
 

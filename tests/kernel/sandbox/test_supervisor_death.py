@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from nodeagent.errors import AlreadyExists, IncompatibleVersion, Unavailable
-from nodeagent.linux import processes
-from nodeagent.sandbox import exits, facts, protocol
+from nodeagent.linux import processes, syscalls
+from nodeagent.sandbox import exits, facts, paths, protocol
 from nodeagent.sandbox.agent.client import (
     CgroupFds,
     ContainerState,
@@ -295,6 +295,19 @@ async def test_a_shutdown_of_a_dead_supervisors_pod(node: Node) -> None:
     assert not exists(pid)
     assert await node.launcher.pods() == []
     assert mounts_below(pod.directory) == []
+
+
+def test_a_pin_that_cannot_be_removed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The supervisor, which nobody replaces afterwards, tries again; what is no mount is fine."""
+    assert paths.unpin(str(tmp_path))
+
+    def umount2(path: str, _flags: int) -> None:
+        raise OSError(errno.ENOMEM if path.endswith("ipc") else errno.EINVAL, "no", path)
+
+    monkeypatch.setattr(syscalls, "umount2", umount2)
+    assert not paths.unpin(str(tmp_path))
 
 
 async def test_nothing_is_left_open(node: Node) -> None:
