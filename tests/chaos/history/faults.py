@@ -140,15 +140,23 @@ class Faults:
         }
 
     def _loose_before(self, plan: Plan, pod: str) -> set[str]:
-        """Containers that nobody holds any more: by the kind of the fault, or as the launcher lacks their copies."""
+        """Containers whose processes and pipes nobody has then: by the kind of the fault, or for lack of a launcher."""
         if "kill supervisor" not in plan.kind:
             return set()
         mine = {path.name for path in (self._pods / pod / "containers").glob("*")}
-        if "kill launcher" in plan.kind:
+        if "kill launcher" in plan.kind or not self._has_parent(pod):
             return mine
         alive, held = self._alive(), self._held()
         made = {path.parent.name for path in (self._pods / pod).glob("containers/*/state.json")}
         return {name for name in mine if name not in made or not alive.get(name, set()) <= held}
+
+    def _has_parent(self, pod: str) -> bool:
+        """Whether the launcher has forked its supervisor, whose children it gets; one that came later does not."""
+        try:
+            stat = Path(f"/proc/{self._supervisor(pod)}/stat").read_text()
+            return int(stat.rpartition(")")[2].split()[1]) == self._launcher()
+        except OSError:
+            return False
 
     def _held(self) -> set[str]:
         try:

@@ -87,6 +87,9 @@ def run(
     except (OSError, RuntimeError, AssertionError, grpc.RpcError) as error:
         outcome.violations.append(Violation("serves", "", f"{type(error).__name__}: {error}"))
         _give_up(agent)
+    except KeyboardInterrupt:
+        _give_up(agent)
+        raise
     outcome.violations += Model(outcome.history.lines, patience).violations()
     outcome.violations += left(agent)
     outcome.seconds = time.monotonic() - begin
