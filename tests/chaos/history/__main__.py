@@ -38,12 +38,13 @@ def main() -> int:
     if options.judge:
         return _print(Model(load(options.judge)).violations())
     print(f"history: seed {options.seed}, commit {commit()}", flush=True)
-    failed, total, begin, number = 0, Counter[str](), time.monotonic(), 0
+    failed, total, number = 0, Counter[str](), 0
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="history-")))
         registry = stack.enter_context(running_registry(root / "registry"))
         registry.push(images.busybox())
-        while time.monotonic() - begin < options.seconds:
+        begin = time.monotonic()
+        while number == 0 or time.monotonic() - begin < options.seconds:
             seed = options.seed + number
             number += 1
             wanted = script(seed, options.calls, options.every)
