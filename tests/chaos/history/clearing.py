@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
-from pathlib import Path
 
 from nodeagent.api import runtime_pb2 as pb
 from tests.chaos.history.client import Client, Places
 from tests.chaos.history.events import Reader
 from tests.chaos.history.model import Violation
 from tests.chaos.history.record import Ending, History
-from tests.e2e.test_recovery import processes_below
 from tests.support.node import RunningAgent, wait_for
 
 RETRIED = 30
 POLL_SECONDS = 0.2
-GONE_SECONDS = 60.0  # the kernel takes network namespaces down in the background
 
 
 class Clearing:
@@ -113,34 +106,3 @@ def ending(places: Places, token: str) -> Ending:
         at=written.stat().st_mtime_ns if text else 0,
         logged=log.exists() and f"last {token}\n" in log.read_text(),
     )
-
-
-def left(agent: RunningAgent) -> list[Violation]:
-    """Everything that carries this agent's name and does not go away."""
-    deadline = time.monotonic() + GONE_SECONDS
-    while (found := list(_left(agent))) and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
-    return [Violation("left", "", text) for text in found]
-
-
-def _left(agent: RunningAgent) -> Iterator[str]:
-    root = str(agent.root)
-    instance = hashlib.sha256(str(agent.root / "lib").encode()).hexdigest()[:8]
-    yield from (f"process {pid}" for pid in processes_below(root))
-    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    yield from (f"mount {line}" for line in mounts if f" {root}/" in line)
-    for pattern in (f"nodeagent-{instance}*", f"*/nodeagent-{instance}*"):
-        yield from (f"cgroup {path}" for path in Path("/sys/fs/cgroup").glob(pattern))
-    ours = (f"na{instance}", f"nv{instance}")
-    yield from (f"link {name}" for name in os.listdir("/sys/class/net") if name.startswith(ours))
-    yield from (f"nft {line}" for line in _nft_tables() if f"nodeagent_{instance}" in line)
-    for place in ("run/pods", "lib/containers", "lib/trash"):
-        if (agent.root / place).exists():
-            yield from (f"file {place}/{name}" for name in os.listdir(agent.root / place))
-
-
-def _nft_tables() -> list[str]:
-    if shutil.which("nft") is None:
-        return []
-    command = ["nft", "list", "tables"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()

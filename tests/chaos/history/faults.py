@@ -30,6 +30,7 @@ WEIGHTS = {
     "kill agent, supervisor": 4,
     "kill agent, launcher": 2,
     "kill launcher, supervisor": 3,
+    "end agent": 2,
     "stop agent": 2,
     "stop supervisor": 6,
     "stop launcher": 3,
@@ -90,6 +91,9 @@ class Faults:
 
     def _do(self, kind: str, pod: str, seconds: float) -> None:
         match kind.split(", "):
+            case ["end agent"]:
+                self._agent.stop()
+                self._agent.start()
             case ["stop agent"]:
                 with _stopped(self._agent.pid):
                     time.sleep(seconds)

@@ -16,13 +16,14 @@ import grpc
 
 from nodeagent.api import runtime_pb2 as pb
 from tests.chaos.history import faults, program
-from tests.chaos.history.clearing import Clearing, left
+from tests.chaos.history.clearing import Clearing
 from tests.chaos.history.client import Client, Places
 from tests.chaos.history.events import READERS, Reader
 from tests.chaos.history.faults import Faults, Plan
 from tests.chaos.history.model import PATIENCE_SECONDS, Model, Violation
 from tests.chaos.history.program import Step
 from tests.chaos.history.record import Call, Event, Fault, History, Line
+from tests.chaos.oracles import Footprint
 from tests.support import images
 from tests.support.node import RunningAgent
 from tests.support.registry import Registry
@@ -81,9 +82,15 @@ def run(
     outcome = Outcome()
     agent = RunningAgent(root)
     agent.trust(registry.host)
+    footprint = Footprint(agent)
+    before = Counter[str]()
     try:
         agent.start()
-        outcome.violations += _execute(wanted, agent, registry, outcome.history, patience)
+        places = _places(agent, registry)
+        agent.stop()
+        before = footprint.now()
+        agent.start()
+        outcome.violations += _execute(wanted, agent, outcome.history, places, patience)
     except (OSError, RuntimeError, AssertionError, grpc.RpcError) as error:
         outcome.violations.append(Violation("serves", "", f"{type(error).__name__}: {error}"))
         _give_up(agent)
@@ -91,15 +98,14 @@ def run(
         _give_up(agent)
         raise
     outcome.violations += Model(outcome.history.lines, patience).violations()
-    outcome.violations += left(agent)
+    outcome.violations += [Violation("left", "", each) for each in footprint.new_since(before)]
     outcome.seconds = time.monotonic() - begin
     return outcome
 
 
 def _execute(
-    wanted: Script, agent: RunningAgent, registry: Registry, history: History, patience: float
+    wanted: Script, agent: RunningAgent, history: History, places: Places, patience: float
 ) -> list[Violation]:
-    places = _places(agent, registry)
     readers = [Reader(number, agent.endpoint, history) for number in range(READERS)]
     try:
         _drive(wanted, agent, history, places)
