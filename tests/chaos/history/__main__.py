@@ -54,6 +54,7 @@ def main() -> int:
             counts = ", ".join(f"{value} {name}" for name, value in sorted(total.items()))
             speed = total["calls"] / seconds
             print(f"{seconds:.0f} s, {number} runs: {counts}; {speed:.0f} calls/s", flush=True)
+            print(f"    seed {seed}; longest fault: {outcome.longest}", flush=True)
             if outcome.violations:
                 failed += 1
                 report(seed, wanted, outcome, options.keep)

@@ -156,8 +156,8 @@ class Client:
         if choice % 3 == 1:
             options = config.linux.security_context.namespace_options
             options.pid = pb.POD
-        if choice % 5 == 0:
-            port = self._places.first_port + choice % program.HOST_PORTS
+        if choice % 8 == 0:
+            port = self._places.first_port + (choice >> 8) % program.HOST_PORTS
             config.port_mappings.add(container_port=80, host_port=port)
         return config
 
@@ -220,7 +220,7 @@ class Client:
         self._made += 1
         token = f"{step.kind}-{self.number}-{self._made}"
         name = f"c{step.container}"
-        code, delay = step.choice % 100, step.choice % 7 / 4
+        code, delay = step.choice % 100, step.choice % 7
         config = pb.ContainerConfig(
             metadata=pb.ContainerMetadata(name=name, attempt=step.attempt),
             image=pb.ImageSpec(image=self._places.image),

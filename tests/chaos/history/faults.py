@@ -81,12 +81,19 @@ class Faults:
         seconds = STOPPED_SECONDS[plan.choice % len(STOPPED_SECONDS)]
         before = self._alive().keys()
         loose = self._loose_before(plan, pod)
+        lacking: tuple[str, ...] = ()
         with suppress(ProcessLookupError):  # the pod went meanwhile
             self._do(plan.kind, pod, seconds)
         if "kill launcher" in plan.kind or "kill supervisor" in plan.kind:
-            loose |= self._settle(before)
+            lacking = self._settle(before)
         self._history.add(
-            Fault(kind=plan.kind, begin=begin, end=time.time_ns(), loose=tuple(sorted(loose)))
+            Fault(
+                kind=plan.kind,
+                begin=begin,
+                end=time.time_ns(),
+                loose=tuple(sorted(loose | {*lacking})),
+                lacking=lacking,
+            )
         )
 
     def _do(self, kind: str, pod: str, seconds: float) -> None:
@@ -168,32 +175,29 @@ class Faults:
         except OSError:
             return set()
 
-    def _settle(self, before: AbstractSet[str]) -> set[str]:
-        """Wait until each pod has a supervisor, and the launcher copies of all containers; returns what it lacks."""
+    def _settle(self, before: AbstractSet[str]) -> tuple[str, ...]:
+        """Wait until each pod has a supervisor, and the launcher copies of all containers; returns which lack that."""
         deadline = time.monotonic() + SETTLE_SECONDS
         while True:
             held = self._held()
             missing = {name for name, pipes in self._alive().items() if not pipes <= held}
-            if not missing & before and self._have_supervisors():
-                return set()
-            if time.monotonic() > deadline:
-                return missing & before
+            lacking = tuple(sorted(missing & before)) + self._without_supervisor()
+            if not lacking or time.monotonic() > deadline:
+                return lacking
             time.sleep(PAUSE_SECONDS)
 
-    def _have_supervisors(self) -> bool:
-        """Whether the agent is connected to a supervisor that lives, for each pod that is READY."""
-        runtime = self._agent.runtime
+    def _without_supervisor(self) -> tuple[str, ...]:
+        """READY pods for which the agent is not connected to a supervisor that lives."""
+        runtime, found = self._agent.runtime, []
         ready = pb.PodSandboxFilter(state=pb.PodSandboxStateValue(state=pb.SANDBOX_READY))
-        try:
-            for pod in runtime.ListPodSandbox(pb.ListPodSandboxRequest(filter=ready)).items:
-                request = pb.PodSandboxStatusRequest(pod_sandbox_id=pod.id, verbose=True)
+        for pod in runtime.ListPodSandbox(pb.ListPodSandboxRequest(filter=ready)).items:
+            request = pb.PodSandboxStatusRequest(pod_sandbox_id=pod.id, verbose=True)
+            with suppress(grpc.RpcError):  # it was removed meanwhile
                 info = runtime.PodSandboxStatus(request).info["info"]
                 living = processes_titled(f"nodeagent.sandbox.supervisor {pod.id}")
                 if json.loads(info)["pid"] not in set(living):
-                    return False
-        except grpc.RpcError:  # it was removed meanwhile
-            return False
-        return True
+                    found.append(pod.id)
+        return tuple(found)
 
 
 def _first(title: str) -> int:

@@ -20,7 +20,7 @@ CANCEL_SECONDS = (0.001, 0.005, 0.02, 0.1)
 
 # What a container does: it ends by itself, at SIGTERM, or never; it has children; there is no such program.
 KINDS = ("sleeps", "exits", "traps", "ignores", "family", "bad")
-KIND_WEIGHTS = (20, 40, 20, 5, 10, 5)
+KIND_WEIGHTS = (35, 20, 25, 5, 10, 5)
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -73,12 +73,16 @@ class Stream(msgspec.Struct, frozen=True, kw_only=True, tag="stream"):
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="fault"):
-    """A fault, until what was hit works again. loose: containers whose pipes and pids nobody held in between."""
+    """A fault, until what was hit works again. loose: containers whose pipes and pids nobody held in between.
+
+    lacking: what did not work for so long that it was no longer waited for.
+    """
 
     kind: str
     begin: int
     end: int
     loose: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True, tag="ending"):

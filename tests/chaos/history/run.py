@@ -20,7 +20,7 @@ from tests.chaos.history.clearing import Clearing
 from tests.chaos.history.client import Client, Places
 from tests.chaos.history.events import READERS, Reader
 from tests.chaos.history.faults import Faults, Plan
-from tests.chaos.history.model import PATIENCE_SECONDS, Model, Violation
+from tests.chaos.history.model import PATIENCE_SECONDS, SECOND, Model, Violation
 from tests.chaos.history.program import Step
 from tests.chaos.history.record import Call, Event, Fault, History, Line
 from tests.chaos.oracles import Footprint
@@ -60,11 +60,22 @@ class Outcome:
     seconds: float = 0.0
 
     @property
+    def longest(self) -> str:
+        """The fault that was over last after its begin, most of them with a start of the agent."""
+        faults = [line for line in self.history.lines if isinstance(line, Fault)]
+        seconds, kind = max(
+            (((fault.end - fault.begin) / SECOND, fault.kind) for fault in faults),
+            default=(0.0, "none"),
+        )
+        return f"{kind}, {seconds:.0f} s"
+
+    @property
     def counts(self) -> Counter[str]:
         lines = self.history.lines
         return Counter(
             calls=self.history.calls,
             faults=sum(isinstance(line, Fault) for line in lines),
+            unsettled=sum(isinstance(line, Fault) and bool(line.lacking) for line in lines),
             pods=sum(line.rpc == "RunPodSandbox" and bool(line.told) for line in _calls(lines)),
             containers=sum(
                 line.rpc == "CreateContainer" and bool(line.told) for line in _calls(lines)
