@@ -1,0 +1,208 @@
+"""Shortages: something that the agent, a supervisor or the node needs has run out, for a while."""
+
+import os
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from nodeagent.linux import syscalls
+from tests.chaos.scarce.node import Node
+from tests.e2e.test_recovery import processes_titled
+from tests.support.node import RunningAgent, wait_for
+
+Place = Callable[[RunningAgent], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """last: has it last as long as its context, with the node in it. names: words of which an error has one.
+
+    place: what there has to be before the agent starts. config: of the agent.
+    """
+
+    name: str
+    last: Callable[[Node], Iterator[None]]
+    names: Sequence[str]
+    place: Place = lambda _agent: nullcontext()
+    config: str = ""
+
+
+def tmpfs(name: str, options: str) -> Place:
+    """A file system of the agent's own at a directory of its root."""
+
+    @contextmanager
+    def mounted(agent: RunningAgent) -> Iterator[None]:
+        directory = agent.root / name
+        directory.mkdir()
+        syscalls.mount("scarce", str(directory), "tmpfs", 0, options)
+        try:
+            yield
+        finally:
+            syscalls.umount2(str(directory), syscalls.MNT_DETACH)
+
+    return mounted
+
+
+def full(directory: str) -> Callable[[Node], Iterator[None]]:
+    def last(node: Node) -> Iterator[None]:
+        ballast = node.agent.root / directory / "ballast"
+        with ballast.open("wb", buffering=0) as file, suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+        yield
+        ballast.unlink()
+
+    return last
+
+
+def without_inodes(directory: str) -> Callable[[Node], Iterator[None]]:
+    def last(node: Node) -> Iterator[None]:
+        ballast = node.agent.root / directory / "ballast"
+        ballast.mkdir()
+        made: list[Path] = []
+        with suppress(OSError):
+            while True:
+                made.append(ballast / str(len(made)))
+                made[-1].touch()
+        yield
+        for path in made:
+            path.unlink(missing_ok=True)
+        ballast.rmdir()
+
+    return last
+
+
+def read_only(node: Node) -> Iterator[None]:
+    root = str(node.agent.root / "lib")
+    syscalls.mount("scarce", root, "", syscalls.MS_REMOUNT | syscalls.MS_RDONLY, "")
+    yield
+    syscalls.mount("scarce", root, "", syscalls.MS_REMOUNT, "")
+
+
+def without_descriptors(
+    who: Callable[[Node], int], spare: int = 0
+) -> Callable[[Node], Iterator[None]]:
+    """The process can open `spare` descriptors, and not one more."""
+
+    def last(node: Node) -> Iterator[None]:
+        pid = who(node)
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        limit = len(os.listdir(f"/proc/{pid}/fd")) + spare
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, before[1]))
+        try:
+            yield
+        finally:
+            with suppress(ProcessLookupError):
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+    return last
+
+
+def agent(node: Node) -> int:
+    return node.agent.pid
+
+
+def supervisor(node: Node) -> int:
+    return node.main.pod.supervisor
+
+
+def launcher(node: Node) -> int:
+    title = f"nodeagent.sandbox.launcher {node.agent.root}/run"
+    # A supervisor that it has just forked still has its title.
+    wait_for("a launcher alone", lambda: len(list(processes_titled(title))) == 1)
+    [pid] = processes_titled(title)
+    return pid
+
+
+def without_pids(node: Node) -> Iterator[None]:
+    """In the groups below which the launcher, the supervisors and the containers are."""
+    group = node.pids_group()
+    before = (group / "pids.max").read_text()
+    (group / "pids.max").write_text((group / "pids.current").read_text())
+    try:
+        yield
+    finally:
+        (group / "pids.max").write_text(before)
+
+
+def without_threads(node: Node) -> Iterator[None]:
+    """The agent itself can start no thread."""
+    above = node.pids_hierarchy()
+    group = above / f"na-scarce-{os.getpid()}"
+    group.mkdir()
+    own = next(
+        line.split(":")[2]
+        for line in Path(f"/proc/{node.agent.pid}/cgroup").read_text().splitlines()
+        if "pids" in line.split(":")[1].split(",") or line.startswith("0:")
+    )
+    try:
+        (group / "cgroup.procs").write_text(str(node.agent.pid))
+        (group / "pids.max").write_text((group / "pids.current").read_text())
+        yield
+    finally:
+        (above / own.lstrip("/") / "cgroup.procs").write_text(str(node.agent.pid))
+        wait_for("an empty group", lambda: _removed(group))
+
+
+def _removed(group: Path) -> bool:
+    with suppress(OSError):
+        group.rmdir()
+    return not group.exists()
+
+
+def without_addresses(node: Node) -> Iterator[None]:
+    """Pods take what is left of a tiny subnet; a warm slot has one of its addresses."""
+    pods = []
+    with suppress(grpc.RpcError):
+        while len(pods) < 10:
+            pods.append(node.cri.pod())
+    yield
+    for pod in pods:
+        pod.remove()
+
+
+SHORTAGES = (
+    Shortage("disk full", full("lib"), ("disk", "full", "space"), tmpfs("lib", "size=16m")),
+    Shortage(
+        "no inodes left",
+        without_inodes("lib"),
+        ("inodes", "space", "full"),
+        tmpfs("lib", "size=64m,nr_inodes=2000"),
+    ),
+    Shortage("state directory full", full("run"), ("space", "full"), tmpfs("run", "size=8m")),
+    Shortage(
+        "state directory without inodes",
+        without_inodes("run"),
+        ("space", "full", "inodes"),
+        tmpfs("run", "size=64m,nr_inodes=1000"),
+    ),
+    Shortage(
+        "root directory read-only", read_only, ("ead-only", "readonly"), tmpfs("lib", "size=64m")
+    ),
+    Shortage(
+        "agent without descriptors", without_descriptors(agent), ("open files", "descriptors")
+    ),
+    Shortage(
+        "agent with few descriptors", without_descriptors(agent, 12), ("open files", "descriptors")
+    ),
+    Shortage(
+        "supervisor without descriptors",
+        without_descriptors(supervisor),
+        ("open files", "descriptors"),
+    ),
+    Shortage(
+        "launcher without descriptors", without_descriptors(launcher), ("open files", "descriptors")
+    ),
+    Shortage("no processes left", without_pids, ("process", "pids", "fork", "clone")),
+    Shortage("no threads left", without_threads, ("thread", "process")),
+    Shortage(
+        "no addresses left",
+        without_addresses,
+        ("addresses are taken",),
+        config='[network]\nsubnet4 = "10.213.77.0/29"\n',
+    ),
+)

@@ -1,0 +1,33 @@
+"""One shortage, from its beginning to the removal of everything."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.chaos.scarce.node import Outcome, node
+from tests.chaos.scarce.shortages import Shortage
+from tests.support.node import RunningAgent
+from tests.support.registry import Registry
+
+
+@dataclass(slots=True)
+class Report:
+    shortage: Shortage
+    outcomes: list[Outcome] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+
+def run(shortage: Shortage, root: Path, registry: Registry) -> Report:
+    """Let something be scarce for a node of its own below `root`."""
+    report = Report(shortage)
+    agent = RunningAgent(root, config=shortage.config)
+    with shortage.place(agent), node(agent, registry) as made:
+        lines = made.lines()
+        with contextmanager(shortage.last)(made):
+            made.leave()
+            report.outcomes = made.outcomes()
+            report.complaints += made.complaints(lines)
+        names = tuple(shortage.names)
+        report.complaints += filter(None, (each.complaint(names) for each in report.outcomes))
+        report.complaints += made.works_again()
+    return report
