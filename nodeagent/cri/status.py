@@ -5,11 +5,10 @@ of a failed pull is found at the start of the text, but only with code Unknown. 
 that can never be used, is found there with any code.
 """
 
-import errno
-
 import grpc
 
 from nodeagent import errors
+from nodeagent.cri import scarcity
 
 MAX_DETAILS = 2_000  # of a text: it travels in a header, percent-encoded, and peers bound those
 
@@ -27,7 +26,6 @@ _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (errors.DataLoss, grpc.StatusCode.DATA_LOSS),
     (TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
 )
-_FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 
 # The kubelet takes the code off the text of a failed pull only where it is Unknown, which is what containerd gives for
 # all of these: "rpc error: code = PermissionDenied desc =" would stand before what the owner of a pod is to read.
@@ -54,14 +52,13 @@ def _code_of(error: Exception) -> grpc.StatusCode:
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return grpc.StatusCode.RESOURCE_EXHAUSTED
-    return grpc.StatusCode.INTERNAL
+    shortage = scarcity.of(error)
+    return shortage.code if shortage else grpc.StatusCode.INTERNAL
 
 
 def is_expected(error: Exception) -> bool:
     """Whether the agent raises it on purpose; anything else is a defect, or a failure of the machine."""
-    return isinstance(error, errors.NodeAgentError | TimeoutError)
+    return isinstance(error, errors.NodeAgentError | TimeoutError) or scarcity.of(error) is not None
 
 
 def details_of(error: Exception) -> str:
@@ -69,6 +66,9 @@ def details_of(error: Exception) -> str:
     for kind in _NAMED:
         if isinstance(error, kind) and not text.startswith(kind.__name__):
             text = f"{kind.__name__}: {text}"
-    if not isinstance(error, errors.NodeAgentError | OSError):
+    shortage = scarcity.of(error)
+    if shortage is not None:
+        text = scarcity.text(error, shortage)
+    elif not isinstance(error, errors.NodeAgentError | OSError):
         text = f"internal error: {type(error).__name__}: {text}"
     return (text or type(error).__name__)[:MAX_DETAILS]

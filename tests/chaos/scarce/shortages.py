@@ -2,6 +2,7 @@
 
 import os
 import resource
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import grpc
 from nodeagent.linux import syscalls
 from tests.chaos.scarce.node import Node
 from tests.e2e.test_recovery import processes_titled
+from tests.support.cri import Pod
 from tests.support.node import RunningAgent, wait_for
 
 Place = Callable[[RunningAgent], AbstractContextManager[None]]
@@ -22,6 +24,7 @@ class Shortage:
     """last: has it last as long as its context, with the node in it. names: words of which an error has one.
 
     place: what there has to be before the agent starts. config: of the agent.
+    known: why it is not as it must be yet.
     """
 
     name: str
@@ -29,6 +32,7 @@ class Shortage:
     names: Sequence[str]
     place: Place = lambda _agent: nullcontext()
     config: str = ""
+    known: str = ""
 
 
 def tmpfs(name: str, options: str) -> Place:
@@ -76,11 +80,39 @@ def without_inodes(directory: str) -> Callable[[Node], Iterator[None]]:
     return last
 
 
+@contextmanager
+def disk(agent: RunningAgent) -> Iterator[None]:
+    """An ext4 at the root directory, which an error makes read-only."""
+    image, point = agent.root / "disk", agent.root / "lib"
+    with image.open("wb") as file:
+        file.truncate(128 << 20)
+    point.mkdir()
+    _run("mkfs.ext4", "-q", "-O", "^has_journal", image)
+    _run("mount", "-o", "loop,errors=remount-ro", image, point)
+    try:
+        yield
+    finally:
+        _run("umount", point)
+
+
 def read_only(node: Node) -> Iterator[None]:
-    root = str(node.agent.root / "lib")
-    syscalls.mount("scarce", root, "", syscalls.MS_REMOUNT | syscalls.MS_RDONLY, "")
+    """What the kernel does where a file system has an error; it is repaired without an agent (ext4(5))."""
+    image, point = node.agent.root / "disk", node.agent.root / "lib"
+    source = _run("findmnt", "-no", "SOURCE", point).strip()
+    Path(f"/sys/fs/ext4/{Path(source).name}/trigger_fs_error").write_text("a test")
     yield
-    syscalls.mount("scarce", root, "", syscalls.MS_REMOUNT, "")
+    for pod in (node.main.pod, node.leaving.pod):
+        pod.stop()  # what runs in it holds the file system
+    node.agent.kill()
+    _run("umount", point)
+    wait_for("a free device", lambda: source not in _run("losetup", "--list", "--output", "NAME"))
+    subprocess.run(["e2fsck", "-fy", image], check=False, capture_output=True)
+    _run("mount", "-o", "loop,errors=remount-ro", image, point)
+    node.agent.start()
+
+
+def _run(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def without_descriptors(
@@ -156,7 +188,7 @@ def _removed(group: Path) -> bool:
 
 def without_addresses(node: Node) -> Iterator[None]:
     """Pods take what is left of a tiny subnet; a warm slot has one of its addresses."""
-    pods = []
+    pods: list[Pod] = []
     with suppress(grpc.RpcError):
         while len(pods) < 10:
             pods.append(node.cri.pod())
@@ -180,9 +212,7 @@ SHORTAGES = (
         ("space", "full", "inodes"),
         tmpfs("run", "size=64m,nr_inodes=1000"),
     ),
-    Shortage(
-        "root directory read-only", read_only, ("ead-only", "readonly"), tmpfs("lib", "size=64m")
-    ),
+    Shortage("root directory read-only", read_only, ("ead-only", "readonly"), disk),
     Shortage(
         "agent without descriptors", without_descriptors(agent), ("open files", "descriptors")
     ),
@@ -193,6 +223,7 @@ SHORTAGES = (
         "supervisor without descriptors",
         without_descriptors(supervisor),
         ("open files", "descriptors"),
+        known="the agent does not connect again to a supervisor that lives",
     ),
     Shortage(
         "launcher without descriptors", without_descriptors(launcher), ("open files", "descriptors")

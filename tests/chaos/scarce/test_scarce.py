@@ -13,7 +13,10 @@ from tests.support.registry import Registry
 
 @pytest.mark.parametrize("shortage", SHORTAGES, ids=lambda shortage: shortage.name)
 def test_a_shortage(shortage: Shortage, tmp_path: Path, registry: Registry) -> None:
-    assert trial.run(shortage, tmp_path / "agent", registry).complaints == []
+    complaints = trial.run(shortage, tmp_path / "agent", registry).complaints
+    if shortage.known and complaints:
+        pytest.xfail(shortage.known)
+    assert complaints == []
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,6 @@ C = grpc.StatusCode
         (errors.SecurityProfileInvalid("x"), C.INVALID_ARGUMENT, "SecurityProfileInvalid: x"),
         (TimeoutError("x"), C.DEADLINE_EXCEEDED, "x"),
         (TimeoutError(), C.DEADLINE_EXCEEDED, "TimeoutError"),
-        (OSError(errno.ENOSPC, "full", "/f"), C.RESOURCE_EXHAUSTED, "[Errno 28] full: '/f'"),
-        (OSError(errno.EDQUOT, "quota"), C.RESOURCE_EXHAUSTED, "[Errno 122] quota"),
         (OSError(errno.EIO, "io", "/f"), C.INTERNAL, "[Errno 5] io: '/f'"),
         (FileNotFoundError(2, "no", "/f"), C.INTERNAL, "[Errno 2] no: '/f'"),
         (ValueError("x"), C.INTERNAL, "internal error: ValueError: x"),
@@ -40,6 +38,31 @@ C = grpc.StatusCode
 def test_codes_and_texts(error: Exception, code: grpc.StatusCode, details: str) -> None:
     assert status.code_of(error) == code
     assert status.details_of(error) == details
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "beginning"),
+    [
+        (OSError(errno.ENOSPC, "full", "/f"), C.RESOURCE_EXHAUSTED, "/f: full; free space"),
+        (OSError(errno.EDQUOT, "quota"), C.RESOURCE_EXHAUSTED, "quota; free space"),
+        (OSError(errno.EMFILE, "files", "/f"), C.RESOURCE_EXHAUSTED, "/f: files; a process of"),
+        (OSError(errno.ENFILE, "files"), C.RESOURCE_EXHAUSTED, "files; the node has reached"),
+        (OSError(errno.ENOMEM, "memory"), C.RESOURCE_EXHAUSTED, "memory; the node, or"),
+        (OSError(errno.EAGAIN, "clone3: no"), C.RESOURCE_EXHAUSTED, "clone3: no; a limit of"),
+        (OSError(errno.EROFS, "fixed", "/f"), C.FAILED_PRECONDITION, "/f: fixed; the kernel's"),
+        (RuntimeError("can't start new thread"), C.RESOURCE_EXHAUSTED, "no thread can be started"),
+    ],
+)
+def test_what_has_run_out_is_named(error: Exception, code: grpc.StatusCode, beginning: str) -> None:
+    """Never INTERNAL with a Python text: every process of a node can run into these."""
+    assert status.code_of(error) == code
+    assert status.details_of(error).startswith(beginning)
+    assert status.is_expected(error)
+
+
+def test_another_error_of_the_runtime_is_a_defect() -> None:
+    assert status.code_of(RuntimeError("x")) == C.INTERNAL
+    assert not status.is_expected(RuntimeError("x"))
 
 
 @pytest.mark.parametrize("method", ["PullImage", "PullSecurityProfile"])
