@@ -20,7 +20,7 @@ from tests.support.cri import Container, Cri, Pod
 from tests.support.node import PATIENCE_SECONDS, RunningAgent
 from tests.support.registry import Registry
 
-LONGEST_SECONDS = 20.0  # of a neighbour's call, on a machine however busy
+LONGEST_SECONDS = 15.0  # of a neighbour's call, on a machine however busy
 
 # Codes that say whose trouble it is. INTERNAL and UNKNOWN are what a defect looks like.
 CLEAR = frozenset(

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -101,14 +102,23 @@ def read_only(node: Node) -> Iterator[None]:
     source = _run("findmnt", "-no", "SOURCE", point).strip()
     Path(f"/sys/fs/ext4/{Path(source).name}/trigger_fs_error").write_text("a test")
     yield
-    for pod in (node.main.pod, node.leaving.pod):
-        pod.stop()  # what runs in it holds the file system
     node.agent.kill()
+    wait_for("the end of all that holds the file system", lambda: not _killed(node.pids_group()))
     _run("umount", point)
     wait_for("a free device", lambda: source not in _run("losetup", "--list", "--output", "NAME"))
     subprocess.run(["e2fsck", "-fy", image], check=False, capture_output=True)
     _run("mount", "-o", "loop,errors=remount-ro", image, point)
     node.agent.start()
+
+
+def _killed(group: Path) -> list[int]:
+    """The processes in the group and below; they are killed."""
+    files = list(group.rglob("cgroup.procs"))
+    pids = [int(pid) for file in files for pid in file.read_text().split()]
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return pids
 
 
 def _run(*command: str | Path) -> str:
@@ -197,6 +207,9 @@ def without_addresses(node: Node) -> Iterator[None]:
         pod.remove()
 
 
+_DISCONNECTED = "the agent does not connect again to a supervisor that lives"
+_READ_ONLY = "a stop fails where its record cannot be written"
+
 SHORTAGES = (
     Shortage("disk full", full("lib"), ("disk", "full", "space"), tmpfs("lib", "size=16m")),
     Shortage(
@@ -212,18 +225,26 @@ SHORTAGES = (
         ("space", "full", "inodes"),
         tmpfs("run", "size=64m,nr_inodes=1000"),
     ),
-    Shortage("root directory read-only", read_only, ("ead-only", "readonly"), disk),
     Shortage(
-        "agent without descriptors", without_descriptors(agent), ("open files", "descriptors")
+        "root directory read-only", read_only, ("ead-only", "readonly"), disk, known=_READ_ONLY
     ),
     Shortage(
-        "agent with few descriptors", without_descriptors(agent, 12), ("open files", "descriptors")
+        "agent without descriptors",
+        without_descriptors(agent),
+        ("open files", "descriptors"),
+        known=_DISCONNECTED,
+    ),
+    Shortage(
+        "agent with few descriptors",
+        without_descriptors(agent, 12),
+        ("open files", "descriptors"),
+        known=_DISCONNECTED,
     ),
     Shortage(
         "supervisor without descriptors",
         without_descriptors(supervisor),
         ("open files", "descriptors"),
-        known="the agent does not connect again to a supervisor that lives",
+        known=_DISCONNECTED,
     ),
     Shortage(
         "launcher without descriptors", without_descriptors(launcher), ("open files", "descriptors")
