@@ -207,7 +207,7 @@ FAULTS = (
         frozen_disk,
         stops="new pods",
         on_disk=True,
-        known="the store writes on the event loop",
+        known="the store writes on the loop",
     ),
     Fault("registry sends a byte a second", slow_registry),
     Fault("syncs take a second", slow_sync, is_traced=True),

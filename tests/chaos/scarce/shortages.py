@@ -25,7 +25,7 @@ class Shortage:
     """last: has it last as long as its context, with the node in it. names: words of which an error has one.
 
     place: what there has to be before the agent starts. config: of the agent.
-    known: why it is not as it must be yet.
+    ends_all: what ran has ended when it is over. known: why it is not as it must be yet.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Shortage:
     names: Sequence[str]
     place: Place = lambda _agent: nullcontext()
     config: str = ""
+    ends_all: bool = False
     known: str = ""
 
 
@@ -208,7 +209,7 @@ def without_addresses(node: Node) -> Iterator[None]:
 
 
 _DISCONNECTED = "the agent does not connect again to a supervisor that lives"
-_READ_ONLY = "a stop fails where its record cannot be written"
+_READ_ONLY = "the store says INTERNAL where it cannot be written"
 
 SHORTAGES = (
     Shortage("disk full", full("lib"), ("disk", "full", "space"), tmpfs("lib", "size=16m")),
@@ -226,7 +227,12 @@ SHORTAGES = (
         tmpfs("run", "size=64m,nr_inodes=1000"),
     ),
     Shortage(
-        "root directory read-only", read_only, ("ead-only", "readonly"), disk, known=_READ_ONLY
+        "root directory read-only",
+        read_only,
+        ("ead-only", "readonly"),
+        disk,
+        ends_all=True,
+        known=_READ_ONLY,
     ),
     Shortage(
         "agent without descriptors",

@@ -31,7 +31,8 @@ def run(shortage: Shortage, root: Path, registry: Registry) -> Report:
                 report.complaints += made.complaints(lines)
             names = tuple(shortage.names)
             report.complaints += filter(None, (each.complaint(names) for each in report.outcomes))
-            report.complaints += made.works_again()
+            if not shortage.ends_all:
+                report.complaints += made.works_again()
         report.complaints += [f"left mounted: {point}" for point in unmounted(root / "run/pods")]
     return report
 
