@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,7 +57,14 @@ async def _try_start(executable: str, state: str, python: str, join: Sequence[in
             pid = await asyncio.to_thread(_spawn, executable, state, python, writer, join)
         finally:
             os.close(writer)
-        answer = await _read(reader)
+        try:
+            answer = await _read(reader)
+        except TimeoutError:
+            # Not only given up: it would go on beside the one that the next attempt starts.
+            os.kill(pid, signal.SIGKILL)
+            await asyncio.to_thread(os.waitpid, pid, 0)
+            text = f"launcher: not ready within {_PATIENCE_SECONDS:g} s, see {state}/{_LOG}"
+            raise Unavailable(text) from None
     finally:
         os.close(reader)
     if answer != LAUNCHER_READY:
