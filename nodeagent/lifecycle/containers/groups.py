@@ -1,9 +1,8 @@
 """The cgroups of containers, open from their creation to their end, and the limits and usage of a pod's own."""
 
-import asyncio
-
 import msgspec
 
+from nodeagent.cgroups import removals
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.cgroups.stats import CgroupStats
@@ -63,15 +62,15 @@ class Groups:
         try:
             group = self.of(container)
         except NotFound:
-            await asyncio.to_thread(self._cgroups.end, container.cgroup_path)
+            await removals.in_thread(self._cgroups.end, container.cgroup_path)
             return
-        await asyncio.to_thread(group.end)
+        await removals.in_thread(group.end)
         self._open.pop(container.id, None)
 
     async def remove_at(self, parent: str, container_id: str) -> None:
         """Remove the cgroup of a container without a record, if it is there."""
         path = self._cgroups.container_path(parent, container_id)
-        await asyncio.to_thread(self._cgroups.end, path)
+        await removals.in_thread(self._cgroups.end, path)
 
 
 def total(resources: Resources, overhead: Resources) -> Resources:

@@ -78,9 +78,8 @@ def show(report: Report) -> bool:
     if report.meanwhile.seconds:
         ratios = ", ".join(f"{call} {ratio:.1f}" for call, ratio in report.ratios.items())
         lists = report.meanwhile.median("ListContainers") * 1000
-        print(
-            f"  neighbours: {report.ratio:.2f} × (longest {report.meanwhile.longest:.2f} s): {ratios}"
-        )
+        longest = f"longest {report.meanwhile.longest:.2f} s, {report.meanwhile.slowest}"
+        print(f"  neighbours: {report.ratio:.2f} × ({longest}): {ratios}")
         print(f"  ListContainers {lists:.1f} ms")
     print(f"  agent {report.memory_mib:+.1f} MiB; removed in {report.removed_after:.2f} s")
     print(*(f"  ! {each}" for each in wrong), sep="\n", end="\n" if wrong else "", flush=True)

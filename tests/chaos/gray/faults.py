@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Queue
 from typing import Literal
@@ -110,7 +111,7 @@ def unkillable_program(world: World, folder: Path) -> Iterator[Sufferer]:
     volume = pb.Mount(host_path=str(folder), container_path="/data")
     with mute(folder / "mute"):
         main = pod.run("cat", "/data/mute/file", mounts=[volume])
-        wait_for("a program that reads", lambda: "request_wait_answer" in waits_in(main))
+        wait_for("a program that reads", partial(reads, main))
         yield Sufferer(pod, main, pod.container(name="parked"))
 
 
@@ -193,6 +194,31 @@ def many_files(world: World, _folder: Path) -> Iterator[Sufferer]:
     wait_for("empty trash", lambda: not list(trash.iterdir()), 3600)
 
 
+def many_unkillable_commands(world: World, folder: Path) -> Iterator[Sufferer]:
+    """In containers that are stopped: their groups cannot be removed, and each attempt waits for the processes."""
+    pods, calls = [world.cri.pod() for _ in range(COMMANDS)], []
+    volume = pb.Mount(host_path=str(folder), container_path="/data")
+    runtime = world.agent.runtime
+    with mute(folder / "mute"):
+        mains = [pod.run(mounts=[volume]) for pod in pods]
+        for main in mains:
+            command = ["cat", f"/data/mute/{main.id}"]
+            request = pb.ExecSyncRequest(container_id=main.id, cmd=command, timeout=600)
+            calls.append(runtime.ExecSync.future(request))
+            wait_for("a command that reads", partial(reads, main))
+        sufferer = Sufferer(pods[0], mains[0], pods[0].container(name="parked"))
+        for number, main in enumerate(mains[1:]):
+            removal = pb.RemoveContainerRequest(container_id=main.id)
+            sufferer.further.append((f"RemoveContainer {number}", runtime.RemoveContainer, removal))
+        yield sufferer
+    for call in calls:
+        call.cancel()
+    for pod in pods[1:]:
+        pod.remove()
+
+
+COMMANDS = 10  # more than the event loop's own executor has threads on two processors
+
 FAULTS = (
     Fault("agent stopped", stopped_agent, stops="everything"),
     Fault("launcher stopped", stopped_launcher, stops="new pods"),
@@ -200,6 +226,7 @@ FAULTS = (
     Fault("init stopped", stopped_init),
     Fault("cgroup frozen", frozen_group),
     Fault("program that no signal ends", unkillable_program),
+    Fault("commands that no signal ends", many_unkillable_commands),
     Fault("volume does not answer", mute_volume),
     Fault("log directory does not answer", mute_log_directory),
     Fault(
@@ -292,6 +319,13 @@ def pid_of(container: Container) -> int:
 
 def groups_of(container: Container) -> list[Path]:
     return [Path(path) for path, _, _ in os.walk("/sys/fs/cgroup") if path.endswith(container.id)]
+
+
+def reads(container: Container) -> bool:
+    """Whether a command in it waits for the file system, or for another one that does."""
+    return bool(
+        {"request_wait_answer", "fuse_lock_inode", "d_alloc_parallel"} & waits_in(container)
+    )
 
 
 def waits_in(container: Container) -> set[str]:

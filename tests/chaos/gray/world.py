@@ -54,6 +54,11 @@ class Times:
     def longest(self) -> float:
         return max(max(values) for values in self.seconds.values())
 
+    @property
+    def slowest(self) -> str:
+        """The call that took the longest."""
+        return max(self.seconds, key=lambda call: max(self.seconds[call]))
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -66,7 +71,10 @@ class Outcome:
 
     @property
     def is_clear(self) -> bool:
-        return self.code in CLEAR and (self.code is grpc.StatusCode.OK or bool(self.text.strip()))
+        # A pull's code is what the kubelet can read: see `nodeagent.cri.status`.
+        pulled = self.step == "PullImage" and self.code is grpc.StatusCode.UNKNOWN
+        is_said = self.code is grpc.StatusCode.OK or bool(self.text.strip())
+        return is_said and (pulled or self.code in CLEAR)
 
     def __str__(self) -> str:
         name = self.code.name if self.code else "waits"
