@@ -39,6 +39,7 @@ CASES = {
             "tests/e2e/test_logs_and_exec.py",
             "tests/e2e/test_recovery.py",
             "tests/e2e/test_resources.py",
+            "tests/chaos/gray/test_time_and_pids.py",
         )
     ),
     "security": Case(

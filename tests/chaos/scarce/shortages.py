@@ -25,7 +25,7 @@ class Shortage:
     """last: has it last as long as its context, with the node in it. names: words of which an error has one.
 
     place: what there has to be before the agent starts. config: of the agent.
-    ends_all: what ran has ended when it is over. known: why it is not as it must be yet.
+    ends_all: what ran has ended when it is over. known: why it is not as it must be yet. is_rare: for the runner only.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Shortage:
     place: Place = lambda _agent: nullcontext()
     config: str = ""
     ends_all: bool = False
+    is_rare: bool = False
     known: str = ""
 
 
@@ -225,6 +226,7 @@ SHORTAGES = (
         without_inodes("run"),
         ("space", "full", "inodes"),
         tmpfs("run", "size=64m,nr_inodes=1000"),
+        is_rare=True,
     ),
     Shortage(
         "root directory read-only",
@@ -245,6 +247,7 @@ SHORTAGES = (
         without_descriptors(agent, 12),
         ("open files", "descriptors"),
         known=_DISCONNECTED,
+        is_rare=True,
     ),
     Shortage(
         "supervisor without descriptors",
@@ -256,7 +259,7 @@ SHORTAGES = (
         "launcher without descriptors", without_descriptors(launcher), ("open files", "descriptors")
     ),
     Shortage("no processes left", without_pids, ("process", "pids", "fork", "clone")),
-    Shortage("no threads left", without_threads, ("thread", "process")),
+    Shortage("no threads left", without_threads, ("thread", "process"), is_rare=True),
     Shortage(
         "no addresses left",
         without_addresses,

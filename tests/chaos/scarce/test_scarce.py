@@ -11,7 +11,9 @@ from tests.chaos.scarce.shortages import SHORTAGES, Shortage
 from tests.support.registry import Registry
 
 
-@pytest.mark.parametrize("shortage", SHORTAGES, ids=lambda shortage: shortage.name)
+@pytest.mark.parametrize(
+    "shortage", [s for s in SHORTAGES if not s.is_rare], ids=lambda shortage: shortage.name
+)
 def test_a_shortage(shortage: Shortage, tmp_path: Path, registry: Registry) -> None:
     complaints = trial.run(shortage, tmp_path / "agent", registry).complaints
     if shortage.known and complaints:
