@@ -18,7 +18,7 @@ DEBIAN := .cache/debian
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup test-setup tools peer guest demo test fuzz conformance conformance-v2 kubelet charts upgrade-test \
-  chaos power history differential lint docs proto lock bench bench-peer clean
+  chaos power soak history differential lint docs proto lock bench bench-peer clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -152,6 +152,12 @@ FRACTION := 1
 SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 chaos: test-setup ## Let calls to the kernel fail, kill and stop, at every step (FRACTION=1 SEED=…)
 	$(PYTHON) -m tests.chaos.inject --fraction $(FRACTION) --seed $(SEED)
+	$(PYTHON) -m tests.chaos.gray
+	$(PYTHON) -m tests.chaos.scarce
+
+MINUTES := 60
+soak: test-setup ## Age a node, and look for what grows (MINUTES=60, plot in soak.svg)
+	$(PYTHON) -m tests.chaos.soak --minutes $(MINUTES) --plot soak.svg
 
 power: test-setup ## Cut the power at any moment, and see what the next start finds
 	@$(MAKE) --no-print-directory guest
