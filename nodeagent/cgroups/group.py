@@ -166,6 +166,16 @@ class Cgroup:
         with self._leaving:
             self._left = [group for group in (*self._left, child) if not _removed(group)]
 
+    def take_over_execs(self) -> None:
+        """Note the groups of execs that an agent before has left, so that `discard` removes those that have ended."""
+        directory = self._tracking.directory(self.path)
+        with self._leaving:
+            self._left += [
+                ExecGroup(self._layout, self.path, name)
+                for name in os.listdir(directory)
+                if tree.kind(f"{directory}/{name}") == tree.GROUP
+            ]
+
     # --- accounting ---
 
     def stats(self) -> CgroupStats:

@@ -24,7 +24,9 @@ class Groups:
         """The container's cgroup, which exists from its creation to its end."""
         group = self._open.get(container.id)
         if group is None:
-            group = self._open[container.id] = self._cgroups.open_existing(container.cgroup_path)
+            group = self._cgroups.open_existing(container.cgroup_path)
+            group.take_over_execs()
+            self._open[container.id] = group
         return group
 
     def create(self, container: Container, resources: Resources) -> Cgroup:

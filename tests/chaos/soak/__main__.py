@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -74,9 +75,10 @@ def main() -> int:
         print(f"{phase.phase}: {phase.work[-1]:.0f} done, {len(phase.failures)} failed")
         print(*(f"  ! {text}" for text in phase.failures[:5]), sep="\n", end="")
     print(*(f"left on the machine: {each}" for each in left), sep="\n")
-    grown = [name for name, (_, _, verdict) in verdicts.items() if not verdict.is_flat]
+    grown = [name for name, (_, _, verdict) in verdicts.items() if verdict.grows]
     failed = grown or left or any(phase.failures for phase in phases)
-    print(f"{len(verdicts) - len(grown)} of {len(verdicts)} series are flat")
+    words = Counter(verdict.word for _, _, verdict in verdicts.values())
+    print(", ".join(f"{words[word]} series: {word}" for word in ("flat", "short", "GROWS")))
     if not left:
         subprocess.run(["rm", "-rf", "--one-file-system", str(folder)], check=True)
     return 1 if failed else 0

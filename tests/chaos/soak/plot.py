@@ -37,7 +37,7 @@ def _chart(
         f"{x + WIDTH * (at - work[0]) / span:.1f},{y + HEIGHT - HEIGHT * (value - bottom) / (top - bottom):.1f}"
         for at, value in zip(work, values, strict=True)
     )
-    colour = "green" if verdict.is_flat else "red"
+    colour = {"flat": "green", "GROWS": "red"}.get(verdict.word, "gray")
     label = f"{name}: {low:g} to {high:g}, {verdict.share:+.2%} in {verdict.per:,}"
     return (
         f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#ccc"/>'

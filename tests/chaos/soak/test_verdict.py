@@ -30,23 +30,29 @@ def series(growth: float, noise: float, warm_up: float = 0.0) -> list[float]:
 
 @pytest.mark.parametrize("noise", [0.0, 5.0, 100.0])
 def test_what_is_flat(noise: float) -> None:
-    assert judge("memory", WORK, series(0.0, noise)).is_flat
-    assert judge("memory", WORK, series(0.0, noise, warm_up=20_000)).is_flat
-    assert judge("memory", WORK, series(-0.1, noise)).is_flat
+    assert judge("memory", WORK, series(0.0, noise)).word == "flat"
+    assert judge("memory", WORK, series(0.0, noise, warm_up=20_000)).word == "flat"
+    assert judge("memory", WORK, series(-0.1, noise)).word == "flat"
 
 
 @pytest.mark.parametrize("noise", [0.0, 5.0, 100.0])
 def test_what_grows(noise: float) -> None:
     verdict = judge("memory", WORK, series(0.05, noise))
-    assert not verdict.is_flat
+    assert verdict.grows
     assert 0.04 < verdict.share < 0.06
 
 
 def test_a_step_is_no_growth_and_one_descriptor_in_ten_thousand_is() -> None:
     peaks = [60.0 + (40.0 if number in (12, 20) else 0.0) for number in range(25)]
-    assert judge("descriptors", WORK, peaks).is_flat
+    assert judge("descriptors", WORK, peaks).word == "flat"
     leak = [60.0 + work // 10_000 for work in WORK]
-    assert not judge("descriptors", WORK, leak).is_flat
+    assert judge("descriptors", WORK, leak).grows
+
+
+def test_little_work_shows_only_what_grows_much() -> None:
+    little = [work / 100 for work in WORK]
+    assert judge("memory", little, [80_000 + 2 * work for work in little]).word == "short"
+    assert judge("descriptors", little, [60 + work // 10 for work in little]).grows
 
 
 def test_too_few_samples_say_nothing() -> None:

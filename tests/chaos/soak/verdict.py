@@ -11,6 +11,7 @@ from itertools import combinations
 
 WARM_UP = 0.3  # of the work
 BOUND = 0.01
+CLEAR = 0.05  # so much more while it was looked at is a growth, however little was done
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,21 +19,25 @@ class Verdict:
     """What a series says.
 
     growth: in units of the series, for so much work as `per` says. share: the same as a share of its level.
-    is_flat: it grows by no more than the bound, or by less than its samples differ from the line.
+    word: "flat" where it grows by no more than the bound, or by less than its samples differ from the line; "GROWS";
+    "short" where it may, and a tenth of that work was not done, so that a warm-up cannot be told from a growth.
     """
 
     name: str
     level: float
     growth: float
     share: float
-    is_flat: bool
+    word: str
     samples: int
     per: int
 
+    @property
+    def grows(self) -> bool:
+        return self.word == "GROWS"
+
     def __str__(self) -> str:
-        word = "flat" if self.is_flat else "GROWS"
         return (
-            f"{self.name:34} {word:6} {self.level:10.1f} {self.growth:+10.3f} in {self.per:,} "
+            f"{self.name:44} {self.word:6} {self.level:10.1f} {self.growth:+10.3f} in {self.per:,} "
             f"({self.share:+.2%}), {self.samples} samples"
         )
 
@@ -53,5 +58,10 @@ def judge(
     growth = slope * per
     share = growth / level if level else (0.0 if not growth else float("inf"))
     risen = slope * (points[-1][0] - points[0][0])
-    is_flat = share <= BOUND or risen <= 2 * off
-    return Verdict(name, level, growth, share, is_flat, len(points), per)
+    if share <= BOUND or risen <= 2 * off:
+        word = "flat"
+    elif points[-1][0] - points[0][0] >= per / 10 or risen > CLEAR * level:
+        word = "GROWS"
+    else:
+        word = "short"
+    return Verdict(name, level, growth, share, word, len(points), per)

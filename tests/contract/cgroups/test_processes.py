@@ -9,6 +9,7 @@ import pytest
 
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.hierarchy import Layout
+from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import AlreadyExists, InvalidArgument, NotFound, Unsupported
 from nodeagent.requests import Resources
 from tests.contract.cgroups.conftest import Spawn, close, freeze, in_force
@@ -171,6 +172,22 @@ def test_what_an_exec_leaves_is_removed_with_a_later_one(group: Cgroup, spawn: S
     group.discard(ended)
     assert not left.exists()
     assert not ended.exists()
+
+
+def test_what_an_agent_before_has_left_is_removed_with_a_later_one(
+    cgroups: Cgroups, group: Cgroup, spawn: Spawn
+) -> None:
+    """Each restart beside a probe left a group, as long as its container ran."""
+    runs, ended = group.child("exec-runs"), group.child("exec-ended")
+    process = ready(spawn(runs, WAIT))
+    again = cgroups.open_existing(group.path)
+    again.take_over_execs()
+    again.discard(again.child("exec-new"))
+    assert (runs.exists(), ended.exists()) == (True, False)
+    process.kill()
+    process.wait()
+    again.discard(again.child("exec-newer"))
+    assert not runs.exists()
 
 
 def test_an_exec_is_watched_and_has_no_limits(group: Cgroup, layout: Layout, spawn: Spawn) -> None:
