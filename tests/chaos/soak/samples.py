@@ -102,11 +102,13 @@ def files_below(directory: Path) -> int:
 
 
 def pss_kib(pid: int) -> float:
-    """proc_pid_smaps_rollup(5)."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return float(line.split()[1])
-    return 0.0
+    """The proportional share of what is not a file's (proc_pid_smaps(5)).
+
+    Files are shared with every process of the machine that has the same ones, so that their share changes with those.
+    """
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    [value] = [line.split()[1] for line in lines if line.startswith("Pss_Anon:")]
+    return float(value)
 
 
 def descriptors(pid: int) -> int:
