@@ -7,9 +7,11 @@ start.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from nodeagent.errors import NodeAgentError
 from nodeagent.images.catalog import Images
@@ -21,8 +23,8 @@ from nodeagent.trash import Trash
 
 log = logging.getLogger(__name__)
 
-# Longer than the deadlines of a supervisor and of a cgroup; whoever waits for an undo waits no longer.
-UNDO_SECONDS = 15.0
+# Whoever waits for an undo waits no longer; an agent that ends has a few seconds more.
+UNDO_SECONDS = 10.0
 NAME = "undo"
 
 
@@ -66,10 +68,7 @@ class Removal:
         """Undo a creation; returns when that is done, or goes on behind the caller, who has waited long enough."""
         about = f'container "{container.id}"'
         self._undoing[container.id] = "it has just begun"
-        task = self._tasks.keep(NAME, partial(self._undo, container), about=about)
-        _, missing = await asyncio.wait([task], timeout=UNDO_SECONDS)
-        if missing:
-            log.warning("%s: its creation cannot be undone yet, which goes on", about)
+        await undone(self._tasks, about, partial(self._undo, container))
 
     def why_left(self, container_id: str) -> str | None:
         """Why a creation is still being undone; None where it is not."""
@@ -98,6 +97,26 @@ class Removal:
 
     async def _release(self, container: Container) -> None:
         self._images.release(container.id)
+
+
+async def undone(tasks: Tasks, about: str, undo: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Undo something until that succeeds; returns after the first attempt, and after UNDO_SECONDS in any case."""
+    is_undone, tried = False, asyncio.Event()
+
+    async def attempt() -> None:
+        nonlocal is_undone
+        try:
+            await undo()
+            is_undone = True
+        finally:
+            tried.set()
+
+    tasks.keep(NAME, attempt, about=about)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(UNDO_SECONDS):
+            await tried.wait()
+    if not is_undone:
+        log.warning("%s: its creation cannot be undone yet, which goes on", about)
 
 
 async def _guarded(step: Callable[[], Awaitable[None]], errors: list[Exception]) -> None:

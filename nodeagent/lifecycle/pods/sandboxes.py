@@ -5,7 +5,6 @@ without `ready_at` is the intention to make them; the record goes when all of th
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Collection
 from functools import partial
@@ -19,8 +18,7 @@ from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
 from nodeagent.lifecycle.containers.containers import Containers
 from nodeagent.lifecycle.containers.groups import Groups
-from nodeagent.lifecycle.containers.removal import NAME as UNDO
-from nodeagent.lifecycle.containers.removal import UNDO_SECONDS
+from nodeagent.lifecycle.containers.removal import UNDO_SECONDS, undone
 from nodeagent.lifecycle.containers.stopping import Stopping
 from nodeagent.lifecycle.creations import Creations
 from nodeagent.lifecycle.inventory import Inventory, Pod, boot_id
@@ -35,8 +33,6 @@ from nodeagent.requests import Resources, SandboxConfig
 from nodeagent.sandbox.agent.client import Supervisor
 from nodeagent.sandbox.spec import DEFAULT_SHM_BYTES, PodSettings
 from nodeagent.tasks import Tasks
-
-log = logging.getLogger(__name__)
 
 
 class Sandboxes:
@@ -148,10 +144,7 @@ class Sandboxes:
     async def _undo(self, slot: Slot, sandbox: Sandbox) -> None:
         """Undo a pod that was not finished; what cannot be undone at once is tried again behind the caller."""
         about = f'pod sandbox "{sandbox.id}"'
-        task = self._tasks.keep(UNDO, partial(self._clear, slot, sandbox), about=about)
-        _, missing = await asyncio.wait([task], timeout=UNDO_SECONDS)
-        if missing:
-            log.warning("%s: its creation cannot be undone yet, which goes on", about)
+        await undone(self._tasks, about, partial(self._clear, slot, sandbox))
 
     async def _clear(self, slot: Slot, sandbox: Sandbox) -> None:
         """Undo everything of a pod, and only then its record, by which the next start would find it."""
