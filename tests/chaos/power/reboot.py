@@ -21,6 +21,7 @@ from nodeagent.images.profiles import SecurityProfiles
 from nodeagent.images.remote.client import open_session
 from nodeagent.lifecycle import recovery
 from nodeagent.lifecycle.containers.containers import Containers
+from nodeagent.lifecycle.containers.removal import Removal
 from nodeagent.lifecycle.events import Events
 from nodeagent.lifecycle.inventory import Inventory
 from nodeagent.lifecycle.recovery import Recovery
@@ -108,9 +109,9 @@ def _recovery(
         containers=Containers(
             inventory=inventory,
             supervision=supervision,
-            images=images,
             groups=groups,
             stopping=nobody,
+            removal=Removal(inventory, groups, images, trash, containers, tasks),
             trash=trash,
             directory=containers,
             pods=pods,
