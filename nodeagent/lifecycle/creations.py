@@ -2,43 +2,80 @@
 
 A creation whose caller gave up goes on; the retry, which comes with the same key, joins it or gets its result. Nothing
 is made twice, and nothing is left over that no caller asks for again (the "name is reserved" loops of a busy node).
+One that takes long tells its caller what it waits for, before the caller gives up by itself and knows nothing.
 `images.concurrency.SharedWork` has the opposite rule: a pull ends with its last caller.
 """
 
 import asyncio
 from collections.abc import Callable, Coroutine, Hashable
+from contextvars import ContextVar
 from typing import Any
 
 from nodeagent.errors import Unavailable
 from nodeagent.tasks import Tasks, caller
 
+# The kubelet waits 120 s, and 240 s for a pod (runtimeRequestTimeout, and twice that).
+PATIENCE_SECONDS = 110.0
+
+
+class _Stage:
+    """What a creation does now."""
+
+    text = "it has just begun"
+
+
+_stage: ContextVar[_Stage] = ContextVar("stage")
+
+
+def doing(text: str) -> None:
+    """Note what the creation, if the caller is part of one, does or waits for from now on."""
+    if stage := _stage.get(None):
+        stage.text = text
+
 
 class Creations:
     """At most one creation per key, which goes on without its callers; each makes an object and returns its id.
 
-    name: of the tasks. exists: whether an object whose id reached no caller is still there for a retry.
+    name: of the tasks. exists: whether an object whose id reached no caller is still there for a retry. patience_s: the
+    time after which a caller is told what the creation waits for.
     """
 
-    def __init__(self, tasks: Tasks, name: str, exists: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        tasks: Tasks,
+        name: str,
+        exists: Callable[[str], bool],
+        patience_s: float = PATIENCE_SECONDS,
+    ) -> None:
         self._owner = tasks.part()
         self._name = name
         self._exists = exists
+        self._patience_s = patience_s
         self._tasks: dict[Hashable, asyncio.Task[str]] = {}
+        self._stages: dict[asyncio.Task[str], _Stage] = {}
 
     async def join(
         self, key: Hashable, what: str, make: Callable[[], Coroutine[Any, Any, str]]
     ) -> str:
         """Start or join the creation under `key`, and return its id; a cancelled caller leaves it running.
 
-        The id is kept for a retry where the caller has gone, though whoever calls this waits until the end.
+        The id is kept for a retry where the caller has gone, though whoever calls this waits until the end. Raises
+        TimeoutError when that takes long; the creation goes on.
         """
         self._drop_unclaimed()
         task = self._tasks.get(key)
         if task is None:
-            task = self._owner.start(self._name, make(), about=what)
+            stage = _Stage()
+            task = self._owner.start(self._name, _staged(stage, make), about=what)
             task.add_done_callback(lambda done: self._settle(key, done))
-            self._tasks[key] = task
+            self._tasks[key], self._stages[task] = task, stage
         try:
+            done, _ = await asyncio.wait([task], timeout=self._patience_s)
+            if not done:
+                raise TimeoutError(
+                    f"{what}: not made within {self._patience_s:g} s, it goes on, and a retry joins it: "
+                    f"{self._stages[task].text}"
+                )
             result = await asyncio.shield(task)
         except asyncio.CancelledError:
             # Either the caller was cancelled, or the creation itself, by a stop of its pod.
@@ -50,6 +87,7 @@ class Creations:
         return result
 
     def _settle(self, key: Hashable, task: asyncio.Task[str]) -> None:
+        self._stages.pop(task, None)
         failed = task.cancelled() or task.exception() is not None
         if failed and self._tasks.get(key) is task:
             del self._tasks[key]
@@ -62,3 +100,8 @@ class Creations:
     async def close(self) -> None:
         """Cancel what is under way; each undoes itself."""
         await self._owner.close()
+
+
+async def _staged(stage: _Stage, make: Callable[[], Coroutine[Any, Any, str]]) -> str:
+    _stage.set(stage)
+    return await make()

@@ -25,7 +25,7 @@ from nodeagent.images.catalog import Images
 from nodeagent.lifecycle.containers import oom_at_start
 from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.containers.removal import Removal
-from nodeagent.lifecycle.creations import Creations
+from nodeagent.lifecycle.creations import Creations, doing
 from nodeagent.lifecycle.inventory import Inventory
 from nodeagent.lifecycle.plan import bundle, cgroup_mounts, process
 from nodeagent.lifecycle.plan.cdi import Cdi
@@ -142,6 +142,10 @@ class Creation:
         if not sandbox.config.cgroup_parent:
             self._groups.limit_pod(sandbox)
         group.set_devices(inputs.devices.rules)  # before any process is in it
+        paths = [mount.host_path for mount in container.config.mounts if mount.host_path]
+        doing(
+            f"waiting for its supervisor, which mounts {', '.join(paths) or 'its root filesystem'}"
+        )
         with supervisor_files(group) as fds, oom_at_start.named(container, group):
             made = await supervisor.create(plan, fds)
         bundle.require(plan)

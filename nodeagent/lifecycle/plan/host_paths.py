@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from nodeagent.errors import ResourceExhausted
+from nodeagent.lifecycle.creations import doing
 from nodeagent.linux import mountinfo
 
 T = TypeVar("T")
@@ -33,6 +34,7 @@ class HostPaths:
         Raises ResourceExhausted, with `what`, at the limit of the file system that the path is on.
         """
         self._refuse_dead(what, path)
+        doing(f"waiting for the filesystem at {path} ({what})")
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()  # a caller that gives up does not end it
         self.under_way[future] = path

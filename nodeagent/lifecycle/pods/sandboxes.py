@@ -20,7 +20,7 @@ from nodeagent.lifecycle.containers.containers import Containers
 from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.containers.removal import UNDO_SECONDS, undone
 from nodeagent.lifecycle.containers.stopping import Stopping
-from nodeagent.lifecycle.creations import Creations
+from nodeagent.lifecycle.creations import PATIENCE_SECONDS, Creations, doing
 from nodeagent.lifecycle.inventory import Inventory, Pod, boot_id
 from nodeagent.lifecycle.plan import etc_files
 from nodeagent.lifecycle.pods import cgroup
@@ -65,7 +65,9 @@ class Sandboxes:
         self._cgroups = cgroups
         self._handlers = handlers
         self._tasks = tasks.part()
-        self._creations = Creations(tasks, "pod creation", inventory.sandboxes.__contains__)
+        self._creations = Creations(
+            tasks, "pod creation", inventory.sandboxes.__contains__, 2 * PATIENCE_SECONDS
+        )
         supervision.end_pod = self.stop
 
     def get(self, name: str) -> Sandbox:
@@ -117,6 +119,7 @@ class Sandboxes:
 
     async def _run(self, config: SandboxConfig, runtime_handler: str, cgroup_parent: str) -> str:
         self._refuse_duplicate(config)
+        doing("waiting for a supervisor with namespaces and addresses")
         slot = await self._slots.take(config.namespaces)
         sandbox = Sandbox(
             id=slot.id,
@@ -155,6 +158,7 @@ class Sandboxes:
     async def _settle(self, slot: Slot, sandbox: Sandbox) -> None:
         config = sandbox.config
         etc_files.write(slot.directory, config, sandbox.addresses)
+        doing("waiting for its supervisor, which sets host name and sysctls")
         await self._configure(slot.supervisor, sandbox)
         if config.namespaces.network == "pod":
             await self._network.publish(slot.id, config.port_mappings)

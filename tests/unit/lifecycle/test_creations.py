@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from nodeagent.errors import Unavailable
-from nodeagent.lifecycle.creations import Creations
+from nodeagent.lifecycle.creations import Creations, doing
 from nodeagent.tasks import Caller, Tasks, caller
 
 
@@ -97,3 +97,27 @@ async def test_closing_tells_who_waits() -> None:
     await creations.close()
     with pytest.raises(Unavailable, match="pod x"):
         await waiting
+
+
+async def test_a_slow_stage_is_named_to_the_caller_and_the_retry_joins() -> None:
+    go, asked = asyncio.Event(), 0
+
+    async def make() -> str:
+        nonlocal asked
+        asked += 1
+        doing("waiting for the filesystem at /data")
+        await go.wait()
+        return "made"
+
+    creations = Creations(Tasks(), "creation", lambda _: True, patience_s=0.01)
+    for _ in range(2):
+        with pytest.raises(TimeoutError) as raised:
+            await creations.join("key", 'container "c"', make)
+        assert str(raised.value) == (
+            'container "c": not made within 0.01 s, it goes on, and a retry joins it: '
+            "waiting for the filesystem at /data"
+        )
+    go.set()
+    assert await creations.join("key", 'container "c"', make) == "made"
+    assert asked == 1
+    doing("nothing that anybody is told")
