@@ -52,7 +52,7 @@ def test_a_pod_whose_supervisor_stands_still_is_stopped_and_removed(
     for restart in (False, True):
         container = own_cri.run()
         pod = container.pod
-        with stopped(pod.supervisor):
+        with stopped_until_killed(pod.supervisor):
             if restart:
                 own_agent.restart()
             succeeds(pod.stop)
@@ -67,7 +67,7 @@ def test_a_stopped_launcher_is_replaced_at_the_start_and_later(
     container = own_cri.run()
     for restart in (True, False):
         launcher = launcher_of(own_agent)
-        with stopped_until_replaced(launcher):
+        with stopped_until_killed(launcher):
             if restart:
                 own_agent.restart()
             assert container.shell("echo works") == "works"
@@ -100,9 +100,9 @@ def test_a_shortage_of_descriptors_passes(own_agent: RunningAgent, own_cri: Cri,
 
 
 @contextmanager
-def stopped_until_replaced(launcher: int) -> Iterator[None]:
-    """It is killed by whoever replaces it; else it goes on."""
-    with suppress(ProcessLookupError), stopped(launcher):
+def stopped_until_killed(pid: int) -> Iterator[None]:
+    """A process that stands still until the agent kills it, or else until the end."""
+    with suppress(ProcessLookupError), stopped(pid):
         yield
 
 

@@ -27,13 +27,15 @@ class Silence:
         self._owes = owes
         self._ask = ask
         self._loop = asyncio.get_running_loop()
-        self._heard_at = self._loop.time()
+        self._heard_at = self._owed_since = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
 
     def watch(self) -> None:
         """Call this when an answer is asked for. One timer serves all that are."""
+        if self._heard_at >= self._owed_since:
+            self._owed_since = self._loop.time()  # the first question since it has spoken
         if self._timer is None and not self.text:
-            self._look_later(self._loop.time(), was_asked=False)
+            self._look_later(self._owed_since, was_asked=False)
 
     def heard(self) -> None:
         """Call this when anything has come."""
@@ -61,7 +63,9 @@ class Silence:
     def _look(self, since: float, was_asked: bool) -> None:
         self._timer = None
         if self._heard_at >= since:
-            if self._owes():
+            if self._heard_at < self._owed_since:
+                self._look_later(self._owed_since, was_asked=False)
+            elif self._owes():
                 self.watch()
         elif was_asked:
             self.overdue(since)

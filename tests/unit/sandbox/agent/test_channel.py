@@ -112,7 +112,8 @@ async def test_silence_is_noticed_long_before_a_long_request_is_overdue(
 async def test_silence_is_noticed_though_the_caller_has_given_up(
     channel: Channel, process: subprocess.Popen[bytes]
 ) -> None:
-    await channel.agree()
+    """Also where it was asked something else just before, and had answered that."""
+    await channel.request("state")
     with stopped(process):
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
