@@ -4,22 +4,30 @@ sd_notify(3), sd_watchdog_enabled(3).
 """
 
 import asyncio
+import logging
 import os
 import socket
 
+log = logging.getLogger(__name__)
+
 WATCHDOG = "watchdog"
+
+_PATIENCE_SECONDS = 1.0  # with a manager that does not read what others have told it
 
 
 def notify(state: str) -> None:
-    """Tell the service manager, if there is one, and can hear it."""
+    """Tell the service manager, if there is one. That it does not hear is no reason not to serve."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        sock.settimeout(1.0)  # of a manager that does not read
-        sock.sendto(state.encode(), address)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.settimeout(_PATIENCE_SECONDS)
+            sock.sendto(state.encode(), address)
+    except OSError as error:
+        log.warning("the service manager does not hear %s: %s", state.partition("\n")[0], error)
 
 
 def watchdog_seconds() -> float:

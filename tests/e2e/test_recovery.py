@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -299,8 +300,15 @@ def test_the_service_manager_hears_of_the_start_and_of_a_loop_that_turns(
         manager.settimeout(PATIENCE_SECONDS)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         monkeypatch.setenv("WATCHDOG_USEC", "100000")
-        own_agent.start()
         heard: list[str] = []
-        while "WATCHDOG=1" not in heard[heard.index("READY=1") :] if "READY=1" in heard else True:
-            heard += manager.recv(4096).decode().split("\n")
-        assert "STATUS=taking over 0 pods" in heard[: heard.index("READY=1")]
+        reading = threading.Thread(target=collect, args=(manager, heard))
+        reading.start()
+        own_agent.start()
+        reading.join(PATIENCE_SECONDS)
+    assert "STATUS=taking over 0 pods" in heard[: heard.index("READY=1")]
+
+
+def collect(manager: socket.socket, heard: list[str]) -> None:
+    """What is told, up to the first sign of life after the start."""
+    while "READY=1" not in heard or "WATCHDOG=1" not in heard[heard.index("READY=1") :]:
+        heard += manager.recv(4096).decode().split("\n")

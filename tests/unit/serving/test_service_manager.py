@@ -25,6 +25,15 @@ def test_it_is_told_a_state(manager: socket.socket) -> None:
     assert manager.recv(100) == b"READY=1"
 
 
+def test_one_that_does_not_read_is_no_reason_not_to_serve(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(service_manager, "_PATIENCE_SECONDS", 0.001)
+    while not caplog.messages:
+        service_manager.notify("READY=1\nSTATUS=serving")
+    assert caplog.messages == ["the service manager does not hear READY=1: timed out"]
+
+
 def test_nobody_is_told_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     service_manager.notify("READY=1")
