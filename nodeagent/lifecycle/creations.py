@@ -88,13 +88,13 @@ class Creations:
 
     def _settle(self, key: Hashable, task: asyncio.Task[str]) -> None:
         self._stages.pop(task, None)
-        failed = task.cancelled() or task.exception() is not None
-        if failed and self._tasks.get(key) is task:
+        if _has_failed(task) and self._tasks.get(key) is task:
             del self._tasks[key]
 
     def _drop_unclaimed(self) -> None:
         for key, task in list(self._tasks.items()):
-            if task.done() and not self._exists(task.result()):
+            # One that has failed a moment ago is not settled yet, and its error is nobody's here.
+            if task.done() and not _has_failed(task) and not self._exists(task.result()):
                 del self._tasks[key]
 
     async def close(self) -> None:
@@ -105,3 +105,7 @@ class Creations:
 async def _staged(stage: _Stage, make: Callable[[], Coroutine[Any, Any, str]]) -> str:
     _stage.set(stage)
     return await make()
+
+
+def _has_failed(task: asyncio.Task[str]) -> bool:
+    return task.cancelled() or task.exception() is not None

@@ -121,3 +121,26 @@ async def test_a_slow_stage_is_named_to_the_caller_and_the_retry_joins() -> None
     assert await creations.join("key", 'container "c"', make) == "made"
     assert asked == 1
     doing("nothing that anybody is told")
+
+
+async def test_a_creation_gets_no_error_of_another_one() -> None:
+    """One that has failed a moment before, of which nothing has been heard yet."""
+    creations = Creations(Tasks(), "creation", {"id-1"}.__contains__)
+    fails = asyncio.Event()
+
+    async def fail() -> str:
+        fails.set()
+        raise Unavailable("absent")
+
+    async def make() -> str:
+        return "id-1"
+
+    async def join_when_it_fails() -> str:
+        await fails.wait()
+        return await creations.join("two", "pod two", make)
+
+    joining = asyncio.create_task(join_when_it_fails())
+    await asyncio.sleep(0)
+    with pytest.raises(Unavailable, match="absent"):
+        await creations.join("one", "pod one", fail)
+    assert await joining == "id-1"
