@@ -100,14 +100,18 @@ class Containers:
             if container.state != "created":
                 raise FailedPrecondition(f'container "{name}": is {container.state}, not created')
             group = self._groups.of(container)
-            with self._stopping.start_of(container_id), oom_at_start.named(container, group):
+            with (
+                self._stopping.start_of(container_id),
+                self._supervision.start_of(container_id),
+                oom_at_start.named(container, group),
+            ):
                 try:
                     at = await self._inventory.supervisor(container).start(container_id)
                 except StartError as error:
                     failed = records.start_failed(container, str(error), time.time_ns())
                     self._supervision.ended_as(failed)
                     raise
-            self._supervision.started(container, at)
+                self._supervision.started(container, at)
 
     # --- remove ---
 

@@ -9,8 +9,8 @@ asked for as well: after each connection, and by `Polling`.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Supervision:
         self._connector = connector
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Event] = {}
-        self._early: dict[str, Exit] = {}
+        self._early: dict[str, Exit | None] = {}  # of containers that are being started
         self._tasks = tasks.part()
         self._ending: set[str] = set()
         # How a pod is ended that can do nothing any more: `Sandboxes.stop`, which is above us.
@@ -147,10 +147,19 @@ class Supervision:
 
     # --- starts and ends ---
 
+    @contextmanager
+    def start_of(self, container_id: str) -> Iterator[None]:
+        """Keep the news of an end that comes before that of the start."""
+        self._early[container_id] = None
+        try:
+            yield
+        finally:
+            del self._early[container_id]
+
     def started(self, container: Container, at: int) -> None:
         """Publish that a container runs, and at once its end where the news of that came first."""
         self._inventory.note(records.started(container, at), "started")
-        end = self._early.pop(container.id, None)
+        end = self._early.get(container.id)
         if end is not None:
             self._exited(container.id, end)
 
@@ -166,7 +175,8 @@ class Supervision:
         if container is None or container.state == "exited":
             return
         if container.state == "created":
-            self._early[container_id] = end
+            if container_id in self._early:
+                self._early[container_id] = end
         else:
             self.ended_as(records.exited(container, end["code"], end["at"], oom=end["oom"]))
 
