@@ -64,6 +64,7 @@ class Inventory:
         self.pods: dict[str, Pod] = {}
         self._members: dict[str, dict[str, None]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._unwritten: set[str] = set()  # containers of which something was noted only
         for container in self.containers.values():
             self._members.setdefault(container.sandbox_id, {})[container.id] = None
 
@@ -132,9 +133,18 @@ class Inventory:
         """
         try:
             self.store.put(record)
+            self._unwritten.discard(record.id)
         except (NodeAgentError, OSError) as error:
             log.error('"%s" is %s, but its record cannot be written: %s', record.id, event, error)
+            self._unwritten.add(record.id)
         self._publish(record, (event,))
+
+    def write_noted(self, sandbox_id: str) -> None:
+        """Write what was only noted of a pod's containers, whose supervisor will not tell it again."""
+        for container in self.members(sandbox_id):
+            if container.id in self._unwritten:
+                self.store.put(container)
+                self._unwritten.discard(container.id)
 
     def _publish(self, record: Sandbox | Container, events: Sequence[Kind]) -> None:
         if isinstance(record, Sandbox):
@@ -146,17 +156,8 @@ class Inventory:
             self._tell(event, record)
 
     def forget(self, record: Sandbox | Container) -> None:
-        """Remove the record for good; one that is gone already stays gone.
-
-        An intention goes even if the write fails: nobody can name it to remove it, and it would keep its name from the
-        next attempt. Its row is left to the next agent, which undoes it.
-        """
-        try:
-            self.store.delete(type(record), record.id)
-        except (NodeAgentError, OSError) as error:
-            if not _is_intention(record):
-                raise
-            log.error('"%s" is undone, but its record cannot be removed: %s', record.id, error)
+        """Remove the record for good; one that is gone already stays gone."""
+        self.store.delete(type(record), record.id)
         is_first = record.id in self.sandboxes or record.id in self.containers
         if isinstance(record, Sandbox):
             self.sandboxes.pop(record.id, None)
@@ -166,6 +167,7 @@ class Inventory:
             self.containers.pop(record.id, None)
             self._members.get(record.sandbox_id, {}).pop(record.id, None)
             self._locks.pop(record.id, None)
+            self._unwritten.discard(record.id)
         if is_first and not _is_intention(record):
             self._tell("deleted", record)
 

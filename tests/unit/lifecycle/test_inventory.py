@@ -48,19 +48,19 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("record", [SANDBOX, CONTAINER])
-def test_an_intention_is_forgotten_though_that_cannot_be_written(
+def test_a_record_stays_until_its_removal_is_written(
     tmp_path: Path, record: Sandbox | Container
 ) -> None:
-    """Or the next attempt of its name would fail until the agent starts again."""
+    """That of an intention as well: whoever undoes it tries again, and its row is not left to the next agent."""
     path = tmp_path / "state.db"
     with closing(Store.open(path)) as store:
         inventory = Inventory(store, Events())
         inventory.save(record)
-        with locked(path):
+        with locked(path), pytest.raises(Unavailable, match="locked"):
             inventory.forget(record)
-        assert not inventory.sandboxes
-        assert not inventory.members("pod")
-        assert store.get(type(record), record.id) == record  # for the next agent to undo
+        assert [*inventory.sandboxes.values(), *inventory.containers.values()] == [record]
+        inventory.forget(record)
+        assert store.get(type(record), record.id) is None
 
 
 def test_what_others_can_name_stays_until_its_removal_is_written(tmp_path: Path) -> None:
@@ -72,6 +72,23 @@ def test_what_others_can_name_stays_until_its_removal_is_written(tmp_path: Path)
         with locked(path), pytest.raises(Unavailable, match="locked"):
             inventory.forget(made)
         assert inventory.members("pod") == [made]
+
+
+def test_what_was_only_noted_is_written_before_its_pod_has_stopped(tmp_path: Path) -> None:
+    """Nobody would tell the next agent."""
+    path = tmp_path / "state.db"
+    made = msgspec.structs.replace(CONTAINER, created_at=1, started_at=2)
+    ended = msgspec.structs.replace(made, finished_at=3, exit_code=7)
+    with closing(Store.open(path)) as store:
+        inventory = Inventory(store, Events())
+        inventory.save(made)
+        with locked(path):
+            inventory.note(ended, "stopped")
+            with pytest.raises(Unavailable, match="locked"):
+                inventory.write_noted("pod")
+        assert store.get(Container, made.id) == made
+        inventory.write_noted("pod")
+        assert store.get(Container, made.id) == ended
 
 
 @pytest.mark.parametrize("record", [SANDBOX, CONTAINER])
