@@ -18,7 +18,7 @@ DEBIAN := .cache/debian
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup test-setup tools peer guest demo test fuzz conformance conformance-v2 kubelet charts upgrade-test \
-  chaos power soak history differential lint docs proto lock bench bench-peer clean
+  chaos power soak simulate history differential lint docs proto lock bench bench-peer clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -171,6 +171,11 @@ history: test-setup ## Judge histories of random programs under faults (SECONDS=
 	$(PYTHON) -m tests.chaos.history --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 history: SECONDS := 60
+
+simulate: test-setup ## Simulate the node under many seeds (SEEDS=10000)
+	$(PYTHON) -m tests.chaos.simulation --seeds $(SEEDS)
+
+simulate: SEEDS := 10000
 
 differential: test-setup peer ## Compare the answers with containerd's (docs/differences.md)
 	$(PYTHON) -m pytest tests/chaos/differential

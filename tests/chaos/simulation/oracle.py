@@ -1,0 +1,184 @@
+"""What must hold: after each step of a run, and when it has come to rest."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nodeagent.lifecycle.node import Node
+from nodeagent.records import Container, HostPort, ImageHold, Lease, Record, Sandbox
+from tests.chaos.simulation.machine import Machine
+
+ORDER = {"created": 0, "running": 1, "exited": 2}
+UNKNOWN = 255
+
+
+class Violation(Exception):
+    """The agent has broken a promise."""
+
+
+@dataclass
+class Known:
+    """What clients were told of an object, and what they have asked for."""
+
+    id: str
+    is_stopped: bool = False
+    is_removed: bool = False
+    is_going: bool = False  # somebody has asked to remove it
+    state: str = ""
+    code: int | None = None
+    boots: int = 0
+
+
+@dataclass
+class Oracle:
+    """Keeps what clients know, and compares it with what the agent says."""
+
+    machine: Machine
+    sandboxes: dict[str, Known] = field(default_factory=dict)
+    containers: dict[str, Known] = field(default_factory=dict)
+    removed: set[str] = field(default_factory=set)
+    pod_of: dict[str, str] = field(default_factory=dict)
+
+    def sandbox(self, sandbox_id: str) -> Known:
+        return self.sandboxes.setdefault(sandbox_id, Known(sandbox_id, boots=self.machine.boots))
+
+    def container(self, container_id: str) -> Known:
+        known = Known(container_id, boots=self.machine.boots)
+        return self.containers.setdefault(container_id, known)
+
+    # --- at each step ---
+
+    def look(self, node: Node) -> None:
+        """Compare what the agent would list now with all that was said before."""
+        ready: dict[tuple[Any, ...], str] = {}
+        seen: set[str] = set()
+        for sandbox in node.sandboxes.list():
+            seen.add(sandbox.id)
+            self._see_sandbox(sandbox, ready)
+        for container in node.containers.list():
+            seen.add(container.id)
+            self._see_container(container)
+        for known in (*self.sandboxes.values(), *self.containers.values()):
+            if known.id in self.removed and known.id in seen:
+                raise Violation(f"{known.id} was removed, and is listed")
+            if known.id not in seen and not self._is_going(known):
+                raise Violation(f"{known.id} was acknowledged, and is not listed")
+
+    def _is_going(self, known: Known) -> bool:
+        pod = self.sandboxes.get(self.pod_of.get(known.id, ""))
+        return known.is_going or (pod is not None and pod.is_going)
+
+    def _see_sandbox(self, sandbox: Sandbox, ready: dict[tuple[Any, ...], str]) -> None:
+        known = self.sandboxes.get(sandbox.id)
+        if sandbox.ready:
+            identity = (sandbox.config.uid, sandbox.config.name, sandbox.config.attempt)
+            if identity in ready:
+                raise Violation(
+                    f"two READY sandboxes of {identity}: {ready[identity]}, {sandbox.id}"
+                )
+            ready[identity] = sandbox.id
+            if known is not None and known.is_stopped:
+                raise Violation(f"sandbox {sandbox.id} was stopped, and is READY")
+
+    def _see_container(self, container: Container) -> None:
+        known = self.container(container.id)
+        self.pod_of[container.id] = container.sandbox_id
+        if container.id not in self.machine.truths and container.state == "running":
+            raise Violation(f"container {container.id} runs, and was never made")
+        if known.state and ORDER[container.state] < ORDER[known.state]:
+            raise Violation(f"container {container.id} was {known.state}, and is {container.state}")
+        if known.is_stopped and container.state == "running":
+            raise Violation(f"container {container.id} was stopped, and runs")
+        known.state = container.state
+        if container.state == "exited":
+            self._see_exit(container, known)
+
+    def _see_exit(self, container: Container, known: Known) -> None:
+        code = container.exit_code
+        if known.code is not None and known.code != code:
+            raise Violation(f"container {container.id} had exit code {known.code}, and has {code}")
+        if known.code is None:
+            truth = self.machine.truths.get(container.id)
+            happened = truth.code if truth else None
+            if code not in {UNKNOWN, happened}:
+                raise Violation(f"container {container.id} ended with {happened}, and has {code}")
+            is_lost = code == UNKNOWN and container.reason == "Unknown"
+            if (
+                is_lost
+                and truth is not None
+                and truth.is_known
+                and known.boots == self.machine.boots
+            ):
+                raise Violation(f"container {container.id} ended with {happened}, which is lost")
+        known.code = code
+
+    def addresses(self) -> None:
+        """No two links have an address in common."""
+        taken: dict[str, str] = {}
+        self.machine.drop_links()
+        for link, addresses in self.machine.addresses.items():
+            for address in addresses:
+                if taken.setdefault(address, link) != link:
+                    raise Violation(f"{address} is on the links {taken[address]} and {link}")
+
+    # --- at rest ---
+
+    def nothing_left(self, node: Node, base: Any) -> None:
+        """Only warm slots are left, of all that pods had."""
+        slots = {slot.id for slot in node.slots._ready}
+        found = list(self._left_in_machine(slots)) + list(self._left_in_agent(node, base, slots))
+        if found:
+            raise Violation(f"left at rest: {'; '.join(found)}")
+
+    def _left_in_machine(self, slots: set[str]) -> Any:
+        self.machine.drop_links()
+        for pod in self.machine.pods.values():
+            if pod.id not in slots:
+                yield f"processes of pod {pod.id}"
+        for path, group in self.machine.groups.items():
+            if not path.endswith("/agent"):
+                yield f"cgroup {path} with {len(group.members)}"
+        for link, pod_id in self.machine.links.items():
+            if pod_id not in slots:
+                yield f"link {link} of {pod_id}"
+
+    def _left_in_agent(self, node: Node, base: Any, slots: set[str]) -> Any:
+        inventory = node.sandboxes._inventory
+        kinds: tuple[type[Record], ...] = (Sandbox, Container, ImageHold, HostPort)
+        for kind in kinds:
+            yield from (f"row {kind.__name__} {row.key}" for row in base.store.all(kind))
+        yield from (f"lease of {row.key}" for row in base.store.all(Lease) if row.key not in slots)
+        for directory in (base.places.pods, base.places.containers, base.places.trash):
+            yield from (
+                f"directory {path}" for path in directory.iterdir() if path.name not in slots
+            )
+        supervision = node.sessions._supervision
+        tables: dict[str, Any] = {
+            "locks": inventory._locks,
+            "members": inventory._members,
+            "pods": inventory.pods,
+            "early": supervision._early,
+            "ends": supervision._ends,
+            "watches": supervision._watches,
+            "groups": node.groups._open,
+            "starting": node.stopping._starting,
+            "pod creations": node.sandboxes._creations._tasks,
+            "container creations": node.creation._creations._tasks,
+        }
+        for name, table in tables.items():
+            if table:
+                yield f"{name}: {len(table)}"
+
+    def end(self) -> None:
+        """An agent that ended without a pod has left nothing at all."""
+        machine = self.machine
+        machine.drop_links()
+        left = {
+            "processes": [p.name for p in machine.processes.values() if p.is_alive],
+            "links": list(machine.links),
+            "cgroups": list(machine.groups),
+            "tables": list(machine.tables),
+            "bridge": ["br"] if machine.bridge else [],
+        }
+        found = [f"{name} {what}" for name, what in left.items() if what]
+        if found:
+            raise Violation(f"left at the end: {'; '.join(found)}")
