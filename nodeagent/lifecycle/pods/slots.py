@@ -5,14 +5,15 @@ a supervisor or a lease, but no sandbox, was a slot (or a pod that a crash cut o
 """
 
 import asyncio
+import logging
 import secrets
 from collections import deque
 from collections.abc import Set as AbstractSet
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from nodeagent import files
+from nodeagent.errors import NodeAgentError
 from nodeagent.lifecycle.plan.mounts import id_map
 from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.net.network import Network
@@ -20,6 +21,8 @@ from nodeagent.requests import Namespaces
 from nodeagent.sandbox.agent.client import Supervisor
 from nodeagent.sandbox.spec import PodPlan
 from nodeagent.tasks import Tasks, ended
+
+log = logging.getLogger(__name__)
 
 # The containers of a pod come right after it, and the next slot must not be in their way.
 REFILL_DELAY_SECONDS = 0.05
@@ -118,23 +121,35 @@ class Slots:
         pod_id = secrets.token_hex(32)
         directory = self._directory / pod_id
         owned = namespaces.owned
-        async with AsyncExitStack() as undo:
-            self._ids.add(pod_id)
-            undo.callback(self._ids.discard, pod_id)
+        supervisor: Supervisor | None = None
+        addresses: tuple[str, ...] = ()
+        self._ids.add(pod_id)
+        try:
             directory.mkdir(mode=0o700)
-            undo.callback(files.remove_tree, str(directory))
             launcher = await self._launchers.get()
             supervisor = await launcher.fork(_plan(pod_id, directory, namespaces))
-            undo.push_async_callback(supervisor.shutdown)
-            addresses: tuple[str, ...] = ()
             if "net" in owned:
-                undo.push_async_callback(self._network.detach, pod_id)
                 handles = await supervisor.namespaces()
                 with handles:
                     lease = await self._network.attach(pod_id, handles.net, handles.route)
                 addresses = lease.addresses
-            undo.pop_all()
+        except BaseException:
+            await self._undo(pod_id, directory, supervisor)
+            raise
         return Slot(id=pod_id, directory=directory, supervisor=supervisor, addresses=addresses)
+
+    async def _undo(self, pod_id: str, directory: Path, supervisor: Supervisor | None) -> None:
+        """Undo a slot that was made in part; what fails for a shortage goes on behind the caller."""
+
+        async def undo() -> None:
+            await dismantle(pod_id, directory, supervisor, self._network)
+            self._ids.discard(pod_id)
+
+        try:
+            await undo()
+        except (NodeAgentError, OSError) as error:
+            log.warning('pod "%s": cannot be undone yet, which goes on: %s', pod_id, error)
+            self._tasks.keep(NAME, undo, about=f'pod "{pod_id}"')
 
 
 async def dismantle(

@@ -1,0 +1,44 @@
+"""What there is of a slot that cannot be made."""
+
+import errno
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nodeagent import files
+from nodeagent.lifecycle.pods.slots import USUAL, Slots
+from tests.support.faults import impatient_tasks, until
+
+
+async def test_a_slot_whose_undo_fails_is_undone_behind_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a descriptor nothing is made, and nothing is removed; nobody would come back to it."""
+    remove_tree, failures = files.remove_tree, 2
+
+    def remove(path: str) -> None:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise OSError(errno.EMFILE, "Too many open files", path)
+        remove_tree(path)
+
+    async def get() -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def detach(_: str) -> None:
+        """There is no network."""
+
+    monkeypatch.setattr(files, "remove_tree", remove)
+    launchers: Any = SimpleNamespace(get=get)
+    network: Any = SimpleNamespace(detach=detach)
+    async with impatient_tasks() as tasks:
+        slots = Slots(launchers, network, tmp_path, 0, tasks)
+        with pytest.raises(OSError, match="Too many open files"):
+            await slots.take(USUAL)
+        assert slots.ids == {path.name for path in tmp_path.iterdir()}  # it is nobody's stray
+        await until(lambda: not slots.ids)
+        await slots.close()
+    assert list(tmp_path.iterdir()) == []
