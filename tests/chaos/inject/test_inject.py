@@ -46,6 +46,7 @@ FOUND = [
     "RunPodSandbox-rich agent pidfd_open ENOMEM 1",
     "RunPodSandbox agent openat EMFILE 20",
     "RunPodSandbox agent+launcher openat+openat KILL 21+7",
+    "RunPodSandbox agent descriptors EMFILE+ 1",
     "StopPodSandbox launcher recvmsg ENOMEM 1",
     "StartContainer supervisor files ENOSPC+ 3",
     "CreateContainer supervisor files ENOSPC+ 3",
