@@ -61,7 +61,7 @@ class Container:
         self.fds = fds
         self.exit: Exit | None = None
         self.birth: Birth | None = None
-        self._is_hidden = False
+        self.is_hidden = False
         self.group = Group(pod.loop, procs=fds.get("procs"), kill=fds.get("kill"))
         self.pump: Pump | None = None
         self._failure: Exception | None = None
@@ -74,14 +74,13 @@ class Container:
 
     # --- creation ---
 
-    def await_birth(self, birth: Birth, *, hidden: bool) -> None:
+    def await_birth(self, birth: Birth) -> None:
         """Wait for the process, which prepares itself, and meanwhile make the files of what is known of it.
 
         Raises OSError, or ResourceExhausted for a plan that is too long.
         """
         self.birth = birth
         birth.await_hooks = self._run_hooks_of_creation
-        self._is_hidden = hidden
         facts.make_directory(self.pod.directory, self.plan)
         if not self.plan["tty"]:
             self.open_pump()
@@ -104,15 +103,15 @@ class Container:
         os.close(self.fds["pidfd"])
         self.fds["pidfd"] = child.pidfd
         self.facts["pid"], self.facts["ticks"] = pid, processes.start_ticks(pid)
-        self._is_hidden = False
+        self.is_hidden = False
         if self.facts["killed"]:
             self._signal(signal.SIGKILL)
 
     def first_ended(self, code: int) -> None:
         """A hidden process ends when its successor has been found."""
-        if self._is_hidden and self.birth is not None:
+        if self.is_hidden and self.birth is not None:
             self.birth.listen()
-        if self._is_hidden:
+        if self.is_hidden:
             self.ended(code)
 
     def ready(self, identity: Identity, warnings: list[str], master: int | None) -> None:

@@ -164,7 +164,7 @@ def _make(creation: _Creation, shared: PidNamespace | None) -> None:
     protocol.close_all(join)
     join.clear()  # or `create` would close them again, should anything below fail
     fds.update(stdio.kept, pidfd=child.pidfd, status=ours.detach())
-    container.creation = request
+    container.creation, container.is_hidden = request, shared is not None
     members[plan["id"]] = container
     hidden = child.pid if shared is not None else None
     try:
@@ -173,7 +173,7 @@ def _make(creation: _Creation, shared: PidNamespace | None) -> None:
         known["pipes"] = {name: os.fstat(fd).st_ino for name, fd in stdio.kept.items()}
         known["namespace"] = _name_of(plan, shared)
         birth = Birth(pod.loop, fds["status"], container, hidden)
-        container.await_birth(birth, hidden=shared is not None)
+        container.await_birth(birth)
     except (NodeAgentError, OSError) as error:
         # The process is there, so its end is what the request waits for, and what gives the descriptors back.
         container.abort(error)

