@@ -10,9 +10,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.chaos.power import disk, reboot
-from tests.chaos.power.disk import Disk, Tree
+from tests.chaos.power import disk, reboot, trees
+from tests.chaos.power.disk import Disk
 from tests.chaos.power.reboot import Expected
+from tests.chaos.power.trees import Tree
 from tests.chaos.power.walk import Recording
 
 # Where fsync costs nothing; None is the usual place.
@@ -46,7 +47,7 @@ def layers_of(recording: Recording) -> dict[str, Tree]:
 def _note_layers(model: Disk, found: dict[str, Tree]) -> None:
     directory = model.find(f"{model.root}/layers")
     for name, inode in model.now[directory].entries.items():
-        found.setdefault(f"sha256:{name}", disk.tree(model.now, inode))
+        found.setdefault(f"sha256:{name}", trees.tree(model.now, inode))
 
 
 def expected(recording: Recording, layers: dict[str, Tree], at: float) -> Expected:
@@ -101,7 +102,7 @@ async def _faults(
     folder: Path, nodes: disk.Nodes, promised: Expected, chance: random.Random
 ) -> list[str]:
     root = folder / "root"
-    disk.write_out(nodes, root)
+    trees.write_out(nodes, root)
     # The index of the log is not written by calls that could be seen: after a power loss it is anything.
     index = chance.choice([None, b"", bytes(32768), chance.randbytes(32768)])
     (root / "state.db-shm").unlink(missing_ok=True)

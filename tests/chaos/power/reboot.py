@@ -30,8 +30,8 @@ from nodeagent.records import KINDS, Image, Layer
 from nodeagent.store import Store
 from nodeagent.tasks import Tasks
 from nodeagent.trash import Trash
-from tests.chaos.power import disk
-from tests.chaos.power.disk import Tree
+from tests.chaos.power import trees
+from tests.chaos.power.trees import Tree
 
 BOOT = "the boot after the power loss"
 
@@ -152,7 +152,7 @@ def _of_images(root: Path, images: Images, expected: Expected) -> list[str]:
             path = root / "layers" / chain.removeprefix("sha256:")
             if not path.is_dir():
                 found.append(f"{image.repo_tags}: layer {chain} is missing")
-            elif disk.tree_of(path) != expected.layers[chain]:
+            elif trees.tree_of(path) != expected.layers[chain]:
                 found.append(f"{image.repo_tags}: layer {chain} is not what was unpacked")
         if expected.present.intersection(image.repo_tags):
             found += [

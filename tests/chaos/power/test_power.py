@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.power import damage, disk, trace
+from tests.chaos.power import damage, disk, trace, trees
 from tests.chaos.power.disk import Disk, Name, Write, apply
 from tests.chaos.power.losses import try_losses
 from tests.chaos.power.walk import Recording, agent_of, walked
@@ -45,7 +45,7 @@ def differences(recording: Recording, agent: RunningAgent) -> list[str]:
     model = copy.deepcopy(recording.disk)
     for call in recording.calls:
         model.take(call)
-    real, known = disk.tree_of(agent.root / "lib"), disk.tree(model.now)
+    real, known = trees.tree_of(agent.root / "lib"), trees.tree(model.now)
     others = ("staging/", "trash/", "state.db-shm", "containers/")
     return [
         path
@@ -73,7 +73,7 @@ def model_of(folder: Path) -> Disk:
 
 def outcomes(model: Disk, path: str) -> set[object]:
     states = (model.after_power_loss(random.Random(number)) for number in range(300))
-    return {disk.tree(nodes).get(path, "absent") for nodes in states}
+    return {trees.tree(nodes).get(path, "absent") for nodes in states}
 
 
 def call(began: float, name: str, *arguments: str) -> trace.Call:
@@ -121,7 +121,7 @@ def test_names_go_to_the_disk_in_their_order(tmp_path: Path) -> None:
     for number, name in enumerate("abc"):
         model._enter(call(number, "mkdir"), f"{tmp_path}/{name}", disk.Node("directory"))
     states = {
-        tuple(disk.tree(model.after_power_loss(random.Random(number)))) for number in range(300)
+        tuple(trees.tree(model.after_power_loss(random.Random(number)))) for number in range(300)
     }
     assert {len(state) for state in states} == {2, 3, 4, 5}
     assert all(state[2:] == tuple("abc")[: len(state) - 2] for state in states)
@@ -134,4 +134,4 @@ def test_a_lost_disk_leaves_the_model_as_it_is(tmp_path: Path) -> None:
     outcomes(model, "d/f")
     assert model.safe[inode].data == b"old"
     apply(model.safe, Name(disk.ROOT, "d", 0))
-    assert disk.tree(model.safe) == {}
+    assert trees.tree(model.safe) == {}
