@@ -24,7 +24,6 @@ class Clearing:
     def __init__(
         self, agent: RunningAgent, history: History, places: Places, patience: float
     ) -> None:
-        self._history = history
         self._places = places
         self._patience = patience
         self._client = Client(-1, agent.endpoint, history, places)
@@ -47,8 +46,6 @@ class Clearing:
                 wait_for("the last event", partial(reader.has_told_end_of, last), self._patience)
             if not reader.has_told_end_of(last):
                 yield Violation("events", last, "its deletion is not told")
-        for path in self._places.logs.glob("*.log"):
-            self._history.add(ending(self._places, path.stem))
 
     def _wait_for_ends(self) -> None:
         """Programs that have written their code are known to have ended; the model says so if they are not."""

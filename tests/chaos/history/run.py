@@ -16,7 +16,7 @@ import grpc
 
 from nodeagent.api import runtime_pb2 as pb
 from tests.chaos.history import faults, program
-from tests.chaos.history.clearing import Clearing
+from tests.chaos.history.clearing import Clearing, ending
 from tests.chaos.history.client import Client, Places
 from tests.chaos.history.events import READERS, Reader
 from tests.chaos.history.faults import Faults, Plan
@@ -124,6 +124,8 @@ def _execute(
     finally:
         for reader in readers:
             reader.close()
+        for log in places.logs.glob("*.log"):
+            history.add(ending(places, log.stem))
     if agent.stop() != 0:
         found.append(Violation("left", "", "the agent did not end in order"))
     return found
