@@ -16,6 +16,7 @@ from tests.support.node import RunningAgent, wait_for
 
 RETRIED = 30
 POLL_SECONDS = 0.2
+TRAP_SECONDS = 30  # for a program that heeds SIGTERM, and then writes its code
 
 
 class Clearing:
@@ -73,7 +74,7 @@ class Clearing:
         """Some are stopped before, some are removed with their pods."""
         client = self._client
         for item in containers[::2]:
-            client.stop(item.id, 0)
+            client.stop(item.id, TRAP_SECONDS if item.labels["token"].startswith("traps-") else 0)
             client.container_status(item.id)
         for pod in pods[::2]:
             client.stop_pod(pod)

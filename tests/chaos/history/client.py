@@ -21,6 +21,7 @@ from tests.chaos.history.record import Call, History, Sight
 DEADLINE_SECONDS = 150.0
 RETRIES = 4
 RETRY_SECONDS = 0.2
+STOP_SECONDS = (0, 1, 5)
 CHANNEL = (
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
@@ -220,7 +221,7 @@ class Client:
         self._made += 1
         token = f"{step.kind}-{self.number}-{self._made}"
         name = f"c{step.container}"
-        code, delay = step.choice % 100, step.choice % 7
+        code, delay = step.choice % 100, step.choice % 7 / 8
         config = pb.ContainerConfig(
             metadata=pb.ContainerMetadata(name=name, attempt=step.attempt),
             image=pb.ImageSpec(image=self._places.image),
@@ -248,7 +249,7 @@ class Client:
 
     def _stop(self, step: Step) -> None:
         if about := self._container(step):
-            self.stop(about, step.choice % 3, step.cancel)
+            self.stop(about, STOP_SECONDS[step.choice % 3], step.cancel)
 
     def stop(self, about: str, timeout: int, cancel: float = 0.0) -> None:
         request = pb.StopContainerRequest(container_id=about, timeout=timeout)

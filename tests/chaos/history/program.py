@@ -20,7 +20,7 @@ CANCEL_SECONDS = (0.001, 0.005, 0.02, 0.1)
 
 # What a container does: it ends by itself, at SIGTERM, or never; it has children; there is no such program.
 KINDS = ("sleeps", "exits", "traps", "ignores", "family", "bad")
-KIND_WEIGHTS = (35, 20, 25, 5, 10, 5)
+KIND_WEIGHTS = (30, 25, 25, 5, 10, 5)
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -46,15 +46,15 @@ LOOKS = {
     "list_stats": 1,
     "status": 1,
 }
-OF_POD = {"": {"run": 60}, "ready": {"stop_pod": 2, "remove_pod": 3, "run": 2}}
+OF_POD = {"": {"run": 60}, "ready": {"stop_pod": 1, "remove_pod": 2, "run": 1}}
 OF_POD["stopped"] = {"remove_pod": 30, "stop_pod": 3, "run": 5}
 OF_CONTAINER = {
-    "": {"create": 14},
-    "created": {"start": 16, "remove": 1, "stop": 1, "create": 2, "exec": 1},
+    "": {"create": 40},
+    "created": {"start": 60, "remove": 1, "stop": 1, "create": 2, "exec": 1},
     "running": {
         "exec": 22,
         "container_status": 22,
-        "stop": 4,
+        "stop": 8,
         "remove": 3,
         "stats": 2,
         "update": 1,

@@ -22,7 +22,7 @@ from tests.chaos.history.events import READERS, Reader
 from tests.chaos.history.faults import Faults, Plan
 from tests.chaos.history.model import PATIENCE_SECONDS, SECOND, Model, Violation
 from tests.chaos.history.program import Step
-from tests.chaos.history.record import Call, Event, Fault, History, Line
+from tests.chaos.history.record import Call, Ending, Event, Fault, History, Line
 from tests.chaos.oracles import Footprint
 from tests.support import images
 from tests.support.node import RunningAgent
@@ -80,6 +80,7 @@ class Outcome:
             containers=sum(
                 line.rpc == "CreateContainer" and bool(line.told) for line in _calls(lines)
             ),
+            codes=sum(isinstance(line, Ending) and line.code is not None for line in lines),
             events=sum(isinstance(line, Event) for line in lines),
             violations=len(self.violations),
         )
