@@ -31,6 +31,7 @@ from tests.support.registry import Registry, running_registry
 
 EVERY = 60  # calls for one fault
 SHOWN = 10
+SHOWN_STEPS = 60  # of a client
 
 
 def main() -> int:
@@ -101,7 +102,7 @@ def report_shorter(
     for plan in shorter.plans[:SHOWN]:
         print(f"    {msgspec.json.encode(plan).decode()}")
     for client, steps in shorter.programs.items():
-        for step in steps[:SHOWN]:
+        for step in steps[:SHOWN_STEPS]:
             print(f"    client {client}: {msgspec.json.encode(step).decode()}")
     sys.stdout.flush()
 
