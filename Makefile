@@ -11,7 +11,7 @@ HAVE_GO := $(shell test "$(GO_MINOR)" -ge 26 2>/dev/null && echo yes)
 
 # Debian packages: what the agent needs, and what the tests need besides.
 PACKAGES := libseccomp2
-TEST_PACKAGES := curl gcc libc6-dev iproute2 nftables procps strace tmux
+TEST_PACKAGES := curl e2fsprogs gcc libc6-dev iproute2 nftables procps strace tmux
 # Those whose installation would start a service or replace another package are only unpacked.
 DEBIAN := .cache/debian
 

@@ -209,7 +209,7 @@ def without_addresses(node: Node) -> Iterator[None]:
         pod.remove()
 
 
-_DISCONNECTED = "the agent does not connect again to a supervisor that lives"
+_SLOT = "nobody removes the directory of a slot again that could not be removed"
 _READ_ONLY = "the store says INTERNAL where it cannot be written"
 
 SHORTAGES = (
@@ -240,20 +240,19 @@ SHORTAGES = (
         "agent without descriptors",
         without_descriptors(agent),
         ("open files", "descriptors"),
-        known=_DISCONNECTED,
+        known=_SLOT,
     ),
     Shortage(
         "agent with few descriptors",
         without_descriptors(agent, 12),
         ("open files", "descriptors"),
-        known=_DISCONNECTED,
+        known=_SLOT,
         is_rare=True,
     ),
     Shortage(
         "supervisor without descriptors",
         without_descriptors(supervisor),
         ("open files", "descriptors"),
-        known=_DISCONNECTED,
     ),
     Shortage(
         "launcher without descriptors", without_descriptors(launcher), ("open files", "descriptors")
