@@ -18,7 +18,7 @@ from nodeagent import disk_reserve
 from nodeagent.errors import DataLoss, InvalidArgument, Unsupported
 from nodeagent.images.budget import Budget, Share
 from nodeagent.images.concurrency import Attempt, SharedWork
-from nodeagent.images.content import Blob, BlobReader, Starved
+from nodeagent.images.content import Blob, BlobReader, Starved, sync_file_system
 from nodeagent.images.layer_store import LayerStore
 from nodeagent.images.manifest import Descriptor
 from nodeagent.images.plan import Plan
@@ -222,6 +222,9 @@ class Installer:
             complete = partial(_complete, directory, unpacked, below, job.budget)
             async with self._turns.taken(job):
                 digest = await to_the_end(self._threads, complete)
+            if self._store.may_be_recorded(chain_id):
+                sync = partial(sync_file_system, self._staging.directory)
+                await to_the_end(self._threads, sync)
             if chain_id in self._store:  # another pull was faster
                 self._staging.discard(directory)
                 return

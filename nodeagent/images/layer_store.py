@@ -36,6 +36,7 @@ class LayerStore:
         self._layers = {layer.chain_id: layer for layer in store.all(Layer)}
         self._recorded = set(self._layers)
         self._unreadable = set(store.unreadable(Layer))
+        self._forgotten: set[str] = set()
         self._recover()
 
     @property
@@ -65,6 +66,13 @@ class LayerStore:
         unpacked.rename(path)
         self._layers[layer.chain_id] = layer
 
+    def may_be_recorded(self, chain_id: str) -> bool:
+        """Whether a power cut may bring a record of this layer back, whose removal has not been synced.
+
+        What takes the layer's place must be synced before, or the record would stand for what is incomplete.
+        """
+        return chain_id in self._forgotten
+
     def unrecorded(self, chain_ids: Iterable[str]) -> list[Layer]:
         return [self._layers[chain] for chain in chain_ids if chain not in self._recorded]
 
@@ -89,6 +97,7 @@ class LayerStore:
         with self._store.transaction():
             for chain_id in unneeded:
                 self._store.delete(Layer, chain_id)
+        self._forgotten |= unneeded & self._recorded
         for chain_id in unneeded:
             self._recorded.discard(chain_id)
             del self._layers[chain_id]
@@ -102,6 +111,7 @@ class LayerStore:
             self._store.delete(Layer, chain_id)
             del self._layers[chain_id]
             self._recorded.discard(chain_id)
+            self._forgotten.add(chain_id)
         for chain_id in present - self._layers.keys() - self._unreadable:
             self._staging.take(self.path(chain_id))
 

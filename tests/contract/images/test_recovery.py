@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
+import pytest
+
+from nodeagent.images import install
 from nodeagent.records import Layer
 from nodeagent.store import Store
 from tests.support import tars
@@ -86,3 +90,23 @@ async def test_a_document_that_a_power_loss_has_left_incomplete_goes(
         assert len(place.left("blobs/sha256")) == 1
         await images.pull(name)
     assert config.read_bytes()
+
+
+async def test_a_layer_that_was_forgotten_is_synced_before_it_is_there_again(
+    place: Place, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut may bring its old record back, which then stands for what is there."""
+    server.add(TWO)
+    name = f"{server.host}/test/image:1"
+    layers: list[int] = []
+
+    def sync(_: Path) -> None:
+        layers.append(len(place.left("layers")))
+
+    monkeypatch.setattr(install, "sync_file_system", sync)
+    async with place.open() as images:
+        await images.pull(name)
+        assert layers == [], "nothing more than ever on the usual way"
+        await images.remove(name)
+        await images.pull(name)
+    assert sorted(layers) == [0, 1]
