@@ -117,7 +117,21 @@ def translated(error: Exception, path: Path | None, *, opening: bool = False) ->
         return ResourceExhausted(f"{name}: {error}")
     if number in DAMAGED or (opening and number == sqlite3.SQLITE_ERROR):
         return DataLoss(f"{name}: {error}; {REMEDY}")
+    if path is not None and _is_on_read_only(path):
+        return OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
     return OSError(errno.EIO, f"{name}: {error}")
+
+
+def _is_on_read_only(path: Path) -> bool:
+    """Whether that is what SQLite calls an I/O error: a file system that fails becomes read-only.
+
+    It is tried, because ext4 does not tell it in statvfs(2) then.
+    """
+    try:
+        os.close(os.open(path.parent, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno == errno.EROFS
+    return False
 
 
 def _by_whom(path: Path | None) -> str:

@@ -25,7 +25,7 @@ class Shortage:
     """last: has it last as long as its context, with the node in it. names: words of which an error has one.
 
     place: what there has to be before the agent starts. config: of the agent.
-    ends_all: what ran has ended when it is over. known: why it is not as it must be yet. is_rare: for the runner only.
+    ends_all: what ran has ended when it is over. is_rare: for the runner only.
     """
 
     name: str
@@ -35,7 +35,6 @@ class Shortage:
     config: str = ""
     ends_all: bool = False
     is_rare: bool = False
-    known: str = ""
 
 
 def tmpfs(name: str, options: str) -> Place:
@@ -209,9 +208,6 @@ def without_addresses(node: Node) -> Iterator[None]:
         pod.remove()
 
 
-_SLOT = "nobody removes the directory of a slot again that could not be removed"
-_READ_ONLY = "the store says INTERNAL where it cannot be written"
-
 SHORTAGES = (
     Shortage("disk full", full("lib"), ("disk", "full", "space"), tmpfs("lib", "size=16m")),
     Shortage(
@@ -234,19 +230,16 @@ SHORTAGES = (
         ("ead-only", "readonly"),
         disk,
         ends_all=True,
-        known=_READ_ONLY,
     ),
     Shortage(
         "agent without descriptors",
         without_descriptors(agent),
         ("open files", "descriptors"),
-        known=_SLOT,
     ),
     Shortage(
         "agent with few descriptors",
         without_descriptors(agent, 12),
         ("open files", "descriptors"),
-        known=_SLOT,
         is_rare=True,
     ),
     Shortage(
