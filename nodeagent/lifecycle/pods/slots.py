@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nodeagent import files
-from nodeagent.errors import NodeAgentError
 from nodeagent.lifecycle.plan.mounts import id_map
 from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.net.network import Network
@@ -139,17 +138,21 @@ class Slots:
         return Slot(id=pod_id, directory=directory, supervisor=supervisor, addresses=addresses)
 
     async def _undo(self, pod_id: str, directory: Path, supervisor: Supervisor | None) -> None:
-        """Undo a slot that was made in part; what fails for a shortage goes on behind the caller."""
+        """Undo a slot that was made in part, also for a cancelled caller; what fails goes on behind it."""
 
         async def undo() -> None:
             await dismantle(pod_id, directory, supervisor, self._network)
             self._ids.discard(pod_id)
 
+        about = f'pod "{pod_id}"'
+        undoing = self._tasks.start(NAME, undo(), about=about)
         try:
-            await undo()
-        except (NodeAgentError, OSError) as error:
-            log.warning('pod "%s": cannot be undone yet, which goes on: %s', pod_id, error)
-            self._tasks.keep(NAME, undo, about=f'pod "{pod_id}"')
+            await ended([undoing])
+        finally:
+            error = None if undoing.cancelled() else undoing.exception()
+            if error is not None:
+                log.warning("%s: cannot be undone yet, which goes on: %s", about, error)
+                self._tasks.keep(NAME, undo, about=about)
 
 
 async def dismantle(
