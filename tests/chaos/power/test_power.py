@@ -15,7 +15,6 @@ from tests.chaos.power import damage, disk, trace, trees
 from tests.chaos.power.disk import Disk, Name, Write, apply
 from tests.chaos.power.losses import try_losses
 from tests.chaos.power.walk import Recording, agent_of, walked
-from tests.support.node import RunningAgent
 from tests.support.registry import Registry
 
 STEPS, STATES, SECONDS = 12, 4, 15.0
@@ -30,14 +29,14 @@ async def test_power_losses_during_a_walk(tmp_path: Path, registry: Registry) ->
     chance = random.Random(seed)
     with agent_of(tmp_path, registry) as agent:
         recording = walked(agent, registry, tmp_path, STEPS, chance)
-        assert differences(recording, agent) == [], "the model has not seen all"
+    assert differences(recording) == [], "the model has not seen all"
     found = await try_losses(recording, chance=chance, states=STATES, seconds=SECONDS)
     print(f"{found.states} states at {found.points} of {len(recording.calls)} points")
     assert found.violations == [], f"seed {seed}"
     assert found.states > 20
 
 
-def differences(recording: Recording, agent: RunningAgent) -> list[str]:
+def differences(recording: Recording) -> list[str]:
     """The paths of which the model, at the end of the calls, does not agree with the real files.
 
     What containers write, and what is moved out of the way or removed just now, nobody but the agent has to know.
@@ -45,7 +44,7 @@ def differences(recording: Recording, agent: RunningAgent) -> list[str]:
     model = copy.deepcopy(recording.disk)
     for call in recording.calls:
         model.take(call)
-    real, known = trees.tree_of(agent.root / "lib"), trees.tree(model.now)
+    real, known = recording.left, trees.tree(model.now)
     others = ("staging/", "trash/", "state.db-shm", "containers/")
     return [
         path

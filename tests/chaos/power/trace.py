@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.node import wait_for
+
 CALLS = (
     "openat,openat2,open,creat,close,lseek,write,pwrite64,writev,ftruncate,truncate,rename,renameat,renameat2,"
     "unlink,unlinkat,rmdir,mkdir,mkdirat,link,linkat,symlink,symlinkat,mknod,mknodat,fsync,fdatasync,syncfs,sync,"
@@ -38,6 +40,29 @@ class Call:
 
 def strace() -> str | None:
     return shutil.which("strace")
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Let a process stand still, with all of its threads, while the block runs."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_for("a stopped process", lambda: all(_is_stopped(t) for t in _threads(pid)))
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def _threads(pid: int) -> list[Path]:
+    return list(Path(f"/proc/{pid}/task").iterdir())
+
+
+def _is_stopped(thread: Path) -> bool:
+    """Whether it is stopped, by a signal (T) or, while it is traced, by that as well (t)."""
+    try:
+        return (thread / "stat").read_text().rpartition(") ")[2][0] in "Tt"
+    except (FileNotFoundError, ProcessLookupError):
+        return True  # it has ended
 
 
 @contextmanager

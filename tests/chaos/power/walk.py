@@ -9,13 +9,13 @@ import random
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from nodeagent.api import runtime_pb2 as pb
-from tests.chaos.power import trace
+from tests.chaos.power import trace, trees
 from tests.chaos.power.disk import Disk
 from tests.chaos.power.trace import Call
 from tests.support import images
@@ -51,11 +51,12 @@ class Step:
 class Recording:
     """What is known of a walk: the disk at its beginning, what the agent did, and what it was asked for.
 
-    names: references by the names of the images in the steps.
+    names: references by the names of the images in the steps. left: the files at the end of the calls.
     """
 
     disk: Disk
     names: dict[str, str]
+    left: trees.Tree = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
@@ -172,11 +173,15 @@ def walked(
 ) -> Recording:
     """Walk, and record what the agent does meanwhile."""
     walk = Walk(agent, registry, folder)
-    time.sleep(1)  # the warm slots are made behind the start
-    recording = Recording(Disk(agent.root / "lib"), walk.names)
-    with trace.recorded(agent.pid, folder / "trace") as calls:
-        _walk(walk, recording, steps, chance)
-    recording.calls = calls
+    with ExitStack() as stands:
+        # No call is made between the look at the files and the record, at the beginning and at the end.
+        stands.enter_context(trace.stopped(agent.pid))
+        recording = Recording(Disk(agent.root / "lib"), walk.names)
+        with trace.recorded(agent.pid, folder / "trace") as recording.calls:
+            stands.close()
+            _walk(walk, recording, steps, chance)
+            stands.enter_context(trace.stopped(agent.pid))
+        recording.left = trees.tree_of(agent.root / "lib")
     return recording
 
 
