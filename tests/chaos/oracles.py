@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -23,11 +23,12 @@ import grpc
 
 from nodeagent.config import Config
 from nodeagent.lifecycle.places import Places
-from tests.support import leaks
+from tests.support import leaks, node
 from tests.support.node import RunningAgent
 
-# What the kernel, and passes of the agent over what is left (of the trash after 30 s), may take to remove it all.
-PATIENCE_SECONDS = 50.0
+# What the kernel, and passes of the agent over what is left (of the trash after 30 s), may take to remove it all, also
+# on a busy machine.
+PATIENCE_SECONDS = 30.0 + node.PATIENCE_SECONDS
 
 # Directories whose content is data, not a sign that something was left.
 _OPAQUE = re.compile(r"lib/layers/[^/]+/|lib/staging/reserve|/profiles/sha256/")
@@ -40,6 +41,7 @@ _PYTHON = re.compile(
 _CLEAR = {
     grpc.StatusCode.ABORTED,
     grpc.StatusCode.DATA_LOSS,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.NOT_FOUND,
@@ -50,11 +52,13 @@ _CLEAR = {
     grpc.StatusCode.PERMISSION_DENIED,
 }
 
+_OF_CLIENT = "Deadline Exceeded"  # what gRPC says of a deadline of the client; the agent names what takes so long
+
 
 def unclear(error: grpc.RpcError) -> str:
     """The reason why this is not the clear error that a fault should end in, or ""."""
     code, details = error.code(), error.details() or ""
-    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED and details == _OF_CLIENT:
         return "the call hangs"
     if code not in _CLEAR:
         return f"{code.name}: {details}"
@@ -80,10 +84,14 @@ class Footprint:
 
     def new_since(self, before: Counter[str], patience: float = PATIENCE_SECONDS) -> list[str]:
         """What is there beyond `before`, and does not go away within `patience` seconds."""
-        deadline = time.monotonic() + patience
-        while (new := self.now() - before) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return sorted(f"{thing} × {count}" if count > 1 else thing for thing, count in new.items())
+        return _lasting(lambda: self.now() - before, patience)
+
+    def missing_since(self, before: Counter[str], patience: float = PATIENCE_SECONDS) -> list[str]:
+        """What is there no more of `before`, and does not come back within `patience` seconds.
+
+        A look is not at one moment: what is replaced meanwhile may be seen neither before nor after.
+        """
+        return _lasting(lambda: before - self.now(), patience)
 
     def tear_down(self) -> None:
         """Remove mounts, links, tables and cgroups of an agent whose processes are all dead."""
@@ -131,8 +139,7 @@ class Footprint:
     def _elements(self) -> Iterator[str]:
         if shutil.which("nft") is None:
             return
-        listing = subprocess.run(["nft", "-j", "list", "ruleset"], capture_output=True, check=False)
-        for entry in json.loads(listing.stdout or b"{}").get("nftables", []):
+        for entry in json.loads(_ruleset()).get("nftables", []):
             for kind in entry.keys() & {"table", "set", "map"}:
                 body = entry[kind]
                 if self._instance not in body.get("table", body["name"]):
@@ -149,8 +156,39 @@ class Footprint:
             yield from (f"file {name}" for name in names if not _OF_THE_STORE.match(name))
 
 
+def _lasting(difference: Callable[[], Counter[str]], patience: float) -> list[str]:
+    deadline = time.monotonic() + patience
+    while (found := difference()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return sorted(f"{thing} × {count}" if count > 1 else thing for thing, count in found.items())
+
+
+def _ruleset() -> bytes:
+    """Everybody's rules: who changes some of them meanwhile can make a listing fail."""
+    deadline = time.monotonic() + node.PATIENCE_SECONDS
+    while True:
+        listing = subprocess.run(["nft", "-j", "list", "ruleset"], capture_output=True, check=False)
+        if listing.returncode == 0:
+            return listing.stdout or b"{}"
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"nft: {listing.stderr.decode(errors='replace')}")
+        time.sleep(0.1)
+
+
 def rows(path: Path) -> list[str]:
-    """The records of a store, as kind and key; of a copy, because the agent may have locked its file."""
+    """The records of a store, as kind and key."""
+    deadline = time.monotonic() + node.PATIENCE_SECONDS
+    while True:
+        try:
+            return _rows_of_copy(path)
+        except sqlite3.DatabaseError:  # a checkpoint came between the copies of the two files
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def _rows_of_copy(path: Path) -> list[str]:
+    """Of a copy, because the agent may have locked its file."""
     with tempfile.TemporaryDirectory(prefix="na-rows-") as folder:
         for name in (path.name, f"{path.name}-wal"):
             with suppress(FileNotFoundError):

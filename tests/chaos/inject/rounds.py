@@ -6,17 +6,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import grpc
 
 from tests.chaos.inject.calls import named
-from tests.chaos.inject.scene import DEADLINE_SECONDS, Scene, Wrong
+from tests.chaos.inject.scene import DEADLINE_SECONDS, Scene
 from tests.chaos.inject.steps import AGENT, INIT, LAUNCHER, STEPS, SUPERVISOR, Step
 from tests.chaos.inject.strace import Fault, Injection, Place
-from tests.chaos.inject.world import World
+from tests.chaos.inject.world import World, Wrong
 from tests.chaos.oracles import descriptors, unclear
+from tests.support.node import PATIENCE_SECONDS, wait_for
 
 WORKERS = "workers"
 FOREIGN = "foreign"  # the answer of a round in which the fault has hit what is not ours
@@ -27,7 +28,7 @@ SHORTAGE_SECONDS = 2.0
 STOP_SECONDS = 1.0
 _LOOK_SECONDS = 0.05
 _OF_REGISTRIES = Counter({"socket": 1})  # a connection to a registry that is kept for the next pull
-_CLOSING_SECONDS = 20.0  # for descriptors: pods' are closed when their supervisors have ended
+_LIVES = 3  # of pods without a fault, whose traces are compared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,17 +78,18 @@ class Player:
         self.world = world
         self._numbers = 0
         self._open: dict[int, Counter[str]] = {}
-        for _ in range(2):
-            scene = self._scene()
-            for act in STEPS["RemovePodSandbox"].before:
-                act(scene)
-            scene.read()
-            scene.pull()
-            scene.remove_image()
-            scene.finish()
-        time.sleep(1)  # what a removal leaves to the background
-        world.note()
+        world.note([self._live] * _LIVES)
         self._compare_descriptors()
+
+    def _live(self) -> None:
+        """The life of a pod and of an image, without a fault."""
+        scene = self._scene()
+        for act in STEPS["RemovePodSandbox"].before:
+            act(scene)
+        scene.read()
+        scene.pull()
+        scene.remove_image()
+        scene.finish()
 
     def _scene(self) -> Scene:
         self._numbers += 1
@@ -110,6 +112,7 @@ class Player:
             finally:
                 for injection in injections:
                     injection.stop()
+            self._await_deaths(injections)
             struck = [call for injection in injections for call in injection.struck]
             if not problems:
                 problems += self._aftermath(step, scene, round_, succeeded=answer == "ok")
@@ -151,6 +154,7 @@ class Player:
             )
         with self._passing(round_, injections):
             try:
+                scene.is_under_fault = True
                 if step.is_start:
                     return self._start(step, scene)
                 step.call(scene)
@@ -159,7 +163,17 @@ class Player:
                 if reason:
                     problems.append(reason)
                 return str(error.code().name)
+            finally:
+                scene.is_under_fault = False
             return "ok"
+
+    def _await_deaths(self, injections: list[Injection]) -> None:
+        """Return when what was killed is dead, so that nobody takes it for a process that serves."""
+        agent = self.world.agent
+        for injection in injections:
+            injection.await_deaths()
+            if injection.has_killed(agent.pid):
+                wait_for("the end of the agent", lambda: not agent.is_there)
 
     def _pid(self, role: str, scene: Scene) -> int:
         if role in (AGENT, WORKERS):
@@ -219,11 +233,10 @@ class Player:
             scene.until_it_succeeds(step.name, lambda: step.call(scene))
         scene.finish()
         if "Image" in step.name:
-            with suppress(grpc.RpcError):
-                scene.remove_image()
+            scene.until_it_succeeds("RemoveImage", scene.remove_image)
         problems = [f"left: {thing}" for thing in world.footprint.new_since(world.before)]
-        gone = world.before - world.footprint.now()
-        problems += [f"missing: {thing}" for thing in sorted(gone)]
+        gone = world.footprint.missing_since(world.before)
+        problems += [f"missing: {thing}" for thing in gone]
         return problems + self._compare_descriptors()
 
     def _compare_descriptors(self) -> list[str]:
@@ -231,7 +244,7 @@ class Player:
         problems = []
         for name, pid in (("agent", self.world.agent.pid), ("launcher", self.world.launcher)):
             before = self._open.setdefault(pid, descriptors(pid))
-            deadline = time.monotonic() + _CLOSING_SECONDS
+            deadline = time.monotonic() + PATIENCE_SECONDS
             while (
                 new := descriptors(pid) - before - _OF_REGISTRIES
             ) and time.monotonic() < deadline:

@@ -1,7 +1,6 @@
 """Faults at the kernel's boundary, by strace's injection: the n-th call of a set fails, or kills, or stops its caller.
 
-Each thread that is traced has a
-number for each call: its third openat(2), its third mkdir(2).
+Each thread that is traced has a number for each call: its third openat(2), its third mkdir(2).
 """
 
 from __future__ import annotations
@@ -11,16 +10,19 @@ import re
 import shutil
 import signal
 import subprocess
-import time
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from tests.support import leaks
+from tests.support.node import PATIENCE_SECONDS, wait_for
 
 Place = tuple[str, int]  # a call, and its number among those of that name
 
 SIGNALS = ("KILL", "STOP")
 _WAKE_UP = re.compile(r"(write|read)\(\d+<(socket|anon_inode|UNIX|pipe)")
-_ATTACH_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,39 +68,53 @@ class Injection:
         self._when = when
         self._fault = fault
         self._follows = follow
+        self._said = output.with_suffix(".said")
         output.unlink(missing_ok=True)
-        command = ["strace", "-qq", "-y", "-s", "80", "-e", "signal=none", "-e", f"trace={calls}"]
+        self._said.unlink(missing_ok=True)
+        self._pid = pid
+        command = ["strace", "-y", "-s", "80", "-e", "signal=none", "-e", f"trace={calls}"]
         if fault is not None:
             command += ["-e", f"inject={calls}:{fault.at(when)}"]
         command += [*(["-f"] if follow else []), "-o", str(output), "-p", str(pid)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        # Not a pipe, which it might fill, and wait then.
+        with self._said.open("wb") as said:
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=said)
+        try:
+            wait_for(f"strace attached to {pid}", self._is_attached)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _is_attached(self) -> bool:
+        """Whether no call can escape any more: it says so when it has interrupted every thread, not only seized it."""
+        said = self._said.read_text(errors="replace")
+        if self._process.poll() is not None:
+            raise RuntimeError(f"strace does not attach to {self._pid}: {said}")
+        task = f"/proc/{self._pid}/task"
+        threads = os.listdir(task) if self._follows else [str(self._pid)]
+        return f"Process {self._pid} attached" in said and all(
+            _tracer(f"{task}/{thread}") == self._process.pid for thread in threads
         )
-        self._await_attachment(pid)
-
-    def _await_attachment(self, pid: int) -> None:
-        deadline = time.monotonic() + _ATTACH_SECONDS
-        while not self._is_attached(pid):
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self._process.kill()
-                raise RuntimeError(
-                    f"strace does not attach to {pid}: {self._process.communicate()[1]}"
-                )
-            time.sleep(0.005)
-
-    def _is_attached(self, pid: int) -> bool:
-        threads = os.listdir(f"/proc/{pid}/task") if self._follows else [str(pid)]
-        return all(_tracer(f"/proc/{pid}/task/{thread}") == self._process.pid for thread in threads)
 
     def stop(self) -> None:
         """Detach. Idempotent."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
         try:
-            self._process.communicate(timeout=_ATTACH_SECONDS)
+            self._process.wait(PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.communicate()
+            self._process.wait()
+
+    def await_deaths(self) -> None:
+        """Return when those are dead that it has killed: they take their time, and answer nobody meanwhile."""
+        if self._fault is not None and self._fault.what == "KILL":
+            for thread, _ in self._signalled():
+                wait_for("the death of what was killed", partial(_is_dead, thread or self._pid))
+
+    def has_killed(self, pid: int) -> bool:
+        is_kill = self._fault is not None and self._fault.what == "KILL"
+        return is_kill and self._pid == pid and bool(self._signalled())
 
     @property
     def places(self) -> set[Place]:
@@ -118,12 +134,16 @@ class Injection:
             return []
         if not self._fault.is_signal:
             return [text for _, _, text in self._calls() if "(INJECTED)" in text]
+        return [text for _, text in self._signalled()]
+
+    def _signalled(self) -> list[tuple[str, str]]:
+        """The threads that a signal has hit, and the calls at which it did."""
         seen: Counter[tuple[str, str]] = Counter()
         hit = []
         for thread, name, text in self._calls():
             seen[thread, name] += 1
             if seen[thread, name] == self._when:
-                hit.append(text)
+                hit.append((thread, text))
         return hit
 
     @property
@@ -156,21 +176,24 @@ def _tracer(task: str) -> int:
         return 0
 
 
+def _is_dead(thread: str | int) -> bool:
+    """Whether a thread has ended, of a process also all others."""
+    stat = leaks.read(f"/proc/{thread}/stat").rpartition(b")")[2].split()
+    return not stat or stat[0] in (b"Z", b"X")
+
+
 def unavailable() -> str:
     """The reason why nothing can be traced here, or ""."""
     if shutil.which("strace") is None:
         return "strace is not installed"
-    with subprocess.Popen(["sleep", "60"]) as sleeper:
+    with (
+        tempfile.TemporaryDirectory(prefix="na-strace-") as folder,
+        subprocess.Popen(["sleep", "1000"]) as sleeper,
+    ):
         try:
-            tried = subprocess.run(
-                ["strace", "-qq", "-c", "-o", "/dev/null", "-p", str(sleeper.pid)],
-                capture_output=True,
-                text=True,
-                timeout=0.5,
-                check=False,
-            )
-            return f"strace cannot attach to a process: {tried.stderr.strip()}"
-        except subprocess.TimeoutExpired:
-            return ""
+            Injection(sleeper.pid, "read", None, 1, output=Path(folder, "strace")).stop()
+        except RuntimeError as error:
+            return str(error)
         finally:
             sleeper.kill()
+    return ""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-import shutil
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -85,7 +83,7 @@ class Sweep:
             counting = Round(step=step, who=(role,), calls=(name,), fault=None, when=(1,))
             verdict = self.play(counting)
             if verdict.problems:
-                raise RuntimeError(f"{step}, without any fault: {verdict.problems}")
+                raise RuntimeError(f"without any fault: {describe(verdict)}")
             self._places[key] = sorted(verdict.places)
         return self._places[key]
 
@@ -144,12 +142,12 @@ class Sweep:
         ]
 
     def run(
-        self, rounds: Iterable[Round], *, seconds: float = float("inf"), limit: int = sys.maxsize
+        self, rounds: Iterable[Round], *, seconds: float = float("inf"), least: int = 0
     ) -> None:
-        """Play them until the time is over."""
+        """Play them until the time is over, but at least some of them, however long they take."""
         end = time.monotonic() + seconds
         for number, round_ in enumerate(rounds):
-            if number >= limit or time.monotonic() > end:
+            if number >= least and time.monotonic() > end:
                 break
             self.note(self.play(round_))
         self.renew()
@@ -195,7 +193,3 @@ def describe(verdict: Verdict) -> str:
     kinds = Counter(_ID.sub("<id>", problem) for problem in verdict.problems)
     lines += [f"  {problem}" + f" × {n}" * (n > 1) for problem, n in kinds.most_common(12)]
     return "\n".join(lines)
-
-
-def clear(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import grpc
@@ -18,6 +19,10 @@ from tests.support.registry import Registry
 
 # No pod is prepared in advance, or the calls that a request makes would not be its own.
 CONFIG = "slots = 0\n"
+
+
+class Wrong(Exception):
+    """What was seen is not what must be."""
 
 
 class GatedAgent(RunningAgent):
@@ -68,9 +73,12 @@ class GatedAgent(RunningAgent):
     def serves(self) -> bool:
         """Whether it answers now."""
         if self._channel is None:
-            self._channel = grpc.insecure_channel(self.endpoint)
+            # It is asked before it listens: a channel that fails waits for up to two minutes without this.
+            self._channel = grpc.insecure_channel(
+                self.endpoint, options=[("grpc.max_reconnect_backoff_ms", 1000)]
+            )
         try:
-            self.runtime.Version(pb.VersionRequest(), timeout=5)
+            self.runtime.Version(pb.VersionRequest(), timeout=PATIENCE_SECONDS)
         except grpc.RpcError:
             return False
         return True
@@ -107,9 +115,17 @@ class World:
         request = pb.PullImageRequest(image=pb.ImageSpec(image=image))
         self.agent.images.PullImage(request, timeout=PATIENCE_SECONDS)
 
-    def note(self) -> None:
-        """Remember what is there now, as what may stay."""
-        self.before = self.footprint.now()
+    def note(self, lives: Sequence[Callable[[], None]]) -> None:
+        """Remember what is there after each of these lives of a pod: that is what may stay.
+
+        What is there after one of them only is on its way out; on a busy machine that takes as long as it takes.
+        """
+        for life in lives:
+            life()
+            now = self.footprint.now()
+            self.before = now & self.before if self.before else now
+        if left := self.footprint.new_since(self.before):
+            raise Wrong(f"left without any fault: {left}")
 
     # --- processes ---
 
@@ -121,8 +137,13 @@ class World:
         return self._find(f"nodeagent.sandbox.supervisor {pod_id}")
 
     def _find(self, command: str) -> int:
-        found = [pid for pid in leaks.processes() if leaks.command(pid).startswith(command)]
-        return found[0] if found else 0
+        return first_of(
+            {
+                pid: parent
+                for pid, parent in leaks.processes().items()
+                if leaks.command(pid).startswith(command)
+            }
+        )
 
     def members(self) -> list[int]:
         """The launcher, and all that it made."""
@@ -154,10 +175,10 @@ class World:
                 self.agent.kill()
                 self.agent.start()
             for pod in self.agent.runtime.ListPodSandbox(
-                pb.ListPodSandboxRequest(), timeout=10
+                pb.ListPodSandboxRequest(), timeout=PATIENCE_SECONDS
             ).items:
                 request = pb.RemovePodSandboxRequest(pod_sandbox_id=pod.id)
-                self.agent.runtime.RemovePodSandbox(request, timeout=20)
+                self.agent.runtime.RemovePodSandbox(request, timeout=PATIENCE_SECONDS)
             self.agent.stop()
         finally:
             self._tear_down()
@@ -170,5 +191,10 @@ class World:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-        wait_for("the end of what was killed", lambda: not self.members(), 20)
+        wait_for("the end of what was killed", lambda: not self.members())
         self.footprint.tear_down()
+
+
+def first_of(parents: Mapping[int, int]) -> int:
+    """Of processes of one name, the one that is no other's child: a fork has the name of its parent until it execs."""
+    return next((pid for pid, parent in parents.items() if parent not in parents), 0)
