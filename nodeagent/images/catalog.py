@@ -84,6 +84,7 @@ class Images:
         resources.push_async_callback(self._pulls.close)
         self._images = ImageStore(store, pinned)
         self._holds = Holds(store)
+        self._owes_removal = False
 
     @classmethod
     async def open(
@@ -237,6 +238,7 @@ class Images:
         image = self.find(name_or_id)
         if image is not None:
             self._images.drop(image)
+        if image is not None or self._owes_removal:
             self._collect()
 
     def hold(self, image_id: str, holder: str) -> None:
@@ -252,7 +254,8 @@ class Images:
         """Drop all holds of `holder`."""
         were_known = self._holds.are_known
         released = self._holds.remove(holder)
-        if not were_known or any(hold.image_id not in self._images for hold in released):
+        is_last = any(hold.image_id not in self._images for hold in released)
+        if is_last or not were_known or self._owes_removal:
             self._collect()
 
     @property
@@ -266,11 +269,13 @@ class Images:
             self.release(holder)
 
     def _collect(self) -> None:
-        """Remove layers and documents that nothing refers to."""
+        """Remove layers and documents that nothing refers to. What fails, the next removal of anything makes up for."""
+        self._owes_removal = True
         owners: list[Image | ImageHold] = [*self._images, *self._holds]
         if self._holds.are_known:
             self._layers.collect({chain for owner in owners for chain in owner.layers})
         self._documents.keep({digest for image in self._images for digest in documents(image)})
+        self._owes_removal = False
 
     def _recover(self) -> None:
         """Drop images that lack a layer; their other layers are kept for the pull that will follow."""

@@ -100,8 +100,8 @@ class LayerStore:
         self._forgotten |= unneeded & self._recorded
         for chain_id in unneeded:
             self._recorded.discard(chain_id)
-            del self._layers[chain_id]
             self._staging.take(self.path(chain_id))
+            del self._layers[chain_id]  # only now: one that could not be moved is tried again
 
     def _recover(self) -> None:
         names = (f"sha256:{path.name}" for path in self._directory.iterdir())

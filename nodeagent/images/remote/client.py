@@ -142,8 +142,10 @@ def _context(host: Host) -> ssl.SSLContext | bool:
             context.load_verify_locations(cafile=path)
         for path, key in host.client:
             context.load_cert_chain(path, key)
-    except (OSError, ValueError) as error:
+    except (ssl.SSLError, FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise InvalidArgument(f"{path}: {error}") from None
+    except OSError as error:  # of the disk, or of this process
+        raise OSError(error.errno, error.strerror, str(path)) from None
     if host.skip_verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

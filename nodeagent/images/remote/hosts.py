@@ -152,7 +152,9 @@ def _plain(domain: str, directory: Path) -> Host:
 def _read(file: Path, domain: str) -> Iterator[Host]:
     try:
         document = tomllib.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:  # of the disk; a read that fails does not name its file
+        raise OSError(error.errno, error.strerror, str(file)) from None
+    except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"{file}: {error}") from None
     whole = _convert(document, _File, str(file))
     for url, table in whole.host.items():

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
+import itertools
+import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +23,7 @@ from nodeagent.errors import (
     ResourceExhausted,
 )
 from nodeagent.images.catalog import Auth, Images, Limits
+from nodeagent.store import Store
 from tests.support import images as made
 from tests.support import tars
 from tests.support.fake_registry import image, layer
@@ -169,6 +176,44 @@ async def test_removal_takes_all_names(place: Place, writable: Registry) -> None
         assert images.find(names[1]) is None
         assert (await images.usage()).used_bytes == 0
     assert place.left("layers", "blobs/sha256", "staging") == []
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number"), [(Path, "unlink", 1), (Path, "rename", 1), (Store, "delete", 2)]
+)
+@pytest.mark.parametrize("is_held", [False, True])
+async def test_a_removal_that_fails_once_is_made_up_for(
+    place: Place, registry: Registry, owner: type, name: str, number: int, is_held: bool
+) -> None:
+    """The document, the layer, or its record; what is asked for again is done, although no image is found any more."""
+    async with place.open() as images:
+        pulled = await images.pull(f"{registry.host}/{NGINX}")
+        if is_held:
+            images.hold(pulled.id, "container")
+        with failing(owner, name, number), suppress(OSError):
+            await images.remove(pulled.id)
+        await images.remove(pulled.id)
+        if is_held:
+            with failing(owner, name, number), suppress(OSError):
+                images.release("container")
+            images.release("container")
+        assert (await images.usage()).used_bytes == 0
+    assert place.left("layers", "blobs/sha256", "staging") == []
+
+
+@contextmanager
+def failing(owner: type, name: str, number: int) -> Iterator[None]:
+    """One call of a method fails."""
+    real, numbers = getattr(owner, name), itertools.count(1)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if next(numbers) == number:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, call)
+        yield
 
 
 async def test_shared_layers_stay_with_the_last_image(images: Images, registry: Registry) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import ssl
 from collections.abc import Coroutine
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +56,22 @@ async def test_only_urls_that_can_be_asked_are_elsewhere() -> None:
 def test_a_file_that_cannot_be_is_named() -> None:
     with pytest.raises(InvalidArgument, match="null byte"):
         Tls.of(Host(root="https://a.b/v2", ca=(Path("/a\0b"),)))
+
+
+def test_a_file_that_is_malformed_or_missing_is_a_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "ca.crt"
+    for _ in range(2):
+        with pytest.raises(InvalidArgument, match=f"{path}: "):
+            Tls.of(Host(root="https://a.b/v2", ca=(path,)))
+        path.write_text("no certificate")
+
+
+def test_a_file_that_cannot_be_read_is_no_mistake() -> None:
+    """The kernel's own error, as of a disk that fails, and not one of whoever wrote the name."""
+    path = Path("/proc/self/mem")  # reading it at its start is EIO
+    with pytest.raises(OSError, match=str(path)) as caught:
+        Tls.of(Host(root="https://a.b/v2", ca=(path,)))
+    assert not isinstance(caught.value, ssl.SSLError)
 
 
 class _Content:

@@ -1,6 +1,8 @@
 """hosts.toml: where a registry's images come from."""
 
+import errno
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -133,6 +135,19 @@ def test_a_changed_file_is_seen(tmp_path: Path) -> None:
 def test_mistakes_are_named(tmp_path: Path, text: str, key: str) -> None:
     write(tmp_path, "a.b", text)
     with pytest.raises(InvalidArgument, match=rf"a\.b/hosts\.toml: .*{key}"):
+        hosts_of("a.b", tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path, "a.b", "")
+
+    def read_text(_: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    with pytest.raises(OSError, match=rf"Input/output error: '{file}'"):
         hosts_of("a.b", tmp_path)
 
 
