@@ -1,7 +1,9 @@
 """How much a container may write before it has to wait, and what a pump makes of a pipe."""
 
 import errno
+import fcntl
 import os
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,8 +12,10 @@ import pytest
 
 from nodeagent.sandbox.runtime.loop import Loop
 from nodeagent.sandbox.spec import LogLimit
+from nodeagent.sandbox.supervisor import pump as pump_module
 from nodeagent.sandbox.supervisor.logs import Clock
 from nodeagent.sandbox.supervisor.pump import Allowance, Pump
+from tests.support.node import wait_for
 
 MS = 1_000_000
 
@@ -51,13 +55,16 @@ def test_over_a_long_time_the_rate_holds(now: list[int]) -> None:
 class Output:
     """A pipe with a pump at its end."""
 
-    def __init__(self, directory: Path, limit: LogLimit | None = None) -> None:
+    def __init__(
+        self, directory: Path, limit: LogLimit | None = None, *, start: bool = True
+    ) -> None:
         self.loop = Loop()
         self.path = directory / "log"
         self.reader, self.writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         journal = os.open(directory / "journal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         self.pump = Pump(self.loop, {"stdout": self.reader}, journal, Clock(), limit)
-        self.pump.start(str(self.path))
+        if start:
+            self.pump.start(str(self.path))
 
     def run(self, ms: int) -> None:
         self.loop.call_after(ms, self.loop.stop)
@@ -65,6 +72,14 @@ class Output:
 
     def lines(self) -> list[bytes]:
         return [line.split(b" ", 3)[3] for line in self.path.read_bytes().splitlines()]
+
+    def has_logged(self, line: bytes) -> bool:
+        self.run(5)
+        return self.path.exists() and line in self.lines()
+
+    def is_drained(self) -> bool:
+        self.run(5)
+        return fcntl.ioctl(self.reader, termios.FIONREAD, bytes(4)) == bytes(4)
 
     def close(self) -> None:
         self.pump.close()
@@ -148,3 +163,35 @@ def fails_with(code: int) -> Callable[..., object]:
         raise OSError(code, os.strerror(code))
 
     return fail
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC])
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_log_that_lacks_descriptors_is_opened_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, ends: bool
+) -> None:
+    """Until then the output stays in its pipe; the end of the container does not wait for the next attempt."""
+    monkeypatch.setattr(pump_module, "_RETRY_MS", 1_000_000 if ends else 1)
+    output = Output(tmp_path, start=False)
+    os.write(output.writer, b"one\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(pump_module, "LogFile", fails_with(code))
+        output.pump.go_on(str(output.path))
+        output.run(20)
+    assert not output.path.exists()
+    if ends:
+        output.pump.finish()
+    else:
+        wait_for("the log", lambda: output.has_logged(b"one"))
+    assert output.lines() == [b"one"]
+    output.close()
+
+
+def test_a_log_without_a_place_is_given_up(tmp_path: Path) -> None:
+    """It is no shortage that passes: what comes goes to attached clients only, and the program does not wait."""
+    output = Output(tmp_path, start=False)
+    (tmp_path / "log").mkdir()
+    os.write(output.writer, b"one\n")
+    output.pump.go_on(str(output.path))
+    wait_for("an empty pipe", output.is_drained)
+    output.close()
