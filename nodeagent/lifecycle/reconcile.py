@@ -100,12 +100,14 @@ class Reconciliation:
         directories = await _ids(self._places.containers)
         recorded = self._inventory
         known_pods = recorded.sandboxes.keys() | recorded.unreadable | self._slots.ids
+        # Their network has been given back, unless that has failed.
+        stopped = {pod_id for pod_id, pod in recorded.sandboxes.items() if pod.stopped_at}
         known = recorded.containers.keys() | recorded.unreadable
         found = {
             *(Stray("pod", each) for each in pods - known_pods),
             *(Stray("container", each) for each in directories - known),
             *self._intentions(),
-            *(Stray("lease", each) for each in self._network.holders - known_pods),
+            *(Stray("lease", each) for each in self._network.holders - (known_pods - stopped)),
             *(Stray("hold", each) for each in self._images.holders - known),
         }
         return {stray for stray in found if not self.is_recovering(stray.id)}

@@ -202,10 +202,7 @@ class Sandboxes:
         pod.closing = True
         for task in tuple(pod.creating):
             task.cancel()
-        try:
-            await self._stopping.stop_all(sandbox.id)
-        finally:
-            await self._network.detach(sandbox.id)
+        await self._stopping.stop_all(sandbox.id)
         # Only now: the supervisor that undoes them may be blocked by a container that ran, in a pipe that it held. One
         # that hangs is not waited for: what it has made so far is killed, and removed with the pod.
         if pod.creating:
@@ -220,6 +217,9 @@ class Sandboxes:
             self._inventory.save(
                 msgspec.structs.replace(current, stopped_at=time.time_ns()), "stopped"
             )
+        # Last: another pod may have its address and its host ports at once, and no two that are READY share them. What
+        # a crash leaves of them goes with the next start, and what fails with the reconciliation.
+        await self._network.detach(sandbox.id)
 
     async def remove(self, name: str) -> None:
         """Stop the pod if need be, remove its containers, and forget it. Idempotent."""

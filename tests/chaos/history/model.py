@@ -172,10 +172,10 @@ class Model:
             if item.identity:
                 holders["name", *map(str, item.identity)][item.id] = item.existing
             for address in {sight.ip for _, sight in item.sights if sight.ip}:
-                holders["address", address][item.id] = item.undisturbed
+                holders["address", address][item.id] = item.running
         for call in self._calls:
             if call.rpc == "RunPodSandbox" and call.told and (port := call.asked.get("port")):
-                holders["host port", port][call.told] = self._objects[call.told].undisturbed
+                holders["host port", port][call.told] = self._objects[call.told].running
         for key, having in holders.items():
             for one, theirs in having.items():
                 first = min((seen.end for seen in theirs), default=0)

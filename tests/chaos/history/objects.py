@@ -86,12 +86,6 @@ class Object:
     def running(self) -> list[Seen]:
         return [seen for seen in self.seen if seen.low == seen.high == RUNNING]
 
-    @property
-    def undisturbed(self) -> list[Seen]:
-        """Running, before anybody had begun to stop it: what is being stopped gives back what it has."""
-        stop = min(self.asked(), default=None)
-        return [seen for seen in self.running if stop is None or seen.end < stop]
-
     def note(self, call: Call, low: int, high: int, by: str = "") -> None:
         by = by or f"{call.rpc} {call.code}"
         self.seen.append(Seen(call.begin, call.end, low, high, by))

@@ -194,6 +194,15 @@ BAD: dict[str, tuple[str, list[Line]]] = {
             status(4, pod()),
         ],
     ),
+    "a host port that a stop has given back too early": (
+        "alone",
+        [
+            ran(1, port="80"),
+            call("StopPodSandbox", 1.6, 9, about=POD),
+            ran(2, told=OTHER, name="q", port="80"),
+            status(4, pod()),
+        ],
+    ),
     "a retry that does not join": ("joined", created_late()),
     "an event twice": ("events", but(event("deleted", 9.4, POD))),
     "events out of order": ("events", but(event("created", 11.5))),
@@ -261,11 +270,12 @@ FINE: dict[str, list[Line]] = {
         *(line for line in GOOD if isinstance(line, Event) and line.published < 3 * SECOND),
         base=[line for line in GOOD if not isinstance(line, Event)],
     ),
-    "a host port of a pod that is being stopped": [
+    "a host port that passes to another pod": [
         ran(1, port="80"),
         call("StopPodSandbox", 1.8, 4, about=POD),
         ran(2, told=OTHER, name="q", port="80"),
-        status(3, pod()),
+        status(2.1, pod()),
+        status(3, pod("SANDBOX_NOTREADY")),
     ],
     "a name again after a removal": but(
         ran(12, told=OTHER), call("RemovePodSandbox", 13, 14, about=OTHER)

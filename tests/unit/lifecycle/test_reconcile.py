@@ -174,6 +174,16 @@ async def test_a_launcher_that_does_not_answer_hides_nothing_else(world: World) 
 async def test_a_stopped_pod_and_its_containers_are_records(world: World) -> None:
     stopped = msgspec.structs.replace(world.inventory.sandboxes[POD], stopped_at=9)
     world.inventory.save(stopped)
+    world.leases.clear()
     for _ in range(2):
         await world.reconciliation.look()
     assert world.removed == []
+
+
+async def test_a_stopped_pod_has_no_network(world: World) -> None:
+    """Its stop gives that back last, and may have failed; a kubelet does not stop a pod again that is NOTREADY."""
+    stopped = msgspec.structs.replace(world.inventory.sandboxes[POD], stopped_at=9)
+    world.inventory.save(stopped)
+    for _ in range(3):
+        await world.reconciliation.look()
+    assert world.removed == ["lease a"]
