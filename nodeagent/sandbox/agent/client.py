@@ -444,15 +444,11 @@ class Launcher:
     ) -> "Launcher":
         """Connect, or start a launcher. One that does not answer, or speaks no version of ours, is replaced.
 
+        Raises Unavailable where it ends the connection, and lives.
         join_fds: files of the cgroup that a new launcher moves to, opened for writing.
         """
-        try:
-            launcher = await cls.connect(state, connector)
-        except OSError:
-            pass
-        else:
-            if not await launcher.end_if_unusable():
-                return launcher
+        if launcher := await cls._connect_to_usable(state, connector):
+            return launcher
         try:
             await connector.start_launcher(str(state), python, join_fds)
         except AlreadyExists:
@@ -460,13 +456,21 @@ class Launcher:
         return await cls.connect(state, connector)
 
     @classmethod
+    async def _connect_to_usable(cls, state: Path, connector: Connector) -> "Launcher | None":
+        """Connect to the one that runs; None where there is none that can be used."""
+        try:
+            launcher = await cls.connect(state, connector)
+        except OSError:
+            return None
+        return None if await launcher.end_if_unusable() else launcher
+
+    @classmethod
     async def _connect_to_another(cls, state: Path, connector: Connector) -> "Launcher":
         """Connect to a launcher that another agent has just started, and that may not listen yet."""
         for _ in range(_POLLS):
-            try:
-                return await cls.connect(state, connector)
-            except OSError:
-                await asyncio.sleep(_POLL_SECONDS)
+            if launcher := await cls._connect_to_usable(state, connector):
+                return launcher
+            await asyncio.sleep(_POLL_SECONDS)
         return await cls.connect(state, connector)
 
     @property
@@ -503,7 +507,8 @@ class Launcher:
     async def end_if_unusable(self) -> bool:
         """Kill it, and return True, if it speaks no version of the protocol that we do, or does not answer.
 
-        Raises TimeoutError where it does not die.
+        The socket of one that is dying may take a connection, which then ends: True as well, once it is dead. Raises
+        TimeoutError where one that was killed does not die, and Unavailable where one lives that ends the connection.
         """
         try:
             await self._channel.agree()
@@ -512,7 +517,13 @@ class Launcher:
             await self._channel.kill()
             self.close()
             return True
-        return False
+        if not self.ended.is_set():
+            return False
+        is_dead = await self.has_died()
+        self.close()
+        if not is_dead:
+            raise self._channel.unavailable()
+        return True
 
     def close(self) -> None:
         """Disconnect; the launcher goes on."""

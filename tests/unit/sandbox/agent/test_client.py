@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,8 +18,9 @@ from nodeagent.sandbox import protocol
 from nodeagent.sandbox.agent import client as client_module
 from nodeagent.sandbox.agent import deadlines
 from nodeagent.sandbox.agent.client import ExecIO, Launcher, Supervisor
+from nodeagent.sandbox.agent.connector import Sockets
 from nodeagent.sandbox.agent.handles import CgroupFds
-from nodeagent.sandbox.paths import SUPERVISOR_SOCKET
+from nodeagent.sandbox.paths import LAUNCHER_SOCKET, SUPERVISOR_SOCKET
 from nodeagent.sandbox.spec import ExecPlan
 
 NO_CGROUP = CgroupFds(join=[], oom=None, procs=None, kill=None)
@@ -169,3 +170,76 @@ async def test_what_says_an_impossible_version_is_disconnected(tmp_path: Path) -
         await client.state()
     client.close()
     await asyncio.to_thread(other.thread.join)
+
+
+# A launcher that has died, and that nobody reaps; a child that it was just making holds its socket for another moment.
+DYING = """
+import os, socket, sys
+listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+listener.bind(sys.argv[1])
+if os.fork() == 0:
+    listener.listen()
+    if os.fork():
+        os._exit(0)
+    os.read(0, 1)
+    os._exit(0)
+os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+print("died", flush=True)
+os.read(0, 1)
+"""
+
+
+@pytest.fixture
+def dying(tmp_path: Path) -> Iterator[Path]:
+    """The state directory of this launcher."""
+    command = [sys.executable, "-c", DYING, str(tmp_path / LAUNCHER_SOCKET)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"died\n"
+        yield tmp_path
+
+
+class Starting(Sockets):
+    """Has another launcher listen when it is asked for one."""
+
+    def __init__(self) -> None:
+        self.started = 0
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    async def start_launcher(self, state: str, python: str, join_fds: Sequence[int]) -> None:
+        self.started += 1
+        os.unlink(f"{state}/{LAUNCHER_SOCKET}")
+        self.listener.bind(f"{state}/{LAUNCHER_SOCKET}")
+        self.listener.listen()
+
+
+async def test_a_launcher_that_is_dying_is_not_taken_for_one_that_runs(dying: Path) -> None:
+    starting = Starting()
+    with starting.listener:
+        launcher = await Launcher.connect_or_start(dying, connector=starting)
+        assert starting.started == 1
+        assert launcher.pid == os.getpid()
+        assert not launcher.ended.is_set()
+        launcher.close()
+
+
+async def test_a_launcher_that_lives_and_hangs_up_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has pods: nothing else is started beside it, and it is not killed."""
+    monkeypatch.setattr(client_module, "_MOMENT_SECONDS", 0.01)
+
+    def hang_up() -> None:
+        connection, _ = listener.accept()
+        connection.close()
+
+    starting = Starting()
+    with starting.listener, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / LAUNCHER_SOCKET))
+        listener.listen()
+        hanging_up = threading.Thread(target=hang_up)
+        hanging_up.start()
+        with pytest.raises(Unavailable, match="launcher: is disconnected"):
+            await Launcher.connect_or_start(tmp_path, connector=starting)
+        hanging_up.join()
+    assert not starting.started
