@@ -8,7 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from nodeagent.sandbox.agent.client import Launcher
-from nodeagent.tasks import Tasks
+from nodeagent.tasks import Tasks, pauses
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,14 @@ class Launchers:
         await self._keeping.close()
 
     async def _keep(self) -> None:
+        now, between = asyncio.get_running_loop().time, pauses(RETRY_SECONDS)
         while True:
-            launcher = await self.get()
+            launcher, began = await self.get(), now()
             await launcher.ended.wait()
+            if now() - began > RETRY_SECONDS:
+                between = pauses(RETRY_SECONDS)
+            else:  # it may be so with the next one, and with each of them
+                await asyncio.sleep(next(between))
 
     async def get(self) -> Launcher:
         """A launcher that is connected as far as is known. Cancelling a caller does not cancel the start of one."""

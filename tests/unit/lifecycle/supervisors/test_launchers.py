@@ -1,7 +1,8 @@
 """A launcher that cannot be replaced."""
 
 import asyncio
-from typing import cast
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
 
 import pytest
 
@@ -78,3 +79,37 @@ async def test_one_that_lives_is_connected_to_again(caplog: pytest.LogCaptureFix
     made[1].ended.set()
     assert await launchers.get() is cast(Launcher, made[2])
     assert caplog.messages == ["the connection to the launcher has ended, connecting again"] * 2
+
+
+async def test_one_after_the_other_that_dies_at_once_is_replaced_with_pauses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    paused: list[float] = []
+    go_on = asyncio.Event()
+
+    async def pause(seconds: float) -> None:
+        paused.append(seconds)
+        if len(paused) == 6:
+            await go_on.wait()
+
+    async def start() -> Launcher:
+        launcher = Fake()
+        launcher.die()
+        return cast(Launcher, launcher)
+
+    monkeypatch.setattr(module, "asyncio", Asyncio(pause))
+    launchers = Launchers(start, Tasks())
+    launchers.start()
+    await until(lambda: len(paused) == 6)
+    await launchers.close()
+    assert paused == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
+
+
+class Asyncio:
+    """The module with pauses of its own."""
+
+    def __init__(self, sleep: Callable[[float], Awaitable[None]]) -> None:
+        self.sleep = sleep
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
