@@ -33,7 +33,7 @@ from nodeagent.lifecycle.plan.cdi import Cdi
 from nodeagent.lifecycle.plan.planner import Planner
 from nodeagent.lifecycle.plan.profiles import Profiles, check_artifact
 from nodeagent.lifecycle.pods.sandboxes import Sandboxes
-from nodeagent.lifecycle.pods.slots import Slots
+from nodeagent.lifecycle.pods.slots import Slots, remove_killed
 from nodeagent.lifecycle.reconcile import Reconciliation
 from nodeagent.lifecycle.recovery import Recovery
 from nodeagent.lifecycle.sessions import Sessions
@@ -341,4 +341,13 @@ async def _leave(node: Node, launchers: Launchers) -> None:
         log.error('pod "%s": no sandbox record refers to it; killing its supervisor', stray)
         await launcher.abandon(stray)
     await launcher.stop()
+    # Of strays, slots, and pods whose creation is still being undone: it would keep the private mount of the directory.
+    stopped = {sandbox.id for sandbox in node.sandboxes.list()}
+    for directory in list(node.places.pods.iterdir()):
+        if directory.name in stopped:
+            continue
+        try:
+            await remove_killed(directory)
+        except OSError as error:
+            log.error('pod "%s": its directory cannot be removed: %s', directory.name, error)
     node.cgroups.remove_instance()

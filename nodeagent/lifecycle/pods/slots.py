@@ -8,15 +8,19 @@ import asyncio
 import logging
 import secrets
 from collections import deque
+from collections.abc import Callable, Coroutine
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from nodeagent import files
 from nodeagent.lifecycle.plan.mounts import id_map
 from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.net.network import Network
 from nodeagent.requests import Namespaces
+from nodeagent.sandbox import paths
 from nodeagent.sandbox.agent.client import Supervisor
 from nodeagent.sandbox.spec import PodPlan
 from nodeagent.tasks import Tasks, ended
@@ -26,6 +30,7 @@ log = logging.getLogger(__name__)
 # The containers of a pod come right after it, and the next slot must not be in their way.
 REFILL_DELAY_SECONDS = 0.05
 RETRY_SECONDS = 1.0
+END_SECONDS = 5.0  # what is left then has its supervisor killed
 USUAL = Namespaces()
 NAME = "warm slots"
 
@@ -79,7 +84,7 @@ class Slots:
                 asyncio.get_running_loop().call_later(REFILL_DELAY_SECONDS, self._missing.release)
                 if self._is_good(slot):
                     return self._taken(slot)
-                await self.discard(slot)
+                await self._undone(slot.id, partial(self.discard, slot))
         return self._taken(await self._make(namespaces))
 
     def _taken(self, slot: Slot) -> Slot:
@@ -98,12 +103,12 @@ class Slots:
         self._ids.discard(slot.id)
 
     async def close(self) -> None:
-        """Stop filling and discard what is ready."""
+        """Stop filling, and discard what is ready or was made in part."""
         await self._filling.close()
-        await ended(
-            [self._tasks.run(NAME, self.discard(slot), about=slot.id) for slot in self._ready]
-        )
-        self._ready.clear()
+        while self._ready:
+            slot = self._ready.popleft()
+            self._tasks.keep(NAME, partial(self.discard, slot), about=f'pod "{slot.id}"')
+        await self._tasks.settled(END_SECONDS)
         await self._tasks.close()
 
     async def _fill(self) -> None:
@@ -144,6 +149,9 @@ class Slots:
             await dismantle(pod_id, directory, supervisor, self._network)
             self._ids.discard(pod_id)
 
+        await self._undone(pod_id, undo)
+
+    async def _undone(self, pod_id: str, undo: Callable[[], Coroutine[Any, Any, None]]) -> None:
         about = f'pod "{pod_id}"'
         undoing = self._tasks.start(NAME, undo(), about=about)
         try:
@@ -151,7 +159,7 @@ class Slots:
         finally:
             error = None if undoing.cancelled() else undoing.exception()
             if error is not None:
-                log.warning("%s: cannot be undone yet, which goes on: %s", about, error)
+                log.warning('pod "%s": cannot be undone yet, which goes on: %s', pod_id, error)
                 self._tasks.keep(NAME, undo, about=about)
 
 
@@ -162,6 +170,12 @@ async def dismantle(
     if supervisor is not None:
         await supervisor.shutdown()
     await network.detach(pod_id)
+    await asyncio.to_thread(files.remove_tree, str(directory))
+
+
+async def remove_killed(directory: Path) -> None:
+    """Remove the mounts and the directory of a pod whose supervisor was killed, and could not remove them itself."""
+    paths.unpin(str(directory))
     await asyncio.to_thread(files.remove_tree, str(directory))
 
 
