@@ -281,14 +281,15 @@ def creation(pod: Pod, name: str) -> pb.CreateContainerRequest:
 
 @contextmanager
 def stopped(*pids: int) -> Iterator[None]:
-    """Processes that do nothing meanwhile, nor die of anything but SIGKILL."""
+    """Processes that do nothing meanwhile, nor die of anything but SIGKILL: the agent may kill those of warm slots."""
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:
         yield
     finally:
         for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def test_the_service_manager_hears_of_the_start_and_of_a_loop_that_turns(

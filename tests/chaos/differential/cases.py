@@ -139,7 +139,8 @@ def containers_that_are_malformed(c: Caller) -> None:
     create("without an image", pod.id, pb.ContainerConfig(metadata=name))
     absent = pb.ImageSpec(image="registry.invalid/absent:1")
     create("of an absent image", pod.id, pb.ContainerConfig(metadata=name, image=absent))
-    pod.create(label="with a mount of a missing path", name="m1", mounts=[_mount("/no/such/path")])
+    missing = _mount(str(c.places / "no/such/path"))  # it is made
+    pod.create(label="with a mount of a missing path", name="m1", mounts=[missing])
     relative = pb.Mount(container_path="a", host_path="/tmp")
     pod.create(label="with a relative path of a mount", name="m2", mounts=[relative])
     pod.create(label="with a relative working directory", name="w", working_dir="a")
