@@ -82,11 +82,6 @@ class Blob:
         """Close the file, when all readers have ended."""
         os.close(self._file)
 
-    def remove(self) -> None:
-        """Close and remove the file, when all readers have ended."""
-        self.close()
-        self.path.unlink(missing_ok=True)
-
     def read_at(self, buffer: memoryview, offset: int, reader: "BlobReader") -> int:
         """Fill the buffer as far as possible; waits for the first byte. 0 at the verified end."""
         if not self._is_decided(offset):

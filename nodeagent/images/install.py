@@ -8,7 +8,7 @@ for another one makes the layer itself, and whichever is ready first is used.
 import asyncio
 from collections.abc import Awaitable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -240,9 +240,13 @@ class Installer:
         """Make a layer in a directory of its own. A server that sent wrong content is not asked again."""
         descriptor = job.plan.manifest.layers[number]
         try:
-            async with job.content.open(descriptor, attempt) as arriving:
-                job.arriving[job.chain_ids[number]] = arriving
-                return await self._unpack(job, number, arriving)
+            with ExitStack() as undo:
+                async with job.content.open(descriptor, attempt) as arriving:
+                    job.arriving[job.chain_ids[number]] = arriving
+                    directory, unpacked = await self._unpack(job, number, arriving)
+                    undo.callback(self._staging.discard, directory)
+                undo.pop_all()  # the end of the download may be cut off, or fail
+                return directory, unpacked
         except DataLoss:
             if attempt + 1 == job.content.attempts:
                 raise

@@ -86,7 +86,8 @@ class Workshop:
         try:
             unpacked = layers.unpack(BlobReader(blob), target, diff_id, budget)
         finally:
-            blob.remove()
+            blob.close()
+            blob.path.unlink()
         inheritance.complete(target, unpacked, self.below, budget)
         if unpacked.opaque:
             self.layers.clear()
@@ -104,6 +105,7 @@ class Workshop:
             blob.append(data)
             blob.finish()
         except BaseException:
-            blob.remove()
+            blob.close()
+            blob.path.unlink()
             raise
         return blob

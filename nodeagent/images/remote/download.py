@@ -96,7 +96,8 @@ class Downloads:
                 try:
                     await cancel(arrival.task)
                 finally:
-                    arrival.blob.remove()
+                    arrival.blob.close()
+                    self._staging.discard(arrival.blob.path)
 
     def _start(self, key: Key, descriptor: Descriptor) -> Arrival:
         blob = Blob(self._staging.path("blob"), descriptor.digest, descriptor.size)

@@ -56,8 +56,7 @@ def test_a_reader_follows_the_writer(tmp_path: Path) -> None:
     made.finish()
     thread.join(5)
     assert got == [DATA]
-    made.remove()
-    assert not made.path.exists()
+    made.close()
 
 
 def test_a_reader_learns_of_a_failure(tmp_path: Path) -> None:
@@ -67,7 +66,7 @@ def test_a_reader_learns_of_a_failure(tmp_path: Path) -> None:
     made.fail(NotFound("gone"))
     thread.join(5)
     assert isinstance(got[0], NotFound)
-    made.remove()
+    made.close()
 
 
 def test_a_reader_is_stopped_alone(tmp_path: Path) -> None:
@@ -79,7 +78,7 @@ def test_a_reader_is_stopped_alone(tmp_path: Path) -> None:
     made.append(DATA)
     made.finish()
     assert going.read() == DATA
-    made.remove()
+    made.close()
 
 
 def test_a_reader_that_waits_gives_way(tmp_path: Path) -> None:
@@ -94,7 +93,7 @@ def test_a_reader_that_waits_gives_way(tmp_path: Path) -> None:
     threading.Timer(0.01, waiting.give_way).start()
     with pytest.raises(Starved):
         waiting.read()
-    made.remove()
+    made.close()
 
 
 def test_a_reader_that_waits_lets_others_work(tmp_path: Path) -> None:
@@ -112,7 +111,7 @@ def test_a_reader_that_waits_lets_others_work(tmp_path: Path) -> None:
     thread.join(60)
     assert read == [DATA]
     assert permits._free == 1
-    made.remove()
+    made.close()
 
 
 @pytest.mark.parametrize("data", [DATA[:-1], DATA + b"x", DATA[::-1]])
@@ -125,7 +124,7 @@ def test_a_blob_is_verified(tmp_path: Path, data: bytes) -> None:
 
     with pytest.raises(DataLoss, match=made.digest):
         fill()
-    made.remove()
+    made.close()
 
 
 def test_a_blob_of_a_file(tmp_path: Path) -> None:
@@ -147,7 +146,7 @@ def test_a_blob_leaves_the_disk_its_reserve(
     with pytest.raises(ResourceExhausted, match="left on the disk"):
         blob.append(b"x")
     assert blob.path.stat().st_size == 0
-    blob.remove()
+    blob.close()
     with pytest.raises(ResourceExhausted, match="left on the disk"):
         Documents(tmp_path / "sha256").put(b"{}")
 
