@@ -33,7 +33,7 @@ PATIENCE_SECONDS = 30.0 + node.PATIENCE_SECONDS
 # Directories whose content is data, not a sign that something was left.
 _OPAQUE = re.compile(r"lib/layers/[^/]+/|lib/staging/reserve|/profiles/sha256/")
 # Files that come and go with the database.
-_OF_THE_STORE = re.compile(r"lib/state\.db.*")
+_OF_THE_STORE = re.compile(r"lib/state\.db(-wal|-shm|-journal)?$")
 _PYTHON = re.compile(
     r"Traceback|\b(?!OSError|TimeoutError)[A-Z]\w*(?:Error|Exception)\b[:(]|\bNone\b|<[a-z_.]+ object at"
 )
@@ -68,7 +68,11 @@ def unclear(error: grpc.RpcError) -> str:
 
 
 class Footprint:
-    """What the agent that has its files below `root` has on this machine."""
+    """What the agent that has its files below `root` has on this machine.
+
+    traced: processes that died while they were traced, as far as that is known. Such a one is not its parent's to reap
+    until the tracer has let go, and then the parent has looked already.
+    """
 
     def __init__(self, agent: RunningAgent) -> None:
         self._agent = agent
@@ -77,6 +81,7 @@ class Footprint:
             Config(root=str(agent.root / "lib"), state=str(agent.root / "run"))
         ).instance
         self.cgroup = f"/nodeagent-{self._instance}"
+        self.traced: set[int] = set()
 
     def now(self) -> Counter[str]:
         """Everything, each as a line that names it; several of the same are counted."""
@@ -126,15 +131,20 @@ class Footprint:
     def _processes(self) -> Iterator[str]:
         parents = leaks.processes()
         for pid, parent in parents.items():
-            grouped = f"{self.cgroup}/" in leaks.read(f"/proc/{pid}/cgroup").decode()
             command = leaks.command(pid)
-            # A launcher that is traced when it is killed is not its parent's to reap until the tracer has let go.
-            is_traced_zombie = command == "na-launcher"
-            if (grouped and not is_traced_zombie) or (
-                self._root in command and "launcher" in command
-            ):
-                is_dead = not leaks.read(f"/proc/{pid}/cmdline")
-                yield f"process {command}" + (f", dead, of {leaks.command(parent)}" * is_dead)
+            if leaks.read(f"/proc/{pid}/cmdline"):
+                if self._is_grouped(pid) or (self._root in command and "launcher" in command):
+                    yield f"process {command}"
+            # A dead one is in no cgroup of version 1 any more: it is told by who has not reaped it.
+            elif pid not in self.traced and self._is_ours(parent):
+                yield f"process {command}, dead, of {leaks.command(parent)}"
+
+    def _is_grouped(self, pid: int) -> bool:
+        return f"{self.cgroup}/" in leaks.read(f"/proc/{pid}/cgroup").decode()
+
+    def _is_ours(self, pid: int) -> bool:
+        command = leaks.read(f"/proc/{pid}/cmdline")
+        return self._is_grouped(pid) or (b"serve" in command and self._root.encode() in command)
 
     def _elements(self) -> Iterator[str]:
         if shutil.which("nft") is None:

@@ -178,7 +178,11 @@ class Player:
     def _pid(self, role: str, scene: Scene) -> int:
         if role in (AGENT, WORKERS):
             return self.world.agent.pid
-        return self.world.launcher if role == LAUNCHER else self.world.supervisor(scene.pod_id)
+        if role == LAUNCHER:
+            launcher = self.world.launcher
+            self.world.footprint.traced.add(launcher)
+            return launcher
+        return self.world.supervisor(scene.pod_id)
 
     def _start(self, step: Step, scene: Scene) -> str:
         """Start the agent; one that cannot serve must end, and say why."""
