@@ -35,9 +35,11 @@ _OPAQUE = re.compile(r"lib/layers/[^/]+/|lib/staging/reserve|/profiles/sha256/")
 # Files that come and go with the database.
 _OF_THE_STORE = re.compile(r"lib/state\.db(-wal|-shm|-journal)?$")
 _PYTHON = re.compile(
-    r"Traceback|\b(?!OSError|TimeoutError)[A-Z]\w*(?:Error|Exception)\b[:(]|\bNone\b|<[a-z_.]+ object at"
+    r"Traceback|Unexpected <class|"
+    r"\b(?!OSError|TimeoutError)[A-Z]\w*(?:Error|Exception)\b[:(]|\bNone\b|<[a-z_.]+ object at"
 )
-# The right answers of a call that a fault has hit. UNKNOWN is what gRPC says of an exception that nobody translated.
+# The right answers of a call that a fault has hit. UNKNOWN is that of a pull (`cri.status`), with a text of the agent;
+# gRPC says it as well of an exception that nobody translated, in words of Python.
 _CLEAR = {
     grpc.StatusCode.ABORTED,
     grpc.StatusCode.DATA_LOSS,
@@ -48,6 +50,7 @@ _CLEAR = {
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.ALREADY_EXISTS,
     grpc.StatusCode.PERMISSION_DENIED,
 }

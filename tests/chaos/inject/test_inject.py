@@ -64,6 +64,7 @@ FOUND = [
     "RemoveImage agent unlink EIO 3",
     "RemoveImage agent files ENOSPC+ 8",
     "PullImage workers files EIO+ 1",
+    "PullImage agent rename ENOSPC 1",
 ]
 
 
@@ -192,6 +193,7 @@ def test_the_third_call_is_hit(sweep: Sweep, tmp_path: Path, what: str, expected
         ("INTERNAL", "KeyError('pidfd')", False),
         ("INTERNAL", "", False),
         ("UNKNOWN", "Unexpected <class 'ValueError'>: x", False),
+        ("UNKNOWN", "/lib/staging/layer: No space left on device; free space", True),
         ("DEADLINE_EXCEEDED", "Deadline Exceeded", False),
         ("DEADLINE_EXCEEDED", 'launcher: "fork" has not been done within 20 s; it goes on', True),
     ],
