@@ -94,6 +94,8 @@ def _take_over(container: Container) -> None:
         return
     if "pidfd" not in container.fds:
         _find_again(container)
+        if "pidfd" in container.fds:  # or the next successor would have to find it again
+            container.pod.launcher.keep(container.id, container.deposit())
     loop = container.pod.loop
     loop.persist(lambda: _resume_output(container), f"container {container.id}: no output")
     if container.exit is not None or "pidfd" not in container.fds:

@@ -428,6 +428,20 @@ async def test_launcher_and_supervisor_die_together(node: Node) -> None:
     assert (await pod.wait("main"))["code"] == 7
 
 
+async def test_a_successor_has_the_next_launcher_keep_what_it_has_found(node: Node) -> None:
+    """The last one kept nothing, and there is one launcher for all successors to come."""
+    pod = await node.pod()
+    pid = await pod.run("trap 'exit 7' TERM; while :; do sleep 0.02; done")
+    pipe = os.readlink(f"/proc/{pid}/fd/1")
+    await kill_launcher(node)
+    await pod.kill_supervisor()
+    await node.connect()
+    await pod.succeed()
+    assert await node.launcher.pods() == [pod.id]
+    fds = f"/proc/{node.launcher.pid}/fd"
+    assert pipe in {os.readlink(f"{fds}/{fd}") for fd in os.listdir(fds)}
+
+
 async def test_what_nobody_saw_is_unknown(node: Node) -> None:
     pod = await node.pod()
     pid = await pod.run("sleep 1000")
