@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nodeagent import files
+from nodeagent.errors import NodeAgentError
 from nodeagent.lifecycle.plan.mounts import id_map
 from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.net.network import Network
@@ -153,14 +154,15 @@ class Slots:
 
     async def _undone(self, pod_id: str, undo: Callable[[], Coroutine[Any, Any, None]]) -> None:
         about = f'pod "{pod_id}"'
-        undoing = self._tasks.start(NAME, undo(), about=about)
-        try:
-            await ended([undoing])
-        finally:
-            error = None if undoing.cancelled() else undoing.exception()
-            if error is not None:
+
+        async def attempt() -> None:
+            try:
+                await undo()
+            except (NodeAgentError, OSError) as error:
                 log.warning('pod "%s": cannot be undone yet, which goes on: %s', pod_id, error)
                 self._tasks.keep(NAME, undo, about=about)
+
+        await ended([self._tasks.run(NAME, attempt(), about=about)])
 
 
 async def dismantle(
