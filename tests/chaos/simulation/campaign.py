@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.chaos.simulation import plan as plans
-from tests.chaos.simulation.node import patched
+from tests.chaos.simulation.boundaries import patched
 from tests.chaos.simulation.plan import Plan
 from tests.chaos.simulation.run import Outcome, run_plan
 

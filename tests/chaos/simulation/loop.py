@@ -228,11 +228,11 @@ class Loop(asyncio.BaseEventLoop):
         """Bury an agent that has been killed in this turn."""
         if self._dying is None:
             return False
-        self._bury()
+        self.bury()
         self.on_death()
         return True
 
-    def _bury(self) -> None:
+    def bury(self) -> None:
         life = self._dying
         assert life is not None
         self._buried.append(life)

@@ -37,6 +37,7 @@ class Oracle:
     containers: dict[str, Known] = field(default_factory=dict)
     removed: set[str] = field(default_factory=set)
     pod_of: dict[str, str] = field(default_factory=dict)
+    violation: str = ""  # found where nothing can be raised
 
     def sandbox(self, sandbox_id: str) -> Known:
         return self.sandboxes.setdefault(sandbox_id, Known(sandbox_id, boots=self.machine.boots))

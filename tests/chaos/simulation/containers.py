@@ -1,0 +1,101 @@
+"""Containers and their programs, and the files of a pod, which outlive its supervisor."""
+
+from typing import TYPE_CHECKING, Any
+
+from tests.chaos.simulation.machine import Machine, Truth
+
+if TYPE_CHECKING:
+    from tests.chaos.simulation.supervisor import Supervisor
+
+KILLED = 137
+
+
+class Container:
+    """A container's process, and what its supervisor has written down of it."""
+
+    def __init__(self, pod: "Pod", plan: dict[str, Any], group: Any) -> None:
+        self.pod = pod
+        self.machine = pod.machine
+        self.plan = plan
+        self.id: str = plan["id"]
+        self.program: str = plan["argv"][-1]
+        self.group = group
+        self.is_alive = True
+        self.created_at = 0
+        self.started_at = 0
+        self.is_executed = False
+        self.exit: dict[str, Any] | None = None
+        self.deadline = 0.0
+        self.is_signalled = False
+        self.hangs_until = 0.0  # in the kernel: it cannot be killed
+        self.machine.last_pid += 1
+        self.pid = self.machine.last_pid
+        group.members[self] = None
+        self.machine.truths[self.id] = Truth()
+
+    def begin(self) -> None:
+        """Execute the program."""
+        self.is_executed = True
+        self.machine.trace(f"container {self.id[-4:]} runs {self.program}")
+        code, at, seconds = self.program.partition("@")
+        if at:
+            self.machine.loop.after(float(seconds), lambda: self.end(int(code)))
+
+    def signal(self) -> None:
+        if self.is_executed and self.program != "stubborn":
+            self.machine.loop.after(self.machine.loop.soon(), lambda: self.end(143))
+
+    def kill(self) -> None:
+        if self.is_alive:
+            wait = max(self.machine.loop.soon(), self.hangs_until - self.machine.loop.time())
+            self.machine.loop.after(wait, lambda: self.end(KILLED))
+
+    def end(self, code: int) -> None:
+        """End, and be seen by whoever is there: the supervisor, else a launcher that keeps it."""
+        if not self.is_alive:
+            return
+        self.is_alive = False
+        self.group.members.pop(self, None)
+        self.machine.trace(f"container {self.id[-4:]} ends with {code}")
+        truth = self.machine.truths[self.id]
+        if not self.created_at:
+            if self.pod.supervisor is not None:
+                self.pod.supervisor.birth_failed(self)
+            return
+        truth.code = code
+        if self.pod.supervisor is not None:
+            self.pod.supervisor.ended(self, code)
+        elif self.machine.launcher is not None and self.pod.id in self.machine.launcher.kept:
+            self.record(code)
+
+    def record(self, code: int) -> None:
+        key = self.pod.directory, self.id
+        self.exit = self.machine.exits.get(key)
+        if self.exit is None:
+            self.exit = {"code": code, "at": self.machine.time_ns(), "oom": False}
+            self.machine.exits[key] = self.exit
+        truth = self.machine.truths[self.id]
+        if code == truth.code and self.is_executed:
+            truth.is_known = True
+
+    def describe(self) -> dict[str, Any]:
+        identity = {"uid": 0, "gid": 0, "groups": [], "home": ""}
+        return {
+            "id": self.id, "pid": self.pid, "identity": identity, "warnings": [], "created_at": self.created_at,
+            "started_at": self.started_at, "exit": self.exit, "dropped_log_lines": 0,
+        }  # fmt: skip
+
+
+class Pod:
+    """The files of a pod, which outlive its supervisor, and its processes."""
+
+    def __init__(self, machine: Machine, pod_id: str, directory: str) -> None:
+        self.machine = machine
+        self.id = pod_id
+        self.directory = directory
+        self.containers: dict[str, Container] = {}
+        self.supervisor: Supervisor | None = None
+        self.has_pins = True
+
+    def is_left(self) -> bool:
+        return any(c.is_alive and c.created_at for c in self.containers.values())
