@@ -16,8 +16,10 @@ from unittest.mock import patch
 
 from nodeagent import files
 from nodeagent.lifecycle import recovery
+from nodeagent.lifecycle.containers import unkillable
 from nodeagent.lifecycle.plan import etc_files
 from nodeagent.lifecycle.pods import sandboxes
+from nodeagent.linux import waiting
 from nodeagent.net import bridge, listeners, network, setup, sysctls
 from nodeagent.sandbox import exits, paths
 from tests.chaos.simulation import world
@@ -82,6 +84,8 @@ def patched() -> Iterator[None]:
             enter(patch.object(files, name, _stepped(f"files.{name}", getattr(files, name))))
         enter(patch.object(files, "remove_tree", _tree_removal(files.remove_tree)))
         enter(patch.object(exits, "read", _record_of))
+        enter(patch.object(waiting, "explained", lambda _pid: "it is stopped"))
+        enter(patch.object(unkillable, "explained", lambda container, _: f"{container.id} runs"))
         enter(patch.object(paths, "unpin", _unpin))
         for module in (sandboxes, recovery):
             enter(patch.object(module, "boot_id", lambda: world.machine.boot))

@@ -3,9 +3,11 @@
 import errno
 import json
 import os
+import socket
 import struct
 from array import array
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ ROOM = 64  # messages that a connection holds
 
 
 class Process:
-    """A process that listens, and can die."""
+    """A process that listens, can die, and can stop for a while, as of SIGSTOP."""
 
     def __init__(self, machine: "Machine", name: str) -> None:
         machine.last_pid += 1
@@ -24,6 +26,8 @@ class Process:
         self.pid = machine.last_pid
         self.is_alive = True
         self.connections: list[Connection] = []
+        self._stops_until = 0.0
+        self._waiting: deque[Callable[[], None]] = deque()  # what it does when it goes on
         machine.processes[self.pid] = self
         machine.trace(f"{name} {self.pid} begins")
 
@@ -34,6 +38,8 @@ class Process:
         self.is_alive = False
         self.machine.trace(f"{self.name} {self.pid} ends")
         machine = self.machine
+        self._stops_until = 0.0
+        self._waiting.clear()
         for connection in self.connections:
             connection.close_by_process()
         self.connections.clear()
@@ -44,6 +50,38 @@ class Process:
 
     def died(self) -> None:
         """For subclasses."""
+
+    # --- SIGSTOP ---
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._stops_until > self.machine.loop.time()
+
+    def stop_for(self, seconds: float) -> None:
+        self._stops_until = max(self._stops_until, self.machine.loop.time() + seconds)
+        self.machine.loop.after(seconds, self._go_on)
+
+    def _go_on(self) -> None:
+        if self.is_stopped or not self.is_alive:
+            return
+        self.machine.trace(f"{self.name} {self.pid} goes on")
+        while self._waiting:
+            self._waiting.popleft()()
+        for connection in list(self.connections):
+            connection.deliver_all()
+
+    def when_running(self, callback: Callable[[], None]) -> None:
+        """Do it now, or when this process goes on; never if it dies before."""
+        if self.is_stopped:
+            self._waiting.append(callback)
+        elif self.is_alive:
+            callback()
+
+    def later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Do something later if this process lives then."""
+        self.machine.loop.after(seconds, lambda: self.when_running(callback))
+
+    # --- connections ---
 
     def accepted(self, connection: "Connection") -> None:
         """For subclasses: an agent has connected."""
@@ -89,6 +127,8 @@ class Connection:
         return len(buffers[0])
 
     def recvmsg(self, *_: int) -> tuple[bytes, list[Any], int, None]:
+        if self.machine.is_struck("receive_fails"):
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
         if not self.arrived:
             raise BlockingIOError(errno.EAGAIN, "nothing there")
         message = self.arrived[0]
@@ -96,7 +136,18 @@ class Connection:
             return b"", [], 0, None
         self.arrived.popleft()
         packet, fds = message
+        if self.machine.is_struck("cut"):
+            return self._cut(packet, fds)
         return packet, [(1, 1, array("i", fds).tobytes())] if fds else [], 0, None
+
+    def _cut(self, packet: bytes, fds: list[int]) -> tuple[bytes, list[Any], int, None]:
+        """The message without its descriptors, for which the agent has no room, or without its end."""
+        self.machine.trace(f"cut: {len(packet)} bytes, {len(fds)} descriptors")
+        for fd in fds:
+            os.close(fd)
+        if fds:
+            return packet, [], socket.MSG_CTRUNC, None
+        return packet[: len(packet) // 2], [], socket.MSG_TRUNC, None
 
     def close(self) -> None:
         if self.is_open:
@@ -105,7 +156,7 @@ class Connection:
             self.machine.close_fd(self.fd)
             self._close_files()
             loop = self.machine.loop
-            loop.after(loop.soon(), self._gone)
+            loop.after(loop.soon(), self.left)
 
     def _close_files(self) -> None:
         for waiting in self.arrived:
@@ -115,25 +166,44 @@ class Connection:
 
     # the other end
 
-    def _gone(self) -> None:
-        while self.to_process:
-            self._deliver()
+    def left(self) -> None:
+        """The agent has closed it: the process reads what was sent before."""
+        if self.process.is_stopped:
+            self.process.when_running(self.left)
+            return
+        self.deliver_all()
         if self in self.process.connections:
             self.process.connections.remove(self)
         self.is_served = False
 
+    def deliver_all(self) -> None:
+        while self.to_process:
+            self._deliver()
+
     def _deliver(self) -> None:
-        if not self.to_process:
+        if not self.to_process or self.process.is_stopped:
             return
+        was_full = len(self.to_process) >= ROOM
         packet, files = self.to_process.popleft()
+        if was_full and self.is_open:
+            self.machine.loop.is_writable(self.fd)
         if self.process.is_alive and self.is_served:
             self.process.received(self, json.loads(packet), files)
         else:
             for file in files:
                 close_file(file)
 
+    def drop_unread(self) -> None:
+        for _, files in self.to_process:
+            for file in files:
+                close_file(file)
+        self.to_process.clear()
+
     def send(self, packet: bytes, fds: list[int] | None = None) -> None:
-        """Send to the agent. fds: given away."""
+        """Send to the agent. fds: given away. A message that cannot be sent ends the connection (`runtime.peers`)."""
+        if self.is_served and self.machine.is_struck("send_fails"):
+            self.machine.trace(f"{self.process.name} cannot send")
+            self.close_by_process()
         if not self.is_open or not self.is_served:
             for fd in fds or ():
                 os.close(fd)
@@ -153,6 +223,7 @@ class Connection:
     def close_by_process(self) -> None:
         if self.is_served:
             self.is_served = False
+            self.drop_unread()
             if self.is_open:
                 self._on_its_way(None)
 

@@ -58,15 +58,24 @@ class Container:
         self.group.members.pop(self, None)
         self.machine.trace(f"container {self.id[-4:]} ends with {code}")
         truth = self.machine.truths[self.id]
+        supervisor = self.pod.supervisor
         if not self.created_at:
-            if self.pod.supervisor is not None:
-                self.pod.supervisor.birth_failed(self)
+            if supervisor is not None:
+                supervisor.when_running(lambda: supervisor.birth_failed(self))
             return
         truth.code = code
-        if self.pod.supervisor is not None:
-            self.pod.supervisor.ended(self, code)
-        elif self.machine.launcher is not None and self.pod.id in self.machine.launcher.kept:
-            self.record(code)
+        if supervisor is not None:
+            supervisor.when_running(lambda: supervisor.ended(self, code))
+        else:
+            self.orphaned()
+
+    def orphaned(self) -> None:
+        """Nobody has seen its end, and it has no supervisor: a launcher that keeps it is its parent."""
+        launcher, code = self.machine.launcher, self.machine.truths[self.id].code
+        if self.is_alive or self.exit is not None or code is None or launcher is None:
+            return
+        if self.pod.id in launcher.kept:
+            launcher.when_running(lambda: self.record(code))
 
     def record(self, code: int) -> None:
         key = self.pod.directory, self.id

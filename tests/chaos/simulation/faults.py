@@ -61,6 +61,30 @@ class Faults:
         if self._machine.launcher is not None:
             self._machine.launcher.kill()
 
+    def _stop_supervisor(self, fault: Fault) -> None:
+        supervisor = self._supervisor(fault)
+        if supervisor is not None:
+            supervisor.stop_for(fault.seconds)
+
+    def _stop_launcher(self, fault: Fault) -> None:
+        if self._machine.launcher is not None:
+            self._machine.launcher.stop_for(fault.seconds)
+
+    def _stop_both(self, fault: Fault) -> None:
+        self._stop_launcher(fault)
+        self._stop_supervisor(fault)
+
+    def _disconnect(self, fault: Fault) -> None:
+        """Its connections end, of which both sides hear, though it lives."""
+        supervisor = self._supervisor(fault)
+        for connection in list(supervisor.connections) if supervisor is not None else ():
+            connection.close_by_process()
+
+    def _disconnect_launcher(self, _fault: Fault) -> None:
+        launcher = self._machine.launcher
+        for connection in list(launcher.connections) if launcher is not None else ():
+            connection.close_by_process()
+
     def _kill_both(self, fault: Fault) -> None:
         self._kill_launcher(fault)
         self._kill_supervisor(fault)

@@ -252,6 +252,6 @@ class Machine:
             if isinstance(file, Connection):
                 file.is_open = False
                 file._close_files()
-                self.loop.after(self.loop.soon(), file._gone)
+                self.loop.after(self.loop.soon(), file.left)
         self._files.clear()
         self._watched.clear()

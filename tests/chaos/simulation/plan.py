@@ -63,19 +63,22 @@ PROGRAMS = ("runs", "runs", "stubborn", "0@0", "7@0.001", "3@0.02", "7@0.3", "0@
 FAULTS = {
     "crash": 4, "crash_at_step": 6, "term": 2, "reboot": 1, "kill_supervisor": 3, "kill_launcher": 2, "kill_both": 1,
     "store": 3, "store_busy": 2, "files": 2, "cgroups": 2, "network": 2, "launcher_fails": 1, "supervisor_fails": 2,
-    "slow": 2, "hang": 2,
+    "slow": 2, "hang": 2, "stop_supervisor": 3, "stop_launcher": 2, "stop_both": 1, "disconnect": 2,
+    "disconnect_launcher": 1, "send_fails": 2, "receive_fails": 2, "cut": 1, "late": 2, "send": 1, "connect": 1,
+    "pidfd": 1,
 }  # fmt: skip
 LONG = {
-    "store",
-    "store_busy",
-    "files",
-    "cgroups",
-    "network",
-    "launcher_fails",
-    "supervisor_fails",
-    "slow",
-    "hang",
-}
+    "store", "store_busy", "files", "cgroups", "network", "launcher_fails", "supervisor_fails", "slow", "hang",
+    "send_fails", "receive_fails", "cut", "late", "send", "connect", "pidfd",
+}  # fmt: skip
+STOPS = (
+    0.02,
+    0.5,
+    4.0,
+    8.0,
+    15.0,
+    45.0,
+)  # seconds, some of them longer than the deadlines of the agent
 
 
 def make(seed: int) -> Plan:
@@ -107,4 +110,6 @@ def _fault(random: Random, kind: str) -> Fault:
         random.choice((random.uniform(0, 0.1), random.uniform(0, 0.5), random.uniform(0, 2))), 4
     )
     seconds = random.choice((0.005, 0.05, 0.5, 3.0)) if kind in LONG else 0.0
+    if kind.startswith("stop_"):
+        seconds = random.choice(STOPS)
     return Fault(kind, at, seconds, random.randrange(60))

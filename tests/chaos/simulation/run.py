@@ -20,7 +20,7 @@ from tests.chaos.simulation.oracle import Oracle, Violation
 from tests.chaos.simulation.plan import Plan
 from tests.chaos.simulation.service import Disconnected, Service
 
-PATIENCE = 300.0  # of the whole run after its last fault, in virtual seconds
+PATIENCE = 1500.0  # of the whole run after its last fault, in virtual seconds
 LOOK_EVERY = 8
 REST_SECONDS = 400.0  # the reconciliation removes what two of its looks have found
 RETRIES = 4

@@ -1,11 +1,13 @@
 """What the launcher and the supervisors have in common: they answer requests."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from nodeagent.errors import NodeAgentError
 from nodeagent.sandbox import protocol
 from tests.chaos.simulation.connection import Connection, Process, close_file
+
+LATE_SECONDS = (1.0, 6.0, 12.0, 40.0)  # some of them longer than the deadlines of most requests
 
 
 class Request:
@@ -29,13 +31,19 @@ class Request:
         self.files = []
 
     def reply(self, result: Mapping[str, Any] | None = None, fds: list[int] | None = None) -> None:
-        body = {"id": self.body["id"], "result": result or {}}
-        self.connection.send(protocol.encode(body), fds)
+        self._answer({"result": result or {}}, fds)
 
     def fail(self, error: BaseException) -> None:
-        self.connection.send(
-            protocol.encode({"id": self.body["id"], **protocol.describe_error(error)})
-        )
+        self._answer(protocol.describe_error(error))
+
+    def _answer(self, answer: Mapping[str, Any], fds: list[int] | None = None) -> None:
+        packet = protocol.encode({"id": self.body["id"], **answer})
+        machine = self.connection.machine
+        if self.body["op"] == "hello" or not machine.is_struck("late"):
+            self.connection.send(packet, fds)
+            return
+        seconds = machine.random.choice(LATE_SECONDS)
+        machine.loop.after(seconds, lambda: self.connection.send(packet, fds))
 
 
 class Server(Process):
@@ -61,7 +69,3 @@ class Server(Process):
             request.fail(error)
         finally:
             request.discard()
-
-    def later(self, seconds: float, callback: Callable[[], None]) -> None:
-        """Do something later if this process lives then."""
-        self.machine.loop.after(seconds, lambda: callback() if self.is_alive else None)

@@ -34,7 +34,7 @@ class Supervisor(Server):
         self._creations: dict[str, Request] = {}
         self._starts: dict[str, Request] = {}
         self._removals: dict[str, list[Request]] = {}
-        self._execs: dict[int, tuple[Connection, list[Any]]] = {}
+        self._execs: dict[tuple[Connection, int], list[Any]] = {}
         self._closing: list[Request] = []
         machine.listeners[f"{pod.directory}/{SUPERVISOR_SOCKET}"] = self
         for container in list(pod.containers.values()):
@@ -53,19 +53,24 @@ class Supervisor(Server):
             container.begin()
 
     def accepted(self, connection: Connection) -> None:
+        if self.is_stopped:  # the kernel has; it learns of it when it goes on
+            self.when_running(lambda: self.accepted(connection))
+            return
         previous, self.agent = self.agent, connection
         if previous is not None:
             previous.close_by_process()
 
     def died(self) -> None:
         self.pod.supervisor = None
-        for _, files in self._execs.values():
+        for files in self._execs.values():
             for file in files:
                 close_file(file)
         for container in list(self.pod.containers.values()):
             if not container.created_at:  # its process ends, as nobody hears that it is ready
                 container.is_alive = False
                 container.group.members.pop(container, None)
+        for container in list(self.pod.containers.values()):
+            container.orphaned()
         if self.machine.launcher is not None:
             self.machine.launcher.supervisor_gone(self.pod)
 
@@ -90,8 +95,8 @@ class Supervisor(Server):
 
     def do_shutdown(self, request: Request) -> None:
         self._closing.append(request)
-        for number in list(self._execs):
-            self._end_exec(number, KILLED)
+        for connection, number in list(self._execs):
+            self._end_exec(connection, number, KILLED)
         for container in self.pod.containers.values():
             container.kill()
         self._end_if_empty()
@@ -222,15 +227,15 @@ class Supervisor(Server):
         container = self._container(request)
         if not container.is_executed or not container.is_alive:
             raise FailedPrecondition(f'container "{container.id}": not running')
-        number = request.body["exec"]
+        number, connection = request.body["exec"], request.connection
         request.take("join")
-        self._execs[number] = request.connection, [*request.take("stdout"), *request.take("stderr")]
+        self._execs[connection, number] = [*request.take("stdout"), *request.take("stderr")]
         request.reply({"pid": 1})
-        self.later(self.slowly(), lambda: self._end_exec(number, 0))
+        self.later(self.slowly(), lambda: self._end_exec(connection, number, 0))
 
-    def _end_exec(self, number: int, code: int) -> None:
-        connection, files = self._execs.pop(number, (None, []))
-        if connection is None:
+    def _end_exec(self, connection: Connection, number: int, code: int) -> None:
+        files = self._execs.pop((connection, number), None)
+        if files is None:
             return
         for file in files:
             try:
@@ -243,5 +248,5 @@ class Supervisor(Server):
         connection.send(protocol.encode(event))
 
     def do_exec_kill(self, request: Request) -> None:
-        self._end_exec(request.body["exec"], KILLED)
+        self._end_exec(request.connection, request.body["exec"], KILLED)
         request.reply()
