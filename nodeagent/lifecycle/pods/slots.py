@@ -22,7 +22,7 @@ from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.net.network import Network
 from nodeagent.requests import Namespaces
 from nodeagent.sandbox import paths
-from nodeagent.sandbox.agent.client import Supervisor
+from nodeagent.sandbox.agent.client import Launcher, Supervisor
 from nodeagent.sandbox.spec import PodPlan
 from nodeagent.tasks import Tasks, ended
 
@@ -126,6 +126,7 @@ class Slots:
         pod_id = secrets.token_hex(32)
         directory = self._directory / pod_id
         owned = namespaces.owned
+        launcher: Launcher | None = None
         supervisor: Supervisor | None = None
         addresses: tuple[str, ...] = ()
         self._ids.add(pod_id)
@@ -139,14 +140,22 @@ class Slots:
                     lease = await self._network.attach(pod_id, handles.net, handles.route)
                 addresses = lease.addresses
         except BaseException:
-            await self._undo(pod_id, directory, supervisor)
+            await self._undo(pod_id, directory, launcher, supervisor)
             raise
         return Slot(id=pod_id, directory=directory, supervisor=supervisor, addresses=addresses)
 
-    async def _undo(self, pod_id: str, directory: Path, supervisor: Supervisor | None) -> None:
+    async def _undo(
+        self,
+        pod_id: str,
+        directory: Path,
+        launcher: Launcher | None,
+        supervisor: Supervisor | None,
+    ) -> None:
         """Undo a slot that was made in part, also for a cancelled caller; what fails goes on behind it."""
 
         async def undo() -> None:
+            if launcher is not None and supervisor is None:
+                await launcher.undo_fork(pod_id, directory)
             await dismantle(pod_id, directory, supervisor, self._network)
             self._ids.discard(pod_id)
 

@@ -57,9 +57,17 @@ _DEATH_SECONDS = 5.0
 # The same where it only decides what is said of it.
 _MOMENT_SECONDS = 0.5
 
-# Errors of connect(2) where no process listens at the socket; others are of this process, or pass.
+# Errors of connect(2), and of the first message, where no process listens at the socket; others are of this process, or
+# pass.
 NOBODY_LISTENS = frozenset(
-    (errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOENT, errno.ENOTDIR, errno.ENOTCONN)
+    (
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.ENOTCONN,
+        errno.EPIPE,
+    )
 )
 
 # The time within which a process that others have started begins to serve, if it does.
@@ -427,6 +435,7 @@ class Launcher:
     def __init__(self, channel: Channel, connector: Connector) -> None:
         self._channel = channel
         self._connector = connector
+        self._unsettled: set[str] = set()  # pods of which something may be left
 
     @classmethod
     async def connect(cls, state: Path, connector: Connector = SOCKETS) -> "Launcher":
@@ -530,16 +539,23 @@ class Launcher:
         self._channel.forget()
 
     async def fork(self, plan: PodPlan) -> Supervisor:
-        """A new supervisor, with the namespaces of the plan. Nothing is left of one whose caller is cancelled."""
+        """A new supervisor, with the namespaces of the plan.
+
+        Nothing is left of one that fails, or whose caller is cancelled, unless that fails as well: see `undo_fork`.
+        """
+        self._unsettled.add(plan["id"])
         async with Tasks() as tasks:
             forking = tasks.start("fork", self._fork(plan))
             try:
-                return await asyncio.shield(forking)
+                forked = await asyncio.shield(forking)
             except asyncio.CancelledError:
                 with suppress(NodeAgentError, OSError):
                     forked = await forking
                     await forked.shutdown()
+                    self._unsettled.discard(plan["id"])
                 raise
+        self._unsettled.discard(plan["id"])
+        return forked
 
     async def _fork(self, plan: PodPlan) -> Supervisor:
         pod_id, directory = plan["id"], Path(plan["directory"])
@@ -547,19 +563,23 @@ class Launcher:
             await self._request("fork", plan=plan)
             return await Supervisor.connect(directory, pod_id, self._connector)
         except AlreadyExists:
+            self._unsettled.discard(pod_id)
             raise
         except (NodeAgentError, OSError):
-            await self._undo_fork(pod_id, directory)
+            with suppress(NodeAgentError, OSError):
+                await self.undo_fork(pod_id, directory)
             raise
 
-    async def _undo_fork(self, pod_id: str, directory: Path) -> None:
-        """Leave nothing of a supervisor that died while it made its pod, or that cannot be reached."""
+    async def undo_fork(self, pod_id: str, directory: Path) -> None:
+        """Leave nothing of a supervisor that died while it made its pod, or that could not be reached. Idempotent."""
+        if pod_id not in self._unsettled:
+            return
         if self._channel.is_open:
-            with suppress(NodeAgentError, OSError):
-                await self.abandon(pod_id)
+            await self.abandon(pod_id)
         else:
             await self._end_orphan(pod_id, directory)
         paths.unpin(str(directory))
+        self._unsettled.discard(pod_id)
 
     async def _end_orphan(self, pod_id: str, directory: Path) -> None:
         """Shut down a supervisor that a launcher may have forked before it died."""
