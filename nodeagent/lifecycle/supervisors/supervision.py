@@ -86,7 +86,7 @@ class Supervision:
         One that this release does not understand is left as it is.
         """
         pod = self._inventory.pods.get(sandbox_id)
-        if pod is None or pod.supervisor is None:
+        if pod is None or pod.supervisor is None or pod.closing:
             return
         if sandbox_id not in self._watches:
             expected = pod.supervisor
@@ -96,8 +96,8 @@ class Supervision:
                 if pod.supervisor is expected:
                     pod.supervisor = self._unreached(sandbox_id, str(error))
                 raise
-            if pod.supervisor is not expected:
-                supervisor.close()  # it has been stopped meanwhile
+            if pod.supervisor is not expected or pod.closing:
+                supervisor.close()  # a stop has come meanwhile: a successor would outlive the pod
                 return
             pod.supervisor = supervisor
             self.watch(sandbox_id, supervisor)

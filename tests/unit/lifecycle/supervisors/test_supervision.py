@@ -281,3 +281,24 @@ async def test_a_pod_that_was_stopped_meanwhile_is_not_taken_over(
     await node.supervision.adopt("pod")
     assert found.is_closed
     assert node.inventory.pods["pod"].supervisor is None
+
+
+async def test_a_pod_that_is_being_stopped_is_not_taken_over(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its supervisor is about to end; a successor, made by whoever watches it, would outlive the pod."""
+    node.supervision.expect("pod")
+    expected = node.inventory.pods["pod"].supervisor
+    found = Knowing()
+
+    async def connect(*_: object) -> Supervisor:
+        node.inventory.pods["pod"].closing = True
+        return cast(Supervisor, found)
+
+    monkeypatch.setattr(Supervisor, "connect", connect)
+    await node.supervision.adopt("pod")
+    assert found.is_closed
+    assert node.inventory.pods["pod"].supervisor is expected
+    found.is_closed = False
+    await node.supervision.adopt("pod")
+    assert not found.is_closed
