@@ -76,11 +76,12 @@ class Channel:
         self._is_open = True
         self._answered = asyncio.Event()
         self._refusal = ""
-        self._pidfd = os.pidfd_open(self.pid)
         connection.setblocking(False)
+        # A hello that cannot be sent is no process that does not answer, which would be replaced: there is no channel.
+        protocol.send(connection, protocol.encode(_hello(_HELLO)))
+        self._pidfd = os.pidfd_open(self.pid)
         self._loop.add_reader(connection.fileno(), self._receive_all)
         self._loop.add_reader(self._pidfd, self._died)
-        self._post({"id": _HELLO, "op": "hello", **protocol.spoken()})
 
     @classmethod
     async def connect(
@@ -90,7 +91,7 @@ class Channel:
         on_event: Callable[[Body], None],
         on_end: Callable[[], None],
     ) -> "Channel":
-        """Connect to a socket. Raises OSError where nobody listens."""
+        """Connect to a socket. Raises OSError where nobody listens, or a shortage is in the way."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             with protocol.address(path) as address:
@@ -129,6 +130,8 @@ class Channel:
     async def _ask(
         self, operation: str, fds: Sequence[tuple[str, int | None]], members: Mapping[str, object]
     ) -> Message:
+        if not self._is_open:
+            raise self.unavailable()  # before silence is watched, which has ended with the connection
         number = next(self._numbers)
         names, descriptors = protocol.named(fds)
         packet = protocol.encode({"id": number, "op": operation, "fds": names, **members})
@@ -165,7 +168,7 @@ class Channel:
 
     def _ask_whether_there(self) -> None:
         """Put a question that is answered at once, also by a release that does not know it."""
-        self._post({"id": next(self._numbers), "op": "hello", **protocol.spoken()})
+        self._post(_hello(next(self._numbers)))
 
     def _post(self, body: Body) -> None:
         try:
@@ -344,6 +347,10 @@ class Absence(Channel):
 
     def post(self, operation: str, **members: object) -> None:
         """Nobody hears it."""
+
+
+def _hello(number: int) -> Body:
+    return {"id": number, "op": "hello", **protocol.spoken()}
 
 
 def _reap(pidfd: int) -> None:

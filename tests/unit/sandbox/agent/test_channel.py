@@ -1,6 +1,7 @@
 """Requests to a process that stands still, that loses an answer, or that ends the connection and lives."""
 
 import asyncio
+import errno
 import os
 import resource
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent.errors import ResourceExhausted, Unavailable
+from nodeagent.sandbox import protocol
 from nodeagent.sandbox.agent import channel as channel_module
 from nodeagent.sandbox.agent import deadlines
 from nodeagent.sandbox.agent.channel import Channel
@@ -207,3 +209,28 @@ async def test_a_process_that_does_not_die_is_not_waited_for(
     monkeypatch.setattr(signal, "pidfd_send_signal", lambda _pidfd, _number: None)
     with pytest.raises(TimeoutError, match=f"process {process.pid} does not die of SIGKILL: it"):
         await channel.kill()
+
+
+async def test_a_hello_that_cannot_be_sent_is_no_silence(
+    process: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher that does not answer is killed: a shortage of the agent is not its fault."""
+
+    def send(*_: object) -> None:
+        raise OSError(errno.ENOBUFS, "No buffer space available")
+
+    monkeypatch.setattr(protocol, "send", send)
+    with pytest.raises(OSError, match="No buffer space"):
+        await SOCKETS.connect(str(tmp_path / "socket"), "launcher", ignore_event, ignore_end)
+
+
+async def test_who_is_disconnected_is_not_silent(
+    channel: Channel, caplog: pytest.LogCaptureFixture
+) -> None:
+    await channel.agree()
+    channel.close()
+    with pytest.raises(Unavailable, match="disconnected"):
+        await channel.request("state")
+    await asyncio.sleep(2 * deadlines.SILENCE_SECONDS)
+    assert channel.silent == ""
+    assert not caplog.records
