@@ -4,10 +4,11 @@ import asyncio
 from dataclasses import dataclass, field
 
 from nodeagent.errors import AlreadyExists, NodeAgentError, NotFound
-from nodeagent.requests import ContainerConfig, Profile, SandboxConfig
-from tests.chaos.simulation.oracle import Oracle, Violation
+from nodeagent.requests import ContainerConfig, PortMapping, Profile, SandboxConfig
+from tests.chaos.simulation.oracle import Oracle
 from tests.chaos.simulation.plan import Op
 from tests.chaos.simulation.service import Disconnected, Service
+from tests.chaos.simulation.verdict import Violation
 
 KILL_SECONDS = 20.0
 UNCONFINED = Profile(kind="unconfined")
@@ -53,8 +54,13 @@ class Clients:
         await getattr(self, f"_{op.kind}")(op, pod)
 
     async def _shared_run(self, op: Op, pod: PodKnown) -> None:
+        port = PortMapping(protocol="tcp", container_port=80, host_port=8000 + op.pod)
         config = SandboxConfig(
-            name=f"p{op.pod}", uid=f"u{op.pod}", namespace="ns", attempt=pod.attempt
+            name=f"p{op.pod}",
+            uid=f"u{op.pod}",
+            namespace="ns",
+            attempt=pod.attempt,
+            port_mappings=(port,),
         )
         attempt = pod.attempt
         try:
@@ -113,6 +119,7 @@ class Clients:
         container_id = pod.containers.get(op.container)
         if container_id is None:
             return
+        self._machine.asked.add(container_id)
         timeout = (0.0, 0.01, 2.0)[len(op.program) % 3]
         known = self.oracle.container(container_id)
         was_started = known.state in {"running", "exited"}
@@ -123,6 +130,7 @@ class Clients:
         container_id = pod.containers.get(op.container)
         if container_id is None:
             return
+        self._machine.asked.add(container_id)
         known = self.oracle.container(container_id)
         known.is_going = True
         await self._service.call("remove", lambda node: node.containers.remove(container_id))
@@ -145,6 +153,7 @@ class Clients:
     async def stop_sandbox(self, sandbox_id: str) -> None:
         if not sandbox_id:
             return
+        self._machine.asked.add(sandbox_id)
         watch = asyncio.create_task(self._must_kill(sandbox_id))
         try:
             await self._service.call("stop_pod", lambda node: node.sandboxes.stop(sandbox_id))
@@ -212,6 +221,7 @@ class Clients:
     async def remove_sandbox(self, sandbox_id: str) -> None:
         if not sandbox_id:
             return
+        self._machine.asked.add(sandbox_id)
         self.oracle.sandbox(sandbox_id).is_going = True
         for container_id, owner in self.oracle.pod_of.items():
             if owner == sandbox_id:

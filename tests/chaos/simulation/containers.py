@@ -57,6 +57,8 @@ class Container:
         self.is_alive = False
         self.group.members.pop(self, None)
         self.machine.trace(f"container {self.id[-4:]} ends with {code}")
+        if code == KILLED and self.is_executed and not {self.id, self.pod.id} & self.machine.asked:
+            self.machine.wrong = f"container {self.id} is killed, and nobody has asked for it"
         truth = self.machine.truths[self.id]
         supervisor = self.pod.supervisor
         if not self.created_at:

@@ -208,7 +208,8 @@ class Loop(asyncio.BaseEventLoop):
         self, loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], **options: Any
     ) -> Task:
         self._numbers += 1
-        context = options.pop("context", None) or copy_context()
+        given: Context | None = options.pop("context", None)
+        context = copy_context() if given is None else given
         task = Task(coro, self._numbers, context, loop=loop, **options)
         if len(self.tasks) > MANY:
             self.tasks = [one for one in self.tasks if not one.done()]

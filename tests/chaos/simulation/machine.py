@@ -65,6 +65,8 @@ class Machine:
         self.pod_files: dict[str, Pod] = {}  # by directory
         self.exits: dict[tuple[str, str], dict[str, Any]] = {}
         self.truths: dict[str, Truth] = {}
+        self.asked: set[str] = set()  # pods and containers that a client has asked to end
+        self.wrong = ""  # what happened to a process that should not
         self.groups: dict[str, Any] = {}
         self.links: dict[str, str] = {}
         self.addresses: dict[str, tuple[str, ...]] = {}

@@ -114,6 +114,7 @@ class Agent:
         self.node: Node | None = None
         self.base: Base | None = None
         self.stop = asyncio.Event()
+        self.on_serving: Callable[[Node], None] = lambda _: None  # before the first call
         self.is_serving = False
         self.began_ns = 0
         self.calls: Tasks | None = None
@@ -129,6 +130,7 @@ class Agent:
             self.base = await self._open(stack)
             self.node = await stack.enter_async_context(recovered(self.base))
             self.calls = self.base.tasks.part()
+            self.on_serving(self.node)
             self.is_serving = True
             world.machine.trace("agent serves")
             await self.stop.wait()

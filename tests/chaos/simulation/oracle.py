@@ -6,13 +6,11 @@ from typing import Any
 from nodeagent.lifecycle.node import Node
 from nodeagent.records import Container, HostPort, ImageHold, Lease, Record, Sandbox
 from tests.chaos.simulation.machine import Machine
+from tests.chaos.simulation.stream import Stream
+from tests.chaos.simulation.verdict import Violation
 
 ORDER = {"created": 0, "running": 1, "exited": 2}
 UNKNOWN = 255
-
-
-class Violation(Exception):
-    """The agent has broken a promise."""
 
 
 @dataclass
@@ -38,6 +36,17 @@ class Oracle:
     removed: set[str] = field(default_factory=set)
     pod_of: dict[str, str] = field(default_factory=dict)
     violation: str = ""  # found where nothing can be raised
+    stream: Stream | None = None  # of the present life
+
+    async def listen(self, node: Node) -> None:
+        """Read the events of a node from now on."""
+        async with node.events.subscribe() as events:
+            self.stream = Stream(node)
+            async for event in events:
+                try:
+                    self.stream.hear(event)
+                except Violation as error:
+                    self.violation = str(error)
 
     def sandbox(self, sandbox_id: str) -> Known:
         return self.sandboxes.setdefault(sandbox_id, Known(sandbox_id, boots=self.machine.boots))
@@ -50,6 +59,8 @@ class Oracle:
 
     def look(self, node: Node) -> None:
         """Compare what the agent would list now with all that was said before."""
+        if self.machine.wrong:
+            raise Violation(self.machine.wrong)
         ready: dict[tuple[Any, ...], str] = {}
         seen: set[str] = set()
         for sandbox in node.sandboxes.list():
@@ -70,6 +81,9 @@ class Oracle:
 
     def _see_sandbox(self, sandbox: Sandbox, ready: dict[tuple[Any, ...], str]) -> None:
         known = self.sandboxes.get(sandbox.id)
+        is_of_boot = known is not None and known.boots == self.machine.boots
+        if is_of_boot and not sandbox.ready and sandbox.id not in self.machine.asked:
+            raise Violation(f"sandbox {sandbox.id} is stopped, and nobody has asked for it")
         if sandbox.ready:
             identity = (sandbox.config.uid, sandbox.config.name, sandbox.config.attempt)
             if identity in ready:
@@ -126,6 +140,9 @@ class Oracle:
     def nothing_left(self, node: Node, base: Any) -> None:
         """Only warm slots are left, of all that pods had."""
         slots = {slot.id for slot in node.slots._ready}
+        leaks = {kind: count for kind, count in node.reconciliation.leaks.items() if count}
+        if leaks:
+            raise Violation(f"the reconciliation had to remove leaks: {leaks}")
         found = list(self._left_in_machine(slots)) + list(self._left_in_agent(node, base, slots))
         if found:
             raise Violation(f"left at rest: {'; '.join(found)}")

@@ -16,9 +16,10 @@ from tests.chaos.simulation.clients import Clients
 from tests.chaos.simulation.faults import Faults
 from tests.chaos.simulation.loop import Deadlock, Livelock, Loop
 from tests.chaos.simulation.machine import Machine
-from tests.chaos.simulation.oracle import Oracle, Violation
+from tests.chaos.simulation.oracle import Oracle
 from tests.chaos.simulation.plan import Plan
 from tests.chaos.simulation.service import Disconnected, Service
+from tests.chaos.simulation.verdict import Violation
 
 PATIENCE = 1500.0  # of the whole run after its last fault, in virtual seconds
 LOOK_EVERY = 8
@@ -153,6 +154,8 @@ class Run:
         if agent is None or node is None:
             raise Violation("the agent has ended by itself")
         self.oracle.look(node)
+        assert self.oracle.stream is not None
+        self.oracle.stream.compare(node)
         self.oracle.nothing_left(node, agent.base)
 
     async def _end(self) -> None:

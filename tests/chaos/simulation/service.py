@@ -43,6 +43,7 @@ class Service:
         self._context = contextvars.copy_context()
         self._calls: dict[asyncio.Future[Any], None] = {}  # in order
         self._starts = 0
+        self._reader: asyncio.Task[None] | None = None  # of the events of this life
         slots = self.random.choice((0, 0, 1, 2))
         self._config = Config(slots=slots, network=Network(subnet4="10.0.0.0/24"))
 
@@ -57,6 +58,7 @@ class Service:
         self._starts += 1
         agent = Agent(self._starts, self.directory, self.database, self._config)
         agent.began_ns = self.machine.time_ns()
+        agent.on_serving = self._read_events
         self.agent = agent
         self.machine.life = agent.life
         self._context = contextvars.copy_context()
@@ -68,6 +70,10 @@ class Service:
         task.add_done_callback(partial(self._agent_ended, agent))
         await self.ended.wait()
         self._bereave()
+
+    def _read_events(self, node: Node) -> None:
+        outside = contextvars.Context()
+        self._reader = self.loop.create_task(self.oracle.listen(node), context=outside)
 
     def _agent_ended(self, agent: Agent, task: "asyncio.Task[None]") -> None:
         if agent.life.is_dead:
@@ -95,6 +101,8 @@ class Service:
             if not call.done():
                 call.set_exception(Disconnected())
         self._calls.clear()
+        if self._reader is not None:
+            self._reader.cancel()
         if self.agent is not None:
             self.agent.is_serving = False
 

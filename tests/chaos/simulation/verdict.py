@@ -1,0 +1,5 @@
+"""What an oracle finds."""
+
+
+class Violation(Exception):
+    """The agent has broken a promise."""
