@@ -15,7 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 from nodeagent import files
-from nodeagent.lifecycle import recovery
+from nodeagent.lifecycle import composition, recovery
 from nodeagent.lifecycle.containers import unkillable
 from nodeagent.lifecycle.plan import etc_files
 from nodeagent.lifecycle.pods import sandboxes
@@ -75,6 +75,9 @@ def patched() -> Iterator[None]:
         enter(patch.object(secrets, "randbelow", _randbelow))
         enter(patch.object(os, "pidfd_open", lambda pid, flags=0: world.machine.pidfd_open(pid)))
         enter(patch.object(os, "waitid", _waitid))
+        enter(
+            patch.object(composition, "version", lambda _name: "0")
+        )  # from the disk at each start
         enter(patch.object(signal, "pidfd_send_signal", _pidfd_send_signal))
         enter(patch.object(Path, "mkdir", _stepped("files.mkdir", Path.mkdir)))
         enter(patch.object(Path, "rename", _stepped("files.rename", Path.rename)))
