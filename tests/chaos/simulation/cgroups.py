@@ -8,7 +8,7 @@ from nodeagent.cgroups.descriptors import WatchFds
 from nodeagent.cgroups.stats import CgroupStats, PressureStats
 from nodeagent.errors import AlreadyExists, FailedPrecondition, NotFound
 from tests.chaos.simulation import world
-from tests.chaos.simulation.containers import KILLED, Container
+from tests.chaos.simulation.containers import KILLED, Container, Init
 
 INSTANCE = "00000000"
 
@@ -18,7 +18,7 @@ class Group:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.members: dict[Container, None] = {}
+        self.members: dict[Container | Init, None] = {}
 
 
 class Handle:

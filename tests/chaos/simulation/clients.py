@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from nodeagent.errors import AlreadyExists, NodeAgentError, NotFound
-from nodeagent.requests import ContainerConfig, PortMapping, Profile, SandboxConfig
+from nodeagent.requests import ContainerConfig, Namespaces, PortMapping, Profile, SandboxConfig
 from tests.chaos.simulation.oracle import Oracle
 from tests.chaos.simulation.plan import Op
 from tests.chaos.simulation.service import Disconnected, Service
@@ -22,6 +22,11 @@ class PodKnown:
     id: str = ""
     containers: dict[int, str] = field(default_factory=dict)
     attempts: dict[int, int] = field(default_factory=dict)
+
+
+def _namespaces(pod: int) -> Namespaces:
+    """The containers of every other pod share a PID namespace."""
+    return Namespaces(pid="pod" if pod % 2 else "container")
 
 
 class Clients:
@@ -61,6 +66,7 @@ class Clients:
             namespace="ns",
             attempt=pod.attempt,
             port_mappings=(port,),
+            namespaces=_namespaces(op.pod),
         )
         attempt = pod.attempt
         try:
@@ -98,7 +104,8 @@ class Clients:
         if number in pod.containers:
             return
         config = ContainerConfig(
-            name=f"c{number}", attempt=pod.attempts.get(number, 0), image="image", command=(op.program or "runs",),
+            name=f"c{number}", namespaces=_namespaces(op.pod),
+            attempt=pod.attempts.get(number, 0), image="image", command=(op.program or "runs",),
             seccomp=UNCONFINED, apparmor=UNCONFINED,
         )  # fmt: skip
         container_id = await self._service.call(

@@ -97,6 +97,37 @@ class Container:
         }  # fmt: skip
 
 
+class Init:
+    """The process that holds the PID namespace which the containers of a pod share: they end with it."""
+
+    hangs_until = 0.0
+
+    def __init__(self, pod: "Pod", group: Any) -> None:
+        self.pod = pod
+        self.is_alive = True
+        pod.machine.last_pid += 1
+        self.pid = pod.machine.last_pid
+        self._group = group
+        group.members[self] = None
+
+    def kill(self) -> None:
+        self.end(KILLED)
+
+    def end(self, _code: int) -> None:
+        if not self.is_alive:
+            return
+        self.is_alive = False
+        self._group.members.pop(self, None)
+        machine, supervisor = self.pod.machine, self.pod.supervisor
+        machine.trace(f"init of pod {self.pod.id[-4:]} ends")
+        machine.asked.add(self.pod.id)  # nobody has to ask for the end of its pod any more
+        for container in list(self.pod.containers.values()):
+            if container.plan["pid"] == "pod":
+                container.kill()
+        if supervisor is not None:
+            supervisor.when_running(supervisor.init_ended)
+
+
 class Pod:
     """The files of a pod, which outlive its supervisor, and its processes."""
 
@@ -106,6 +137,7 @@ class Pod:
         self.directory = directory
         self.containers: dict[str, Container] = {}
         self.supervisor: Supervisor | None = None
+        self.init: Init | None = None
         self.has_pins = True
 
     def is_left(self) -> bool:

@@ -57,6 +57,11 @@ class Faults:
         if supervisor is not None:
             supervisor.kill()
 
+    def _kill_init(self, _fault: Fault) -> None:
+        for pod in list(self._machine.pods.values()):
+            if pod.init is not None:
+                pod.init.kill()
+
     def _kill_launcher(self, _fault: Fault) -> None:
         if self._machine.launcher is not None:
             self._machine.launcher.kill()

@@ -162,6 +162,8 @@ class Machine:
         for pod in list(self.pods.values()):
             for container in pod.containers.values():
                 container.is_alive = False
+            if pod.init is not None:
+                pod.init.is_alive = False
         self.pods.clear()
         self.pod_files.clear()
         for process in list(self.processes.values()):

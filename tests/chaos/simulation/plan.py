@@ -65,7 +65,7 @@ FAULTS = {
     "store": 3, "store_busy": 2, "files": 2, "cgroups": 2, "network": 2, "launcher_fails": 1, "supervisor_fails": 2,
     "slow": 2, "hang": 2, "stop_supervisor": 3, "stop_launcher": 2, "stop_both": 1, "disconnect": 2,
     "disconnect_launcher": 1, "send_fails": 2, "receive_fails": 2, "cut": 1, "late": 2, "send": 1, "connect": 1,
-    "pidfd": 1,
+    "pidfd": 1, "kill_init": 1,
 }  # fmt: skip
 LONG = {
     "store", "store_busy", "files", "cgroups", "network", "launcher_fails", "supervisor_fails", "slow", "hang",

@@ -13,7 +13,7 @@ from nodeagent.errors import AlreadyExists, FailedPrecondition, NotFound, StartE
 from nodeagent.sandbox import exits, protocol
 from nodeagent.sandbox.paths import SUPERVISOR_SOCKET
 from tests.chaos.simulation.connection import Connection, close_file
-from tests.chaos.simulation.containers import KILLED, Container, Pod
+from tests.chaos.simulation.containers import KILLED, Container, Init, Pod
 from tests.chaos.simulation.machine import Machine
 from tests.chaos.simulation.server import Request, Server
 
@@ -87,11 +87,19 @@ class Supervisor(Server):
         request.reply({"fds": ["net", "route"]}, [os.dup(_DEVNULL), os.dup(_SOCKET.fileno())])
 
     def do_configure(self, request: Request) -> None:
+        for group in request.take("join"):
+            if self.pod.init is None:
+                self.pod.init = Init(self.pod, group)
         self.later(self.machine.loop.soon(), request.reply)
 
+    def init_ended(self) -> None:
+        if not self._closing:
+            self.tell({"event": "init_exit"})
+
     def do_state(self, request: Request) -> None:
+        has_ended = self.pod.init is not None and not self.pod.init.is_alive
         members = [c.describe() for c in self.pod.containers.values() if c.created_at]
-        request.reply({"pid": self.pid, "init_ended": False, "containers": members})
+        request.reply({"pid": self.pid, "init_ended": has_ended, "containers": members})
 
     def do_shutdown(self, request: Request) -> None:
         self._closing.append(request)
@@ -105,6 +113,8 @@ class Supervisor(Server):
         if any(c.is_alive for c in self.pod.containers.values()):
             self.later(0.005, self._end_if_empty)
             return
+        if self.pod.init is not None:
+            self.pod.init.kill()
         self.pod.has_pins = False
         self.machine.pods.pop(self.pod.id, None)
         if self.machine.launcher is not None:
