@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import warnings
+from asyncio import InvalidStateError
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -118,7 +119,7 @@ def _pidfd_send_signal(fd: int, number: int, *_: Any) -> None:
 
 def _unraisable(unraisable: Any) -> None:
     """Coroutines of a dead agent are destroyed in the middle of what they do."""
-    if not isinstance(unraisable.exc_value, Killed | RuntimeError):
+    if not isinstance(unraisable.exc_value, Killed | RuntimeError | InvalidStateError):
         sys.__unraisablehook__(unraisable)
 
 
