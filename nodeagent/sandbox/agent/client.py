@@ -583,14 +583,18 @@ class Launcher:
 
     async def _end_orphan(self, pod_id: str, directory: Path) -> None:
         """Shut down a supervisor that a launcher may have forked before it died."""
+        trouble: OSError | None = None
         for _ in range(_POLLS):
             try:
                 supervisor = await Supervisor.connect(directory, pod_id, self._connector)
-            except OSError:
+            except OSError as error:
+                trouble = error
                 await asyncio.sleep(_POLL_SECONDS)
             else:
                 await supervisor.shutdown()
                 return
+        if trouble is not None and trouble.errno not in NOBODY_LISTENS:
+            raise trouble  # it may live
 
     async def successor(self, pod_id: str, directory: Path) -> Supervisor:
         """Another supervisor for a pod whose own has died; raises AlreadyExists where it has not."""
