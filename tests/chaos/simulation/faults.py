@@ -24,7 +24,7 @@ class Faults:
         await asyncio.sleep(0.05)
 
     def _open_window(self, fault: Fault) -> None:
-        # Without a connection the agent gives up a pod that it does not know: the reconciliation ends that (seed 50628).
+        # Without a connection the agent gives up a pod that it does not know; the reconciliation ends it (seed 50628).
         if fault.kind in {"send_fails", "send", "connect", "pidfd", "receive_fails"}:
             self._machine.may_leak = True
         until = self._machine.loop.time() + fault.seconds
