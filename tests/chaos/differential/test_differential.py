@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.containerd import PROGRAMS
+from tests.chaos import seeds
 from tests.chaos.differential.caller import Answer, Caller
 from tests.chaos.differential.cases import CASES
 from tests.chaos.differential.compare import (
@@ -44,7 +44,7 @@ def test_the_table_has_all_differences(
     callers: tuple[Caller, Caller], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A walk of a random seed meets no other ones than the cases do."""
-    seed = random.randrange(1 << 32)
+    seed = seeds.of_this_run()
     with capsys.disabled():
         print(f"\ndifferential: seed {seed}")
     found = run([*CASES, every_state, walk(seed)], callers)

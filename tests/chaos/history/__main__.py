@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from tests.chaos import seeds
 from tests.chaos.history.model import Model, Violation
 from tests.chaos.history.record import load
 from tests.chaos.history.run import Outcome, Script, run, script
@@ -38,7 +38,7 @@ def main() -> int:
     options = _options()
     if options.judge:
         return _print(Model(load(options.judge)).violations())
-    print(f"history: seed {options.seed}, commit {commit()}", flush=True)
+    print(f"history: seed {options.seed}, commit {seeds.commit()}", flush=True)
     failed, total, number = 0, Counter[str](), 0
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="history-")))
@@ -80,7 +80,9 @@ def report(seed: int, wanted: Script, outcome: Outcome, directory: Path) -> None
     """Say what is needed to see it again."""
     path = directory / f"failed-{seed}.jsonl"
     outcome.history.save(path)
-    print(f"FAILED: seed {seed}, {wanted.calls} calls, commit {commit()}; the history is {path}")
+    print(
+        f"FAILED: seed {seed}, {wanted.calls} calls, commit {seeds.commit()}; the history is {path}"
+    )
     _print(outcome.violations)
 
 
@@ -113,15 +115,6 @@ def _print(violations: Sequence[Violation]) -> int:
         print(f"    {violation}")
     print(f"{len(violations)} violations: {dict(rules)}", flush=True)
     return min(len(violations), 1)
-
-
-def commit() -> str:
-    """The commit that is tested, with a mark if the tree differs from it."""
-    command = ["git", "-c", "safe.directory=*", "-C", str(images.PROJECT)]
-    described = subprocess.run(
-        [*command, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return described.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import tempfile
 from pathlib import Path
 
 import pytest
 
+from tests.chaos import seeds
 from tests.chaos.history.__main__ import report
 from tests.chaos.history.program import Step
 from tests.chaos.history.run import Script, run, script
@@ -22,7 +22,7 @@ EVERY = 40  # calls for one fault
 # However slow the machine is: it makes so many calls, each of which may take PATIENCE_SECONDS at most.
 @pytest.mark.timeout(900)
 def test_a_history(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
-    seed = random.randrange(1 << 32)
+    seed = seeds.of_this_run()
     wanted = script(seed, CALLS, EVERY)
     # Not below the directory of the run, whose name makes paths of sockets long.
     with tempfile.TemporaryDirectory(prefix="na-test-history-", dir="/tmp") as root:

@@ -18,6 +18,7 @@ from typing import cast
 import grpc
 import pytest
 
+from tests.chaos import seeds
 from tests.chaos.inject.rounds import Round
 from tests.chaos.inject.strace import Fault, Injection, unavailable
 from tests.chaos.inject.sweep import Sweep, describe
@@ -29,7 +30,7 @@ from tests.support.node import wait_for
 from tests.support.registry import fill, running_registry
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "120"))
-SEED = int(os.environ.get("CHAOS_SEED", random.randrange(1 << 32)))
+SEED = seeds.of_this_run()
 
 OPENING = """
 import os

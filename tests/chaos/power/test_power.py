@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos import seeds
 from tests.chaos.power import damage, disk, trace, trees
 from tests.chaos.power.disk import Disk, Name, Write, apply
 from tests.chaos.power.losses import try_losses
@@ -24,7 +25,7 @@ needs_strace = pytest.mark.skipif(trace.strace() is None, reason="strace is not 
 
 @needs_strace
 async def test_power_losses_during_a_walk(tmp_path: Path, registry: Registry) -> None:
-    seed = random.randrange(1 << 32)
+    seed = seeds.of_this_run()
     print(f"seed {seed}")
     chance = random.Random(seed)
     with agent_of(tmp_path, registry) as agent:
@@ -55,7 +56,7 @@ def differences(recording: Recording) -> list[str]:
 
 async def test_a_damaged_database_sample() -> None:
     """Rung (c): whatever is overwritten in a database, it is opened, or refused and repaired."""
-    seed = random.randrange(1 << 32)
+    seed = seeds.of_this_run()
     tried = damage.try_damages(seed, count=40, seconds=15)
     print(f"seed {seed}: {tried}")
     assert tried.violations == [], f"seed {seed}"

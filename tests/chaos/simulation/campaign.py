@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from tests.chaos import seeds
 from tests.chaos.simulation import plan as plans
 from tests.chaos.simulation.boundaries import patched
 from tests.chaos.simulation.plan import Plan
@@ -97,13 +98,8 @@ def told(seed: int, directory: Path) -> str:
     trace = "\n".join(outcome.lines[-200:])
     return (
         f"{plan}\n\n{trace}\n\n{outcome.violation}\n\n"
-        f"commit {_commit()}; repeat: python -m tests.chaos.simulation --seed {seed}"
+        f"commit {seeds.commit()}; repeat: python -m tests.chaos.simulation --seed {seed}"
     )
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def run_apart(first: int, count: int, jobs: int) -> tuple[list[int], float]:

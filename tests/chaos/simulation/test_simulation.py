@@ -1,26 +1,25 @@
 """The simulation of the node: nothing is violated, and the same seed is the same run."""
 
 import os
-import random
 import subprocess
 import sys
 
 import pytest
 
+from tests.chaos import seeds
 from tests.chaos.simulation import campaign
 
 pytestmark = pytest.mark.timeout(900)  # of a machine that has more to do
 
 SEEDS = 600
-FIRST = "NODEAGENT_SIMULATION_FIRST"  # the first seed, to repeat a run
 
 
 def test_nothing_is_violated() -> None:
     """In processes of their own: a run depends on the hash seed of its process, and replaces kernel calls in it."""
-    first = int(os.environ.get(FIRST) or random.SystemRandom().randrange(10**9))
+    first = seeds.of_this_run()
     failing, _ = campaign.run_apart(first, SEEDS, jobs=1)
     assert not failing, (
-        f"{FIRST}={first}: repeat each by: python -m tests.chaos.simulation --seed N"
+        f"{seeds.VARIABLE}={first}: repeat each by: python -m tests.chaos.simulation --seed N; failing: {failing}"
     )
 
 
