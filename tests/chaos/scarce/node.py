@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -144,7 +145,7 @@ class Node:
 
     def works_again(self) -> list[str]:
         """What fails now, without a restart, is wrong."""
-        wrong = []
+        wrong: list[str] = []
         steps: dict[str, Callable[[], object]] = {
             "ExecSync": lambda: self.main.exec("true"),
             "a pod": self._run_a_pod,
@@ -153,10 +154,7 @@ class Node:
             ),
         }
         for step, call in steps.items():
-            try:
-                call()
-            except grpc.RpcError as error:
-                wrong.append(f"{step} fails afterwards: {error.code()}: {error.details()}")
+            self._after(f"{step} works again", partial(_succeeds, call), wrong)
         return wrong
 
     def _run_a_pod(self) -> None:
@@ -193,3 +191,12 @@ def node(agent: RunningAgent, registry: Registry) -> Iterator[Node]:
         agent.remove_pods()
         code = agent.stop()
     assert code == 0, agent.log.read_text()[-4000:]
+
+
+def _succeeds(call: Callable[[], object]) -> bool:
+    """Whether it does now: addresses are free some moments after their pods, when the kernel has removed the links."""
+    try:
+        call()
+    except grpc.RpcError:
+        return False
+    return True
