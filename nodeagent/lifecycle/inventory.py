@@ -139,12 +139,11 @@ class Inventory:
             self._unwritten.add(record.id)
         self._publish(record, (event,))
 
-    def write_noted(self, sandbox_id: str) -> None:
-        """Write what was only noted of a pod's containers, whose supervisor will not tell it again."""
-        for container in self.members(sandbox_id):
-            if container.id in self._unwritten:
-                self.store.put(container)
-                self._unwritten.discard(container.id)
+    def write_noted(self, containers: Iterable[Container]) -> None:
+        """Write what was only noted of containers of which their supervisor will not tell it again."""
+        for container_id in self._unwritten.intersection(c.id for c in containers):
+            self.store.put(self.containers[container_id])
+            self._unwritten.discard(container_id)
 
     def _publish(self, record: Sandbox | Container, events: Sequence[Kind]) -> None:
         if isinstance(record, Sandbox):

@@ -12,13 +12,14 @@ VARIABLE = "CHAOS_SEED"
 def of_this_run() -> int:
     """That of the environment, else one of the commit: a commit plays the same again, the next one another part."""
     given = os.environ.get(VARIABLE)
-    return int(given) if given else zlib.crc32(commit().encode())
+    return int(given) if given else zlib.crc32(_git("rev-parse", "HEAD").encode())
 
 
 def commit() -> str:
     """The commit that is tested, with a mark if the tree differs from it; "unknown" without its repository."""
-    command = ["git", "-c", "safe.directory=*", "-C", str(images.PROJECT)]
-    described = subprocess.run(
-        [*command, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return described.stdout.strip() or "unknown"
+    return _git("describe", "--always", "--dirty") or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-c", "safe.directory=*", "-C", str(images.PROJECT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

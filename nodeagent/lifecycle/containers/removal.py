@@ -90,6 +90,7 @@ class Removal:
     async def _leave_supervisor(self, container: Container) -> None:
         pod = self._inventory.pods.get(container.sandbox_id)
         if pod is not None and pod.supervisor is not None:
+            self._inventory.write_noted((container,))  # it keeps the exit code until then
             await pod.supervisor.remove(container.id)
 
     async def _take(self, container: Container) -> None:

@@ -213,7 +213,7 @@ class Sandboxes:
         # A removal, which has stopped the pod before, may have been faster than a stop that came second.
         if current is not None and not current.stopped_at:
             # What cannot be written has not happened, though nothing runs any more: the next agent would find it READY.
-            self._inventory.write_noted(sandbox.id)
+            self._inventory.write_noted(self._inventory.members(sandbox.id))
             self._inventory.save(
                 msgspec.structs.replace(current, stopped_at=time.time_ns()), "stopped"
             )

@@ -130,10 +130,13 @@ class Supervision:
             if pod.supervisor.is_lost:
                 await self._launchers.get()
             await pod.supervisor.shutdown()
-            pod.supervisor = None
         for container in self._inventory.members(sandbox_id):
             if container.state == "running":
                 self._ended_unheard(container)
+        if pod is not None:
+            pod.supervisor = (
+                None  # only now: where a record cannot be read, the pod can be stopped again
+            )
 
     async def ended(self, container_id: str) -> None:
         """Return once the container's record says that it is not running."""

@@ -85,9 +85,9 @@ def test_what_was_only_noted_is_written_before_its_pod_has_stopped(tmp_path: Pat
         with locked(path):
             inventory.note(ended, "stopped")
             with pytest.raises(Unavailable, match="locked"):
-                inventory.write_noted("pod")
+                inventory.write_noted(inventory.members("pod"))
         assert store.get(Container, made.id) == made
-        inventory.write_noted("pod")
+        inventory.write_noted(inventory.members("pod"))
         assert store.get(Container, made.id) == ended
 
 

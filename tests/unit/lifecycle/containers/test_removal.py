@@ -7,9 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 
-from nodeagent.errors import FailedPrecondition, Unavailable
+from nodeagent.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from nodeagent.lifecycle.containers import removal as module
 from nodeagent.lifecycle.containers.creation import Creation
 from nodeagent.lifecycle.containers.removal import Removal
@@ -111,3 +112,25 @@ async def test_a_removal_that_fails_keeps_the_record(node: Node) -> None:
         await node.removal.clear(node.container)
     assert "c" in node.inventory.containers
     assert node.done == {*STEPS} - {"cgroup"}
+
+
+async def test_a_supervisor_forgets_an_exit_code_when_the_record_has_it(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that is killed in between knows the code from one of the two."""
+    inventory, store = node.inventory, node.inventory.store
+    running = records.container("r", sandbox_id="pod", created_at=1, started_at=2)
+    inventory.save(running)
+    ended = msgspec.structs.replace(running, finished_at=3, exit_code=7)
+
+    def fail(_: object) -> None:
+        raise ResourceExhausted("the disk is full")
+
+    monkeypatch.setattr(store, "put", fail)
+    inventory.note(ended, "stopped")
+    with pytest.raises(ResourceExhausted):
+        await node.removal.clear(ended)
+    assert "supervisor" not in node.done
+    monkeypatch.undo()
+    await node.removal.clear(ended)
+    assert "supervisor" in node.done

@@ -17,6 +17,7 @@ from nodeagent.lifecycle.supervisors import polling, supervision
 from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.records import Container
+from nodeagent.sandbox import exits
 from nodeagent.sandbox.agent.client import ContainerState, Supervisor
 from nodeagent.sandbox.spec import Exit
 from nodeagent.store import Store
@@ -34,8 +35,15 @@ class FakeSupervisor:
         self.lost, self.ended = asyncio.Event(), asyncio.Event()
         self.is_closed = False
 
+    @property
+    def is_lost(self) -> bool:
+        return self.lost.is_set()
+
     async def has_died(self) -> bool:
         return self.lost.is_set()
+
+    async def shutdown(self) -> None:
+        """It ends."""
 
     def close(self) -> None:
         self.is_closed = True
@@ -112,6 +120,24 @@ async def test_a_pod_that_is_being_ended_holds_up_no_other(node: Node) -> None:
 
 async def test_a_pod_that_was_removed_meanwhile_is_shut_down(node: Node) -> None:
     await node.supervision.shut_down("removed")
+
+
+async def test_a_pod_whose_exit_record_cannot_be_read_can_be_stopped_again(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.pod("a")
+    node.inventory.save(records.container("c", sandbox_id="a", created_at=1, started_at=2))
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(exits, "read", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        await node.supervision.shut_down("a")
+    monkeypatch.undo()
+    await node.supervision.shut_down("a")
+    assert node.inventory.pods["a"].supervisor is None
+    assert node.inventory.containers["c"].state == "exited"
 
 
 async def test_work_that_has_not_ended_ends_with_the_node(node: Node) -> None:
