@@ -132,7 +132,8 @@ class RunningAgent:
             self._channel = None
         if self._process is None:
             return 0
-        self._process.send_signal(number)  # none to one that has ended already
+        if self._process.poll() is None:  # it may have ended already
+            os.kill(self.pid, number)
         code = self._process.wait(timeout=PATIENCE_SECONDS)
         self._process = None
         return code
