@@ -109,7 +109,7 @@ def test_an_agent_starts_after_a_creation_that_was_held_up(
 def test_an_agent_ends_while_a_creation_is_held_up(own_cri: Cri, registry: Registry) -> None:
     container = holding(own_cri, registry)
     with creating(container):
-        assert own_cri.agent.stop() == 1  # it has given up
+        assert own_cri.agent.stop() == 0  # the undo is left to the next one
     own_cri.agent.start()
     container.pod.remove()
 
