@@ -89,6 +89,7 @@ class Creation:
         # No other creation of this name comes between the check and the record: there is one per key.
         self._refuse_duplicate(sandbox, config)
         with pod.creation(sandbox.id) as supervisor:
+            await supervisor.agree()  # before anything is made, which it could not undo
             config = await self._with_devices(sandbox, config)
             image = self._image(config)
             container = self._intention(sandbox, config, image)

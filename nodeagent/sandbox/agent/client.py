@@ -135,6 +135,10 @@ class Supervisor:
         if isinstance(self._channel, Absence):
             raise self._channel.error
 
+    async def agree(self) -> None:
+        """Return when it is known that the supervisor understands us. Raises IncompatibleVersion where it does not."""
+        await self._channel.agree()
+
     @property
     def pid(self) -> int:
         return self._channel.pid

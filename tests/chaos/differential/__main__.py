@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
-from pathlib import Path
 
 from tests.chaos.differential.cases import CASES
 from tests.chaos.differential.compare import DOCUMENT, documented, pair, run
 from tests.chaos.differential.walk import every_state, walk
 from tests.support.registry import running_registry
+from tests.support.scratch import scratch
 
 
 def main(names: list[str]) -> int:
@@ -24,8 +23,8 @@ def main(names: list[str]) -> int:
     chosen = [case for case in CASES if case.__name__ in names] + [walk(seed) for seed in seeds]
     chosen = chosen or [*CASES, every_state]
     known = documented(DOCUMENT.read_text()) if DOCUMENT.exists() else set()
-    with tempfile.TemporaryDirectory(prefix="differential-") as folder:
-        root = Path(folder)
+    with scratch("differential-") as folder:
+        root = folder
         with running_registry(root / "registry") as registry, pair(root, registry) as callers:
             found = run(chosen, callers)
     for row in sorted(found - known):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -21,6 +19,7 @@ from tests.chaos.differential.compare import (
 )
 from tests.chaos.differential.walk import every_state, walk
 from tests.support.registry import Registry
+from tests.support.scratch import scratch
 
 NEEDED = ("containerd", "containerd-shim-runc-v2", "runc", "bridge")
 KNOWN = documented(DOCUMENT.read_text())
@@ -32,8 +31,8 @@ def callers(registry: Registry) -> Iterator[tuple[Caller, Caller]]:
     if missing:
         pytest.skip(f"{', '.join(missing)}: `make peer` builds them with Go 1.26 or newer")
     with (
-        tempfile.TemporaryDirectory(prefix="na-test-differential-", dir="/tmp") as root,
-        pair(Path(root), registry) as both,
+        scratch("na-test-differential-", "/tmp") as root,
+        pair(root, registry) as both,
     ):
         yield both
 

@@ -28,6 +28,7 @@ from tests.chaos.history.run import Outcome, Script, run, script
 from tests.chaos.history.shrink import Budget, shrink
 from tests.support import images
 from tests.support.registry import Registry, running_registry
+from tests.support.scratch import scratch
 
 EVERY = 60  # calls for one fault
 SHOWN = 10
@@ -41,7 +42,7 @@ def main() -> int:
     print(f"history: seed {options.seed}, commit {seeds.commit()}", flush=True)
     failed, total, number = 0, Counter[str](), 0
     with ExitStack() as stack:
-        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="history-")))
+        root = stack.enter_context(scratch("history-"))
         registry = stack.enter_context(running_registry(root / "registry"))
         registry.push(images.busybox())
         begin = time.monotonic()

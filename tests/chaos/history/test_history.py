@@ -14,6 +14,7 @@ from tests.chaos.history.run import Script, run, script
 from tests.chaos.history.shrink import Budget, shrink
 from tests.support.node import PATIENCE_SECONDS
 from tests.support.registry import Registry
+from tests.support.scratch import scratch
 
 CALLS = 400
 EVERY = 40  # calls for one fault
@@ -25,8 +26,8 @@ def test_a_history(registry: Registry, capsys: pytest.CaptureFixture[str]) -> No
     seed = seeds.of_this_run()
     wanted = script(seed, CALLS, EVERY)
     # Not below the directory of the run, whose name makes paths of sockets long.
-    with tempfile.TemporaryDirectory(prefix="na-test-history-", dir="/tmp") as root:
-        outcome = run(wanted, Path(root) / "a", registry, PATIENCE_SECONDS)
+    with scratch("na-test-history-", "/tmp") as root:
+        outcome = run(wanted, root / "a", registry, PATIENCE_SECONDS)
     with capsys.disabled():
         print(f"\nhistory: seed {seed}: {dict(outcome.counts)}, {outcome.seconds:.0f} s")
         if outcome.violations:

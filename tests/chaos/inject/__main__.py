@@ -13,14 +13,13 @@ import os
 import random
 import signal
 import sys
-import tempfile
-from pathlib import Path
 
 from tests.chaos.inject.rounds import STOP_SECONDS, Round
 from tests.chaos.inject.strace import Fault, unavailable
 from tests.chaos.inject.sweep import Key, Sweep, describe
 from tests.support import images, leaks
 from tests.support.registry import fill, running_registry
+from tests.support.scratch import scratch
 
 
 def main() -> int:
@@ -42,8 +41,7 @@ def main() -> int:
         signal.SIGTERM, lambda _number, _frame: sys.exit(143)
     )  # so that all is taken down
     os.environ[leaks.VARIABLE] = f"na-chaos-{os.getpid()}"
-    with tempfile.TemporaryDirectory(prefix="na-chaos-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
+    with scratch("na-chaos-") as folder:
         folder.chmod(0o755)
         with running_registry(folder / "registry") as registry:
             fill(registry, [images.busybox(), images.pause()])

@@ -8,13 +8,13 @@ import asyncio
 import logging
 import random
 import sys
-import tempfile
 from pathlib import Path
 
 from tests.chaos.power import damage, defects, machine
 from tests.chaos.power.losses import try_losses
 from tests.chaos.power.walk import agent_of, walked
 from tests.support.registry import running_registry
+from tests.support.scratch import scratch
 
 
 def main() -> int:
@@ -27,8 +27,8 @@ def main() -> int:
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     logging.getLogger("nodeagent").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="power-", dir="/var/tmp") as folder:
-        violations = _run(options, Path(folder))
+    with scratch("power-", "/var/tmp") as folder:
+        violations = _run(options, folder)
     for violation in violations:
         print(violation)
     return 1 if violations else 0

@@ -231,6 +231,7 @@ async def test_a_launcher_that_lives_and_hangs_up_is_left_alone(
 
     def hang_up() -> None:
         connection, _ = listener.accept()
+        connection.recv(4096)  # what it is greeted with; before that nobody seems to listen
         connection.close()
 
     starting = Starting()
