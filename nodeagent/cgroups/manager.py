@@ -1,6 +1,7 @@
 """The cgroups of a machine: the paths of containers' groups, making them, finding them again."""
 
 import os
+import re
 from typing import Literal, Protocol
 
 from nodeagent.cgroups import hierarchy, limits, paths, systemd, tree
@@ -14,6 +15,8 @@ from nodeagent.requests import Resources
 Driver = Literal["cgroupfs", "systemd"]
 
 HUGEPAGES = "/sys/kernel/mm/hugepages"
+
+_ID = re.compile(r"[0-9a-f]{64}")
 
 
 class Names(Protocol):
@@ -94,6 +97,23 @@ class Cgroups:
     def pod_path(self, pod_id: str) -> str:
         """The parent for containers of a pod without one; it is made with the first of them."""
         return self._names.pod(self.default_parent, pod_id)
+
+    def of_pods_without_parent(self) -> dict[str, str]:
+        """The agent's groups two levels below the default parent, where such pods have theirs: ids by their paths.
+
+        The id is that of a container, or of a pod whose own process is in the group.
+        """
+        found: dict[str, str] = {}
+        for root in self._layout.hierarchies:
+            top = f"{root.mount}{self.default_parent}"
+            for pod in filter(_ID.search, tree.groups_in(top)):
+                for name in tree.groups_in(f"{top}/{pod}"):
+                    is_ours = tree.kind(f"{top}/{pod}/{name}") is not None
+                    if is_ours and (container_id := _ID.search(name)):
+                        group = f"{self.default_parent}/{pod}/{name}"
+                        path = group if self._layout.legacy else f"{group}/{paths.INNER}"
+                        found[path] = container_id[0]
+        return found
 
     def create(self, path: str, resources: Resources = limits.NOTHING) -> Cgroup:
         """Make a group with its limits, and the groups above it that are missing, or nothing.

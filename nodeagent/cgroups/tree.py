@@ -152,6 +152,20 @@ def _groups_in(descriptor: int) -> list[str]:
         return []
 
 
+def groups_in(directory: str) -> list[str]:
+    """The names of the groups in a group; none of one that does not exist."""
+    try:
+        descriptor = os.open(directory, _DIRECTORY)
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
+        return []
+    try:
+        return _groups_in(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def require_group(mount: str, path: str, fence: str) -> None:
     """Raise FailedPrecondition for a group that exists and is not the agent's.
 

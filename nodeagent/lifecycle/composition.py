@@ -253,6 +253,7 @@ def _assemble(base: Base, inventory: Inventory, supervision: Supervision) -> Nod
             containers=containers,
             network=network,
             images=base.images,
+            cgroups=base.cgroups,
             places=places,
             tasks=tasks,
         ),
@@ -350,4 +351,5 @@ async def _leave(node: Node, launchers: Launchers) -> None:
             await remove_killed(directory)
         except OSError as error:
             log.error('pod "%s": its directory cannot be removed: %s', directory.name, error)
+    await node.reconciliation.end_groups()
     node.cgroups.remove_instance()

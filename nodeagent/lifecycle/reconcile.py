@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from nodeagent.cgroups import removals
+from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import NodeAgentError
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle.containers.containers import Containers
@@ -31,8 +33,8 @@ PERIOD_SECONDS = 120.0
 NAME = "reconciliation"
 
 # pod: a supervisor or a directory. container: a directory. intention: a creation that nobody goes on with. lease: also
-# the host ports of a pod. hold: of an image.
-KINDS = ("pod", "container", "intention", "lease", "hold")
+# the host ports of a pod. hold: of an image. cgroup: of a pod that has no parent from elsewhere, whose owner ends that.
+KINDS = ("pod", "container", "intention", "lease", "hold", "cgroup")
 
 _ID = re.compile(r"[0-9a-f]{64}")
 
@@ -57,6 +59,7 @@ class Reconciliation:
         containers: Containers,
         network: Network,
         images: Images,
+        cgroups: Cgroups,
         places: Places,
         tasks: Tasks,
     ) -> None:
@@ -68,6 +71,7 @@ class Reconciliation:
         self._containers = containers
         self._network = network
         self._images = images
+        self._cgroups = cgroups
         self._places = places
         self._tasks = tasks.part()
         self._suspects: set[Stray] = set()
@@ -94,10 +98,18 @@ class Reconciliation:
         for stray in sorted(certain):
             await self._remove(stray)
 
+    async def end_groups(self) -> None:
+        """Remove the groups that no record explains, as an agent does that ends without a READY pod."""
+        known = self._inventory.sandboxes.keys() | self._inventory.containers.keys()
+        groups = await asyncio.to_thread(self._cgroups.of_pods_without_parent)
+        for each in sorted(set(groups.values()) - known - self._inventory.unreadable):
+            await self._remove(Stray("cgroup", each))
+
     async def _find(self) -> set[Stray]:
         # What is there first, then the records: whatever is made meanwhile has one.
         pods = await self._supervised() | await _ids(self._places.pods)
         directories = await _ids(self._places.containers)
+        groups = set((await asyncio.to_thread(self._cgroups.of_pods_without_parent)).values())
         recorded = self._inventory
         known_pods = recorded.sandboxes.keys() | recorded.unreadable | self._slots.ids
         # Their network has been given back, unless that has failed.
@@ -109,6 +121,7 @@ class Reconciliation:
             *self._intentions(),
             *(Stray("lease", each) for each in self._network.holders - (known_pods - stopped)),
             *(Stray("hold", each) for each in self._images.holders - known),
+            *(Stray("cgroup", each) for each in groups - known - known_pods),
         }
         return {stray for stray in found if not self.is_recovering(stray.id)}
 
@@ -148,8 +161,15 @@ class Reconciliation:
                 await self._containers.undo(container)
         elif kind == "lease":
             await self._network.detach(name)
-        else:
+        elif kind == "hold":
             self._images.release(name)
+        else:
+            await self._end_groups(name)
+
+    async def _end_groups(self, name: str) -> None:
+        for path, each in (await asyncio.to_thread(self._cgroups.of_pods_without_parent)).items():
+            if each == name:
+                await removals.in_thread(self._cgroups.end, path)
 
 
 async def _ids(directory: Path) -> set[str]:

@@ -181,13 +181,13 @@ class Recovery:
                 yield self._begin("pod sandbox", sandbox.id, partial(self._undo_sandbox, sandbox))
 
     async def _undo_sandbox(self, sandbox: Sandbox) -> None:
-        await asyncio.to_thread(cgroup.remove, self._cgroups, sandbox)
+        await cgroup.remove(self._cgroups, sandbox)
         self._inventory.forget(sandbox)
 
     async def _remove_group(self, sandbox: Sandbox) -> bool:
         """Remove the pod's cgroup; False if it cannot be, which the pod's removal or the next start tries again."""
         try:
-            await asyncio.to_thread(cgroup.remove, self._cgroups, sandbox)
+            await cgroup.remove(self._cgroups, sandbox)
         except (NodeAgentError, OSError) as error:
             log.error('pod sandbox "%s": its cgroup cannot be removed yet: %s', sandbox.id, error)
             return False
@@ -225,7 +225,7 @@ class Recovery:
         await dismantle(directory.name, directory, supervisor, self._network)
         known = {sandbox.cgroup_parent for sandbox in self._inventory.sandboxes.values()}
         for parent in known | {self._cgroups.pod_path(directory.name)}:
-            await asyncio.to_thread(cgroup.remove_below, self._cgroups, parent, directory.name)
+            await cgroup.remove_below(self._cgroups, parent, directory.name)
 
     async def _reach(self, directory: Path) -> Supervisor | None:
         """The supervisor of a pod that is removed; None where there can be none, and nothing is left of one."""

@@ -291,6 +291,7 @@ async def reconciling(world: World) -> Work:
     images: Any = SimpleNamespace(holders=set())
     parts: Any = {"launchers": SimpleNamespace(get=get), "slots": SimpleNamespace(ids=set())}
     parts |= {"network": Network(), "images": images, "places": places}
+    parts["cgroups"] = SimpleNamespace(of_pods_without_parent=dict)
     made = Reconciliation(
         inventory=inventory, creation=nothing, containers=nothing, tasks=world.tasks, **parts
     )

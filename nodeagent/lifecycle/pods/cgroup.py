@@ -4,6 +4,7 @@ It is below the pod's, beside those of the containers. A container may be able t
 allows no devices and only one process.
 """
 
+from nodeagent.cgroups import removals
 from nodeagent.cgroups.group import Cgroup
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.records import Sandbox
@@ -20,12 +21,12 @@ def make(cgroups: Cgroups, sandbox: Sandbox) -> Cgroup:
     return group
 
 
-def remove(cgroups: Cgroups, sandbox: Sandbox) -> None:
+async def remove(cgroups: Cgroups, sandbox: Sandbox) -> None:
     """Kill what is in it, and remove it. Idempotent, and nothing for a pod that shares no PID namespace."""
     if sandbox.config.namespaces.pid == "pod":
-        remove_below(cgroups, sandbox.cgroup_parent, sandbox.id)
+        await remove_below(cgroups, sandbox.cgroup_parent, sandbox.id)
 
 
-def remove_below(cgroups: Cgroups, parent: str, pod_id: str) -> None:
+async def remove_below(cgroups: Cgroups, parent: str, pod_id: str) -> None:
     """Remove the cgroup of a pod without a record, which may have had this parent."""
-    cgroups.end(cgroups.container_path(parent, pod_id))
+    await removals.in_thread(cgroups.end, cgroups.container_path(parent, pod_id))

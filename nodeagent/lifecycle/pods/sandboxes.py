@@ -152,7 +152,7 @@ class Sandboxes:
     async def _clear(self, slot: Slot, sandbox: Sandbox) -> None:
         """Undo everything of a pod, and only then its record, by which the next start would find it."""
         await self._slots.discard(slot)
-        await asyncio.to_thread(cgroup.remove, self._cgroups, sandbox)
+        await cgroup.remove(self._cgroups, sandbox)
         self._inventory.forget(sandbox)
 
     async def _settle(self, slot: Slot, sandbox: Sandbox) -> None:
@@ -208,7 +208,7 @@ class Sandboxes:
         if pod.creating:
             await asyncio.wait(pod.creating, timeout=UNDO_SECONDS)
         await self._supervision.shut_down(sandbox.id)
-        await asyncio.to_thread(cgroup.remove, self._cgroups, sandbox)
+        await cgroup.remove(self._cgroups, sandbox)
         current = self._inventory.sandboxes.get(sandbox.id)
         # A removal, which has stopped the pod before, may have been faster than a stop that came second.
         if current is not None and not current.stopped_at:
@@ -234,7 +234,7 @@ class Sandboxes:
             else:  # its creation was cut off with an earlier agent, and could not be undone yet
                 await self._containers.clear(container)
         await dismantle(sandbox.id, self._directory / sandbox.id, None, self._network)
-        await asyncio.to_thread(cgroup.remove, self._cgroups, sandbox)
+        await cgroup.remove(self._cgroups, sandbox)
         self._inventory.forget(sandbox)
 
     # --- update ---

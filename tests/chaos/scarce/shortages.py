@@ -230,7 +230,6 @@ SHORTAGES = (
         ("ead-only", "readonly"),
         disk,
         ends_all=True,
-        is_rare=True,  # e2fsck loses records, and no agent looks for groups that nothing names yet
     ),
     Shortage(
         "agent without descriptors",

@@ -147,6 +147,10 @@ class SimulatedCgroups:
     def pod_path(self, pod_id: str) -> str:
         return cgroup_paths.pod(self.default_parent, pod_id)
 
+    def of_pods_without_parent(self) -> dict[str, str]:
+        below = (path.split("/") for path in world.machine.groups)
+        return {"/".join(each): each[3] for each in below if len(each) == 4}
+
     def create(self, path: str, _resources: object = None) -> Handle:
         handle = Handle(path)
         handle.make()

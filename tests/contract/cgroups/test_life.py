@@ -326,3 +326,20 @@ def test_what_runs_in_a_group_ends_with_it(cgroups: Cgroups, spawn: Spawn) -> No
     assert process.wait(60) == -signal.SIGKILL
     assert not group.exists()
     cgroups.end(group.path)
+
+
+def test_groups_of_pods_without_a_parent_are_found_by_their_ids(
+    cgroups: Cgroups, layout: Layout
+) -> None:
+    pod, container, other = "a" * 64, "b" * 64, "c" * 64
+    parent = cgroups.pod_path(pod)
+    group = cgroups.create(cgroups.container_path(parent, container))
+    exec_group = group.child("exec")
+    with foreign(layout, f"{parent}/{other}"):
+        assert cgroups.of_pods_without_parent() == {
+            cgroups.container_path(parent, container): container
+        }
+    group.discard(exec_group)
+    cgroups.end(cgroups.container_path(parent, container))
+    assert cgroups.of_pods_without_parent() == {}
+    assert directories(layout, TOP) == []

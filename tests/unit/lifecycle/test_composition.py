@@ -54,6 +54,9 @@ async def test_what_a_killed_supervisor_has_left_goes_with_the_agent(
     async def stop() -> None:
         done.append("launcher")
 
+    async def end_groups() -> None:
+        done.append("groups")
+
     async def pods() -> list[str]:
         return ["stray"]
 
@@ -77,10 +80,11 @@ async def test_what_a_killed_supervisor_has_left_goes_with_the_agent(
         network=SimpleNamespace(close=note),
         sandboxes=SimpleNamespace(list=lambda: [SimpleNamespace(id="stopped")]),
         places=SimpleNamespace(pods=tmp_path),
-        cgroups=SimpleNamespace(remove_instance=lambda: done.append("cgroups")),
+        reconciliation=SimpleNamespace(end_groups=end_groups),
+        cgroups=SimpleNamespace(remove_instance=lambda: done.append("instance")),
     )
     await composition._leave(node, cast(Any, SimpleNamespace(get=get)))
-    assert (done[0], done[-1]) == ("launcher", "cgroups")
-    assert set(done[1:-1]) == {"unpin stray", "unpin slot"}
+    assert (done[0], *done[-2:]) == ("launcher", "groups", "instance")
+    assert set(done[1:-2]) == {"unpin stray", "unpin slot"}
     left = {"stray", "slot", "stopped"} if is_stuck else {"stopped"}
     assert set(os.listdir(tmp_path)) == left

@@ -35,6 +35,7 @@ class World:
         (self.containers / CONTAINER).mkdir(parents=True)
         (self.pods / "rehearsal").mkdir()
         self.supervised, self.holders, self.leases = {POD}, {CONTAINER}, {POD}
+        self.groups = {"/pods/a/b": CONTAINER, "/pods/a/a": POD}
         self.slots, self.under_way, self.recovering = set[str](), set[str](), set[str]()
         self.error: Exception | None = None
         self.removed: list[str] = []
@@ -46,6 +47,9 @@ class World:
             "containers": SimpleNamespace(clear_stranger=self._clear, undo=self._undo),
             "network": SimpleNamespace(holders=self.leases, detach=self._detach),
             "images": SimpleNamespace(holders=self.holders, release=self._release),
+            "cgroups": SimpleNamespace(
+                of_pods_without_parent=lambda: dict(self.groups), end=self._end_group
+            ),
             "places": SimpleNamespace(pods=self.pods, containers=self.containers),
         }
         self.reconciliation = Reconciliation(**parts, tasks=Tasks())
@@ -81,6 +85,10 @@ class World:
         self.holders.discard(name)
         self.removed.append(f"hold {name[0]}")
 
+    def _end_group(self, path: str) -> None:
+        del self.groups[path]
+        self.removed.append(f"cgroup {path[-1]}")
+
     def add(self, kind: str) -> None:
         """Leave a thing of this kind that nobody knows of."""
         if kind == "pod":
@@ -95,6 +103,8 @@ class World:
             self.inventory.save(records.container(STRAY, sandbox_id="e" * 64))
         elif kind == "lease":
             self.leases.add(STRAY)
+        elif kind == "cgroup":
+            self.groups["/pods/e/f"] = STRAY
         else:
             self.holders.add(STRAY)
 
@@ -187,3 +197,10 @@ async def test_a_stopped_pod_has_no_network(world: World) -> None:
     for _ in range(3):
         await world.reconciliation.look()
     assert world.removed == ["lease a"]
+
+
+async def test_an_agent_that_ends_leaves_no_group_that_only_it_would_find(world: World) -> None:
+    world.add("cgroup")
+    await world.reconciliation.end_groups()
+    assert world.removed == ["cgroup f"]
+    assert world.groups == {"/pods/a/b": CONTAINER, "/pods/a/a": POD}

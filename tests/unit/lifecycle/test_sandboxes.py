@@ -54,7 +54,10 @@ class World:
 
 @pytest.fixture
 async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-    monkeypatch.setattr(cgroup, "remove", lambda *_: None)
+    async def remove(*_: object) -> None:
+        """There is no group."""
+
+    monkeypatch.setattr(cgroup, "remove", remove)
     with closing(Store.open(tmp_path / "state.db")) as store:
         yield World(store, tmp_path)
 
