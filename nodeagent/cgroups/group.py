@@ -172,7 +172,7 @@ class Cgroup:
         with self._leaving:
             self._left += [
                 ExecGroup(self._layout, self.path, name)
-                for name in os.listdir(directory)
+                for name in tree.groups_in(directory)
                 if tree.kind(f"{directory}/{name}") == tree.GROUP
             ]
 

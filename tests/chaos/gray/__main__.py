@@ -7,18 +7,16 @@ answer at all within `hold` seconds, or something was left.
 """
 
 import argparse
-import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+from tests.chaos import command
 from tests.chaos.gray import trial
 from tests.chaos.gray.faults import FAULTS, Fault
 from tests.chaos.gray.trial import Report
 from tests.chaos.gray.world import world
-from tests.support import images, leaks
-from tests.support.registry import Registry, running_registry
+from tests.support import images
+from tests.support.registry import Registry
 
 MOST_TIMES = 2.0
 LIST_SECONDS = 0.010
@@ -26,22 +24,12 @@ LIST_SECONDS = 0.010
 
 def main() -> int:
     options = parsed()
-    folder = Path(tempfile.mkdtemp(prefix="na-chaos-gray-"))
-    os.environ[leaks.VARIABLE] = folder.name
-    machine = leaks.Machine(folder.name, folder)
-    failed = 0
-    with running_registry(folder / "registry") as registry:
-        registry.push(images.busybox())
-        registry.push(images.bench_pull())
-        for number, fault in enumerate(FAULTS):
-            if not options.fault or any(name in fault.name for name in options.fault):
-                failed += show(tried(fault, registry, folder / str(number), options))
-    left = machine.left()
-    print(*(f"left on the machine: {each}" for each in left), sep="\n")
-    print(f"{failed} faults are not as they must be" if failed or left else "all as it must be")
-    if not left:
-        subprocess.run(["rm", "-rf", "--one-file-system", str(folder)], check=True)
-    return 1 if failed or left else 0
+
+    def is_wrong(fault: Fault, folder: Path, registry: Registry) -> bool:
+        return show(tried(fault, registry, folder, options))
+
+    pushed = (images.busybox(), images.bench_pull())
+    return command.play("faults", FAULTS, options.fault, pushed, is_wrong)
 
 
 def parsed() -> argparse.Namespace:

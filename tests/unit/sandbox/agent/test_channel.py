@@ -174,30 +174,18 @@ async def test_an_answer_to_no_request_ends_the_connection_not_the_process(
     assert process.poll() is None
 
 
+@pytest.mark.parametrize("is_killed", [True, False])
 async def test_who_waits_for_room_is_told_of_the_end(
-    channel: Channel, process: subprocess.Popen[bytes]
+    channel: Channel, process: subprocess.Popen[bytes], is_killed: bool
 ) -> None:
+    """The other process's, or that the agent disconnects."""
     await channel.agree()
     with stopped(process):
         waiting = [
             asyncio.create_task(channel.request("create", text="x" * 30_000)) for _ in range(20)
         ]
         await until(lambda: channel._sending.locked() and not channel._room.is_set())
-        process.kill()
-        await asyncio.wait(waiting)
-    assert {type(task.exception()) for task in waiting} == {Unavailable}
-
-
-async def test_who_waits_for_room_is_told_that_the_agent_disconnects(
-    channel: Channel, process: subprocess.Popen[bytes]
-) -> None:
-    await channel.agree()
-    with stopped(process):
-        waiting = [
-            asyncio.create_task(channel.request("create", text="x" * 30_000)) for _ in range(20)
-        ]
-        await until(lambda: channel._sending.locked() and not channel._room.is_set())
-        channel.close()
+        process.kill() if is_killed else channel.close()
         await asyncio.wait(waiting)
     assert {type(task.exception()) for task in waiting} == {Unavailable}
 
