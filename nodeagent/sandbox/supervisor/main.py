@@ -48,8 +48,14 @@ def main(plan: PodPlan, launcher: int) -> NoReturn:
 
 
 def prepare(plan: PodPlan) -> PodFacts:
-    """Make the pod's own namespaces and files, and enter them. After a failure `paths.unpin` undoes it."""
+    """Make the pod's own namespaces and files, and enter them. After a failure `paths.unpin` undoes it.
+
+    Raises NotFound without the pod's directory, which the agent has made.
+    """
     known: PodFacts = {"plan": plan, "init_pid": 0, "init_ticks": 0}
+    if not os.path.isdir(plan["directory"]):
+        # A launcher that stood still forks when it goes on, though the agent has given the pod up.
+        raise NotFound(f'pod "{plan["id"]}": {plan["directory"]} is gone, so that nobody waits for it')
     exits.make_directory(plan["directory"])
     # Before anything is made: without the file a successor takes it that nothing was.
     podfile.save(known)

@@ -75,8 +75,6 @@ class Faults:
             supervisor.stop_for(fault.seconds)
 
     def _stop_launcher(self, fault: Fault) -> None:
-        # It forks when it goes on, though its caller has given up by then; the reconciliation ends it (seed 81000696).
-        self._machine.may_leak = True
         if self._machine.launcher is not None:
             self._machine.launcher.stop_for(fault.seconds)
 

@@ -2,7 +2,7 @@
 
 import os
 
-from nodeagent.errors import AlreadyExists, FailedPrecondition, Unavailable
+from nodeagent.errors import AlreadyExists, FailedPrecondition, NotFound, Unavailable
 from nodeagent.sandbox.paths import LAUNCHER_SOCKET
 from tests.chaos.simulation.containers import Pod
 from tests.chaos.simulation.machine import Machine
@@ -63,8 +63,10 @@ class Launcher(Server):
             request.fail(Unavailable(f'pod "{pod.id}": its supervisor died'))
             return
         try:
+            if not os.path.isdir(pod.directory):
+                raise NotFound(f'pod "{pod.id}": {pod.directory} is gone')
             os.makedirs(f"{pod.directory}/shared", exist_ok=True)
-        except OSError as error:
+        except (NotFound, OSError) as error:
             self.kept.pop(pod.id)
             request.fail(error)
             return

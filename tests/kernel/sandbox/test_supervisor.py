@@ -151,8 +151,17 @@ async def test_a_pod_has_one_supervisor(node: Node) -> None:
 
 async def test_a_pod_that_cannot_be_made_leaves_nothing(node: Node) -> None:
     with pytest.raises(FileNotFoundError):
-        await node.launcher.fork(PodPlan(id="x", directory="/proc/absent/x", namespaces=["net"]))
+        await node.launcher.fork(PodPlan(id="x", directory="/proc/1", namespaces=["net"]))
     assert await node.launcher.pods() == []
+
+
+async def test_a_pod_that_was_given_up_is_not_made(node: Node) -> None:
+    """The agent has removed its directory, before the launcher came to it."""
+    directory = node.state / "pods" / "x"
+    with pytest.raises(NotFound, match=f"{directory} is gone, so that nobody waits for it"):
+        await node.launcher.fork(PodPlan(id="x", directory=str(directory), namespaces=["net"]))
+    assert await node.launcher.pods() == []
+    assert not directory.exists()
 
 
 async def test_a_fork_whose_caller_is_cancelled_is_undone(node: Node) -> None:
