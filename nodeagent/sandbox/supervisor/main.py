@@ -55,7 +55,9 @@ def prepare(plan: PodPlan) -> PodFacts:
     known: PodFacts = {"plan": plan, "init_pid": 0, "init_ticks": 0}
     if not os.path.isdir(plan["directory"]):
         # A launcher that stood still forks when it goes on, though the agent has given the pod up.
-        raise NotFound(f'pod "{plan["id"]}": {plan["directory"]} is gone, so that nobody waits for it')
+        raise NotFound(
+            f'pod "{plan["id"]}": {plan["directory"]} is gone, so that nobody waits for it'
+        )
     exits.make_directory(plan["directory"])
     # Before anything is made: without the file a successor takes it that nothing was.
     podfile.save(known)
