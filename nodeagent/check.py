@@ -149,7 +149,7 @@ async def _subnets(config: Config) -> Feature:
     """The check of the subnets of pods, by the present routes and what the agent has chosen before."""
     places = Places.of(config)
     try:
-        with closing(Store.copy_of(places.database)) as store:
+        with closing(Store.copy_of(places.database, places.state)) as store:
             overlaps = await Network.overlaps(
                 config=config.network, store=store, instance=places.instance
             )
@@ -166,7 +166,8 @@ async def _subnets(config: Config) -> Feature:
 def _records(config: Config) -> Feature:
     """The check of the database, by reading it; `nodeagent check --data` verifies files as well."""
     try:
-        with closing(Store.copy_of(Places.of(config).database)) as store:
+        places = Places.of(config)
+        with closing(Store.copy_of(places.database, places.state)) as store:
             unreadable = []
             for kind in KINDS:
                 store.all(kind)

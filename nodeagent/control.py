@@ -170,10 +170,10 @@ async def _load_here(config: Config, archive: BinaryIO) -> list[str]:
 
 def list_images(config: Config) -> list[str]:
     """A line for each image, with id, size and names. Reads the store, whether an agent runs or not."""
-    path = Places.of(config).database
-    if not path.exists():
+    places = Places.of(config)
+    if not places.database.exists():
         return []
-    with closing(Store.copy_of(path)) as store:
+    with closing(Store.copy_of(places.database, places.state)) as store:
         return [
             f"{image.id[7:19]}  {image.size_bytes / 1e6:9.1f} MB  {_name(image)}"
             for image in store.all(Image)

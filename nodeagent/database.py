@@ -1,4 +1,7 @@
-"""The file of the store: SQLite with a write-ahead log, its version, its room on a full disk, and what its errors mean.
+"""The database of the store: SQLite with a write-ahead log, its version, its room on a full disk, and its errors.
+
+Each record type has a table, each record a row with its key and its JSON. A write is not synced: one that a crash of
+the *machine* loses belonged to a pod that is gone with it, and callers that need more sync the file system.
 
 The file has a version (PRAGMA user_version). What a record of it may lack, or a reader pass over, leaves the version as
 it is; anything else raises it, and comes with a migration. A newer one is refused, and nothing of it is touched.
@@ -13,8 +16,10 @@ import errno
 import logging
 import os
 import sqlite3
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from nodeagent import files
 from nodeagent.errors import DataLoss, IncompatibleVersion, ResourceExhausted, Unavailable
@@ -24,8 +29,8 @@ from nodeagent.records import KINDS, Record
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-PATIENCE_MS = 5  # of a write, with the lock of another program
-START_PATIENCE_MS = 5000  # nothing is served yet
+PATIENCE_MS = 5000  # with the lock of another program
+LOG_BYTES = 8 << 20  # from this size on, the log is copied into the database
 REMEDY = "stop the agent and run `nodeagent check --repair`"
 
 # The database is locked by another program for a moment, such as a backup.
@@ -36,13 +41,95 @@ DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _MODE = 0o600
 _ROOM_BYTES = 512 << 10
 _RESERVE_BYTES = 4 * _ROOM_BYTES
+# Of the log, that a small write takes: a page of the table and one of its index.
+_PAGES_BYTES = 8 << 10
+
+
+class Change(NamedTuple):
+    """A row that is inserted or replaced; without a body one that is deleted, if it is there."""
+
+    table: str
+    key: str
+    body: bytes | None
+
+
+class Database:
+    """Rows by table and key, in a file, or in memory where there is no path.
+
+    Every method raises `DataLoss` for a damaged file, `Unavailable` while another program has locked it for
+    `PATIENCE_MS`, `ResourceExhausted` on a full disk, and `OSError` on a failing one.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, path: Path | None = None) -> None:
+        self.path = path
+        self._db = connection
+        self._logged_bytes = 0
+
+    def write(self, changes: Sequence[Change]) -> None:
+        """Make all changes, or none."""
+        try:
+            try:
+                self._execute(changes)
+            except sqlite3.OperationalError as error:
+                if code(error) != sqlite3.SQLITE_FULL:
+                    raise
+                # Begin the log again, whose pages are on the disk already.
+                with suppress(sqlite3.Error):
+                    self._db.execute("PRAGMA wal_checkpoint(RESTART)")
+                self._execute(changes)
+        except ERRORS as error:
+            raise translated(error, self.path) from error
+        self._logged_bytes += sum(_PAGES_BYTES + len(change.body or b"") for change in changes)
+
+    def _execute(self, changes: Sequence[Change]) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            for name, key, body in changes:
+                if body is None:
+                    self._db.execute(f"DELETE FROM {name} WHERE key = ?", (key,))
+                else:
+                    self._db.execute(f"INSERT OR REPLACE INTO {name} VALUES (?, ?)", (key, body))
+            self._db.execute("COMMIT")
+        except BaseException:
+            # After some errors SQLite has rolled back (sqlite.org/lang_transaction.html).
+            with suppress(sqlite3.Error):
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+            raise
+
+    def rows(self, name: str, key: str | None = None) -> list[tuple[str, bytes]]:
+        """All rows of a table, or the one with this key."""
+        where, parameters = ("", ()) if key is None else (" WHERE key = ?", (key,))
+        try:
+            return self._db.execute(
+                f"SELECT key, body FROM {name}{where} ORDER BY key", parameters
+            ).fetchall()
+        except ERRORS as error:
+            raise translated(error, self.path) from error
+
+    def shorten_log(self) -> None:
+        """Copy the log into the file and sync both, if it is long."""
+        if self._logged_bytes >= LOG_BYTES:
+            with suppress(sqlite3.Error):
+                self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            self._logged_bytes = 0
+
+    async def settled(self) -> None:
+        """Return at once: a write that has returned is in the file."""
+
+    def trouble(self) -> str:
+        """Return no reason why nothing could be written: each write has told its own."""
+        return ""
+
+    def close(self) -> None:
+        self._db.close()
 
 
 def opened(path: Path) -> sqlite3.Connection:
-    """A connection to the file, which is made if need be.
+    """A connection to the file, which is made if need be, for one thread at a time.
 
     Raises `DataLoss` for a damaged or foreign file, `IncompatibleVersion` for that of a newer release, and
-    `Unavailable` where another program keeps it locked for `START_PATIENCE_MS`.
+    `Unavailable` where another program keeps it locked for `PATIENCE_MS`.
     """
     reserve = path.with_name(f"{path.name}.reserve")
     try:
@@ -74,13 +161,6 @@ def copied(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
-
-
-def checkpoint(path: Path) -> None:
-    """Copy the log into the database and sync both, while others may write. For a thread."""
-    uri = f"{path.absolute().as_uri()}?mode=rw"
-    with closing(sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0)) as db:
-        db.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
 
 def reading_uri(path: Path) -> str:
@@ -147,12 +227,13 @@ def _by_whom(path: Path | None) -> str:
 
 def _open(path: Path) -> sqlite3.Connection:
     _make_private(path)
-    db = sqlite3.connect(path, isolation_level=None, timeout=START_PATIENCE_MS / 1000)
+    db = sqlite3.connect(
+        path, isolation_level=None, timeout=PATIENCE_MS / 1000, check_same_thread=False
+    )
     try:
         _prepare(db, path)
         _verify(db, path)
-        db.execute("PRAGMA wal_autocheckpoint = 0")  # see `Store.checkpoints`
-        db.execute(f"PRAGMA busy_timeout = {PATIENCE_MS}")
+        db.execute("PRAGMA wal_autocheckpoint = 0")  # see `Database.shorten_log`
         _make_room(db)
     except BaseException:
         db.close()

@@ -56,7 +56,7 @@ def look(config: Config) -> Report:
     places = Places.of(config)
     report = Report({}, [])
     _look_at_database(places, report)
-    with suppress(DataLoss), closing(Store.copy_of(places.database)) as store:
+    with suppress(DataLoss), closing(Store.copy_of(places.database, places.state)) as store:
         for damaged in _look_at_files(places.root, store, report):
             if _still_recorded(places, damaged):
                 report.findings.append(_finding(places.root, damaged))
@@ -71,7 +71,7 @@ def repair(config: Config) -> Report:
     with places.owned():
         quarantine = places.root / QUARANTINE
         _repair_database(places, quarantine, report)
-        with closing(Store.open(places.database)) as store:
+        with closing(Store.open(places.database, places.state)) as store:
             for damaged in list(_look_at_files(places.root, store, report)):
                 _set_aside(places.root, store, damaged, quarantine, report)
         files.sync_directory(str(places.root))
@@ -91,7 +91,7 @@ def _look_at_database(places: Places, report: Report) -> None:
         report.findings.append(Finding(name=path.name, why=why))
         return
     try:
-        with closing(Store.copy_of(path)) as store:
+        with closing(Store.copy_of(path, places.state)) as store:
             report.checked["records"] = sum(len(store.all(kind)) for kind in KINDS)
             for kind in KINDS:
                 for key in sorted(store.unreadable(kind)):
@@ -109,9 +109,8 @@ def _repair_database(places: Places, quarantine: Path, report: Report) -> None:
     if not path.exists():
         return
     with suppress(DataLoss):
-        Store.copy_of(
-            path
-        ).close()  # raises IncompatibleVersion: of a newer file nothing is touched
+        # Raises IncompatibleVersion: of a newer file nothing is touched.
+        Store.copy_of(path, places.state).close()
     found = salvage.read(path)
     report.checked["records"] = sum(map(len, found.rows.values()))
     for (kind, key), body in found.unreadable.items():
@@ -126,12 +125,12 @@ def _repair_database(places: Places, quarantine: Path, report: Report) -> None:
         report.findings.append(Finding(name=path.name, why=why, done=done))
         for name in found.lost:
             report.findings.append(Finding(name=name, why="its record is lost", done="forgotten"))
-    else:
-        with closing(Store.open(path)) as store:
-            for kind, key in found.unreadable:
+    with closing(Store.open(path, places.state)) as store:
+        for kind, key in found.unreadable:
+            if store.get(kind, key) is None:  # the journal may have a later state of it
                 store.delete(kind, key)
+        known = {layer.chain_id for layer in store.all(Layer)}
     # Without a record an agent removes them, under the containers that run on them.
-    known = found.rows[Layer].keys()
     for directory in list((places.root / "layers").glob("*")):
         chain_id = f"sha256:{directory.name}"
         if is_digest(chain_id) and chain_id not in known:
@@ -162,7 +161,7 @@ def _still_recorded(places: Places, damaged: Damaged) -> bool:
     """Whether an agent that runs has not removed it meanwhile."""
     if not damaged.layer:
         return damaged.path.exists()
-    with closing(Store.copy_of(places.database)) as store:
+    with closing(Store.copy_of(places.database, places.state)) as store:
         return store.get(Layer, damaged.layer) is not None
 
 

@@ -50,12 +50,17 @@ class Trash:
 
     def take(self, path: Path) -> None:
         """Move a tree here and discard it; one that is not there has gone already."""
+        moved = self.move(path)
+        if moved is not None:
+            self.discard(moved)
+
+    def move(self, path: Path) -> Path | None:
+        """Move a tree here, for `discard`; None for one that is not there. For any thread."""
         target = self.path(path.name)
         try:
-            path.rename(target)
+            return path.rename(target)
         except FileNotFoundError:
-            return
-        self.discard(target)
+            return None
 
     def discard(self, path: Path) -> None:
         """Remove a tree that is in the directory, behind the requests."""

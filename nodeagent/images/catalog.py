@@ -62,6 +62,7 @@ class Images:
     ) -> None:
         self.counters = Counters()
         self._root = root
+        self._store = store
         self._hosts_dir = hosts_dir
         self._limits = limits
         self._resources = resources
@@ -218,6 +219,7 @@ class Images:
         image = self._images.named(plan, tags, digests)
         changed = self._images.put(image, layers)
         self._layers.recorded(layers)
+        await self._store.settled()
         missing = [data for data in plan.documents if not self._documents.has(data)]
         for data in missing:
             await to_the_end(self._threads, partial(self._documents.put, data))

@@ -159,6 +159,7 @@ class SecurityProfiles:
                         pulled_at=time.time_ns(),
                     )
                 )
+                await self._store.settled()
                 await to_the_end(self._threads, partial(sync_file_system, self._root))
             except BaseException:
                 self._forget(digest)

@@ -20,6 +20,7 @@ from nodeagent.images.remote.client import Session, open_session
 from nodeagent.lifecycle import private_mount
 from nodeagent.lifecycle.containers.containers import Containers
 from nodeagent.lifecycle.containers.creation import Creation
+from nodeagent.lifecycle.containers.directories import Directories
 from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.containers.removal import Removal
 from nodeagent.lifecycle.containers.stopping import Stopping
@@ -46,7 +47,7 @@ from nodeagent.net.network import Network
 from nodeagent.sandbox.agent.client import Launcher
 from nodeagent.sandbox.agent.connector import SOCKETS, Connector
 from nodeagent.store import Store
-from nodeagent.tasks import Tasks, cancel
+from nodeagent.tasks import Tasks
 from nodeagent.trash import Trash
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ async def open_images(config: Config, places: Places) -> AsyncIterator[tuple[Sto
 async def _opened(
     config: Config, places: Places, session: Session, tasks: Tasks
 ) -> AsyncIterator[tuple[Store, Images]]:
-    store = Store.open(places.database)
+    store = Store.open(places.database, places.state)
     try:
         images = await Images.open(
             root=places.root,
@@ -100,12 +101,10 @@ async def _opened(
                 private_redirects=config.images.private_redirects,
             ),
         )
-        copying = tasks.keep("database log", store.checkpoints)
         try:
             yield store, images
         finally:
             await images.close()
-            await cancel(copying)
     finally:
         store.close()
 
@@ -214,19 +213,19 @@ def _assemble(base: Base, inventory: Inventory, supervision: Supervision) -> Nod
     places, network, tasks = base.places, base.network, base.tasks
     groups = Groups(base.cgroups)
     stopping = Stopping(inventory, supervision, groups)
-    removal = Removal(inventory, groups, base.images, base.trash, places.containers, base.tasks)
+    directories = Directories(places.containers, base.trash)
+    removal = Removal(inventory, groups, base.images, directories, base.tasks)
     containers = Containers(
         inventory=inventory,
         supervision=supervision,
         groups=groups,
         stopping=stopping,
         removal=removal,
-        trash=base.trash,
-        directory=places.containers,
+        directories=directories,
         pods=places.pods,
     )
     slots = Slots(base.launchers, network, places.pods, base.config.slots, tasks)
-    creation = _creation(base, inventory, groups, removal)
+    creation = _creation(base, inventory, groups, removal, directories)
     return Node(
         config=base.config,
         places=places,
@@ -261,8 +260,10 @@ def _assemble(base: Base, inventory: Inventory, supervision: Supervision) -> Nod
     )
 
 
-def _creation(base: Base, inventory: Inventory, groups: Groups, removal: Removal) -> Creation:
-    directories = [Path(each) for each in base.config.cdi.directories]
+def _creation(
+    base: Base, inventory: Inventory, groups: Groups, removal: Removal, directories: Directories
+) -> Creation:
+    specifications = [Path(each) for each in base.config.cdi.directories]
     planner = Planner(
         inventory,
         base.images,
@@ -278,9 +279,9 @@ def _creation(base: Base, inventory: Inventory, groups: Groups, removal: Removal
         cgroups=base.cgroups,
         groups=groups,
         planner=planner,
-        cdi=Cdi(directories, base.config.cdi.hook_programs),
+        cdi=Cdi(specifications, base.config.cdi.hook_programs),
         removal=removal,
-        directory=base.places.containers,
+        directories=directories,
         tasks=base.tasks,
     )
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import pytest
 
-from nodeagent import database, files, trash
+from nodeagent import files, trash
 from nodeagent.errors import Unavailable
 from nodeagent.lifecycle import health as health_module
 from nodeagent.lifecycle import sessions as sessions_module
@@ -34,7 +34,6 @@ from nodeagent.lifecycle.supervisors.polling import Polling
 from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.lifecycle.usage import disk
 from nodeagent.lifecycle.usage.disk import Disks
-from nodeagent.records import NodeNetwork
 from nodeagent.sandbox.agent.client import Launcher, Supervisor
 from nodeagent.serving import listener, service_manager
 from nodeagent.serving.listener import Listener, Place
@@ -42,7 +41,7 @@ from nodeagent.store import Store
 from nodeagent.streaming.server import StreamingServer
 from nodeagent.streaming.session import Timeouts
 from nodeagent.streaming.tls import TLSFiles
-from nodeagent.tasks import Tasks, cancel
+from nodeagent.tasks import Tasks
 from nodeagent.trash import Trash
 from tests.support.faults import Fault, any_error, impatient_tasks, until
 from tests.unit.cri import records
@@ -236,10 +235,12 @@ async def undoing_creations(world: World) -> Work:
     async def remove(_: object) -> None:
         world.fault.strike()
 
+    async def nothing(_: object) -> None: ...
+
     groups: Any = SimpleNamespace(remove=remove)
     images: Any = SimpleNamespace(release=lambda _: None)
-    bin_: Any = SimpleNamespace(take=lambda _: None)
-    removal = Removal(inventory, groups, images, bin_, world.folder, world.tasks)
+    directories: Any = SimpleNamespace(take=nothing)
+    removal = Removal(inventory, groups, images, directories, world.tasks)
     asking: list[asyncio.Task[None]] = []
 
     async def ask() -> None:
@@ -444,23 +445,7 @@ async def following_tls_files(world: World) -> Work:
     return Work("streaming TLS files", ask, lambda: tls.loaded > 1, server.__aexit__)
 
 
-async def copying_the_log(world: World) -> Work:
-    store = world.stack.enter_context(closing(Store.open(world.folder / "state.db")))
-    copied: list[Path] = []
-    world.patch.setattr("nodeagent.store.LOG_BYTES", 1)
-    world.patch.setattr("nodeagent.store.LOOK_SECONDS", 0.001)
-    world.patch.setattr(database, "checkpoint", world.fault.before(copied.append))
-    copying = world.tasks.keep("database log", store.checkpoints)
-
-    async def ask() -> None:
-        copied.clear()
-        store.put(NodeNetwork())
-
-    return Work("database log", ask, lambda: copied, partial(cancel, copying))
-
-
 TASKS = [
-    copying_the_log,
     removing_files,
     filling_slots,
     replacing_launchers,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent import cli, files, repair, salvage
+from nodeagent import cli, database, files, repair, salvage
 from nodeagent.config import Config
 from nodeagent.database import SCHEMA_VERSION
 from nodeagent.errors import AlreadyExists, DataLoss, IncompatibleVersion
@@ -123,8 +123,9 @@ async def test_a_layer_of_an_earlier_version_is_read(
 ) -> None:
     """It has no digest to compare with."""
     chain = (await pulled(place, server)).layers[0]
+    with closing(database.opened(place.root / "state.db")) as db:
+        db.execute("UPDATE record_layer SET body = json_remove(body, '$.tree')")
     with closing(Store.open(place.root / "state.db")) as store:
-        store._db.execute("UPDATE record_layer SET body = json_remove(body, '$.tree')")
         assert store.get(Layer, chain) is not None
     directory = place.root / "layers" / chain.removeprefix("sha256:")
     cut(directory / "b/c")

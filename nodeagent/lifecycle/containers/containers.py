@@ -21,6 +21,7 @@ from nodeagent.errors import (
 )
 from nodeagent.lifecycle.containers import exec_sync, oom_at_start, oom_score
 from nodeagent.lifecycle.containers.captures import Captures
+from nodeagent.lifecycle.containers.directories import Directories
 from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.containers.removal import Removal
 from nodeagent.lifecycle.containers.stopping import Stopping
@@ -32,7 +33,6 @@ from nodeagent.sandbox import planfile
 from nodeagent.sandbox.agent.client import Supervisor
 from nodeagent.sandbox.seccomp import effective as seccomp_effective
 from nodeagent.sandbox.spec import ContainerPlan
-from nodeagent.trash import Trash
 
 log = logging.getLogger(__name__)
 
@@ -48,21 +48,16 @@ class Containers:
         groups: Groups,
         stopping: Stopping,
         removal: Removal,
-        trash: Trash,
-        directory: Path,
+        directories: Directories,
         pods: Path,
     ) -> None:
-        """Take the parts.
-
-        directory: what containers have on disk; pods: what those that run have in the state directory.
-        """
+        """Take the parts. pods: what containers that run have in the state directory."""
         self._inventory = inventory
         self._supervision = supervision
         self._groups = groups
         self._stopping = stopping
         self._removal = removal
-        self._trash = trash
-        self._directory = directory
+        self._directories = directories
         self._pods = pods
         self._captures = Captures()
 
@@ -144,7 +139,7 @@ class Containers:
         parents = {sandbox.cgroup_parent for sandbox in self._inventory.sandboxes.values()}
         for parent in parents:
             await self._groups.remove_at(parent, container_id)
-        self._trash.take(self._directory / container_id)
+        await self._directories.take(container_id)
 
     # --- running containers ---
 

@@ -9,11 +9,9 @@ import secrets
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import msgspec
 
-from nodeagent import files
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import (
     AlreadyExists,
@@ -23,6 +21,7 @@ from nodeagent.errors import (
 )
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle.containers import oom_at_start
+from nodeagent.lifecycle.containers.directories import Directories
 from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.containers.removal import Removal
 from nodeagent.lifecycle.creations import Creations, doing
@@ -53,7 +52,7 @@ class Creation:
         planner: Planner,
         cdi: Cdi,
         removal: Removal,
-        directory: Path,
+        directories: Directories,
         tasks: Tasks,
     ) -> None:
         self._inventory = inventory
@@ -64,7 +63,7 @@ class Creation:
         self._cdi = cdi
         self._host_paths = HostPaths()
         self._removal = removal
-        self._directory = directory
+        self._directories = directories
         self._under_way: set[str] = set()
         # Warnings that hold for every container: no more than there are limits, capabilities and scores.
         self._said_of_all: set[str] = set()
@@ -129,10 +128,12 @@ class Creation:
         supervisor: Supervisor,
     ) -> None:
         inputs = await self._planner.resolve(container.config)
-        plan = self._planner.plan(sandbox, container, image, inputs, self._directory / container.id)
+        plan = self._planner.plan(
+            sandbox, container, image, inputs, self._directories.path(container.id)
+        )
         for needed in self._planner.images(container.config, image):
             self._images.hold(needed.id, container.id)
-        _make_directory(self._directory / container.id)
+        await self._directories.make(container.id)
         # Its first process works for some milliseconds until it is ready, which takes seconds of a quota like "10m".
         quota = Resources(
             cpu_period_usec=container.resources.cpu_period_usec,
@@ -221,13 +222,3 @@ class Creation:
         """Undo what is under way."""
         await self._creations.close()
         await self._removal.close()
-
-
-def _make_directory(directory: Path) -> None:
-    """The container's own directory, for root alone: in `upper` there may be set-user-ID programs and devices.
-
-    `upper` itself is the root directory of the container, for all users in it.
-    """
-    directory.mkdir(mode=0o700)
-    for name, mode in (("upper", 0o755), ("work", 0o700)):
-        files.ensure_directory(str(directory / name), mode)

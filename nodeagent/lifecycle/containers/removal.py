@@ -10,16 +10,15 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from nodeagent.errors import NodeAgentError
 from nodeagent.images.catalog import Images
+from nodeagent.lifecycle.containers.directories import Directories
 from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.inventory import Inventory
 from nodeagent.records import Container
 from nodeagent.tasks import Tasks
-from nodeagent.trash import Trash
 
 log = logging.getLogger(__name__)
 
@@ -29,22 +28,20 @@ NAME = "undo"
 
 
 class Removal:
-    """Removes containers that do not run, finished or not. directory: what they have on disk."""
+    """Removes containers that do not run, finished or not."""
 
     def __init__(
         self,
         inventory: Inventory,
         groups: Groups,
         images: Images,
-        trash: Trash,
-        directory: Path,
+        directories: Directories,
         tasks: Tasks,
     ) -> None:
         self._inventory = inventory
         self._groups = groups
         self._images = images
-        self._trash = trash
-        self._directory = directory
+        self._directories = directories
         self._tasks = tasks.part()
         self._undoing: dict[str, str] = {}
 
@@ -94,7 +91,7 @@ class Removal:
             await pod.supervisor.remove(container.id)
 
     async def _take(self, container: Container) -> None:
-        self._trash.take(self._directory / container.id)
+        await self._directories.take(container.id)
 
     async def _release(self, container: Container) -> None:
         self._images.release(container.id)

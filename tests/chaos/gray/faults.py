@@ -35,7 +35,7 @@ class Fault:
 
     inflict: makes the pod that suffers, and has the fault last as long as its context.
     stops: what cannot go on meanwhile, for anybody. on_disk: the agent's root directory has a file system of its own.
-    is_traced: the agent is slower than otherwise. known: why it is not as it must be yet.
+    is_traced: the agent is slower than otherwise.
     """
 
     name: str
@@ -43,7 +43,6 @@ class Fault:
     stops: Literal["nothing", "new pods", "everything"] = "nothing"
     on_disk: bool = False
     is_traced: bool = False
-    known: str = ""
 
 
 def usual(world: World) -> Sufferer:
@@ -229,13 +228,7 @@ FAULTS = (
     Fault("commands that no signal ends", many_unkillable_commands),
     Fault("volume does not answer", mute_volume),
     Fault("log directory does not answer", mute_log_directory),
-    Fault(
-        "root directory frozen",
-        frozen_disk,
-        stops="new pods",
-        on_disk=True,
-        known="the store writes on the loop",
-    ),
+    Fault("root directory frozen", frozen_disk, stops="new pods", on_disk=True),
     Fault("registry sends a byte a second", slow_registry),
     Fault("syncs take a second", slow_sync, is_traced=True),
     Fault("many files to remove", many_files),

@@ -31,8 +31,6 @@ def test_a_gray_failure(
     else:
         node = request.getfixturevalue("node")
         report = trial.run(fault, node, volume, rounds=2, hold=1)
-    if fault.known and report.complaints:
-        pytest.xfail(fault.known)
     assert report.complaints == []
 
 

@@ -25,7 +25,7 @@ DEFECTS = {
     ),
     "the log is copied into the database without a sync": (
         "database.py",
-        'db.execute("PRAGMA wal_autocheckpoint = 0")  # see `Store.checkpoints`',
+        'db.execute("PRAGMA wal_autocheckpoint = 0")  # see `Database.shorten_log`',
         'db.execute("PRAGMA synchronous = OFF"); db.execute("PRAGMA wal_autocheckpoint = 2")',
     ),
 }

@@ -21,6 +21,7 @@ from nodeagent.images.profiles import SecurityProfiles
 from nodeagent.images.remote.client import open_session
 from nodeagent.lifecycle import recovery
 from nodeagent.lifecycle.containers.containers import Containers
+from nodeagent.lifecycle.containers.directories import Directories
 from nodeagent.lifecycle.containers.removal import Removal
 from nodeagent.lifecycle.events import Events
 from nodeagent.lifecycle.inventory import Inventory
@@ -102,6 +103,7 @@ def _recovery(
     )
     places: Any = SimpleNamespace(pods=pods, containers=containers)
     inventory = Inventory(store, Events())
+    directories = Directories(containers, trash)
     supervision = Supervision(inventory, launchers, pods, tasks)
     return Recovery(
         inventory=inventory,
@@ -111,9 +113,8 @@ def _recovery(
             supervision=supervision,
             groups=groups,
             stopping=nobody,
-            removal=Removal(inventory, groups, images, trash, containers, tasks),
-            trash=trash,
-            directory=containers,
+            removal=Removal(inventory, groups, images, directories, tasks),
+            directories=directories,
             pods=pods,
         ),
         stopping=nobody,
@@ -181,7 +182,7 @@ def _of_files(root: Path, store: Store) -> list[str]:
     found += [str(damaged) for _, damaged in verification.documents(root) if damaged is not None]
     for name in ("staging", "trash"):
         found += [f"{path}: is left" for path in (root / name).iterdir()]
-    containers = {key for (key,) in store._db.execute("SELECT key FROM record_container")}
+    containers = {key for key, _ in store._rows.rows("record_container")}
     found += [
         f"{path}: has no record"
         for path in (root / "containers").iterdir()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine
 from contextvars import Context, ContextVar, copy_context
 from random import Random
 from typing import Any
+from weakref import WeakKeyDictionary
 
 MAX_TURNS = 400_000
 MANY = 500
@@ -78,6 +79,7 @@ class Loop(asyncio.BaseEventLoop):
         self.on_reader: Callable[[int], None] = lambda _fd: None
         self._time = 0.0
         self._numbers = 0
+        self._busy_until: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._buried: list[Life] = []
         self._dying: Life | None = None
@@ -199,7 +201,12 @@ class Loop(asyncio.BaseEventLoop):
                 error = raised
             self.after(self.soon(), lambda: end(result, error))
 
-        self.after(self.soon(), begin)
+        seconds = self.soon()
+        if getattr(executor, "_max_workers", 0) == 1:  # in turn
+            at = max(self._time + seconds, self._busy_until.get(executor, 0.0))
+            self._busy_until[executor] = at
+            seconds = at - self._time
+        self.after(seconds, begin)
         return future
 
     # --- tasks, and the death of an agent ---

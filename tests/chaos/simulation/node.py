@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.config import Config
+from nodeagent.database import Change, Database
 from nodeagent.errors import AlreadyExists
 from nodeagent.images.catalog import Images
 from nodeagent.images.holds import Holds
@@ -36,12 +37,12 @@ IMAGE = Image(
 )  # fmt: skip
 
 
-class SimulatedStore(Store):
-    """A store in memory; each write is two steps."""
+class SimulatedRows(Database):
+    """Rows in memory; each write is two steps."""
 
-    def _write(self, statement: str, parameters: tuple[object, ...] = ()) -> None:
-        world.machine.step("store", statement[:40])
-        super()._write(statement, parameters)
+    def write(self, changes: Sequence[Change]) -> None:
+        world.machine.step("store", changes[0].table)
+        super().write(changes)
         world.machine.step("wrote")
 
 
@@ -151,7 +152,7 @@ class Agent:
         tasks = await stack.enter_async_context(Tasks(clock=asyncio.get_running_loop().time))
         if self._database.in_transaction:
             self._database.execute("ROLLBACK")
-        store = SimulatedStore(self._database)
+        store = Store(SimulatedRows(self._database))
         cgroups = cast(Cgroups, SimulatedCgroups())
         net = await Network.start(
             config=self.config.network, store=store, instance=INSTANCE, tasks=tasks

@@ -4,15 +4,16 @@ import asyncio
 import contextvars
 import sqlite3
 from collections.abc import Callable, Coroutine
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from nodeagent.config import Config, Network
+from nodeagent.database import copied
 from nodeagent.errors import NodeAgentError
 from nodeagent.lifecycle.node import Node
-from nodeagent.store import Store
 from nodeagent.tasks import Caller, caller
 from tests.chaos.simulation.loop import LIFE, Loop
 from tests.chaos.simulation.machine import Machine
@@ -205,9 +206,8 @@ def database() -> sqlite3.Connection:
     """A new database in memory, with its tables."""
     global _template  # noqa: PLW0603
     if not _template:
-        empty = Store.copy_of(Path("/there/is/none"))
-        _template = empty._db.serialize()
-        empty.close()
+        with closing(copied(Path("/there/is/none"))) as empty:
+            _template = empty.serialize()
     connection = sqlite3.connect(":memory:", isolation_level=None)
     connection.deserialize(_template)
     return connection

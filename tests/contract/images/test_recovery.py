@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from nodeagent import database
 from nodeagent.images import install
 from nodeagent.records import Layer
 from nodeagent.store import Store
@@ -49,9 +51,8 @@ async def test_layers_without_an_image_go(place: Place, server: Server) -> None:
     server.add(TWO)
     async with place.open() as images:
         await images.pull(f"{server.host}/test/image:1")
-    store = Store.open(place.root / "state.db")
-    store._db.execute("DELETE FROM record_image")
-    store.close()
+    with closing(database.opened(place.root / "state.db")) as db:
+        db.execute("DELETE FROM record_image")
     async with place.open() as images:
         assert images.list() == []
     assert place.left("layers", "blobs/sha256") == []

@@ -39,9 +39,9 @@ class Node:
         inventory.save(self.container)
         groups: Any = SimpleNamespace(remove=self._remove_group)
         images: Any = SimpleNamespace(release=lambda _: self._do("images"))
-        trash: Any = SimpleNamespace(take=lambda _: self._do("files"))
+        directories: Any = SimpleNamespace(take=self._take)
         self.tasks = impatient_tasks()
-        self.removal = Removal(inventory, groups, images, trash, Path("/containers"), self.tasks)
+        self.removal = Removal(inventory, groups, images, directories, self.tasks)
 
     def _do(self, step: str) -> None:
         if step in self.failing:
@@ -52,6 +52,9 @@ class Node:
         if self.hangs:
             await self.hanging.wait()
         self._do("supervisor")
+
+    async def _take(self, _container: str) -> None:
+        self._do("files")
 
     async def _remove_group(self, _container: object) -> None:
         self._do("cgroup")
@@ -94,7 +97,7 @@ async def test_what_hangs_is_not_waited_for_and_named_to_a_retry(
         planner=nothing,
         cdi=nothing,
         removal=node.removal,
-        directory=nothing,
+        directories=nothing,
         tasks=node.tasks,
     )
     with pytest.raises(

@@ -17,7 +17,7 @@ from nodeagent.requests import ContainerConfig, HookConfig, Namespaces
 from nodeagent.tasks import Tasks
 from nodeagent.words import HookStage
 
-PARTS = ("inventory", "images", "cgroups", "groups", "planner", "cdi", "removal", "directory")
+PARTS = ("inventory", "images", "cgroups", "groups", "planner", "cdi", "removal", "directories")
 
 
 def creation(**parts: Any) -> Creation:

@@ -21,7 +21,7 @@ def test_what_holds_for_every_container_is_said_once(caplog: pytest.LogCaptureFi
         "planner",
         "cdi",
         "removal",
-        "directory",
+        "directories",
     )
     creation = Creation(**dict.fromkeys(parts, nothing), tasks=Tasks())
     missing, refused = "capability SYS_RESOURCE: not available", "oom_score_adj -997: not permitted"
