@@ -73,6 +73,8 @@ class Images:
         # Not the event loop's own threads, which the whole agent shares: a sync may last, an archive takes minutes.
         self._threads = ThreadPoolExecutor(_THREADS, "images")
         resources.callback(self._threads.shutdown)
+        self._removing = ThreadPoolExecutor(1, "documents")
+        resources.callback(self._removing.shutdown)
         self._loaders = ThreadPoolExecutor(_LOADERS, "archive")
         resources.callback(self._loaders.shutdown)
         writers = ThreadPoolExecutor(_WRITERS, "blob")
@@ -86,6 +88,7 @@ class Images:
         self._images = ImageStore(store, pinned)
         self._holds = Holds(store)
         self._owes_removal = False
+        self._collecting = asyncio.Lock()  # no document comes meanwhile
 
     @classmethod
     async def open(
@@ -107,7 +110,7 @@ class Images:
             images = cls(
                 root, store, hosts_dir, pinned, limits or Limits(), session, tasks, resources
             )
-            images._recover()
+            await images._recover()
             images._resources = resources.pop_all()
             return images
 
@@ -192,11 +195,11 @@ class Images:
         except (Unavailable, asyncio.CancelledError):
             raise  # the layers that are complete stay for the next attempt
         except ResourceExhausted:
-            self._collect()
+            await self._collect()
             await self._staging.emptied()
             raise
         except BaseException:
-            self._collect()
+            await self._collect()
             raise
 
     def _note_platform(self, plan: Plan, names: Collection[str]) -> None:
@@ -220,9 +223,10 @@ class Images:
         changed = self._images.put(image, layers)
         self._layers.recorded(layers)
         await self._store.settled()
-        missing = [data for data in plan.documents if not self._documents.has(data)]
-        for data in missing:
-            await to_the_end(self._threads, partial(self._documents.put, data))
+        async with self._collecting:
+            missing = [data for data in plan.documents if not self._documents.has(data)]
+            for data in missing:
+                await to_the_end(self._threads, partial(self._documents.put, data))
         if changed or missing:
             await self._sync()
         return image
@@ -241,7 +245,7 @@ class Images:
         if image is not None:
             self._images.drop(image)
         if image is not None or self._owes_removal:
-            self._collect()
+            await self._collect()
 
     def hold(self, image_id: str, holder: str) -> None:
         """Keep the image's layers for as long as `holder` exists, even if the image is removed. Durable; idempotent.
@@ -252,34 +256,43 @@ class Images:
         if image is not None:
             self._holds.add(image, holder)
 
-    def release(self, holder: str) -> None:
+    async def release(self, holder: str) -> None:
         """Drop all holds of `holder`."""
         were_known = self._holds.are_known
         released = self._holds.remove(holder)
         is_last = any(hold.image_id not in self._images for hold in released)
         if is_last or not were_known or self._owes_removal:
-            self._collect()
+            await self._collect()
 
     @property
     def holders(self) -> set[str]:
         """The containers that hold images."""
         return self._holds.holders
 
-    def release_others(self, holders: Collection[str]) -> None:
+    async def release_others(self, holders: Collection[str]) -> None:
         """Drop the holds of all but these holders, which a crash may have left."""
         for holder in self._holds.holders - set(holders):
-            self.release(holder)
+            await self.release(holder)
 
-    def _collect(self) -> None:
+    async def _collect(self) -> None:
         """Remove layers and documents that nothing refers to. What fails, the next removal of anything makes up for."""
         self._owes_removal = True
-        owners: list[Image | ImageHold] = [*self._images, *self._holds]
-        if self._holds.are_known:
-            self._layers.collect({chain for owner in owners for chain in owner.layers})
-        self._documents.keep({digest for image in self._images for digest in documents(image)})
-        self._owes_removal = False
+        async with self._collecting:
+            self._owes_removal = False
+            try:
+                if self._holds.are_known:
+                    await self._layers.collect(self._needed)
+                wanted = {digest for image in self._images for digest in documents(image)}
+                await to_the_end(self._removing, partial(self._documents.keep, wanted))
+            except BaseException:
+                self._owes_removal = True
+                raise
 
-    def _recover(self) -> None:
+    def _needed(self) -> set[str]:
+        owners: list[Image | ImageHold] = [*self._images, *self._holds]
+        return {chain for owner in owners for chain in owner.layers}
+
+    async def _recover(self) -> None:
         """Drop images that lack a layer; their other layers are kept for the pull that will follow."""
         self._documents.drop_damaged()
         complete = True
@@ -294,4 +307,4 @@ class Images:
                 )
                 self._images.drop(image)
         if complete:
-            self._collect()
+            await self._collect()

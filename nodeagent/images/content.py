@@ -223,7 +223,7 @@ class Documents:
         wanted = {self._path(digest).name for digest in digests}
         for name in self._sizes.keys() - wanted:
             (self._directory / name).unlink(missing_ok=True)
-            del self._sizes[name]
+            self._sizes.pop(name, None)  # a reader may have found it damaged
 
     def _path(self, digest: str) -> Path:
         return self._directory / digest.removeprefix("sha256:")

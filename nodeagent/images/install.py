@@ -225,11 +225,10 @@ class Installer:
             if self._store.may_be_recorded(chain_id):
                 sync = partial(sync_file_system, self._staging.directory)
                 await to_the_end(self._threads, sync)
-            if chain_id in self._store:  # another pull was faster
+            if await self._store.add(_record(job, number, unpacked, digest), directory):
+                self._counters.layers_fetched += 1
+            else:
                 self._staging.discard(directory)
-                return
-            self._store.add(_record(job, number, unpacked, digest), directory)
-            self._counters.layers_fetched += 1
         except BaseException:
             self._staging.discard(directory)
             raise

@@ -8,29 +8,38 @@ A layer is recorded after everything in it has been synced. What has no record w
 whose record cannot be read is of no use, but a container may run on it: it stays, until another one takes its place.
 """
 
+import asyncio
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from nodeagent import files
 from nodeagent.images.reference import is_digest
 from nodeagent.records import Layer
 from nodeagent.store import Store
+from nodeagent.tasks import to_the_end
 from nodeagent.trash import QUARANTINE, Trash, set_aside
 
 log = logging.getLogger(__name__)
 
 
 class LayerStore:
-    """The directories ``layers/<chain ID>/`` and their sizes. Used from the event loop; no call blocks for long."""
+    """The directories ``layers/<chain ID>/`` and their sizes. Used from the event loop.
+
+    A thread moves directories in and out, one at a time: their disk may be slow, or stand still (a snapshot).
+    """
 
     def __init__(self, directory: Path, staging: Trash, store: Store) -> None:
         self._directory = directory
         self._staging = staging
         self._store = store
         self._pins: Counter[str] = Counter()
+        self._thread = ThreadPoolExecutor(1, "layers")
+        self._moving = asyncio.Lock()
         files.ensure_directory(str(directory), mode=0o700)
         files.ensure_directory(str(_empty(directory)), mode=0o755)
         self._layers = {layer.chain_id: layer for layer in store.all(Layer)}
@@ -56,15 +65,28 @@ class LayerStore:
     def stack(self, chain_ids: Sequence[str]) -> tuple[Path, ...]:
         return stack(self._directory, self._layers, chain_ids)
 
-    def add(self, layer: Layer, unpacked: Path) -> None:
-        """Move a complete layer in; it is not recorded yet."""
-        path = self.path(layer.chain_id)
-        if layer.chain_id in self._unreadable:
-            self._unreadable.discard(layer.chain_id)
+    async def add(self, layer: Layer, unpacked: Path) -> bool:
+        """Move a complete layer in, which is not recorded yet; False where another pull was faster."""
+        async with self._moving:
+            if layer.chain_id in self._layers:
+                return False
+            is_in: list[bool] = []
+            try:
+                move = partial(self._move_in, layer.chain_id, unpacked, is_in)
+                await to_the_end(self._thread, move)
+            finally:  # also of a caller that was cancelled meanwhile
+                if is_in:
+                    self._layers[layer.chain_id] = layer
+            return True
+
+    def _move_in(self, chain_id: str, unpacked: Path, is_in: list[bool]) -> None:
+        path = self.path(chain_id)
+        if chain_id in self._unreadable:
+            self._unreadable.discard(chain_id)
             with suppress(FileNotFoundError):
                 set_aside(path, self._directory.with_name(QUARANTINE))
         unpacked.rename(path)
-        self._layers[layer.chain_id] = layer
+        is_in.append(True)
 
     def may_be_recorded(self, chain_id: str) -> bool:
         """Whether a power cut may bring a record of this layer back, whose removal has not been synced.
@@ -90,18 +112,33 @@ class LayerStore:
             self._pins.subtract(chain_ids)
             self._pins += Counter()  # drops counts of 0
 
-    def collect(self, needed: Collection[str]) -> None:
-        """Remove every layer that is neither needed nor pinned."""
-        unneeded = self._layers.keys() - set(needed) - self._pins.keys()
-        # The records first: a crash in between leaves directories without a record, which the next start removes.
-        with self._store.transaction():
-            for chain_id in unneeded:
-                self._store.delete(Layer, chain_id)
-        self._forgotten |= unneeded & self._recorded
-        for chain_id in unneeded:
-            self._recorded.discard(chain_id)
-            self._staging.take(self.path(chain_id))
-            del self._layers[chain_id]  # only now: one that could not be moved is tried again
+    async def collect(self, needed: Callable[[], Collection[str]]) -> None:
+        """Remove every layer that is neither needed nor pinned when its turn comes."""
+        async with self._moving:
+            unneeded = self._layers.keys() - set(needed()) - self._pins.keys()
+            # The records first: a crash in between leaves directories without a record, which the next start removes.
+            with self._store.transaction():
+                for chain_id in unneeded:
+                    self._store.delete(Layer, chain_id)
+            self._forgotten |= unneeded & self._recorded
+            self._recorded -= unneeded
+            # From now on a pull makes them anew, and waits with them.
+            leaving = {chain_id: self._layers.pop(chain_id) for chain_id in unneeded}
+            moved: list[Path] = []
+            try:
+                await to_the_end(self._thread, partial(self._move_out, leaving, moved))
+            finally:
+                for path in moved:
+                    self._staging.discard(path)
+                self._layers.update(leaving)  # what could not be moved is tried again
+
+    def _move_out(self, leaving: dict[str, Layer], moved: list[Path]) -> None:
+        """Move layers to the staging directory; what is left in `leaving` could not be moved."""
+        for chain_id in list(leaving):
+            path = self._staging.move(self.path(chain_id))
+            if path is not None:
+                moved.append(path)
+            del leaving[chain_id]
 
     def _recover(self) -> None:
         names = (f"sha256:{path.name}" for path in self._directory.iterdir())

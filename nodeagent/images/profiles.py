@@ -91,7 +91,7 @@ class SecurityProfiles:
             profiles = cls(
                 root, store, hosts_dir, session, tasks, check, private_redirects, resources
             )
-            profiles._recover()
+            await profiles._recover()
             profiles._resources = resources.pop_all()
             return profiles
 
@@ -128,7 +128,7 @@ class SecurityProfiles:
     async def remove(self, digest: str) -> None:
         """Remove a profile; containers have its filter already. Succeeds where there is none."""
         async with self._changing:
-            self._forget(digest)
+            await self._forget(digest)
 
     async def _text(self, profile: StoredProfile) -> bytes | None:
         return await to_the_end(self._threads, partial(self._documents.get, profile.content))
@@ -162,7 +162,7 @@ class SecurityProfiles:
                 await self._store.settled()
                 await to_the_end(self._threads, partial(sync_file_system, self._root))
             except BaseException:
-                self._forget(digest)
+                await self._forget(digest)
                 raise
 
     def _remember(self, digest: str, reference: str) -> None:
@@ -176,25 +176,26 @@ class SecurityProfiles:
         self._store.put(profile)
         self._profiles[profile.digest] = profile
 
-    def _forget(self, digest: str) -> None:
+    async def _forget(self, digest: str) -> None:
         """Delete the record, then the documents that no other record has."""
         if digest in self._profiles:
             self._store.delete(StoredProfile, digest)
             del self._profiles[digest]
-        self._collect()
+        await self._collect()
 
-    def _collect(self) -> None:
+    async def _collect(self) -> None:
         owners = self._profiles.values()
-        self._documents.keep({d for owner in owners for d in (owner.digest, owner.content)})
+        wanted = {d for owner in owners for d in (owner.digest, owner.content)}
+        await to_the_end(self._threads, partial(self._documents.keep, wanted))
 
-    def _recover(self) -> None:
+    async def _recover(self) -> None:
         self._documents.drop_damaged()
         for profile in self.list():
             if self._documents.get(profile.content) is None:
                 log.warning("security profile %s: damaged, dropped; pull it again", profile.digest)
                 self._store.delete(StoredProfile, profile.digest)
                 del self._profiles[profile.digest]
-        self._collect()
+        await self._collect()
 
 
 def _pinned(reference: str) -> Reference:

@@ -162,7 +162,7 @@ class Reconciliation:
         elif kind == "lease":
             await self._network.detach(name)
         elif kind == "hold":
-            self._images.release(name)
+            await self._images.release(name)
         else:
             await self._end_groups(name)
 

@@ -89,7 +89,7 @@ class Recovery:
             log.error(
                 '"%s": its record cannot be read; what runs is left as it is: %s', name, REMEDY
             )
-        self._images.release_others(self._inventory.containers.keys() | unreadable)
+        await self._images.release_others(self._inventory.containers.keys() | unreadable)
         self._end_what_cannot_run()
         work = [*self._adoptions(), *self._undoing(), *self._clearing()]
         service_manager.notify(f"STATUS=taking over {len(self._inventory.pods)} pods")

@@ -238,7 +238,7 @@ async def undoing_creations(world: World) -> Work:
     async def nothing(_: object) -> None: ...
 
     groups: Any = SimpleNamespace(remove=remove)
-    images: Any = SimpleNamespace(release=lambda _: None)
+    images: Any = SimpleNamespace(release=nothing)
     directories: Any = SimpleNamespace(take=nothing)
     removal = Removal(inventory, groups, images, directories, world.tasks)
     asking: list[asyncio.Task[None]] = []

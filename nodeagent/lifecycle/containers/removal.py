@@ -94,7 +94,7 @@ class Removal:
         await self._directories.take(container.id)
 
     async def _release(self, container: Container) -> None:
-        self._images.release(container.id)
+        await self._images.release(container.id)
 
 
 async def undone(tasks: Tasks, about: str, undo: Callable[[], Coroutine[Any, Any, None]]) -> None:

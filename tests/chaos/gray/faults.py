@@ -171,6 +171,10 @@ def slow_sync(world: World, _folder: Path) -> Iterator[Sufferer]:
 def frozen_disk(world: World, _folder: Path) -> Iterator[Sufferer]:
     """The file system of the root directory: whoever writes to it waits in state D (fsfreeze(8), a snapshot)."""
     sufferer = usual(world)
+    image = pb.ImageSpec(image=world.another_image)
+    world.agent.images.PullImage(pb.PullImageRequest(image=image), timeout=PATIENCE_SECONDS)
+    request = pb.RemoveImageRequest(image=image)
+    sufferer.further.append(("RemoveImage", world.agent.images.RemoveImage, request))
     disk = str(world.agent.root / "lib")
     subprocess.run(["fsfreeze", "--freeze", disk], check=True)
     try:

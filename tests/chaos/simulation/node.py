@@ -64,16 +64,16 @@ class SimulatedImages:
     def hold(self, _image_id: str, holder: str) -> None:
         self.holds.add(IMAGE, holder)
 
-    def release(self, holder: str) -> None:
+    async def release(self, holder: str) -> None:
         self.holds.remove(holder)
 
     @property
     def holders(self) -> set[str]:
         return self.holds.holders
 
-    def release_others(self, holders: Collection[str]) -> None:
+    async def release_others(self, holders: Collection[str]) -> None:
         for holder in sorted({hold.holder for hold in self.holds} - set(holders)):
-            self.release(holder)
+            await self.release(holder)
 
 
 class Connector:

@@ -195,8 +195,8 @@ async def test_a_removal_that_fails_once_is_made_up_for(
         await images.remove(pulled.id)
         if is_held:
             with failing(owner, name, number), suppress(OSError):
-                images.release("container")
-            images.release("container")
+                await images.release("container")
+            await images.release("container")
         assert (await images.usage()).used_bytes == 0
     assert place.left("layers", "blobs/sha256", "staging") == []
 
@@ -233,14 +233,14 @@ async def test_containers_hold_layers(place: Place, registry: Registry) -> None:
         images.hold(pulled.id, "container-1")
         await images.remove(pulled.id)
         assert images.find(pulled.id) is None
-        images.release("container-1")
+        await images.release("container-1")
         assert all(path.is_dir() for path in layers)
     async with place.open() as images:
         images.hold(pulled.id, "container-2")
         assert images.list() == []
         assert all(path.is_dir() for path in layers)
-        images.release("nobody")
-        images.release("container-2")
+        await images.release("nobody")
+        await images.release("container-2")
         assert not any(path.exists() for path in layers)
 
 
@@ -253,7 +253,7 @@ async def test_an_image_that_was_removed_comes_back_for_nothing(
     fetched = images.counters.fetched_bytes
     assert (await images.pull(f"{registry.host}/{NGINX}")).id == pulled.id
     assert images.counters.fetched_bytes == fetched
-    images.release("container")
+    await images.release("container")
     assert all(path.is_dir() for path in images.lower_dirs(pulled))
 
 

@@ -81,7 +81,7 @@ class World:
         self.leases.discard(name)
         self.removed.append(f"lease {name[0]}")
 
-    def _release(self, name: str) -> None:
+    async def _release(self, name: str) -> None:
         self.holders.discard(name)
         self.removed.append(f"hold {name[0]}")
 

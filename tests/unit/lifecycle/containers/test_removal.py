@@ -38,7 +38,7 @@ class Node:
         self.container = records.container("c", sandbox_id="pod", created_at=0)
         inventory.save(self.container)
         groups: Any = SimpleNamespace(remove=self._remove_group)
-        images: Any = SimpleNamespace(release=lambda _: self._do("images"))
+        images: Any = SimpleNamespace(release=self._release)
         directories: Any = SimpleNamespace(take=self._take)
         self.tasks = impatient_tasks()
         self.removal = Removal(inventory, groups, images, directories, self.tasks)
@@ -52,6 +52,9 @@ class Node:
         if self.hangs:
             await self.hanging.wait()
         self._do("supervisor")
+
+    async def _release(self, _container: str) -> None:
+        self._do("images")
 
     async def _take(self, _container: str) -> None:
         self._do("files")
