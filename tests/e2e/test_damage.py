@@ -16,6 +16,7 @@ import pytest
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.linux import syscalls
+from nodeagent.store import Store
 from tests.e2e.conftest import client
 from tests.support.cri import EXITED, RUNNING, Container, Cri
 from tests.support.node import RunningAgent, wait_for
@@ -159,7 +160,9 @@ def pid_of(container: Container) -> int:
 
 
 def cut_records(agent: RunningAgent, kind: str, container: Container) -> list[str]:
-    """Cut the record of that kind that the container has, and return its key."""
+    """Cut the record of that kind that the container has, and return its key. The agent has been killed."""
+    # What is in the journal still would bring the record back whole.
+    Store.open(agent.root / "lib/state.db", agent.root / "run").close()
     with closing(sqlite3.connect(agent.root / "lib/state.db", isolation_level=None)) as db:
         keys = [key for (key,) in db.execute(f"SELECT key FROM record_{kind}")]
         own = [key for key in keys if container.id in key or container.pod.id in key] or keys[:1]

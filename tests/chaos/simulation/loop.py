@@ -79,7 +79,7 @@ class Loop(asyncio.BaseEventLoop):
         self.on_reader: Callable[[int], None] = lambda _fd: None
         self._time = 0.0
         self._numbers = 0
-        self._busy_until: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
+        self._queues: WeakKeyDictionary[Any, deque[Callable[[], None]]] = WeakKeyDictionary()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._buried: list[Life] = []
         self._dying: Life | None = None
@@ -201,12 +201,12 @@ class Loop(asyncio.BaseEventLoop):
                 error = raised
             self.after(self.soon(), lambda: end(result, error))
 
-        seconds = self.soon()
         if getattr(executor, "_max_workers", 0) == 1:  # in turn
-            at = max(self._time + seconds, self._busy_until.get(executor, 0.0))
-            self._busy_until[executor] = at
-            seconds = at - self._time
-        self.after(seconds, begin)
+            queue = self._queues.setdefault(executor, deque())
+            queue.append(begin)
+            self.after(self.soon(), lambda: queue.popleft()())  # noqa: PLW0108 popleft, when it is due
+        else:
+            self.after(self.soon(), begin)
         return future
 
     # --- tasks, and the death of an agent ---
