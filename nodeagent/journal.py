@@ -125,8 +125,6 @@ class Journal:
     def turn(self) -> None:
         """What has come is complete; what comes goes to the other file, which must have been emptied."""
         self._complete, self._current = self._current, self._complete
-        if self._current.number < self._complete.number:  # it has never been used
-            self._current.begin(self._complete.number + 1)
 
     def empty(self) -> None:
         """All entries of the complete file are elsewhere."""

@@ -171,14 +171,11 @@ class JournaledDatabase:
         self._began = time.monotonic()
         try:
             self._database.write([Change(*of, body) for of, body in self._batch.items()])
+            with self._changed:
+                self._journal.empty()  # if this fails, all is written once more, which changes nothing
         except Exception as error:  # noqa: BLE001 whatever it is, the thread goes on
             failure = error
         with self._changed:
-            try:
-                if failure is None:
-                    self._journal.empty()
-            except OSError as error:
-                failure = error  # written once more, which changes nothing
             self._note(failure)
             if failure is None:
                 self._batch, self._written = {}, self._batch_end

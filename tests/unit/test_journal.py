@@ -39,6 +39,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: not self.complete)
     @rule()
     def turn(self) -> None:
+        self.journal.empty()
         self.journal.turn()
         self.complete, self.current = self.current, []
 

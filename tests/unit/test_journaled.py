@@ -159,6 +159,28 @@ def test_it_is_tried_until_it_succeeds(
     assert place.store.trouble() == ""
 
 
+def test_a_journal_that_cannot_be_emptied_is_tried_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it had is written twice, which changes nothing."""
+    real, failures = Journal.empty, [ResourceExhausted("full"), OSError(errno.EIO, "failed")]
+
+    def empty(files: Journal) -> None:
+        if failures:
+            raise failures.pop()
+        real(files)
+
+    monkeypatch.setattr(Journal, "empty", empty)
+    place.gate.is_open.set()
+    place.store.put(lease("a"))
+    for _ in range(2):
+        with pytest.raises((ResourceExhausted, OSError)):
+            asyncio.run(settled(place.store))
+    asyncio.run(settled(place.store))
+    assert place.store.all(Lease) == [lease("a")]
+    assert journal.read(place.folder) == []
+
+
 def test_a_write_that_does_not_return_is_trouble(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,8 +16,12 @@ from tests.support.cri import EXITED, RUNNING, Cri
 from tests.support.node import RunningAgent, wait_for
 from tests.support.registry import Registry
 
-COUNT = "i=0; while :; do echo $i; i=$((i+1)); sleep 0.02; done"
-_TERM = "trap 'exit 5' TERM; echo set; while :; do sleep 0.05; done"
+# They wait without a process of their own, which a node without processes could not give them.
+_CLOCK = "mkfifo /clock; exec 3<>/clock; "
+_PAUSE = "read -t 0.02 x <&3"
+COUNT = f"{_CLOCK} i=0; while :; do echo $i; i=$((i+1)); {_PAUSE}; done"
+_TERM = f"{_CLOCK} trap 'exit 5' TERM; echo set; while :; do {_PAUSE}; done"
+_LEAVE = f"{_CLOCK} until [ -e /gate/go ]; do {_PAUSE}; done; echo last words; exit 7"
 TIMEOUT_SECONDS = 40.0
 
 # What says that something is scarce, or that it cannot be had now.
@@ -66,8 +70,7 @@ class Node:
         self.main = cri.run("sh", "-c", COUNT)
         self.parked = self.main.pod.container(name="parked")
         volume = pb.Mount(container_path="/gate", host_path=str(gate))
-        wait = "until [ -e /gate/go ]; do sleep 0.02; done; echo last words; exit 7"
-        self.leaving = cri.run("sh", "-c", wait, mounts=[volume])
+        self.leaving = cri.run("sh", "-c", _LEAVE, mounts=[volume])
         self.stopping = self.main.pod.run("sh", "-c", _TERM, name="stopping")
         self.stopping.said("set")
         self.other = cri.run()
