@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from nodeagent.errors import Unsupported
 from nodeagent.net import nftables
 from nodeagent.net.netlink import Connection, Request
-from nodeagent.net.nftables import Element, Table
+from nodeagent.net.nftables import Element, Set, Table
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +21,8 @@ class Declaration(Protocol):
     @property
     def table(self) -> Table: ...
 
+    def sets(self) -> Iterable[Set]: ...
+
     def declare(self, elements: Sequence[Element]) -> list[Request]:
         """The requests that replace the table, whether it exists or not, by a new one with these elements."""
 
@@ -28,6 +30,7 @@ class Declaration(Protocol):
 class DeclaredTable:
     """A table and the connection to change it. `elements` returns all that it has to hold, and is called by any thread.
 
+    explained: all that it may hold, which includes what is about to be removed; also called by any thread.
     Any thread may change it: that may wait for the kernel's transaction lock, which others hold while they load rules.
     """
 
@@ -36,24 +39,30 @@ class DeclaredTable:
         connection: Connection,
         declaration: Declaration,
         elements: Callable[[], Sequence[Element]],
+        explained: Callable[[], Sequence[Element]],
     ) -> None:
         self._connection = connection
         self._declaration = declaration
         self._elements = elements
+        self._explained = explained
         # Held from the call of `elements` to the end of the transaction: a declaration must not leave out an element
         # that another thread adds meanwhile.
         self._lock = threading.RLock()
+        self._is_settled = False  # it has what the last change was to bring about
 
     @classmethod
     def open(
-        cls, declaration: Declaration, elements: Callable[[], Sequence[Element]]
+        cls,
+        declaration: Declaration,
+        elements: Callable[[], Sequence[Element]],
+        explained: Callable[[], Sequence[Element]] | None = None,
     ) -> DeclaredTable:
         """Declare the table. Raises `Unsupported` on a kernel that cannot have it."""
         try:
             connection = nftables.connect()
         except OSError as error:
             raise Unsupported(f"nf_tables: {error}") from None
-        table = cls(connection, declaration, elements)
+        table = cls(connection, declaration, elements, explained or elements)
         try:
             table.declare()
         except OSError as error:
@@ -69,7 +78,14 @@ class DeclaredTable:
         """Replace the table by a new one, in one transaction: packets meet the old rules or the new ones."""
         with self._lock:
             self._declaration = declaration or self._declaration
+            self._is_settled = False
             nftables.transact(self._connection, self._declaration.declare(self._elements()))
+            self._is_settled = True
+
+    def settle(self) -> None:
+        """Declare the table again where the last change has failed, and that as well. Else it waits for no lock."""
+        if not self._is_settled:
+            self.declare()
 
     def is_declared(self) -> bool:
         """Whether the table exists. It waits for no lock, neither of this object nor of the kernel."""
@@ -81,7 +97,8 @@ class DeclaredTable:
         return True
 
     def repair(self) -> None:
-        """Declare the table again where another program deleted it."""
+        """Declare the table again where another program deleted it, or a change has failed."""
+        self.settle()
         if not self.is_declared():
             log.warning(
                 "%s: deleted by another program; declaring it again", self._declaration.table
@@ -98,6 +115,40 @@ class DeclaredTable:
         # that is there does not.
         self._change([*table.add_elements(elements), *table.delete_elements(elements)])
 
+    def strays(self) -> dict[str, Element]:
+        """The elements that nothing explains, by how nft(8) writes them. It waits for no lock, as `is_declared`.
+
+        Raises `OSError` where the kernel does not list them.
+        """
+        # What is there first, then what explains it: an element is added after the record that it comes from.
+        held = self._held()
+        explained = set(self._explained())
+        return {name: element for name, element in held.items() if element not in explained}
+
+    def remove_stray(self, name: str) -> bool:
+        """Remove a stray; False where it is none any more. Raises `OSError`."""
+        # Under the lock: whoever has recorded it meanwhile adds it after this.
+        with self._lock:
+            stray = self.strays().get(name)
+            if stray is not None:
+                self.remove([stray])
+        return stray is not None
+
+    def _held(self) -> dict[str, Element]:
+        table = self._declaration.table
+        held: dict[str, Element] = {}
+        with nftables.connect() as connection:
+            for one in self._declaration.sets():
+                if one.dynamic:
+                    continue  # by the table's rules
+                try:
+                    held |= {
+                        one.describe(each): each for each in table.elements(connection, one.name)
+                    }
+                except FileNotFoundError:
+                    continue  # deleted by another program, which `repair` finds
+        return held
+
     def delete(self) -> None:
         """Remove the table. Succeeds where it is gone."""
         with self._lock:
@@ -107,6 +158,10 @@ class DeclaredTable:
         if not requests:
             return
         with self._lock:
+            if not self._is_settled:
+                # With what is added now, whose record is there, and without what is removed now, whose record is gone.
+                self.declare()
+                return
             try:
                 nftables.transact(self._connection, requests)
             except OSError as error:

@@ -122,15 +122,18 @@ def messages(data: bytes) -> Iterator[Message]:
 
 def attributes(data: bytes) -> dict[int, bytes]:
     """The payloads of attributes by type. Raises `ValueError` where lengths do not fit."""
-    found = {}
+    return dict(attribute_list(data))
+
+
+def attribute_list(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The attributes in their order, as types and payloads: a list has one type more than once. Raises `ValueError`."""
     offset = 0
     while len(data) - offset >= _ATTRIBUTE.size:
         size, kind = _ATTRIBUTE.unpack_from(data, offset)
         if not _ATTRIBUTE.size <= size <= len(data) - offset:
             raise ValueError(f"netlink: an attribute of {size} bytes in {len(data) - offset}")
-        found[kind & _NLA_TYPE_MASK] = data[offset + _ATTRIBUTE.size : offset + size]
+        yield kind & _NLA_TYPE_MASK, data[offset + _ATTRIBUTE.size : offset + size]
         offset += size + -size % 4
-    return found
 
 
 def _refusal(message: Message) -> tuple[int, str]:

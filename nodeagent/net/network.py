@@ -230,6 +230,20 @@ class Network:
         for stray in present.difference(lease.link for lease in self._ipam.leases.values()):
             await self._run(partial(links.delete, stray))
 
+    async def strays(self) -> set[str]:
+        """The elements of the agent's tables that no lease and no host port explains, as nft(8) writes them.
+
+        Raises `OSError` where the kernel does not list them.
+        """
+        return set[str]().union(*[await to_the_end(None, table.strays) for table in self._tables()])
+
+    async def remove_stray(self, name: str) -> bool:
+        """Remove an element that `strays` has found; False where it is gone, or explained by now."""
+        found = [
+            await to_the_end(None, partial(table.remove_stray, name)) for table in self._tables()
+        ]
+        return any(found)
+
     async def set_pod_cidr(self, cidr: str) -> None:
         """Give new pods addresses of these subnets, from now on and after a restart; pods keep the ones they have.
 
@@ -367,7 +381,7 @@ class Network:
             return
         declaration = SpoofFilter(table=table, link_prefix=self._link_prefix)
         try:
-            self._filter = DeclaredTable.open(declaration, self._senders)
+            self._filter = DeclaredTable.open(declaration, self._senders, self._known_senders)
         except Unsupported as error:
             self._filter_missing = str(error)
 
@@ -376,6 +390,11 @@ class Network:
         # A copy made in one step: the loop may add or remove leases meanwhile.
         held = [lease for lease in list(self._ipam.leases.values()) if not lease.released_at]
         return [element for lease in held for element in spoofing.elements(lease)]
+
+    def _known_senders(self) -> list[Element]:
+        """Like `_senders`, with those of released leases, whose elements go when their links have gone."""
+        leases = list(self._ipam.leases.values())
+        return [element for lease in leases for element in spoofing.elements(lease)]
 
     def _tables(self) -> list[DeclaredTable]:
         return [table for table in (self._nat, self._filter) if table is not None]
@@ -428,24 +447,30 @@ class Network:
     def _withdraw(self, pod_id: str) -> None:
         ports = self._host_ports.of(pod_id)
         if not ports:
+            if self._nat is not None:
+                self._nat.settle()  # an earlier attempt may have got as far as the record
             return
         gone = self._elements(ports)
         # The record goes first: where the removal fails, the table is declared again from the records.
-        self._host_ports.release(pod_id)
-        if self._nat is not None and self._config.host_ports:
-            self._nat.remove(gone)
+        try:
+            self._host_ports.release(pod_id)
+        finally:
+            # Even if the record stays: the next attempt may come when the lease, which names the elements, has gone.
+            if self._nat is not None and self._config.host_ports:
+                self._nat.remove(gone)
         if any(port.protocol == "udp" for port in ports):
             lease = self._ipam.leases.get(pod_id)
             addresses = [interface.ip for interface in interfaces(lease)] if lease else []
             self._run_behind(partial(conntrack.forget_flows_to, addresses))
 
     def _elements(self, ports: Sequence[HostPort]) -> list[Element]:
-        leases = self._ipam.leases
+        """The elements that forward the ports. Also called by threads, while the loop may remove leases."""
+        leased = ((port, self._ipam.leases.get(port.pod_id)) for port in ports)
         return [
             element
-            for port in ports
-            if port.pod_id in leases
-            for element in elements(port, [i.ip for i in interfaces(leases[port.pod_id])])
+            for port, lease in leased
+            if lease is not None
+            for element in elements(port, [i.ip for i in interfaces(lease)])
         ]
 
     # --- leases whose pod is gone ---

@@ -8,8 +8,9 @@ is their concatenation.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from nodeagent.net.netlink import (
     NETLINK_NETFILTER,
@@ -18,6 +19,8 @@ from nodeagent.net.netlink import (
     Connection,
     Request,
     attribute,
+    attribute_list,
+    attributes,
     be32,
     nested,
     text,
@@ -44,8 +47,7 @@ _NEWTABLE, _GETTABLE, _DELTABLE = 0, 1, 2
 _NEWCHAIN = 3
 _NEWRULE = 6
 _NEWSET = 9
-_NEWSETELEM = 12
-_DELSETELEM = 14
+_NEWSETELEM, _GETSETELEM, _DELSETELEM = 12, 13, 14
 _NFT_SET_MAP = 0x8
 _NFT_SET_EVAL = 0x20
 _DYNAMIC_SET_SIZE = 1 << 16
@@ -73,6 +75,9 @@ INET_SERVICE = DataType(13, 2)
 IFNAME = DataType(41, 16)
 
 
+_PROTOCOLS = {6: "tcp", 17: "udp", 132: "sctp"}
+
+
 def _type_number(types: Sequence[DataType]) -> int:
     number = 0
     for part in types:
@@ -92,6 +97,26 @@ def _padded(size: int) -> int:
 def concatenation(*parts: bytes) -> bytes:
     """The value of a key or of data, as registers hold it."""
     return b"".join(part + bytes(-len(part) % 4) for part in parts)
+
+
+def _words(types: Sequence[DataType], value: bytes) -> str:
+    """A key or data as nft(8) writes it: "10.88.0.2 . 80"."""
+    words = []
+    for part in types:
+        words.append(_word(part, value[: part.size]))
+        value = value[_padded(part.size) :]
+    return " . ".join(words)
+
+
+def _word(kind: DataType, value: bytes) -> str:
+    if kind in (IPV4_ADDR, IPV6_ADDR):
+        return str(ip_address(value))
+    if kind == ETHER_ADDR:
+        return value.hex(":")
+    if kind == IFNAME:
+        return value.rstrip(b"\0").decode(errors="replace")
+    number = int.from_bytes(value, "big")
+    return _PROTOCOLS.get(number, str(number)) if kind == INET_PROTO else str(number)
 
 
 # --- expressions ----------------------------------------------------------------------------------------------------
@@ -274,6 +299,13 @@ class Set:
     data: tuple[DataType, ...] = ()
     dynamic: bool = False
 
+    def describe(self, element: Element) -> str:
+        """An element of it as nft(8) writes one: "any4 { tcp . 80 : 10.88.0.2 . 8080 }"."""
+        words = _words(self.key, element.key)
+        if self.data:
+            words += f" : {_words(self.data, element.data)}"
+        return f"{self.name} {{ {words} }}"
+
 
 @dataclass(frozen=True, slots=True)
 class Element:
@@ -364,6 +396,17 @@ class Table:
     def delete_elements(self, elements: Iterable[Element]) -> list[Request]:
         return self._elements("delete from", _DELSETELEM, elements, 0)
 
+    def elements(self, connection: Connection, name: str) -> Iterator[Element]:
+        """The elements of a set, to be read to the end. Raises FileNotFoundError without the set, or the table."""
+        request = self._request(
+            f"list {name}", _GETSETELEM, text(1, self.name), text(2, name), flags=0
+        )
+        for body in connection.dump(request):
+            listed = attributes(body[_NFGENMSG.size :]).get(3, b"")
+            for _, element in attribute_list(listed):
+                parts = attributes(element)
+                yield Element(name, _value(parts.get(1, b"")), _value(parts.get(2, b"")))
+
     def _elements(
         self, verb: str, kind: int, elements: Iterable[Element], flags: int
     ) -> list[Request]:
@@ -394,6 +437,11 @@ def _element(element: Element) -> bytes:
     if element.data:
         parts.append(nested(2, attribute(1, element.data)))
     return nested(1, *parts)
+
+
+def _value(data: bytes) -> bytes:
+    """The value that a nested attribute of key or data has; b"" for a verdict, or without data."""
+    return attributes(data).get(1, b"")
 
 
 # --- transactions ---------------------------------------------------------------------------------------------------

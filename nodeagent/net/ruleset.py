@@ -92,14 +92,16 @@ class Ruleset:
 
     def declare(self, elements: Sequence[Element]) -> list[Request]:
         """The requests that replace the table, whether it exists or not, by a new one with these elements."""
-        if not self.host_ports:
-            return self.table.replace((), self._chains(), self._rules(), ())
-        return self.table.replace(self._sets(), self._chains(), self._rules(), elements)
+        held = elements if self.host_ports else ()
+        return self.table.replace(self.sets(), self._chains(), self._rules(), held)
 
     def _families(self) -> list[Family]:
         return [_FAMILIES[version] for version in sorted({s.version for s in self.subnets})]
 
-    def _sets(self) -> Iterator[Set]:
+    def sets(self) -> Iterator[Set]:
+        """The sets and maps; none where no port of the node is forwarded."""
+        if not self.host_ports:
+            return
         for family in self._families():
             target = (family.address, nft.INET_SERVICE)
             port = (nft.INET_PROTO, nft.INET_SERVICE)

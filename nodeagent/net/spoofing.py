@@ -54,7 +54,7 @@ class SpoofFilter:
     def declare(self, elements: Sequence[Element]) -> list[Request]:
         """The requests that replace the table, whether it exists or not, by a new one with these elements."""
         return self.table.replace(
-            [Set("ipv4", _IPV4_KEY), Set("ipv6", _IPV6_KEY)],
+            self.sets(),
             [
                 Chain("prerouting", "filter", "prerouting", _PRIORITY),
                 Chain("from_pod"),
@@ -63,6 +63,10 @@ class SpoofFilter:
             self._rules(),
             elements,
         )
+
+    def sets(self) -> Sequence[Set]:
+        """The sets of what pods may send from."""
+        return Set("ipv4", _IPV4_KEY), Set("ipv6", _IPV6_KEY)
 
     def _rules(self) -> Iterator[tuple[str, tuple[bytes, ...]]]:
         from_pod = nft.equal(nft.IIFNAME, self.link_prefix.encode())

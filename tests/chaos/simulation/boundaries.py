@@ -20,7 +20,7 @@ from nodeagent.lifecycle import composition, recovery
 from nodeagent.lifecycle.containers import unkillable
 from nodeagent.lifecycle.plan import etc_files
 from nodeagent.lifecycle.pods import sandboxes
-from nodeagent.linux import waiting
+from nodeagent.linux import mountinfo, waiting
 from nodeagent.net import bridge, listeners, network, setup, sysctls
 from nodeagent.sandbox import exits, paths
 from tests.chaos.simulation import world
@@ -91,6 +91,7 @@ def patched() -> Iterator[None]:
         enter(patch.object(waiting, "explained", lambda _pid: "it is stopped"))
         enter(patch.object(unkillable, "explained", lambda container, _: f"{container.id} runs"))
         enter(patch.object(paths, "unpin", _unpin))
+        enter(patch.object(mountinfo, "table", lambda: ""))
         for module in (sandboxes, recovery):
             enter(patch.object(module, "boot_id", lambda: world.machine.boot))
         enter(patch.object(network, "links", links))

@@ -58,13 +58,25 @@ class _Sorted(set[str]):
 class SimulatedTable:
     """`nodeagent.net.declared.DeclaredTable`."""
 
-    def __init__(self, name: str, elements: Callable[[], Sequence[Any]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        elements: Callable[[], Sequence[Any]],
+        explained: Callable[[], Sequence[Any]],
+    ) -> None:
         self._name = name
         self._elements = elements
+        self._explained = explained
+        self._is_settled = False
 
     @classmethod
-    def open(cls, declaration: Any, elements: Callable[[], Sequence[Any]]) -> "SimulatedTable":
-        table = cls(type(declaration).__name__, elements)
+    def open(
+        cls,
+        declaration: Any,
+        elements: Callable[[], Sequence[Any]],
+        explained: Callable[[], Sequence[Any]] | None = None,
+    ) -> "SimulatedTable":
+        table = cls(type(declaration).__name__, elements, explained or elements)
         table.declare()
         return table
 
@@ -72,19 +84,47 @@ class SimulatedTable:
         """Nothing is open."""
 
     def declare(self, _declaration: Any = None) -> None:
+        self._is_settled = False
         world.machine.step("network.declare")
         world.machine.tables[self._name] = set(self._elements())
+        self._is_settled = True
+
+    def settle(self) -> None:
+        if not self._is_settled:
+            self.declare()
 
     def repair(self) -> None:
         """Nobody else changes it."""
+        self.settle()
 
     def add(self, elements: Sequence[Any]) -> None:
-        world.machine.step("network.add")
-        world.machine.tables[self._name].update(elements)
+        self._change("network.add", lambda held: held.update(elements))
 
     def remove(self, elements: Sequence[Any]) -> None:
-        world.machine.step("network.remove")
-        world.machine.tables[self._name].difference_update(elements)
+        self._change("network.remove", lambda held: held.difference_update(elements))
+
+    def _change(self, what: str, change: Callable[[set[Any]], None]) -> None:
+        if not self._is_settled:
+            self.declare()
+            return
+        try:
+            world.machine.step(what)
+        except OSError:
+            self.declare()
+        else:
+            change(world.machine.tables[self._name])
+
+    def strays(self) -> dict[str, Any]:
+        world.machine.step("network.strays")
+        held = sorted(world.machine.tables.get(self._name, ()), key=str)
+        explained = self._explained()
+        return {str(element): element for element in held if element not in explained}
+
+    def remove_stray(self, name: str) -> bool:
+        stray = self.strays().get(name)
+        if stray is not None:
+            self.remove([stray])
+        return stray is not None
 
     def delete(self) -> None:
         world.machine.step("network.drop")

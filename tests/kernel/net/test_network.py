@@ -330,6 +330,173 @@ async def test_ports_survive_that_somebody_flushed_the_table(
     assert len(elements("any4")) == 1
 
 
+# --- elements that nothing explains -----------------------------------------------------------------------------------
+
+MAC = "02:00:00:00:00:01"
+STRAY_ELEMENTS = {
+    "any4": ("tcp . 81", "10.88.0.99 . 8080"),
+    "bound4": ("192.0.2.1 . udp . 82", "10.88.0.99 . 8080"),
+    "any6": ("sctp . 83", "fd00:1::99 . 8080"),
+}
+STRAY_SENDERS = {
+    "ipv4": f'"nv{INSTANCE}zzzzz" . {MAC} . 10.88.0.99',
+    "ipv6": f'"nv{INSTANCE}zzzzz" . {MAC} . fd00:1::99',
+}
+
+
+@needs_nf_tables
+async def test_elements_that_nothing_explains_are_named_and_removed(
+    network: Network, new_pod: PodMaker
+) -> None:
+    pod, _, _ = await new_pod(network)
+    await network.publish(pod.id, [WEB, DNS])
+    assert await network.strays() == set()
+    for name, (key, data) in STRAY_ELEMENTS.items():
+        nft("add", "element", "inet", TABLE, name, f"{{ {key} : {data} }}")
+    nft("add", "element", "inet", TABLE, "node4", "{ 192.0.2.7 }")  # as the rules themselves do
+    names = {f"{name} {{ {key} : {data} }}" for name, (key, data) in STRAY_ELEMENTS.items()}
+    assert await network.strays() == names
+    for name in names:
+        assert await network.remove_stray(name)
+        assert not await network.remove_stray(name)
+    assert await network.strays() == set()
+    assert len(elements("any4")) == len(elements("any6")) == 2
+    assert elements("bound4") == []
+    assert elements("node4", "set") == ["192.0.2.7"]
+
+
+@needs_bridge_tables
+async def test_senders_that_nothing_explains_are_named_and_removed(
+    network: Network, new_pod: PodMaker
+) -> None:
+    await new_pod(network)
+    held = senders("ipv4"), senders("ipv6")
+    for name, key in STRAY_SENDERS.items():
+        nft("add", "element", "bridge", TABLE, name, f"{{ {key} }}")
+    names = {f"{name} {{ {key} }}".replace('"', "") for name, key in STRAY_SENDERS.items()}
+    assert await network.strays() == names
+    for name in names:
+        assert await network.remove_stray(name)
+    assert await network.strays() == set()
+    assert (senders("ipv4"), senders("ipv6")) == held
+
+
+@needs_nf_tables
+async def test_tables_of_others_have_no_strays(network: Network) -> None:
+    """Whatever is in them, and however much they look like the agent's."""
+    for family, table in (("inet", f"nodeagent_{OTHER_INSTANCE}"), ("ip", TABLE)):
+        nft("add", "table", family, table)
+        nft("add", "set", family, table, "any4", "{ type inet_service; }")
+        nft("add", "element", family, table, "any4", "{ 81 }")
+    assert await network.strays() == set()
+    assert not await network.remove_stray("any4 { 81 }")
+
+
+@needs_nf_tables
+async def test_an_element_that_gets_a_record_meanwhile_is_no_stray(
+    network: Network, new_pod: PodMaker
+) -> None:
+    """It was found twice while it was just being withdrawn, say, and is then published again."""
+    pod, pod4, _ = await new_pod(network)
+    nft("add", "element", "inet", TABLE, "any4", f"{{ tcp . 80 : {pod4} . 8080 }}")
+    (name,) = await network.strays()
+    await network.publish(pod.id, [WEB])
+    assert not await network.remove_stray(name)
+    assert len(elements("any4")) == 1
+
+
+@needs_bridge_tables
+async def test_the_senders_of_a_released_lease_are_explained_until_its_link_has_gone(
+    network: Network,
+) -> None:
+    pod = Pod()
+    await network.attach(pod.id, pod.namespace.descriptor, pod.route)
+    before = senders("ipv4")
+    await network.detach(pod.id)
+    assert await network.strays() == set()
+    pod.close()
+    await until(lambda: not senders("ipv4") & before)
+    assert await network.strays() == set()
+
+
+@needs_nf_tables
+async def test_many_elements_are_all_listed(network: Network) -> None:
+    """An answer of the kernel has a few hundred."""
+    ports = range(1, 3001)
+    given = ",".join(f"tcp . {port} : 10.88.0.99 . 80" for port in ports)
+    nft_text("-f", "-", given=f"add element inet {TABLE} any4 {{ {given} }}")
+    assert await network.strays() == {f"any4 {{ tcp . {p} : 10.88.0.99 . 80 }}" for p in ports}
+
+
+@needs_nf_tables
+async def test_a_table_that_is_gone_has_no_strays_and_one_that_is_not_listed_is_an_error(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nft("flush", "ruleset")
+    assert await network.strays() == set()
+
+    def no_descriptor() -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("nodeagent.net.nftables.connect", no_descriptor)
+    with pytest.raises(OSError, match="Too many open files"):
+        await network.strays()
+
+
+@needs_nf_tables
+@pytest.mark.parametrize("then", ["detach", "status", "publish"])
+async def test_an_element_that_could_not_be_removed_goes_with_what_is_done_next(
+    network: Network, new_pod: PodMaker, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    """Its record has gone by then, so that nothing else would know of it."""
+    pod, _, _ = await new_pod(network)
+    other, other4, _ = await new_pod(network)
+    await network.publish(pod.id, [WEB])
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("nodeagent.net.nftables.transact", fail)
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            await network.detach(pod.id)
+    assert len(elements("any4")) == 1
+    if then == "detach":
+        await network.detach(pod.id)
+    elif then == "status":
+        assert network.status().problems == ()
+    else:
+        await network.publish(other.id, [DNS])
+    assert [data["concat"][0] for _, data in elements("any4")] == [other4] * (then == "publish")
+    assert await network.strays() == set()
+
+
+@needs_nf_tables
+async def test_ports_of_a_pod_are_not_forwarded_although_their_record_stays(
+    world: World, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next attempt may come when its lease, which names the elements, has gone."""
+    network = await Network.start(config=DUAL_STACK, store=store, instance=INSTANCE, tasks=Tasks())
+    pod = Pod()
+    await network.attach(pod.id, pod.namespace.descriptor, pod.route)
+    await network.publish(pod.id, [WEB])
+
+    def full(*_: object) -> None:
+        raise ResourceExhausted("state.db: database or disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(network._host_ports, "release", full)
+        with pytest.raises(ResourceExhausted):
+            await network.detach(pod.id)
+    assert elements("any4") == []
+    assert network.holders == {pod.id}
+    pod.close()
+    await until(lambda: store.get(Lease, pod.id) is None)
+    await network.detach(pod.id)
+    assert network.holders == await network.strays() == set()
+    await network.close(remove=True)
+
+
 @needs_bridge_tables
 async def test_pods_may_send_although_somebody_flushed_the_filter(
     network: Network, new_pod: PodMaker
