@@ -64,6 +64,10 @@ class Places:
         return self.root / "trash"
 
     @property
+    def staging(self) -> Path:
+        return self.root / "staging"
+
+    @property
     def pods(self) -> Path:
         return self.home / "pods"
 

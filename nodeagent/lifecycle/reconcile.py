@@ -2,7 +2,9 @@
 
 It should find nothing: each thing that it does find is a leak, named by the log and counted by its kind. A stray is
 removed when two looks have found it, so that nothing that is just being made, or removed, is taken for one; and only
-what names this agent's own ids. What a record names that cannot be read belongs to that record.
+what names this agent's own ids, or is in a table or a directory of its own. What a record names that cannot be read
+belongs to that record. What could not be listed is not taken for gone: the next look that can list it goes on from the
+last one that could.
 """
 
 import asyncio
@@ -11,13 +13,15 @@ import os
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from nodeagent.cgroups import removals
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.errors import NodeAgentError
 from nodeagent.images.catalog import Images
+from nodeagent.lifecycle import own_mounts
 from nodeagent.lifecycle.containers.containers import Containers
 from nodeagent.lifecycle.containers.creation import Creation
 from nodeagent.lifecycle.inventory import Inventory
@@ -25,7 +29,8 @@ from nodeagent.lifecycle.places import Places
 from nodeagent.lifecycle.pods.slots import Slots
 from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.net.network import Network
-from nodeagent.tasks import Tasks
+from nodeagent.tasks import Tasks, to_the_end
+from nodeagent.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +39,21 @@ NAME = "reconciliation"
 
 # pod: a supervisor or a directory. container: a directory. intention: a creation that nobody goes on with. lease: also
 # the host ports of a pod. hold: of an image. cgroup: of a pod that has no parent from elsewhere, whose owner ends that.
-KINDS = ("pod", "container", "intention", "lease", "hold", "cgroup")
+# element: of an nft table of the agent's, for a host port or an address that a pod may send from. mount: of the agent's
+# mount namespace, in a pod's or container's directory, or in what is on its way out. They are removed in this order:
+# with a pod go its mounts.
+KINDS = ("pod", "container", "intention", "lease", "hold", "cgroup", "element", "mount")
 
 _ID = re.compile(r"[0-9a-f]{64}")
 
+T = TypeVar("T")
+
 
 class Stray(NamedTuple):
-    """A thing without a record, or a record without a thing. id: of the pod or container that it belongs to."""
+    """A thing without a record, or a record without a thing.
+
+    id: of the pod or container that it belongs to; of an element what nft(8) writes, of a mount its path.
+    """
 
     kind: str
     id: str
@@ -75,6 +88,8 @@ class Reconciliation:
         self._places = places
         self._tasks = tasks.part()
         self._suspects: set[Stray] = set()
+        # The kinds that the present look could not list, or not all of.
+        self._unlisted: set[str] = set()
         # How an unknown pod is removed, and what recovery has yet to remove: of `Recovery`, which is above us.
         self.dismantle: Callable[[Path], Awaitable[None]]
         self.is_recovering: Callable[[str], bool]
@@ -94,8 +109,9 @@ class Reconciliation:
     async def look(self) -> None:
         """Find strays, and remove those that the look before has found as well."""
         found = await self._find()
-        certain, self._suspects = found & self._suspects, found
-        for stray in sorted(certain):
+        before, self._suspects = self._suspects, set(found)
+        self._suspects.update(stray for stray in before if stray.kind in self._unlisted)
+        for stray in sorted(found & before, key=lambda stray: (KINDS.index(stray.kind), stray.id)):
             await self._remove(stray)
 
     async def end_groups(self) -> None:
@@ -107,9 +123,15 @@ class Reconciliation:
 
     async def _find(self) -> set[Stray]:
         # What is there first, then the records: whatever is made meanwhile has one.
-        pods = await self._supervised() | await _ids(self._places.pods)
-        directories = await _ids(self._places.containers)
-        groups = set((await asyncio.to_thread(self._cgroups.of_pods_without_parent)).values())
+        self._unlisted.clear()
+        pods = await self._listed("pod", self._supervised, set[str]())
+        pods |= await self._listed("pod", partial(_ids, self._places.pods), set[str]())
+        directories = await self._listed(
+            "container", partial(_ids, self._places.containers), set[str]()
+        )
+        groups = await self._listed("cgroup", self._grouped, set[str]())
+        strays = await self._listed("element", self._network.strays, set[str]())
+        mounts = await self._listed("mount", self._mounted, dict[str, Path]())
         recorded = self._inventory
         known_pods = recorded.sandboxes.keys() | recorded.unreadable | self._slots.ids
         # Their network has been given back, unless that has failed.
@@ -123,15 +145,44 @@ class Reconciliation:
             *(Stray("hold", each) for each in self._images.holders - known),
             *(Stray("cgroup", each) for each in groups - known - known_pods),
         }
-        return {stray for stray in found if not self.is_recovering(stray.id)}
+        found = {stray for stray in found if not self.is_recovering(stray.id)}
+        # A stopped pod has no namespace to pin; a container mounts in its own mount namespace.
+        mounting = (known_pods - stopped) | recorded.unreadable
+        unexplained = (
+            Stray("mount", point)
+            for point, entry in mounts.items()
+            if entry.name not in mounting and not self.is_recovering(entry.name)
+        )
+        return found.union(unexplained, (Stray("element", each) for each in strays))
+
+    async def _listed(self, kind: str, listing: Callable[[], Awaitable[T]], nothing: T) -> T:
+        """What a listing has. One that fails has nothing, and leaves what was suspected of its kind as it was."""
+        try:
+            return await listing()
+        except (NodeAgentError, OSError) as error:
+            log.warning("%ss: cannot all be listed, a stray may be missed: %s", kind, error)
+            self._unlisted.add(kind)
+            return nothing
 
     async def _supervised(self) -> set[str]:
-        """The pods that the launcher knows; none where it does not answer, which is others' to say."""
-        try:
-            launcher = await self._launchers.get()
-            return set(await launcher.pods())
-        except (NodeAgentError, OSError):
-            return set()
+        """The pods that the launcher knows."""
+        launcher = await self._launchers.get()
+        return set(await launcher.pods())
+
+    async def _grouped(self) -> set[str]:
+        groups = await asyncio.to_thread(self._cgroups.of_pods_without_parent)
+        return set(groups.values())
+
+    async def _mounted(self) -> dict[str, Path]:
+        """Mount points, with the directories of pods, containers, or things on their way out that they are in."""
+        places = self._places
+        named = (places.pods, places.containers)
+        mounts = await asyncio.to_thread(own_mounts.below, (*named, places.trash, places.staging))
+        return {
+            point: entry
+            for point, entry in mounts.items()
+            if entry.parent not in named or _ID.fullmatch(entry.name)
+        }
 
     def _intentions(self) -> Iterator[Stray]:
         pods = self._inventory.sandboxes.keys() | self._inventory.unreadable
@@ -141,16 +192,21 @@ class Reconciliation:
                 yield Stray("intention", container.id)
 
     async def _remove(self, stray: Stray) -> None:
-        log.error('%s "%s": no record explains it; removing it', *stray)
+        """Remove it, and count it; what has gone meanwhile, as the mounts of a stray pod do, is not counted."""
+        name = one_line(stray.id)  # of a mount, it may be a container's word
+        log.error('%s "%s": no record explains it; removing it', stray.kind, name)
         try:
-            await self._removed(stray)
+            self.leaks[stray.kind] += await self._removed(stray)
         except (NodeAgentError, OSError) as error:
-            log.error('%s "%s": cannot be removed yet: %s', *stray, error)
-        else:
-            self.leaks[stray.kind] += 1
+            log.error('%s "%s": cannot be removed yet: %s', stray.kind, name, error)
 
-    async def _removed(self, stray: Stray) -> None:
+    async def _removed(self, stray: Stray) -> bool:
+        """Remove it; False where that was not needed any more."""
         kind, name = stray
+        if kind == "element":
+            return await self._network.remove_stray(name)
+        if kind == "mount":
+            return await to_the_end(None, partial(own_mounts.detach, name))
         if kind == "pod":
             await self.dismantle(self._places.pods / name)
         elif kind == "container":
@@ -165,6 +221,7 @@ class Reconciliation:
             await self._images.release(name)
         else:
             await self._end_groups(name)
+        return True
 
     async def _end_groups(self, name: str) -> None:
         for path, each in (await asyncio.to_thread(self._cgroups.of_pods_without_parent)).items():

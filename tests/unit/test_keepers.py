@@ -287,7 +287,11 @@ async def reconciling(world: World) -> Work:
             looks.append(self)
             return set()
 
-    places = SimpleNamespace(pods=world.folder, containers=world.folder)
+        async def strays(self) -> set[str]:
+            return set()
+
+    folder = world.folder
+    places = SimpleNamespace(pods=folder, containers=folder, trash=folder, staging=folder)
     nothing: Any = None
     images: Any = SimpleNamespace(holders=set())
     parts: Any = {"launchers": SimpleNamespace(get=get), "slots": SimpleNamespace(ids=set())}
