@@ -21,6 +21,14 @@ A text says what was asked, on which object and why it failed: ``container "abc"
 `TimeoutError` and `OSError` keep their own types; ``cri.status`` gives every class its gRPC code.
 """
 
+import errno
+
+# Numbers of `OSError` that say that a process, or the node, is short of something. Whatever a request has named that
+# was met with them is not at fault: they pass as they are.
+SHORTAGES = frozenset(
+    (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT)
+)
+
 
 class NodeAgentError(Exception):
     """Base of everything that the agent reports to its caller on purpose."""

@@ -8,7 +8,7 @@ import errno
 import os
 from contextlib import suppress
 
-from nodeagent.errors import FailedPrecondition, InvalidArgument, NotFound
+from nodeagent.errors import SHORTAGES, FailedPrecondition, InvalidArgument, NotFound
 from nodeagent.linux import mounts, syscalls
 from nodeagent.sandbox.spec import Mount
 
@@ -29,6 +29,8 @@ def open_host_path(mount: Mount) -> int:
         reason = ", and absent_mount_sources_to_reject has it" if absent == "reject" else ""
         raise NotFound(f"{what}: {os.strerror(errno.ENOENT)}{reason}") from error
     except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
         raise FailedPrecondition(f"{what}: {os.strerror(error.errno or 0)}") from error
 
 

@@ -7,7 +7,7 @@ id n there belongs to id n of the namespace. What the runtime makes for a contai
 import os
 from typing import NamedTuple
 
-from nodeagent.errors import FailedPrecondition, InvalidArgument, Unsupported
+from nodeagent.errors import SHORTAGES, FailedPrecondition, InvalidArgument, Unsupported
 from nodeagent.linux import mounts, syscalls, userns
 from nodeagent.linux.userns import Extent
 from nodeagent.sandbox.spec import IdMap, Mount, PodPlan, ProcessPlan
@@ -98,5 +98,7 @@ def map_tree(tree: int, origin: int, descriptor: int, what: str) -> None:
     try:
         mounts.map_ids(tree, descriptor)
     except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
         kind = mounts.filesystem_of(origin)
         raise Unsupported(f"idmapped mount of {what}: {kind}: {error.strerror}") from error

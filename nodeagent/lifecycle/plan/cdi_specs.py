@@ -22,6 +22,7 @@ import yaml
 from msgspec import Meta
 
 from nodeagent import files
+from nodeagent.errors import SHORTAGES
 from nodeagent.words import HookStage
 
 log = logging.getLogger(__name__)
@@ -151,7 +152,10 @@ class Specs:
         self._said: dict[Path, set[str]] = {}
 
     def read(self) -> list[list[Spec]]:
-        """Read the specifications of each directory. May take a while: not for an event loop."""
+        """Read the specifications of each directory. May take a while: not for an event loop.
+
+        Raises OSError where the node is too short of something to know what there is.
+        """
         # Held while files are read, so that of several threads one reads, and the others find what has not changed.
         with self._lock:
             looks = {
@@ -189,7 +193,9 @@ class Specs:
         """The specification files of a directory, without those in directories below it."""
         try:
             names = sorted(os.listdir(directory))
-        except OSError:
+        except OSError as error:
+            if error.errno in SHORTAGES:
+                raise
             return
         wanted = [n for n in names if n.endswith((".json", ".yaml")) and n.isprintable()]
         if len(wanted) > MAX_SPECS:
@@ -219,7 +225,10 @@ class Specs:
         try:
             return self._known_of(path, stamp)
         except OSError as error:
-            return self._fault(path, stamp, error.strerror or str(error))
+            if error.errno in SHORTAGES:
+                raise
+            # Without the stamp: it may pass, and the file be the same.
+            return self._fault(path, (), error.strerror or str(error))
         except (ValueError, RecursionError, yaml.YAMLError) as error:
             return self._fault(path, stamp, " ".join(str(error).split())[:500])
 

@@ -39,7 +39,7 @@ class Profiles:
         try:
             for held in _EXTREMES:
                 seccomp_profile.from_file(self._default, held)
-        except (InvalidArgument, NotFound, Unsupported) as error:
+        except (InvalidArgument, NotFound, Unsupported, OSError) as error:
             raise InvalidArgument(
                 f"seccomp.default_profile: {error}; correct the file, or leave the setting empty for the built-in"
                 " profile"

@@ -13,8 +13,9 @@ import struct
 import termios
 from typing import NamedTuple
 
-from nodeagent.errors import FailedPrecondition
+from nodeagent.errors import SHORTAGES, FailedPrecondition
 from nodeagent.linux import confined, mounts, syscalls
+from nodeagent.sandbox.init.steps import of_step
 
 _DEVPTS_SUPER_MAGIC = 0x1CD1
 _TIOCSPTLCK = 0x40045431
@@ -70,8 +71,10 @@ def _find_device(root: int, path: str, number: int, *, follow: bool = True) -> i
     try:
         found = confined.open_path(root, path, follow=follow)
     except OSError as error:
-        text = f'device "{path}" of the container: {os.strerror(error.errno or 0)}'
-        raise FailedPrecondition(text) from error
+        what = f'device "{path}" of the container'
+        if error.errno in SHORTAGES:
+            raise of_step(what, error) from error
+        raise FailedPrecondition(f"{what}: {os.strerror(error.errno or 0)}") from error
     status = os.fstat(found)
     if not stat.S_ISCHR(status.st_mode) or status.st_rdev != number:
         text = f'device "{path}" of the container: not the device that belongs there'

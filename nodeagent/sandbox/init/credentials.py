@@ -8,7 +8,7 @@ import os
 import resource
 from base64 import b64decode
 
-from nodeagent.errors import FailedPrecondition, InvalidArgument, Unsupported
+from nodeagent.errors import SHORTAGES, FailedPrecondition, InvalidArgument, Unsupported
 from nodeagent.linux import capabilities, seccomp, syscalls
 from nodeagent.sandbox.spec import Capabilities, Identity, ProcessPlan, Rlimit
 
@@ -32,6 +32,8 @@ def _write_label(kind: str, label: str, name: str, verb: str) -> None:
         # The file is there: ENOENT is the answer of AppArmor to the name of a profile that it does not have.
         if error.errno == errno.ENOENT and os.path.exists(f"/proc/self/{name}"):
             raise FailedPrecondition(f'{kind} "{label}": not loaded') from error
+        if error.errno in SHORTAGES:
+            raise
         raise Unsupported(f'{kind} "{label}": {error.strerror}') from error
 
 

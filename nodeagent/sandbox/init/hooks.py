@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from nodeagent.errors import FailedPrecondition
+from nodeagent.errors import SHORTAGES, FailedPrecondition
 from nodeagent.linux import syscalls
 from nodeagent.sandbox.bundle import OCI_VERSION
 from nodeagent.sandbox.spec import ContainerPlan, Hook
@@ -110,6 +110,8 @@ def _trusted(what: str, path: str) -> str:
                 return program
             place = os.path.dirname(place)
     except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
         raise FailedPrecondition(f"{what}: {error.strerror}") from None
 
 

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple, NoReturn
 
-from nodeagent.errors import FailedPrecondition
+from nodeagent.errors import SHORTAGES, FailedPrecondition
 from nodeagent.linux import confined, mounts, syscalls
 from nodeagent.sandbox import idmaps, protocol
 from nodeagent.sandbox.idmaps import IdMaps
@@ -40,6 +40,7 @@ from nodeagent.sandbox.init import (
     rootfs,
     users,
 )
+from nodeagent.sandbox.init.steps import of_step
 from nodeagent.sandbox.runtime import procfs
 from nodeagent.sandbox.spec import ContainerPlan, ExecPlan, Identity, ProcessPlan
 
@@ -319,8 +320,10 @@ def _working_directory(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        text = os.strerror(error.errno or 0)
-        raise FailedPrecondition(f'working directory "{path}": {text}') from error
+        what = f'working directory "{path}"'
+        if error.errno in SHORTAGES:
+            raise of_step(what, error) from error
+        raise FailedPrecondition(f"{what}: {os.strerror(error.errno or 0)}") from error
 
 
 def _wait_for_go(status: int) -> None:

@@ -9,8 +9,9 @@ import errno
 import os
 import stat
 
-from nodeagent.errors import FailedPrecondition, InvalidArgument
+from nodeagent.errors import SHORTAGES, FailedPrecondition, InvalidArgument
 from nodeagent.linux import syscalls
+from nodeagent.sandbox.init.steps import of_step
 
 ATTRIBUTE = "security.selinux"
 
@@ -132,5 +133,8 @@ def _is_directory(file: int) -> bool:
     return stat.S_ISDIR(os.fstat(file).st_mode)
 
 
-def _failed(path: str, error: OSError) -> FailedPrecondition:
-    return FailedPrecondition(f'selinux_relabel of "{path}": {os.strerror(error.errno or 0)}')
+def _failed(path: str, error: OSError) -> OSError | FailedPrecondition:
+    what = f'selinux_relabel of "{path}"'
+    if error.errno in SHORTAGES:
+        return of_step(what, error)
+    return FailedPrecondition(f"{what}: {os.strerror(error.errno or 0)}")

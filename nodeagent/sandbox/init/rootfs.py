@@ -11,7 +11,7 @@ import os
 import stat
 from typing import NamedTuple
 
-from nodeagent.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from nodeagent.errors import SHORTAGES, FailedPrecondition, InvalidArgument, ResourceExhausted
 from nodeagent.linux import confined, mounts, syscalls
 from nodeagent.sandbox import idmaps, rootfs_defaults
 from nodeagent.sandbox.host_path import open_host_path, require_propagation
@@ -137,6 +137,8 @@ def _clone_host_path(mount: Mount, maps: IdMaps) -> int:
     except OSError as error:
         # A pipe, a socket or a file without a name, by its descriptor in procfs.
         what = f'host path "{mount["source"]}" for {mount["target"]}'
+        if error.errno in SHORTAGES:
+            raise of_step(what, error) from error
         text = f"{what}: cannot be mounted: {os.strerror(error.errno or 0)}"
         raise FailedPrecondition(text) from error
     mounts.set_attributes(tree, mount["attributes"], mount["recursive"])

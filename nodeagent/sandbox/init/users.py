@@ -4,6 +4,7 @@ The files are not trusted: they are found confined to the root, opened only when
 bounded size, and malformed lines are skipped. The node's name services are never asked (passwd(5), group(5)).
 """
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ from nodeagent.sandbox.spec import Identity, UserRequest
 MAX_FILE_BYTES = 1 << 20
 _MAX_LINE_BYTES = 64 << 10
 _MAX_GROUPS = 65536  # NGROUPS_MAX (getgroups(2))
+
+# Errors of links in a circle, or to the node's descriptors, or to too long a name.
+_FAULTS_OF_A_LINK = frozenset((errno.ELOOP, errno.EXDEV, errno.ENAMETOOLONG))
 
 _PASSWD = "/etc/passwd"
 _GROUP = "/etc/group"
@@ -126,12 +130,17 @@ def _number(fields: list[bytes], index: int) -> int | None:
 
 
 def read_file(root: int, own: int, path: str) -> bytes:
-    """A regular file inside `root`, b"" where there is none; a fifo or device is refused unopened."""
+    """A regular file inside `root`, b"" where there is none; a fifo or device is refused unopened.
+
+    Raises InvalidArgument for what is the image's fault, and OSError for what is the node's.
+    """
     try:
         found = confined.open_path(root, path)
     except (FileNotFoundError, NotADirectoryError):
         return b""
-    except OSError as error:  # links in a circle, or to the node's descriptors
+    except OSError as error:
+        if error.errno not in _FAULTS_OF_A_LINK:
+            raise
         raise InvalidArgument(f"{path} of the image: {os.strerror(error.errno or 0)}") from error
     try:
         size = _size_of_small_file(found, path)

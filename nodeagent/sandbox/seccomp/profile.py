@@ -28,6 +28,19 @@ from nodeagent.sandbox.seccomp import defaults, oci
 _MAX_PROFILE_BYTES = 1 << 20
 _CACHED = 64
 
+# Errors of a path that does not lead to a file, or to one that is too large; all others are the node's trouble.
+_FAULTS_OF_A_NAME = frozenset(
+    (
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.EINVAL,
+        errno.EFBIG,
+        errno.ENXIO,  # a socket, or a device without a driver
+        errno.ENODEV,
+    )
+)
 _EPERM = libseccomp.ACT_ERRNO | errno.EPERM
 _ENOSYS = libseccomp.ACT_ERRNO | errno.ENOSYS
 
@@ -48,12 +61,19 @@ def runtime_default(held: int) -> Filter:
 
 
 def from_file(path: str, held: int) -> Filter:
-    """The profile in the file `path`. Raises `NotFound`, `InvalidArgument` and `Unsupported`, which name it."""
+    """The profile in the file `path`.
+
+    Raises `NotFound`, `InvalidArgument` and `Unsupported`, which name it, and `OSError` for the node's trouble with it.
+    """
     try:
         text = files.read_bounded(path, _MAX_PROFILE_BYTES)
     except FileNotFoundError:
         raise NotFound(f'seccomp profile "{path}": no such file') from None
     except OSError as error:
+        if error.errno not in _FAULTS_OF_A_NAME:
+            raise OSError(
+                error.errno, error.strerror, path
+            ) from None  # a read does not name its file
         raise InvalidArgument(f'seccomp profile "{path}": {error.strerror}') from None
     try:
         return from_json(text, held)

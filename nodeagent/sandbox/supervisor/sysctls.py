@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
-from nodeagent.errors import InvalidArgument, NodeAgentError, Unsupported
+from nodeagent.errors import SHORTAGES, InvalidArgument, NodeAgentError, Unsupported
 from nodeagent.linux import syscalls, userns
 from nodeagent.linux.sysctls import owner_of, path_of
 from nodeagent.linux.userns import Extent
@@ -100,7 +100,9 @@ def _outside(name: str, value: str, groups: Collection[Extent]) -> str:
         raise InvalidArgument(text) from None
 
 
-def _explained(error: OSError, name: str, value: str) -> NodeAgentError:
+def _explained(error: OSError, name: str, value: str) -> NodeAgentError | OSError:
+    if error.errno in SHORTAGES:
+        return error
     if error.errno == errno.ENOENT:
         return Unsupported(f'sysctl "{name}": this kernel does not have it')
     if error.errno in (errno.EINVAL, errno.ERANGE):

@@ -1,5 +1,6 @@
 """What CDI devices add to a container, and what is said of those that cannot be had."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -265,6 +266,38 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
 
 
 # ---- what is wrong concerns only what asks for it ----
+
+
+@pytest.mark.parametrize("call", ["listdir", "open"])
+def test_a_lack_of_descriptors_is_not_a_lack_of_devices(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    injector = cdi(directory)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(OSError, match="Too many open files"):
+            injector.inject(config("vendor.com/gpu=0"))
+    assert injector.inject(config("vendor.com/gpu=0")).devices
+
+
+def test_a_file_that_could_not_be_read_is_read_again(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although it is the same."""
+    injector = cdi(directory)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fail)
+        with pytest.raises(NotFound, match=r"not read: .*Input/output error"):
+            injector.inject(config("vendor.com/gpu=0"))
+    assert injector.inject(config("vendor.com/gpu=0")).devices
 
 
 def test_unknown_device(directory: Path) -> None:

@@ -234,3 +234,5 @@ def test_a_default_seccomp_profile_is_checked_also_for_what_capabilities_open(
         match=rf'seccomp\.default_profile: seccomp profile "{file}": .*NONSENSE.*; correct the file',
     ):
         Profiles(str(file)).check_default()
+    with pytest.raises(InvalidArgument, match=r"seccomp\.default_profile: .*mem"):  # EIO of read(2)
+        Profiles("/proc/self/mem").check_default()

@@ -1,5 +1,6 @@
 """Identities from passwd and group files, well-formed and hostile."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,36 @@ def test_a_fifo_is_refused_without_blocking(root: Path) -> None:
     os.mkfifo(root / "etc" / "passwd")
     with pytest.raises(InvalidArgument, match="/etc/passwd of the image: not a regular file"):
         resolve(root, request())
+
+
+def test_links_that_lead_nowhere_are_the_images_fault(root: Path) -> None:
+    passwd = root / "etc" / "passwd"
+    for link in ("/etc/passwd", "x" * 300):
+        passwd.symlink_to(link)
+        with pytest.raises(InvalidArgument, match="/etc/passwd of the image: "):
+            resolve(root, request(username="app"))
+        passwd.unlink()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.EACCES],
+    ids=errno.errorcode.get,
+)
+@pytest.mark.parametrize("call", ["open_path", "open_again"])
+def test_the_nodes_trouble_is_not_the_images_fault(
+    root: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str
+) -> None:
+    (root / "etc" / "passwd").write_bytes(PASSWD)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(code, os.strerror(code), "/etc/passwd")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(confined, call, fail)
+        with pytest.raises(OSError, match="/etc/passwd") as caught:
+            resolve(root, request(username="app"))
+    assert caught.value.errno == code
 
 
 def test_a_directory_is_refused(root: Path) -> None:

@@ -22,6 +22,11 @@ ENOSYS = libseccomp.ACT_ERRNO | errno.ENOSYS
 NATIVE = seccomp.AUDIT_ARCH
 I386, AARCH64 = 0x40000003, 0xC00000B7  # linux/audit.h
 
+# Errors of a file that are none of its name.
+TROUBLE = (
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.EACCES, errno.EINTR
+)  # fmt: skip
+
 Call = Callable[..., int]
 
 
@@ -361,3 +366,30 @@ def test_files(tmp_path: Path) -> None:
         file.truncate(1 << 30)
     with pytest.raises(InvalidArgument, match="larger than"):
         seccomp_profile.from_file(str(path), 0)
+
+
+def test_a_path_that_names_no_file_is_the_requests_fault(tmp_path: Path) -> None:
+    file, circle = tmp_path / "file", tmp_path / "circle"
+    file.touch()
+    circle.symlink_to(circle)
+    for path in (tmp_path, file / "profile", circle, tmp_path / ("x" * 300), "/dev/null"):
+        with pytest.raises(InvalidArgument, match="seccomp profile"):
+            seccomp_profile.from_file(str(path), 0)
+
+
+@pytest.mark.parametrize("code", TROUBLE, ids=errno.errorcode.get)
+@pytest.mark.parametrize("call", ["open", "read"])
+def test_the_nodes_trouble_with_a_file_is_not_the_requests_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str
+) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text('{"defaultAction": "SCMP_ACT_ALLOW"}')
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(OSError, match=str(path)) as caught:
+            seccomp_profile.from_file(str(path), 0)
+    assert caught.value.errno == code
