@@ -175,7 +175,7 @@ class LogCollector(Collector):
         labels = (*POD_LABELS, "container", "id")
         dropped = CounterMetricFamily(
             "nodeagent_container_log_dropped_lines_total",
-            "Lines that were lost because the log's disk was full",
+            "Lines that were lost: the log's disk was full, or the log could not be opened",
             labels=labels,
         )
         held_back = CounterMetricFamily(

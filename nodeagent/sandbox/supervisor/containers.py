@@ -356,6 +356,8 @@ class Container:
             self._removals.append(request)
             self.kill()
             return
+        if self.pump is not None:
+            self.pump.write_left()
         try:
             facts.remove(self.pod.directory, self.id)
         except OSError as error:

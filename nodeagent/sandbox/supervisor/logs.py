@@ -139,6 +139,41 @@ class LogFile:
         os.close(self._file)
 
 
+class Unopened:
+    """In place of a log that cannot be opened: keeps what would be written to it, and counts what is dropped.
+
+    room_bytes: how much it keeps.
+    """
+
+    def __init__(self, room_bytes: int) -> None:
+        self.dropped_lines = 0
+        self.kept: list[bytes] = []
+        self._room_bytes = room_bytes
+
+    def write(self, lines: bytes) -> None:
+        if len(lines) <= self._room_bytes:
+            self._room_bytes -= len(lines)
+            self.kept.append(lines)
+        else:
+            self._room_bytes = -1  # nothing after a gap
+            self.dropped_lines += lines.count(b"\n")
+
+    def size(self) -> int:
+        return 0
+
+    def inode(self) -> int:
+        return 0  # no file has this number
+
+    def truncate(self, size: int) -> None:
+        """Do nothing: there is no file."""
+
+    def reopen(self) -> None:
+        """Do nothing: there is no file."""
+
+    def close(self) -> None:
+        """Do nothing: there is no file."""
+
+
 def _open(path: str, root: str) -> int:
     """Open a log. A container may share the directory: links are not followed there, and pipes not waited for."""
     try:

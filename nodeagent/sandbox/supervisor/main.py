@@ -333,6 +333,9 @@ class Supervisor:
             patience_ms = min(2 * patience_ms, 100)
             self.pod.loop.call_after(patience_ms, lambda: self._end_if_empty(patience_ms))
             return
+        for container in self.containers.values():
+            if container.pump is not None:
+                guarded(container.pump.write_left)
         self.pod.launcher.done()
         for request in self._closing:
             request.reply()

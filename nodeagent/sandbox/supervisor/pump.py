@@ -17,7 +17,13 @@ from nodeagent.errors import FailedPrecondition
 from nodeagent.sandbox.runtime.loop import Loop, Timer, report
 from nodeagent.sandbox.spec import LogLimit
 from nodeagent.sandbox.supervisor.journal import CHUNK_BYTES, Journal, Spool, Transfer
-from nodeagent.sandbox.supervisor.logs import Clock, LogFile, format_end, format_lines
+from nodeagent.sandbox.supervisor.logs import (
+    Clock,
+    LogFile,
+    Unopened,
+    format_end,
+    format_lines,
+)
 
 ATTACH_BUFFER_BYTES = 1 << 20
 
@@ -27,6 +33,11 @@ _DRAIN_CHUNKS = 64
 # The least that a limit counts for one read: waking up costs as much as writing so much.
 _LEAST_COST_BYTES = 4096
 _RETRY_MS = 1000
+# To open the log of a container that has ended, before what it has left is given up.
+_LATE_ATTEMPTS = 60
+_LATE_BYTES = (
+    4 << 20
+)  # of memory, for what a container has left; a pipe has 64 KiB, of which a log makes more
 _TIOCGPTPEER = 0x5441
 
 
@@ -117,6 +128,8 @@ def _open_slave(master: int) -> int:
 
 # ---- where it goes to ----
 
+Log = LogFile | Unopened
+
 
 class Stream:
     """One of a container's outputs, with what is not yet in its log."""
@@ -127,7 +140,7 @@ class Stream:
         self.journal = journal
         self._label = name.encode()
 
-    def recover(self, log: LogFile) -> None:
+    def recover(self, log: Log) -> None:
         """Finish, or undo, what a supervisor that was killed had under way."""
         transfer = self.journal.transfer
         if transfer is None:
@@ -140,7 +153,7 @@ class Stream:
         else:
             self.journal.commit()
 
-    def transfer(self, log: LogFile, data: bytes, clock: Clock) -> int:
+    def transfer(self, log: Log, data: bytes, clock: Clock) -> int:
         """Write to the log what was taken; returns how many bytes that made."""
         lines, rest = format_lines(self.journal.rest + data, clock.stamp(), self._label)
         # In this order, each step of which a successor finishes or undoes (`recover`).
@@ -150,7 +163,7 @@ class Stream:
         self.journal.commit()
         return len(lines)
 
-    def end(self, log: LogFile, clock: Clock) -> None:
+    def end(self, log: Log, clock: Clock) -> None:
         log.write(format_end(self.journal.rest, clock.stamp(), self._label))
         self.journal.begin(b"", Transfer(0, 0))
         self.journal.commit()
@@ -222,7 +235,7 @@ class Pump:
         self._loop = loop
         self._clock = clock
         self._journal = journal
-        self._log: LogFile | None = None
+        self._log: Log | None = None
         self._streams: dict[str, Stream] = {}
         for name, descriptor in outputs.items():
             stream = _stream(name, descriptor, journal)
@@ -233,7 +246,9 @@ class Pump:
         self._wanted: tuple[str, str] | None = None  # the log that cannot be opened yet
         self._paused_at = 0
         self._held_back_ns = 0
-        self._dropped_lines = 0
+        self._dropped_lines = 0  # of logs that are closed
+        self._late: Timer | None = None
+        self._left: list[bytes] = []  # by an ended container, whose log cannot be opened yet
         self.attached: dict[object, AttachedOutput] = {}
 
     @property
@@ -242,7 +257,7 @@ class Pump:
 
     @property
     def dropped_lines(self) -> int:
-        return self._log.dropped_lines if self._log else self._dropped_lines
+        return self._dropped_lines + (self._log.dropped_lines if self._log else 0)
 
     @property
     def held_back_ms(self) -> int:
@@ -254,6 +269,10 @@ class Pump:
         """Begin, or go on where another supervisor was killed. May be repeated."""
         if log_path:
             self._log = self._log or LogFile(log_path, log_root)
+        self._begin()
+
+    def _begin(self) -> None:
+        if self._log is not None:
             for stream in self._streams.values():
                 stream.recover(self._log)
         for stream in self._streams.values():
@@ -266,11 +285,15 @@ class Pump:
 
         A shortage is waited for: until then the output stays where it is.
         """
+        self._wanted = None
+        if self._retry is not None:
+            self._retry.cancel()  # where the end of the container comes before it
         try:
             self.start(log_path, log_root)
         except FailedPrecondition as error:
             report(f"output is not logged any more: {error}")
-            self.start("")
+            self._log = Unopened(0)
+            self._begin()
         except OSError as error:
             report(f"output is not logged yet: {error}")
             self._close_log()
@@ -278,8 +301,6 @@ class Pump:
                 self._loop.forget(stream.source.descriptor)
             self._wanted = log_path, log_root
             self._retry = self._loop.call_after(_RETRY_MS, lambda: self.go_on(log_path, log_root))
-        else:
-            self._wanted = None
 
     def _end_pause(self) -> None:
         if self._pause is not None:
@@ -360,14 +381,51 @@ class Pump:
             self._log.reopen()
 
     def finish(self) -> None:
-        """Take what an ended container has left. Other processes may still hold the pipes; they are not waited for."""
+        """Take what an ended container has left. Other processes may still hold the pipes; they are not waited for.
+
+        Where its log cannot be opened for a shortage, that is kept, as its pipes go now, and written within a minute.
+        """
         self._allowance = None
         if self._wanted is not None:
             self.go_on(*self._wanted)
+        wanted, unopened = self._wanted, Unopened(_LATE_BYTES)
+        if wanted is not None:
+            self._log = unopened
         for stream in tuple(self._streams.values()):
             self._transfer(stream, _DRAIN_CHUNKS)
             self._end(stream)
         self.close()
+        if wanted is not None:
+            self._wanted, self._left = wanted, unopened.kept
+            self._write_left(_LATE_ATTEMPTS)
+
+    def write_left(self) -> None:
+        """Write now what an ended container has left, or give it up: whoever would do it later ends."""
+        self._write_left(0)
+
+    def _write_left(self, attempts: int) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+        if self._wanted is None or not self._left:
+            return
+        lines = b"".join(self._left)
+        try:
+            log = LogFile(*self._wanted)
+        except (FailedPrecondition, OSError) as error:
+            if attempts and isinstance(error, OSError):
+                self._late = self._loop.call_after(
+                    _RETRY_MS, lambda: self._write_left(attempts - 1)
+                )
+                return
+            count = lines.count(b"\n")
+            report(f"the last {count} lines of an ended container are lost: {error}")
+            self._dropped_lines += count
+        else:
+            log.write(lines)
+            self._dropped_lines += log.dropped_lines
+            log.close()
+        self._left = []
 
     def close(self) -> None:
         """Close everything that is still open."""
@@ -388,7 +446,7 @@ class Pump:
 
     def _close_log(self) -> None:
         if self._log is not None:
-            self._dropped_lines = self._log.dropped_lines
+            self._dropped_lines += self._log.dropped_lines
             self._log.close()
             self._log = None
 

@@ -194,4 +194,87 @@ def test_a_log_without_a_place_is_given_up(tmp_path: Path) -> None:
     os.write(output.writer, b"one\n")
     output.pump.go_on(str(output.path))
     wait_for("an empty pipe", output.is_drained)
+    assert output.pump.dropped_lines == 1
+    os.write(output.writer, b"two\nthree\nfour")
+    output.pump.finish()
+    assert output.pump.dropped_lines == 4
+    output.close()
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC])
+def test_what_an_ended_container_has_left_is_logged_when_that_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Its pipe and its journal are closed by then."""
+    monkeypatch.setattr(pump_module, "_RETRY_MS", 1)
+    output = Output(tmp_path, start=False)
+    os.write(output.writer, b"one\ntwo\nth")
+    with monkeypatch.context() as patch:
+        patch.setattr(pump_module, "LogFile", fails_with(code))
+        output.pump.go_on(str(output.path))
+        output.pump.finish()
+        output.pump.close()
+        output.run(20)
+    assert output.pump.dropped_lines == 0
+    wait_for("the log", lambda: output.has_logged(b"th"))
+    assert output.lines() == [b"one", b"two", b"th"]
+    assert output.pump.dropped_lines == 0
+    output.pump.write_left()
+    assert output.lines() == [b"one", b"two", b"th"]
+    output.close()
+
+
+@pytest.mark.parametrize("ends", ["with the bound", "with the container"])
+def test_what_an_ended_container_has_left_is_counted_when_it_is_given_up(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ends: str,
+) -> None:
+    monkeypatch.setattr(pump_module, "_RETRY_MS", 1 if ends == "with the bound" else 1_000_000)
+    monkeypatch.setattr(pump_module, "LogFile", fails_with(errno.EMFILE))
+    output = Output(tmp_path, start=False)
+    os.write(output.writer, b"one\ntwo\nth")
+    output.pump.go_on(str(output.path))
+    output.pump.finish()
+    if ends == "with the container":
+        output.pump.write_left()
+    wait_for("the count", lambda: output.is_drained() and output.pump.dropped_lines == 3)
+    said = "the last 3 lines of an ended container are lost: [Errno 24] Too many open files"
+    assert capsys.readouterr().err.count(said) == 1
+    output.pump.write_left()
+    assert output.pump.dropped_lines == 3
+    output.close()
+
+
+def test_what_an_ended_container_has_left_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pump_module, "_LATE_BYTES", 0)
+    output = Output(tmp_path, start=False)
+    os.write(output.writer, b"one\ntwo\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(pump_module, "LogFile", fails_with(errno.EMFILE))
+        output.pump.go_on(str(output.path))
+        output.pump.finish()
+    output.pump.write_left()
+    assert output.pump.dropped_lines == 2
+    assert not output.path.exists()
+    output.close()
+
+
+def test_lines_that_were_dropped_stay_counted_when_a_log_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = Output(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", fails_with(errno.ENOSPC))
+        output.pump._take(output.pump._streams["stdout"], b"one\n")
+    assert output.pump.dropped_lines == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(output.pump, "_begin", fails_with(errno.EMFILE))
+        output.pump.go_on(str(output.path))
+    assert output.pump.dropped_lines == 1
+    output.pump.go_on(str(output.path))
+    assert output.pump.dropped_lines == 1
     output.close()
