@@ -323,8 +323,16 @@ async def _end(node: Node, launchers: Launchers) -> None:
     """
     async with AsyncExitStack() as steps:
         steps.push_async_callback(_step, node, partial(_leave, node, launchers))
-        # In reverse order: streams end first, and a launcher is there for what is undone.
-        for part in (launchers, node.slots, node.creation, node.sandboxes, node.sessions):
+        # In reverse order: the reconciliation first, which would start another launcher once that has ended; streams;
+        # and a launcher is there for what is undone.
+        for part in (
+            launchers,
+            node.slots,
+            node.creation,
+            node.sandboxes,
+            node.sessions,
+            node.reconciliation,
+        ):
             steps.push_async_callback(_step, node, part.close)
 
 

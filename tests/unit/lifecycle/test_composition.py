@@ -15,7 +15,9 @@ from nodeagent.lifecycle import composition
 from nodeagent.sandbox import paths
 from nodeagent.tasks import Tasks
 
-PARTS = ("sessions", "sandboxes", "creation", "slots", "launchers", "network")
+PARTS = (
+    "reconciliation", "sessions", "sandboxes", "creation", "slots", "launchers", "network"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("failing", ["", *PARTS[:-1]])
