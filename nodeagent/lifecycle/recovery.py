@@ -14,7 +14,7 @@ What a record names that cannot be read is left as it is, whether it runs or not
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import msgspec
 from nodeagent import records
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.database import REMEDY
-from nodeagent.errors import NodeAgentError, ResourceExhausted, Unavailable
+from nodeagent.errors import AlreadyExists, NodeAgentError, ResourceExhausted, Unavailable
 from nodeagent.images.catalog import Images
 from nodeagent.lifecycle.containers.containers import Containers
 from nodeagent.lifecycle.containers.stopping import Stopping
@@ -48,6 +48,7 @@ ANSWER_SECONDS = 5.0
 
 # Errors of a pod that may pass: what it needs is not there now, or does not answer.
 _MAY_PASS = (OSError, Unavailable, ResourceExhausted)
+_FILES_ARE_GONE = (FileNotFoundError, NotADirectoryError)
 
 
 class Recovery:
@@ -75,7 +76,6 @@ class Recovery:
         self._launchers = launchers
         self._cgroups = cgroups
         self._places = places
-        self._is_serving = False
         self._under_way: set[str] = set()
 
     async def run(self) -> None:
@@ -94,7 +94,6 @@ class Recovery:
         work = [*self._adoptions(), *self._undoing(), *self._clearing()]
         service_manager.notify(f"STATUS=taking over {len(self._inventory.pods)} pods")
         await self._answers(work)
-        self._is_serving = True
         await self._network.recover(self._inventory.pods.keys() | unreadable)
 
     def is_under_way(self, name: str) -> bool:
@@ -129,13 +128,13 @@ class Recovery:
         try:
             await self._supervision.adopt(sandbox_id)
         except (NodeAgentError, OSError) as error:
-            if isinstance(error, _MAY_PASS) and not isinstance(error, FileNotFoundError):
+            if _may_pass(error):
                 raise
             log.error('pod sandbox "%s": cannot be taken over, it ends: %s', sandbox_id, error)
             await self._end(sandbox_id)
 
     async def _end(self, sandbox_id: str) -> None:
-        """End a pod that has no supervisor, and can have none."""
+        """End a pod that has no supervisor, and can have none. The record goes last: until then it is tried again."""
         sandbox = self._inventory.sandboxes.get(sandbox_id)
         if sandbox is None or not sandbox.ready:
             return
@@ -144,10 +143,12 @@ class Recovery:
         for container in self._inventory.members(sandbox_id):
             if container.created_at and container.state != "exited":
                 self._supervision.ended_as(records.lost(container, time.time_ns()))
-        stopped = msgspec.structs.replace(sandbox, stopped_at=time.time_ns())
-        self._inventory.note(stopped, "stopped")
-        self._inventory.pods.pop(sandbox_id, None)
         await self.dismantle(self._places.pods / sandbox_id)
+        current = self._inventory.sandboxes.get(sandbox_id)
+        if current is not None and current.ready:  # nobody has stopped it meanwhile
+            stopped = msgspec.structs.replace(current, stopped_at=time.time_ns())
+            self._inventory.note(stopped, "stopped")
+            self._inventory.pods.pop(sandbox_id, None)
 
     def _rebooted(self, sandbox: Sandbox) -> None:
         """Record that nothing of this pod can run any more."""
@@ -208,19 +209,27 @@ class Recovery:
                     directory.name,
                     partial(self._containers.clear_stranger, directory.name),
                 )
-        yield self._supervision.recover("launcher", partial(self._clear_launcher, found))
+        yield self._supervision.recover("launcher", self._clear_launcher)
 
-    async def _clear_launcher(self, found: Collection[str]) -> None:
-        """Remove the pods that only the launcher knows. found: those that have a directory."""
+    async def _clear_launcher(self) -> None:
+        """Remove the pods that only the launcher knows.
+
+        The agent may serve by now: each of its own pods has a directory until its supervisor has ended.
+        """
         launcher = await self._launchers.get()
         kept = set(await launcher.pods())
-        if self._is_serving:
-            return  # it may have slots of ours by now; what else it has is found by the reconciliation
-        for pod_id in kept.difference(found, self._inventory.pods, self._inventory.unreadable):
-            await self.dismantle(self._places.pods / pod_id)
+        known = self._inventory.pods.keys() | self._inventory.unreadable | self._under_way
+        strangers = [self._places.pods / pod_id for pod_id in sorted(kept - known)]
+        removals = [
+            self._begin("pod", directory.name, partial(self.dismantle, directory))
+            for directory in strangers
+            if not directory.exists()
+        ]
+        if removals:
+            await asyncio.wait(removals)
 
     async def dismantle(self, directory: Path) -> None:
-        """Remove an unknown pod."""
+        """Remove an unknown pod. Whoever calls this tries again after an error, until nothing is left."""
         supervisor = await self._reach(directory)
         await dismantle(directory.name, directory, supervisor, self._network)
         known = {sandbox.cgroup_parent for sandbox in self._inventory.sandboxes.values()}
@@ -228,12 +237,25 @@ class Recovery:
             await cgroup.remove_below(self._cgroups, parent, directory.name)
 
     async def _reach(self, directory: Path) -> Supervisor | None:
-        """The supervisor of a pod that is removed; None where there can be none, and nothing is left of one."""
+        """The supervisor of a pod that is removed; None where there can be none, and nothing is left of one.
+
+        Raises what may pass: the supervisor may live, and without the directory, where its socket is, nobody could
+        reach it any more.
+        """
         try:
             return await self._supervision.reach(directory.name)
         except (NodeAgentError, OSError) as error:
+            if _may_pass(error):
+                raise
+            launcher = await self._launchers.get()
+            # A supervisor that is there, and cannot be reached, is killed by the launcher that knows it.
+            if isinstance(error, AlreadyExists) and directory.name not in await launcher.pods():
+                raise
             log.error('pod "%s": removed without a supervisor: %s', directory.name, error)
-        launcher = await self._launchers.get()
         await launcher.abandon(directory.name)
         paths.unpin(str(directory))
         return None
+
+
+def _may_pass(error: NodeAgentError | OSError) -> bool:
+    return isinstance(error, _MAY_PASS) and not isinstance(error, _FILES_ARE_GONE)

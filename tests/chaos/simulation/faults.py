@@ -24,9 +24,6 @@ class Faults:
         await asyncio.sleep(0.05)
 
     def _open_window(self, fault: Fault) -> None:
-        # Without a connection the agent gives up a pod that it does not know; the reconciliation ends it (seed 50628).
-        if fault.kind in {"send_fails", "send", "connect", "pidfd", "receive_fails"}:
-            self._machine.may_leak = True
         until = self._machine.loop.time() + fault.seconds
         probability = 1.0 if fault.kind == "hang" else (1.0, 0.5, 0.1)[fault.number % 3]
         self._machine.windows.append(Window(fault.kind, until, probability))

@@ -66,7 +66,6 @@ class Machine:
         self.exits: dict[tuple[str, str], dict[str, Any]] = {}
         self.truths: dict[str, Truth] = {}
         self.asked: set[str] = set()  # pods and containers that a client has asked to end
-        self.may_leak = False  # see `Faults`
         self.wrong = ""  # what happened to a process that should not
         self.groups: dict[str, Any] = {}
         self.links: dict[str, str] = {}
