@@ -1,4 +1,4 @@
-"""Creations that outlive their callers.
+"""Creations, and starts, that outlive their callers.
 
 A creation whose caller gave up goes on; the retry, which comes with the same key, joins it or gets its result. Nothing
 is made twice, and nothing is left over that no caller asks for again (the "name is reserved" loops of a busy node).
@@ -9,6 +9,7 @@ One that takes long tells its caller what it waits for, before the caller gives 
 import asyncio
 from collections.abc import Callable, Coroutine, Hashable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from nodeagent.errors import Unavailable
@@ -18,26 +19,39 @@ from nodeagent.tasks import Tasks, caller
 PATIENCE_SECONDS = 110.0
 
 
-class _Stage:
-    """What a creation does now."""
+def _nothing_known() -> str:
+    return ""
 
-    text = "it has just begun"
+
+@dataclass(slots=True)
+class _Stage:
+    """What a creation does now. why: what holds it up, "" where nothing is known of that."""
+
+    text: str = "it has just begun"
+    why: Callable[[], str] = _nothing_known
+
+    def __str__(self) -> str:
+        why = self.why()
+        return f"{self.text}: {why}" if why else self.text
 
 
 _stage: ContextVar[_Stage] = ContextVar("stage")
 
 
-def doing(text: str) -> None:
-    """Note what the creation, if the caller is part of one, does or waits for from now on."""
+def doing(text: str, why: Callable[[], str] = _nothing_known) -> None:
+    """Note what the creation, if the caller is part of one, does or waits for from now on.
+
+    why: finds out what holds it up, for a caller who has waited long enough.
+    """
     if stage := _stage.get(None):
-        stage.text = text
+        stage.text, stage.why = text, why
 
 
 class Creations:
     """At most one creation per key, which goes on without its callers; each makes an object and returns its id.
 
     name: of the tasks. exists: whether an object whose id reached no caller is still there for a retry. patience_s: the
-    time after which a caller is told what the creation waits for.
+    time after which a caller is told what the creation waits for. done: what has not been done by then, for the text.
     """
 
     def __init__(
@@ -46,11 +60,13 @@ class Creations:
         name: str,
         exists: Callable[[str], bool],
         patience_s: float = PATIENCE_SECONDS,
+        done: str = "made",
     ) -> None:
         self._owner = tasks.part()
         self._name = name
         self._exists = exists
         self._patience_s = patience_s
+        self._done = done
         self._tasks: dict[Hashable, asyncio.Task[str]] = {}
         self._stages: dict[asyncio.Task[str], _Stage] = {}
 
@@ -73,14 +89,16 @@ class Creations:
             done, _ = await asyncio.wait([task], timeout=self._patience_s)
             if not done:
                 raise TimeoutError(
-                    f"{what}: not made within {self._patience_s:g} s, it goes on, and a retry joins it: "
-                    f"{self._stages[task].text}"
+                    f"{what}: not {self._done} within {self._patience_s:g} s, it goes on, and a retry joins it: "
+                    f"{self._stages[task]}"
                 )
             result = await asyncio.shield(task)
         except asyncio.CancelledError:
-            # Either the caller was cancelled, or the creation itself, by a stop of its pod.
+            # Either the caller was cancelled, or the creation itself, by a stop of its pod or of the agent.
             if task.cancelled():
-                raise Unavailable(f"{what}: cut off, its pod is being stopped") from None
+                raise Unavailable(
+                    f"{what}: cut off, as its pod or the agent is being stopped"
+                ) from None
             raise
         if not caller.get().has_gone:
             self._tasks.pop(key, None)

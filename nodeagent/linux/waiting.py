@@ -11,12 +11,12 @@ def uninterruptible_in(pid: int) -> str:
         return ""
 
 
-def explained(pid: int) -> str:
-    """What a process does, and the remedy, for an error's text."""
+def held_up(pid: int) -> str:
+    """What keeps a process from going on, and the remedy; "" where nothing is known to."""
     try:
         state, where = stat_fields(pid)[0].decode(), _kernel_function(pid)
     except OSError:
-        return "it has ended"
+        return ""
     # The freezers of cgroup v1 (__refrigerator, state D) and v2 (do_freezer_trap, state S).
     if "refrigerator" in where or "freezer" in where:
         return f"its cgroup is frozen; thaw what /proc/{pid}/cgroup names"
@@ -24,6 +24,17 @@ def explained(pid: int) -> str:
         return f'it is stopped (state {state}); resume it with "kill -CONT {pid}"'
     if state == "D":
         return f"it waits in {where or 'the kernel'} (state D); a filesystem or disk of this node is hung"
+    return ""
+
+
+def explained(pid: int) -> str:
+    """What a process does, and the remedy, for an error's text."""
+    if text := held_up(pid):
+        return text
+    try:
+        state = stat_fields(pid)[0].decode()
+    except OSError:
+        return "it has ended"
     if state in "ZX":
         return f"it has ended (state {state})"
     return (

@@ -3,10 +3,14 @@
 CreateContainer is in `creation`, StopContainer in `stopping`.
 """
 
+import asyncio
 import base64
 import json
 import logging
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +22,15 @@ from nodeagent.errors import (
     IncompatibleVersion,
     NotFound,
     StartError,
+    Unavailable,
 )
-from nodeagent.lifecycle.containers import exec_sync, oom_at_start, oom_score
+from nodeagent.lifecycle.containers import exec_sync, held_up, oom_at_start, oom_score
 from nodeagent.lifecycle.containers.captures import Captures
 from nodeagent.lifecycle.containers.directories import Directories
 from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.containers.removal import Removal
 from nodeagent.lifecycle.containers.stopping import Stopping
+from nodeagent.lifecycle.creations import doing
 from nodeagent.lifecycle.inventory import Inventory
 from nodeagent.lifecycle.supervisors.supervision import Supervision
 from nodeagent.records import Container
@@ -35,6 +41,8 @@ from nodeagent.sandbox.seccomp import effective as seccomp_effective
 from nodeagent.sandbox.spec import ContainerPlan
 
 log = logging.getLogger(__name__)
+
+LOCK_SECONDS = 10.0  # starts, removals and updates take milliseconds unless something hangs
 
 
 class Containers:
@@ -88,25 +96,39 @@ class Containers:
     # --- start ---
 
     async def start(self, name: str) -> None:
-        """Execute the program. Raises StartError, with the container EXITED, when it cannot be."""
+        """Execute the program. Raises StartError, with the container EXITED, when it cannot be.
+
+        Raises TimeoutError, with what holds it up, when that takes long: it goes on, and a retry joins it.
+        """
         container_id = self._inventory.container(name).id
+        what = f'container "{container_id}"'
+        await self._supervision.starts.join(container_id, what, lambda: self._start(container_id))
+
+    async def _start(self, container_id: str) -> str:
         async with self._inventory.lock(container_id):
             container = self._inventory.container(container_id)
             if container.state != "created":
-                raise FailedPrecondition(f'container "{name}": is {container.state}, not created')
-            group = self._groups.of(container)
+                raise FailedPrecondition(
+                    f'container "{container_id}": is {container.state}, not created'
+                )
+            group, supervisor = self._groups.of(container), self._inventory.supervisor(container)
+            doing(
+                "waiting for its first process, which is to execute the program",
+                partial(held_up.why, supervisor, group),
+            )
             with (
                 self._stopping.start_of(container_id),
                 self._supervision.start_of(container_id),
                 oom_at_start.named(container, group),
             ):
                 try:
-                    at = await self._inventory.supervisor(container).start(container_id)
+                    at = await supervisor.start(container_id)
                 except StartError as error:
                     failed = records.start_failed(container, str(error), time.time_ns())
                     self._supervision.ended_as(failed)
                     raise
                 self._supervision.started(container, at)
+        return container_id
 
     # --- remove ---
 
@@ -144,9 +166,12 @@ class Containers:
     # --- running containers ---
 
     async def update(self, name: str, resources: Resources) -> None:
-        """Put new limits in force, all or none, and remember them; 0 and empty leave a limit as it is."""
+        """Put new limits in force, all or none, and remember them; 0 and empty leave a limit as it is.
+
+        Raises Unavailable for a container that is being started, where that takes long.
+        """
         container_id = self._inventory.container(name).id
-        async with self._inventory.lock(container_id):
+        async with self._locked(container_id):
             container = self._inventory.container(container_id)
             if container.state == "exited":
                 raise FailedPrecondition(f'container "{name}": is exited')
@@ -155,6 +180,22 @@ class Containers:
                 group.apply(resources)
             merged = requests.updated(old, resources)
             self._inventory.save(msgspec.structs.replace(container, resources=merged))
+
+    @asynccontextmanager
+    async def _locked(self, container_id: str) -> AsyncIterator[None]:
+        """The container's lock, for which nobody waits as long as a start may hold it."""
+        lock = self._inventory.lock(container_id)
+        try:
+            async with asyncio.timeout(LOCK_SECONDS):
+                await lock.acquire()
+        except TimeoutError:
+            raise Unavailable(
+                f'container "{container_id}": is being started or removed, which takes long; try again later'
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     async def exec_sync(
         self, name: str, argv: tuple[str, ...], timeout_s: float

@@ -20,11 +20,11 @@ from nodeagent.errors import (
     Unavailable,
 )
 from nodeagent.images.catalog import Images
-from nodeagent.lifecycle.containers import oom_at_start
+from nodeagent.lifecycle.containers import held_up, oom_at_start
 from nodeagent.lifecycle.containers.directories import Directories
 from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.containers.removal import Removal
-from nodeagent.lifecycle.creations import Creations, doing
+from nodeagent.lifecycle.creations import PATIENCE_SECONDS, Creations, doing
 from nodeagent.lifecycle.inventory import Inventory
 from nodeagent.lifecycle.plan import bundle, cgroup_mounts, process
 from nodeagent.lifecycle.plan.cdi import Cdi
@@ -54,7 +54,9 @@ class Creation:
         removal: Removal,
         directories: Directories,
         tasks: Tasks,
+        patience_s: float = PATIENCE_SECONDS,
     ) -> None:
+        """Take the parts. patience_s: of whoever waits for a creation."""
         self._inventory = inventory
         self._images = images
         self._cgroups = cgroups
@@ -68,7 +70,10 @@ class Creation:
         # Warnings that hold for every container: no more than there are limits, capabilities and scores.
         self._said_of_all: set[str] = set()
         self._creations = Creations(
-            tasks, "container creation", lambda container_id: container_id in inventory.containers
+            tasks,
+            "container creation",
+            lambda container_id: container_id in inventory.containers,
+            patience_s,
         )
 
     async def create(self, sandbox_name: str, config: ContainerConfig) -> str:
@@ -146,7 +151,8 @@ class Creation:
         group.set_devices(inputs.devices.rules)  # before any process is in it
         paths = [mount.host_path for mount in container.config.mounts if mount.host_path]
         doing(
-            f"waiting for its supervisor, which mounts {', '.join(paths) or 'its root filesystem'}"
+            f"waiting for its supervisor, which mounts {', '.join(paths) or 'its root filesystem'}",
+            partial(held_up.why, supervisor, group),
         )
         with supervisor_files(group) as fds, oom_at_start.named(container, group):
             made = await supervisor.create(plan, fds)

@@ -81,17 +81,23 @@ class Stopping:
     async def _end_start(self, container: Container, timeout_s: float) -> Container:
         """The container's record once its start is over, which is forced if another container blocks it (ptrace).
 
-        While poststart hooks run its program is running already, and has the caller's timeout to end.
+        While poststart hooks run its program is running already, and has the caller's timeout to end. Raises
+        TimeoutError where the start does not end either way.
         """
-        try:
-            async with asyncio.timeout(START_SECONDS), self._inventory.lock(container.id):
-                pass
-        except TimeoutError:
+        if not await self._start_ends_within(container, START_SECONDS):
             may_run = any(hook.stage == "poststart" for hook in container.config.hooks)
-            await self._ask_to_stop(container, timeout_s if may_run else 0)
-            async with self._inventory.lock(container.id):
-                pass
+            runs_s = timeout_s if may_run else 0
+            await self._ask_to_stop(container, runs_s)
+            if not await self._start_ends_within(container, runs_s + KILL_PATIENCE_SECONDS):
+                raise TimeoutError(self._why_not_ended(container))
         return self._inventory.containers.get(container.id, container)
+
+    async def _start_ends_within(self, container: Container, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds), self._inventory.lock(container.id):
+                return True
+        except TimeoutError:
+            return False
 
     async def _ask_to_stop(self, container: Container, timeout_s: float) -> None:
         """Have the supervisor stop it; if that does not answer in time, kill the container's cgroup.

@@ -17,6 +17,7 @@ from typing import Any
 
 from nodeagent import records
 from nodeagent.errors import IncompatibleVersion, NodeAgentError, Unavailable
+from nodeagent.lifecycle.creations import PATIENCE_SECONDS, Creations
 from nodeagent.lifecycle.inventory import Inventory, Pod
 from nodeagent.lifecycle.supervisors.launchers import Launchers
 from nodeagent.records import Container
@@ -41,7 +42,9 @@ class Supervision:
         directory: Path,
         tasks: Tasks,
         connector: Connector = SOCKETS,
+        patience_s: float = PATIENCE_SECONDS,
     ) -> None:
+        """Take the parts. patience_s: of whoever waits for a start."""
         self._inventory = inventory
         self._launchers = launchers
         self._directory = directory
@@ -50,6 +53,10 @@ class Supervision:
         self._ends: dict[str, asyncio.Event] = {}
         self._early: dict[str, Exit | None] = {}  # of containers that are being started
         self._tasks = tasks.part()
+        # Starts under way, by container; one whose caller has gone is there for a retry while the container runs.
+        self.starts = Creations(
+            self._tasks, "container start", self._is_running, patience_s, done="started"
+        )
         self._ending: set[str] = set()
         # How a pod is ended that can do nothing any more: `Sandboxes.stop`, which is above us.
         self.end_pod: Callable[[str], Coroutine[Any, Any, None]]
@@ -149,6 +156,10 @@ class Supervision:
         await self._tasks.close()
 
     # --- starts and ends ---
+
+    def _is_running(self, container_id: str) -> bool:
+        container = self._inventory.containers.get(container_id)
+        return container is not None and container.state == "running"
 
     @contextmanager
     def start_of(self, container_id: str) -> Iterator[None]:

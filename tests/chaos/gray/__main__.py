@@ -34,7 +34,8 @@ def main() -> int:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--hold", type=float, default=60, help="seconds that a fault lasts")
+    # Longer than whoever creates or starts a container waits until he is told what holds it up.
+    parser.add_argument("--hold", type=float, default=120, help="seconds that a fault lasts")
     parser.add_argument("--rounds", type=int, default=15, help="of the neighbours' calls")
     parser.add_argument("--files", type=int, default=1_000_000, help="to be removed")
     parser.add_argument("fault", nargs="*", help="parts of the names of those to try")

@@ -13,8 +13,7 @@ from tests.chaos.gray.world import LONGEST_SECONDS, Calls, Outcome, Sufferer, Ti
 from tests.support.node import PATIENCE_SECONDS
 
 MEMORY_MIB = 50.0
-# They may take as long as a registry or a volume does; a supervisor has 600 s (`sandbox.agent.deadlines`).
-LONG = ("PullImage", "CreateContainer", "StartContainer")
+LONG = ("PullImage",)  # which may take as long as a registry does
 
 
 @dataclass(slots=True)

@@ -181,6 +181,7 @@ class Oracle:
             "starting": node.stopping._starting,
             "pod creations": node.sandboxes._creations._tasks,
             "container creations": node.creation._creations._tasks,
+            "container starts": supervision.starts._tasks,
         }
         for name, table in tables.items():
             if table:
