@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ import pytest
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.linux import syscalls
 from tests.security import fuse
-from tests.support.cri import Cri, options
-from tests.support.node import wait_for
+from tests.support.cri import EXITED, Cri, options, refused
+from tests.support.node import PATIENCE_SECONDS, RunningAgent, wait_for
 
 MNT_DETACH = 2
 
@@ -104,6 +104,85 @@ def test_a_volume_whose_server_never_answers(cri: Cri, mute: Mute, target: str) 
     with waiting(cri, lambda: pod.container(mounts=mounts), grpc.StatusCode.INTERNAL):
         mute.server.kill()
     pod.remove()
+
+
+def test_a_pod_is_stopped_beside_a_creation_that_hangs(
+    own_agent: RunningAgent, own_cri: Cri, mute: Mute
+) -> None:
+    """What can be ended is, at once; what hangs is named. When its volume has gone, nothing is left of the pod."""
+    other, pod = own_cri.run(), own_cri.pod()
+    healthy = pod.run("sh", "-c", "trap '' TERM; echo set; while :; do sleep 0.05; done")
+    healthy.said("set")
+    before = set(os.listdir(own_agent.root / "lib/containers"))
+    request = pb.CreateContainerRequest(
+        pod_sandbox_id=pod.id,
+        sandbox_config=pod.config,
+        config=pb.ContainerConfig(
+            metadata=pb.ContainerMetadata(name="hangs"),
+            image=pb.ImageSpec(image=own_cri.image),
+            mounts=[
+                pb.Mount(host_path=mute.path, container_path="/data"),
+                pb.Mount(host_path="/dev/shm", container_path="/data/inner"),
+            ],
+        ),
+    )
+    creating = own_agent.runtime.CreateContainer.future(request)
+    wait_for("a creation", lambda: set(os.listdir(own_agent.root / "lib/containers")) > before)
+    [late] = set(os.listdir(own_agent.root / "lib/containers")) - before
+    wait_for("a process that hangs", lambda: "request_wait_answer" in waits_of(late))
+    stopping = own_agent.runtime.StopPodSandbox.future(
+        pb.StopPodSandboxRequest(pod_sandbox_id=pod.id)
+    )
+    wait_for("the end of what can be ended", lambda: healthy.status.state == EXITED)
+    assert healthy.status.exit_code == 137
+    assert creating.exception(PATIENCE_SECONDS).code() == grpc.StatusCode.UNAVAILABLE
+    names_what_hangs(lambda: stopping.result(PATIENCE_SECONDS), late)
+    names_what_hangs(pod.remove, late)
+    assert other.shell("echo works") == "works"
+    mute.server.kill()
+    wait_for("the removal", lambda: succeeds(pod.remove))
+    assert late not in os.listdir(own_agent.root / "lib/containers")
+    assert pod.id not in os.listdir(own_agent.root / "run/pods")
+    assert groups_of(late) == groups_of(healthy.id) == []
+    refused(grpc.StatusCode.NOT_FOUND, pod.id, lambda: pod.status)
+
+
+def names_what_hangs(call: Callable[[], object], container: str) -> None:
+    """It fails, so that it is called again, and says which process of the container waits for what."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    text = caught.value.details() or ""
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED, text
+    assert "request_wait_answer" in text
+    assert container in text
+
+
+def succeeds(call: Callable[[], object]) -> bool:
+    """Whether it does; False where the agent says that another attempt may."""
+    try:
+        call()
+    except grpc.RpcError as error:
+        if error.code() not in (
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            grpc.StatusCode.UNAVAILABLE,
+        ):
+            raise
+        return False
+    return True
+
+
+def groups_of(container: str) -> list[Path]:
+    return [Path(path) for path, _, _ in os.walk("/sys/fs/cgroup") if container in path]
+
+
+def waits_of(container: str) -> set[str]:
+    """The kernel functions that the container's processes wait in (proc_pid_wchan(5))."""
+    found = set()
+    for group in groups_of(container):
+        for pid in (group / "cgroup.procs").read_text().split():
+            with suppress(OSError):
+                found.add(Path(f"/proc/{pid}/wchan").read_text())
+    return found
 
 
 def test_however_many_wait_others_go_on(cri: Cri, dead: str) -> None:

@@ -228,6 +228,61 @@ def test_a_supervisor_that_does_not_answer_holds_up_neither_the_start_nor_other_
     assert container.status.state == EXITED
 
 
+@pytest.mark.parametrize("state", ["taking over 3 pods", "serving"])
+def test_sigterm_ends_an_agent_that_recovers(
+    own_agent: RunningAgent,
+    own_cri: Cri,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    state: str,
+) -> None:
+    """Beside a supervisor that does not answer, before the agent serves and afterwards; the next one goes on.
+
+    In the silent pod a creation is to be undone, in another one a container has ended meanwhile.
+    """
+    silent, other = own_cri.run(), own_cri.run()
+    ending = own_cri.run("sh", "-c", "while ! [ -e /end ]; do sleep 0.05; done; exit 7")
+    ending.shell("(sleep 1; touch /end) >&- 2>&- <&- &")
+    pod, before = silent.pod, directories(own_agent)
+    with stopped(pod.supervisor):
+        call = own_agent.runtime.CreateContainer.future(creation(pod, "late"))
+        wait_for("the container's directory", lambda: directories(own_agent) > before)
+        [late] = directories(own_agent) - before
+        own_agent.kill()
+        call.cancel()
+        with status_told(tmp_path / "notify", monkeypatch) as told:
+            own_agent.launch()
+            told(f"STATUS={state}")
+        began = time.monotonic()
+        assert own_agent.stop() == 0
+        assert time.monotonic() - began < 60
+        assert own_agent.log.read_text().endswith("stopped\n")
+        own_agent.start()
+        assert own_cri.run().shell("echo works") == "works"
+        assert [c.status.state for c in (silent, other)] == [RUNNING, RUNNING]
+        assert other.shell("echo works") == "works"
+        assert ending.ended().exit_code == 7
+    wait_for("the end of what was cut off", lambda: late not in directories(own_agent))
+    assert silent.shell("echo works") == "works"
+    assert pod.run(name="late").shell("echo works") == "works"
+
+
+@contextmanager
+def status_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """What agents that are launched meanwhile tell their service manager; gives a function that waits for a text."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(path))
+        manager.settimeout(PATIENCE_SECONDS)
+
+        def wait(text: str) -> None:
+            while text not in manager.recv(4096).decode():
+                pass
+
+        with monkeypatch.context() as context:
+            context.setenv("NOTIFY_SOCKET", str(path))
+            yield wait
+
+
 def test_what_cannot_be_removed_at_the_start_is_tried_again(
     own_agent: RunningAgent, own_cri: Cri
 ) -> None:

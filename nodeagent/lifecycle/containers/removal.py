@@ -14,6 +14,7 @@ from typing import Any
 
 from nodeagent.errors import NodeAgentError
 from nodeagent.images.catalog import Images
+from nodeagent.lifecycle.containers import unkillable
 from nodeagent.lifecycle.containers.directories import Directories
 from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.inventory import Inventory
@@ -88,7 +89,8 @@ class Removal:
         pod = self._inventory.pods.get(container.sandbox_id)
         if pod is not None and pod.supervisor is not None:
             self._inventory.write_noted((container,))  # it keeps the exit code until then
-            await pod.supervisor.remove(container.id)
+            with unkillable.named((container,), self._groups):
+                await pod.supervisor.remove(container.id)
 
     async def _take(self, container: Container) -> None:
         await self._directories.take(container.id)

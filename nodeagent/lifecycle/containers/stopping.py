@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 from nodeagent.errors import (
     IncompatibleVersion,
@@ -35,6 +36,7 @@ class Stopping:
         self._supervision = supervision
         self._groups = groups
         supervision.kill = self.kill
+        supervision.explains = partial(unkillable.named, groups=groups)
         # Containers whose program is about to be executed, or is blocked before that.
         self._starting: set[str] = set()
 

@@ -1,11 +1,33 @@
-"""StopContainer's error for a container that has not ended after SIGKILL, with what blocks it."""
+"""The error of a stop or an undo beside a container that has not ended after SIGKILL, with what blocks it."""
 
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nodeagent.cgroups.group import Cgroup
+from nodeagent.errors import NodeAgentError
+from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.linux import waiting
 from nodeagent.records import Container
+
+
+@contextmanager
+def named(containers: Iterable[Container], groups: Groups) -> Iterator[None]:
+    """Add to a TimeoutError which of these containers, that were killed, still have processes, and why."""
+    try:
+        yield
+    except TimeoutError as error:
+        texts = [str(error), *(text for each in containers if (text := _left(each, groups)))]
+        raise TimeoutError("; ".join(texts)) from None
+
+
+def _left(container: Container, groups: Groups) -> str:
+    try:
+        group = groups.of(container)
+        return explained(container, group) if group.processes() else ""
+    except (NodeAgentError, OSError):  # it has ended, and its group was removed
+        return ""
 
 
 def explained(container: Container, group: Cgroup) -> str:

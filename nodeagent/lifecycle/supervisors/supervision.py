@@ -9,8 +9,8 @@ asked for as well: after each connection, and by `Polling`.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,10 @@ class Supervision:
         self.end_pod: Callable[[str], Coroutine[Any, Any, None]]
         # How a container is killed without its supervisor: `Stopping.kill`, above us as well.
         self.kill: Callable[[Container], Coroutine[Any, Any, None]]
+        # How a TimeoutError gets to name the containers that do not end, and why: `unkillable.named`, above us as well.
+        self.explains: Callable[[Iterable[Container]], AbstractContextManager[None]] = (
+            lambda _containers: nullcontext()
+        )
 
     def watch(self, sandbox_id: str, supervisor: Supervisor) -> None:
         """Note the ends of the pod's containers from now on, and replace its supervisor if it dies."""
@@ -136,7 +140,8 @@ class Supervision:
         if pod is not None and pod.supervisor is not None:
             if pod.supervisor.is_lost:
                 await self._launchers.get()
-            await pod.supervisor.shutdown()
+            with self.explains(self._inventory.members(sandbox_id)):
+                await pod.supervisor.shutdown()
         for container in self._inventory.members(sandbox_id):
             if container.state == "running":
                 self._ended_unheard(container)

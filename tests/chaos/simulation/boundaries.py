@@ -89,6 +89,7 @@ def patched() -> Iterator[None]:
         enter(patch.object(files, "remove_tree", _tree_removal(files.remove_tree)))
         enter(patch.object(exits, "read", _record_of))
         enter(patch.object(waiting, "explained", lambda _pid: "it is stopped"))
+        enter(patch.object(waiting, "held_up", lambda _pid: "it is stopped"))
         enter(patch.object(unkillable, "explained", lambda container, _: f"{container.id} runs"))
         enter(patch.object(paths, "unpin", _unpin))
         enter(patch.object(mountinfo, "table", lambda: ""))
