@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from nodeagent import records
+from nodeagent.cgroups import removals
 from nodeagent.cgroups.manager import Cgroups
 from nodeagent.database import REMEDY
 from nodeagent.errors import AlreadyExists, NodeAgentError, ResourceExhausted, Unavailable
@@ -233,8 +234,13 @@ class Recovery:
         supervisor = await self._reach(directory)
         await dismantle(directory.name, directory, supervisor, self._network)
         known = {sandbox.cgroup_parent for sandbox in self._inventory.sandboxes.values()}
-        for parent in known | {self._cgroups.pod_path(directory.name)}:
+        own = self._cgroups.pod_path(directory.name)
+        for parent in known | {own}:
             await cgroup.remove_below(self._cgroups, parent, directory.name)
+        # Of containers whose records are lost with the pod's: nobody else knows their parent.
+        for path in await asyncio.to_thread(self._cgroups.of_pods_without_parent):
+            if path.startswith(f"{own}/"):
+                await removals.in_thread(self._cgroups.end, path)
 
     async def _reach(self, directory: Path) -> Supervisor | None:
         """The supervisor of a pod that is removed; None where there can be none, and nothing is left of one.

@@ -20,7 +20,7 @@ from nodeagent.store import Store
 from nodeagent.tasks import Tasks
 from tests.unit.cri import records
 
-POD, OTHER, READY = "a" * 64, "b" * 64, "c" * 64
+POD, OTHER, READY, CONTAINER = "a" * 64, "b" * 64, "c" * 64, "d" * 64
 
 MAY_PASS = {
     "no descriptor": OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
@@ -36,7 +36,7 @@ FOR_GOOD = {
 
 class World:
     """A node. `errors`: of each attempt to reach a supervisor, by pod, the last one for good; `supervised`: by the
-    launcher; `steps`: what was done; `shut_down`: the pods whose supervisors were asked to end.
+    launcher; `steps`: what was done; `shut_down`: the pods whose supervisors were asked to end; `groups`: ids by path.
     """
 
     def __init__(self, store: Store, folder: Path, tasks: Tasks) -> None:
@@ -48,6 +48,7 @@ class World:
         self.supervised: list[Exception | list[str]] = [[]]
         self.steps: list[str] = []
         self.shut_down: list[str] = []
+        self.groups: dict[str, str] = {}
         self.tasks = tasks
         parts: Any = {
             "inventory": self.inventory,
@@ -59,7 +60,11 @@ class World:
             "network": SimpleNamespace(detach=self._step("detach"), recover=self._step("recover")),
             "images": SimpleNamespace(release_others=self._step("release others")),
             "launchers": SimpleNamespace(get=self._launcher),
-            "cgroups": SimpleNamespace(pod_path=lambda pod_id: f"/{pod_id}"),
+            "cgroups": SimpleNamespace(
+                pod_path=lambda pod_id: f"/{pod_id}",
+                of_pods_without_parent=lambda: dict(self.groups),
+                end=self.groups.pop,
+            ),
             "places": SimpleNamespace(pods=self.pods, containers=folder / "containers"),
         }
         self.recovery = Recovery(**parts)
@@ -146,6 +151,14 @@ async def test_a_supervisor_that_cannot_be_reached_is_killed_by_the_launcher_tha
     await world.recovery.dismantle(world.pods / POD)
     assert not (world.pods / POD).exists()
     assert world.steps == ["abandon a", "detach a"]
+
+
+async def test_the_groups_of_a_pods_containers_go_with_it(world: World) -> None:
+    """Nobody else knows whose they were, if the records of both are lost."""
+    (world.pods / POD).mkdir()
+    world.groups |= {f"/{POD}/{CONTAINER}": CONTAINER, f"/{OTHER}/{CONTAINER}": CONTAINER}
+    await world.recovery.dismantle(world.pods / POD)
+    assert list(world.groups) == [f"/{OTHER}/{CONTAINER}"]
 
 
 async def test_a_start_goes_on_until_unknown_pods_are_removed(world: World) -> None:
