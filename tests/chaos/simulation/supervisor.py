@@ -18,6 +18,7 @@ from tests.chaos.simulation.machine import Machine
 from tests.chaos.simulation.server import Request, Server
 
 HANG_SECONDS = 60.0
+START_FAILED = 128
 _DEVNULL = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
 _SOCKET = socket.socket(socket.AF_UNIX)
 
@@ -176,7 +177,7 @@ class Supervisor(Server):
         if not container.is_alive or request is None:
             return
         if container.program == "absent":
-            container.end(128)
+            container.end(START_FAILED)
             return
         container.begin()
         del self._starts[container.id]
@@ -208,7 +209,8 @@ class Supervisor(Server):
 
     def _tell_end(self, container: Container) -> None:
         request = self._starts.pop(container.id, None)
-        if request is not None and container.program == "absent":
+        # One that is killed before it was executed has no such error.
+        if request is not None and container.exit and container.exit["code"] == START_FAILED:
             request.fail(StartError(f'container "{container.id}": "absent": not found'))
         elif request is not None:
             request.reply({"at": container.started_at})
