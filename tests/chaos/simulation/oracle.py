@@ -137,6 +137,12 @@ class Oracle:
 
     # --- at rest ---
 
+    def unheard(self, node: Node) -> list[str]:
+        """The containers that are RUNNING though they have ended."""
+        truths = self.machine.truths
+        running = [c.id for c in node.containers.list() if c.state == "running"]
+        return [name for name in running if name in truths and truths[name].code is not None]
+
     def nothing_left(self, node: Node, base: Any) -> None:
         """Only warm slots are left, of all that pods had."""
         slots = {slot.id for slot in node.slots._ready}

@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 from nodeagent.errors import NodeAgentError
+from nodeagent.lifecycle.node import Node
 from tests.chaos.simulation import world
 from tests.chaos.simulation.clients import Clients
 from tests.chaos.simulation.faults import Faults
@@ -24,6 +25,7 @@ from tests.chaos.simulation.verdict import Violation
 PATIENCE = 1500.0  # of the whole run after its last fault, in virtual seconds
 LOOK_EVERY = 8
 REST_SECONDS = 400.0  # the reconciliation removes what two of its looks have found
+HEARD_SECONDS = 100.0  # each pod with a container that runs is asked for its state once a minute
 RETRIES = 4
 
 
@@ -144,6 +146,7 @@ class Run:
         if node is None:
             raise Violation(f"the agent does not start: {self.service.what_hangs()}")
         await asyncio.sleep(20.0)  # for what nobody waits for any more
+        await self._all_is_heard(node)
         for sandbox in node.sandboxes.list():
             stop, remove = self.clients.stop_sandbox, self.clients.remove_sandbox
             await self._insist("StopPodSandbox", partial(stop, sandbox.id))
@@ -157,6 +160,13 @@ class Run:
         assert self.oracle.stream is not None
         self.oracle.stream.compare(node)
         self.oracle.nothing_left(node, agent.base)
+
+    async def _all_is_heard(self, node: Node) -> None:
+        """The ends of programs become known, also those whose news was lost."""
+        if self.oracle.unheard(node):
+            await asyncio.sleep(HEARD_SECONDS)
+        if unheard := self.oracle.unheard(node):
+            raise Violation(f"the ends of {', '.join(unheard)} are not heard")
 
     async def _end(self) -> None:
         agent = self.service.agent
