@@ -51,6 +51,15 @@ class Round:
         alone = len(self.who) == 1 and self.who[0] in (AGENT, WORKERS, SUPERVISOR)
         return self.fault is not None and self.fault.what == "KILL" and not alone
 
+    @property
+    def spares_watchers(self) -> bool:
+        """Whether no call fails that launcher, supervisor or init make for the log and the end of the program."""
+        is_error = self.fault is not None and not self.fault.is_signal
+        after = (
+            self.step == "ReopenContainerLog"
+        )  # what it says before and after that is in one log or the other
+        return not is_error or after or set(self.who) <= {AGENT, WORKERS}
+
     def __str__(self) -> str:
         when = "+".join(map(str, self.when))
         text = f"--step '{self.step}' --who {'+'.join(self.who)} --calls {'+'.join(self.calls)} "
@@ -101,6 +110,7 @@ class Player:
         step = STEPS[round_.step]
         scene = self._scene()
         scene.is_program_hit = round_.hits_program
+        scene.is_watched = round_.spares_watchers
         injections: list[Injection] = []
         problems: list[str] = []
         answer = ""

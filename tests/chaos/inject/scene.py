@@ -28,16 +28,19 @@ _GRACE_SECONDS = 60  # of the program, which ends at once where it gets a proces
 
 CODE = 7
 _PROGRAM = (
-    "trap 'echo bye; echo 7 > /gate/{token}.code; exit 7' TERM; echo up; "
-    "echo > /gate/{token}.up; sleep 1000 & wait $!"
+    "trap 'echo e; echo 7 > /gate/{token}.code; exit 7' TERM; trap 'exec tail /dev/zero' USR1; "
+    "echo up; printf by; echo > /gate/{token}.up; sleep 1000 & wait $!"
 )
+_SAYS = {"up", "bye"}  # the latter in two parts, and whole where it writes its code
 
 
 class Scene:
     """A pod and a container of a round. token: names them, and the files that the program writes.
 
-    is_program_hit: a signal of the fault may hit the program, or all who learn of its end. is_under_fault: a call that
-    takes longer than the agent waits has its answer then; at all other times the machine is busy, and it is repeated.
+    is_program_hit: a signal of the fault may hit the program, or all who learn of its end. is_watched: those who learn
+    of its end, and write its log, can do all that they have to, or die. is_eaten: it was to take too much memory.
+    is_under_fault: a call that takes longer than the agent waits has its answer then; at all other times the machine is
+    busy, and it is repeated.
     """
 
     def __init__(self, world: World, token: str) -> None:
@@ -46,6 +49,8 @@ class Scene:
         self.pod_id = ""
         self.container_id = ""
         self.is_program_hit = False
+        self.is_watched = True
+        self.is_eaten = False
         self.is_under_fault = False
         self.pod_config = self._config_of_pod()
 
@@ -200,6 +205,14 @@ class Scene:
             os.kill(pid, signal.SIGTERM)
         self.await_exited()
 
+    def overeat(self) -> None:
+        """The program takes more memory than it may, and the kernel ends it."""
+        self.await_up()
+        self.is_eaten = True
+        if pid := self._pid_of_program():  # none, if an earlier attempt has ended it
+            os.kill(pid, signal.SIGUSR1)
+        self.await_exited()
+
     def status(self) -> pb.ContainerStatus:
         request = pb.ContainerStatusRequest(container_id=self.container_id)
         answer: pb.ContainerStatusResponse = self.runtime("ContainerStatus", request)
@@ -304,3 +317,15 @@ class Scene:
             raise Wrong(f"exit code {status.exit_code} ({status.reason}), the program wrote {CODE}")
         if status.exit_code == CODE and not wrote:
             raise Wrong("exit code 7, and the program has not written it")
+        if self.is_watched and not self.is_program_hit:
+            self._judge(status, wrote=wrote)
+
+    def _judge(self, status: pb.ContainerStatus, *, wrote: bool) -> None:
+        """See whether its log has all that it said, and whether an end by the OOM killer is called one."""
+        directory = Path(self.pod_config.log_directory)
+        logs = [path.read_text() for path in directory.glob("main*") if path.is_file()]
+        said = {line.split(" ", 3)[-1] for log in logs for line in log.splitlines()}
+        if wrote and said != _SAYS:
+            raise Wrong(f"the log has {sorted(said)}, the program said {sorted(_SAYS)}")
+        if self.is_eaten and status.reason != "OOMKilled":
+            raise Wrong(f"ended by the OOM killer, and is {status.exit_code} {status.reason}")

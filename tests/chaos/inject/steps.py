@@ -82,6 +82,12 @@ STEPS = {
             who=(AGENT, LAUNCHER, SUPERVISOR),
         ),
         Step(
+            name="end by the OOM killer",
+            before=_RUNNING,
+            call=Scene.overeat,
+            who=(AGENT, LAUNCHER, SUPERVISOR),
+        ),
+        Step(
             name="StopContainer",
             before=_RUNNING,
             call=Scene.stop,

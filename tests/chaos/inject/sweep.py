@@ -39,14 +39,19 @@ def combinations() -> list[Key]:
 
 
 class Sweep:
-    """Plays rounds, in a new world after each that went wrong."""
+    """Plays rounds, in a new world after each that went wrong. code: of its agent, as in `GatedAgent`."""
 
     def __init__(
-        self, folder: Path, registry: Registry, say: Callable[[str], None] = print
+        self,
+        folder: Path,
+        registry: Registry,
+        say: Callable[[str], None] = print,
+        code: Path | None = None,
     ) -> None:
         self._folder = folder
         self._registry = registry
         self._say = say
+        self._code = code
         self.worlds = 0
         self.world: World | None = None
         self._player: Player | None = None
@@ -56,7 +61,7 @@ class Sweep:
     def play(self, round_: Round) -> Verdict:
         if self._player is None:
             self.worlds += 1
-            self.world = World(self._folder / f"world-{self.worlds}")
+            self.world = World(self._folder / f"world-{self.worlds}", self._code)
             self.world.open(self._registry)
             self._player = Player(self.world)
         verdict = self._player.play(round_)

@@ -26,17 +26,23 @@ class Wrong(Exception):
 
 
 class GatedAgent(RunningAgent):
-    """An agent that waits, with all its modules, until `let_go`: so that its start can be traced."""
+    """An agent that waits, with all its modules, until `let_go`: so that its start can be traced.
 
-    def __init__(self, root: Path) -> None:
+    code: as in `RunningAgent`; the tests are beside the package.
+    """
+
+    def __init__(self, root: Path, code: Path | None = None) -> None:
         super().__init__(root, config=CONFIG)
+        self.code = code
         self._gate = root / "gate"
         os.mkfifo(self._gate)
         self.is_held = False
 
     def command(self, verb: str, *arguments: str) -> list[str]:
-        python, _, _, *rest = super().command(verb, *arguments)
-        return [python, "-m", "tests.chaos.inject.serve", str(self._gate), *rest]
+        command = super().command(verb, *arguments)
+        module = command.index("nodeagent")
+        gated = ["tests.chaos.inject.serve", str(self._gate)]
+        return [*command[:module], *gated, *command[module + 1 :]]
 
     def hold(self) -> None:
         """Start the process, and return when it waits."""
@@ -91,10 +97,10 @@ class GatedAgent(RunningAgent):
 class World:
     """The agent, and what it had before the first round."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, code: Path | None = None) -> None:
         self.folder = folder
         folder.mkdir()
-        self.agent = GatedAgent(folder / "agent")
+        self.agent = GatedAgent(folder / "agent", code)
         self.footprint = Footprint(self.agent)
         self.gate = folder / "gate"
         self.gate.mkdir(mode=0o777)
