@@ -26,6 +26,8 @@ from tests.support import fake_registry, tars
 from tests.support.cri import Container
 from tests.support.node import PATIENCE_SECONDS, wait_for
 
+DEVICE = "CreateContainer with a device"
+
 Inflict = Callable[[World, Path], Iterator[Sufferer]]
 
 
@@ -115,10 +117,10 @@ def unkillable_program(world: World, folder: Path) -> Iterator[Sufferer]:
 
 
 def mute_volume(world: World, folder: Path) -> Iterator[Sufferer]:
-    """A creation waits in it, with the supervisor's child."""
+    """A creation waits in it, with the supervisor's child; and one with the agent, which looks for a device there."""
     pod = world.cri.pod()
     main = pod.run()
-    parked = pod.container(name="parked")
+    sufferer = Sufferer(pod, main, pod.container(name="parked"))
     with mute(folder / "mute"):
         request = pb.CreateContainerRequest(
             pod_sandbox_id=pod.id,
@@ -134,7 +136,16 @@ def mute_volume(world: World, folder: Path) -> Iterator[Sufferer]:
             ),
         )
         call = world.agent.runtime.CreateContainer.future(request, timeout=2 * PATIENCE_SECONDS)
-        yield Sufferer(pod, main, parked)
+        device = pb.Device(
+            host_path=str(folder / "mute/device"), container_path="/dev/x", permissions="r"
+        )
+        other = pb.CreateContainerRequest()
+        other.CopyFrom(request)
+        other.config.metadata.name = "asks for a device"
+        del other.config.mounts[:]
+        other.config.devices.append(device)
+        sufferer.further.append((DEVICE, world.agent.runtime.CreateContainer, other))
+        yield sufferer
         call.cancel()
 
 

@@ -255,13 +255,19 @@ class Sufferer:
 
 @contextmanager
 def world(
-    root: Path, registry: Registry, *, on_disk: bool = False, files: int = 2000
+    root: Path,
+    registry: Registry,
+    *,
+    on_disk: bool = False,
+    files: int = 2000,
+    code: Path | None = None,
 ) -> Iterator[World]:
     """An agent of its own, which must end with 0 once all pods are removed.
 
-    on_disk: its root directory is a file system of its own, of 256 MiB.
+    on_disk: its root directory is a file system of its own, of 256 MiB. code: as in `RunningAgent`.
     """
     agent = RunningAgent(root)
+    agent.code = code
     agent.trust(registry.host)
     with disk(root / "lib") if on_disk else nullcontext():
         agent.start()
@@ -271,8 +277,8 @@ def world(
             yield World(client(agent, registry), another, files)
         finally:
             agent.remove_pods()
-            code = agent.stop()
-        assert code == 0, agent.log.read_text()[-4000:]
+            status = agent.stop()
+        assert status == 0, agent.log.read_text()[-4000:]
 
 
 @contextmanager

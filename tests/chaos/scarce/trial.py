@@ -18,10 +18,11 @@ class Report:
     complaints: list[str] = field(default_factory=list)
 
 
-def run(shortage: Shortage, root: Path, registry: Registry) -> Report:
-    """Let something be scarce for a node of its own below `root`."""
+def run(shortage: Shortage, root: Path, registry: Registry, code: Path | None = None) -> Report:
+    """Let something be scarce for a node of its own below `root`. code: of its agent, as in `RunningAgent`."""
     report = Report(shortage)
     agent = RunningAgent(root, config=shortage.config)
+    agent.code = code
     with shortage.place(agent):
         with node(agent, registry) as made:
             lines = made.lines()
