@@ -51,6 +51,7 @@ class Scene:
         self.is_program_hit = False
         self.is_watched = True
         self.is_eaten = False
+        self._rotations = 0
         self.is_under_fault = False
         self.pod_config = self._config_of_pod()
 
@@ -158,7 +159,8 @@ class Scene:
     def reopen_log(self) -> None:
         log = Path(self.pod_config.log_directory) / "main.log"
         if log.exists():
-            log.rename(log.with_suffix(".1"))
+            self._rotations += 1  # a retry must not replace the log that the first attempt has left
+            log.rename(log.with_suffix(f".{self._rotations}"))
         self.runtime(
             "ReopenContainerLog", pb.ReopenContainerLogRequest(container_id=self.container_id)
         )
