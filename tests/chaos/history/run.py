@@ -87,12 +87,17 @@ class Outcome:
 
 
 def run(
-    wanted: Script, root: Path, registry: Registry, patience: float = PATIENCE_SECONDS
+    wanted: Script,
+    root: Path,
+    registry: Registry,
+    patience: float = PATIENCE_SECONDS,
+    code: Path | None = None,
 ) -> Outcome:
-    """Execute it on an agent of its own below `root`, which is gone afterwards."""
+    """Execute it on an agent of its own below `root`, which is gone afterwards. code: as in `RunningAgent`."""
     begin = time.monotonic()
     outcome = Outcome()
     agent = RunningAgent(root)
+    agent.code = code
     agent.trust(registry.host)
     footprint = Footprint(agent)
     before = Counter[str]()

@@ -8,7 +8,7 @@ them.
 from dataclasses import dataclass
 from typing import Literal
 
-Harness = Literal["simulate", "chaos (inject)", "chaos (gray)", "chaos (scarce)"]
+Harness = Literal["simulate", "chaos (inject)", "chaos (gray)", "chaos (scarce)", "history"]
 
 _CREATIONS = "lifecycle/creations.py"
 _INVENTORY = "lifecycle/inventory.py"
@@ -412,6 +412,19 @@ TRIED = (
         ),
         says="does not say what is scarce",
         played="supervisor without descriptors",
+    ),
+    OldBug(
+        name="event of a stop not told",
+        was="Readers of events were not told that a pod was stopped.",
+        harness="history",
+        changes=(
+            Change(
+                file=_SANDBOXES,
+                text='stopped_at=time.time_ns()), "stopped"\n',
+                instead="stopped_at=time.time_ns())\n",
+            ),
+        ),
+        says="events: .*: stopped between .* is missing",
     ),
 )
 

@@ -11,6 +11,7 @@ import pytest
 from tests.chaos.gray import trial as gray
 from tests.chaos.gray import world as gray_world
 from tests.chaos.gray.faults import FAULTS
+from tests.chaos.history.run import run, script
 from tests.chaos.inject import rounds, scene
 from tests.chaos.inject.strace import unavailable
 from tests.chaos.inject.sweep import Sweep, describe
@@ -24,11 +25,13 @@ from tests.chaos.simulation.campaign import HASH_SEED
 from tests.conftest import IN_CI
 from tests.support import images
 from tests.support.registry import Registry
+from tests.support.scratch import scratch
 
 # A seed stands for another run whenever the agent changes; the first one is near one that finds the fault today.
 SEEDS = 1000
 # A fault is not waited for as long as a healthy agent on a busy machine: what is said of it tells that it was this one.
 PATIENCE_SECONDS = 5.0
+STEPS = 64  # of a history, without a fault
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -77,6 +80,10 @@ def test_a_trial_finds(
         volume.mkdir()
         with gray_world.world(tmp_path / "agent", registry, code=code) as world:
             complaints = gray.run(fault, world, volume, rounds=2, hold=1).complaints
+    elif bug.harness == "history":
+        with scratch("na-test-history-", "/tmp") as root:
+            found = run(script(0, STEPS, STEPS), root / "a", registry, code=code).violations
+        complaints = list(map(str, found))
     else:
         [shortage] = [shortage for shortage in SHORTAGES if shortage.name == bug.played]
         complaints = scarce.run(shortage, tmp_path / "agent", registry, code).complaints
