@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from nodeagent.errors import AlreadyExists, NodeAgentError, NotFound
+from nodeagent.records import Sandbox
 from nodeagent.requests import ContainerConfig, Namespaces, PortMapping, Profile, SandboxConfig
 from tests.chaos.simulation.oracle import Oracle
 from tests.chaos.simulation.plan import Op
@@ -38,7 +39,7 @@ class Clients:
         self._machine = service.machine
         self.failed: set[int] = set()
         self.pods = {number: PodKnown() for number in range(4)}
-        self._bursts = 0
+        self._bursts = self._uses = 0
 
     async def go_through(self, program: list[Op]) -> None:
         for op in program:
@@ -247,6 +248,20 @@ class Clients:
             and self._service.agent.node is not None
         ):
             self.oracle.look(self._service.agent.node)
+
+    async def use_sandbox(self, sandbox: Sandbox) -> None:
+        """A pod that is READY can have another container."""
+        self._uses += 1
+        config = ContainerConfig(
+            name=f"use{self._uses}", namespaces=sandbox.config.namespaces, image="image", command=("runs",),
+            seccomp=UNCONFINED, apparmor=UNCONFINED,
+        )  # fmt: skip
+        container_id = await self._service.call(
+            "create", lambda node: node.creation.create(sandbox.id, config)
+        )
+        self.oracle.container(container_id)
+        self.oracle.pod_of[container_id] = sandbox.id
+        await self._service.call("start", lambda node: node.containers.start(container_id))
 
     async def use_names(self) -> None:
         """Every name can be used again."""

@@ -148,6 +148,8 @@ class Run:
         await asyncio.sleep(20.0)  # for what nobody waits for any more
         await self._all_is_heard(node)
         for sandbox in node.sandboxes.list():
+            if sandbox.ready and sandbox.id not in self.machine.asked:
+                await self._insist("a container", partial(self.clients.use_sandbox, sandbox))
             stop, remove = self.clients.stop_sandbox, self.clients.remove_sandbox
             await self._insist("StopPodSandbox", partial(stop, sandbox.id))
             await self._insist("RemovePodSandbox", partial(remove, sandbox.id))
