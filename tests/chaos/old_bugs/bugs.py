@@ -87,6 +87,7 @@ SIMULATED = (
             ),
         ),
         says='a creation of image fails with image "nowhere"',
+        first=10,
     ),
     OldBug(
         name="stop waits for a creation",
@@ -123,7 +124,7 @@ SIMULATED = (
             ),
         ),
         says="event deleted of .* comes after deleted",
-        first=60,
+        first=78,
     ),
     OldBug(
         name="removal fails where another one was faster",
@@ -137,6 +138,7 @@ SIMULATED = (
             ),
         ),
         says="KeyError",
+        first=15,
     ),
     OldBug(
         name="exit record not read",
@@ -219,7 +221,7 @@ SIMULATED = (
             _WITHOUT_POLLING,
         ),
         says="the ends of .* are not heard|StopPodSandbox: fails without a fault",
-        first=70,
+        first=95,
     ),
     OldBug(
         name="cgroup before the record",
@@ -254,7 +256,21 @@ SIMULATED = (
             ),
         ),
         says="left at rest|the reconciliation had to remove leaks",
-        first=60,
+        first=75,
+    ),
+    OldBug(
+        name="connection never made again",
+        was="A connection to a supervisor that ended while it lived was not made again: its pod was of no use.",
+        harness="simulate",
+        changes=(
+            Change(
+                file=_SUPERVISION,
+                text="await supervisor.ended.wait()\n",
+                instead="await supervisor.lost.wait()\n",
+            ),
+        ),
+        says="a container: fails without a fault: Unavailable.* is disconnected|are not heard",
+        first=55,
     ),
     OldBug(
         name="slot undone only once",
@@ -268,7 +284,48 @@ SIMULATED = (
             ),
         ),
         says="left at rest|the reconciliation had to remove leaks",
-        first=120,
+        first=130,
+    ),
+    OldBug(
+        name="address leaked by an undo",
+        was="A slot that was made in part and undone kept its address, until none was left for pods.",
+        harness="simulate",
+        changes=(
+            Change(
+                file=_SLOTS,
+                text="        await supervisor.shutdown()\n    await network.detach(pod_id)\n",
+                instead="        await supervisor.shutdown()\n",
+            ),
+        ),
+        says="had to remove leaks: .*'lease'|lease of",
+        first=15,
+    ),
+    OldBug(
+        name="host port not released",
+        was="The rows of a pod's host ports stayed: no other pod could have them.",
+        harness="simulate",
+        changes=(
+            Change(
+                file="net/network.py",
+                text="        self._host_ports.release(pod_id)\n        if self._nat",
+                instead="        if self._nat",
+            ),
+        ),
+        says="row HostPort",
+        first=15,
+    ),
+    OldBug(
+        name="hold of an image left",
+        was="RemovePodSandbox succeeded, and left what its containers hold of images, which stayed for good.",
+        harness="simulate",
+        changes=(
+            Change(
+                file=_REMOVAL,
+                text="            partial(self._release, container),\n",
+                instead="",
+            ),
+        ),
+        says="had to remove leaks: .*'hold'|row ImageHold",
     ),
 )
 

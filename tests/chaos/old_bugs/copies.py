@@ -14,8 +14,8 @@ _TESTS = Path(tests.__path__[0])
 
 def copy_with(changes: Iterable[Change], folder: Path) -> Path:
     """A new directory of a copy with these changes, and of the tests, for PYTHONPATH."""
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(_PACKAGE, folder / "nodeagent", ignore=ignored)
+    # With what Python has compiled: that of a file which is changed has another time, and is compiled again.
+    shutil.copytree(_PACKAGE, folder / "nodeagent")
     (folder / "tests").symlink_to(_TESTS)
     for change in changes:
         path = folder / "nodeagent" / change.file
