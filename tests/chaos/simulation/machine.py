@@ -65,6 +65,8 @@ class Machine:
         self.pod_files: dict[str, Pod] = {}  # by directory
         self.exits: dict[tuple[str, str], dict[str, Any]] = {}
         self.truths: dict[str, Truth] = {}
+        self.unwritten: set[str] = set()  # the keys of records whose last write has failed
+        self.forgotten: set[str] = set()  # those of which that was so at a reboot
         self.asked: set[str] = set()  # pods and containers that a client has asked to end
         self.wrong = ""  # what happened to a process that should not
         self.groups: dict[str, Any] = {}
@@ -158,6 +160,7 @@ class Machine:
     def reboot(self) -> None:
         """Kill every process, and forget what is in memory."""
         self.boots += 1
+        self.forgotten |= self.unwritten
         self.boot = f"boot-{self.boots}"
         for pod in list(self.pods.values()):
             for container in pod.containers.values():

@@ -41,8 +41,11 @@ class SimulatedRows(Database):
     """Rows in memory; each write is two steps."""
 
     def write(self, changes: Sequence[Change]) -> None:
+        keys = {change.key for change in changes}
+        world.machine.unwritten |= keys
         world.machine.step("store", changes[0].table)
         super().write(changes)
+        world.machine.unwritten -= keys
         world.machine.step("wrote")
 
 
