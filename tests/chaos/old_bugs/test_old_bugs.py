@@ -30,8 +30,8 @@ from tests.support.scratch import scratch
 # A seed stands for another run whenever the agent changes; the first one is near one that finds the fault today.
 SEEDS = 1000
 # A fault is not waited for as long as a healthy agent on a busy machine: what is said of it tells that it was this one.
-PATIENCE_SECONDS = 5.0
-STEPS = 64  # of a history, without a fault
+PATIENCE_SECONDS = 3.0
+STEPS = 24  # of a history, without a fault
 
 pytestmark = pytest.mark.timeout(900)
 
