@@ -73,7 +73,7 @@ SIMULATED = (
                 instead="if False:\n",
             ),
         ),
-        says="its name is taken by nothing that is listed|had to remove leaks",
+        says="its name is taken by nothing listed|had to remove leaks",
         first=10,
     ),
     OldBug(
@@ -280,12 +280,11 @@ SIMULATED = (
         changes=(
             Change(
                 file="net/network.py",
-                text="        self._host_ports.release(pod_id)\n        if self._nat",
-                instead="        if self._nat",
+                text="            self._host_ports.release(pod_id)\n        finally:",
+                instead="            pass\n        finally:",
             ),
         ),
-        says="row HostPort",
-        first=15,
+        says="taken by nothing listed: .*port|row HostPort",
     ),
     OldBug(
         name="hold of an image left",

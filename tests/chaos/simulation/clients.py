@@ -72,8 +72,8 @@ class Clients:
         attempt = pod.attempt
         try:
             sandbox_id = await self._service.call("run", lambda node: node.sandboxes.run(config))
-        except AlreadyExists:
-            self._require_told(config)
+        except AlreadyExists as error:
+            self._require_told(config, error)
             raise
         self.oracle.sandbox(sandbox_id)
         if pod.attempt == attempt:
@@ -83,7 +83,7 @@ class Clients:
         if not pod.id:
             await self._shared_run(op, pod)
 
-    def _require_told(self, config: SandboxConfig) -> None:
+    def _require_told(self, config: SandboxConfig, error: AlreadyExists) -> None:
         """A name that is refused belongs to what can be seen, and of which somebody was told, or the agent has died."""
         agent = self._service.agent
         if agent is None or not agent.is_serving or agent.node is None:
@@ -93,7 +93,7 @@ class Clients:
             s for s in agent.node.sandboxes.list() if (s.config.name, s.config.attempt) == identity
         ]
         if not found:
-            raise Violation(f"pod {config.name}: its name is taken by nothing that is listed")
+            raise Violation(f"pod {config.name}: its name is taken by nothing listed: {error}")
         if found[0].id not in self._service.told and found[0].created_at > agent.began_ns:
             raise Violation(
                 f"pod {config.name}: was made for a caller that gave up, and is refused to the next"
