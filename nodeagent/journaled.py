@@ -30,7 +30,7 @@ from nodeagent.records import KINDS
 log = logging.getLogger(__name__)
 
 MOST_BYTES = 64 << 20  # of the journal, which is in memory
-LATE_SECONDS = 10.0  # a write that takes longer is trouble
+LATE_SECONDS = 30.0  # what takes longer is trouble
 CLOSE_SECONDS = 5.0
 # What follows within this time goes into the database with it.
 _PAUSE_SECONDS = 0.05
@@ -83,8 +83,7 @@ class JournaledDatabase:
         with self._changed:
             if self._journal.size_bytes + len(entry) > MOST_BYTES:
                 raise Unavailable(
-                    f"{self._database.path}: {self._why_late() or 'it is written too slowly'}; "
-                    f"{MOST_BYTES >> 20} MiB of changes wait for it in memory"
+                    f"{self._hindrance()}; {MOST_BYTES >> 20} MiB of changes wait for it in memory"
                 )
             self._journal.append(entry)
             self._recent.update(((name, key), body) for name, key, body in changes)
@@ -123,7 +122,7 @@ class JournaledDatabase:
         """
         with self._changed:
             is_passing = isinstance(self._failure, ResourceExhausted | Unavailable)
-            return "" if is_passing and self._began is None else self._why_late()
+            return self._late() or ("" if is_passing else str(self._failure or ""))
 
     def close(self) -> None:
         """Write what has not been written; after CLOSE_SECONDS it is left to the next agent."""
@@ -132,7 +131,7 @@ class JournaledDatabase:
             self._changed.notify()
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
-            log.warning("%s: %s; the next agent writes it", self._database.path, self._why_late())
+            log.warning("%s; the next agent writes it", self._hindrance())
             return
         if self._written == self._appended:
             self._journal.remove()
@@ -149,7 +148,9 @@ class JournaledDatabase:
                     if self._changed.wait_for(lambda: self._is_closing, pause):
                         return
                 pause = min(2 * pause, _LONGEST_RETRY_SECONDS)
+            self._began = time.monotonic()
             self._database.shorten_log()
+            self._began = None
 
     def _has_batch(self) -> bool:
         """Wait for changes and take them; False at the end."""
@@ -194,13 +195,18 @@ class JournaledDatabase:
             log.error("%s: it is tried again", failure, exc_info=None if is_expected else failure)
         self._failure, self._began = failure, None
 
-    def _why_late(self) -> str:
-        if self._began is not None and (late := time.monotonic() - self._began) > LATE_SECONDS:
-            return (
-                f"{self._database.path}: a write has lasted {late:.0f} s; "
-                "is its file system frozen, or its disk hung?"
-            )
-        return str(self._failure or "")
+    def _hindrance(self) -> str:
+        late = self._late() or str(self._failure or "")
+        return late or f"{self._database.path}: is written slowly"
+
+    def _late(self) -> str:
+        seconds = time.monotonic() - self._began if self._began is not None else 0.0
+        if seconds <= LATE_SECONDS:
+            return ""
+        return (
+            f"{self._database.path}: a write has lasted {seconds:.0f} s; "
+            "is its file system frozen, or its disk hung?"
+        )
 
 
 def pending(directory: Path) -> list[Change]:
