@@ -17,8 +17,9 @@ import sys
 from tests.chaos.inject.rounds import STOP_SECONDS, Round
 from tests.chaos.inject.strace import Fault, unavailable
 from tests.chaos.inject.sweep import Key, Sweep, describe
-from tests.support import images, leaks
-from tests.support.registry import fill, running_registry
+from tests.chaos.inject.world import stock
+from tests.support import leaks
+from tests.support.registry import running_registry
 from tests.support.scratch import scratch
 
 
@@ -44,7 +45,7 @@ def main() -> int:
     with scratch("na-chaos-") as folder:
         folder.chmod(0o755)
         with running_registry(folder / "registry") as registry:
-            fill(registry, [images.busybox(), images.pause()])
+            stock(registry)
             sweep = Sweep(folder, registry, lambda text: print(text, flush=True))
             try:
                 return _play_one(sweep, options) if options.when else _sweep(sweep, options)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 
@@ -87,6 +88,7 @@ class Player:
         self.world = world
         self._numbers = 0
         self._open: dict[int, Counter[str]] = {}
+        self._supervisor: tuple[int, Counter[str]] = (0, Counter())
         world.note([self._live] * _LIVES)
         self._compare_descriptors()
 
@@ -98,7 +100,10 @@ class Player:
         scene.read()
         scene.pull()
         scene.remove_image()
+        scene.pull_profile()
+        scene.remove_profile()
         scene.finish()
+        scene.leave()
 
     def _scene(self) -> Scene:
         self._numbers += 1
@@ -117,6 +122,8 @@ class Player:
         try:
             for act in step.before:
                 act(scene)
+            if step.is_passing:
+                self._note_supervisor(scene)
             try:
                 answer = self._call(step, scene, round_, injections, problems)
             finally:
@@ -130,6 +137,8 @@ class Player:
             problems.append(f"{type(error).__name__}: {error}")
         except grpc.RpcError as error:
             problems.append(f"without a fault: {error.code().name}: {error.details()}")
+        finally:
+            scene.leave()
         struck = [call for injection in injections for call in injection.struck]
         places = {place for injection in injections for place in injection.places}
         if any(injection.is_foreign for injection in injections):
@@ -165,6 +174,7 @@ class Player:
         with self._passing(round_, injections):
             try:
                 scene.is_under_fault = True
+                scene.called.clear()
                 if step.is_start:
                     return self._start(step, scene)
                 step.call(scene)
@@ -245,24 +255,40 @@ class Player:
         world.heal()
         if not succeeded:
             scene.until_it_succeeds(step.name, lambda: step.call(scene))
+        if not_made := step.makes - scene.called:
+            raise Wrong(f"the step does not make {', '.join(sorted(not_made))}")
+        problems = self._compare_supervisor(scene) if step.is_passing else []
         scene.finish()
-        if "Image" in step.name:
-            scene.until_it_succeeds("RemoveImage", scene.remove_image)
-        problems = [f"left: {thing}" for thing in world.footprint.new_since(world.before)]
+        if step.after is not None:
+            after = partial(step.after, scene)
+            scene.until_it_succeeds(f"what undoes {step.name}", after)
+        problems += [f"left: {thing}" for thing in world.footprint.new_since(world.before)]
         gone = world.footprint.missing_since(world.before)
         problems += [f"missing: {thing}" for thing in gone]
         return problems + self._compare_descriptors()
+
+    def _note_supervisor(self, scene: Scene) -> None:
+        pid = self.world.supervisor(scene.pod_id)
+        self._supervisor = pid, descriptors(pid)
+
+    def _compare_supervisor(self, scene: Scene) -> list[str]:
+        """What it has open beyond what it had before the call, if it is the same process still."""
+        pid, before = self._supervisor
+        if self.world.supervisor(scene.pod_id) != pid:
+            return []
+        return _more_open("supervisor", pid, before)
 
     def _compare_descriptors(self) -> list[str]:
         """What agent and launcher have open beyond what they had when they were first looked at."""
         problems = []
         for name, pid in (("agent", self.world.agent.pid), ("launcher", self.world.launcher)):
             before = self._open.setdefault(pid, descriptors(pid))
-            deadline = time.monotonic() + PATIENCE_SECONDS
-            while (
-                new := descriptors(pid) - before - _OF_REGISTRIES
-            ) and time.monotonic() < deadline:
-                time.sleep(0.1)
-            if new:
-                problems.append(f"left: descriptors of the {name}: {dict(new)}")
+            problems += _more_open(name, pid, before + _OF_REGISTRIES)
         return problems
+
+
+def _more_open(name: str, pid: int, before: Counter[str]) -> list[str]:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while (new := descriptors(pid) - before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return [f"left: descriptors of the {name}: {dict(new)}"] if new else []

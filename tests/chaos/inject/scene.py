@@ -13,8 +13,12 @@ from typing import Any
 import grpc
 
 from nodeagent.api import runtime_pb2 as pb
+from nodeagent.streaming.backend import AttachRequest, ExecRequest
+from tests.chaos.inject import streams
+from tests.chaos.inject.events import Watch
 from tests.chaos.inject.world import World, Wrong, first_of
 from tests.chaos.oracles import unclear
+from tests.contract.streaming.clients import CommandClient
 from tests.support import leaks
 from tests.support.cri import pod_options
 from tests.support.node import PATIENCE_SECONDS, free_port
@@ -28,10 +32,48 @@ _GRACE_SECONDS = 60  # of the program, which ends at once where it gets a proces
 
 CODE = 7
 _PROGRAM = (
-    "trap 'echo e; echo 7 > /gate/{token}.code; exit 7' TERM; trap 'exec tail /dev/zero' USR1; "
-    "echo up; printf by; echo > /gate/{token}.up; sleep 1000 & wait $!"
+    "trap 'echo {rest}; echo 7 > /gate/{token}.code; exit 7' TERM; trap 'exec tail /dev/zero' USR1; "
+    "echo up; {begin}echo > /gate/{token}.up; {work}sleep 1000 & wait $!"
 )
 _SAYS = {"up", "bye"}  # the latter in two parts, and whole where it writes its code
+_READER = 'while read line; do echo "got $line"; done; '
+_PORT = 8080
+_SERVER = f"httpd -p 127.0.0.1:{_PORT} -h /gate; "
+
+_COMMAND = ("sh", "-c", "echo out; echo err >&2; exit 3")
+_TYPED, _SHOWN = b"typed\n", b"got typed, 41 101"
+_AT_TERMINAL = ("sh", "-c", 'read line; echo "got $line, $(stty size)"; exit 3')
+READ_ONLY = (
+    "Version",
+    "Status",
+    "RuntimeConfig",
+    "ListPodSandbox",
+    "StreamPodSandboxes",
+    "ListContainers",
+    "StreamContainers",
+    "PodSandboxStatus",
+    "ContainerStatus",
+    "ContainerStats",
+    "ListContainerStats",
+    "StreamContainerStats",
+    "PodSandboxStats",
+    "ListPodSandboxStats",
+    "StreamPodSandboxStats",
+    "ListMetricDescriptors",
+    "ListPodSandboxMetrics",
+    "StreamPodSandboxMetrics",
+    "ListImages",
+    "StreamImages",
+    "ImageStatus",
+    "ImageFsInfo",
+    "ListSecurityProfiles",
+)
+_REQUESTS_REFUSED = {
+    "CheckpointContainer": pb.CheckpointContainerRequest(),
+    "CheckpointPod": pb.CheckpointPodRequest(),
+    "RestorePod": pb.RestorePodRequest(),
+}
+REFUSED = tuple(_REQUESTS_REFUSED)
 
 
 class Scene:
@@ -53,21 +95,29 @@ class Scene:
         self.is_eaten = False
         self._rotations = 0
         self.is_under_fault = False
+        self.called: set[str] = set()
         self.pod_config = self._config_of_pod()
+        self._reads_input = False
+        self._work = ""
+        self._watch: Watch | None = None
 
     # --- calls ---
 
     def runtime(self, name: str, request: Any) -> Any:
-        return self._ask(getattr(self.world.agent.runtime, name), request)
+        return self._ask(self.world.agent.runtime, name, request)
 
     def images(self, name: str, request: Any) -> Any:
-        return self._ask(getattr(self.world.agent.images, name), request)
+        return self._ask(self.world.agent.images, name, request)
 
-    def _ask(self, call: Callable[..., Any], request: Any) -> Any:
+    def _ask(self, stub: Any, name: str, request: Any) -> Any:
+        """The answer, or a list of the answers of a call that streams them."""
+        self.called.add(name)
+        call = getattr(stub, name)
         deadline = time.monotonic() + DEADLINE_SECONDS
         while True:
             try:
-                return call(request, timeout=DEADLINE_SECONDS)
+                answer = call(request, timeout=DEADLINE_SECONDS)
+                return list(answer) if isinstance(answer, Iterator) else answer
             except grpc.RpcError as error:
                 is_slow = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED and not unclear(error)
                 if self.is_under_fault or not is_slow or time.monotonic() > deadline:
@@ -90,6 +140,21 @@ class Scene:
         mapping = pb.PortMapping(protocol=pb.TCP, container_port=80, host_port=free_port())
         self.pod_config.port_mappings.append(mapping)
 
+    def make_reader(self) -> None:
+        """Ask for a program that says again what it reads."""
+        self._reads_input = True
+        self._work = _READER
+
+    def make_server(self) -> None:
+        """Ask for a program with a server on a port of the pod's."""
+        self._work = _SERVER
+
+    @property
+    def _program(self) -> str:
+        # One that reads its input has lines of its own between.
+        begin, rest = ("", "bye") if self._reads_input else ("printf by; ", "e")
+        return _PROGRAM.format(token=self.token, work=self._work, begin=begin, rest=rest)
+
     def run_pod(self) -> None:
         request = pb.RunPodSandboxRequest(config=self.pod_config)
         with self._found_by_name(self._find_pod):
@@ -99,7 +164,8 @@ class Scene:
         config = pb.ContainerConfig(
             metadata=pb.ContainerMetadata(name=self.token),
             image=pb.ImageSpec(image=self.world.image),
-            command=["sh", "-c", _PROGRAM.format(token=self.token)],
+            command=["sh", "-c", self._program],
+            stdin=self._reads_input,
             log_path="main.log",
             mounts=[pb.Mount(container_path="/gate", host_path=str(self.world.gate))],
             linux=pb.LinuxContainerConfig(
@@ -138,14 +204,74 @@ class Scene:
 
     def exec(self) -> None:
         request = pb.ExecSyncRequest(
-            container_id=self.container_id,
-            cmd=["sh", "-c", "echo out; echo err >&2; exit 3"],
-            timeout=_GRACE_SECONDS,
+            container_id=self.container_id, cmd=_COMMAND, timeout=_GRACE_SECONDS
         )
         answer = self.runtime("ExecSync", request)
-        said = (answer.stdout, answer.stderr, answer.exit_code)
-        if said != (b"out\n", b"err\n", 3) and not (self.is_program_hit and said[2] == 137):
+        self._compare((answer.stdout, answer.stderr, answer.exit_code))
+
+    def _compare(self, said: tuple[bytes, bytes, int], stdout: bytes = b"out\n") -> None:
+        """Compare what a command has said, and its exit code, with what it must be."""
+        if said != (stdout, b"err\n", 3) and not (self.is_program_hit and said[2] == 137):
             raise Wrong(f"exec: {said}")
+
+    def exec_stream(self) -> None:
+        """The command of `exec`, over a stream."""
+        url = self.runtime(
+            "Exec",
+            pb.ExecRequest(container_id=self.container_id, cmd=_COMMAND, stdout=True, stderr=True),
+        ).url
+        wanted = ExecRequest(
+            container_id=self.container_id, command=_COMMAND, stdout=True, stderr=True
+        )
+        result = streams.command(streams.SPDY, url, wanted, DEADLINE_SECONDS)
+        self._compare((result.stdout, result.stderr, result.code))
+
+    def exec_at_terminal(self) -> None:
+        request = pb.ExecRequest(
+            container_id=self.container_id, cmd=_AT_TERMINAL, tty=True, stdin=True, stdout=True
+        )
+        url = self.runtime("Exec", request).url
+        wanted = ExecRequest(
+            container_id=self.container_id, command=_AT_TERMINAL, tty=True, stdin=True, stdout=True
+        )
+
+        async def talk(client: CommandClient) -> None:
+            await client.resize(101, 41)
+            await client.write(_TYPED)
+
+        result = streams.command(streams.WEBSOCKET, url, wanted, DEADLINE_SECONDS, talk)
+        said, code = result.stdout.replace(b"\r\n", b"\n"), result.code
+        shown = _TYPED + _SHOWN + b"\n"  # a terminal shows what is typed
+        if (said, code) != (shown, 3) and not (self.is_program_hit and code == 137):
+            raise Wrong(f"exec at a terminal: {said!r}, {code}")
+
+    def attach(self) -> None:
+        """Say a line to the program, hear its answer, and leave; what is heard must be in the log."""
+        request = pb.AttachRequest(
+            container_id=self.container_id, stdin=True, stdout=True, stderr=True
+        )
+        url = self.runtime("Attach", request).url
+        wanted = AttachRequest(container_id=self.container_id, stdin=True, stdout=True, stderr=True)
+        line = os.urandom(8).hex()
+
+        async def talk(client: CommandClient) -> None:
+            await client.write(f"{line}\n".encode())
+            await client.expect(f"got {line}\n".encode())
+            await client.end_input()
+
+        result = streams.command(streams.SPDY, url, wanted, DEADLINE_SECONDS, talk)
+        if result.code and not self.is_program_hit:
+            raise Wrong(f"attach: {result}")
+        log = Path(self.pod_config.log_directory) / "main.log"
+        self._await(f"{line} is not in the log", lambda: f"got {line}\n" in log.read_text())
+
+    def forward(self) -> None:
+        request = pb.PortForwardRequest(pod_sandbox_id=self.pod_id, port=[_PORT])
+        url = self.runtime("PortForward", request).url
+        asked = f"GET /{self.token}.up HTTP/1.0\r\n\r\n".encode()
+        answer = streams.forward(url, _PORT, asked, DEADLINE_SECONDS)
+        if not (b" 200 OK" in answer and answer.endswith(b"\r\n\r\n\n")):
+            raise Wrong(f"forward: {answer!r}")
 
     def update(self) -> None:
         request = pb.UpdateContainerResourcesRequest(
@@ -155,6 +281,17 @@ class Scene:
             ),
         )
         self.runtime("UpdateContainerResources", request)
+
+    def update_pod(self) -> None:
+        """A container's limits have to be below those of its pod."""
+        request = pb.UpdatePodSandboxResourcesRequest(
+            pod_sandbox_id=self.pod_id,
+            overhead=pb.LinuxContainerResources(memory_limit_in_bytes=64 << 20),
+            resources=pb.LinuxContainerResources(
+                cpu_period=100_000, cpu_quota=300_000, memory_limit_in_bytes=1 << 30
+            ),
+        )
+        self.runtime("UpdatePodSandboxResources", request)
 
     def reopen_log(self) -> None:
         log = Path(self.pod_config.log_directory) / "main.log"
@@ -167,23 +304,44 @@ class Scene:
 
     def read(self) -> None:
         """All calls that change nothing."""
-        self.runtime("Version", pb.VersionRequest())
-        self.runtime("Status", pb.StatusRequest(verbose=True))
-        self.runtime("RuntimeConfig", pb.RuntimeConfigRequest())
-        self.runtime("ListPodSandbox", pb.ListPodSandboxRequest())
-        self.runtime("ListContainers", pb.ListContainersRequest())
         ids, pod = {"container_id": self.container_id}, {"pod_sandbox_id": self.pod_id}
-        self.runtime("PodSandboxStatus", pb.PodSandboxStatusRequest(**pod, verbose=True))
-        self.runtime("ContainerStatus", pb.ContainerStatusRequest(**ids, verbose=True))
-        self.runtime("ContainerStats", pb.ContainerStatsRequest(**ids))
-        self.runtime("ListContainerStats", pb.ListContainerStatsRequest())
-        self.runtime("PodSandboxStats", pb.PodSandboxStatsRequest(**pod))
-        self.runtime("ListPodSandboxStats", pb.ListPodSandboxStatsRequest())
-        self.runtime("ListMetricDescriptors", pb.ListMetricDescriptorsRequest())
-        self.runtime("ListPodSandboxMetrics", pb.ListPodSandboxMetricsRequest())
-        self.images("ListImages", pb.ListImagesRequest())
-        self.images("ImageFsInfo", pb.ImageFsInfoRequest())
-        self.images("ImageStatus", pb.ImageStatusRequest(image=self._other_image, verbose=True))
+        fields: dict[str, dict[str, Any]] = {
+            "Status": {"verbose": True},
+            "PodSandboxStatus": {**pod, "verbose": True},
+            "ContainerStatus": {**ids, "verbose": True},
+            "ContainerStats": ids,
+            "PodSandboxStats": pod,
+            "ImageStatus": {"image": self._other_image, "verbose": True},
+        }
+        for name in READ_ONLY:
+            ask = self.runtime if hasattr(self.world.agent.runtime, name) else self.images
+            ask(name, getattr(pb, f"{name}Request")(**fields.get(name, {})))
+
+    def be_refused(self) -> None:
+        """The calls that this runtime does not offer."""
+        for name, request in _REQUESTS_REFUSED.items():
+            try:
+                self.runtime(name, request)
+            except grpc.RpcError as error:
+                if error.code() != grpc.StatusCode.UNIMPLEMENTED:
+                    raise
+                if error.details() != f"{name}: this runtime takes no checkpoints":
+                    raise Wrong(f"{name}: {error.details()}") from None
+            else:
+                raise Wrong(f"{name} is not refused")
+
+    def watch(self) -> None:
+        """Read the events from now on."""
+        self.called.add("GetContainerEvents")
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = Watch(self.world.agent.runtime)
+
+    def watch_start(self) -> None:
+        """Read the events, of which a container makes some."""
+        self.watch()
+        self.create()
+        self.start()
 
     def configure(self) -> None:
         network = pb.NetworkConfig(pod_cidr="10.88.0.0/16")
@@ -195,6 +353,15 @@ class Scene:
 
     def remove_image(self) -> None:
         self.images("RemoveImage", pb.RemoveImageRequest(image=self._other_image))
+
+    def pull_profile(self) -> None:
+        spec = pb.ImageSpec(image=self.world.profile)
+        request = pb.PullSecurityProfileRequest(image=spec, profile_kind=pb.Seccomp)
+        self.images("PullSecurityProfile", request)
+
+    def remove_profile(self) -> None:
+        digest = self.world.profile.partition("@")[2]
+        self.images("RemoveSecurityProfile", pb.RemoveSecurityProfileRequest(digest=digest))
 
     @property
     def _other_image(self) -> pb.ImageSpec:
@@ -221,7 +388,7 @@ class Scene:
         return answer.status
 
     def _pid_of_program(self) -> int:
-        command = f"sh -c {_PROGRAM.format(token=self.token)}"[:60]
+        command = f"sh -c {self._program}"[:60]
         parents, members = leaks.processes(), self.world.members()
         found = [pid for pid in members if leaks.command(pid).startswith(command)]
         return first_of({pid: parents.get(pid, 0) for pid in found})
@@ -284,15 +451,24 @@ class Scene:
 
     def finish(self) -> None:
         """Bring the container to its end, compare its exit code with what it wrote, and remove all. Raises Wrong."""
+        removed = [self.container_id]
         if self.container_id:
             self._finish_container()
         for pod in self._pods():
             self.pod_id = pod
+            removed.append(pod)
             self.until_it_succeeds("StopPodSandbox", self.stop_pod)
             self.until_it_succeeds("RemovePodSandbox", self.remove_pod)
         left = self.runtime("ListContainers", pb.ListContainersRequest()).containers
         if left:
             raise Wrong(f"{len(left)} containers are listed")
+        if self._watch is not None and (wrong := self._watch.problems(removed)):
+            raise Wrong("; ".join(wrong))
+
+    def leave(self) -> None:
+        """Leave no thread of ours behind."""
+        if self._watch is not None:
+            self._watch.close()
 
     def _pods(self) -> list[str]:
         """All that are there: also one whose id nobody was told."""
@@ -327,6 +503,7 @@ class Scene:
         directory = Path(self.pod_config.log_directory)
         logs = [path.read_text() for path in directory.glob("main*") if path.is_file()]
         said = {line.split(" ", 3)[-1] for log in logs for line in log.splitlines()}
+        said = {text for text in said if not text.startswith("got ")}
         if wrote and said != _SAYS:
             raise Wrong(f"the log has {sorted(said)}, the program said {sorted(_SAYS)}")
         if self.is_eaten and status.reason != "OOMKilled":

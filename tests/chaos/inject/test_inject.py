@@ -18,16 +18,18 @@ from typing import cast
 import grpc
 import pytest
 
+from nodeagent.api import runtime_pb2 as pb
 from tests.chaos import seeds
 from tests.chaos.inject.rounds import Round
+from tests.chaos.inject.steps import STEPS
 from tests.chaos.inject.strace import Fault, Injection, unavailable
 from tests.chaos.inject.sweep import Sweep, describe
-from tests.chaos.inject.world import World, first_of
+from tests.chaos.inject.world import World, first_of, stock
 from tests.chaos.oracles import unclear
 from tests.conftest import IN_CI
-from tests.support import images, leaks
+from tests.support import leaks
 from tests.support.node import wait_for
-from tests.support.registry import fill, running_registry
+from tests.support.registry import running_registry
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "120"))
 SEED = seeds.of_this_run()
@@ -75,10 +77,17 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
         pytest.fail(reason) if IN_CI else pytest.skip(reason)
     folder = tmp_path_factory.mktemp("chaos")
     with running_registry(folder / "registry") as registry:
-        fill(registry, [images.busybox(), images.pause()])
+        stock(registry)
         sweep = Sweep(folder, registry)
         yield sweep
         sweep.renew()
+
+
+def test_each_rpc_is_made_by_a_step() -> None:
+    """That a step makes the RPCs that it says it makes is a part of the verdict of each of its rounds."""
+    services = pb.DESCRIPTOR.services_by_name.values()
+    served = {method.name for service in services for method in service.methods}
+    assert served - set[str]().union(*(step.makes for step in STEPS.values())) == set()
 
 
 def parsed(text: str) -> Round:

@@ -13,12 +13,19 @@ import grpc
 
 from nodeagent.api import runtime_pb2 as pb
 from tests.chaos.oracles import Footprint
-from tests.support import images, leaks
+from tests.support import artifacts, images, leaks
 from tests.support.node import PATIENCE_SECONDS, RunningAgent, wait_for
-from tests.support.registry import Registry
+from tests.support.registry import Registry, fill
 
 # No pod is prepared in advance, or the calls that a request makes would not be its own.
 CONFIG = "slots = 0\n"
+
+_PROFILE = artifacts.seccomp({"defaultAction": "SCMP_ACT_ALLOW"})
+
+
+def stock(registry: Registry) -> None:
+    """Give a registry what a world pulls."""
+    fill(registry, [images.busybox(), images.pause(), _PROFILE])
 
 
 class Wrong(Exception):
@@ -105,7 +112,7 @@ class World:
         self.gate = folder / "gate"
         self.gate.mkdir(mode=0o777)
         self.before: Counter[str] = Counter()
-        self.image = self.other_image = ""
+        self.image = self.other_image = self.profile = ""
 
     def open(self, registry: Registry) -> None:
         """Start the agent, with its images."""
@@ -115,6 +122,7 @@ class World:
         self.image = f"{registry.host}/{base.repository}:{base.tags[0]}"
         other = images.pause()
         self.other_image = f"{registry.host}/{other.repository}:{other.tags[0]}"
+        self.profile = _PROFILE.reference(registry.host)
         self.pull(self.image)
 
     def pull(self, image: str) -> None:
