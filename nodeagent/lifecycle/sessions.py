@@ -13,7 +13,12 @@ from functools import partial
 from typing import Any
 
 from nodeagent.cgroups.group import Cgroup
-from nodeagent.errors import FailedPrecondition, NodeAgentError, ResourceExhausted
+from nodeagent.errors import (
+    FailedPrecondition,
+    NodeAgentError,
+    ResourceExhausted,
+    Unavailable,
+)
 from nodeagent.lifecycle.containers.containers import Containers
 from nodeagent.lifecycle.containers.groups import Groups
 from nodeagent.lifecycle.inventory import Inventory
@@ -26,6 +31,9 @@ from nodeagent.streaming.backend import AttachRequest, ExecRequest, PortForwardR
 from nodeagent.tasks import Tasks
 
 Size = tuple[int, int]
+
+# From the end of a supervisor to that of its containers, as far as they end with it.
+_END_SECONDS = 1.0
 
 
 class Sessions:
@@ -216,17 +224,26 @@ class Attached:
             self._left.set()
 
     async def wait(self) -> int:
-        """Wait until the container has ended, or this client is not attached any more."""
+        """Wait until the container has ended, or this client is not attached any more.
+
+        A successor of the supervisor, or the next connection to it, has none of its attachments.
+        """
         async with Tasks() as tasks:
             end = tasks.start("end", self._sessions.end_of(self._container_id))
             left = tasks.start("leaving", self._left.wait())
             cut_off = tasks.start("cut-off", self._streams.cut_off.wait())
-            await asyncio.wait((end, left, cut_off), return_when=asyncio.FIRST_COMPLETED)
+            lost = tasks.start("loss", self._supervisor.ended.wait())
+            await asyncio.wait((end, left, cut_off, lost), return_when=asyncio.FIRST_COMPLETED)
+            if lost.done():  # the container may have ended with its pod
+                await asyncio.wait((end,), timeout=_END_SECONDS)
         if not end.cancelled():
             return end.result()
         if not left.cancelled():
             return 0
-        raise ResourceExhausted(f'container "{self._container_id}": its output was read too slowly')
+        about = f'container "{self._container_id}"'
+        if not cut_off.cancelled():
+            raise ResourceExhausted(f"{about}: its output was read too slowly")
+        raise Unavailable(f"{about}: the connection to its supervisor has ended; attach again")
 
     async def close(self) -> None:
         with self._streams:

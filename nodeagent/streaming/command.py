@@ -77,6 +77,9 @@ class CommandSession(Session[Event]):
             case Closed():
                 self.leave()
 
+    def explain(self, reason: str) -> None:
+        self._wire.finish(Outcome(message=f"{self._request.path}: {reason}"))
+
     def _resize(self, width: int, height: int) -> None:
         self._size = (width, height)
         self._sized.set()

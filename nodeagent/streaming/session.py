@@ -79,6 +79,9 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
     def handle(self, event: E) -> None:
         """Act on an event of the wire."""
 
+    def explain(self, reason: str) -> None:
+        """Have the wire tell the client why its session ends, if it has a way to."""
+
     # --- the session from start to end ---
 
     async def run(self, early: bytes) -> None:
@@ -89,6 +92,9 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
         try:
             await self.serve(early)
             await self._hang_up()
+        except asyncio.CancelledError:
+            self._break_off("the node agent stops")
+            raise
         finally:
             self._transport.close()
 
@@ -103,6 +109,16 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
         self.flush()
         if self._task is not None:
             self._task.cancel()
+
+    def _break_off(self, reason: str) -> None:
+        """Tell a client that is still there why its session ends.
+
+        client-go takes the end of a SPDY connection for the end of the command, with exit code 0.
+        """
+        if not self._over and not self._transport.is_closing():
+            self.explain(reason)
+            self.flush()
+            self._over = True
 
     def flush(self) -> None:
         """Send what the wire has to send."""
@@ -164,6 +180,9 @@ class Session(asyncio.Protocol, ABC, Generic[E]):
     def _check_idle(self) -> None:
         deadline = self._active + self.timeouts.idle_s
         if deadline <= self.loop.time():
+            self._break_off(f"no byte has passed for {self.timeouts.idle_s:g} s")
+            if self._task is not None:
+                self._task.cancel()
             self._transport.abort()
         else:
             self._idle = self.loop.call_at(deadline, self._check_idle)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 import time
 import urllib.request
@@ -65,6 +66,23 @@ def test_attach_to_what_goes_on(streams: Streams, cri: Cri) -> None:
             arguments, input=f"{word}\n", capture_output=True, text=True, timeout=60, check=True
         )
         assert done.stdout == f"got {word}\n"
+    assert reader.status.state == RUNNING
+    reader.pod.remove()
+
+
+def test_who_is_attached_hears_of_the_death_of_the_supervisor(streams: Streams, cri: Cri) -> None:
+    """Of what goes on nothing would come any more."""
+    reader = cri.run("sh", "-c", "while read line; do echo got $line; done", stdin=True)
+    with streams.running("attach", "-i", reader.id) as client:
+        assert client.stdin is not None
+        assert client.stdout is not None
+        client.stdin.write(b"one\n")
+        client.stdin.flush()
+        assert client.stdout.readline() == b"got one\n"
+        os.kill(reader.pod.supervisor, signal.SIGKILL)
+        assert client.stderr is not None
+        assert b"the connection to its supervisor has ended; attach again" in client.stderr.read()
+        assert client.wait() == 1
     assert reader.status.state == RUNNING
     reader.pod.remove()
 

@@ -22,7 +22,9 @@ from nodeagent.streaming.tls import TLSFiles
 from nodeagent.tasks import Tasks
 from tests.contract.streaming.children import Children
 from tests.contract.streaming.clients import (
+    COMMAND_WIRES,
     NotUpgraded,
+    Result,
     Streams,
     connect_command,
     upgrade,
@@ -197,10 +199,29 @@ async def test_a_session_is_idle_when_neither_side_speaks(
             if speaker == "client":
                 await client.write(b"x")
         started = time.monotonic()
-        with suppress(ConnectionResetError):
-            await asyncio.wait_for(client.result(), 60)
+        result = await asyncio.wait_for(client.result(), 60)
         assert 0.1 < time.monotonic() - started < 60
-        await client.close()
+    assert reason_of(result) == "exec: no byte has passed for 2 s"
+
+
+@pytest.mark.parametrize("wire", COMMAND_WIRES)
+async def test_who_is_cut_off_by_the_end_of_the_server_is_told_so(
+    backend: Children, wire: str
+) -> None:
+    """client-go takes a SPDY connection that ends for the end of the command, with exit code 0."""
+    async with StreamingServer(backend, Tasks()) as server:
+        client = await connect_command(wire, server.url(CAT), CAT)
+        await client.write(b"ready")
+        await client.expect(b"ready")
+    assert reason_of(await client.result()) == "exec: the node agent stops"
+
+
+def reason_of(result: Result) -> str:
+    """Why a stream has ended; versions before 4 have a text only."""
+    if isinstance(result.status, str):
+        return result.status
+    assert result.status["reason"] == "InternalError"
+    return str(result.status["message"])
 
 
 async def test_nothing_is_kept_of_a_session(server: StreamingServer) -> None:

@@ -2,11 +2,12 @@
 
 import asyncio
 import os
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from nodeagent.errors import NotFound
+from nodeagent.errors import NotFound, Unavailable
 from nodeagent.lifecycle.sessions import Attached, Command, Sessions, _pipes
 from nodeagent.sandbox.agent.client import AttachIO, ExecHandle, Supervisor
 from nodeagent.streaming.backend import AttachRequest
@@ -35,6 +36,9 @@ def test_no_pipe_is_left_where_there_cannot_be_all(monkeypatch: pytest.MonkeyPat
 class Ended:
     """A process that has ended, as its handle and its supervisor tell."""
 
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+
     async def resize(self, *_: Any) -> None:
         raise NotFound("ended")
 
@@ -57,3 +61,38 @@ async def test_a_resize_after_the_end_is_no_fault(kind: str) -> None:
         await asyncio.sleep(0)
     await sessions.close()
     assert faults == []
+
+
+class Supervision:
+    """The supervision of a container that runs until `end`."""
+
+    def __init__(self) -> None:
+        self.end = asyncio.Event()
+
+    async def ended(self, _container_id: str) -> None:
+        await self.end.wait()
+
+
+@pytest.mark.parametrize("ends_with_it", [False, True])
+async def test_who_is_attached_hears_of_the_loss_of_the_supervisor(ends_with_it: bool) -> None:
+    """The container may go on for days, and nothing of it would come any more."""
+    supervisor, supervision = Ended(), Supervision()
+    record = SimpleNamespace(exit_code=7)
+    inventory = SimpleNamespace(containers={"id": record})
+    nothing = cast(Any, None)
+    sessions = Sessions(cast(Any, inventory), nothing, nothing, cast(Any, supervision), Tasks())
+    request = AttachRequest(container_id="id", stdout=True)
+    streams = AttachIO(None, None, None, lambda: None, lambda: None)
+    attached = Attached(
+        sessions, cast(Supervisor, supervisor), request, streams, input_ends_once=False
+    )
+    waiting = Tasks().start("waiting", attached.wait())
+    await asyncio.sleep(0)
+    supervisor.ended.set()
+    if ends_with_it:
+        asyncio.get_running_loop().call_later(0.1, supervision.end.set)
+        assert await waiting == 7
+    else:
+        with pytest.raises(Unavailable, match="has ended; attach again"):
+            await waiting
+    await sessions.close()
