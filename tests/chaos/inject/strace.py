@@ -12,6 +12,7 @@ import signal
 import subprocess
 import tempfile
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -97,7 +98,11 @@ class Injection:
         )
 
     def stop(self) -> None:
-        """Detach. Idempotent."""
+        """Detach. Idempotent.
+
+        strace detaches a process that has just been stopped for a signal without that signal (PTRACE_DETACH of
+        ptrace(2)). Launcher and supervisors hear of the death of a child by one: it is sent again, which harms nobody.
+        """
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
         try:
@@ -105,6 +110,8 @@ class Injection:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGCHLD)
 
     def await_deaths(self) -> None:
         """Return when those are dead that it has killed: they take their time, and answer nobody meanwhile."""

@@ -198,6 +198,26 @@ def test_the_third_call_is_hit(sweep: Sweep, tmp_path: Path, what: str, expected
     assert Counter(call.partition("(")[0] for call in injection.struck) == expected
 
 
+LISTENING = """
+import signal, sys
+signal.signal(signal.SIGCHLD, lambda *_: sys.exit(0))
+print("ready", flush=True)
+signal.pause()
+sys.exit(1)
+"""
+
+
+def test_the_news_of_a_death_that_detaching_may_lose_is_told_again(
+    sweep: Sweep, tmp_path: Path
+) -> None:
+    """In about one of 200 detachments beside a death, the parent never heard of it."""
+    with subprocess.Popen([sys.executable, "-c", LISTENING], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        Injection(process.pid, "openat", None, 1, output=tmp_path / "strace").stop()
+        assert process.wait() == 0
+
+
 @pytest.mark.parametrize(
     ("code", "details", "is_clear"),
     [
