@@ -24,6 +24,8 @@ Place = tuple[str, int]  # a call, and its number among those of that name
 
 SIGNALS = ("KILL", "STOP")
 _WAKE_UP = re.compile(r"(write|read)\(\d+<(socket|anon_inode|UNIX|pipe)")
+# A frame of HTTP/2, which begins with its length.
+_OF_GRPC = re.compile(r'sendmsg\(.*msg_iov=\[\{iov_base="\\0')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,9 +159,14 @@ class Injection:
     def is_foreign(self) -> bool:
         """Whether it has hit a read or write of a pipe, socket or eventfd, which cannot fail so.
 
-        They wake threads of gRPC, and our loops at a signal, which may wait for ever then.
+        They wake threads of gRPC, and our loops at a signal, which may wait for ever then. So does gRPC where its own
+        send fails for want of memory (ENOBUFS): until there is room, of which an edge-triggered epoll says nothing, as
+        there was room.
         """
-        return any(_WAKE_UP.match(call) for call in self.struck)
+        return any(
+            _WAKE_UP.match(call) or ("ENOBUFS" in call and _OF_GRPC.match(call))
+            for call in self.struck
+        )
 
     def _calls(self) -> list[tuple[str, str, str]]:
         """Thread, name and text of each call; the second half of an interrupted line is not another one."""

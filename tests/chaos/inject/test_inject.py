@@ -68,6 +68,7 @@ FOUND = [
     "RemoveImage agent files ENOSPC+ 8",
     "PullImage workers files EIO+ 1",
     "PullImage agent rename ENOSPC 1",
+    "Attach supervisor pwrite64 KILL 1",
 ]
 
 
@@ -196,6 +197,30 @@ def test_the_third_call_is_hit(sweep: Sweep, tmp_path: Path, what: str, expected
         process.wait()
         injection.stop()
     assert Counter(call.partition("(")[0] for call in injection.struck) == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "is_foreign"),
+    [
+        (
+            'sendmsg(27<socket:[3]>, {msg_name=NULL, msg_namelen=0, msg_iov=[{iov_base="\\0\\0\\3\\1',
+            True,
+        ),
+        (
+            'sendmsg(27<socket:[3]>, {msg_name=NULL, msg_namelen=0, msg_iov=[{iov_base="{\\"id\\":3',
+            False,
+        ),
+        ("read(3<pipe:[5]>, ", True),
+        ("read(3</run/state.json>, ", False),
+    ],
+)
+def test_what_is_not_ours_is_told_by_what_it_hit(
+    monkeypatch: pytest.MonkeyPatch, call: str, is_foreign: bool
+) -> None:
+    injection = Injection.__new__(Injection)
+    struck = [f"{call}) = -1 ENOBUFS (No buffer space available) (INJECTED)"]
+    monkeypatch.setattr(Injection, "struck", property(lambda _self: struck))
+    assert injection.is_foreign is is_foreign
 
 
 LISTENING = """
