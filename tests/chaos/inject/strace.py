@@ -23,7 +23,7 @@ from tests.support.node import PATIENCE_SECONDS, wait_for
 Place = tuple[str, int]  # a call, and its number among those of that name
 
 SIGNALS = ("KILL", "STOP")
-_WAKE_UP = re.compile(r"(write|read)\(\d+<(socket|anon_inode|UNIX|pipe)")
+_WAKE_UP = re.compile(r"(write|read)\(\d+<(socket|anon_inode|UNIX|pipe|/dev/pts/)")
 # A frame of HTTP/2, which begins with its length.
 _OF_GRPC = re.compile(r'sendmsg\(.*msg_iov=\[\{iov_base="\\0')
 
@@ -157,7 +157,7 @@ class Injection:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether it has hit a read or write of a pipe, socket or eventfd, which cannot fail so.
+        """Whether it has hit a read or write of a pipe, socket, terminal or eventfd, which cannot fail so.
 
         They wake threads of gRPC, and our loops at a signal, which may wait for ever then. So does gRPC where its own
         send fails for want of memory (ENOBUFS): until there is room, of which an edge-triggered epoll says nothing, as

@@ -211,6 +211,7 @@ def test_the_third_call_is_hit(sweep: Sweep, tmp_path: Path, what: str, expected
             False,
         ),
         ("read(3<pipe:[5]>, ", True),
+        ("write(3</dev/pts/ptmx>, ", True),
         ("read(3</run/state.json>, ", False),
     ],
 )
