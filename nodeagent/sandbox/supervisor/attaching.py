@@ -30,16 +30,21 @@ class Attachments:
                 f'container "{container.id}": is {container.state}, not running'
             )
         output = AttachedOutput(lambda: self._cut_off(key))
-        given = [(name, output.add(name)) for name in container.pump.streams]
-        end = container.fds.get("stdin", container.fds.get("master"))
-        if end is not None:
-            given.append(("stdin", input_to(container, end)))
-        names, fds = protocol.named(given)
-        container.pump.attached[key] = output
-        self._containers[key] = container
-        request.reply({"fds": names}, fds)
-        for _, end in given:
-            os.close(end)
+        given: list[tuple[str, int]] = []
+        try:
+            given.extend((name, output.add(name)) for name in container.pump.streams)
+            end = container.fds.get("stdin", container.fds.get("master"))
+            if end is not None:
+                given.append(("stdin", input_to(container, end)))
+            names, fds = protocol.named(given)
+            container.pump.attached[key] = output
+            self._containers[key] = container
+            request.reply({"fds": names}, fds)
+        except BaseException:
+            output.close()
+            raise
+        finally:
+            protocol.close_all(end for _, end in given)
 
     def end_input(self, request: Request) -> None:
         """End the input of this attachment; with stdin_once, the container's."""
@@ -81,5 +86,14 @@ def input_to(container: Container, end: int) -> int:
     end: of the container's pipe, or of its terminal.
     """
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    Relay(container.pod.loop, reader, os.dup(end))
+    try:
+        copy = os.dup(end)
+    except OSError:
+        protocol.close_all((reader, writer))
+        raise
+    try:
+        Relay(container.pod.loop, reader, copy)
+    except OSError:
+        os.close(writer)
+        raise
     return writer

@@ -83,10 +83,14 @@ class Exec:
             return
         os.set_blocking(master, False)
         self._master = master
-        if self._size:
-            set_size(master, *self._size)
-        self._streams.connect(master, self.hang_up)
-        self._birth.go()
+        try:
+            if self._size:
+                set_size(master, *self._size)
+            self._streams.connect(master, self.hang_up)
+        except OSError as error:
+            self._birth.abandon(error)
+        else:
+            self._birth.go()
 
     def executed(self) -> None:
         self._birth = None

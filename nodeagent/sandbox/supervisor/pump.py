@@ -194,9 +194,13 @@ class AttachedOutput:
         self._writers: dict[str, int] = {}
 
     def add(self, name: str) -> int:
-        """Add a stream; returns the reading end."""
+        """Add a stream; returns the reading end. After an OSError, `close` closes what there is."""
         reader, self._writers[name] = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, ATTACH_BUFFER_BYTES)
+        try:
+            fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, ATTACH_BUFFER_BYTES)
+        except OSError:
+            os.close(reader)
+            raise
         return reader
 
     def write(self, name: str, data: bytes) -> None:
@@ -205,7 +209,7 @@ class AttachedOutput:
             return
         try:
             complete = os.write(writer, data) == len(data)
-        except (BlockingIOError, BrokenPipeError):
+        except OSError:  # full, unread, or a shortage: a client's trouble is not the container's
             complete = False
         if not complete:
             self.close()

@@ -48,10 +48,17 @@ class Relay:
         self._rest = b""
         self._left = 0
         self._settled: Callable[[], None] | None = None
-        for end in (source, sink):
-            os.set_blocking(end, False)
-        loop.watch(source, self._source_ready)
-        loop.watch(sink, self._sink_ready, 0)  # tells when its reader has gone
+        try:
+            for end in (source, sink):
+                os.set_blocking(end, False)
+            loop.watch(source, self._source_ready)
+            loop.watch(sink, self._sink_ready, 0)  # tells when its reader has gone
+        except OSError:
+            self._is_open = False
+            for end in (source, sink):
+                loop.forget(end)
+                os.close(end)
+            raise
 
     def settle(self, settled: Callable[[], None]) -> None:
         """Call `settled`, once, when all that the source holds now is in the sink, or nobody reads that any more."""
@@ -186,14 +193,19 @@ class Streams:
         """Relay the terminal. The descriptor stays the caller's.
 
         left: called when nobody reads any more what the terminal shows; where nobody ever did, when the input ends.
+
+        Raises OSError where there is no descriptor left: what was not connected is still waiting.
         """
         stdin, stdout, stderr = self._waiting
-        self._waiting = [stderr]  # a terminal has one output
         if stdin is not None:
             drained = left if stdout is None else None  # the output tells better: input has an end
-            self._terminal.append(Relay(self._loop, stdin, os.dup(master), drained=drained))
+            copy = os.dup(master)
+            self._waiting = [stdout, stderr]
+            self._terminal.append(Relay(self._loop, stdin, copy, drained=drained))
         if stdout is not None:
-            self._outputs.append(Relay(self._loop, os.dup(master), stdout, left))
+            copy = os.dup(master)
+            self._waiting = [stderr]  # a terminal has one output
+            self._outputs.append(Relay(self._loop, copy, stdout, left))
         self._terminal += self._outputs
 
     def disconnect(self) -> None:

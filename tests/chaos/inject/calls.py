@@ -7,9 +7,7 @@ _FILES = (
     "ftruncate,fallocate,chmod,fchmod,fchown,chown,link,symlink,setxattr,removexattr"
 )
 _READS = "read,pread64,getdents64,newfstatat,getxattr,readlink"
-_DESCRIPTORS = (
-    "openat,open,socket,accept4,pipe2,dup,pidfd_open,epoll_create1,eventfd2,memfd_create,socketpair"
-)
+_DESCRIPTORS = "openat,open,socket,accept4,pipe2,fcntl,pidfd_open,epoll_create1,eventfd2,memfd_create,socketpair"
 _MESSAGES = "sendmsg,recvmsg,sendto,recvfrom,connect,accept4,socket"
 _PROCESSES = "clone,clone3,fork,vfork,pidfd_open,pidfd_send_signal,kill,setns,unshare,prctl"
 _WAITS = "waitid,wait4"  # which fail for want of children only

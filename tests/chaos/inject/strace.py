@@ -24,6 +24,8 @@ Place = tuple[str, int]  # a call, and its number among those of that name
 
 SIGNALS = ("KILL", "STOP")
 _WAKE_UP = re.compile(r"(write|read)\(\d+<(socket|anon_inode|UNIX|pipe|/dev/pts/)")
+# Of fcntl(2), only a duplicate takes a descriptor; SQLite locks with it, and does not get over an EMFILE.
+_NO_DUPLICATE = re.compile(r"fcntl\(.*, F_(?!DUPFD)")
 # A frame of HTTP/2, which begins with its length.
 _OF_GRPC = re.compile(r'sendmsg\(.*msg_iov=\[\{iov_base="\\0')
 
@@ -132,7 +134,7 @@ class Injection:
         found = set()
         for thread, name, text in self._calls():
             seen[thread, name] += 1
-            if not _WAKE_UP.match(text):
+            if not _cannot_fail_so(text):
                 found.add((name, seen[thread, name]))
         return found
 
@@ -157,14 +159,14 @@ class Injection:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether it has hit a read or write of a pipe, socket, terminal or eventfd, which cannot fail so.
+        """Whether it has hit what cannot fail so, as a read or write of a pipe, socket, terminal or eventfd.
 
         They wake threads of gRPC, and our loops at a signal, which may wait for ever then. So does gRPC where its own
         send fails for want of memory (ENOBUFS): until there is room, of which an edge-triggered epoll says nothing, as
         there was room.
         """
         return any(
-            _WAKE_UP.match(call) or ("ENOBUFS" in call and _OF_GRPC.match(call))
+            _cannot_fail_so(call) or ("ENOBUFS" in call and _OF_GRPC.match(call))
             for call in self.struck
         )
 
@@ -180,6 +182,10 @@ class Injection:
             for line in lines
             if (match := pattern.fullmatch(line)) is not None
         ]
+
+
+def _cannot_fail_so(call: str) -> bool:
+    return bool(_WAKE_UP.match(call) or _NO_DUPLICATE.match(call))
 
 
 def _tracer(task: str) -> int:

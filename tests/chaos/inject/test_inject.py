@@ -69,6 +69,9 @@ FOUND = [
     "PullImage workers files EIO+ 1",
     "PullImage agent rename ENOSPC 1",
     "Attach supervisor pwrite64 KILL 1",
+    "Attach supervisor pipe2 EMFILE 3",
+    "Exec-terminal supervisor fcntl EMFILE 1",
+    "Exec-terminal supervisor fcntl EMFILE 2",
 ]
 
 
@@ -212,6 +215,8 @@ def test_the_third_call_is_hit(sweep: Sweep, tmp_path: Path, what: str, expected
         ),
         ("read(3<pipe:[5]>, ", True),
         ("write(3</dev/pts/ptmx>, ", True),
+        ("fcntl(3</lib/state.db-shm>, F_SETLK, {l_type=F_UNLCK}", True),
+        ("fcntl(3</dev/pts/ptmx>, F_DUPFD_CLOEXEC, 0", False),
         ("read(3</run/state.json>, ", False),
     ],
 )

@@ -158,6 +158,31 @@ def test_without_room_for_the_journal_logs_are_written(
     output.close()
 
 
+@pytest.mark.parametrize("code", [errno.ENOMEM, errno.EPIPE])
+def test_an_attached_client_that_gets_nothing_does_not_end_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    output = Output(tmp_path)
+    cut_off: list[str] = []
+    client = pump_module.AttachedOutput(lambda: cut_off.append("cut off"))
+    reader = client.add("stdout")
+    output.pump.attached["client"] = client
+    write, writer = os.write, client._writers["stdout"]
+
+    def fail(descriptor: int, data: bytes) -> int:
+        if descriptor == writer:
+            raise OSError(code, os.strerror(code))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", fail)
+    for line in (b"one", b"two"):
+        write(output.writer, line + b"\n")
+        output.run(20)
+    assert (output.lines(), cut_off) == ([b"one", b"two"], ["cut off"])
+    os.close(reader)
+    output.close()
+
+
 def fails_with(code: int) -> Callable[..., object]:
     def fail(*_arguments: object, **_options: object) -> object:
         raise OSError(code, os.strerror(code))

@@ -1,11 +1,14 @@
 """Relays on real pipes: nothing is lost, nobody is waited for, and both ends learn that the other has gone."""
 
+import errno
+import itertools
 import os
 import select
 import termios
 import tty
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -278,3 +281,52 @@ def test_the_end_of_input_is_relayed(descriptors: Callable[[], int]) -> None:
     assert (os.read(reader, 100), os.read(reader, 100)) == (b"last", b"")
     os.close(reader)
     loop._epoll.close()
+
+
+def test_ends_that_cannot_be_watched_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the relay's, and nobody else would close them."""
+    loop = Loop()
+    watch = loop.watch
+    watched: list[int] = []
+
+    def watch_one(descriptor: int, *arguments: Any) -> None:
+        if watched:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        watched.append(descriptor)
+        watch(descriptor, *arguments)
+
+    monkeypatch.setattr(loop, "watch", watch_one)
+    (source, writer), (reader, sink) = os.pipe(), os.pipe()
+    with pytest.raises(OSError, match="No space left"):
+        Relay(loop, source, sink)
+    for end in (source, sink):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(end)
+    os.close(writer)
+    os.close(reader)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_cannot_be_connected_to_a_terminal_waits(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    loop = Loop()
+    (source, writer), (reader, sink), (master, slave) = os.pipe(), os.pipe(), os.openpty()
+    streams = Streams(loop, source, sink, None, tty=True)
+    dup, calls = os.dup, itertools.count(1)
+
+    def fail(descriptor: int) -> int:
+        if next(calls) == number:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return dup(descriptor)
+
+    monkeypatch.setattr(os, "dup", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        streams.connect(master, lambda: None)
+    streams.close_waiting()
+    streams.disconnect()
+    for end in (source, sink):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(end)
+    for end in (writer, reader, master, slave):
+        os.close(end)
