@@ -4,12 +4,14 @@ The table of methods is read from the contract itself: each RPC is served by the
 implementation is found at the start, not by a client.
 """
 
+import asyncio
 import errno
 import os
 import socket
 import stat
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +22,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from nodeagent import files
 from nodeagent.api import runtime_pb2 as pb
+from nodeagent.cri import reachability
 from nodeagent.cri.features import Features
 from nodeagent.cri.image_service import ImageService
 from nodeagent.cri.interceptors import Calls, Observe, Reply
@@ -56,15 +59,13 @@ class Server:
         self, node: Node, observe: Observe, streaming: Streaming | None, features: Features
     ) -> None:
         self._calls = Calls(observe, node.tasks)
-        self._server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
-        self._server.add_generic_rpc_handlers(
-            (
-                _handlers(
-                    "RuntimeService", runtime_service(node, streaming, features), self._calls
-                ),
-                _handlers("ImageService", (ImageService(node),), self._calls),
-            )
+        self._tasks = node.tasks.part()
+        self._services = (
+            _handlers("RuntimeService", runtime_service(node, streaming, features), self._calls),
+            _handlers("ImageService", (ImageService(node),), self._calls),
         )
+        self._paths: list[Path] = []
+        self._servers: list[grpc.aio.Server] = []  # the last one accepts connections
 
     @classmethod
     @asynccontextmanager
@@ -93,12 +94,32 @@ class Server:
         for path in paths:
             files.ensure_directory(str(path.parent))
             remove_stale_socket(path)
-            _bind(self._server, path)
-        await self._server.start()
+            self._paths.append(path)
+        await self._listen()
+        self._tasks.keep(
+            reachability.TASK, partial(reachability.keep, self._paths, self._serve_anew)
+        )
+
+    async def _listen(self) -> None:
+        server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
+        server.add_generic_rpc_handlers(self._services)
+        for path in self._paths:
+            _bind(server, path)
+        await server.start()
+        self._servers.append(server)
+
+    async def _serve_anew(self) -> None:
+        """Make the sockets anew; the connections that there are stay with the server that has them."""
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+        await self._listen()
 
     async def _stop(self) -> None:
         """Accept no further call, end the streams, and finish the changes under way."""
-        await self._server.stop(GRACE_SECONDS)
+        await self._tasks.close()
+        async with asyncio.TaskGroup() as stops:
+            for server in self._servers:
+                stops.create_task(server.stop(GRACE_SECONDS))
         await self._calls.drain()
 
 

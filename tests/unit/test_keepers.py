@@ -18,6 +18,7 @@ from typing import Any, cast
 import pytest
 
 from nodeagent import files, trash
+from nodeagent.cri import reachability
 from nodeagent.errors import Unavailable
 from nodeagent.lifecycle import health as health_module
 from nodeagent.lifecycle import sessions as sessions_module
@@ -41,7 +42,7 @@ from nodeagent.store import Store
 from nodeagent.streaming.server import StreamingServer
 from nodeagent.streaming.session import Timeouts
 from nodeagent.streaming.tls import TLSFiles
-from nodeagent.tasks import Tasks
+from nodeagent.tasks import Tasks, cancel
 from nodeagent.trash import Trash
 from tests.support.faults import Fault, any_error, impatient_tasks, until
 from tests.unit.cri import records
@@ -449,7 +450,26 @@ async def following_tls_files(world: World) -> Work:
     return Work("streaming TLS files", ask, lambda: tls.loaded > 1, server.__aexit__)
 
 
+async def staying_reachable(world: World) -> Work:
+    made: list[str] = []
+
+    async def serve_anew() -> None:
+        made.append("anew")
+
+    world.patch.setattr(reachability, "LOOK_SECONDS", 0.001)
+    world.patch.setattr(reachability, "answers", world.fault.before(lambda _path: False))
+    keeping = world.tasks.keep(
+        "CRI socket", partial(reachability.keep, [world.folder / "s"], serve_anew)
+    )
+
+    async def ask() -> None:
+        made.clear()
+
+    return Work("CRI socket", ask, lambda: made, partial(cancel, keeping))
+
+
 TASKS = [
+    staying_reachable,
     removing_files,
     filling_slots,
     replacing_launchers,

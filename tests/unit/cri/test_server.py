@@ -13,7 +13,7 @@ import pytest
 
 from nodeagent.api import runtime_pb2 as pb
 from nodeagent.api import runtime_pb2_grpc as rpc
-from nodeagent.cri import server
+from nodeagent.cri import reachability, server
 from nodeagent.cri.interceptors import CHANGING
 from nodeagent.cri.server import Server, remove_stale_socket
 from nodeagent.errors import AlreadyExists, RegistryUnavailable
@@ -244,6 +244,28 @@ async def test_a_request_that_is_too_large_is_refused(tmp_path: Path) -> None:
             client.runtime.CreateContainer(pb.CreateContainerRequest(config=config))
         )
         assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("is_removed", [False, True])
+async def test_a_socket_that_nobody_accepts_at_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_removed: bool
+) -> None:
+    """As gRPC's own after an accept(2) without memory; the connections that there are go on."""
+    monkeypatch.setattr(reachability, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(reachability, "ANSWER_SECONDS", 0.5)
+    path = tmp_path / "s"
+    async with serving(path) as client:
+        await client.runtime.Version(pb.VersionRequest())
+        path.unlink()
+        with socket.socket(socket.AF_UNIX) as deaf:
+            if not is_removed:
+                deaf.bind(str(path))
+                deaf.listen()
+            async with grpc.aio.insecure_channel(f"unix://{path}") as channel:
+                version = rpc.RuntimeServiceStub(channel).Version
+                assert await version(pb.VersionRequest(), wait_for_ready=True, timeout=60)
+        assert await client.runtime.Version(pb.VersionRequest())
+    assert not path.exists()
 
 
 async def test_a_call_without_method_fails_at_the_start(
