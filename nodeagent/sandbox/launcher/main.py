@@ -273,6 +273,9 @@ class Launcher:
         if not pod.deposits:
             self._pods.pop(pod.id, None)
         if pod.request is not None:
+            # One that lives, and whose connection has ended for a shortage, would serve a pod that the agent undoes.
+            with suppress(ProcessLookupError):
+                os.kill(pod.pid, signal.SIGKILL)
             pod.request.fail(pod.failure or Unavailable(f'pod "{pod.id}": its supervisor died'))
             pod.request = pod.failure = None
 

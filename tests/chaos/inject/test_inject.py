@@ -69,6 +69,7 @@ FOUND = [
     "PullImage workers files EIO+ 1",
     "PullImage agent rename ENOSPC 1",
     "Attach supervisor pwrite64 KILL 1",
+    "RunPodSandbox-rich launcher recvmsg ENOBUFS 2",
     "Attach supervisor pipe2 EMFILE 3",
     "Exec-terminal supervisor fcntl EMFILE 1",
     "Exec-terminal supervisor fcntl EMFILE 2",
