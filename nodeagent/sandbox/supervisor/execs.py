@@ -199,11 +199,11 @@ class Execs:
             protocol.close_all(join)
 
     def _spawn(self, exec_: Exec, join: list[int], streams: Streams, *, hidden: bool) -> None:
-        cgroup, tasks = split_join_fds(join)
         target, userns = exec_.container.fds["pidfd"], self.pod.userns
         stdio = streams.stdin, streams.stdout, streams.stderr
-        kept = (target, *stdio, userns, *tasks)
         try:
+            cgroup, tasks = split_join_fds(join)
+            kept = (target, *stdio, userns, *tasks)
             with self.pod.children_join(None if hidden else target):
                 child, ours = self.pod.children.spawn_connected(
                     lambda status: init.run_exec(
