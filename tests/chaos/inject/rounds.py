@@ -119,6 +119,7 @@ class Player:
         injections: list[Injection] = []
         problems: list[str] = []
         answer = ""
+        logged = self.world.agent.log.stat().st_size
         try:
             for act in step.before:
                 act(scene)
@@ -133,6 +134,7 @@ class Player:
             struck = [call for injection in injections for call in injection.struck]
             if not problems:
                 problems += self._aftermath(step, scene, round_, succeeded=answer == "ok")
+                problems += self._reconciled(logged)
         except (Wrong, RuntimeError, AssertionError, OSError) as error:
             problems.append(f"{type(error).__name__}: {error}")
         except grpc.RpcError as error:
@@ -266,6 +268,11 @@ class Player:
         gone = world.footprint.missing_since(world.before)
         problems += [f"missing: {thing}" for thing in gone]
         return problems + self._compare_descriptors()
+
+    def _reconciled(self, logged: int) -> list[str]:
+        """What the reconciliation found in the log from here on: it counts as a leak, as it is found minutes later."""
+        said = self.world.agent.log.read_bytes()[logged:].decode(errors="replace")
+        return [line for line in said.splitlines() if "no record explains it" in line]
 
     def _note_supervisor(self, scene: Scene) -> None:
         pid = self.world.supervisor(scene.pod_id)
