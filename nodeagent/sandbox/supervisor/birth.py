@@ -213,12 +213,12 @@ class Birth:
                 self._loop.forget(succession.born)  # all have ended, which is told elsewhere
             pid = processes.pid_of_pidfd(self._hidden, handshake.SUCCESSOR_PIDFD)
             self._parent.succeeded(pid)
+            os.kill(self._hidden, signal.SIGKILL)  # it lives: it has the pidfd open
         except (BlockingIOError, FileNotFoundError):
             return
         except (OSError, ValueError) as error:
             self.abandon(NodeAgentError(f"init: {error}"))
             return
-        os.kill(self._hidden, signal.SIGKILL)  # it lives: it has the pidfd open
         self._end_succession()
         self._hidden, self._successor = None, pid
         was_told_to_go = self._gone

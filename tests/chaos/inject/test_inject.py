@@ -72,6 +72,7 @@ FOUND = [
     "RunPodSandbox-rich launcher recvmsg ENOBUFS 2",
     "Attach supervisor pipe2 EMFILE 3",
     "Exec supervisor newfstatat EIO 5",
+    "Exec-terminal supervisor kill ENOMEM 1",
     "Exec-terminal supervisor fcntl EMFILE 1",
     "Exec-terminal supervisor fcntl EMFILE 2",
 ]
