@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import socket
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +36,9 @@ _HELLO = 0  # the number of the first request
 
 # A process that is killed ends within milliseconds, unless it hangs in the kernel.
 _KILL_SECONDS = 5.0
+
+# Until what could not be sent, as the socket had no room or the kernel no memory, is sent again.
+_POST_AGAIN_SECONDS = 0.2
 
 
 class Reply(NamedTuple):
@@ -73,6 +77,8 @@ class Channel:
         self._silence = Silence(
             name, self.pid, lambda: bool(self._pending), self._ask_whether_there
         )
+        self._posts: deque[bytes] = deque()  # what could not be sent yet
+        self._post_again: asyncio.TimerHandle | None = None
         self._is_open = True
         self._answered = asyncio.Event()
         self._refusal = ""
@@ -162,19 +168,34 @@ class Channel:
         return self._silence.text
 
     def post(self, operation: str, **members: object) -> None:
-        """Ask for something whose outcome is of no interest, and which a request before has begun."""
+        """Ask for something whose outcome is of no interest, and which a request before has begun.
+
+        What such a request has begun would go on for good without it: it is sent until that succeeds, in order.
+        """
         if self._answered.is_set() and not self._refusal:
-            self._post({"id": next(self._numbers), "op": operation, **members})
+            body = {"id": next(self._numbers), "op": operation, **members}
+            self._posts.append(protocol.encode(body))
+            if self._post_again is None:
+                self._send_posts()
+
+    def _send_posts(self) -> None:
+        is_first, self._post_again = self._post_again is None, None
+        while self._posts and self._is_open:
+            try:
+                protocol.send(self._connection, self._posts[0])
+            except OSError as error:
+                if is_first:
+                    log.warning("%s: a request is sent again: %s", self.name, error)
+                self._post_again = self._loop.call_later(_POST_AGAIN_SECONDS, self._send_posts)
+                return
+            self._posts.popleft()
 
     def _ask_whether_there(self) -> None:
         """Put a question that is answered at once, also by a release that does not know it."""
-        self._post(_hello(next(self._numbers)))
-
-    def _post(self, body: Body) -> None:
         try:
-            protocol.send(self._connection, protocol.encode(body))
+            protocol.send(self._connection, protocol.encode(_hello(next(self._numbers))))
         except OSError as error:
-            log.warning("%s: %s: %s", self.name, body["op"], error)
+            log.warning("%s: hello: %s", self.name, error)
 
     async def agree(self) -> None:
         """Return when it is known that both sides speak some version of the protocol, or nothing comes any more.
@@ -290,6 +311,8 @@ class Channel:
         self._answered.set()
         self._room.set()
         self._silence.close()
+        if self._post_again is not None:
+            self._post_again.cancel()
         self._loop.remove_reader(self._connection.fileno())
         self._loop.remove_writer(self._connection.fileno())
         self._connection.close()

@@ -71,6 +71,7 @@ FOUND = [
     "Attach supervisor pwrite64 KILL 1",
     "RunPodSandbox-rich launcher recvmsg ENOBUFS 2",
     "Attach supervisor pipe2 EMFILE 3",
+    "Attach agent sendmsg ENOBUFS 5",
     "Exec supervisor newfstatat EIO 5",
     "Exec-terminal supervisor kill ENOMEM 1",
     "Exec-terminal supervisor fcntl EMFILE 1",

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import json
 import os
 import resource
 import signal
@@ -222,3 +223,41 @@ async def test_who_is_disconnected_is_not_silent(
     await asyncio.sleep(2 * deadlines.SILENCE_SECONDS)
     assert channel.silent == ""
     assert not caplog.records
+
+
+@pytest.mark.parametrize("number", [errno.ENOBUFS, errno.EAGAIN])
+async def test_what_is_posted_is_sent_in_order_until_that_succeeds(
+    channel: Channel, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Or a command that is to be killed would run for good."""
+    sent: list[str] = []
+    failures = [OSError(number, os.strerror(number))] * 2
+
+    def send(_connection: object, packet: bytes) -> None:
+        if failures:
+            raise failures.pop()
+        sent.append(json.loads(packet)["op"])
+
+    await channel.agree()
+    monkeypatch.setattr(channel_module, "_POST_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(protocol, "send", send)
+    channel.post("exec_kill", exec=1)
+    channel.post("detach", attach=2)
+    channel.post("end_input", attach=3)
+    assert sent == []
+    await until(lambda: len(sent) == 3)
+    assert sent == ["exec_kill", "detach", "end_input"]
+
+
+async def test_what_is_posted_to_nobody_is_not_sent_again(
+    channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_connection: object, _packet: bytes) -> None:
+        raise OSError(errno.EPIPE, "Broken pipe")
+
+    await channel.agree()
+    monkeypatch.setattr(protocol, "send", fail)
+    channel.post("detach", attach=2)
+    assert channel._post_again is not None
+    channel.close()
+    assert channel._post_again.cancelled()
