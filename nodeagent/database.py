@@ -29,6 +29,9 @@ from nodeagent.records import KINDS, Record
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+# Of a file that an agent has open which keeps changes elsewhere at first. Every release reads it, as the first ones
+# wrote no version; and those that know of nothing else write theirs.
+JOURNALED = 0
 PATIENCE_MS = 5000  # with the lock of another program
 LOG_BYTES = 8 << 20  # from this size on, the log is copied into the database
 REMEDY = "stop the agent and run `nodeagent check --repair`"
@@ -114,6 +117,11 @@ class Database:
                 self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
             self._logged_bytes = 0
 
+    def mark(self, version: int) -> None:
+        """Give the file this version, if that can be written."""
+        with suppress(sqlite3.Error):
+            self._db.execute(f"PRAGMA user_version = {version}")
+
     async def settled(self) -> None:
         """Return at once: a write that has returned is in the file."""
 
@@ -125,22 +133,22 @@ class Database:
         self._db.close()
 
 
-def opened(path: Path) -> sqlite3.Connection:
-    """A connection to the file, which is made if need be, for one thread at a time.
+def opened(path: Path, version: int = SCHEMA_VERSION) -> sqlite3.Connection:
+    """A connection to the file, which is made if need be and gets this version, for one thread at a time.
 
     Raises `DataLoss` for a damaged or foreign file, `IncompatibleVersion` for that of a newer release, and
     `Unavailable` where another program keeps it locked for `PATIENCE_MS`.
     """
     reserve = path.with_name(f"{path.name}.reserve")
     try:
-        db = _open(path)
+        db = _open(path, version)
     except ERRORS as error:
         if code(error) in (*PASSING, *DAMAGED):
             raise translated(error, path) from error
         # On a full disk the log and its index cannot be made: the reserve gives them room for a second attempt.
         reserve.unlink(missing_ok=True)
         try:
-            db = _open(path)
+            db = _open(path, version)
         except ERRORS as again:
             raise translated(again, path, opening=True) from again
     _keep_reserve(reserve)
@@ -153,7 +161,7 @@ def copied(path: Path) -> sqlite3.Connection:
     try:
         if path.exists():
             _read(path, db)
-        _prepare(db, path)
+        _prepare(db, path, SCHEMA_VERSION)
     except ERRORS as error:
         db.close()
         raise translated(error, path, opening=True) from error
@@ -161,6 +169,15 @@ def copied(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def version_of(path: Path) -> int:
+    """The version of the file, 0 where there is none. Raises what SQLite does."""
+    if not path.exists():
+        return 0
+    with closing(sqlite3.connect(reading_uri(path), uri=True, timeout=PATIENCE_MS / 1000)) as db:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+    return int(version)
 
 
 def reading_uri(path: Path) -> str:
@@ -225,13 +242,13 @@ def _by_whom(path: Path | None) -> str:
 # --- the file ---
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def _open(path: Path, version: int) -> sqlite3.Connection:
     _make_private(path)
     db = sqlite3.connect(
         path, isolation_level=None, timeout=PATIENCE_MS / 1000, check_same_thread=False
     )
     try:
-        _prepare(db, path)
+        _prepare(db, path, version)
         _verify(db, path)
         db.execute("PRAGMA wal_autocheckpoint = 0")  # see `Database.shorten_log`
         _make_room(db)
@@ -286,11 +303,11 @@ def _verify(db: sqlite3.Connection, path: Path) -> None:
         raise DataLoss(f"{path}: {' '.join(answer.split())}; {REMEDY}")
 
 
-def _prepare(db: sqlite3.Connection, path: Path) -> None:
-    (version,) = db.execute("PRAGMA user_version").fetchone()
-    if version > SCHEMA_VERSION:
+def _prepare(db: sqlite3.Connection, path: Path, version: int) -> None:
+    (found,) = db.execute("PRAGMA user_version").fetchone()
+    if found > SCHEMA_VERSION:
         raise IncompatibleVersion(
-            f"{path}: schema {version} is newer than {SCHEMA_VERSION}, the newest that this release understands; "
+            f"{path}: schema {found} is newer than {SCHEMA_VERSION}, the newest that this release understands; "
             "install the release of the agent that wrote it"
         )
     db.text_factory = lambda data: data.decode(errors="replace")
@@ -300,4 +317,4 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         db.execute(
             f"CREATE TABLE IF NOT EXISTS {table(kind)} (key TEXT PRIMARY KEY, body BLOB NOT NULL)"
         )
-    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    db.execute(f"PRAGMA user_version = {version}")

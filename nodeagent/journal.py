@@ -130,6 +130,12 @@ class Journal:
         """All entries of the complete file are elsewhere."""
         self._complete.begin(max(self._complete.number, self._current.number) + 1)
 
+    def forget(self) -> None:
+        """Empty both files."""
+        self.earlier = ([], [])
+        self._current.begin(max(self._complete.number, self._current.number) + 1)
+        self.empty()
+
     def remove(self) -> None:
         for file in (self._complete, self._current):
             file.path.unlink(missing_ok=True)

@@ -68,10 +68,23 @@ class JournaledDatabase:
     @classmethod
     def open(cls, path: Path, directory: Path) -> Self:
         """Open or make the file, and the journal in a directory. Raises as `database.opened` and `Journal.open`."""
-        target = Database(database.opened(path), path)
+        changes = Journal.open(directory)
+        if any(changes.earlier) and _has_version(path):
+            log.error(
+                "%s: a release that knows no journal has written it since; what is in %s is dropped",
+                path,
+                directory,
+            )
+            changes.forget()
         try:
-            return cls(target, Journal.open(directory))
+            target = Database(database.opened(path, database.JOURNALED), path)
         except BaseException:
+            changes.close()
+            raise
+        try:
+            return cls(target, changes)
+        except BaseException:
+            changes.close()
             target.close()
             raise
 
@@ -134,6 +147,7 @@ class JournaledDatabase:
             log.warning("%s; the next agent writes it", self._hindrance())
             return
         if self._written == self._appended:
+            self._database.mark(database.SCHEMA_VERSION)
             self._journal.remove()
         self._journal.close()
         self._database.close()
@@ -207,6 +221,14 @@ class JournaledDatabase:
             f"{self._database.path}: a write has lasted {seconds:.0f} s; "
             "is its file system frozen, or its disk hung?"
         )
+
+
+def _has_version(path: Path) -> bool:
+    """Whether somebody has opened the file who keeps nothing elsewhere; of a damaged one nothing is known."""
+    try:
+        return database.version_of(path) == database.SCHEMA_VERSION
+    except database.ERRORS:
+        return False
 
 
 def pending(directory: Path) -> list[Change]:

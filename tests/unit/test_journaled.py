@@ -30,7 +30,7 @@ class Gate(Database):
     """A database that is written when it is let, or fails."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(database.opened(path), path)
+        super().__init__(database.opened(path, database.JOURNALED), path)
         self.is_open = threading.Event()
         self.is_reached = threading.Event()
         self.failure: Exception | None = None
@@ -213,6 +213,30 @@ def test_an_agent_that_ends_writes_everything_and_leaves_no_journal(tmp_path: Pa
     assert not [path for path in tmp_path.iterdir() if path.name in NAMES]
     with closing(Store.open(tmp_path / "state.db")) as store:
         assert len(store.all(Lease)) == 100
+
+
+def test_what_a_release_without_a_journal_has_written_since_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An agent was killed; its changes are older than those of the release that was put back then."""
+    path = tmp_path / "state.db"
+    with closing(Store.open(path, tmp_path)) as store:
+        store.put(lease("a", "1"))
+        asyncio.run(settled(store))
+        assert database.version_of(path) == database.JOURNALED
+    assert database.version_of(path) == database.SCHEMA_VERSION
+    with closing(Journal.open(tmp_path)) as files:
+        files.append(entry(lease("b")))
+        files.turn()
+        files.append(entry(lease("a", "2")))
+    with closing(Store.open(path)) as earlier:
+        earlier.put(lease("a", "3"))
+    with closing(Store.open(path, tmp_path)) as store:
+        assert store.all(Lease) == [lease("a", "3")]
+        assert "a release that knows no journal has written it since" in caplog.text
+        store.put(lease("b"))
+    with closing(Store.open(path, tmp_path)) as store:
+        assert store.all(Lease) == [lease("a", "3"), lease("b")]
 
 
 def test_an_agent_that_cannot_write_ends_and_leaves_the_rest_to_the_next_one(
