@@ -162,7 +162,7 @@ class JournaledDatabase:
                     if self._changed.wait_for(lambda: self._is_closing, pause):
                         return
                 pause = min(2 * pause, _LONGEST_RETRY_SECONDS)
-            self._began = time.monotonic()
+            self._began = time.monotonic()  # it syncs, for which alone a hung disk is waited for
             self._database.shorten_log()
             self._began = None
 
@@ -194,7 +194,9 @@ class JournaledDatabase:
             self._note(failure)
             if failure is None:
                 self._batch, self._written = {}, self._batch_end
-            for waiting in [each for each in self._waiting if each[0] <= self._batch_end]:
+            # What came later cannot be written either while this fails.
+            reached = self._batch_end if failure is None else self._appended
+            for waiting in [each for each in self._waiting if each[0] <= reached]:
                 self._waiting.remove(waiting)
                 if failure is None:
                     waiting[1].set_result(None)

@@ -120,6 +120,16 @@ async def test_whoever_waits_is_told_why_it_cannot_be_written(place: Place) -> N
     await settled(place.store)
 
 
+async def test_whoever_waits_for_what_came_later_is_told_as_well(place: Place) -> None:
+    place.store.put(lease("a"))
+    assert place.gate.is_reached.wait(PATIENCE_SECONDS)
+    place.store.put(lease("b"))
+    place.gate.failure = OSError(errno.EIO, "input/output error")
+    place.gate.is_open.set()
+    with pytest.raises(OSError, match="input/output error"):
+        await settled(place.store)
+
+
 async def test_a_caller_that_is_cancelled_leaves_the_thread_at_work(place: Place) -> None:
     place.store.put(lease("a"))
     waiting = asyncio.ensure_future(place.store.settled())
@@ -194,6 +204,26 @@ def test_a_write_that_does_not_return_is_trouble(
     assert place.store.trouble() == ""
     monkeypatch.setattr(journaled, "LATE_SECONDS", -1.0)
     assert "a write has lasted 0 s; is its file system frozen" in place.store.trouble()
+
+
+def test_a_log_that_cannot_be_shortened_is_trouble(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write goes to the page cache: it is the sync after it that waits for a hung disk."""
+    is_reached, goes_on = threading.Event(), threading.Event()
+
+    def shorten_log(_database: Database) -> None:
+        is_reached.set()
+        assert goes_on.wait(PATIENCE_SECONDS)
+
+    monkeypatch.setattr(Database, "shorten_log", shorten_log)
+    monkeypatch.setattr(journaled, "LATE_SECONDS", 0.0)
+    place.gate.is_open.set()
+    place.store.put(lease("a"))
+    assert is_reached.wait(PATIENCE_SECONDS)
+    wait_for("the trouble", lambda: "a write has lasted 0 s" in place.store.trouble())
+    goes_on.set()
+    wait_for("its end", lambda: place.store.trouble() == "")
 
 
 def test_memory_has_a_bound(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
