@@ -16,7 +16,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -58,9 +58,12 @@ class _File:
             yield entry
 
     def begin(self, number: int) -> None:
-        """Forget all entries: they have another number."""
+        """Forget all entries: they have another number. More than its room is given back, to others who need memory."""
         self._write(_HEADER.pack(_FORMAT, _VERSION, number), 0)
         self.number, self.end = number, _HEADER.size
+        with suppress(OSError):
+            if os.fstat(self._descriptor).st_size > _ROOM_BYTES:
+                os.ftruncate(self._descriptor, _ROOM_BYTES)
 
     def append(self, entry: bytes) -> None:
         head = _ENTRY.pack(self.number, len(entry), zlib.crc32(entry))

@@ -141,6 +141,18 @@ def test_the_files_are_the_owner_s_alone_and_have_their_room(tmp_path: Path) -> 
     assert journal.read(tmp_path) == []
 
 
+def test_the_room_of_many_entries_is_given_back(tmp_path: Path) -> None:
+    """Else the state directory, which others write as well, would stay full after a disk has stood still."""
+    with closing(Journal.open(tmp_path)) as files:
+        for _ in range(3):
+            files.append(b"x" * (512 << 10))
+        files.turn()
+        files.empty()
+        files.append(b"one")
+        assert [path.stat().st_blocks * 512 for path in tmp_path.iterdir()] == [512 << 10] * 2
+        assert journal.read(tmp_path) == [b"one"]
+
+
 def test_a_link_in_the_place_of_a_file_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "else").touch()
     (tmp_path / NAMES[1]).symlink_to("else")
