@@ -8,9 +8,13 @@ Two files take turns. One of them takes what comes; the other one is complete, a
 database, or is empty. Both have their room from the start: what is stopped and removed must be written on a full /run.
 Their numbers tell which one is the older, and tell an entry from what an earlier use of the file has left behind it:
 an entry counts if it has its file's number, and is whole.
+
+An entry of an earlier boot does not count, where the state directory is on a disk: a power loss may bring it back when
+all that followed it is in the database, and images that were synced would be taken back.
 """
 
 import errno
+import functools
 import logging
 import os
 import struct
@@ -31,7 +35,7 @@ _ROOM_BYTES = 512 << 10
 _FORMAT = b"nodeagent journal"
 _VERSION = 1
 _HEADER = struct.Struct("<17sBQ")  # format, version, number
-_ENTRY = struct.Struct("<QII")  # number of the file, length and CRC of what follows
+_ENTRY = struct.Struct("<QII")  # number of the file, length and checksum of what follows
 # Whoever has the state directory as a volume may have put something else in the place of a file.
 _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -66,7 +70,7 @@ class _File:
                 os.ftruncate(self._descriptor, _ROOM_BYTES)
 
     def append(self, entry: bytes) -> None:
-        head = _ENTRY.pack(self.number, len(entry), zlib.crc32(entry))
+        head = _ENTRY.pack(self.number, len(entry), _checksum(entry))
         self._write(head + entry, self.end)
         self.end += len(head) + len(entry)
 
@@ -197,9 +201,17 @@ def _entry(data: bytes, at: int, number: int) -> bytes | None:
         return None
     of, length, checksum = _ENTRY.unpack_from(data, at)
     entry = data[at + _ENTRY.size : at + _ENTRY.size + length]
-    return (
-        entry if of == number and zlib.crc32(entry) == checksum and len(entry) == length else None
-    )
+    return entry if of == number and _checksum(entry) == checksum and len(entry) == length else None
+
+
+def _checksum(entry: bytes) -> int:
+    """The CRC of the name of this boot and the entry."""
+    return zlib.crc32(entry, zlib.crc32(_boot()))
+
+
+@functools.cache
+def _boot() -> bytes:
+    return Path("/proc/sys/kernel/random/boot_id").read_bytes()
 
 
 def _full(path: Path) -> Exception:

@@ -153,6 +153,22 @@ def test_the_room_of_many_entries_is_given_back(tmp_path: Path) -> None:
         assert journal.read(tmp_path) == [b"one"]
 
 
+def test_what_is_of_an_earlier_boot_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power loss may bring back a file on a disk that had been emptied, and its entries were undone since."""
+    with closing(Journal.open(tmp_path)) as files:
+        files.append(b"one")
+        files.turn()
+        files.append(b"two")
+    monkeypatch.setattr(journal, "_boot", lambda: b"another")
+    assert journal.read(tmp_path) == []
+    with closing(Journal.open(tmp_path)) as files:
+        assert files.earlier == ([], [])
+        files.append(b"three")
+    assert journal.read(tmp_path) == [b"three"]
+
+
 def test_a_link_in_the_place_of_a_file_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "else").touch()
     (tmp_path / NAMES[1]).symlink_to("else")
