@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from nodeagent.errors import ResourceExhausted, Unavailable
+from nodeagent.errors import NotFound, ResourceExhausted, Unavailable
 from nodeagent.images import archive, manifest
 from nodeagent.images.concurrency import SharedWork
 from nodeagent.images.content import Documents, sync_file_system
@@ -250,11 +250,14 @@ class Images:
     def hold(self, image_id: str, holder: str) -> None:
         """Keep the image's layers for as long as `holder` exists, even if the image is removed. Durable; idempotent.
 
-        An image that was removed meanwhile gets no new holder.
+        Raises NotFound for an image that was removed meanwhile, and which the holder does not hold: its layers may be
+        there still, because another image has them, and would be removed with that one.
         """
         image = self._images.get(image_id)
         if image is not None:
             self._holds.add(image, holder)
+        elif not any((hold.image_id, hold.holder) == (image_id, holder) for hold in self._holds):
+            raise NotFound(f'image "{image_id}": was removed meanwhile; pull it again')
 
     async def release(self, holder: str) -> None:
         """Drop all holds of `holder`."""

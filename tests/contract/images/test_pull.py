@@ -244,6 +244,19 @@ async def test_containers_hold_layers(place: Place, registry: Registry) -> None:
         assert not any(path.exists() for path in layers)
 
 
+async def test_an_image_that_was_removed_gets_no_new_holder(
+    images: Images, registry: Registry
+) -> None:
+    """A container that is being made meanwhile would run on layers that go with another image."""
+    pulled = await images.pull(f"{registry.host}/{NGINX}")
+    images.hold(pulled.id, "earlier")
+    await images.remove(pulled.id)
+    with pytest.raises(NotFound, match="was removed meanwhile"):
+        images.hold(pulled.id, "container")
+    images.hold(pulled.id, "earlier")
+    assert images.holders == {"earlier"}
+
+
 async def test_an_image_that_was_removed_comes_back_for_nothing(
     images: Images, registry: Registry
 ) -> None:
