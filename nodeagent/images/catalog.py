@@ -87,6 +87,8 @@ class Images:
         resources.push_async_callback(self._pulls.close)
         self._images = ImageStore(store, pinned)
         self._holds = Holds(store)
+        # Images with changes that are not known to be synced, by id: a pull may fail or be cancelled before its sync.
+        self._unsynced: dict[str, object] = {}
         self._owes_removal = False
         self._collecting = asyncio.Lock()  # no document comes meanwhile
 
@@ -222,13 +224,20 @@ class Images:
         image = self._images.named(plan, tags, digests)
         changed = self._images.put(image, layers)
         self._layers.recorded(layers)
+        if changed:
+            self._unsynced[image.id] = object()
+        owed = self._unsynced.get(image.id)
         await self._store.settled()
         async with self._collecting:
             missing = [data for data in plan.documents if not self._documents.has(data)]
+            if missing:
+                owed = self._unsynced.setdefault(image.id, object())
             for data in missing:
                 await to_the_end(self._threads, partial(self._documents.put, data))
-        if changed or missing:
+        if owed is not None:
             await self._sync()
+            if self._unsynced.get(image.id) is owed:
+                del self._unsynced[image.id]
         return image
 
     async def _sync(self) -> None:
@@ -244,6 +253,7 @@ class Images:
         image = self.find(name_or_id)
         if image is not None:
             self._images.drop(image)
+            self._unsynced.pop(image.id, None)
         if image is not None or self._owes_removal:
             await self._collect()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent import database
-from nodeagent.images import install
+from nodeagent.images import catalog, install, layer_store
 from nodeagent.records import Layer
 from nodeagent.store import Store
 from tests.support import tars
@@ -111,3 +112,50 @@ async def test_a_layer_that_was_forgotten_is_synced_before_it_is_there_again(
         await images.remove(name)
         await images.pull(name)
     assert sorted(layers) == [0, 1]
+
+
+async def test_what_a_pull_has_not_synced_the_next_one_syncs(
+    place: Place, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is recorded and written then: the next pull changes nothing, and answers for it."""
+    server.add(TWO)
+    name = f"{server.host}/test/image:1"
+    syncs: list[int] = []
+
+    def sync(_: Path) -> None:
+        syncs.append(len(place.left("blobs/sha256")))
+        if len(syncs) == 2:
+            raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(catalog, "sync_file_system", sync)
+    async with place.open() as images:
+        with pytest.raises(OSError, match="input/output error"):
+            await images.pull(name)
+        for _ in range(2):
+            await images.pull(name)
+    assert syncs == [0, 2, 2], "the layers, what failed, and once more"
+
+
+async def test_an_unreadable_layer_that_cannot_be_set_aside_is_tried_again(
+    place: Place, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.add(TWO)
+    name = f"{server.host}/test/image:1"
+    async with place.open() as images:
+        await images.pull(name)
+    with closing(database.opened(place.root / "state.db")) as rows:
+        rows.execute("UPDATE record_layer SET body = 'x'")
+    failures = [OSError(errno.ENOSPC, "no space left on device")]
+    real = layer_store.set_aside
+
+    def set_aside(path: Path, quarantine: Path) -> Path:
+        if failures:
+            raise failures.pop()
+        return real(path, quarantine)
+
+    monkeypatch.setattr(layer_store, "set_aside", set_aside)
+    async with place.open() as images:
+        with pytest.raises(OSError, match="no space left"):
+            await images.pull(name)
+        await images.pull(name)
+    assert len(place.left("quarantine")) == 2
