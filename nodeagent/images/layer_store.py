@@ -82,9 +82,9 @@ class LayerStore:
     def _move_in(self, chain_id: str, unpacked: Path, is_in: list[bool]) -> None:
         path = self.path(chain_id)
         if chain_id in self._unreadable:
-            self._unreadable.discard(chain_id)
             with suppress(FileNotFoundError):
                 set_aside(path, self._directory.with_name(QUARANTINE))
+            self._unreadable.discard(chain_id)
         unpacked.rename(path)
         is_in.append(True)
 
