@@ -35,7 +35,10 @@ class Blob:
     """
 
     def __init__(self, path: Path, digest: str, size: int, *, complete: bool = False) -> None:
-        """Make a new file, or open a complete one, whose content is known to have the digest."""
+        """Open a complete file, whose content is known to have the digest; a new one is made with its first bytes.
+
+        Not here, where the event loop would wait for a file system that stands still.
+        """
         self.path = path
         self.digest = digest
         self.size = size
@@ -45,14 +48,16 @@ class Blob:
         self._complete = complete
         self._failure: Exception | None = None
         self._changed = threading.Condition()
-        flags = os.O_RDONLY if complete else os.O_RDWR | os.O_CREAT | os.O_EXCL
-        self._file = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if complete else -1
 
     def append(self, data: bytes) -> None:
         """Add the next bytes; more than the size is a `DataLoss`. Raises `ResourceExhausted` at the disk's reserve."""
         if self.received + len(data) > self.size:
             raise DataLoss(f"{self.digest}: longer than its {self.size} bytes")
         self._disk.write(len(data))
+        if self._file < 0:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._file = os.open(self.path, flags, 0o600)
         self._hash.update(data)
         view = memoryview(data)
         while view:
@@ -80,7 +85,8 @@ class Blob:
 
     def close(self) -> None:
         """Close the file, when all readers have ended."""
-        os.close(self._file)
+        if self._file >= 0:
+            os.close(self._file)
 
     def read_at(self, buffer: memoryview, offset: int, reader: "BlobReader") -> int:
         """Fill the buffer as far as possible; waits for the first byte. 0 at the verified end."""

@@ -48,6 +48,21 @@ def read_in_thread(made: Blob) -> tuple[threading.Thread, list[object]]:
     return thread, got
 
 
+def test_a_file_is_made_by_the_thread_that_writes_it(tmp_path: Path) -> None:
+    """The event loop makes the blob, and would wait for a file system that stands still."""
+    made = blob(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    made.append(DATA)
+    made.finish()
+    assert (tmp_path / "blob").read_bytes() == DATA
+    made.close()
+    unused = Blob(tmp_path / "unused", digest(b""), 0)
+    unused.finish()
+    assert unused.read_at(memoryview(bytearray(1)), 0, BlobReader(unused)) == 0
+    unused.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["blob"]
+
+
 def test_a_reader_follows_the_writer(tmp_path: Path) -> None:
     made = blob(tmp_path)
     thread, got = read_in_thread(made)
@@ -145,7 +160,7 @@ def test_a_blob_leaves_the_disk_its_reserve(
     monkeypatch.setattr(disk_reserve, "_RESERVE_SHARE", 1)
     with pytest.raises(ResourceExhausted, match="left on the disk"):
         blob.append(b"x")
-    assert blob.path.stat().st_size == 0
+    assert not blob.path.exists()
     blob.close()
     with pytest.raises(ResourceExhausted, match="left on the disk"):
         Documents(tmp_path / "sha256").put(b"{}")
