@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent import database
-from nodeagent.images import catalog, install, layer_store
+from nodeagent import database, trash
+from nodeagent.images import catalog, install
 from nodeagent.records import Layer
 from nodeagent.store import Store
 from tests.support import tars
@@ -146,14 +146,13 @@ async def test_an_unreadable_layer_that_cannot_be_set_aside_is_tried_again(
     with closing(database.opened(place.root / "state.db")) as rows:
         rows.execute("UPDATE record_layer SET body = 'x'")
     failures = [OSError(errno.ENOSPC, "no space left on device")]
-    real = layer_store.set_aside
 
     def set_aside(path: Path, quarantine: Path) -> Path:
         if failures:
             raise failures.pop()
-        return real(path, quarantine)
+        return trash.set_aside(path, quarantine)
 
-    monkeypatch.setattr(layer_store, "set_aside", set_aside)
+    monkeypatch.setattr("nodeagent.images.layer_store.set_aside", set_aside)
     async with place.open() as images:
         with pytest.raises(OSError, match="no space left"):
             await images.pull(name)
