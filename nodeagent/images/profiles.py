@@ -144,26 +144,31 @@ class SecurityProfiles:
             raise type(error)(f'{KIND} "{name}": {error}') from None
 
     async def _keep(self, digest: str, reference: str, data: bytes, text: bytes) -> None:
-        """Store both documents, then the record. All of it survives a power cut on return; on failure nothing stays."""
+        """Store both documents, then the record. All of it survives a power cut on return; on failure nothing stays.
+
+        Nothing is done where another pull, with other credentials, was faster: it has been answered for.
+        """
         async with self._changing:
             old = self._profiles.get(digest)
+            if old is not None and await self._text(old) is not None:
+                return
             try:
                 for document in (data, text):
                     await to_the_end(self._threads, partial(self._documents.put, document))
-                self._put(
-                    StoredProfile(
-                        digest=digest,
-                        content=manifest.digest(text),
-                        refs=_joined(old.refs if old is not None else (), reference),
-                        size_bytes=len(data) + len(text),
-                        pulled_at=time.time_ns(),
-                    )
+                profile = StoredProfile(
+                    digest=digest,
+                    content=manifest.digest(text),
+                    refs=_joined(old.refs if old is not None else (), reference),
+                    size_bytes=len(data) + len(text),
+                    pulled_at=time.time_ns(),
                 )
+                self._store.put(profile)
                 await self._store.settled()
                 await to_the_end(self._threads, partial(sync_file_system, self._root))
             except BaseException:
                 await self._forget(digest)
                 raise
+            self._profiles[digest] = profile  # only now: who finds it there is answered at once
 
     def _remember(self, digest: str, reference: str) -> None:
         """Add a name that the profile was pulled by, unless it was removed meanwhile."""
@@ -178,10 +183,11 @@ class SecurityProfiles:
 
     async def _forget(self, digest: str) -> None:
         """Delete the record, then the documents that no other record has."""
-        if digest in self._profiles:
+        try:
             self._store.delete(StoredProfile, digest)
-            del self._profiles[digest]
-        await self._collect()
+            self._profiles.pop(digest, None)
+        finally:
+            await self._collect()
 
     async def _collect(self) -> None:
         owners = self._profiles.values()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -27,6 +29,7 @@ from nodeagent.tasks import Tasks
 from tests.support import artifacts, images
 from tests.support.artifacts import Artifact
 from tests.support.fake_registry import Server, send_part
+from tests.support.node import PATIENCE_SECONDS
 from tests.support.places import Place
 from tests.support.registry import PASSWORD, USERNAME, Registry, running_registry
 
@@ -285,6 +288,38 @@ async def test_one_that_is_cut_off_while_it_is_written_leaves_nothing(
     with pytest.raises(asyncio.CancelledError):
         await pull
     assert (list(profiles.list()), left(kept)) == ([], set())
+
+
+async def test_what_was_answered_for_stays_when_a_pull_with_other_credentials_is_cut_off(
+    profiles: SecurityProfiles, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.add(PROFILE)
+    name = PROFILE.reference(server.host)
+    loop, syncs = asyncio.get_running_loop(), asyncio.Semaphore(0)
+    gates = [threading.Event(), threading.Event()]
+    numbers = itertools.count()
+
+    def slow(_: Path) -> None:
+        loop.call_soon_threadsafe(syncs.release)
+        assert gates[next(numbers)].wait(PATIENCE_SECONDS)
+
+    monkeypatch.setattr(module, "sync_file_system", slow)
+    pulls = [
+        asyncio.create_task(profiles.pull(name, auth)) for auth in (None, Auth(username="other"))
+    ]
+    await syncs.acquire()
+    assert list(profiles.list()) == [], "a pull that finds it there is answered at once"
+    gates[0].set()
+    _, left = await asyncio.wait(pulls, return_when=asyncio.FIRST_COMPLETED)
+    if left:
+        again = asyncio.create_task(syncs.acquire())
+        await asyncio.wait([again, *left], return_when=asyncio.FIRST_COMPLETED)
+        for task in (again, *left):
+            task.cancel()
+    gates[1].set()
+    await asyncio.gather(*left, return_exceptions=True)
+    assert [profile.digest for profile in profiles.list()] == [PROFILE.digest]
+    assert await profiles.read(name) == PROFILE.profile
 
 
 async def test_the_end_of_one_pull_is_not_that_of_others(
