@@ -61,6 +61,9 @@ class _File:
             self.end += _ENTRY.size + len(entry)
             yield entry
 
+    def read_number(self) -> int:
+        return _number(self.path, os.pread(self._descriptor, _HEADER.size, 0))
+
     def begin(self, number: int) -> None:
         """Forget all entries: they have another number. More than its room is given back, to others who need memory."""
         self._write(_HEADER.pack(_FORMAT, _VERSION, number), 0)
@@ -158,6 +161,15 @@ def read(directory: Path) -> list[bytes]:
         with _opened(directory, os.O_RDONLY | _FLAGS) as (files, _):
             entries = {file: list(file.entries()) for file in files}
             return [entry for file in _in_order(files) for entry in entries[file]]
+    except FileNotFoundError:
+        return []
+
+
+def numbers(directory: Path) -> list[int]:
+    """The numbers of the files, of which one changes whenever entries leave the journal; none where there are none."""
+    try:
+        with _opened(directory, os.O_RDONLY | _FLAGS) as (files, _):
+            return [file.read_number() for file in files]
     except FileNotFoundError:
         return []
 

@@ -15,12 +15,15 @@ from typing import Protocol, Self, TypeVar
 
 import msgspec
 
-from nodeagent import database, journaled
+from nodeagent import database, journal, journaled
 from nodeagent.database import Change, Database, table
+from nodeagent.errors import Unavailable
 from nodeagent.journaled import JournaledDatabase
 from nodeagent.records import Record
 
 log = logging.getLogger(__name__)
+
+_COPIES = 100  # attempts, of some milliseconds each, to copy file and journal of an agent that runs
 
 R = TypeVar("R", bound=Record)
 
@@ -65,8 +68,16 @@ class Store:
 
         The copy of missing files is empty. Raises as `open`.
         """
-        rows = Database(database.copied(path))
-        if changes := journaled.pending(state):
+        for _ in range(_COPIES):
+            before = journal.numbers(state)
+            rows = Database(database.copied(path))
+            changes = journaled.pending(state)
+            if journal.numbers(state) == before:
+                break  # else something has gone from the journal into the file, after that was copied
+            rows.close()
+        else:
+            raise Unavailable(f"{path}: changes too fast to be copied; try again")
+        if changes:
             rows.write(changes)
         return cls(rows)
 

@@ -346,6 +346,23 @@ def msgspec_entry(changes: Sequence[Any]) -> bytes:
     return encode(changes)
 
 
+def test_a_copy_has_what_goes_from_the_journal_into_the_file_meanwhile(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.store.put(lease("a"))
+    assert place.gate.is_reached.wait(PATIENCE_SECONDS)
+    real = database.copied
+
+    def copied(path: Path) -> sqlite3.Connection:
+        copy = real(path)
+        place.gate.is_open.set()
+        asyncio.run(settled(place.store))
+        return copy
+
+    monkeypatch.setattr(database, "copied", copied)
+    assert place.killed() == [lease("a")]
+
+
 def test_a_copy_has_what_is_in_the_journal(place: Place) -> None:
     place.store.put(lease("a"))
     before = {path.name: path.read_bytes() for path in place.folder.iterdir()}
