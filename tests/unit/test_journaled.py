@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import itertools
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -178,19 +179,18 @@ def test_a_journal_that_cannot_be_emptied_is_tried_again(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it had is written twice, which changes nothing."""
-    real, failures = Journal.empty, [ResourceExhausted("full"), OSError(errno.EIO, "failed")]
+    failures = itertools.cycle((ResourceExhausted("full"), OSError(errno.EIO, "failed")))
 
-    def empty(files: Journal) -> None:
-        if failures:
-            raise failures.pop()
-        real(files)
+    def empty(_files: Journal) -> None:
+        raise next(failures)
 
-    monkeypatch.setattr(Journal, "empty", empty)
-    place.gate.is_open.set()
-    place.store.put(lease("a"))
-    for _ in range(2):
-        with pytest.raises((ResourceExhausted, OSError)):
-            asyncio.run(settled(place.store))
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "empty", empty)
+        place.gate.is_open.set()
+        place.store.put(lease("a"))
+        for _ in range(2):
+            with pytest.raises((ResourceExhausted, OSError)):
+                asyncio.run(settled(place.store))
     asyncio.run(settled(place.store))
     assert place.store.all(Lease) == [lease("a")]
     assert journal.read(place.folder) == []
