@@ -57,7 +57,7 @@ class JournaledDatabase:
         self._appended = len(earlier) + len(latest)
         self._batch_end, self._written = len(earlier), 0  # as `_appended` counts
         self._waiting: list[tuple[int, Future[None]]] = []
-        self._is_idle = self._is_closing = False
+        self._is_idle = self._is_closing = self._is_left = False
         self._failure: Exception | None = None  # of the last attempt
         self._began: float | None = None  # the attempt that is under way
         if not earlier:  # there may be entries that cannot be read
@@ -145,6 +145,8 @@ class JournaledDatabase:
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             log.warning("%s; the next agent writes it", self._hindrance())
+            with self._changed:
+                self._is_left = True
             return
         if self._written == self._appended:
             self._database.mark(database.SCHEMA_VERSION)
@@ -173,7 +175,7 @@ class JournaledDatabase:
                 self._is_idle = True
                 self._changed.wait_for(lambda: self._recent or self._is_closing)
                 self._is_idle = False
-                if not self._recent:
+                if not self._recent or self._is_left:
                     return False
                 self._changed.wait_for(lambda: self._waiting or self._is_closing, _PAUSE_SECONDS)
                 self._journal.turn()
@@ -187,7 +189,8 @@ class JournaledDatabase:
         try:
             self._database.write([Change(*of, body) for of, body in self._batch.items()])
             with self._changed:
-                self._journal.empty()  # if this fails, all is written once more, which changes nothing
+                if not self._is_left:  # the journal is that of another from then on
+                    self._journal.empty()  # if this fails, all is written once more, which changes nothing
         except Exception as error:  # noqa: BLE001 whatever it is, the thread goes on
             failure = error
         with self._changed:

@@ -289,6 +289,27 @@ def test_an_agent_that_cannot_write_ends_and_leaves_the_rest_to_the_next_one(
         assert store.all(Lease) == [lease("a"), lease("b")]
 
 
+def test_what_was_left_to_the_next_one_is_not_touched_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk answers again, while the thread of the one that has ended is still there."""
+    place = Place(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(journaled, "CLOSE_SECONDS", 0.0)
+        place.store.put(lease("a"))
+        assert place.gate.is_reached.wait(PATIENCE_SECONDS)
+        place.store.put(lease("b"))
+        place.store.close()
+    following = Place(tmp_path)
+    following.store.put(lease("c"))
+    place.gate.is_open.set()
+    wait_for("the end of the thread", lambda: not place.rows._thread.is_alive())
+    assert following.killed() == [lease("a"), lease("b"), lease("c")]
+    following.gate.is_open.set()
+    following.store.close()
+    place.gate.close()
+
+
 def test_what_an_agent_has_left_is_written_in_its_order(tmp_path: Path) -> None:
     """The later file has the later state."""
     with closing(Journal.open(tmp_path)) as files:
