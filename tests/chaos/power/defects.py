@@ -20,8 +20,8 @@ DEFECTS = {
     ),
     "a pull is answered before its record is synced": (
         "images/catalog.py",
-        "if changed or missing:\n            await self._sync()",
-        "",
+        "            await self._sync()\n            if self._unsynced.get(image.id) is owed:",
+        "            if self._unsynced.get(image.id) is owed:",
     ),
     "the log is copied into the database without a sync": (
         "database.py",

@@ -255,16 +255,23 @@ class Disk:
         names = sum(isinstance(effect, Name) for _, effect in self.pending)
         journal = chance.choice([0, names, chance.randint(0, names)])
         share = chance.choice([0.0, 1.0, 0.5, chance.random()])
+        # What is written back goes file by file: one may be there, of which another one is not that it tells of.
+        by_file = chance.random() < 0.5
+        shares: dict[int, float] = {}
+
+        def share_of(inode: int) -> float:
+            return shares.setdefault(inode, chance.choice([0.0, 1.0, share])) if by_file else share
+
         for _, effect in self.pending:
             if isinstance(effect, Name):
                 journal -= 1
                 if journal >= 0:
                     apply(nodes, effect, owned)
             elif isinstance(effect, Truncate):
-                if chance.random() < share:
+                if chance.random() < share_of(effect.inode):
                     apply(nodes, effect, owned)
             else:
-                for part in _kept(effect, share, chance):
+                for part in _kept(effect, share_of(effect.inode), chance):
                     apply(nodes, part, owned)
         return nodes
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import nodeagent
 from tests.chaos import seeds
 from tests.chaos.power import damage, disk, trace, trees
+from tests.chaos.power.defects import DEFECTS
 from tests.chaos.power.disk import Disk, Name, Write, apply
 from tests.chaos.power.losses import try_losses
 from tests.chaos.power.walk import Recording, agent_of, walked
@@ -135,3 +137,10 @@ def test_a_lost_disk_leaves_the_model_as_it_is(tmp_path: Path) -> None:
     assert model.safe[inode].data == b"old"
     apply(model.safe, Name(disk.ROOT, "d", 0))
     assert trees.tree(model.safe) == {}
+
+
+def test_the_missing_syncs_are_syncs_of_the_product() -> None:
+    """`make power` takes each away, by its text."""
+    package = Path(nodeagent.__file__).parent
+    for file, text, _ in DEFECTS.values():
+        assert (package / file).read_text().count(text) == 1, text
