@@ -137,6 +137,7 @@ STEPS = {
             name="end by the OOM killer",
             before=_RUNNING,
             call=Scene.overeat,
+            rpcs=(),
             who=(AGENT, LAUNCHER, SUPERVISOR),
         ),
         Step(

@@ -16,6 +16,7 @@ from tests.chaos.inject import rounds, scene
 from tests.chaos.inject.strace import unavailable
 from tests.chaos.inject.sweep import Sweep, describe
 from tests.chaos.inject.test_inject import parsed
+from tests.chaos.inject.world import stock
 from tests.chaos.old_bugs.bugs import INJECTED, OLD_BUGS, SIMULATED, TRIED, OldBug
 from tests.chaos.old_bugs.copies import copy_with
 from tests.chaos.power.defects import DEFECTS
@@ -60,6 +61,7 @@ def test_the_sweep_finds(
         pytest.fail(reason) if IN_CI else pytest.skip(reason)
     monkeypatch.setattr(scene, "RETRY_SECONDS", PATIENCE_SECONDS)
     monkeypatch.setattr(rounds, "PATIENCE_SECONDS", PATIENCE_SECONDS)
+    stock(registry)
     sweep = Sweep(tmp_path, registry, code=copy_with(bug.changes, tmp_path / "code"))
     try:
         verdict = sweep.play(parsed(bug.played))
