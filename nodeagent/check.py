@@ -149,7 +149,7 @@ async def _subnets(config: Config) -> Feature:
     """The check of the subnets of pods, by the present routes and what the agent has chosen before."""
     places = Places.of(config)
     try:
-        with closing(Store.copy_of(places.database, places.state)) as store:
+        with closing(Store.copy_of(places.database, places.journal)) as store:
             overlaps = await Network.overlaps(
                 config=config.network, store=store, instance=places.instance
             )
@@ -167,7 +167,7 @@ def _records(config: Config) -> Feature:
     """The check of the database, by reading it; `nodeagent check --data` verifies files as well."""
     try:
         places = Places.of(config)
-        with closing(Store.copy_of(places.database, places.state)) as store:
+        with closing(Store.copy_of(places.database, places.journal)) as store:
             unreadable = []
             for kind in KINDS:
                 store.all(kind)

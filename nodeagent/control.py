@@ -173,7 +173,7 @@ def list_images(config: Config) -> list[str]:
     places = Places.of(config)
     if not places.database.exists():
         return []
-    with closing(Store.copy_of(places.database, places.state)) as store:
+    with closing(Store.copy_of(places.database, places.journal)) as store:
         return [
             f"{image.id[7:19]}  {image.size_bytes / 1e6:9.1f} MB  {_name(image)}"
             for image in store.all(Image)

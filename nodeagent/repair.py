@@ -56,7 +56,7 @@ def look(config: Config) -> Report:
     places = Places.of(config)
     report = Report({}, [])
     _look_at_database(places, report)
-    with suppress(DataLoss), closing(Store.copy_of(places.database, places.state)) as store:
+    with suppress(DataLoss), closing(Store.copy_of(places.database, places.journal)) as store:
         for damaged in _look_at_files(places.root, store, report):
             if _still_recorded(places, damaged):
                 report.findings.append(_finding(places.root, damaged))
@@ -71,7 +71,7 @@ def repair(config: Config) -> Report:
     with places.owned():
         quarantine = places.root / QUARANTINE
         _repair_database(places, quarantine, report)
-        with closing(Store.open(places.database, places.state)) as store:
+        with closing(Store.open(places.database, places.journal)) as store:
             for damaged in list(_look_at_files(places.root, store, report)):
                 _set_aside(places.root, store, damaged, quarantine, report)
         files.sync_directory(str(places.root))
@@ -91,7 +91,7 @@ def _look_at_database(places: Places, report: Report) -> None:
         report.findings.append(Finding(name=path.name, why=why))
         return
     try:
-        with closing(Store.copy_of(path, places.state)) as store:
+        with closing(Store.copy_of(path, places.journal)) as store:
             report.checked["records"] = sum(len(store.all(kind)) for kind in KINDS)
             for kind in KINDS:
                 for key in sorted(store.unreadable(kind)):
@@ -110,7 +110,7 @@ def _repair_database(places: Places, quarantine: Path, report: Report) -> None:
         return
     with suppress(DataLoss):
         # Raises IncompatibleVersion: of a newer file nothing is touched.
-        Store.copy_of(path, places.state).close()
+        Store.copy_of(path, places.journal).close()
     found = salvage.read(path)
     report.checked["records"] = sum(map(len, found.rows.values()))
     for (kind, key), body in found.unreadable.items():
@@ -125,7 +125,7 @@ def _repair_database(places: Places, quarantine: Path, report: Report) -> None:
         report.findings.append(Finding(name=path.name, why=why, done=done))
         for name in found.lost:
             report.findings.append(Finding(name=name, why="its record is lost", done="forgotten"))
-    with closing(Store.open(path, places.state)) as store:
+    with closing(Store.open(path, places.journal)) as store:
         for kind, key in found.unreadable:
             if store.get(kind, key) is None:  # the journal may have a later state of it
                 store.delete(kind, key)
@@ -161,7 +161,7 @@ def _still_recorded(places: Places, damaged: Damaged) -> bool:
     """Whether an agent that runs has not removed it meanwhile."""
     if not damaged.layer:
         return damaged.path.exists()
-    with closing(Store.copy_of(places.database, places.state)) as store:
+    with closing(Store.copy_of(places.database, places.journal)) as store:
         return store.get(Layer, damaged.layer) is not None
 
 

@@ -180,7 +180,7 @@ def _parse(document: object, message: M, where: str, unknown: list[str]) -> M:
 def examine(config: Config, pod: Pod) -> list[Finding]:
     """Return all findings, in the order of the objects. Raises Unsupported on a machine without cgroups."""
     places = Places.of(config)
-    store = Store.copy_of(places.database, places.state)
+    store = Store.copy_of(places.database, places.journal)
     try:
         return asyncio.run(_Examination(config, places, store).run(pod))
     finally:

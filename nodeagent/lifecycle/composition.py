@@ -85,7 +85,7 @@ async def open_images(config: Config, places: Places) -> AsyncIterator[tuple[Sto
 async def _opened(
     config: Config, places: Places, session: Session, tasks: Tasks
 ) -> AsyncIterator[tuple[Store, Images]]:
-    store = Store.open(places.database, places.state)
+    store = Store.open(places.database, places.journal)
     try:
         images = await Images.open(
             root=places.root,

@@ -56,6 +56,11 @@ class Places:
         return self.root / "state.db"
 
     @property
+    def journal(self) -> Path:
+        """The directory of what is on its way into the database: where the pods are, the next agent looks as well."""
+        return self.home
+
+    @property
     def containers(self) -> Path:
         return self.root / "containers"
 
