@@ -16,6 +16,7 @@ import signal
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from nodeagent.errors import (
@@ -326,7 +327,10 @@ class Channel:
         """Kill the process, and return when it is dead. Raises TimeoutError when it does not die."""
         if self._pidfd < 0:
             return
-        signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        with suppress(
+            ProcessLookupError
+        ):  # its parent was faster, and the news has not been read yet
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         try:
             async with asyncio.timeout(_KILL_SECONDS):
                 await self.lost.wait()

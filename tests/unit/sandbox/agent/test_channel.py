@@ -261,3 +261,12 @@ async def test_what_is_posted_to_nobody_is_not_sent_again(
     assert channel._post_again is not None
     channel.close()
     assert channel._post_again.cancelled()
+
+
+async def test_a_process_that_its_parent_has_reaped_is_dead(
+    channel: Channel, process: subprocess.Popen[bytes]
+) -> None:
+    process.kill()
+    process.wait()
+    await channel.kill()
+    assert channel.lost.is_set()
