@@ -106,6 +106,6 @@ class Workshop:
             blob.finish()
         except BaseException:
             blob.close()
-            blob.path.unlink()
+            blob.path.unlink(missing_ok=True)
             raise
         return blob
