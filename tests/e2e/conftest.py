@@ -17,18 +17,25 @@ UPSTREAM = ("docker.io", "registry.k8s.io", "gcr.io", "quay.io", "public.ecr.aws
 
 
 @contextmanager
+def serving(agent: RunningAgent, registry: Registry) -> Iterator[None]:
+    """The agent runs and pulls from `registry`; what a test has left is removed, and it ends in order."""
+    agent.trust(registry.host, *UPSTREAM)
+    agent.start()
+    try:
+        yield
+        agent.remove_pods()
+    finally:
+        code = agent.stop()
+    assert code == 0, agent.log.read_text()
+
+
+@contextmanager
 def running_agent(
     factory: pytest.TempPathFactory, registry: Registry, config: str = ""
 ) -> Iterator[RunningAgent]:
     running = RunningAgent(factory.mktemp("agent"), config=config)
-    running.trust(registry.host, *UPSTREAM)
-    running.start()
-    try:
+    with serving(running, registry):
         yield running
-        running.remove_pods()
-    finally:
-        code = running.stop()
-    assert code == 0, running.log.read_text()
     assert "no record explains it" not in running.log.read_text()  # nodeagent_leaks_total
 
 

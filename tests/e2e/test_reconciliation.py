@@ -14,7 +14,7 @@ from nodeagent.lifecycle.places import Places
 from nodeagent.linux import mountinfo, syscalls
 from nodeagent.net import nftables
 from nodeagent.net.nftables import NFPROTO_BRIDGE, NFPROTO_INET, Table
-from tests.e2e.conftest import UPSTREAM, client
+from tests.e2e.conftest import client, serving
 from tests.support.cri import Cri
 from tests.support.node import RunningAgent, free_port, wait_for
 from tests.support.registry import Registry
@@ -50,14 +50,8 @@ class QuickAgent(RunningAgent):
 @pytest.fixture
 def quick(tmp_path_factory: pytest.TempPathFactory, registry: Registry) -> Iterator[QuickAgent]:
     agent = QuickAgent(tmp_path_factory.mktemp("quick"))
-    agent.trust(registry.host, *UPSTREAM)
-    agent.start()
-    try:
+    with serving(agent, registry):
         yield agent
-        agent.remove_pods()
-    finally:
-        code = agent.stop()
-    assert code == 0, agent.log.read_text()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent.api import runtime_pb2 as pb
-from tests.e2e.conftest import UPSTREAM, client
+from tests.e2e.conftest import client, serving
 from tests.security.agent.test_mounts import host_pid
 from tests.support.cri import SLEEP, Container, Cri, options
 from tests.support.node import RunningAgent
@@ -53,14 +53,8 @@ def below(path: str, pid: int) -> set[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory, registry: Registry) -> Iterator[SharedNode]:
     running = SharedNode(tmp_path_factory.mktemp("shared-node"))
-    running.trust(registry.host, *UPSTREAM)
-    running.start()
-    try:
+    with serving(running, registry):
         yield running
-        running.remove_pods()
-    finally:
-        code = running.stop()
-    assert code == 0, running.log.read_text()
 
 
 @pytest.fixture(scope="module")

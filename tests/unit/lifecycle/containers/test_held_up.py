@@ -209,9 +209,8 @@ async def test_a_creation_that_hangs_names_what_does_not_go_on_and_a_retry_joins
     assert state_of(impatient, made) == "created"
 
 
-async def test_a_start_that_succeeds_when_its_caller_has_gone_is_told_to_the_retry(
-    world: World,
-) -> None:
+async def start_for_a_caller_who_goes(world: World) -> None:
+    """He goes before the program runs."""
     gone = Caller()
     caller.set(gone)
     starting = asyncio.create_task(world.containers.start(CONTAINER))
@@ -220,19 +219,18 @@ async def test_a_start_that_succeeds_when_its_caller_has_gone_is_told_to_the_ret
     world.go.set()
     await starting
     caller.set(Caller())
+
+
+async def test_a_start_that_succeeds_when_its_caller_has_gone_is_told_to_the_retry(
+    world: World,
+) -> None:
+    await start_for_a_caller_who_goes(world)
     await world.containers.start(CONTAINER)
     assert world.asked == 1
 
 
 async def test_what_has_ended_since_is_not_told_as_started(world: World) -> None:
-    gone = Caller()
-    caller.set(gone)
-    starting = asyncio.create_task(world.containers.start(CONTAINER))
-    await until(lambda: world.asked == 1)
-    gone.has_gone = True
-    world.go.set()
-    await starting
-    caller.set(Caller())
+    await start_for_a_caller_who_goes(world)
     world.supervision._exited(CONTAINER, {"code": 7, "at": 9, "oom": False})
     with pytest.raises(FailedPrecondition, match="is exited, not created"):
         await world.containers.start(CONTAINER)
