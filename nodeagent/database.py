@@ -126,7 +126,7 @@ class Database:
         """Return at once: a write that has returned is in the file."""
 
     def trouble(self) -> str:
-        """Return no reason why nothing could be written: each write has told its own."""
+        """Return "": each write raises what hinders it."""
         return ""
 
     def close(self) -> None:

@@ -23,8 +23,8 @@ A text says what was asked, on which object and why it failed: ``container "abc"
 
 import errno
 
-# Numbers of `OSError` that say that a process, or the node, is short of something. Whatever a request has named that
-# was met with them is not at fault: they pass as they are.
+# The numbers of an `OSError` that say that a process, or the node, is short of something. What a request has named is
+# not at fault then: the error is raised as it is, and not as one of the classes below.
 SHORTAGES = frozenset(
     (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT)
 )

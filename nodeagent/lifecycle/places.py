@@ -57,7 +57,10 @@ class Places:
 
     @property
     def journal(self) -> Path:
-        """The directory of what is on its way into the database: where the pods are, the next agent looks as well."""
+        """The directory of the changes that are on their way into the database.
+
+        It is that of the pods, which the next agent finds whatever state directory it is given.
+        """
         return self.home
 
     @property

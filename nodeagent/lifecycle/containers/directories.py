@@ -24,7 +24,7 @@ class Directories:
     def __init__(self, root: Path, trash: Trash) -> None:
         self._root = root
         self._trash = trash
-        self._thread = ThreadPoolExecutor(1, "directories")
+        self._thread = ThreadPoolExecutor(1, "directories")  # ends with this object
 
     def path(self, container_id: str) -> Path:
         return self._root / container_id

@@ -327,9 +327,8 @@ class Channel:
         """Kill the process, and return when it is dead. Raises TimeoutError when it does not die."""
         if self._pidfd < 0:
             return
-        with suppress(
-            ProcessLookupError
-        ):  # its parent was faster, and the news has not been read yet
+        # Its parent may have reaped it, and the news of that not have been read yet.
+        with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         try:
             async with asyncio.timeout(_KILL_SECONDS):

@@ -71,9 +71,8 @@ def from_file(path: str, held: int) -> Filter:
         raise NotFound(f'seccomp profile "{path}": no such file') from None
     except OSError as error:
         if error.errno not in _FAULTS_OF_A_NAME:
-            raise OSError(
-                error.errno, error.strerror, path
-            ) from None  # a read does not name its file
+            # Of a read, the error does not name the file.
+            raise OSError(error.errno, error.strerror, path) from None
         raise InvalidArgument(f'seccomp profile "{path}": {error.strerror}') from None
     try:
         return from_json(text, held)

@@ -35,9 +35,8 @@ _LEAST_COST_BYTES = 4096
 _RETRY_MS = 1000
 # To open the log of a container that has ended, before what it has left is given up.
 _LATE_ATTEMPTS = 60
-_LATE_BYTES = (
-    4 << 20
-)  # of memory, for what a container has left; a pipe has 64 KiB, of which a log makes more
+# The memory for what it has left: a pipe has 64 KiB, of which a log makes more.
+_LATE_BYTES = 4 << 20
 _TIOCGPTPEER = 0x5441
 
 
